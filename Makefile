@@ -1,0 +1,42 @@
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test check lint gold bench zoo gpu-check
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  \1\t/' | expand -t 14
+
+setup: $(STAMP) ## make .venv with bntool, the zoo and the tools
+
+# torch and torchvision first and by themselves: everything after builds on the pair that fits together.
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch torchvision
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[zoo,dev]'
+	touch $@
+
+demo: setup ## insert, summary, fold, export and verify on the sample network
+	$(BIN)/bntool demo
+
+test: setup ## run the tests
+	$(BIN)/python -m pytest
+
+check: lint ## ruff and strict mypy
+	$(BIN)/mypy
+
+lint: setup ## ruff alone
+	$(BIN)/ruff check .
+
+gold: setup ## write the golden files anew; read the diff afterwards
+	$(BIN)/python -m pytest --regold
+
+bench: setup ## measure time and memory
+	$(BIN)/python tools/bench.py
+
+zoo: setup ## the slow tests over torchvision and timm models
+	$(BIN)/python -m pytest -m slow
+
+gpu-check: setup ## verify on the NVIDIA GPU and write docs/gpu.md
+	$(BIN)/python tools/gpu_check.py

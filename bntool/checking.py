@@ -1,0 +1,222 @@
+"""The stages of a check: torch against torch (fold, insert), torch against ONNX (export), and the runtime.
+
+Each stage has its own verdict, so that a failure says who broke it. All are judged against the original's
+own float64 run, and no model runs twice on the same inputs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from bntool.comparing import Limit, Outputs, compare, difference
+from bntool.errors import BntoolError, CheckFailed
+from bntool.inputs import Inputs
+from bntool.reference import Progress, Reference, run_float64
+from bntool.runtime.libraries import CUDA, first_line
+from bntool.runtime.ort_runner import OrtRunner
+from bntool.runtime.torch_runner import TorchRunner
+from bntool.verdicts import Check
+
+# The surgery is algebra: redone in float64 it must agree far below any float32 rounding (6e-8), while the
+# float64 noise of deep networks, measured near 1e-15 of the peak, stays far under it.
+ALGEBRA_LIMIT = 1e-10
+
+
+def check_surgery(
+    original: nn.Module,
+    candidate: nn.Module,
+    inputs_list: Sequence[Inputs],
+    *,
+    stage: str,
+    candidate64: nn.Module | None = None,
+    device: str = "cpu",
+    progress: Progress | None = None,
+    reference: Reference | None = None,
+    atol: float | None = None,
+    rtol: float | None = None,
+) -> list[Check]:
+    """Compare a model before and after surgery, both in eval mode: a row in its own precision, and with
+    `candidate64` (the surgery redone on the model in float64) a second row that proves the algebra.
+
+    Raises `CheckFailed` when there is nothing to compare or the candidate does not run.
+    """
+    reference = reference or Reference(original, inputs_list, device=device, progress=progress)
+    say = progress or (lambda text: None)
+    runner = TorchRunner(candidate, device)
+    say("running the candidate")
+    got: list[dict[str, Tensor]] = _run_all(runner, reference.inputs, stage)
+    expected, limits = reference.outputs, reference.limits
+    algebra = _check_algebra(reference, candidate64, stage, say)
+    unsure = _left_to_algebra(expected, got, limits) if algebra is not None else {}
+    if algebra is not None and unsure.keys() >= limits.keys():
+        reasons = "; ".join(f"{name}: {why}" for name, why in unsure.items())
+        return [dataclasses.replace(algebra, detail=f"{algebra.detail}; {reasons}")]
+    row = compare(
+        [{n: t for n, t in outputs.items() if n not in unsure} for outputs in expected],
+        [{n: t for n, t in outputs.items() if n not in unsure} for outputs in got],
+        limits,
+        stage=stage,
+        device=runner.device,
+        provider=runner.provider,
+        detail="; ".join(
+            [*reference.notes, *(f"{n}: {why}, decided in float64" for n, why in unsure.items())]
+        ),
+        atol=atol,
+        rtol=rtol,
+    )
+    return [row] if algebra is None else [row, algebra]
+
+
+def check_onnx(
+    model: nn.Module,
+    path: str | Path,
+    inputs_list: Sequence[Inputs],
+    *,
+    device: str = "auto",
+    progress: Progress | None = None,
+    reference: Reference | None = None,
+    tf32: bool = False,
+    atol: float | None = None,
+    rtol: float | None = None,
+) -> list[Check]:
+    """Compare an ONNX file with the torch model: the export stage (ONNX Runtime's optimisations off), then
+    the runtime stage (optimisations on), both on `device`.
+
+    Raises `DeviceError` when CUDA is asked for and not honoured, `ExportError` when the file does not run,
+    `CheckFailed` when none of the inputs fits it.
+    """
+    reference = reference or Reference(model, inputs_list, progress=progress)
+    checks: list[Check] = []
+    for stage, optimize in (("export", False), ("runtime", True)):
+        runner = OrtRunner(path, device, optimize=optimize, tf32=tf32)
+        if progress:
+            progress(f"{stage}: {runner.label} on {runner.provider}")
+        fits = [i for i, inputs in enumerate(reference.inputs) if runner.accepts(inputs)]
+        if not fits:
+            raise CheckFailed(
+                "there is nothing to compare: the file takes none of these inputs",
+                where=f"{path}: {', '.join(runner.input_names)}",
+                next_step="pass an input of the file's own shape with --input NAME:SHAPE",
+            )
+        expected = [reference.outputs[i] for i in fits]
+        got = [runner.run(reference.inputs[i]) for i in fits]
+        checks.append(
+            compare(
+                expected,
+                [_named_as(e, g) for e, g in zip(expected, got, strict=True)],
+                reference.limits,
+                stage=stage,
+                device=runner.device,
+                provider=runner.provider,
+                detail="; ".join(_remarks(runner, reference, fits, got, stage)),
+                atol=atol,
+                rtol=rtol,
+            )
+        )
+    return checks
+
+
+def seeded_batches(example: Inputs, batches: Sequence[int] = (1, 2, 3), seed: int = 0) -> list[Inputs]:
+    """Seeded random inputs like `example` for several batch sizes.
+
+    Inputs nested in a list (the images of a detection model) have no batch axis: they keep their shapes
+    and only the values are drawn anew.
+    """
+    nested = any(isinstance(a, list | tuple | dict) for a in (*example.args, *example.kwargs.values()))
+    if not nested:
+        return [example.rebatched(batch, seed + batch) for batch in batches]
+    return [example.map(_redraw(torch.Generator().manual_seed(seed + batch))) for batch in batches]
+
+
+def _check_algebra(
+    reference: Reference, candidate64: nn.Module | None, stage: str, say: Progress
+) -> Check | None:
+    if candidate64 is None or reference.exact is None:
+        return None
+    say("checking the algebra in float64")
+    try:
+        outputs, _ = run_float64(candidate64, reference.inputs)
+    except BntoolError:
+        raise
+    except Exception as error:  # whatever a model's forward raises
+        raise _does_not_run(stage, error) from error
+    noise = torch.finfo(torch.float64).eps / 2
+    limits = {name: Limit(noise, ALGEBRA_LIMIT) for outputs in reference.exact for name in outputs}
+    detail = "algebra, redone in float64"
+    if reference.narrowed:
+        # Where a model narrows inside, one more digit of input moves the narrow rounding: own noise rules.
+        limits = reference.limits
+        detail += "; the model narrows inside, so its own noise is the limit"
+    return compare(
+        reference.exact, outputs, limits, stage=stage, device="cpu", provider="torch", detail=detail
+    )
+
+
+def _left_to_algebra(
+    expected: Sequence[Outputs], got: Sequence[Outputs], limits: Mapping[str, Limit]
+) -> dict[str, str]:
+    """Outputs that are there but out of a limit that the model's own rounding makes meaningless, and why."""
+    return {
+        name: limit.undecidable
+        for name, limit in limits.items()
+        if limit.undecidable
+        and all(name in outputs for outputs in got)
+        and any(
+            not difference(ref[name], out[name]).relative <= limit.limit
+            for ref, out in zip(expected, got, strict=True)
+            if name in ref
+        )
+    }
+
+
+def _run_all(runner: TorchRunner, inputs_list: Sequence[Inputs], stage: str) -> list[dict[str, Tensor]]:
+    try:
+        return [runner.run(inputs) for inputs in inputs_list]
+    except BntoolError:
+        raise
+    except Exception as error:  # whatever a model's forward raises
+        raise _does_not_run(stage, error) from error
+
+
+def _does_not_run(stage: str, error: Exception) -> CheckFailed:
+    return CheckFailed(
+        f"the model after {stage} does not run: {type(error).__name__}: {first_line(error)}",
+        next_step="report this to bntool; --exclude the layer it names to go on",
+    )
+
+
+def _remarks(
+    runner: OrtRunner, reference: Reference, fits: list[int], got: list[dict[str, Tensor]], stage: str
+) -> Iterator[str]:
+    yield from reference.notes
+    if runner.note:
+        yield runner.note
+    if len(fits) < len(reference.inputs):
+        yield f"only {len(fits)} of {len(reference.inputs)} inputs fit the file's fixed shape"
+    if runner.cpu_nodes:
+        yield f"kept on the CPU by ONNX Runtime: {', '.join(runner.cpu_nodes)}"
+    if runner.provider == CUDA and stage == "runtime":
+        again = runner.run(reference.inputs[fits[0]])
+        same = all(torch.equal(again[name], got[0][name]) for name in again)
+        yield "a second run gives the same bits" if same else "a second run differs in rounding"
+
+
+def _named_as(expected: Outputs, got: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Files exported elsewhere name their outputs as they like; their order is the model's."""
+    if set(expected) == set(got) or len(expected) != len(got):
+        return got
+    return dict(zip(expected, got.values(), strict=True))
+
+
+def _redraw(generator: torch.Generator) -> Callable[[Tensor], Tensor]:
+    def draw(t: Tensor) -> Tensor:
+        if t.is_floating_point():
+            return torch.randn(t.shape, generator=generator, dtype=torch.float32).to(t.dtype)
+        return t
+
+    return draw

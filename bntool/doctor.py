@@ -1,0 +1,161 @@
+"""What this machine can run, found out by trying: versions, clashes, and providers that really work."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import platform
+from collections.abc import Iterator
+from typing import Any, Literal
+
+from bntool.errors import BntoolError, DeviceError
+from bntool.runtime.libraries import CUDA
+from bntool.runtime.providers import GPU_EXTRA, onnxruntime, run_tiny_convolution, why_no_cuda
+
+Status = Literal["ok", "warn", "fail"]
+
+# Before 0.5.7 its default rewriting turned a ResNet-18 into noise.
+_ONNXSCRIPT_LEAST = (0, 5, 7)
+_PYTHON_LEAST = (3, 10)
+_TORCH_LEAST = (2, 10)
+_RUNTIME_WHEELS = ("onnxruntime", "onnxruntime-gpu")
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One finding; `fix` says what to do, and is empty where there is nothing to do."""
+
+    name: str
+    status: Status
+    detail: str
+    fix: str = ""
+
+    def to_dict(self) -> dict[str, str]:
+        return dataclasses.asdict(self)
+
+
+@dataclasses.dataclass(frozen=True)
+class Diagnosis:
+    """Everything found; true when nothing fails (a machine without a GPU only warns)."""
+
+    rows: tuple[Row, ...]
+
+    def __bool__(self) -> bool:
+        return all(row.status != "fail" for row in self.rows)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"ok": bool(self), "rows": [row.to_dict() for row in self.rows]}
+
+    def __str__(self) -> str:
+        width = max((len(row.name) for row in self.rows), default=0)
+        lines = []
+        for row in self.rows:
+            lines.append(f"{row.status:4}  {row.name:{width}}  {row.detail}")
+            if row.fix:
+                lines.append(f"{'':{width + 6}}  fix: {row.fix}")
+        return "\n".join(lines)
+
+
+def diagnose() -> Diagnosis:
+    """Look at Python, torch, the CUDA driver, ONNX and ONNX Runtime, and really run a convolution."""
+    return Diagnosis(
+        (_python(), *_torch(), *_converters(), *_runtime_wheels(), *_providers()),
+    )
+
+
+def _python() -> Row:
+    version = platform.python_version()
+    new_enough = _numbers(version)[:2] >= _PYTHON_LEAST
+    detail = f"{version} on {platform.system()} {platform.machine()}"
+    return Row(
+        "python", "ok" if new_enough else "fail", detail, "" if new_enough else "use Python 3.10 or newer"
+    )
+
+
+def _torch() -> Iterator[Row]:
+    import torch
+
+    built = torch.version.cuda
+    least = ".".join(map(str, _TORCH_LEAST))
+    old = _numbers(torch.__version__)[:2] < _TORCH_LEAST
+    flavour = f"built for CUDA {built}" if built else "built for the CPU"
+    fix = f'pip install --upgrade "torch>={least}"' if old else ""
+    yield Row("torch", "fail" if old else "ok", f"{torch.__version__}, {flavour}", fix)
+    if torch.cuda.is_available():
+        names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+        yield Row("cuda driver", "ok", ", ".join(names))
+    elif built:
+        yield Row(
+            "cuda driver", "warn", "no usable NVIDIA GPU", "install the NVIDIA driver, or use --device cpu"
+        )
+    else:
+        yield Row("cuda driver", "warn", "not looked for: torch is a CPU build", "use --device cpu")
+
+
+def _converters() -> Iterator[Row]:
+    for name in ("onnx", "onnx-ir", "onnxscript"):
+        version = installed_version(name)
+        if version is None:
+            yield Row(name, "fail", "not installed", f"pip install {name}")
+        elif name == "onnxscript" and _numbers(version) < _ONNXSCRIPT_LEAST:
+            detail = f"{version} folds BatchNorm wrongly when it optimises"
+            yield Row(name, "fail", detail, 'pip install --upgrade "onnxscript>=0.5.7"')
+        else:
+            yield Row(name, "ok", version)
+
+
+def _runtime_wheels() -> Iterator[Row]:
+    found = {name: version for name in _RUNTIME_WHEELS if (version := installed_version(name))}
+    if len(found) > 1:
+        yield Row(
+            "onnxruntime wheels",
+            "fail",
+            f"{' and '.join(found)} are both installed and overwrite each other",
+            "pip uninstall -y onnxruntime onnxruntime-gpu, then pip install onnxruntime-gpu",
+        )
+    try:
+        ort = onnxruntime()
+    except DeviceError as error:
+        yield Row("onnxruntime", "fail", error.what, error.next_step)
+        return
+    wheel = next(iter(found), "another build")
+    yield Row("onnxruntime", "ok", f"{ort.__version__} ({wheel})")
+
+
+def _providers() -> Iterator[Row]:
+    try:
+        ort = onnxruntime()
+    except DeviceError:
+        return  # its own row has said so
+    try:
+        yield Row("CPU provider", "ok", f"a convolution ran on {run_tiny_convolution(ort, 'cpu')}")
+    except BntoolError as error:
+        yield Row(
+            "CPU provider", "fail", error.what, error.next_step or "pip install --upgrade onnxruntime-gpu"
+        )
+    listed = CUDA in ort.get_available_providers()
+    reason = why_no_cuda()
+    if not reason:
+        yield Row("CUDA provider", "ok", f"a convolution ran on {CUDA}")
+    elif listed:
+        yield Row("CUDA provider", "warn", f"listed, but not usable: {reason}", GPU_EXTRA)
+    else:
+        yield Row("CUDA provider", "warn", reason, GPU_EXTRA)
+
+
+def installed_version(package: str) -> str | None:
+    """The version of an installed distribution, or None."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    parts = []
+    for part in version.partition("+")[0].split("."):
+        digits = "".join(ch for ch in part if ch.isdigit())
+        if not digits:
+            break
+        parts.append(int(digits))
+    return tuple(parts)

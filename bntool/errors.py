@@ -1,0 +1,101 @@
+"""The error family. Every failure a user can mend is one of these; a bug is an `InvariantError`.
+
+An error says what happened, where, and what to do next, and carries the exit code of the command line.
+"""
+
+from __future__ import annotations
+
+
+class BntoolError(Exception):
+    """A failure the user can mend.
+
+    Args:
+        what: one line, what happened.
+        where: one line, the file, layer or option it happened at; empty where `what` already names it.
+        next_step: one line, what to do next (a command or flag where there is one).
+    """
+
+    exit_code = 1
+    status = "failed"
+
+    def __init__(self, what: str, *, where: str = "", next_step: str = "") -> None:
+        super().__init__(what)
+        self.what = what
+        self.where = where
+        self.next_step = next_step
+
+    def __str__(self) -> str:
+        lines = [self.what]
+        if self.where:
+            lines.append(f"  where: {self.where}")
+        if self.next_step:
+            lines.append(f"  next:  {self.next_step}")
+        return "\n".join(lines)
+
+    def to_dict(self) -> dict[str, str]:
+        return {"what": self.what, "where": self.where, "next": self.next_step}
+
+
+class CheckFailed(BntoolError):
+    """A check ran and the candidate does not agree with the reference."""
+
+    exit_code = 1
+    status = "check-failed"
+
+
+class UsageError(BntoolError):
+    """A wrong option or argument, or an output path that cannot be used."""
+
+    exit_code = 2
+    status = "usage"
+
+
+class LoadError(BntoolError):
+    """The input cannot be loaded: missing, damaged, unknown, or unsafe and refused."""
+
+    exit_code = 3
+    status = "cannot-load"
+
+
+class NothingToDo(BntoolError):
+    """No site to cut, or `--require-all` was asked for and not met."""
+
+    exit_code = 4
+    status = "nothing-to-do"
+
+
+class DeviceError(BntoolError):
+    """The device or execution provider asked for is not available, or did not really run."""
+
+    exit_code = 5
+    status = "device-unavailable"
+
+
+class ExportError(BntoolError):
+    """The model cannot be exported, or the exported file is not valid."""
+
+    exit_code = 6
+    status = "export-failed"
+
+
+class StateError(BntoolError):
+    """The model's own state is bad: NaN, infinite or negative running statistics."""
+
+    exit_code = 7
+    status = "bad-state"
+
+
+class PlanError(UsageError):
+    """A plan that cannot be read, or that was made for another model."""
+
+    status = "bad-plan"
+
+
+class ObserveError(LoadError):
+    """The model could not be run once on the example input."""
+
+    status = "cannot-run"
+
+
+class InvariantError(RuntimeError):
+    """A bug in bntool: a post-condition failed. Keeps its stack trace."""

@@ -1,0 +1,270 @@
+"""One door for every model: a file, or a reference to code that makes it."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import os
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import nn
+
+from bntool.errors import InvariantError, LoadError, UsageError
+from bntool.files.atomic import sha256_of
+from bntool.files.detect import FileKind, Kind, detect
+from bntool.files.pickled_calls import shown
+from bntool.files.pickles import read_pickled
+from bntool.files.references import build, is_reference, recorded_inputs
+from bntool.files.weights import Found, StateDict, fill, find_weights, with_prefix
+from bntool.inputs import Inputs
+
+LoadedKind = Literal["module", "state_dict", "checkpoint", "safetensors", "reference"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Loaded:
+    """A model and where it came from.
+
+    `kind` says what the input was and so what an output is saved as: a whole `module`, a bare
+    `state_dict`, a `checkpoint` with either inside, `safetensors`, or a `reference` to code.
+    `source_hash` is the sha256 of the file that was read (MODEL, or `weights`), empty for none.
+    `wrapped_in` is what the file held around the weights, to save the same way.
+    """
+
+    model: nn.Module
+    reference: str
+    kind: LoadedKind
+    path: Path | None = None
+    source_hash: str = ""
+    allow: tuple[str, ...] = ()
+    trust_pickle: bool = False
+    arch: str | None = None
+    weights: str | None = None
+    key: str | None = None
+    notes: tuple[str, ...] = ()
+    example_inputs: Inputs | None = None
+    state_dict: StateDict | None = None
+    wrapped_in: Found | None = None
+    metadata: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """Every model file that was read; none may be overwritten."""
+        return tuple(p for p in (self.path, Path(self.weights) if self.weights else None) if p)
+
+
+def load(
+    ref: str | os.PathLike[str],
+    *,
+    arch: str | None = None,
+    weights: str | os.PathLike[str] | None = None,
+    key: str | None = None,
+    allow: Iterable[str] = (),
+    trust_pickle: bool = False,
+    pretrained: bool = False,
+    prepare: Callable[[nn.Module], nn.Module] | None = None,
+) -> Loaded:
+    """Load a model from a file or a reference, on the CPU, in the mode it was saved in.
+
+    `ref`: a file of `torch.save` or safetensors, `torchvision:NAME`, `timm:NAME`, `pkg.mod:factory` or
+    `path/file.py:Class`. `arch` is such a reference for a file that holds only weights, `weights` a file
+    for a reference, `key` the entry of a checkpoint that holds them. `allow` names classes of whole
+    pickled models; no code of a file is run without `trust_pickle`. `prepare` is applied to the model of
+    `arch` before its weights go in.
+
+    Raises `LoadError` for what cannot be loaded, `UsageError` for options that do not fit together.
+    """
+    ref = os.fspath(ref)
+    allow = (allow,) if isinstance(allow, str) else tuple(allow)
+    options = _Reading(key, allow, trust_pickle)
+    path = Path(ref)
+    if path.exists() or not is_reference(ref):
+        if weights is not None or pretrained:
+            flag = "--weights" if weights is not None else "--pretrained"
+            raise UsageError(
+                f"{flag} is for a model named by reference; {ref} is a file",
+                next_step=f"bntool ... torchvision:NAME {flag}, or {ref} --arch torchvision:NAME",
+            )
+        return _from_file(path, ref, arch, options, prepare)
+    if arch is not None:
+        raise UsageError(
+            f"--arch is for a file of weights; {ref} names its architecture itself",
+            next_step=f"bntool ... {ref} --weights FILE",
+        )
+    return _from_reference(ref, weights, pretrained, options, prepare)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Reading:
+    key: str | None
+    allow: tuple[str, ...]
+    trust_pickle: bool
+
+
+def _from_file(
+    path: Path,
+    ref: str,
+    arch: str | None,
+    options: _Reading,
+    prepare: Callable[[nn.Module], nn.Module] | None,
+) -> Loaded:
+    found, kind, metadata = _read(path, options)
+    common: dict[str, Any] = {
+        "reference": ref,
+        "path": path,
+        "source_hash": sha256_of(path),
+        "allow": options.allow,
+        "trust_pickle": options.trust_pickle,
+        "key": options.key,
+        "wrapped_in": found,
+        "metadata": metadata,
+    }
+    if isinstance(found.value, nn.Module):
+        notes = found.notes
+        if arch is not None:
+            notes += (f"--arch {arch} was not needed: the file holds a whole model",)
+        return Loaded(
+            model=found.value,
+            kind="checkpoint" if found.path else "module",
+            notes=notes,
+            example_inputs=recorded_inputs(found.value),
+            **common,
+        )
+    if arch is None:
+        raise LoadError(
+            f"{path.name} holds only weights ({len(found.value)} tensors), not the model they belong to",
+            where=str(path),
+            next_step=f"name its architecture: {path.name} --arch torchvision:resnet50, --arch timm:NAME, or "
+            "--arch path/file.py:Class",
+        )
+    if not is_reference(arch):
+        raise UsageError(
+            f"--arch {shown(arch)} is not a reference to a model",
+            next_step="--arch torchvision:resnet50, timm:NAME, pkg.mod:factory or path/file.py:Class",
+        )
+    model = build(arch).model
+    if prepare is not None:
+        model = prepare(model)
+    found = _fill(model, found, arch, path)
+    outer: LoadedKind = "safetensors" if kind.kind is Kind.SAFETENSORS else "state_dict"
+    return Loaded(
+        model=model,
+        kind="checkpoint" if found.path else outer,
+        arch=arch,
+        notes=found.notes,
+        example_inputs=recorded_inputs(model),
+        state_dict=_weights_of(found),
+        **{**common, "wrapped_in": found},
+    )
+
+
+def _from_reference(
+    ref: str,
+    weights: str | os.PathLike[str] | None,
+    pretrained: bool,
+    options: _Reading,
+    prepare: Callable[[nn.Module], nn.Module] | None,
+) -> Loaded:
+    if pretrained and weights is not None:
+        raise UsageError("--pretrained and --weights exclude each other", next_step="drop one of them")
+    built = build(ref, pretrained=pretrained)
+    model = prepare(built.model) if prepare is not None else built.model
+    if weights is None:
+        return Loaded(
+            model=model,
+            reference=ref,
+            kind="reference",
+            allow=options.allow,
+            notes=built.notes,
+            example_inputs=recorded_inputs(model),
+        )
+    path = Path(weights)
+    found, _, _ = _read(path, options)
+    if isinstance(found.value, nn.Module):
+        found = dataclasses.replace(found, value=found.value.state_dict())
+    found = _fill(model, found, ref, path)
+    return Loaded(
+        model=model,
+        reference=ref,
+        kind="reference",
+        source_hash=sha256_of(path),
+        allow=options.allow,
+        trust_pickle=options.trust_pickle,
+        weights=str(path),
+        key=options.key,
+        notes=found.notes,
+        example_inputs=recorded_inputs(model),
+        state_dict=_weights_of(found),
+    )
+
+
+def _read(path: Path, options: _Reading) -> tuple[Found, FileKind, Mapping[str, str]]:
+    if not path.exists():
+        raise _missing(path)
+    kind = detect(path)
+    metadata: Mapping[str, str] = {}
+    if kind.kind is Kind.SAFETENSORS:
+        held, metadata = _read_safetensors(path)
+    elif kind.kind in (Kind.TORCH_ZIP, Kind.TORCH_LEGACY):
+        held = read_pickled(path, kind, allow=options.allow, trust_pickle=options.trust_pickle)
+    else:
+        raise _not_loadable(path, kind)
+    return find_weights(held, options.key, str(path)), kind, metadata
+
+
+def _read_safetensors(path: Path) -> tuple[StateDict, Mapping[str, str]]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            names = file.keys()
+            return {name: file.get_tensor(name) for name in names}, file.metadata() or {}
+    except (SafetensorError, OSError, ValueError) as error:
+        raise LoadError(
+            f"{path.name} is damaged: {shown(str(error))}",
+            where=str(path),
+            next_step="download or copy it again",
+        ) from error
+
+
+def _weights_of(found: Found) -> StateDict:
+    if isinstance(found.value, nn.Module):
+        raise InvariantError("a whole module was taken for weights")
+    return found.value
+
+
+def _fill(model: nn.Module, found: Found, arch: str, path: Path) -> Found:
+    state = _weights_of(found)
+    # The prefix may be a child of the model itself; then it is no wrapper.
+    if found.prefix and all(k.startswith(found.prefix) for k in model.state_dict()):
+        found = dataclasses.replace(found, value=with_prefix(state, found.prefix), prefix="")
+    elif found.prefix:
+        note = f"{found.prefix!r} was taken off every key"
+        found = dataclasses.replace(found, notes=(*found.notes, note))
+    fill(model, _weights_of(found), arch, str(path))
+    return found
+
+
+def _not_loadable(path: Path, kind: FileKind) -> LoadError:
+    not_yet = kind.kind in (Kind.TORCHSCRIPT, Kind.PT2, Kind.PT2_AOTI, Kind.ONNX)
+    source = kind.kind is Kind.TEXT and path.suffix == ".py"
+    return LoadError(
+        f"{path.name} is {kind.description}" + ("; bntool does not load that kind yet" if not_yet else ""),
+        where=str(path),
+        next_step=f"name the class in it: {path}:Class" if source else kind.next_step,
+    )
+
+
+def _missing(path: Path) -> LoadError:
+    try:
+        near = [p.name for p in path.parent.iterdir() if p.is_file()]
+    except OSError:
+        near = []
+    close = difflib.get_close_matches(path.name, near, n=2)
+    hint = f"; did you mean {' or '.join(close)}?" if close else ""
+    return LoadError(
+        f"no such file: {path}{hint}",
+        next_step="name a file, torchvision:NAME, timm:NAME, pkg.mod:factory or path/file.py:Class",
+    )

@@ -1,0 +1,255 @@
+"""A dry run of a pickle: what it would call and build, found without calling or importing anything.
+
+It knows exactly the opcodes that `torch.load(weights_only=True)` accepts. Values are tracked only as far as
+the checks need them: names, tuples, strings, integers and storages; everything else is opaque.
+"""
+
+from __future__ import annotations
+
+import re
+import struct
+from collections.abc import Callable
+from typing import Any, BinaryIO
+
+from torch._utils import IMPORT_MAPPING, NAME_MAPPING
+
+from bntool.files.pickled_calls import (
+    PARAMETER,
+    PARTIAL,
+    TENSORS,
+    Global,
+    Made,
+    Storage,
+    is_tensor,
+    item_bytes,
+    shown,
+    wrong_arguments,
+)
+
+_MAPPINGS = frozenset({"collections.OrderedDict", "collections.Counter"})
+_NAME = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*", re.ASCII)
+_MAX_PROBLEMS = 50
+
+
+class DamagedPickle(ValueError):
+    """The pickle ends early or is not well formed."""
+
+
+class _Opaque:
+    """A value of which only the type matters."""
+
+
+_OTHER, _LIST, _DICT, _MARK = _Opaque(), _Opaque(), _Opaque(), _Opaque()
+
+
+class DryRun:
+    """One pickle, run without effect. `problems` holds what no honest file does, in words."""
+
+    def __init__(self) -> None:
+        self.globals: set[str] = set()
+        self.called: set[str] = set()
+        self.instantiated: set[str] = set()
+        self.partial_targets: set[str] = set()
+        self.storages: dict[str, Storage] = {}
+        self.strings: set[str] = set()
+        self.problems: list[str] = []
+        self._stack: list[Any] = []
+        self._memo: dict[int, Any] = {}
+
+    def run(self, file: BinaryIO) -> DryRun:
+        """Read one pickle up to its STOP; `DamagedPickle` when it is not well formed."""
+        try:
+            while (op := _exactly(file, 1)) != b".":
+                handler = _HANDLERS.get(op)
+                if handler is None:
+                    self._problem(f"uses pickle opcode {op!r}, which torch.save does not write")
+                    break
+                handler(self, file)
+        except (IndexError, KeyError, ValueError, struct.error, TypeError) as error:
+            raise DamagedPickle(str(error) or type(error).__name__) from error
+        return self
+
+    def _problem(self, text: str) -> None:
+        if text not in self.problems and len(self.problems) < _MAX_PROBLEMS:
+            self.problems.append(text)
+
+    def _proto(self, file: BinaryIO) -> None:
+        protocol = _exactly(file, 1)[0]
+        if protocol != 2:
+            self._problem(f"is pickled with protocol {protocol}; only torch.save's default, 2, is read")
+
+    def _global(self, file: BinaryIO) -> None:
+        module, name = _line(file), _line(file)
+        module, name = NAME_MAPPING.get((module, name), (IMPORT_MAPPING.get(module, module), name))
+        full = f"{module}.{name}"
+        if not _NAME.fullmatch(full):
+            self._problem(f"refers to {shown(full)}, which is no Python name")
+        self.globals.add(full)
+        self._stack.append(Global(full))
+
+    def _newobj(self, _: BinaryIO) -> None:
+        args, cls = self._stack.pop(), self._stack.pop()
+        if not isinstance(cls, Global):
+            self._problem("instantiates something that is not a named class")
+            self._stack.append(_OTHER)
+            return
+        # Files of PyTorch 0.1 make a Parameter from its tensor.
+        old_parameter = cls.name == PARAMETER and args and isinstance(args, tuple) and is_tensor(args[0])
+        if args != () and not old_parameter:
+            self._problem(f"instantiates {shown(cls.name)} with arguments of its own")
+        self.instantiated.add(cls.name)
+        self._stack.append(Made(cls.name))
+
+    def _reduce(self, _: BinaryIO) -> None:
+        args, function = self._stack.pop(), self._stack.pop()
+        if not isinstance(function, Global) or not isinstance(args, tuple):
+            self._problem("calls something that is not a named function")
+            self._stack.append(_OTHER)
+            return
+        self.called.add(function.name)
+        if function.name == PARTIAL:
+            self._partial(args)
+        elif wrong := wrong_arguments(function.name, args):
+            self._problem(wrong)
+        self._stack.append(Made(function.name))
+
+    def _build(self, _: BinaryIO) -> None:
+        state, target = self._stack.pop(), self._stack[-1]
+        if not isinstance(target, Made):
+            self._problem("sets the state of something it did not make")
+        elif target.name in TENSORS:
+            self._problem("changes a tensor after making it")
+        elif target.name == PARTIAL:
+            self._partial(state if isinstance(state, tuple) else ())
+
+    def _persistent(self, _: BinaryIO) -> None:
+        pid = self._stack.pop()
+        if not isinstance(pid, tuple) or len(pid) < 5 or pid[0] != "storage":
+            source = isinstance(pid, tuple) and pid[:1] == ("module",)
+            self._problem(
+                "holds a whole model in the format before PyTorch 1.6, with its source code"
+                if source
+                else "refers to data that is not a tensor's"
+            )
+            self._stack.append(_OTHER)
+            return
+        kind, key, numel = pid[1], pid[2], pid[4]
+        size = item_bytes(kind.name) if isinstance(kind, Global) else None
+        if size is None or not isinstance(key, str) or not isinstance(numel, int) or numel < 0:
+            self._problem("describes a tensor's storage wrongly")
+            self._stack.append(_OTHER)
+            return
+        storage = Storage(key, numel * size, size)
+        known = self.storages.setdefault(key, storage)
+        if known.nbytes != storage.nbytes:
+            self._problem(f"describes storage {shown(key)} in two ways")
+        self._stack.append(storage)
+
+    def _partial(self, args: tuple[Any, ...]) -> None:
+        if args and isinstance(args[0], Global) and args[0].name != PARTIAL:
+            self.partial_targets.add(args[0].name)
+        else:
+            self._problem("makes a functools.partial of something that is not a named class or function")
+
+    def _pop_mark(self) -> list[Any]:
+        at = len(self._stack) - 1
+        while self._stack[at] is not _MARK:
+            at -= 1
+            if at < 0:
+                raise DamagedPickle("no mark")
+        items = self._stack[at + 1 :]
+        del self._stack[at:]
+        return items
+
+    def _fill(self, many: bool, mapping: bool) -> None:
+        if many:
+            self._pop_mark()
+        else:
+            del self._stack[-2 if mapping else -1 :]
+        target = self._stack[-1]
+        fits = target is _DICT or (isinstance(target, Made) and target.name in _MAPPINGS)
+        if not (fits if mapping else target is _LIST):
+            self._problem(f"adds items to something that is not a {'dict' if mapping else 'list'}")
+
+    def _tuple(self, count: int) -> None:
+        items = tuple(self._stack[-count:])
+        if len(items) < count or any(i is _MARK for i in items):
+            raise DamagedPickle("tuple without items")
+        self._stack[-count:] = [items]
+
+    def _remember(self, index: int) -> None:
+        self._memo[index] = self._stack[-1]
+
+    def _text(self, raw: bytes, encoding: str) -> None:
+        text = raw.decode(encoding, "surrogatepass" if encoding == "utf-8" else "strict")
+        self.strings.add(text)
+        self._stack.append(text)
+
+
+def _exactly(file: BinaryIO, count: int) -> bytes:
+    data = file.read(count)
+    if len(data) != count:
+        raise DamagedPickle("it ends early")
+    return data
+
+
+def _line(file: BinaryIO) -> str:
+    line = file.readline(4096)
+    if not line.endswith(b"\n"):
+        raise DamagedPickle("a name without end")
+    return line[:-1].decode("utf-8")
+
+
+def _number(file: BinaryIO, code: str) -> Any:
+    return struct.unpack(code, _exactly(file, struct.calcsize(code)))[0]
+
+
+def _push(value: Any) -> Callable[[DryRun, BinaryIO], None]:
+    return lambda run, file: run._stack.append(value)
+
+
+def _push_number(code: str) -> Callable[[DryRun, BinaryIO], None]:
+    return lambda run, file: run._stack.append(_number(file, code))
+
+
+def _long(run: DryRun, file: BinaryIO) -> None:
+    data = _exactly(file, _exactly(file, 1)[0])
+    run._stack.append(int.from_bytes(data, "little", signed=True))
+
+
+_Handler = Callable[[DryRun, BinaryIO], None]
+_HANDLERS: dict[bytes, _Handler] = {
+    b"\x80": DryRun._proto,
+    b"c": DryRun._global,
+    b"\x81": DryRun._newobj,
+    b"R": DryRun._reduce,
+    b"b": DryRun._build,
+    b"Q": DryRun._persistent,
+    b"(": _push(_MARK),
+    b"t": lambda r, f: r._stack.append(tuple(r._pop_mark())),
+    b"\x85": lambda r, f: r._tuple(1),
+    b"\x86": lambda r, f: r._tuple(2),
+    b"\x87": lambda r, f: r._tuple(3),
+    b"a": lambda r, f: r._fill(many=False, mapping=False),
+    b"e": lambda r, f: r._fill(many=True, mapping=False),
+    b"s": lambda r, f: r._fill(many=False, mapping=True),
+    b"u": lambda r, f: r._fill(many=True, mapping=True),
+    b"N": _push(_OTHER),
+    b"\x88": _push(_OTHER),
+    b"\x89": _push(_OTHER),
+    b")": _push(()),
+    b"]": _push(_LIST),
+    b"}": _push(_DICT),
+    b"\x8f": _push(_OTHER),
+    b"J": _push_number("<i"),
+    b"K": _push_number("<B"),
+    b"M": _push_number("<H"),
+    b"G": _push_number(">d"),
+    b"X": lambda r, f: r._text(_exactly(f, _number(f, "<I")), "utf-8"),
+    b"U": lambda r, f: r._text(_exactly(f, _exactly(f, 1)[0]), "latin-1"),
+    b"\x8a": _long,
+    b"h": lambda r, f: r._stack.append(r._memo[_number(f, "<B")]),
+    b"j": lambda r, f: r._stack.append(r._memo[_number(f, "<I")]),
+    b"q": lambda r, f: r._remember(_number(f, "<B")),
+    b"r": lambda r, f: r._remember(_number(f, "<I")),
+}

@@ -1,0 +1,136 @@
+"""What a pickle may pass to the few functions it may call. Nothing is called here."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+PARTIAL = "functools.partial"
+PARAMETER = "torch.nn.parameter.Parameter"
+FROM_TYPE = "torch._tensor._rebuild_from_type_v2"
+REBUILD_TENSOR = frozenset(
+    f"torch._utils.{n}" for n in ("_rebuild_tensor", "_rebuild_tensor_v2", "_rebuild_tensor_v3")
+)
+REBUILD_PARAMETER = frozenset(
+    f"torch._utils.{n}" for n in ("_rebuild_parameter", "_rebuild_parameter_with_state")
+)
+TENSORS = REBUILD_TENSOR | REBUILD_PARAMETER | {FROM_TYPE}
+
+_ITEM_BYTES = {
+    "Double": 8, "Float": 4, "Half": 2, "BFloat16": 2, "Long": 8, "Int": 4, "Short": 2, "Char": 1,
+    "Byte": 1, "Bool": 1, "ComplexDouble": 16, "ComplexFloat": 8, "Untyped": 1,
+}  # fmt: skip
+_STORAGE = re.compile(r"torch\.(?:cuda\.|storage\.)?(\w+)Storage")
+# An expanded view may be larger than its storage; past this it can only be meant to exhaust memory.
+_MAX_EXPANSION_BYTES = 1 << 28
+
+
+@dataclasses.dataclass(frozen=True)
+class Global:
+    """A name that the pickle refers to, not looked up."""
+
+    name: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Made:
+    """What calling or instantiating `name` would give."""
+
+    name: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Storage:
+    """The bytes of a tensor, kept outside the pickle under `key`."""
+
+    key: str
+    nbytes: int
+    item_bytes: int
+
+
+def shown(name: str) -> str:
+    """A name from a file, fit for a terminal: no control characters, not longer than 100."""
+    clean = "".join(c if c.isprintable() else "?" for c in name[:101])
+    return clean if len(clean) <= 100 else clean[:97] + "..."
+
+
+def item_bytes(storage_type: str) -> int | None:
+    """Bytes of one element of `torch.FloatStorage` and its like; None for another name."""
+    match = _STORAGE.fullmatch(storage_type)
+    return _ITEM_BYTES.get(match[1]) if match else None
+
+
+def is_tensor(value: Any) -> bool:
+    """Whether a value of the dry run stands for a tensor."""
+    return isinstance(value, Made) and value.name in TENSORS
+
+
+def wrong_arguments(function: str, args: tuple[Any, ...]) -> str | None:
+    """What is wrong with a call, in words; None when it is as torch.save writes it."""
+    check = _CHECKS.get(function)
+    return check(args) if check else None
+
+
+def _tensor(args: tuple[Any, ...]) -> str | None:
+    if len(args) < 4 or not isinstance(args[0], Storage):
+        return "makes a tensor from something that is not a storage"
+    storage, offset, size, stride = args[:4]
+    if not isinstance(size, tuple) or not isinstance(stride, tuple) or len(size) != len(stride):
+        return "makes a tensor without a proper shape"
+    if not all(isinstance(n, int) and n >= 0 for n in (offset, *size, *stride)):
+        return "makes a tensor whose shape is not a row of non-negative numbers"
+    if 0 in size:
+        return None
+    item = _dtype_bytes(args) or storage.item_bytes
+    last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
+    if (last + 1) * item > storage.nbytes:
+        return "makes a tensor that reaches past the end of its data"
+    nbytes = math.prod(size) * item
+    if nbytes > max(storage.nbytes, _MAX_EXPANSION_BYTES):
+        return f"makes a tensor of {nbytes} bytes from {storage.nbytes} bytes of data"
+    return None
+
+
+def _dtype_bytes(args: tuple[Any, ...]) -> int | None:
+    """`_rebuild_tensor_v3` names the type itself, its storage being untyped."""
+    if len(args) > 6 and isinstance(args[6], Global):
+        dtype = getattr(torch, args[6].name.removeprefix("torch."), None)
+        return dtype.itemsize if isinstance(dtype, torch.dtype) else None
+    return None
+
+
+def _parameter(args: tuple[Any, ...]) -> str | None:
+    return None if args and is_tensor(args[0]) else "makes a parameter from something that is not a tensor"
+
+
+def _from_type(args: tuple[Any, ...]) -> str | None:
+    function, cls = (a.name if isinstance(a, Global) else "" for a in (*args, None, None)[:2])
+    inner = args[2] if len(args) > 2 else None
+    plain = function in REBUILD_TENSOR | REBUILD_PARAMETER and cls in ("torch.Tensor", PARAMETER)
+    if not plain or not isinstance(inner, tuple):
+        return "makes a tensor through a function or a class of its own"
+    return wrong_arguments(function, inner)
+
+
+def _encode(args: tuple[Any, ...]) -> str | None:
+    latin = len(args) == 2 and args[1] in ("latin1", "latin-1")
+    return None if latin else "encodes text with a codec of its own choice"
+
+
+def _bytearray(args: tuple[Any, ...]) -> str | None:
+    sized = args and not isinstance(args[0], str | Made)
+    return "makes a byte array of a size of its own choice" if sized else None
+
+
+_CHECKS: dict[str, Callable[[tuple[Any, ...]], str | None]] = {
+    FROM_TYPE: _from_type,
+    "_codecs.encode": _encode,
+    "builtins.bytearray": _bytearray,
+    **dict.fromkeys(REBUILD_TENSOR, _tensor),
+    **dict.fromkeys(REBUILD_PARAMETER, _parameter),
+}

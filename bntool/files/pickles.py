@@ -1,0 +1,253 @@
+"""Reading what `torch.save` wrote without running code from it.
+
+Three gates: a dry run of every pickle in the file against a fixed list of calls; `torch.load` with
+`weights_only=True` and an allow-list made for this one file; a look at what came out.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import enum
+import importlib.util
+import io
+import pickle
+import threading
+import types
+import zipfile
+import zlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bntool.errors import LoadError, UsageError
+from bntool.files.allowed import builtin_allowance, can_be_allowed, only_these, user_allowance
+from bntool.files.detect import FileKind, Kind
+from bntool.files.opcodes import DamagedPickle, DryRun
+from bntool.files.pickled_calls import (
+    FROM_TYPE,
+    PARAMETER,
+    PARTIAL,
+    REBUILD_PARAMETER,
+    REBUILD_TENSOR,
+    item_bytes,
+    shown,
+)
+from bntool.files.scripts import running_user_code
+from bntool.files.vetting import complaints
+
+_CALLS = REBUILD_TENSOR | REBUILD_PARAMETER | {
+    FROM_TYPE, PARTIAL, "collections.OrderedDict", "collections.Counter", "builtins.set",
+    "builtins.bytearray", "builtins.complex", "torch.Size", "torch.device",
+    "torch.serialization._get_layout", "_codecs.encode",
+}  # fmt: skip
+_PLAIN = (_CALLS | {PARAMETER, "torch.Tensor"}) - {PARTIAL}
+_MAX_STRUCTURE_BYTES = 1 << 29
+_NAMES_SHOWN = 8
+_unpickling = threading.Lock()
+
+
+def read_pickled(
+    path: Path, kind: FileKind, *, allow: tuple[str, ...] = (), trust_pickle: bool = False
+) -> Any:
+    """What a file of `torch.save` holds, on the CPU. `kind` is `TORCH_ZIP` or `TORCH_LEGACY`.
+
+    Nothing in the file is run unless `trust_pickle`. Raises `LoadError` for a file that is damaged,
+    hostile, or needs classes that neither bntool nor `allow` knows.
+    """
+    if kind.kind is Kind.TORCH_ZIP:
+        _check_archive(path)
+    if trust_pickle:
+        return _load_trusting(path, user_allowance(allow))
+    runs = _dry_runs(path, kind)
+    allowed = _allowance(path, runs, user_allowance(allow))
+    with _unpickling, only_these(allowed):
+        loaded = _load(path, weights_only=True)
+    with _as_load_error(path):
+        wrong = next(complaints(loaded), None)
+    if wrong:
+        raise _refused(path, wrong)
+    return loaded
+
+
+def unknown_globals(path: Path, kind: FileKind) -> tuple[str, ...]:
+    """The names a file of `torch.save` refers to that bntool does not know by itself, sorted."""
+    return tuple(sorted(_unknown(_dry_runs(path, kind), {})[0]))
+
+
+def _check_archive(path: Path) -> None:
+    """Refuse what torch's reader would let pass: doubled or packed members, and flipped bits."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            members = archive.infolist()
+            if len({m.filename.casefold() for m in members}) != len(members):
+                raise _refused(path, "holds two members of the same name")
+            for member in members:
+                if member.compress_type != zipfile.ZIP_STORED or member.flag_bits & 1:
+                    raise _refused(path, "holds packed or encrypted members, which torch.save never writes")
+            bad = archive.testzip()
+    except (zipfile.BadZipFile, OSError, EOFError, ValueError, NotImplementedError, zlib.error) as error:
+        raise _damaged(path, error) from error
+    if bad is not None:
+        raise _damaged(path, f"the checksum of {shown(bad)} does not match")
+
+
+def _dry_runs(path: Path, kind: FileKind) -> list[DryRun]:
+    try:
+        return _dry_run_zip(path) if kind.kind is Kind.TORCH_ZIP else _dry_run_legacy(path)
+    except (DamagedPickle, RuntimeError, OSError, KeyError, zipfile.BadZipFile) as error:
+        raise _damaged(path, error) from error
+
+
+def _dry_run_zip(path: Path) -> list[DryRun]:
+    # The very bytes torch will unpickle, whatever another zip reader makes of the archive.
+    reader = torch._C.PyTorchFileReader(str(path))
+    structure = reader.get_record("data.pkl")
+    with zipfile.ZipFile(path) as archive:
+        root = archive.namelist()[0].split("/")[0]
+        sizes = {m.filename: m.file_size for m in archive.infolist()}
+        if archive.read(f"{root}/data.pkl") != structure:
+            raise _refused(path, "reads differently to different readers")
+    if len(structure) > _MAX_STRUCTURE_BYTES:
+        raise _refused(path, "has a structure too large for a model")
+    run = DryRun().run(io.BytesIO(structure))
+    for key, storage in run.storages.items():
+        if sizes.get(f"{root}/data/{key}", -1) < storage.nbytes:
+            raise DamagedPickle(f"the data of tensor {shown(key)} is missing or cut short")
+    return [run]
+
+
+def _dry_run_legacy(path: Path) -> list[DryRun]:
+    """Five pickles in a row (magic, protocol, machine, object, storage keys), then the raw storages."""
+    with path.open("rb") as file:
+        runs = [DryRun().run(file) for _ in range(5)]
+        left = path.stat().st_size - file.tell()
+    storages = runs[3].storages
+    if not storages.keys() <= runs[4].strings or sum(s.nbytes for s in storages.values()) > left:
+        raise DamagedPickle("the data of some tensors is missing")
+    return runs
+
+
+def _unknown(runs: list[DryRun], user: Mapping[str, Any]) -> tuple[set[str], dict[str, Any]]:
+    unknown: set[str] = set()
+    known: dict[str, Any] = {}
+    for name in set().union(*(run.globals for run in runs)):
+        if name in user:
+            known[name] = user[name]
+        elif name not in _PLAIN and not _is_dtype(name) and item_bytes(name) is None:
+            found = builtin_allowance(name)
+            if found is None:
+                unknown.add(name)
+            else:
+                known[name] = found
+    return unknown, known
+
+
+def _is_dtype(name: str) -> bool:
+    module, _, attribute = name.rpartition(".")
+    return module == "torch" and isinstance(getattr(torch, attribute, None), torch.dtype)
+
+
+def _allowance(path: Path, runs: list[DryRun], user: Mapping[str, Any]) -> dict[str, Any]:
+    """Name -> class for torch's unpickler, or `LoadError` naming everything that is in the way."""
+    unknown, known = _unknown(runs, user)
+    dangerous = sorted(n for n in unknown if not can_be_allowed(n))
+    if dangerous:
+        raise _refused(path, f"refers to {_listed(dangerous)}, through which a file can run code")
+    problems = [p for run in runs for p in run.problems]
+    if problems:
+        raise _refused(path, problems[0])
+    if unknown:
+        raise _unknown_classes(path, sorted(unknown))
+    for name in sorted(set().union(*(run.called for run in runs)) - _CALLS):
+        # An enum is restored by calling it; that only looks a member up.
+        if not (isinstance(known.get(name), type) and issubclass(known[name], enum.Enum)):
+            raise _refused(path, f"calls {shown(name)} with arguments of its own")
+    for name in sorted(set().union(*(run.partial_targets for run in runs))):
+        if name not in known:
+            raise _refused(path, f"makes a functools.partial of {shown(name)}")
+    return known
+
+
+def _load(path: Path, **options: Any) -> Any:
+    with _as_load_error(path):
+        return torch.load(path, map_location="cpu", **options)
+
+
+@contextlib.contextmanager
+def _as_load_error(path: Path) -> Iterator[None]:
+    # Any exception type can come out of a damaged file: KeyError, UnicodeDecodeError, MemoryError, ...
+    try:
+        yield
+    except (LoadError, UsageError):
+        raise
+    except Exception as error:
+        raise _damaged(path, error) from error
+
+
+def _load_trusting(path: Path, user: Mapping[str, Any]) -> Any:
+    class Unpickler(pickle.Unpickler):
+        def find_class(self, module: str, name: str, /) -> Any:
+            return user.get(f"{module}.{name}") or super().find_class(module, name)
+
+    # torch.load takes a module; its own subclass of Unpickler reads the storages.
+    trusting = types.ModuleType("bntool_trusting_pickle")
+    vars(trusting).update(vars(pickle), Unpickler=Unpickler, load=lambda f, **k: Unpickler(f, **k).load())
+    with running_user_code(Path.cwd(), first=False):
+        try:
+            return _load(path, weights_only=False, pickle_module=trusting)
+        except LoadError as error:
+            cause = error.__cause__
+            if isinstance(cause, ImportError | AttributeError):
+                raise LoadError(
+                    f"{path.name} needs code that is not here: {shown(str(cause))}",
+                    where=str(path),
+                    next_step="run bntool where that code is importable; for a class of a script also "
+                    "pass --allow script.py:Class",
+                ) from cause
+            raise
+
+
+def _listed(names: list[str]) -> str:
+    rest = len(names) - _NAMES_SHOWN
+    return ", ".join(map(shown, names[:_NAMES_SHOWN])) + (f" and {rest} more" if rest > 0 else "")
+
+
+def _unknown_classes(path: Path, names: list[str]) -> LoadError:
+    for package in ("torchvision", "timm"):
+        if any(n.startswith(package + ".") for n in names) and importlib.util.find_spec(package) is None:
+            return LoadError(
+                f"{path.name} needs {package}, which is not installed",
+                where=str(path),
+                next_step=f"pip install {package}",
+            )
+    flags = " ".join(
+        f"--allow SCRIPT.py:{n.removeprefix('__main__.')}" if n.startswith("__main__.") else f"--allow {n}"
+        for n in map(shown, names[:_NAMES_SHOWN])
+    )
+    classes = "1 class" if len(names) == 1 else f"{len(names)} classes"
+    pronoun, its = ("it", "its") if len(names) == 1 else ("them", "their")
+    return LoadError(
+        f"{path.name} holds pickled objects, and needs {classes} bntool does not know: {_listed(names)}",
+        where=str(path),
+        next_step=f"if you trust {pronoun}: {flags} ({its} code must be importable from here); if you trust "
+        "the file: --trust-pickle (runs code from the file); safer: torch.save(model.state_dict(), ...) "
+        "and pass --arch",
+    )
+
+
+def _refused(path: Path, why: str) -> LoadError:
+    return LoadError(
+        f"{path.name} was refused unread: it {why}",
+        where=str(path),
+        next_step="get the weights as a state_dict or safetensors and pass --arch; only for a file you made "
+        "yourself: --trust-pickle (runs code from the file)",
+    )
+
+
+def _damaged(path: Path, error: Exception | str) -> LoadError:
+    text = shown(str(error).strip().split("\n")[0]) or type(error).__name__
+    return LoadError(
+        f"{path.name} is damaged: {text}", where=str(path), next_step="download or copy it again"
+    )

@@ -1,0 +1,149 @@
+"""Saving a model the way its input was saved: a whole module, a state_dict, a checkpoint, safetensors."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import types
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from bntool.errors import UsageError
+from bntool.files.allowed import allow_entries_for
+from bntool.files.atomic import sha256_of, write_atomically
+from bntool.files.detect import detect
+from bntool.files.loading import Loaded
+from bntool.files.pickles import unknown_globals
+from bntool.files.weights import StateDict, with_prefix
+
+
+def save_model(loaded: Loaded, model: nn.Module, output: str | Path, *, force: bool = False) -> str:
+    """Write `model` to `output` as the kind of file that `loaded` came from; return its sha256.
+
+    The same model gives the same bytes. The optimizer state of a checkpoint is copied as it was. Raises
+    `UsageError` for an output that may not be written or a model that cannot be pickled.
+    """
+    output = Path(output)
+    safetensors = loaded.kind == "safetensors"
+    if (output.suffix == ".safetensors") != safetensors and output.suffix in (
+        ".safetensors",
+        ".onnx",
+        ".pt2",
+    ):
+        raise UsageError(
+            f"{output.name}: the output is saved as the same kind as the input ({loaded.kind})",
+            next_step=f"name it {output.stem}.pt",
+        )
+    if safetensors:
+        prefix = loaded.wrapped_in.prefix if loaded.wrapped_in else ""
+        tensors = _distinct(with_prefix(_weights(model), prefix))
+
+        def write(temporary: Path) -> None:
+            _write_safetensors(tensors, dict(loaded.metadata), temporary)
+    else:
+        held = _held(loaded, model)
+
+        def write(temporary: Path) -> None:
+            _write_torch(held, temporary)
+
+    write_atomically(output, write, force=force, forbid=loaded.files)
+    return sha256_of(output)
+
+
+def allow_entries_of(output: str | Path) -> tuple[str, ...]:
+    """The `--allow` entries that a file just saved by `save_model` needs to load again."""
+    path = Path(output)
+    kind = detect(path)
+    return allow_entries_for(unknown_globals(path, kind)) if kind.kind.startswith("torch-") else ()
+
+
+def _held(loaded: Loaded, model: nn.Module) -> Any:
+    """What the new file holds: the model or its weights in a copy of what the old one held around them."""
+    found = loaded.wrapped_in
+    if found is None:
+        return model
+    whole = isinstance(found.value, nn.Module)
+    value: Any = model if whole else with_prefix(_weights(model), found.prefix)
+    return _replaced(found.container, found.path, value)
+
+
+def _replaced(container: Any, path: tuple[str, ...], value: Any) -> Any:
+    if not path:
+        return value
+    changed = copy.copy(container)
+    changed[path[0]] = _replaced(container[path[0]], path[1:], value)
+    return changed
+
+
+def _weights(model: nn.Module) -> StateDict:
+    state = model.state_dict()
+    for name, value in state.items():
+        if isinstance(value, Tensor):
+            state[name] = value.detach().cpu()
+    return state
+
+
+def _distinct(state: StateDict) -> StateDict:
+    """Safetensors holds no tensor twice: of tied ones the first stays. Each is made contiguous."""
+    kept: StateDict = {}
+    seen: set[tuple[Any, ...]] = set()
+    for name, tensor in state.items():
+        if not isinstance(tensor, Tensor):
+            raise UsageError(
+                f"{name} is a {type(tensor).__name__}, and safetensors holds tensors only",
+                next_step="start from a file of torch.save",
+            )
+        place = (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
+        if tensor.numel() and place in seen:
+            continue
+        seen.add(place)
+        # A copy where a larger storage is shared, which safetensors refuses.
+        alone = tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes
+        kept[name] = tensor if alone else tensor.clone(memory_format=torch.contiguous_format)
+    return kept
+
+
+def _write_safetensors(tensors: StateDict, metadata: dict[str, str], path: Path) -> None:
+    from safetensors import SafetensorError
+    from safetensors.torch import save
+
+    try:
+        # safetensors writes its own temporary file and renames it; the bytes go into ours instead.
+        path.write_bytes(save(tensors, metadata or None))
+    except SafetensorError as error:
+        raise UsageError(f"safetensors cannot hold this model: {error}") from error
+
+
+def _write_torch(held: Any, path: Path) -> None:
+    # Through a handle, since torch names the archive's folder after a path.
+    with path.open("wb") as file:
+        try:
+            torch.save(held, file, pickle_module=_ordered)
+        except (pickle.PicklingError, AttributeError, TypeError, RecursionError) as error:
+            raise UsageError(
+                f"the model cannot be pickled: {error}",
+                next_step="load it as weights with --arch, so that only its state_dict is saved",
+            ) from error
+        except RuntimeError as error:
+            # torch's writer reports a full disk so.
+            raise OSError(f"torch.save failed ({str(error).splitlines()[0]})") from error
+
+
+class _OrderedPickler(pickle._Pickler):
+    """Pickles a set in sorted order, since the order of a set of strings differs from run to run."""
+
+    def save_set(self, value: set[Any]) -> None:
+        try:
+            items = sorted(value)
+        except TypeError:
+            items = list(value)
+        self.save_reduce(set, (items,), obj=value)  # type: ignore[attr-defined]
+
+    dispatch: ClassVar[dict[type, Any]] = {**pickle._Pickler.dispatch, set: save_set}
+
+
+_ordered = types.ModuleType("bntool_ordered_pickle")
+vars(_ordered).update(vars(pickle), Pickler=_OrderedPickler)

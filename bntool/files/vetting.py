@@ -1,0 +1,87 @@
+"""A look at what a file built, before anything in it is called: no method hidden, no hook, no odd child."""
+
+from __future__ import annotations
+
+import functools
+import types
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from bntool.files.pickled_calls import shown
+
+_LEAVES = (str, bytes, bytearray, int, float, complex, type, types.FunctionType, types.BuiltinFunctionType)
+_REGISTRIES = {"_parameters": nn.Parameter, "_buffers": Tensor, "_modules": nn.Module}
+
+
+def complaints(loaded: Any) -> Iterator[str]:
+    """What is wrong with a loaded object, one line each; nothing for what an honest file builds.
+
+    A file can set any attribute of the objects it makes. One that hides a method, or a hook, would be
+    called by the first forward. Every object is visited once, however often it is shared.
+    """
+    seen: dict[int, Any] = {}
+    waiting: list[Any] = [loaded]
+    while waiting:
+        value = waiting.pop()
+        if value is None or isinstance(value, _LEAVES) or id(value) in seen:
+            continue
+        # Kept alive, so that no id is given out twice.
+        seen[id(value)] = value
+        attributes = _attributes(value)
+        yield from _hidden_methods(value, attributes)
+        if isinstance(value, nn.Module):
+            yield from _module(value, attributes)
+        elif isinstance(value, Tensor):
+            yield from _tensor(value)
+        waiting.extend(attributes.values())
+        waiting.extend(_items(value))
+
+
+def _attributes(value: Any) -> Mapping[Any, Any]:
+    found = getattr(value, "__dict__", None)
+    return found if isinstance(found, dict) else {}
+
+
+def _items(value: Any) -> Iterable[Any]:
+    if isinstance(value, dict):
+        return [*dict.keys(value), *dict.values(value)]
+    if isinstance(value, list | tuple | set | frozenset):
+        return list(value)
+    if isinstance(value, functools.partial):
+        return [value.func, *value.args, *value.keywords.values()]
+    return ()
+
+
+def _hidden_methods(value: Any, attributes: Mapping[Any, Any]) -> Iterator[str]:
+    for name, attribute in attributes.items():
+        if not isinstance(name, str):
+            yield f"gives a {type(value).__name__} an attribute that has no name"
+            continue
+        inherited = getattr(type(value), name, None)
+        if callable(inherited) and not isinstance(inherited, type) and attribute is not None:
+            yield f"hides the method {type(value).__name__}.{shown(name)}"
+
+
+def _module(module: nn.Module, attributes: Mapping[Any, Any]) -> Iterator[str]:
+    kind = type(module).__name__
+    for name, attribute in attributes.items():
+        if str(name).endswith(("_hooks", "_hooks_with_kwargs", "_hooks_always_called")) and attribute:
+            yield f"brings hooks for a {kind} ({shown(name)})"
+    # Called in place of forward when it is set.
+    if attributes.get("_compiled_call_impl") is not None:
+        yield f"brings a compiled call for a {kind}"
+    for registry, member in _REGISTRIES.items():
+        children = attributes.get(registry)
+        if not isinstance(children, dict):
+            yield f"leaves a {kind} without its {registry}"
+        elif any(c is not None and not isinstance(c, member) for c in children.values()):
+            yield f"puts something else among the {registry} of a {kind}"
+
+
+def _tensor(tensor: Tensor) -> Iterator[str]:
+    if type(tensor) not in (Tensor, nn.Parameter):
+        yield f"holds a tensor of the class {type(tensor).__name__}"
+    if tensor._backward_hooks or getattr(tensor, "_post_accumulate_grad_hooks", None):
+        yield "brings hooks for a tensor"

@@ -1,0 +1,136 @@
+"""The neutral dataflow graph: what a front end saw, in words that no front end owns.
+
+Ops are kept in the order they ran, so an op's id is larger than the ids of everything it reads from.
+Weights are named by handle (qualified name); an op's `kind` is bntool's own word (`conv`, `reshape`, …).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+from torch import Tensor
+
+Edge = tuple[int, str]
+"""One reading of a value: (id of the op that reads it, the role it plays there)."""
+
+
+@dataclasses.dataclass(slots=True)
+class Value:
+    """One tensor at one moment (an in-place op makes a new value).
+
+    `handle` is the qualified name of a parameter or buffer. `constant` means it does not depend on
+    the model's input. `watched` names the hooked modules that see it, `through` the modules that
+    handed it on unchanged. `escapes` means it was still alive after the forward, yet no output.
+    """
+
+    id: int
+    shape: tuple[int, ...]
+    producer: int | None = None
+    handle: str = ""
+    constant: bool = False
+    readers: list[Edge] = dataclasses.field(default_factory=list)
+    is_output: bool = False
+    escapes: bool = False
+    watched: list[str] = dataclasses.field(default_factory=list)
+    through: list[str] = dataclasses.field(default_factory=list)
+    dtype: str = ""
+
+
+@dataclasses.dataclass(slots=True)
+class Op:
+    """One operation that ran. `inputs` maps roles to value ids; `scope` is the innermost module."""
+
+    id: int
+    kind: str
+    inputs: dict[str, int]
+    outputs: tuple[int, ...]
+    attrs: dict[str, Any]
+    scope: str = ""
+    call: int = 0
+    inplace: bool = False
+
+    @property
+    def label(self) -> str:
+        """How reports name this op: its module, or its kind where it belongs to the root."""
+        return f"{self.kind} in {self.scope}" if self.scope else self.kind
+
+
+@dataclasses.dataclass(slots=True)
+class Module:
+    """What a front end knows of one module: its class, its calls, and what ran inside.
+
+    `role` is what planners need to know of the class: `conv`, `linear`, `norm` (a BatchNorm whose
+    forward is known), `norm_act` (one that applies its own activation too), `custom_norm` (one whose
+    forward is not known), `identity`, `sequential`, `scripted`, or empty. `plain_bias` says that the
+    layer's forward uses `self.bias`, so that a missing bias may be created. `whole` lists, call by
+    call, the ids of all ops that ran inside, children included.
+    """
+
+    name: str
+    kind: str
+    role: str = ""
+    children: tuple[str, ...] = ()
+    own_tensors: int = 0
+    plain_bias: bool = False
+    calls: int = 0
+    hooked: bool = False
+    left_in_train: bool = False
+    whole: list[list[int]] = dataclasses.field(default_factory=list)
+    inputs: list[int | None] = dataclasses.field(default_factory=list)
+    outputs: list[int | None] = dataclasses.field(default_factory=list)
+
+
+class Graph:
+    """Ops, values and modules of one forward, and the tensors behind the handles."""
+
+    def __init__(self) -> None:
+        self.ops: list[Op] = []
+        self.values: list[Value] = []
+        self.modules: dict[str, Module] = {}
+        self.tensors: dict[str, Tensor] = {}
+        self.aliases: dict[str, list[str]] = {}
+        self.constants: dict[int, Tensor] = {}
+        self.model_class = ""
+
+    def add_value(self, shape: tuple[int, ...], **fields: Any) -> Value:
+        value = Value(len(self.values), shape, **fields)
+        self.values.append(value)
+        return value
+
+    def add_op(self, kind: str, inputs: dict[str, int], outputs: tuple[int, ...], **fields: Any) -> Op:
+        op = Op(len(self.ops), kind, inputs, outputs, **fields)
+        self.ops.append(op)
+        for role, value in inputs.items():
+            self.values[value].readers.append((op.id, role))
+        for value in outputs:
+            self.values[value].producer = op.id
+        return op
+
+    def drop_ops_from(self, start: int) -> None:
+        """Forget the ops from id `start` on, as if they had never read anything."""
+        for op in self.ops[start:]:
+            for role, value in op.inputs.items():
+                self.values[value].readers.remove((op.id, role))
+        del self.ops[start:]
+
+    def producer(self, value: Value) -> Op | None:
+        return None if value.producer is None else self.ops[value.producer]
+
+    def input(self, op: Op, role: str = "input") -> Value:
+        return self.values[op.inputs[role]]
+
+    def output(self, op: Op, index: int = 0) -> Value:
+        return self.values[op.outputs[index]]
+
+    def constant(self, value: Value) -> Tensor | None:
+        """The numbers of a constant value, where they are known."""
+        return self.tensors.get(value.handle) if value.handle else self.constants.get(value.id)
+
+    def of_kind(self, *kinds: str) -> Iterator[Op]:
+        return (op for op in self.ops if op.kind in kinds)
+
+    def signature(self) -> dict[str, tuple[int, ...]]:
+        """Every tensor of the model by qualified name, with its shape."""
+        return {name: tuple(t.shape) for name, t in self.tensors.items()}

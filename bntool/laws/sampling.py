@@ -1,0 +1,155 @@
+"""Ops that average or pick over space: pools, means, upsampling, padding."""
+
+from __future__ import annotations
+
+from bntool.affine import Affine
+from bntool.graph import Op
+from bntool.laws.base import (
+    Context,
+    Maps,
+    Refused,
+    along,
+    constant_over,
+    law,
+    no_shift,
+    non_negative,
+    only_input,
+)
+from bntool.reasons import Reason
+
+
+def _spatial(context: Context, op: Op, affine: Affine, dims: int) -> Affine:
+    """The map, which must be constant over the last `dims` axes (they are mixed)."""
+    rank = len(context.graph.input(op).shape)
+    return constant_over(along(affine, rank, op.label), list(range(rank - dims, rank)), op.label)
+
+
+def _pooled_dims(context: Context, op: Op) -> int:
+    """How many trailing axes a pool or an upsampling mixes: those after the channel axis."""
+    dims = op.attrs.get("dims")
+    return int(dims) if dims is not None else max(1, len(context.graph.input(op).shape) - 2)
+
+
+@law("avg_pool")
+class AveragePool:
+    """A mean commutes with an affine map; where zeros of a padding are counted, with the scale alone."""
+
+    @staticmethod
+    def up(context: Context, op: Op, demands: list[Affine]) -> Maps:
+        return {"input": _average(context, op, demands[0])}
+
+    @staticmethod
+    def down(context: Context, op: Op, maps: Maps) -> list[Affine]:
+        return [_average(context, op, maps["input"])]
+
+
+def _average(context: Context, op: Op, affine: Affine) -> Affine:
+    affine = _spatial(context, op, affine, op.attrs["dims"])
+    pads = any(op.attrs["padding"]) and op.attrs["count_include_pad"]
+    if pads or op.attrs["divisor_override"] is not None:
+        no_shift(affine, Reason.SHIFT_AT_PADDING, f"{op.label} counts the zeros of its padding")
+    return affine
+
+
+@law("adaptive_avg_pool", "upsample")
+class WeightedMean:
+    """Every output is a weighted mean of inputs with weights that sum to one.
+
+    Adaptive average pooling, and nearest, linear, bilinear, bicubic and trilinear upsampling.
+    """
+
+    @staticmethod
+    def up(context: Context, op: Op, demands: list[Affine]) -> Maps:
+        only_input(context, op)
+        return {"input": _spatial(context, op, demands[0], _pooled_dims(context, op))}
+
+    @staticmethod
+    def down(context: Context, op: Op, maps: Maps) -> list[Affine]:
+        only_input(context, op)
+        return [_spatial(context, op, maps["input"], _pooled_dims(context, op))]
+
+
+@law("max_pool")
+class MaxPool:
+    """max(s·x + t) = s·max(x) + t for s ≥ 0. Padding is −∞, so it never wins."""
+
+    @staticmethod
+    def up(context: Context, op: Op, demands: list[Affine]) -> Maps:
+        return {"input": _maximum(context, op, demands[0])}
+
+    @staticmethod
+    def down(context: Context, op: Op, maps: Maps) -> list[Affine]:
+        return [_maximum(context, op, maps["input"])]
+
+
+def _maximum(context: Context, op: Op, affine: Affine) -> Affine:
+    if any(context.graph.values[v].readers or context.graph.values[v].is_output for v in op.outputs[1:]):
+        raise Refused(Reason.UNKNOWN_OP, f"the indices of {op.label} are used")
+    non_negative(affine, op.label)
+    return _spatial(context, op, affine, _pooled_dims(context, op))
+
+
+@law("mean", "amax")
+class Reduction:
+    """A mean over axes the map does not depend on; a maximum likewise, for s ≥ 0."""
+
+    @staticmethod
+    def up(context: Context, op: Op, demands: list[Affine]) -> Maps:
+        rank, axes = _reduced(context, op)
+        demand = demands[0]
+        if op.kind == "amax":
+            non_negative(demand, op.label)
+        if not op.attrs["keepdim"]:
+            demand = along(demand, rank - len(axes), op.label)
+            shape = list(demand.scale.shape)
+            for axis in axes:
+                shape.insert(axis, 1)
+            demand = demand.then("reshape", tuple(demand.scale.shape), tuple(shape))
+        return {"input": constant_over(along(demand, rank, op.label), axes, op.label)}
+
+    @staticmethod
+    def down(context: Context, op: Op, maps: Maps) -> list[Affine]:
+        rank, axes = _reduced(context, op)
+        affine = constant_over(along(maps["input"], rank, op.label), axes, op.label)
+        if op.kind == "amax":
+            non_negative(affine, op.label)
+        if op.attrs["keepdim"]:
+            return [affine]
+        shape = tuple(n for i, n in enumerate(affine.scale.shape) if i not in axes)
+        return [affine.then("reshape", tuple(affine.scale.shape), shape)]
+
+
+def _reduced(context: Context, op: Op) -> tuple[int, list[int]]:
+    rank = len(context.graph.input(op).shape)
+    axes = op.attrs["axes"]
+    if axes is None or len(axes) == 0:
+        return rank, list(range(rank))
+    return rank, sorted(axis % rank for axis in axes)
+
+
+@law("pad")
+class Pad:
+    """Copied values (reflect, replicate, circular) carry the whole map; zeros carry the scale alone."""
+
+    @staticmethod
+    def up(context: Context, op: Op, demands: list[Affine]) -> Maps:
+        return {"input": _padded(context, op, demands[0])}
+
+    @staticmethod
+    def down(context: Context, op: Op, maps: Maps) -> list[Affine]:
+        return [_padded(context, op, maps["input"])]
+
+
+def _padded(context: Context, op: Op, affine: Affine) -> Affine:
+    pads = op.attrs["pads"]
+    rank = len(context.graph.input(op).shape)
+    axes = [rank - 1 - i for i in range(len(pads) // 2) if pads[2 * i] or pads[2 * i + 1]]
+    affine = constant_over(along(affine, rank, op.label), axes, op.label)
+    if op.attrs["mode"] != "constant":
+        return affine
+    crops_only = all(p <= 0 for p in pads)
+    if not crops_only:
+        if op.attrs["value"] != 0.0:
+            raise Refused(Reason.SHIFT_AT_PADDING, f"{op.label} pads with {op.attrs['value']}")
+        no_shift(affine, Reason.SHIFT_AT_PADDING, f"{op.label} pads with zeros, which have no shift")
+    return affine

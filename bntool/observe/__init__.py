@@ -1,0 +1,1 @@
+"""Front ends that build the neutral graph."""

@@ -1,0 +1,243 @@
+"""ATen operations in bntool's words: one small table from operator names to a kind and its attributes.
+
+An operator that is not in the table keeps its own name as its kind: no law knows it, so nothing moves
+through it. Attributes are plain Python values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+Bound = dict[str, Any]
+Translation = tuple[str, dict[str, Any]]
+
+ACTIVATIONS = frozenset(
+    """relu relu6 silu gelu hardswish hardsigmoid sigmoid tanh leaky_relu elu selu celu mish prelu softplus
+    softsign hardtanh logsigmoid threshold hardshrink softshrink tanhshrink rrelu glu clamp""".split()
+)
+"""Kinds that count as an activation after a convolution."""
+
+SHAPE_ONLY: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(("reshape_as", "view_as", "expand_as", "type_as"), ("other",)),
+    **dict.fromkeys(
+        """zeros_like ones_like full_like empty_like rand_like randn_like
+        new_zeros new_ones new_full new_empty""".split(),
+        ("input",),
+    ),
+}
+"""Operands of which only the shape or the type is read, never the numbers."""
+
+_RESHAPES = """view reshape flatten unflatten squeeze unsqueeze reshape_as view_as _unsafe_view
+squeeze_ unsqueeze_ _reshape_alias""".split()
+_IDENTITIES = "contiguous clone detach detach_ alias lift_fresh to _to_copy type_as feature_dropout dropout".split()
+_UPSAMPLES = """upsample_nearest1d upsample_nearest2d upsample_nearest3d upsample_linear1d upsample_bilinear2d
+upsample_trilinear3d upsample_bicubic2d _upsample_nearest_exact1d _upsample_nearest_exact2d
+_upsample_nearest_exact3d _upsample_bilinear2d_aa _upsample_bicubic2d_aa""".split()
+
+
+def translate(name: str, bound: Bound) -> Translation:
+    """Kind and attributes of one call of the operator `name` with schema-named arguments `bound`."""
+    bare = name.rstrip("_") if not name.startswith("__") else name
+    translator = _TABLE.get(bare)
+    if translator is None:
+        return bare, {}
+    return translator(bound)
+
+
+def _conv(dims: int, transposed: bool) -> Callable[[Bound], Translation]:
+    def translator(b: Bound) -> Translation:
+        return "conv", {
+            "dims": dims,
+            "transposed": transposed,
+            "stride": _tuple(b.get("stride", 1), dims),
+            "padding": b.get("padding", 0)
+            if isinstance(b.get("padding"), str)
+            else _tuple(b.get("padding", 0), dims),
+            "dilation": _tuple(b.get("dilation", 1), dims),
+            "groups": b.get("groups", 1),
+            "output_padding": _tuple(b.get("output_padding", 0), dims),
+        }
+
+    return translator
+
+
+def _convolution(b: Bound) -> Translation:
+    return _conv(len(b["stride"]), b["transposed"])(b)
+
+
+def _batch_norm(b: Bound) -> Translation:
+    return "batch_norm", {"eps": b["eps"], "training": bool(b["training"]), "axis": 1}
+
+
+def _native_batch_norm(b: Bound) -> Translation:
+    return "batch_norm", {"eps": b["eps"], "training": bool(b.get("training", False)), "axis": 1}
+
+
+def _permute(b: Bound) -> Translation:
+    return "permute", {"dims": tuple(b["dims"])}
+
+
+def _transpose(b: Bound) -> Translation:
+    return "permute", {"swap": (b.get("dim0", 0), b.get("dim1", 1))}
+
+
+def _slice(b: Bound) -> Translation:
+    return "slice", {
+        "axis": b.get("dim", 0),
+        "start": b.get("start"),
+        "stop": b.get("end"),
+        "step": b.get("step", 1),
+    }
+
+
+def _narrow(b: Bound) -> Translation:
+    if not isinstance(b["start"], int):
+        return "narrow", {}
+    stop = b["start"] + b["length"]
+    return "slice", {"axis": b["dim"], "start": b["start"], "stop": stop or None, "step": 1}
+
+
+def _pool(kind: str, dims: int) -> Callable[[Bound], Translation]:
+    def translator(b: Bound) -> Translation:
+        return kind, {
+            "dims": dims,
+            "padding": _tuple(b.get("padding", 0), dims),
+            "ceil_mode": bool(b.get("ceil_mode", False)),
+            "count_include_pad": bool(b.get("count_include_pad", True)),
+            "divisor_override": b.get("divisor_override"),
+        }
+
+    return translator
+
+
+def _mean(b: Bound) -> Translation:
+    return "mean", {"axes": b.get("dim"), "keepdim": bool(b.get("keepdim", False))}
+
+
+def _amax(b: Bound) -> Translation:
+    axes = b.get("dim")
+    return "amax", {"axes": (axes,) if isinstance(axes, int) else axes, "keepdim": bool(b.get("keepdim"))}
+
+
+def _axis(kind: str) -> Callable[[Bound], Translation]:
+    return lambda b: (kind, {"axis": b.get("dim", 0)})
+
+
+def _binary(kind: str) -> Callable[[Bound], Translation]:
+    def translator(b: Bound) -> Translation:
+        other = b.get("other")
+        number = float(other) if isinstance(other, bool | int | float) else None
+        if kind == "div" and b.get("rounding_mode") is not None:
+            return "div_rounded", {}
+        return kind, {"number": number, "alpha": float(b.get("alpha", 1))}
+
+    return translator
+
+
+def _hardtanh(b: Bound) -> Translation:
+    low, high = float(b.get("min_val", -1)), float(b.get("max_val", 1))
+    return ("relu6", {}) if (low, high) == (0.0, 6.0) else ("hardtanh", {"low": low, "high": high})
+
+
+def _clamp(b: Bound) -> Translation:
+    low, high = b.get("min"), b.get("max")
+    if isinstance(low, int | float) and float(low) == 0.0:
+        if high is None:
+            return "relu", {}
+        if isinstance(high, int | float) and float(high) == 6.0:
+            return "relu6", {}
+    return "clamp", {"low": low, "high": high}
+
+
+def _pad(b: Bound) -> Translation:
+    mode = b.get("mode", "constant")
+    return "pad", {"mode": mode, "pads": tuple(b["pad"]), "value": float(b.get("value") or 0.0)}
+
+
+def _mode_pad(mode: str) -> Callable[[Bound], Translation]:
+    return lambda b: ("pad", {"mode": mode, "pads": tuple(b["padding"]), "value": 0.0})
+
+
+def _dropout(b: Bound) -> Translation:
+    return ("dropout", {}) if b.get("train") else ("identity", {})
+
+
+def _fixed(kind: str) -> Callable[[Bound], Translation]:
+    return lambda b: (kind, {})
+
+
+_TABLE: dict[str, Callable[[Bound], Translation]] = {
+    "convolution": _convolution,
+    "_convolution": _convolution,
+    "linear": _fixed("linear"),
+    "batch_norm": _batch_norm,
+    "native_batch_norm": _native_batch_norm,
+    "_native_batch_norm_legit_no_training": _native_batch_norm,
+    "cudnn_batch_norm": _native_batch_norm,
+    "permute": _permute,
+    "transpose": _transpose,
+    "swapaxes": lambda b: ("permute", {"swap": (b["axis0"], b["axis1"])}),
+    "t": _transpose,
+    "slice": _slice,
+    "narrow": _narrow,
+    "select": lambda b: ("select", {"axis": b["dim"], "index": b["index"]}),
+    "split": lambda b: ("split", {"axis": b.get("dim", 0)}),
+    "split_with_sizes": lambda b: ("split", {"axis": b.get("dim", 0)}),
+    "chunk": lambda b: ("split", {"axis": b.get("dim", 0)}),
+    "tensor_split": lambda b: ("split", {"axis": b.get("dim", 0)}),
+    "unsafe_split": lambda b: ("split", {"axis": b.get("dim", 0)}),
+    "unsafe_chunk": lambda b: ("split", {"axis": b.get("dim", 0)}),
+    "cat": _axis("concat"),
+    "concat": _axis("concat"),
+    "concatenate": _axis("concat"),
+    "adaptive_avg_pool1d": _fixed("adaptive_avg_pool"),
+    "adaptive_avg_pool2d": _fixed("adaptive_avg_pool"),
+    "adaptive_avg_pool3d": _fixed("adaptive_avg_pool"),
+    "adaptive_max_pool1d": _fixed("max_pool"),
+    "adaptive_max_pool2d": _fixed("max_pool"),
+    "adaptive_max_pool3d": _fixed("max_pool"),
+    "mean": _mean,
+    "amax": _amax,
+    "pixel_shuffle": lambda b: ("pixel_shuffle", {"factor": b["upscale_factor"]}),
+    "pixel_unshuffle": lambda b: ("pixel_unshuffle", {"factor": b["downscale_factor"]}),
+    "channel_shuffle": lambda b: ("channel_shuffle", {"groups": b["groups"]}),
+    "native_channel_shuffle": lambda b: ("channel_shuffle", {"groups": b["groups"]}),
+    "add": _binary("add"),
+    "sub": _binary("sub"),
+    "mul": _binary("mul"),
+    "multiply": _binary("mul"),
+    "div": _binary("div"),
+    "true_divide": _binary("div"),
+    "neg": lambda b: ("mul", {"number": -1.0, "alpha": 1.0}),
+    "relu": _fixed("relu"),
+    "leaky_relu": lambda b: ("leaky_relu", {"slope": float(b.get("negative_slope", 0.01))}),
+    "prelu": _fixed("prelu"),
+    "relu6": _fixed("relu6"),
+    "hardtanh": _hardtanh,
+    "clamp": _clamp,
+    "clip": _clamp,
+    "clamp_min": lambda b: _clamp({"min": b.get("min")}),
+    "constant_pad_nd": lambda b: _pad(b),
+    "pad": _pad,
+    "dropout": _dropout,
+    "feature_dropout": _dropout,
+    "alpha_dropout": _dropout,
+    **{f"conv{d}d": _conv(d, False) for d in (1, 2, 3)},
+    **{f"conv_transpose{d}d": _conv(d, True) for d in (1, 2, 3)},
+    **{f"avg_pool{d}d": _pool("avg_pool", d) for d in (1, 2, 3)},
+    **{f"max_pool{d}d": _pool("max_pool", d) for d in (1, 2, 3)},
+    **{f"max_pool{d}d_with_indices": _pool("max_pool", d) for d in (1, 2, 3)},
+    **{f"reflection_pad{d}d": _mode_pad("reflect") for d in (1, 2, 3)},
+    **{f"replication_pad{d}d": _mode_pad("replicate") for d in (1, 2, 3)},
+    **{name: _fixed("reshape") for name in _RESHAPES},
+    **{name: _fixed("identity") for name in _IDENTITIES if "dropout" not in name},
+    **{name: _fixed("upsample") for name in _UPSAMPLES},
+}
+
+
+def _tuple(value: Any, dims: int) -> tuple[int, ...]:
+    if isinstance(value, int):
+        return (value,) * dims
+    numbers = tuple(int(v) for v in value)
+    return numbers * dims if len(numbers) == 1 else numbers

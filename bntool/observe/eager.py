@@ -1,0 +1,427 @@
+"""Observe an eager `nn.Module`: one real forward in eval mode under a dispatch mode and module hooks.
+
+Under `inference_mode` composite operators stay whole (`linear`, `batch_norm`, `flatten`), which is what
+the laws want; on a structural copy nothing it leaves behind reaches the user's model.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import gc
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.weak import TensorWeakRef
+
+from bntool.errors import ObserveError
+from bntool.graph import Graph, Module, Op, Value
+from bntool.inputs import Inputs, named_tensors
+from bntool.observe.aten import SHAPE_ONLY, translate
+from bntool.observe.copying import structural_copy
+from bntool.observe.modules import class_name, is_decomposed, role_of, uses_plain_bias
+
+_SMALL_CONSTANT = 1 << 16
+"""Constants made during the forward are kept up to this many elements, for laws that need numbers."""
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+@dataclasses.dataclass(frozen=True)
+class Observation:
+    """What one forward showed: its graph, the inputs it ran on, and what it returned."""
+
+    graph: Graph
+    inputs: Inputs
+    output: Any
+
+
+def observe(model: nn.Module, inputs: Inputs) -> Observation:
+    """Run `model` once in eval mode and return its dataflow graph.
+
+    The model, its modes, its buffers and the random state stay as they were. Only the path that this
+    input takes is seen.
+
+    Raises:
+        ObserveError: the forward raised, with its last line.
+    """
+    run = structural_copy(model)
+    recorder = _Recorder(model, run)
+    run.eval()
+    inputs = inputs.map(torch.clone)
+    devices = [d for d in range(torch.cuda.device_count())] if torch.cuda.is_initialized() else []
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.random.fork_rng(devices))
+        stack.enter_context(torch.inference_mode())
+        stack.enter_context(recorder.hooks())
+        stack.enter_context(_DispatchMode(recorder))
+        try:
+            for tensor in inputs.tensors().values():
+                recorder.bind_input(tensor)
+            output = run(*inputs.args, **inputs.kwargs)
+        except Exception as error:
+            recorder.restore()
+            raise ObserveError(
+                f"the model failed on an example input of {inputs.shapes()}: {_first_line(error)}",
+                where=recorder.where(),
+                next_step="give the right shape with --input 1x3x224x224 (example_inputs= in Python)",
+            ) from error
+        recorder.restore()
+    recorder.finish(output)
+    return Observation(recorder.graph, inputs, output)
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+@dataclasses.dataclass(slots=True)
+class _Frame:
+    module: nn.Module
+    name: str
+    call: int
+    start: int
+
+
+@functools.lru_cache(maxsize=None)
+def _schema_of(func: Any) -> tuple[str, tuple[str, ...], frozenset[str]]:
+    """Operator name, argument names, and the arguments it writes to."""
+    arguments = func._schema.arguments
+    written = frozenset(a.name for a in arguments if a.alias_info is not None and a.alias_info.is_write)
+    return func._schema.name.split("::")[-1], tuple(a.name for a in arguments), written
+
+
+class _DispatchMode(TorchDispatchMode):
+    def __init__(self, recorder: _Recorder) -> None:
+        super().__init__()
+        self.recorder = recorder
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name, names, written = _schema_of(func)
+        bound = dict(zip(names, args, strict=False))
+        if kwargs:
+            bound.update(kwargs)
+        if written:
+            self.recorder.keep_what_is_overwritten(bound, written)
+        out = func(*args, **(kwargs or {}))
+        self.recorder.record(name, bound, written, out)
+        return out
+
+
+class _Recorder:
+    """Turns the calls that the dispatch mode and the module hooks see into a graph."""
+
+    def __init__(self, original: nn.Module, run: nn.Module) -> None:
+        self.graph = Graph()
+        self.graph.model_class = class_name(type(original))
+        self.names: dict[int, str] = {}
+        self.frames: list[_Frame] = []
+        self.inputs: dict[int, tuple[Tensor, int]] = {}
+        self.handles: dict[Any, str] = {}
+        self.handle_values: dict[str, int] = {}
+        self.live: dict[int, list[TensorWeakRef]] = {}
+        self.storages: dict[int, StorageWeakRef] = {}
+        self.bound: list[tuple[int, TensorWeakRef]] = []
+        self.own_storages: dict[int, str] = {}
+        self.overwritten: dict[str, Tensor] = {}
+        self._register_modules(original, run)
+        self._register_tensors(run)
+
+    def _register_modules(self, original: nn.Module, run: nn.Module) -> None:
+        modes = {name: m.training for name, m in original.named_modules(remove_duplicate=False)}
+        for name, module in run.named_modules(remove_duplicate=False):
+            if id(module) in self.names:
+                self.graph.aliases.setdefault(self.names[id(module)], []).append(name)
+                continue
+            self.names[id(module)] = name
+            self.graph.modules[name] = Module(
+                name,
+                class_name(type(module)),
+                role=role_of(type(module)),
+                children=tuple(module._modules),
+                own_tensors=len(module._parameters) + len(module._buffers),
+                plain_bias=uses_plain_bias(type(module)),
+                hooked=any(getattr(module, hooks, None) for hooks in _HOOKS),
+                left_in_train=modes.get(name, False) and not original.training,
+            )
+
+    def _register_tensors(self, run: nn.Module) -> None:
+        first: dict[int, str] = {}
+        for group in (run.named_parameters, run.named_buffers):
+            for name, tensor in group(remove_duplicate=False):
+                if id(tensor) in first:
+                    self.graph.aliases.setdefault(first[id(tensor)], []).append(name)
+                    continue
+                first[id(tensor)] = name
+                self.graph.tensors[name] = tensor
+                self.handles[id(tensor)] = name
+                place = _place_in_memory(tensor)
+                self.handles.setdefault(place, name)
+                if isinstance(place, tuple):
+                    self.own_storages.setdefault(place[0], name)
+
+    # -- modules ----------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def hooks(self) -> Iterator[None]:
+        before = register_module_forward_pre_hook(self.enter)
+        after = register_module_forward_hook(self.leave)
+        try:
+            yield
+        finally:
+            before.remove()
+            after.remove()
+
+    def enter(self, module: nn.Module, args: Any) -> None:
+        name = self.names.get(id(module))
+        if name is None:
+            return
+        info = self.graph.modules[name]
+        self.frames.append(_Frame(module, name, info.calls, len(self.graph.ops)))
+        info.calls += 1
+        value = self._first_value(args)
+        info.inputs.append(value)
+        if info.hooked and value is not None:
+            self.graph.values[value].watched.append(name)
+
+    def leave(self, module: nn.Module, args: Any, output: Any) -> None:
+        name = self.names.get(id(module))
+        if name is None:
+            return
+        while self.frames and self.frames[-1].module is not module:
+            self.frames.pop()
+        if not self.frames:
+            return
+        frame = self.frames.pop()
+        info = self.graph.modules[name]
+        info.whole.append(list(range(frame.start, len(self.graph.ops))))
+        value = self._first_value((output,))
+        info.outputs.append(value)
+        if value is None:
+            return
+        if info.hooked:
+            for _, tensor in named_tensors(output):
+                self.graph.values[self._value_of(tensor)].watched.append(name)
+        if frame.start == len(self.graph.ops) and value == info.inputs[-1]:
+            self.graph.values[value].through.append(name)
+
+    def where(self) -> str:
+        return self.frames[-1].name if self.frames else ""
+
+    def _first_value(self, structure: Any) -> int | None:
+        for item in structure:
+            if isinstance(item, Tensor):
+                return self._value_of(item)
+        return None
+
+    # -- tensors ----------------------------------------------------------------------------------------
+
+    def bind_input(self, tensor: Tensor) -> None:
+        value = self.graph.add_value(tuple(tensor.shape), dtype=str(tensor.dtype))
+        self.inputs[id(tensor)] = (tensor, value.id)
+
+    def _value_of(self, tensor: Tensor) -> int:
+        """The value a tensor holds now; a tensor never seen before is a constant."""
+        known = getattr(tensor, "_bntool_value", None)
+        if known is not None:
+            return int(known)
+        if id(tensor) in self.inputs:
+            return self.inputs[id(tensor)][1]
+        handle = self.handles.get(id(tensor)) or self.handles.get(_place_in_memory(tensor))
+        if handle is not None:
+            if handle not in self.handle_values:
+                value = self.graph.add_value(
+                    tuple(tensor.shape), handle=handle, constant=True, dtype=str(tensor.dtype)
+                )
+                self.handle_values[handle] = value.id
+            return self.handle_values[handle]
+        for other in self._aliases(tensor):
+            if _place_in_memory(other) == _place_in_memory(tensor):
+                return int(other._bntool_value)  # type: ignore[attr-defined]
+        value = self.graph.add_value(tuple(tensor.shape), constant=True, dtype=str(tensor.dtype))
+        if tensor.numel() <= _SMALL_CONSTANT:
+            self.graph.constants[value.id] = tensor
+        self._bind(tensor, value)
+        return value.id
+
+    def _aliases(self, tensor: Tensor) -> list[Tensor]:
+        """Other live tensors that share the storage."""
+        try:
+            storage = tensor.untyped_storage()._cdata
+        except (RuntimeError, NotImplementedError):
+            return []
+        known = self.storages.get(storage)
+        if known is None or known.expired():
+            return []
+        alive = [ref() for ref in self.live.get(storage, ())]
+        return [t for t in alive if t is not None and t is not tensor]
+
+    def _bind(self, tensor: Tensor, value: Value) -> None:
+        if id(tensor) in self.inputs:
+            self.inputs[id(tensor)] = (tensor, value.id)
+            return
+        tensor._bntool_value = value.id  # type: ignore[attr-defined]
+        try:
+            storage = tensor.untyped_storage()
+        except (RuntimeError, NotImplementedError):
+            return
+        known = self.storages.get(storage._cdata)
+        if known is None or known.expired():
+            self.storages[storage._cdata] = StorageWeakRef(storage)
+            self.live[storage._cdata] = []
+        reference = TensorWeakRef(tensor)
+        self.live[storage._cdata].append(reference)
+        self.bound.append((value.id, reference))
+
+    # -- operations -------------------------------------------------------------------------------------
+
+    def record(self, name: str, bound: dict[str, Any], written: frozenset[str], out: Any) -> None:
+        unread = SHAPE_ONLY.get(name, ())
+        roles = {role: tensor for role, tensor in _roles(bound) if role not in unread}
+        outs = list(_tensors_in(out))
+        inputs = {role: self._value_of(tensor) for role, tensor in roles.items()}
+        targets = [t for role, t in roles.items() if role.split("_")[0] in written or _written(role, written)]
+        if not targets and outs and all(_is_handed_on(o, roles) for o in outs):
+            return
+        kind, attrs = translate(name, bound)
+        constant = bool(inputs) and all(self.graph.values[v].constant for v in inputs.values())
+        made = outs if not targets else targets
+        values = []
+        for tensor in made:
+            value = self.graph.add_value(
+                tuple(tensor.shape), constant=constant or not inputs, dtype=str(tensor.dtype)
+            )
+            if value.constant and tensor.numel() <= _SMALL_CONSTANT:
+                self.graph.constants[value.id] = tensor
+            values.append(value)
+        frame = self.frames[-1] if self.frames else None
+        op = self.graph.add_op(
+            kind,
+            inputs,
+            tuple(v.id for v in values),
+            attrs=attrs,
+            scope=frame.name if frame else "",
+            call=frame.call if frame else 0,
+            inplace=bool(targets),
+        )
+        if frame is not None and kind == "add" and is_decomposed(type(frame.module)):
+            op = self._collapse_norm(frame, op)
+        for tensor, value in zip(made, values, strict=True):
+            if targets:
+                self._overwrite(tensor, value)
+            self._bind(tensor, value)
+
+    def keep_what_is_overwritten(self, bound: dict[str, Any], written: frozenset[str]) -> None:
+        """The forward may write into a buffer, which is the user's own: keep it, to put it back."""
+        for name in written:
+            for tensor in _tensors_in(bound.get(name)):
+                place = _place_in_memory(tensor)
+                handle = self.own_storages.get(place[0]) if isinstance(place, tuple) else None
+                if handle is not None and handle not in self.overwritten:
+                    self.overwritten[handle] = self.graph.tensors[handle].clone()
+
+    def restore(self) -> None:
+        for handle, tensor in self.overwritten.items():
+            self.graph.tensors[handle].copy_(tensor)
+            self.graph.tensors[handle].__dict__.pop("_bntool_value", None)
+
+    def _overwrite(self, tensor: Tensor, value: Value) -> None:
+        """An in-place write: every live view of the storage now holds something new."""
+        place = _place_in_memory(tensor)
+        for other in self._aliases(tensor):
+            if _place_in_memory(other) == place:
+                other._bntool_value = value.id  # type: ignore[attr-defined]
+                continue
+            before = self._value_of(other)
+            mixed = self.graph.add_value(tuple(other.shape), dtype=str(other.dtype))
+            self.graph.add_op("overwritten_view", {"input": before, "other": value.id}, (mixed.id,), attrs={})
+            other._bntool_value = mixed.id  # type: ignore[attr-defined]
+
+    def _collapse_norm(self, frame: _Frame, last: Op) -> Op:
+        """A frozen norm computes x·scale + bias by elementary ops: record it as one batch_norm."""
+        module = self.graph.modules[frame.name]
+        source = module.inputs[-1]
+        if source is None or self.graph.values[last.outputs[0]].constant:
+            return last
+        outputs = last.outputs
+        self.graph.drop_ops_from(frame.start)
+        inputs = {"input": source}
+        for role in ("weight", "bias", "running_mean", "running_var"):
+            inputs[role] = self._value_of(getattr(frame.module, role))
+        attrs = {"eps": float(getattr(frame.module, "eps", 0.0)), "training": False, "axis": 1}
+        return self.graph.add_op("batch_norm", inputs, outputs, attrs=attrs, scope=frame.name, call=frame.call)
+
+    # -- the end ----------------------------------------------------------------------------------------
+
+    def finish(self, output: Any) -> None:
+        returned = set()
+        for _, tensor in named_tensors(output):
+            self.graph.values[self._value_of(tensor)].is_output = True
+            returned.add(id(tensor))
+        if any(self._escaped(returned)):
+            gc.collect()
+        for value in self._escaped(returned):
+            self.graph.values[value].escapes = True
+        for value_id, reference in self.bound:
+            tensor = reference()
+            if tensor is not None and hasattr(tensor, "_bntool_value"):
+                with contextlib.suppress(AttributeError):
+                    del tensor._bntool_value
+
+    def _escaped(self, returned: set[int]) -> Iterator[int]:
+        for value_id, reference in self.bound:
+            value = self.graph.values[value_id]
+            if value.constant or value.is_output:
+                continue
+            tensor = reference()
+            if tensor is not None and id(tensor) not in returned and tensor._bntool_value == value_id:
+                yield value_id
+
+
+def _roles(bound: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
+    for name, item in bound.items():
+        role = "input" if name == "self" else name
+        if isinstance(item, Tensor):
+            yield role, item
+        elif isinstance(item, list | tuple):
+            for i, entry in enumerate(item):
+                if isinstance(entry, Tensor):
+                    yield f"{role}_{i}", entry
+
+
+def _written(role: str, written: frozenset[str]) -> bool:
+    return role in written or (role == "input" and "self" in written)
+
+
+def _is_handed_on(tensor: Tensor, roles: dict[str, Tensor]) -> bool:
+    """`contiguous`, `to` and eval dropout return their input itself."""
+    return any(tensor is source for source in roles.values())
+
+
+def _tensors_in(out: Any) -> Iterator[Tensor]:
+    if isinstance(out, Tensor):
+        yield out
+    elif isinstance(out, list | tuple):
+        for item in out:
+            yield from _tensors_in(item)
+
+
+def _place_in_memory(tensor: Tensor) -> Any:
+    """What tells whether two tensor objects are the same memory seen the same way."""
+    try:
+        return (
+            tensor.untyped_storage()._cdata,
+            tensor.storage_offset(),
+            tuple(tensor.shape),
+            tensor.stride(),
+            tensor.dtype,
+        )
+    except (RuntimeError, NotImplementedError):
+        return id(tensor)

@@ -1,0 +1,135 @@
+"""Example inputs where nobody gave any: from what the model records, else from its first layer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bntool.errors import ObserveError
+from bntool.inputs import Inputs
+from bntool.observe.eager import Observation, observe
+from bntool.observe.modules import class_name
+
+_SIDES = {1: (28, 32, 64, 224), 3: (224, 299, 256, 384, 64, 32)}
+"""Image sides to try by the number of input channels: MNIST's for one, ImageNet's for three."""
+
+
+def observe_inferred(model: nn.Module, *, small: bool = False) -> Observation:
+    """Observe the model on the first guessed input that it accepts; `inputs.origin` says which.
+
+    With `small`, try a 64-pixel image first: the graph is the same and costs a fraction.
+
+    Raises:
+        ObserveError: no guess fits, or there is nothing to guess from.
+    """
+    failure: ObserveError | None = None
+    for inputs in guesses(model, small=small):
+        try:
+            return observe(model, inputs)
+        except ObserveError as error:
+            failure = failure or error
+    if failure is None:
+        raise ObserveError(
+            "cannot infer an example input: the model has no layer that tells its input's shape",
+            where=class_name(type(model)),
+            next_step="give one with --input 1x3x224x224 (example_inputs= in Python)",
+        )
+    raise failure
+
+
+def guesses(model: nn.Module, *, small: bool = False) -> Iterator[Inputs]:
+    """Inputs worth trying, the likeliest first. All are seeded."""
+    package = type(model).__module__
+    if package.startswith("torchvision.models.detection"):
+        yield Inputs(([_random(3, 320, 320)],), origin="inferred: one 3x320x320 image (torchvision detection)")
+        return
+    if package.startswith("torchvision.models.optical_flow"):
+        pair = (_random(1, 3, 128, 128), _random(1, 3, 128, 128))
+        yield Inputs(pair, origin="inferred: two 1x3x128x128 images (torchvision optical flow)")
+        return
+    recorded = _recorded_size(model)
+    if recorded is not None:
+        yield Inputs((_random(1, *recorded),), origin="from the model's own configuration")
+    first = _first_layer(model)
+    if first is None:
+        return
+    name, layer = first
+    for shape in _shapes(layer, small):
+        text = "x".join(map(str, shape))
+        origin = f"inferred {text} from the first layer, {name or type(layer).__name__}"
+        if isinstance(layer, nn.Embedding):
+            generator = torch.Generator().manual_seed(0)
+            tokens = torch.randint(layer.num_embeddings, shape, generator=generator)
+            yield Inputs((tokens,), origin=origin)
+        else:
+            yield Inputs((_random(*shape, like=layer),), origin=origin)
+
+
+def _random(*shape: int, like: nn.Module | None = None) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.randn(shape, generator=generator)
+    weight = getattr(like, "weight", None)
+    return drawn.to(weight) if isinstance(weight, Tensor) and weight.is_floating_point() else drawn
+
+
+def _recorded_size(model: nn.Module) -> tuple[int, ...] | None:
+    for name in ("pretrained_cfg", "default_cfg"):
+        config: Any = getattr(model, name, None)
+        size = config.get("input_size") if isinstance(config, dict) else None
+        if isinstance(size, tuple | list) and all(isinstance(n, int) for n in size):
+            return tuple(size)
+    side = getattr(model, "image_size", None)
+    return (3, side, side) if isinstance(side, int) else None
+
+
+_TELLING = (
+    nn.modules.conv._ConvNd,
+    nn.Linear,
+    nn.Bilinear,
+    nn.Embedding,
+    nn.modules.batchnorm._BatchNorm,
+    nn.RNNBase,
+)
+
+
+def _first_layer(model: nn.Module) -> tuple[str, nn.Module] | None:
+    for name, module in model.named_modules():
+        if isinstance(module, _TELLING):
+            return name, module
+    return None
+
+
+def _shapes(layer: nn.Module, small: bool) -> Iterator[tuple[int, ...]]:
+    if isinstance(layer, nn.Embedding):
+        yield from ((1, 16), (1, 64))
+    elif isinstance(layer, nn.Linear):
+        yield from ((1, layer.in_features), (1, 16, layer.in_features))
+    elif isinstance(layer, nn.RNNBase):
+        yield (1, 16, layer.input_size)
+    elif isinstance(layer, nn.BatchNorm1d):
+        yield from ((2, layer.num_features), (2, layer.num_features, 16))
+    elif isinstance(layer, nn.BatchNorm3d):
+        yield (1, layer.num_features, 8, 8, 8)
+    elif isinstance(layer, nn.modules.batchnorm._BatchNorm):
+        yield (1, layer.num_features, 32, 32)
+    elif isinstance(layer, nn.modules.conv._ConvNd):
+        yield from _image_shapes(layer, small)
+
+
+def _image_shapes(layer: nn.modules.conv._ConvNd, small: bool) -> Iterator[tuple[int, ...]]:
+    channels, dims = layer.in_channels, len(layer.kernel_size)
+    if dims == 1:
+        yield from ((1, channels, n) for n in ((256, 1024, 16000) if small else (1024, 256, 16000)))
+    elif dims == 3:
+        sizes = ((8, 64, 64), (16, 112, 112), (16, 224, 224))
+        yield from ((1, channels, *s) for s in (sizes if small else (sizes[1], sizes[2], sizes[0])))
+    else:
+        sides = _SIDES.get(channels, (64, 32, 16, 224))
+        if layer.transposed:
+            sides = (8, 1, 16, 32)
+        elif small and channels != 1:
+            sides = (64, 128, *sides)
+        yield from ((1, channels, n, n) for n in dict.fromkeys(sides))

@@ -1,0 +1,99 @@
+"""What planners must know of a module's class, told by class name so that no optional package is imported."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import nn
+
+_PLAIN_BIAS_OWNERS = ("torch.nn.modules.conv.", "torch.nn.modules.linear.", "timm.layers.", "torchvision.ops.", "bntool.layers.")
+"""Packages whose convolution and linear forwards hand `self.bias` to the operator."""
+
+_FUNCTIONAL_BN = {
+    # class that owns the forward -> whether a non-identity activation follows the norm inside it
+    "torch.nn.modules.batchnorm._BatchNorm": False,
+    "torch.nn.modules.batchnorm.SyncBatchNorm": False,
+    "timm.layers.norm_act.BatchNormAct2d": True,
+    "timm.layers.norm_act.SyncBatchNormAct": True,
+}
+_DECOMPOSED_BN = {
+    "torchvision.ops.misc.FrozenBatchNorm2d": False,
+    "timm.layers.norm_act.FrozenBatchNormAct2d": True,
+}
+_KNOWN_BN = {**_FUNCTIONAL_BN, **_DECOMPOSED_BN}
+
+
+def class_name(cls: type) -> str:
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def forward_owner(cls: type) -> str:
+    """The class whose `forward` an instance of `cls` runs."""
+    for base in cls.__mro__:
+        if "forward" in vars(base):
+            return class_name(base)
+    return ""
+
+
+@functools.lru_cache(maxsize=4096)
+def is_batch_norm_class(cls: type) -> bool:
+    """Whether the class is a BatchNorm by inheritance, whatever its forward does."""
+    names = {class_name(base) for base in cls.__mro__}
+    return issubclass(cls, nn.modules.batchnorm._BatchNorm) or not names.isdisjoint(_KNOWN_BN)
+
+
+@functools.lru_cache(maxsize=4096)
+def has_known_forward(cls: type) -> bool:
+    """Whether the BatchNorm's forward is one we know: the norm, then at most its own activation."""
+    return forward_owner(cls) in _KNOWN_BN
+
+
+@functools.lru_cache(maxsize=4096)
+def is_decomposed(cls: type) -> bool:
+    """Whether the forward computes the norm from elementary ops instead of one batch_norm."""
+    return forward_owner(cls) in _DECOMPOSED_BN
+
+
+@functools.lru_cache(maxsize=4096)
+def has_activation(cls: type) -> bool:
+    """Whether the forward applies dropout and an activation of its own after the norm."""
+    return _KNOWN_BN.get(forward_owner(cls), False)
+
+
+@functools.lru_cache(maxsize=4096)
+def role_of(cls: type) -> str:
+    """The role of a module class, as `graph.Module.role` names it."""
+    if issubclass(cls, torch.jit.ScriptModule):
+        return "scripted"
+    if is_batch_norm_class(cls):
+        if not has_known_forward(cls):
+            return "custom_norm"
+        return "norm_act" if has_activation(cls) else "norm"
+    if issubclass(cls, nn.modules.conv._ConvNd):
+        return "conv"
+    if issubclass(cls, nn.Linear):
+        return "linear"
+    if cls is nn.Identity:
+        return "identity"
+    if issubclass(cls, nn.Sequential) and forward_owner(cls) == "torch.nn.modules.container.Sequential":
+        return "sequential"
+    return ""
+
+
+@functools.lru_cache(maxsize=4096)
+def uses_plain_bias(cls: type) -> bool:
+    """Whether the forward of a convolution or linear class is known to use `self.bias`."""
+    return forward_owner(cls).startswith(_PLAIN_BIAS_OWNERS)
+
+
+def signature_of(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Every parameter, then every buffer, by its first qualified name, with its shape."""
+    seen: set[int] = set()
+    signature: dict[str, tuple[int, ...]] = {}
+    for group in (model.named_parameters, model.named_buffers):
+        for name, tensor in group(remove_duplicate=False):
+            if id(tensor) not in seen:
+                seen.add(id(tensor))
+                signature[name] = tuple(tensor.shape)
+    return signature

@@ -1,0 +1,155 @@
+"""Clean what torch's exporter writes, without folding any BatchNormalization: that is for the user to see.
+
+Only passes that change no number: constant folding, identities, common subexpressions, dead code. The
+exporter writes a bias that a convolution does not have as a chain that expands a zero, for 3d convolutions
+in a shape that ONNX Runtime refuses; such a bias is taken out again.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import onnx_ir as ir
+from onnx_ir.passes import common
+
+from bntool.errors import ExportError, InvariantError
+
+BATCH_AXIS = "batch"
+_NAME_SCOPES = "pkg.torch.onnx.name_scopes"
+
+
+def clean(model: ir.Model, own_names: Iterable[str]) -> None:
+    """Clean a freshly exported model in place; `own_names` are the names of the torch model's tensors.
+
+    Raises `ExportError` when a BatchNormalization is in training form, `InvariantError` when cleaning lost
+    one.
+    """
+    from onnxscript.optimizer import fold_constants
+
+    refuse_training_form(model)
+    common.InlinePass()(model)
+    before = census(model)["BatchNormalization"]
+    fold_constants(model, onnx_shape_inference=True, should_fold=_should_fold)
+    common.IdentityEliminationPass()(model)
+    common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
+    common.RemoveUnusedNodesPass()(model)
+    after = census(model)["BatchNormalization"]
+    if before != after:
+        raise InvariantError(
+            f"cleaning changed the number of BatchNormalization nodes from {before} to {after}"
+        )
+    _drop_made_up_biases(model, set(own_names))
+    common.CommonSubexpressionEliminationPass()(model)
+    common.RemoveUnusedNodesPass()(model)
+    common.RemoveUnusedFunctionsPass()(model)  # type: ignore[no-untyped-call]
+    common.RemoveUnusedOpsetsPass()(model)
+    common.OutputFixPass()(model)
+    _name_nodes(model)
+    common.ClearMetadataAndDocStringPass()(model)  # stack traces with the paths of this machine
+
+
+def _should_fold(node: ir.Node) -> bool | None:
+    """Never a BatchNormalization; None leaves the rest to the folder's own rules."""
+    return False if node.op_type == "BatchNormalization" else None
+
+
+def census(model: ir.Model) -> Counter[str]:
+    """How many nodes of each op the graph holds, subgraphs included."""
+    return Counter(node.op_type for node in model.graph.all_nodes())
+
+
+def refuse_training_form(model: ir.Model) -> None:
+    """Raise `ExportError` when a BatchNormalization normalises with the statistics of the batch."""
+    for node in model.graph.all_nodes():
+        mode = node.attributes.get("training_mode")
+        if node.op_type == "BatchNormalization" and mode is not None and mode.value:
+            raise ExportError(
+                "a BatchNormalization was exported in training form",
+                where=_module_of(node) or str(node.name),
+                next_step="give the layer running statistics with `bntool calibrate`",
+            )
+
+
+def rename_values(values: Sequence[ir.Value], names: Sequence[str], graph: ir.Graph) -> None:
+    """Give each value its name; whatever else has that name gives way."""
+    wanted = dict(zip(map(id, values), names, strict=True))
+    taken = set(names)
+    for other in _values(graph):
+        if other.name in taken and id(other) not in wanted:
+            other.name = _free(f"{other.name}_value", taken)
+    # Through names that nobody has, so that two values may swap theirs.
+    for at, value in enumerate(values):
+        value.name = f"bntool.renaming.{at}"
+    for value in values:
+        value.name = wanted[id(value)]
+
+
+def rename_initializers(model: ir.Model, aliases: Mapping[str, str]) -> None:
+    """Give a tied weight the first of its names in the torch model, where the exporter took a later one."""
+    initializers = model.graph.initializers
+    for old, new in aliases.items():
+        if old in initializers and new not in initializers:
+            value = initializers[old]
+            rename_values([value], [new], model.graph)
+
+
+def name_batch_axis(model: ir.Model, symbol: str) -> None:
+    """Call the dynamic axis `batch` wherever its symbol stands, also inside an expression."""
+    pattern = re.compile(rf"\b{re.escape(symbol)}\b")
+    for value in _values(model.graph):
+        if value.shape is None:
+            continue
+        dims: list[Any] = [
+            ir.SymbolicDim(pattern.sub(BATCH_AXIS, d.value))
+            if isinstance(d, ir.SymbolicDim) and d.value
+            else d
+            for d in value.shape
+        ]
+        value.shape = ir.Shape(dims)
+
+
+def _drop_made_up_biases(model: ir.Model, own_names: set[str]) -> None:
+    for node in model.graph.all_nodes():
+        if node.op_type not in ("Conv", "ConvTranspose") or len(node.inputs) < 3:
+            continue
+        bias = node.inputs[2]
+        if bias is None or bias.name in own_names or bias.const_value is None:
+            continue
+        if not bias.const_value.numpy().any():
+            node.resize_inputs(2)
+
+
+def _name_nodes(model: ir.Model) -> None:
+    taken: set[str] = set()
+    for node in model.graph.all_nodes():
+        module = _module_of(node)
+        node.name = _free(f"{module}/{node.op_type}" if module else node.op_type, taken)
+
+
+def _module_of(node: ir.Node) -> str:
+    """The qualified name of the layer a node comes from; empty for the model itself or where unknown."""
+    scopes = node.metadata_props.get(_NAME_SCOPES)
+    if not scopes:
+        return ""
+    names = [name for name in ast.literal_eval(scopes)[:-1] if name]
+    return str(names[-1]) if names else ""
+
+
+def _values(graph: ir.Graph) -> list[ir.Value]:
+    found: dict[int, ir.Value] = {id(v): v for v in (*graph.inputs, *graph.initializers.values())}
+    for node in graph.all_nodes():
+        found.update((id(v), v) for v in node.outputs)
+    return list(found.values())
+
+
+def _free(name: str, taken: set[str]) -> str:
+    candidate, number = name, 1
+    while candidate in taken:
+        number += 1
+        candidate = f"{name}_{number}"
+    taken.add(candidate)
+    return candidate

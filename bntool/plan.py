@@ -1,0 +1,214 @@
+"""What a surgery will do: sites, skips with their reason, and the plan that holds them. No torch here.
+
+A plan is data: it prints as a table, goes to JSON and back, and can be replayed on a fresh model.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal
+
+from bntool.errors import PlanError
+from bntool.reasons import Reason
+
+SCHEMA_VERSION = 1
+
+Expr = tuple[Any, ...]
+"""A per-channel affine map as data: `("bn", "layer1.bn1")`, `("slice", expr, axis, start, stop)`, …"""
+
+
+@dataclasses.dataclass(frozen=True)
+class InsertSite:
+    """A convolution (or linear layer) whose output gets a new BatchNorm.
+
+    `form` says how the module tree takes it in: `identity` (an `nn.Identity` slot), `sequential`
+    (a sibling in an `nn.Sequential`), `wrap` (activation -> Sequential(bn, activation)), or
+    `subclass` (a convolution that holds its BatchNorm as a child).
+    """
+
+    conv: str
+    activation: str
+    bn: str
+    channels: int
+    form: Literal["identity", "sequential", "wrap", "subclass"]
+    dims: int
+    activation_kind: str = ""
+    slot: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+@dataclasses.dataclass(frozen=True)
+class Edit:
+    """One change of tensors in a fold: `scale_output`, `scale_input`, or `remove` (the BN itself).
+
+    `layer` is the qualified name of the layer; `weight` and `bias` are tensor handles (qualified
+    names); `layout` and `groups` say how the weight's axes are laid out; `map` is the affine map.
+    """
+
+    kind: Literal["scale_output", "scale_input", "remove"]
+    layer: str
+    map: Expr | None = None
+    weight: str = ""
+    bias: str = ""
+    layout: str = ""
+    groups: int = 1
+
+    def to_dict(self) -> dict[str, Any]:
+        return {k: v for k, v in dataclasses.asdict(self).items() if v not in (None, "")}
+
+
+@dataclasses.dataclass(frozen=True)
+class FoldSite:
+    """A BatchNorm that goes: into which layers, by which laws, and the edits that do it."""
+
+    bn: str
+    into: tuple[str, ...]
+    laws: tuple[str, ...]
+    edits: tuple[Edit, ...]
+    level: Literal["module", "graph"] = "module"
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "bn": self.bn,
+            "into": list(self.into),
+            "laws": list(self.laws),
+            "level": self.level,
+            "edits": [e.to_dict() for e in self.edits],
+        }
+
+
+@dataclasses.dataclass(frozen=True)
+class Skip:
+    """A place that is not cut, and the reason."""
+
+    name: str
+    reason: Reason
+    detail: str = ""
+
+    def to_dict(self, key: str = "name") -> dict[str, Any]:
+        return {key: self.name, "reason": self.reason.value, "detail": self.detail}
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Sites and skips of one surgery on one model.
+
+    `signature` maps every tensor of the model it was made for to its shape, so that a plan for
+    another model is refused with the first difference named. `key_map` maps old state_dict keys to
+    new ones where they differ.
+    """
+
+    action: Literal["insert", "fold"]
+    sites: tuple[InsertSite | FoldSite, ...]
+    skips: tuple[Skip, ...]
+    model_class: str = ""
+    signature: Mapping[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    key_map: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    def __bool__(self) -> bool:
+        return bool(self.sites)
+
+    @property
+    def insert_sites(self) -> Iterator[InsertSite]:
+        return (s for s in self.sites if isinstance(s, InsertSite))
+
+    @property
+    def fold_sites(self) -> Iterator[FoldSite]:
+        return (s for s in self.sites if isinstance(s, FoldSite))
+
+    def to_dict(self) -> dict[str, Any]:
+        skip_key = "bn" if self.action == "fold" else "name"
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "action": self.action,
+            "model_class": self.model_class,
+            "signature": {k: list(v) for k, v in self.signature.items()},
+            "options": dict(self.options),
+            "sites": [s.to_dict() for s in self.sites],
+            "skips": [s.to_dict(skip_key) for s in self.skips],
+            "key_map": dict(self.key_map),
+            "notes": list(self.notes),
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Plan:
+        """Read a plan back. `PlanError` for a newer schema or a document that is not a plan."""
+        version = data.get("schema_version")
+        if not isinstance(version, int):
+            raise PlanError("this document is not a bntool plan (no schema_version)")
+        if version > SCHEMA_VERSION:
+            raise PlanError(
+                f"this plan has schema version {version}; this bntool reads up to {SCHEMA_VERSION}",
+                next_step="pip install --upgrade bntool",
+            )
+        try:
+            action = data["action"]
+            sites: tuple[InsertSite | FoldSite, ...]
+            if action == "insert":
+                sites = tuple(InsertSite(**s) for s in data["sites"])
+            else:
+                sites = tuple(_fold_site(s) for s in data["sites"])
+            skips = tuple(
+                Skip(s.get("bn", s.get("name")), Reason(s["reason"]), s.get("detail", ""))
+                for s in data["skips"]
+            )
+            return cls(
+                action=action,
+                sites=sites,
+                skips=skips,
+                model_class=data.get("model_class", ""),
+                signature={k: tuple(v) for k, v in data.get("signature", {}).items()},
+                options=data.get("options", {}),
+                key_map=data.get("key_map", {}),
+                notes=tuple(data.get("notes", ())),
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise PlanError(f"this plan is damaged: {error}") from error
+
+    def to_json(self) -> str:
+        return json.dumps(self.to_dict(), indent=1)
+
+    @classmethod
+    def from_json(cls, text: str) -> Plan:
+        try:
+            data = json.loads(text)
+        except ValueError as error:
+            raise PlanError(f"this plan is not JSON: {error}") from error
+        return cls.from_dict(data)
+
+    def require_signature(self, signature: Mapping[str, tuple[int, ...]], model_class: str) -> None:
+        """Raise `PlanError`, naming the first difference, unless the model is the one planned for."""
+        for name, shape in self.signature.items():
+            if name not in signature:
+                raise self._other(model_class, f"it has no tensor {name!r}")
+            if tuple(signature[name]) != tuple(shape):
+                raise self._other(
+                    model_class, f"{name!r} is {list(signature[name])}, the plan expects {list(shape)}"
+                )
+        for name in signature:
+            if name not in self.signature:
+                raise self._other(model_class, f"it has a tensor {name!r} that the plan does not know")
+
+    def _other(self, model_class: str, difference: str) -> PlanError:
+        return PlanError(
+            f"this plan was made for another model ({self.model_class}): {difference}",
+            where=model_class,
+            next_step="make a new plan for this model",
+        )
+
+
+def _fold_site(data: Mapping[str, Any]) -> FoldSite:
+    edits = tuple(Edit(**{**e, "map": _tuples(e.get("map"))}) for e in data["edits"])
+    return FoldSite(
+        data["bn"], tuple(data["into"]), tuple(data["laws"]), edits, data.get("level", "module")
+    )
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(_tuples(v) for v in value) if isinstance(value, list) else value

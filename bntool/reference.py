@@ -1,0 +1,150 @@
+"""The original's own runs, against which every candidate is measured: in its own precision and in float64."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from bntool.comparing import K_NOISE, Limit, noise_limits, rounding_term
+from bntool.errors import BntoolError, CheckFailed
+from bntool.inputs import Inputs
+from bntool.runtime.libraries import first_line
+from bntool.runtime.torch_runner import TorchRunner
+
+Progress = Callable[[str], None]
+
+
+class Reference:
+    """The original's own runs on some inputs: in its own precision on `device`, and in float64 on the CPU.
+
+    Each runs once, when first needed. An input that the original itself cannot run is left out and noted.
+    Raises `CheckFailed` when there is no input that it can run.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        inputs_list: Sequence[Inputs],
+        *,
+        device: str = "cpu",
+        progress: Progress | None = None,
+    ) -> None:
+        self._model = model
+        self._given = list(inputs_list)
+        self._device = device
+        self._progress = progress or (lambda text: None)
+        self.notes: list[str] = []
+        self.narrowed: set[torch.dtype] = set()
+        self.layers = sum(1 for module in model.modules() if not any(module.children()))
+        self.eps = _coarsest_eps(model)
+
+    @functools.cached_property
+    def _own_runs(self) -> list[tuple[Inputs, dict[str, Tensor]]]:
+        runner = TorchRunner(self._model, self._device)
+        runs: list[tuple[Inputs, dict[str, Tensor]]] = []
+        refused: list[tuple[Inputs, Exception]] = []
+        for inputs in self._given:
+            self._progress(f"running the original on {inputs.shapes()}")
+            try:
+                runs.append((inputs, runner.run(inputs)))
+            except BntoolError:
+                raise
+            except Exception as error:  # noqa: BLE001 - whatever a model's forward raises
+                refused.append((inputs, error))
+        if not runs:
+            why = f": {first_line(refused[0][1])}" if refused else ""
+            raise CheckFailed(
+                f"there is nothing to compare: no input that the original can run{why}",
+                where=refused[0][0].shapes() if refused else "",
+                next_step="pass an input it accepts with --input NAME:SHAPE or --inputs FILE",
+            )
+        self.notes += [f"the original cannot run {inputs.shapes()}, left out" for inputs, _ in refused]
+        return runs
+
+    @property
+    def inputs(self) -> list[Inputs]:
+        return [inputs for inputs, _ in self._own_runs]
+
+    @property
+    def own(self) -> list[dict[str, Tensor]]:
+        """The original's outputs in its own precision, one mapping for each batch."""
+        return [outputs for _, outputs in self._own_runs]
+
+    @functools.cached_property
+    def exact(self) -> list[dict[str, Tensor]] | None:
+        """The original's outputs in float64, or None (and a note) where it cannot run in float64."""
+        self._progress("running the original in float64")
+        try:
+            runs, self.narrowed = run_float64(self._model, self.inputs)
+        except Exception as error:  # noqa: BLE001 - whatever a model's forward raises on float64
+            self.notes.append(
+                f"the model does not run in float64 ({first_line(error)}); the limit is derived, not measured"
+            )
+            return None
+        if self.narrowed:
+            names = ", ".join(sorted(str(d).removeprefix("torch.") for d in self.narrowed))
+            self.notes.append(f"the model casts to {names} inside, so its float64 run is not all float64")
+        return runs
+
+    @property
+    def outputs(self) -> list[dict[str, Tensor]]:
+        """What a candidate is measured against: the float64 runs, else the runs in own precision."""
+        return self.own if self.exact is None else self.exact
+
+    @functools.cached_property
+    def limits(self) -> dict[str, Limit]:
+        if self.exact is not None:
+            return noise_limits(self.exact, self.own, self.layers, self.eps)
+        # Without float64 the noise is not measured: reference and candidate each carry a walk of
+        # eps/2 * sqrt(layers), and the candidate may draw K_NOISE times that, as it may of a measured one.
+        noise = rounding_term(self.eps, self.layers) / 2
+        limit = Limit(noise, K_NOISE * noise + 2 * noise)
+        exact = Limit(0.0, 0.0)
+        return {
+            name: limit if t.is_floating_point() or t.is_complex() else exact
+            for outputs in self.own
+            for name, t in outputs.items()
+        }
+
+    @property
+    def detail(self) -> str:
+        return "; ".join(self.notes)
+
+
+def run_float64(
+    model: nn.Module, inputs_list: Sequence[Inputs]
+) -> tuple[list[dict[str, Tensor]], set[torch.dtype]]:
+    """The model's outputs in float64 on the CPU, and the narrower dtypes it computed in all the same."""
+    runner = TorchRunner(model, "cpu", torch.float64)
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)  # a tensor that forward makes without a dtype follows
+    try:
+        with _NarrowWatch() as watch:
+            return [runner.run(inputs) for inputs in inputs_list], watch.seen
+    finally:
+        torch.set_default_dtype(default)
+
+
+class _NarrowWatch(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Notes the floating dtypes below float64 that ops produce."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.seen: set[torch.dtype] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for leaf in result if isinstance(result, tuple | list) else (result,):
+            if isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.dtype != torch.float64:
+                self.seen.add(leaf.dtype)
+        return result
+
+
+def _coarsest_eps(model: nn.Module) -> float:
+    dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()}
+    return max((torch.finfo(dtype).eps for dtype in dtypes), default=torch.finfo(torch.float32).eps)

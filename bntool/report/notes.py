@@ -1,0 +1,116 @@
+"""What a reader of a summary should know about single layers, beyond their sizes."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
+from torch.nn.parameter import is_lazy
+
+from bntool.report.counting import Owned
+from bntool.report.shapes import Call
+
+_NAMED = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class Note:
+    """One remark and the layers it is about."""
+
+    text: str
+    layers: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        if not self.layers:
+            return self.text
+        named = ", ".join(self.layers[:_NAMED])
+        rest = len(self.layers) - _NAMED
+        return f"{self.text}: {named}" + (f" and {rest} more" if rest > 0 else "")
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"text": self.text, "layers": list(self.layers)}
+
+
+def notes_on_state(model: nn.Module, owned: Mapping[str, Owned]) -> list[Note]:
+    """Remarks that need no forward pass: bad or unused statistics, idle biases, sharing."""
+    modules = list(model.named_modules())
+    bad = [name for name, module in modules if _statistics_are_bad(module)]
+    unused = [name for name, module in modules if _saw_no_batch(module)]
+    tied = [
+        f"{name}.{local} is {first}" if name else f"{local} is {first}"
+        for name, own in owned.items()
+        for local, first in own.tied
+    ]
+    return _present(
+        ("running statistics are not finite or negative", bad),
+        ("statistics have seen no batch yet (num_batches_tracked is 0)", unused),
+        ("bias without effect, the BatchNorm that follows takes it out", list(_idle_biases(modules))),
+        ("tied, counted at the first place", tied),
+        ("shared module, counted at the first place", list(_shared_modules(model))),
+        ("parameters not initialised yet", [name for name, own in owned.items() if own.uninitialized]),
+    )
+
+
+def notes_on_calls(modules: Mapping[str, nn.Module], calls: Mapping[str, Call]) -> list[Note]:
+    """Remarks from the forward pass about these modules: not called, called again, or out of sight."""
+    scripted = [name for name, module in modules.items() if isinstance(module, torch.jit.ScriptModule)]
+    seen = [name for name in modules if name not in scripted]
+    repeated = [f"{name} ({calls[name].count}x)" for name in seen if name in calls and calls[name].count > 1]
+    return _present(
+        ("not called as a module on this input", [name for name in seen if name not in calls]),
+        ("runs more than once, shapes of the first call", repeated),
+        ("TorchScript, shapes not seen", scripted),
+    )
+
+
+def _present(*candidates: tuple[str, list[str]]) -> list[Note]:
+    return [Note(text, tuple(layers)) for text, layers in candidates if layers]
+
+
+def _statistics(module: nn.Module) -> tuple[Tensor, Tensor] | None:
+    mean, variance = getattr(module, "running_mean", None), getattr(module, "running_var", None)
+    if not isinstance(mean, Tensor) or not isinstance(variance, Tensor):
+        return None
+    # Nothing can be read from tensors that hold no values (lazy layers, the meta device).
+    return None if mean.is_meta or is_lazy(mean) else (mean, variance)
+
+
+def _statistics_are_bad(module: nn.Module) -> bool:
+    statistics = _statistics(module)
+    if statistics is None:
+        return False
+    mean, variance = statistics
+    return not bool(torch.isfinite(mean).all() & torch.isfinite(variance).all() & (variance >= 0).all())
+
+
+def _saw_no_batch(module: nn.Module) -> bool:
+    tracked = getattr(module, "num_batches_tracked", None)
+    return _statistics(module) is not None and isinstance(tracked, Tensor) and int(tracked) == 0
+
+
+def _idle_biases(modules: list[tuple[str, nn.Module]]) -> Iterator[str]:
+    for name, module in modules:
+        if type(module) is not nn.Sequential:
+            continue
+        for (key, layer), (_, following) in pairwise(module._modules.items()):
+            takes_bias = isinstance(layer, _ConvNd | nn.Linear) and isinstance(layer.bias, Tensor)
+            if takes_bias and isinstance(following, _BatchNorm):
+                yield f"{name}.{key}" if name else key
+
+
+def _shared_modules(model: nn.Module) -> Iterator[str]:
+    """Second places of modules that hold tensors, outermost only; sharing the rest costs nothing."""
+    first = {module: name for name, module in model.named_modules()}
+    seen: list[str] = []
+    for name, module in model.named_modules(remove_duplicate=False):
+        inside = any(name.startswith(f"{outer}.") for outer in seen)
+        if first[module] == name or inside or not any(True for _ in module.parameters()):
+            continue
+        seen.append(name)
+        yield f"{name} is {first[module]}"

@@ -1,0 +1,143 @@
+"""Plain-text tables in one house style: ASCII, numbers never cut, long names shortened in the middle."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import shutil
+import sys
+import textwrap
+from collections.abc import Sequence
+
+from rich import box
+from rich.console import Console
+from rich.table import Table as RichTable
+from rich.text import Text
+
+PLAIN_WIDTH = 80
+_NARROWEST = 8
+_ELLIPSIS = ".."
+
+# ASCII only: a report must survive a log file and a console of any encoding.
+_RULED = box.Box("    \n    \n--- \n    \n    \n--- \n    \n    \n", ascii=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class Column:
+    """A column title; `number` aligns right; `flexible` may be shortened in the middle to fit.
+
+    Of several flexible columns the rightmost gives way first.
+    """
+
+    title: str
+    number: bool = False
+    flexible: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """Rows of text under columns. `footer` is one last row below a rule."""
+
+    columns: tuple[Column, ...]
+    rows: Sequence[Sequence[str]]
+    title: str = ""
+    footer: Sequence[str] = ()
+
+
+def render(table: Table, width: int | None = None) -> str:
+    """The table as plain text, at most `width` columns wide as far as its flexible columns allow.
+
+    Default width: the terminal's, or 80 where standard output is not a terminal.
+    """
+    lines = [*table.rows, table.footer] if table.footer else list(table.rows)
+    widths, gap = _fit(table.columns, lines, terminal_width() if width is None else width)
+    drawn = RichTable(box=_RULED, show_edge=False, pad_edge=False, padding=(0, gap - 1, 0, 0))
+    drawn.show_footer = bool(table.footer)
+    for i, (column, fitted) in enumerate(zip(table.columns, widths, strict=True)):
+        drawn.add_column(
+            Text(column.title),
+            Text(shorten_middle(table.footer[i], fitted)) if table.footer else "",
+            justify="right" if column.number else "left",
+            width=fitted,
+            no_wrap=True,
+        )
+    for row in table.rows:
+        drawn.add_row(*(Text(shorten_middle(cell, fitted)) for cell, fitted in zip(row, widths, strict=True)))
+    body = _plain(drawn, sum(widths) + gap * len(widths))
+    return f"{table.title}\n{body}" if table.title else body
+
+
+def wrapped(text: str, width: int | None = None, indent: str = "  ") -> str:
+    """`text` broken at spaces to lines of at most `width`; lines after the first are indented."""
+    room = terminal_width() if width is None else width
+    lines = textwrap.wrap(
+        text, room, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
+    )
+    return "\n".join(lines)
+
+
+def terminal_width() -> int:
+    """Columns of the terminal on standard output; 80 where there is none."""
+    if not sys.stdout.isatty():
+        return PLAIN_WIDTH
+    return shutil.get_terminal_size((PLAIN_WIDTH, 24)).columns
+
+
+def shorten_middle(text: str, width: int) -> str:
+    """`text` in at most `width` characters; what goes is taken from its middle."""
+    if len(text) <= width:
+        return text
+    kept = max(width - len(_ELLIPSIS), 0)
+    tail = (kept + 1) // 2
+    return text[: kept - tail] + _ELLIPSIS[: width - kept] + (text[-tail:] if tail else "")
+
+
+def count(number: int) -> str:
+    """A count with thousands separators: `48,884`."""
+    return f"{number:,}"
+
+
+def signed(number: int) -> str:
+    """A difference with its sign and thousands separators: `+1,280`, `-64`, `0`."""
+    return f"{number:+,}" if number else "0"
+
+
+def size(byte_count: int) -> str:
+    """A size in binary units, exact below 1 KiB: `512 B`, `191.0 KiB`, `527.8 MiB`."""
+    amount = float(byte_count)
+    if abs(amount) < 1024:
+        return f"{byte_count} B"
+    for unit in ("KiB", "MiB", "GiB"):
+        amount /= 1024
+        if abs(amount) < 1024:
+            return f"{amount:.1f} {unit}"
+    return f"{amount / 1024:.1f} TiB"
+
+
+def shape_text(shape: Sequence[int] | None) -> str:
+    """`1x3x224x224`; `scalar` for no axes; empty for no shape."""
+    if shape is None:
+        return ""
+    return "x".join(map(str, shape)) or "scalar"
+
+
+def _fit(columns: Sequence[Column], lines: Sequence[Sequence[str]], width: int) -> tuple[list[int], int]:
+    """Column widths and the gap between them: first the gap gives way, then the flexible columns."""
+    widths = [max([len(column.title), *(len(line[i]) for line in lines)]) for i, column in enumerate(columns)]
+    gaps = len(columns) - 1
+    if sum(widths) + 2 * gaps <= width:
+        return widths, 2
+    excess = sum(widths) + gaps - width
+    for i in reversed(range(len(columns))):
+        if columns[i].flexible and excess > 0:
+            given = min(excess, max(widths[i] - _NARROWEST, 0))
+            widths[i] -= given
+            excess -= given
+    return widths, 1
+
+
+def _plain(renderable: RichTable, width: int) -> str:
+    console = Console(file=io.StringIO(), width=width, color_system=None, force_terminal=False, markup=False)
+    with console.capture() as capture:
+        console.print(renderable)
+    return "\n".join(line.rstrip() for line in capture.get().rstrip("\n").split("\n"))

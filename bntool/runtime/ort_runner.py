@@ -1,0 +1,115 @@
+"""Run an ONNX file with ONNX Runtime on a provider that is read back and proved."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.dlpack import from_dlpack
+
+from bntool.errors import DeviceError, ExportError
+from bntool.inputs import Inputs
+from bntool.runtime.libraries import CUDA, first_line
+from bntool.runtime.providers import GPU_EXTRA, open_session
+
+_BFLOAT16 = 16  # TensorProto.BFLOAT16: numpy has no such type, so it travels as its 16 bits
+
+
+class OrtRunner:
+    """Runs an ONNX file; `provider` is read back, `cpu_nodes` lists what CUDA left on the CPU, `note` says
+    what `auto` chose and why.
+
+    `optimize` switches ONNX Runtime's graph optimisations; `tf32` lets CUDA round float32 products.
+    Raises `DeviceError` when CUDA is asked for and not honoured, `ExportError` when the file is refused.
+    """
+
+    def __init__(
+        self, path: str | Path, device: str = "auto", *, optimize: bool = True, tf32: bool = False
+    ) -> None:
+        self._path = Path(path)
+        opened = open_session(str(path), device, optimize=optimize, tf32=tf32)
+        self._session = opened.session
+        self._optimize = optimize
+        self._provider = opened.provider
+        self.cpu_nodes = opened.cpu_nodes
+        self.note = opened.note
+        self.input_names: tuple[str, ...] = tuple(i.name for i in self._session.get_inputs())
+        self.output_names: tuple[str, ...] = tuple(o.name for o in self._session.get_outputs())
+
+    @property
+    def label(self) -> str:
+        return f"ONNX Runtime {self._path.name} (optimisations {'on' if self._optimize else 'off'})"
+
+    @property
+    def device(self) -> str:
+        """`cpu`, or `cuda:0 (name of the card)`, from the provider that the session really has."""
+        if self._provider != CUDA:
+            return "cpu"
+        index = int(self._session.get_provider_options()[CUDA].get("device_id", 0))
+        name = f" ({torch.cuda.get_device_name(index)})" if torch.cuda.is_available() else ""
+        return f"cuda:{index}{name}"
+
+    @property
+    def provider(self) -> str:
+        return self._provider
+
+    def accepts(self, inputs: Inputs) -> bool:
+        """Whether every fixed axis of the file's inputs has the length that these inputs have."""
+        fed = self._by_name(inputs)
+        return all(
+            len(i.shape) == fed[i.name].dim()
+            and all(not isinstance(n, int) or n == m for n, m in zip(i.shape, fed[i.name].shape, strict=True))
+            for i in self._session.get_inputs()
+        )
+
+    def run(self, inputs: Inputs) -> dict[str, Tensor]:
+        """Every output by name, on the CPU.
+
+        Inputs are matched by name, else in order. Raises `ExportError` when they do not fit the file or
+        when it does not run, `DeviceError` when CUDA fails while running.
+        """
+        fed = {name: _to_value(t) for name, t in self._by_name(inputs).items()}
+        try:
+            values = self._session.run_with_ort_values(list(self.output_names), fed)
+        except Exception as error:  # its exceptions share no base class but Exception
+            reason = first_line(error)
+            if self._provider == CUDA and any(word in str(error) for word in ("CUDA", "CUDNN", "cuDNN")):
+                raise DeviceError(
+                    f"CUDA failed while running: {reason}", where=str(self._path), next_step=GPU_EXTRA
+                ) from error
+            raise ExportError(
+                f"ONNX Runtime cannot run the file on {inputs.shapes()}: {reason}",
+                where=str(self._path),
+                next_step="pass inputs of the shape it was exported for, or export again",
+            ) from error
+        return {name: _to_tensor(v) for name, v in zip(self.output_names, values, strict=True)}
+
+    def _by_name(self, inputs: Inputs) -> dict[str, Tensor]:
+        given = inputs.tensors()
+        if set(self.input_names) <= set(given):
+            return {name: given[name] for name in self.input_names}
+        if len(given) == len(self.input_names):
+            return dict(zip(self.input_names, given.values(), strict=True))
+        takes, got = (", ".join(names) or "nothing" for names in (self.input_names, given))
+        raise ExportError(
+            f"the file takes {takes}; given: {got}",
+            where=str(self._path),
+            next_step="name the inputs with --input NAME:SHAPE",
+        )
+
+
+def _to_value(tensor: Tensor) -> Any:
+    from onnxruntime import OrtValue
+
+    array = tensor.detach().cpu().contiguous()
+    if array.dtype == torch.bfloat16:
+        return OrtValue.ortvalue_from_numpy_with_onnx_type(array.view(torch.int16).numpy(), _BFLOAT16)
+    return OrtValue.ortvalue_from_numpy(array.numpy())
+
+
+def _to_tensor(value: Any) -> Tensor:
+    if value.data_type() == "tensor(bfloat16)":
+        return from_dlpack(value._ortvalue)
+    return torch.from_numpy(value.numpy().copy())

@@ -1,0 +1,248 @@
+"""ONNX Runtime sessions whose execution provider is proved, never believed.
+
+Asked for CUDA on a machine that cannot, ONNX Runtime builds a CPU session and raises nothing. So the
+provider is read back from the session, and the device of every heavy node from its node assignment.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import io
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch  # before onnxruntime: it loads the CUDA libraries that onnxruntime needs  # noqa: F401
+
+from bntool.errors import DeviceError, ExportError
+from bntool.runtime.libraries import CPU, CUDA, explain_missing_cuda, first_line
+
+GPU_EXTRA = 'pip install "onnxruntime-gpu[cuda,cudnn]", or use --device cpu'
+
+_HEAVY = re.compile(r"(Fused|Nhwc)?(Conv|ConvTranspose|Gemm|MatMul|BatchNormalization)(Activation)?")
+# ONNX Runtime has a setter for its default log level and no getter; this is the level it starts with.
+_DEFAULT_SEVERITY, _SILENT = 2, 4
+
+
+@dataclasses.dataclass(frozen=True)
+class NodeAssignment:
+    """Where ONNX Runtime put one node."""
+
+    op_type: str
+    name: str
+    provider: str
+
+
+@dataclasses.dataclass(frozen=True)
+class OpenSession:
+    """A live session, the provider read back from it, and the nodes it keeps on the CPU."""
+
+    session: Any
+    provider: str
+    cpu_nodes: tuple[str, ...] = ()
+    note: str = ""
+
+
+def onnxruntime() -> Any:
+    """Import onnxruntime after torch. Raises `DeviceError` when it is not installed or does not load."""
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            import onnxruntime as ort
+    except ImportError as error:
+        raise DeviceError(
+            f"ONNX Runtime cannot be imported: {first_line(error)}",
+            next_step="pip install onnxruntime-gpu (or onnxruntime where there is no NVIDIA GPU)",
+        ) from error
+    return ort
+
+
+def open_session(
+    model: str | bytes, device: str, *, optimize: bool, tf32: bool = False, ort: Any = None
+) -> OpenSession:
+    """Open a model (path or bytes) on `cpu`, `cuda`, or `auto` (CUDA where it truly works).
+
+    Raises `DeviceError` when CUDA is asked for and not honoured, `ExportError` when ONNX Runtime
+    refuses the model.
+    """
+    ort = ort or onnxruntime()
+    if device == "cpu":
+        return _open_cpu(ort, model, optimize)
+    if device == "auto":
+        reason = why_no_cuda()
+        if reason:
+            return dataclasses.replace(_open_cpu(ort, model, optimize), note=f"CPU used: {reason}")
+        try:
+            return _open_cuda(ort, model, optimize, tf32)
+        except DeviceError as error:
+            return dataclasses.replace(_open_cpu(ort, model, optimize), note=f"CPU used: {error.what}")
+    if device.partition(":")[0] == "cuda":
+        return _open_cuda(ort, model, optimize, tf32, index=device.partition(":")[2] or "0")
+    raise DeviceError(f"unknown device {device!r}", next_step="use --device auto, cpu or cuda")
+
+
+def _open_cpu(ort: Any, model: str | bytes, optimize: bool) -> OpenSession:
+    session = _create(ort, model, optimize, [CPU])
+    return OpenSession(session, session.get_providers()[0])
+
+
+def _open_cuda(ort: Any, model: str | bytes, optimize: bool, tf32: bool, index: str = "0") -> OpenSession:
+    options = {
+        "device_id": index,
+        "use_tf32": "1" if tf32 else "0",
+        # The exhaustive search times the algorithms anew in each session, and results then wobble.
+        "cudnn_conv_algo_search": "DEFAULT",
+    }
+    preload_cuda(ort)
+    strict = {"session.disable_cpu_ep_fallback": "1"}
+    try:
+        session = _create(ort, model, optimize, [(CUDA, options)], strict)
+    except ExportError:
+        # Shape ops that ONNX Runtime puts on the CPU on purpose also fail the strict session, as does
+        # a machine without CUDA, and a broken model; the second try tells the three apart.
+        session = _create(ort, model, optimize, [(CUDA, options), CPU])
+    if session.get_providers()[0] != CUDA:
+        raise DeviceError(
+            f"CUDA was asked for, but ONNX Runtime built a {session.get_providers()[0]} session",
+            where=explain_missing_cuda(ort),
+            next_step=GPU_EXTRA,
+        )
+    _require_options(session, options)
+    return OpenSession(session, CUDA, prove_heavy_nodes(assignments(session), CUDA))
+
+
+def _create(
+    ort: Any, model: str | bytes, optimize: bool, providers: list[Any], config: dict[str, str] | None = None
+) -> Any:
+    options = ort.SessionOptions()
+    options.log_severity_level = _SILENT
+    level = ort.GraphOptimizationLevel
+    options.graph_optimization_level = level.ORT_ENABLE_ALL if optimize else level.ORT_DISABLE_ALL
+    options.use_deterministic_compute = True
+    options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+    for key, value in (config or {}).items():
+        options.add_session_config_entry(key, value)
+    try:
+        with quiet(ort):
+            return ort.InferenceSession(model, options, providers=providers)
+    except Exception as error:  # its exceptions share no base class but Exception
+        raise ExportError(
+            f"ONNX Runtime refuses the model: {first_line(error)}",
+            where=model if isinstance(model, str) else "",
+            next_step=_after_refusal(str(error)),
+        ) from error
+
+
+def _after_refusal(message: str) -> str:
+    if "NOT_IMPLEMENTED" in message:
+        return "this provider has no kernel for that op and type: convert the model to float32"
+    return "try another --opset, or report the model to bntool"
+
+
+def assignments(session: Any) -> list[NodeAssignment]:
+    """Which provider each node was given to, as the session recorded it at creation."""
+    return [
+        NodeAssignment(node.op_type, node.name, graph.ep_name)
+        for graph in session.get_provider_graph_assignment_info()
+        for node in graph.get_nodes()
+    ]
+
+
+def prove_heavy_nodes(found: Sequence[NodeAssignment], provider: str) -> tuple[str, ...]:
+    """The nodes not on `provider`, as `op name`.
+
+    Raises `DeviceError` when one of them is a convolution, matrix product or batch normalisation, or
+    when nothing was recorded: no record is no proof.
+    """
+    if not found:
+        raise DeviceError(
+            f"ONNX Runtime recorded no node assignment, so running on {provider} is not proved",
+            next_step="pip install --upgrade onnxruntime-gpu, or use --device cpu",
+        )
+    elsewhere = [node for node in found if node.provider != provider]
+    heavy = [node for node in elsewhere if _HEAVY.fullmatch(node.op_type)]
+    if heavy:
+        first = heavy[0]
+        raise DeviceError(
+            f"{len(heavy)} heavy node(s) are not on {provider}: {first.op_type} is on {first.provider}",
+            where=first.name,
+            next_step="use --device cpu, or report the model to bntool",
+        )
+    return tuple(f"{node.op_type} {node.name}".strip() for node in elsewhere)
+
+
+def _require_options(session: Any, asked: dict[str, str]) -> None:
+    taken = session.get_provider_options().get(CUDA, {})
+    for key, value in asked.items():
+        if key in taken and str(taken[key]) != value:
+            raise DeviceError(
+                f"the CUDA provider did not take {key}={value} (it has {taken[key]})",
+                next_step="pip install --upgrade onnxruntime-gpu, or use --device cpu",
+            )
+
+
+@contextlib.contextmanager
+def quiet(ort: Any) -> Iterator[None]:
+    """Keep ONNX Runtime's banners off stdout and its own log off stderr: the errors raised say it all."""
+    ort.set_default_logger_severity(_SILENT)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        ort.set_default_logger_severity(_DEFAULT_SEVERITY)
+
+
+def preload_cuda(ort: Any) -> None:
+    """Load the CUDA and cuDNN libraries that the nvidia wheels carry, silently."""
+    with contextlib.suppress(Exception), quiet(ort):
+        ort.preload_dlls()
+
+
+@functools.cache
+def why_no_cuda() -> str:
+    """Why ONNX Runtime cannot use CUDA here, or `""` after a convolution really ran on it."""
+    ort = onnxruntime()
+    if CUDA not in ort.get_available_providers():
+        return "the installed ONNX Runtime was built without CUDA"
+    try:
+        run_tiny_convolution(ort, "cuda")
+    except (DeviceError, ExportError) as error:
+        return error.where or error.what
+    return ""
+
+
+def run_tiny_convolution(ort: Any, device: str) -> str:
+    """Really run one convolution on `device`; return the provider that ran it.
+
+    Raises `DeviceError` when it does not run there or gives a wrong result.
+    """
+    import numpy as np
+
+    opened = open_session(_tiny_convolution(), device, optimize=False, ort=ort)
+    try:
+        (result,) = opened.session.run(None, {"x": np.ones((1, 1, 3, 3), np.float32)})
+    except Exception as error:
+        raise DeviceError(
+            f"a tiny convolution does not run on {opened.provider}: {first_line(error)}", next_step=GPU_EXTRA
+        ) from error
+    if float(result.reshape(-1)[0]) != 9.0:
+        raise DeviceError(f"a tiny convolution on {opened.provider} gives {result.reshape(-1)[0]}, not 9")
+    return opened.provider
+
+
+@functools.cache
+def _tiny_convolution() -> bytes:
+    import numpy as np
+    from onnx import TensorProto, helper, numpy_helper
+
+    weight = numpy_helper.from_array(np.ones((1, 1, 3, 3), np.float32), "w")
+    graph = helper.make_graph(
+        [helper.make_node("Conv", ["x", "w"], ["y"], name="conv")],
+        "tiny",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [1, 1, 3, 3])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [1, 1, 1, 1])],
+        [weight],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    return bytes(model.SerializeToString())

@@ -1,0 +1,159 @@
+"""Run an `nn.Module` in eval mode and leave it, and the process, as they were found."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bntool.errors import CheckFailed, DeviceError
+from bntool.inputs import Inputs, outputs_of
+
+# A run that draws random numbers must draw the same ones every time, or two runs cannot be compared.
+_SEED = 0
+
+
+class TorchRunner:
+    """Runs a torch model in eval mode; layer modes, RNG state and TF32 flags are restored after each run.
+
+    The model given runs itself unless another device or dtype is asked for, which runs a deep copy.
+    Raises `DeviceError` when the device is not there.
+    """
+
+    def __init__(self, model: nn.Module, device: str = "cpu", dtype: torch.dtype | None = None) -> None:
+        require_torch_device(device)
+        self._model = _placed(model, torch.device(device), dtype)
+        self._dtype = dtype
+        self._asked = torch.device(device)
+
+    @property
+    def label(self) -> str:
+        dtype = str(self._dtype).removeprefix("torch.") if self._dtype else ""
+        return f"torch {type(self._model).__name__} {dtype}".strip()
+
+    @property
+    def device(self) -> str:
+        """`cpu`, or `cuda:0 (name of the card)`, read from the tensors the model holds."""
+        found = next((t.device for t in _tensors(self._model)), self._asked)
+        if found.type != "cuda":
+            return found.type
+        return f"{found} ({torch.cuda.get_device_name(found)})"
+
+    @property
+    def provider(self) -> str:
+        return "torch"
+
+    def run(self, inputs: Inputs) -> dict[str, Tensor]:
+        """Every output by name, detached, on the CPU.
+
+        Raises `CheckFailed` when the model returns no tensor. Whatever the model's forward raises is not
+        caught here.
+        """
+        moved = inputs.to(device=self._asked, dtype=self._dtype)
+        # no_grad and not inference_mode: a model that keeps a tensor made during forward (a cached
+        # position table) would be left holding one that autograd refuses later.
+        with eval_mode(self._model), _same_random_numbers(self._asked), exact_float32(), torch.no_grad():
+            result = self._model(*moved.args, **dict(moved.kwargs))
+        return {name: t.detach().cpu().clone() for name, t in outputs_of(result).items()}
+
+
+def require_torch_device(device: str) -> None:
+    """Raise `DeviceError` unless torch can use `device`."""
+    if torch.device(device).type == "cuda" and not torch.cuda.is_available():
+        built = torch.version.cuda
+        raise DeviceError(
+            "CUDA was asked for, but torch cannot use it",
+            where="torch was built without CUDA" if built is None else f"no usable driver for CUDA {built}",
+            next_step="run `bntool doctor`, or use --device cpu",
+        )
+
+
+@contextlib.contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Put every layer in eval mode, then give each back the mode it had.
+
+    The flags are set one by one: an overridden `train()` may do more than set a flag (merge weights,
+    keep a layer frozen), and that could not be undone.
+    """
+    before = [(module, module.training) for module in model.modules()]
+    try:
+        for module, _ in before:
+            module.training = False
+        yield
+    finally:
+        for module, training in before:
+            module.training = training
+
+
+@contextlib.contextmanager
+def exact_float32() -> Iterator[None]:
+    """Full float32 in matrix products and convolutions: TF32 off, and restored after."""
+    backends: Any = torch.backends
+    older = [(backends.cuda.matmul, "allow_tf32", False), (backends.cudnn, "allow_tf32", False)]
+    newer = [
+        (op, "fp32_precision", "ieee")
+        for op in (backends.cuda.matmul, backends.cudnn.conv, backends.cudnn.rnn)
+    ]
+    before = [(op, flag, _read_flag(op, flag)) for op, flag, _ in older + newer]
+    try:
+        matmul = torch.get_float32_matmul_precision()
+    except RuntimeError:
+        matmul = ""
+    try:
+        # Both sets of flags: torch refuses to read one that disagrees with the other.
+        torch.set_float32_matmul_precision("highest")
+        for op, flag, exact in older + newer:
+            setattr(op, flag, exact)
+        yield
+    finally:
+        # This order: the older flag can say high or highest, but not medium.
+        for op, flag, value in before[: len(older)]:
+            if value is not None:
+                setattr(op, flag, value)
+        if matmul:
+            torch.set_float32_matmul_precision(matmul)
+        for op, flag, value in before[len(older) :]:
+            setattr(op, flag, value)
+
+
+def _read_flag(op: Any, flag: str) -> Any:
+    """The flag's value, or None where torch refuses to read it because older and newer flags disagree."""
+    try:
+        return getattr(op, flag)
+    except RuntimeError:
+        return None
+
+
+@contextlib.contextmanager
+def _same_random_numbers(device: torch.device) -> Iterator[None]:
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(_SEED)
+        yield
+
+
+def _placed(model: nn.Module, device: torch.device, dtype: torch.dtype | None) -> nn.Module:
+    wrong_device = any(t.device.type != device.type for t in _tensors(model))
+    wrong_dtype = dtype is not None and any(
+        t.is_floating_point() and t.dtype != dtype for t in _tensors(model)
+    )
+    if not (wrong_device or wrong_dtype):
+        return model
+    try:
+        moved = copy.deepcopy(model)
+    except Exception as error:
+        raise CheckFailed(
+            f"the model cannot be copied, so it cannot run as {dtype or device}: {error}",
+            where=type(model).__name__,
+            next_step="remove what cannot be copied from the model (locks, open files, non-leaf tensors)",
+        ) from error
+    return moved.to(device=device, dtype=dtype)
+
+
+def _tensors(model: nn.Module) -> Iterator[Tensor]:
+    yield from model.parameters()
+    yield from model.buffers()

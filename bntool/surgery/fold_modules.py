@@ -1,0 +1,176 @@
+"""Apply a fold plan to an `nn.Module`: a structural copy in which only the layers that change are new."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bntool.affine import Pair, batch_norm_affine, evaluate
+from bntool.errors import InvariantError
+from bntool.layers import NORMED
+from bntool.observe.copying import structural_copy
+from bntool.plan import Edit, Plan
+from bntool.surgery.tensors import edited, edited_norm
+
+_STOCK_OF = {normed: stock for stock, normed in NORMED.items()}
+
+
+def apply_fold(model: nn.Module, plan: Plan) -> nn.Module:
+    """A copy of `model` with every site of a fold plan carried out.
+
+    Untouched layers share their tensors with `model`; `own_tensors` gives the copy its own. The
+    argument is not changed. Parameters keep `requires_grad`, type, device and memory format.
+    """
+    work = _FoldWork(structural_copy(model))
+    with torch.no_grad():
+        for site in plan.fold_sites:
+            for edit in site.edits:
+                work.carry_out(edit)
+        work.write()
+    return work.model
+
+
+def own_tensors(folded: nn.Module, original: nn.Module) -> nn.Module:
+    """Give every parameter and buffer that `folded` still shares with `original` its own memory.
+
+    Tensors tied to each other stay tied.
+    """
+    shared = {id(t) for t in (*original.parameters(), *original.buffers())}
+    made: dict[int, Tensor] = {}
+    for module in folded.modules():
+        for slots in (module._parameters, module._buffers):
+            for name, tensor in slots.items():
+                if tensor is None or id(tensor) not in shared:
+                    continue
+                if id(tensor) not in made:
+                    made[id(tensor)] = _clone(tensor)
+                slots[name] = made[id(tensor)]  # type: ignore[assignment]
+    return folded
+
+
+def _clone(tensor: Tensor) -> Tensor:
+    with torch.no_grad():
+        copied = tensor.detach().clone(memory_format=torch.preserve_format)
+    if isinstance(tensor, nn.Parameter):
+        return nn.Parameter(copied, requires_grad=tensor.requires_grad)
+    return copied
+
+
+class _FoldWork:
+    """Tensors by handle as the edits so far have left them, on the way to the copy's modules."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.modules = dict(model.named_modules(remove_duplicate=False))
+        self.tensors: dict[str, Tensor] = {}
+        self.before: dict[str, Tensor] = {}
+        self.removed: list[str] = []
+
+    def carry_out(self, edit: Edit) -> None:
+        if edit.kind == "remove":
+            self.removed.append(edit.layer)
+            return
+        assert edit.map is not None
+        pair = evaluate(edit.map, self._leaf)
+        weight = self._tensor(edit.weight)
+        bias = self._tensor(edit.bias) if edit.bias else None
+        if weight is None:
+            raise InvariantError(f"the plan edits {edit.weight}, which the model does not have")
+        if edit.layout == "norm":
+            assert bias is not None
+            self.tensors[edit.weight], self.tensors[edit.bias] = edited_norm(
+                edit, weight, bias, *self._statistics(edit.layer), pair
+            )
+            return
+        new_weight, new_bias = edited(edit, weight, bias, pair)
+        self.tensors[edit.weight] = new_weight
+        if new_bias is not None and edit.bias:
+            self.tensors[edit.bias] = new_bias
+
+    def _leaf(self, kind: str, name: str) -> Any:
+        if kind == "tensor":
+            return self._tensor(name)
+        pair: Pair = batch_norm_affine(
+            self._tensor(f"{name}.weight" if name else "weight"),
+            self._tensor(f"{name}.bias" if name else "bias"),
+            *self._statistics(name),
+        )
+        return tuple(part.cpu() for part in pair)
+
+    def _statistics(self, name: str) -> tuple[Tensor, Tensor, float]:
+        module: Any = self.modules[name]
+        return module.running_mean, module.running_var, float(module.eps)
+
+    def _tensor(self, handle: str) -> Tensor | None:
+        if handle in self.tensors:
+            return self.tensors[handle]
+        tensor = self._slot(handle)
+        if tensor is not None:
+            self.before[handle] = tensor
+        return tensor
+
+    def _slot(self, handle: str) -> Tensor | None:
+        owner, _, slot = handle.rpartition(".")
+        module = self.modules[owner]
+        found = module._parameters.get(slot)
+        return found if found is not None else module._buffers.get(slot)
+
+    # -- writing ----------------------------------------------------------------------------------------
+
+    def write(self) -> None:
+        """Put the new tensors into every slot that held the old one, and take the BatchNorms out."""
+        replaced = {id(self.before[h]): self._as_kind(h) for h in self.tensors if h in self.before}
+        for module in self.model.modules():
+            for slots in (module._parameters, module._buffers):
+                for name, tensor in slots.items():
+                    if tensor is not None and id(tensor) in replaced:
+                        slots[name] = replaced[id(tensor)]  # type: ignore[assignment]
+        for handle in self.tensors:
+            if handle not in self.before:
+                self._create(handle)
+        names = {id(self.modules[name]) for name in self.removed}
+        for parent in list(self.model.modules()):
+            for name, child in list(parent._modules.items()):
+                if child is not None and id(child) in names:
+                    parent._modules[name] = _what_remains(child)
+            _unwrap(parent)
+        if id(self.model) in names:
+            self.model = _what_remains(self.model)
+
+    def _as_kind(self, handle: str) -> Tensor:
+        """The new tensor as what the old one was: a parameter with its flag, or a buffer."""
+        old, new = self.before[handle], self.tensors[handle]
+        if isinstance(old, nn.Parameter):
+            return nn.Parameter(new, requires_grad=old.requires_grad)
+        return new
+
+    def _create(self, handle: str) -> None:
+        """A bias that was not there; it trains where the weight does."""
+        owner, _, slot = handle.rpartition(".")
+        module = self.modules[owner]
+        weight = module._parameters.get("weight")
+        trains = weight.requires_grad if weight is not None else True
+        module._parameters[slot] = nn.Parameter(self.tensors[handle], requires_grad=trains)
+
+
+def _unwrap(parent: nn.Module) -> None:
+    """A convolution that held its BatchNorm as a child is a plain convolution again."""
+    for name, child in list(parent._modules.items()):
+        stock = _STOCK_OF.get(type(child)) if child is not None else None
+        if child is None or stock is None or not isinstance(child._modules.get("bn"), nn.Identity):
+            continue
+        plain = stock.__new__(stock)
+        plain.__dict__.update(child.__dict__)
+        plain._modules = {k: v for k, v in child._modules.items() if k != "bn"}
+        parent._modules[name] = plain
+
+
+def _what_remains(norm: nn.Module) -> nn.Module:
+    """What a folded BatchNorm leaves behind: its own dropout and activation, or nothing."""
+    rest = [getattr(norm, name) for name in ("drop", "act") if isinstance(getattr(norm, name, None), nn.Module)]
+    rest = [m for m in rest if not isinstance(m, nn.Identity)]
+    remains = rest[0] if len(rest) == 1 else nn.Sequential(*rest) if rest else nn.Identity()
+    remains.training = norm.training
+    return remains

@@ -1,0 +1,114 @@
+"""Apply an insertion plan to an `nn.Module`: a structural copy with the newcomers in their slots."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bntool.errors import InvariantError
+from bntool.inserting import sequential_names
+from bntool.layers import NORMED
+from bntool.observe.copying import structural_copy
+from bntool.plan import InsertSite, Plan
+
+_NORMS: dict[int, type[nn.modules.batchnorm._BatchNorm]] = {
+    1: nn.BatchNorm1d,
+    2: nn.BatchNorm2d,
+    3: nn.BatchNorm3d,
+}
+
+
+def apply_insert(model: nn.Module, plan: Plan) -> nn.Module:
+    """A copy of `model` with every site of an insertion plan carried out.
+
+    Tensors of the old layers are shared with `model`. The argument is not changed.
+    """
+    copy = structural_copy(model)
+    modules = dict(copy.named_modules(remove_duplicate=False))
+    newcomers: dict[str, dict[str, nn.Module]] = {}
+    for site in plan.insert_sites:
+        norm = new_norm(modules[site.conv], site, plan.options)
+        if site.form == "identity":
+            _replace(copy, site.slot, norm)
+        elif site.form == "wrap":
+            act = modules[site.slot]
+            pair = (act, norm) if plan.options.get("position") == "after" else (norm, act)
+            wrapped = nn.Sequential(*pair)
+            wrapped.training = act.training
+            _replace(copy, site.slot, wrapped)
+        elif site.form == "subclass":
+            _replace_everywhere(copy, modules[site.conv], _holding(modules[site.conv], norm))
+        else:
+            after = site.activation if plan.options.get("position") == "after" else site.conv
+            newcomers.setdefault(site.slot, {})[after.rpartition(".")[2]] = norm
+    for parent, group in newcomers.items():
+        _add_siblings(modules[parent], group, bool(plan.options.get("keep_keys")))
+    _require_names(copy, plan)
+    return copy
+
+
+def new_norm(layer: nn.Module, site: InsertSite, options: Mapping[str, Any]) -> nn.Module:
+    """The BatchNorm of a site, on the layer's device and in its type and mode.
+
+    `identity`: γ = 1, β = 0, μ = 0 and σ² = 1 − ε, so that in eval mode (x − μ)/√(σ² + ε)·γ + β is x
+    to the last bit. `default`: PyTorch's own initial values, for training from scratch.
+    """
+    weight = layer.weight
+    assert isinstance(weight, Tensor)
+    kind = nn.SyncBatchNorm if options.get("sync") else _NORMS[site.dims]
+    norm = kind(
+        site.channels,
+        eps=float(options["eps"]),
+        momentum=float(options["momentum"]),
+        affine=bool(options["affine"]),
+        device=weight.device,
+        dtype=weight.dtype,
+    )
+    if options["init"] == "identity" and norm.running_var is not None:
+        with torch.no_grad():
+            norm.running_var.fill_(1.0 - norm.eps)
+    norm.train(layer.training)
+    return norm
+
+
+def _replace(root: nn.Module, name: str, new: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    root.get_submodule(parent)._modules[child] = new
+
+
+def _replace_everywhere(root: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    """In every slot that holds `old`: a module may be registered under several names."""
+    for parent in list(root.modules()):
+        for name, child in list(parent._modules.items()):
+            if child is old:
+                parent._modules[name] = new
+
+
+def _holding(layer: nn.Module, norm: nn.Module) -> nn.Module:
+    """The layer as the subclass that holds a BatchNorm; its tensors, attributes and hooks are kept."""
+    cls = NORMED[type(layer)]
+    held = cls.__new__(cls)
+    held.__dict__.update(layer.__dict__)
+    held._modules = {**layer._modules, "bn": norm}
+    return held
+
+
+def _add_siblings(parent: nn.Module, after: Mapping[str, nn.Module], keep_keys: bool) -> None:
+    """Put each newcomer behind its child of a Sequential; numbered children are numbered anew."""
+    children = dict(parent._modules)
+    renamed, names = sequential_names(tuple(children), set(after), keep_keys)
+    parent._modules.clear()
+    for child, module in children.items():
+        parent._modules[renamed.get(child, child)] = module
+        if child in after:
+            parent._modules[names[child]] = after[child]
+
+
+def _require_names(model: nn.Module, plan: Plan) -> None:
+    modules = dict(model.named_modules(remove_duplicate=False))
+    for site in plan.insert_sites:
+        if not isinstance(modules.get(site.bn), nn.modules.batchnorm._BatchNorm):
+            raise InvariantError(f"the plan put a BatchNorm at {site.bn}, but it is not there")

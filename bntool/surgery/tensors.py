@@ -1,0 +1,68 @@
+"""Carry out one edit of a fold on tensors: float64 arithmetic, one cast to the storage type."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from bntool.affine import Pair
+from bntool.laws.taking import bias_from_input_shift, rows
+from bntool.plan import Edit
+
+_CHUNK = 1 << 17
+"""Elements of a weight worked on at a time, so that the float64 copy stays in the cache."""
+
+
+def edited(edit: Edit, weight: Tensor, bias: Tensor | None, pair: Pair) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias after the edit; a missing bias is made where the shift needs one.
+
+    `pair` is the map as float64 vectors of length out (`scale_output`) or in (`scale_input`). The
+    results keep the weight's type, device and memory format.
+    """
+    scale, shift = (part.to(weight.device) for part in pair)
+    side = "output" if edit.kind == "scale_output" else "input"
+    factors = rows(edit.layout, weight, edit.groups, scale, side)
+    new_weight = _scaled(weight, factors)
+    shifted = bool((shift != 0).any())
+    if bias is None and not shifted:
+        return new_weight, None
+    old = torch.zeros((), dtype=torch.float64, device=weight.device) if bias is None else bias.double()
+    if side == "output":
+        new_bias = scale * old + shift
+    elif shifted:
+        new_bias = old + bias_from_input_shift(edit.layout, weight, edit.groups, shift)
+    else:
+        return new_weight, bias
+    return new_weight, new_bias.to(weight.dtype if bias is None else bias.dtype)
+
+
+def edited_norm(
+    edit: Edit, gamma: Tensor, beta: Tensor, mean: Tensor, variance: Tensor, eps: float, pair: Pair
+) -> tuple[Tensor, Tensor]:
+    """γ and β of a BatchNorm that stays and takes a map in; its statistics are left alone.
+
+    Output side: γ' = s·γ, β' = s·β + t. Input side, with S = γ/√(σ²+ε): γ' = γ·s and
+    β' = β + S·(t − μ + s·μ), so that BN'(x) = BN(s·x + t).
+    """
+    scale, shift = pair
+    if edit.kind == "scale_output":
+        new_gamma, new_beta = scale * gamma.double(), scale * beta.double() + shift
+    else:
+        own = gamma.double() * (variance.double() + eps).rsqrt()
+        new_gamma = gamma.double() * scale
+        new_beta = beta.double() + own * (shift - mean.double() + scale * mean.double())
+    return new_gamma.to(gamma.dtype), new_beta.to(beta.dtype)
+
+
+def _scaled(weight: Tensor, factors: Tensor) -> Tensor:
+    """weight · factors in float64, cast once; worked on in chunks along the first axis."""
+    out = torch.empty_like(weight)
+    if weight.numel() <= _CHUNK or weight.shape[0] == 1:
+        out.copy_(weight.double() * factors)
+        return out
+    step = max(1, _CHUNK * weight.shape[0] // weight.numel())
+    per_row = factors.shape[0] == weight.shape[0]
+    for start in range(0, weight.shape[0], step):
+        part = slice(start, start + step)
+        out[part].copy_(weight[part].double() * (factors[part] if per_row else factors))
+    return out

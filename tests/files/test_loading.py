@@ -1,0 +1,225 @@
+from __future__ import annotations
+
+import copy
+from collections import OrderedDict
+from pathlib import Path
+
+import onnx
+import pytest
+import torch
+from onnx import TensorProto, helper
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from bntool.errors import LoadError, UsageError
+from bntool.files.atomic import sha256_of
+from bntool.files.loading import load
+from bntool.files.saving import save_model
+
+MAKER = """
+from torch import nn
+def make():
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Linear(4, 2))
+def tied():
+    net = make()
+    net.extra = nn.Linear(4, 2)
+    net.extra.weight = net[2].weight
+    return net
+class Wrapper(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.module = make()
+"""
+
+
+@pytest.fixture
+def arch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.chdir(tmp_path)
+    Path("bnt_maker.py").write_text(MAKER)
+    return "bnt_maker.py:make"
+
+
+def _net() -> nn.Module:
+    torch.manual_seed(7)
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Linear(4, 2))
+
+
+def _same(model: nn.Module, other: nn.Module) -> bool:
+    left, right = model.state_dict(), other.state_dict()
+    return left.keys() == right.keys() and all(torch.equal(v, right[k]) for k, v in left.items())
+
+
+def test_a_whole_module_keeps_class_mode_and_hash(tmp_path: Path) -> None:
+    net = _net().eval()
+    torch.save(net, tmp_path / "net.pt")
+    loaded = load(tmp_path / "net.pt")
+    assert type(loaded.model) is nn.Sequential
+    assert not loaded.model.training
+    assert _same(loaded.model, net)
+    assert loaded.kind == "module"
+    assert loaded.source_hash == sha256_of(tmp_path / "net.pt")
+    assert loaded.path == tmp_path / "net.pt"
+
+
+@pytest.mark.parametrize("wrap", ["bare", "model", "state_dict", "ema", "model_state_dict", "nested"])
+@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "module._orig_mod."])
+def test_weights_are_found_and_saved_back_the_same_way(wrap: str, prefix: str, arch: str) -> None:
+    net = _net()
+    state = OrderedDict((prefix + k, v) for k, v in net.state_dict().items())
+    held = {"bare": state, "nested": {"epoch": 1, "model": {"state_dict": state}}}.get(
+        wrap, {wrap: state, "epoch": 1}
+    )
+    torch.save(held, "w.pth")
+    loaded = load("w.pth", arch=arch)
+    assert _same(loaded.model, net)
+    assert loaded.kind == ("state_dict" if wrap == "bare" else "checkpoint")
+    assert loaded.state_dict is not None
+    assert list(loaded.state_dict) == list(net.state_dict())
+
+    changed = copy.deepcopy(loaded.model)
+    with torch.no_grad():
+        changed[0].weight.add_(1)  # type: ignore[index,union-attr,operator]
+    save_model(loaded, changed, "out.pth")
+    back = torch.load("out.pth", weights_only=True)
+    assert back.keys() == held.keys()
+    assert wrap == "bare" or wrap == "nested" or back["epoch"] == 1
+    assert _same(load("out.pth", arch=arch).model, changed)
+    assert _same(loaded.model, net)
+
+
+def test_a_prefix_that_is_the_models_own_child_stays(arch: str) -> None:
+    wrapped = nn.Module()
+    wrapped.module = _net()
+    torch.save(wrapped.state_dict(), "w.pth")
+    assert _same(load("w.pth", arch="bnt_maker.py:Wrapper").model, wrapped)
+
+
+def test_orig_mod_inside_keys_is_taken_out(arch: str) -> None:
+    state = {k.replace("0.", "0._orig_mod."): v for k, v in _net().state_dict().items()}
+    torch.save(state, "w.pth")
+    loaded = load("w.pth", arch=arch)
+    assert _same(loaded.model, _net())
+    assert any("_orig_mod." in note for note in loaded.notes)
+
+
+def test_key_takes_another_entry_and_the_note_names_it(arch: str) -> None:
+    other = _net()
+    with torch.no_grad():
+        other[0].weight.zero_()  # type: ignore[index,union-attr,operator]
+    torch.save({"state_dict": _net().state_dict(), "averaged": {"deep": other.state_dict()}}, "w.pth")
+    torch.save({"state_dict": _net().state_dict(), "ema": other.state_dict()}, "two.pth")
+    assert _same(load("w.pth", arch=arch, key="averaged.deep").model, other)
+    assert any("ema; --key" in note for note in load("two.pth", arch=arch).notes)
+    with pytest.raises(UsageError, match="state_dict, averaged"):
+        load("w.pth", arch=arch, key="nothing")
+
+
+def test_weights_without_arch_say_how_to_name_it(arch: str) -> None:
+    torch.save(_net().state_dict(), "w.pth")
+    save_file(_net().state_dict(), "w.safetensors")
+    for file in ("w.pth", "w.safetensors"):
+        with pytest.raises(LoadError, match="only weights") as caught:
+            load(file)
+        assert "--arch torchvision:resnet50" in caught.value.next_step
+        assert caught.value.exit_code == 3
+
+
+def test_misfits_are_counted_and_named(arch: str) -> None:
+    state = _net().state_dict()
+    del state["0.bias"]
+    state["new.weight"] = torch.zeros(2)
+    torch.save(state, "keys.pth")
+    with pytest.raises(LoadError, match=r"1 missing \(0.bias\); 1 unexpected \(new.weight\)"):
+        load("keys.pth", arch=arch)
+    state = _net().state_dict()
+    state["2.weight"] = torch.zeros(10, 4)
+    torch.save(state, "shape.pth")
+    with pytest.raises(LoadError, match=r"2.weight is \[10, 4\], the model has \[2, 4\]"):
+        load("shape.pth", arch=arch)
+    torch.save({}, "empty.pth")
+    with pytest.raises(LoadError, match="it is empty"):
+        load("empty.pth", arch=arch)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+def test_weights_keep_the_files_types(dtype: torch.dtype, arch: str) -> None:
+    net = _net().to(dtype)
+    torch.save(net.state_dict(), "w.pth")
+    loaded = load("w.pth", arch=arch)
+    assert {p.dtype for p in loaded.model.parameters()} == {dtype}
+    assert _same(loaded.model, net)
+
+
+def test_safetensors_with_tied_weights_round_trip(arch: str) -> None:
+    net = _net()
+    net.extra = nn.Linear(4, 2)
+    net.extra.weight = net[2].weight  # type: ignore[index]
+    state = {k: v for k, v in net.state_dict().items() if k != "extra.weight"}
+    save_file(state, "w.safetensors", metadata={"format": "pt"})
+    loaded = load("w.safetensors", arch="bnt_maker.py:tied")
+    assert loaded.kind == "safetensors"
+    assert loaded.model.extra.weight is loaded.model[2].weight  # type: ignore[index,union-attr]
+    save_model(loaded, loaded.model, "out.safetensors")
+    assert load_file("out.safetensors").keys() == state.keys()
+    assert dict(load("out.safetensors", arch="bnt_maker.py:tied").metadata) == {"format": "pt"}
+    with pytest.raises(UsageError, match="same kind"):
+        save_model(loaded, loaded.model, "out.onnx")
+
+
+def test_a_module_inside_a_checkpoint_goes_back_to_its_place(tmp_path: Path) -> None:
+    torch.save({"model": _net(), "epoch": 4}, tmp_path / "c.pt")
+    loaded = load(tmp_path / "c.pt")
+    new = nn.Sequential(nn.ReLU())
+    save_model(loaded, new, tmp_path / "out.pt")
+    again = load(tmp_path / "out.pt")
+    assert isinstance(again.model[0], nn.ReLU)  # type: ignore[index]
+    assert again.wrapped_in is not None
+    assert again.wrapped_in.container["epoch"] == 4
+
+
+def test_prepare_shapes_the_model_before_its_weights(arch: str) -> None:
+    net = _net()
+    net.late = nn.BatchNorm2d(4)
+    torch.save(net.state_dict(), "w.pth")
+
+    def prepare(model: nn.Module) -> nn.Module:
+        model.late = nn.BatchNorm2d(4)
+        return model
+
+    assert _same(load("w.pth", arch=arch, prepare=prepare).model, net)
+
+
+def test_files_that_are_no_model_say_what_they_are(tmp_path: Path) -> None:
+    value = [helper.make_tensor_value_info(n, TensorProto.FLOAT, [1]) for n in "xy"]
+    graph = helper.make_graph([helper.make_node("Relu", ["x"], ["y"])], "g", value[:1], value[1:])
+    onnx.save(helper.make_model(graph), tmp_path / "m.onnx")
+    (tmp_path / "net.py").write_text("class Net: ...\n")
+    (tmp_path / "notes.pt").write_text("hello\n")
+    (tmp_path / "empty.pt").write_bytes(b"")
+    (tmp_path / "bad.safetensors").write_bytes(b"\x05\0\0\0\0\0\0\0{}abc")
+    expected = {
+        "m.onnx": "does not load that kind yet", "net.py": "text file", "notes.pt": "text file",
+        "empty.pt": "empty file", "bad.safetensors": "damaged", "notess.pt": "did you mean notes.pt",
+        "": "is a folder",
+    }  # fmt: skip
+    for name, words in expected.items():
+        with pytest.raises(LoadError, match=words) as caught:
+            load(tmp_path / name)
+        assert caught.value.next_step
+    with pytest.raises(LoadError) as caught:
+        load(tmp_path / "net.py")
+    assert caught.value.next_step.endswith("net.py:Class")
+
+
+def test_options_that_do_not_fit_together(arch: str) -> None:
+    torch.save(_net().state_dict(), "w.pth")
+    torch.save(_net(), "net.pt")
+    for options in (
+        {"ref": "w.pth", "weights": "w.pth"}, {"ref": "w.pth", "pretrained": True},
+        {"ref": arch, "arch": arch}, {"ref": "w.pth", "arch": "net.pt"},
+        {"ref": arch, "pretrained": True},
+        {"ref": "torchvision:vgg11", "pretrained": True, "weights": "w.pth"},
+    ):  # fmt: skip
+        with pytest.raises(UsageError):
+            load(**options)  # type: ignore[arg-type]
+    assert any("not needed" in note for note in load("net.pt", arch=arch).notes)

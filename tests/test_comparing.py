@@ -1,0 +1,201 @@
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from bntool.comparing import K_NOISE, Limit, compare, difference, noise_limits, rounding_term
+from bntool.errors import CheckFailed
+from bntool.verdicts import Check, Comparison
+
+EPS = torch.finfo(torch.float32).eps
+LAYERS = 20
+
+
+def reference() -> list[dict[str, Tensor]]:
+    torch.manual_seed(0)
+    return [
+        {
+            "scores": torch.randn(batch, 6, dtype=torch.float64),
+            "maps": torch.randn(batch, 3, 4, 4, dtype=torch.float64) + 1,
+        }
+        for batch in (1, 2, 3)
+    ]
+
+
+def rounded(outputs: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
+    return [{name: t.float() for name, t in row.items()} for row in outputs]
+
+
+def verdict(candidate: list[dict[str, Tensor]]) -> Check:
+    ref = reference()
+    limits = noise_limits(ref, rounded(ref), LAYERS, EPS)
+    return compare(ref, candidate, limits, stage="fold", device="cpu", provider="torch")
+
+
+def changed(how) -> list[dict[str, Tensor]]:
+    rows = rounded(reference())
+    for row in rows:
+        how(row)
+    return rows
+
+
+def set_nan(row: dict[str, Tensor]) -> None:
+    row["maps"][0, 1, 2, 3] = float("nan")
+
+
+def swap_channels(row: dict[str, Tensor]) -> None:
+    row["maps"] = row["maps"][:, [1, 0, 2]]
+
+
+def permute_outputs(row: dict[str, Tensor]) -> None:
+    row["scores"], row["maps"] = row["maps"], row["scores"]
+
+
+def forget_bias(row: dict[str, Tensor]) -> None:
+    row["maps"] = row["maps"] - torch.tensor([0.0, 0.01, 0.0]).reshape(1, 3, 1, 1)
+
+
+MUTATIONS = {
+    "times 1.001": lambda row: row["maps"].mul_(1.001),
+    "plus 1e-3": lambda row: row["scores"].add_(1e-3),
+    "two channels swapped": swap_channels,
+    "all zero": lambda row: row["maps"].zero_(),
+    "one NaN": set_nan,
+    "one infinity": lambda row: row["scores"][0].fill_(math.inf),
+    "one output dropped": lambda row: row.pop("maps"),
+    "one output more": lambda row: row.update(extra=torch.zeros(1)),
+    "shape differs": lambda row: row.update(maps=row["maps"][..., :3]),
+    "empty": lambda row: row.update(maps=row["maps"][:0]),
+    "permuted outputs": permute_outputs,
+    "permuted batch": lambda row: row.update(maps=row["maps"].flip(0)) if len(row["maps"]) > 1 else None,
+    "bias forgotten": forget_bias,
+    "transposed": lambda row: row.update(maps=row["maps"].mT),
+    "complex": lambda row: row.update(maps=row["maps"].to(torch.complex64)),
+}
+
+
+@pytest.mark.parametrize("name", MUTATIONS)
+def test_a_mutation_fails(name):
+    check = verdict(changed(MUTATIONS[name]))
+    assert not check.passed
+    assert not Comparison((check,))
+
+
+def test_the_same_outputs_pass_and_so_does_a_second_draw_of_the_rounding():
+    assert verdict(rounded(reference())).passed
+    noisy = changed(lambda row: row["maps"].mul_(1 + 2 * EPS))
+    check = verdict(noisy)
+    assert check.passed
+    assert check.relative <= 3 * EPS  # one rounding to float32, and the two steps added
+    assert check.top1 == 1.0
+    assert check.cosine == pytest.approx(1.0, abs=1e-6)
+
+
+def test_output_order_does_not_matter_but_names_do():
+    reordered = [dict(reversed(row.items())) for row in rounded(reference())]
+    assert verdict(reordered).passed
+
+
+@pytest.mark.parametrize(
+    ("ref", "cand"),
+    [
+        ([], []),
+        ([{}], [{}]),
+        ([{"y": torch.ones(2)}], []),
+        ([{"y": torch.ones(0, 4)}], [{"y": torch.ones(0, 4)}]),
+    ],
+)
+def test_comparing_nothing_is_an_error(ref, cand):
+    limits = {"y": Limit(1e-7, 1e-6)}
+    with pytest.raises(CheckFailed, match="nothing to compare"):
+        compare(ref, cand, limits, stage="fold", device="cpu", provider="torch")
+
+
+def test_nan_agrees_only_where_the_reference_has_it_and_is_said():
+    ref = torch.tensor([1.0, math.nan, math.inf, -math.inf], dtype=torch.float64)
+    agreed = difference(ref, ref.clone())
+    assert agreed.relative == 0.0
+    assert "3 value(s) not finite" in agreed.problem
+    moved = difference(ref, torch.tensor([math.nan, 1.0, math.inf, -math.inf]))
+    assert moved.relative == math.inf
+    assert moved.index == (0,)
+    assert difference(ref, torch.tensor([1.0, math.nan, -math.inf, -math.inf])).relative == math.inf
+
+
+def test_the_worst_output_and_element_are_named():
+    def break_one(row: dict[str, Tensor]) -> None:
+        row["maps"][0, 2, 1, 3] += 5
+
+    check = verdict(changed(break_one))
+    assert check.worst == ("maps", (0, 2, 1, 3))
+    assert check.max_abs == pytest.approx(5.0, abs=1e-5)
+
+
+def test_integers_must_be_equal():
+    ref, same = [{"label": torch.tensor([1, 2, 3])}], [{"label": torch.tensor([1, 2, 3])}]
+    limits = noise_limits(ref, same, 1, EPS)
+    keys = {"stage": "fold", "device": "cpu", "provider": "torch"}
+    assert compare(ref, same, limits, **keys).passed
+    assert not compare(ref, [{"label": torch.tensor([1, 2, 4])}], limits, **keys).passed
+
+
+def test_an_output_that_the_models_own_rounding_decides_is_not_passed():
+    ref = [{"y": torch.randn(4, 3, dtype=torch.float64), "n": torch.randn(5, dtype=torch.float64)}]
+    own = [{"y": -ref[0]["y"].float(), "n": torch.randn(4)}]
+    limits = noise_limits(ref, own, LAYERS, EPS)
+    assert "changes this output's shape" in limits["n"].undecidable
+    assert "moves this output" in limits["y"].undecidable
+    assert limits["y"].limit < 0.01  # capped: a noise of 100 % must not wave everything through
+    check = compare(ref, own, limits, stage="fold", device="cpu", provider="torch")
+    assert not check.passed
+    assert "nothing is proved" in check.detail
+
+
+def test_tolerances_of_the_user_replace_the_noise_floor():
+    ref, cand = [{"y": torch.tensor([1.0, 100.0])}], [{"y": torch.tensor([1.0, 100.5])}]
+    limits = noise_limits(ref, ref, 1, EPS)
+    keys = {"stage": "export", "device": "cpu", "provider": "torch"}
+    assert not compare(ref, cand, limits, **keys).passed
+    assert compare(ref, cand, limits, rtol=0.01, **keys).passed
+    assert compare(ref, cand, limits, atol=0.5, **keys).passed
+    assert not compare(ref, cand, limits, atol=0.4, **keys).passed
+
+
+def test_the_limit_is_k_times_the_noise_plus_the_rounding_term():
+    ref = reference()
+    own = rounded(ref)
+    limit = noise_limits(ref, own, LAYERS, EPS)["maps"]
+    e0 = max(difference(r["maps"], o["maps"]).relative for r, o in zip(ref, own, strict=True))
+    assert limit.noise_floor == max(e0, EPS / 2)
+    assert limit.limit == K_NOISE * limit.noise_floor + EPS * math.sqrt(LAYERS)
+    assert rounding_term(EPS, 0) == EPS
+
+
+def test_json_has_no_number_that_json_does_not_know():
+    check = verdict(changed(MUTATIONS["one NaN"]))
+    data = json.loads(json.dumps(Comparison((check,)).to_dict(), allow_nan=False))
+    row = data["checks"][0]
+    assert {
+        "stage",
+        "device",
+        "provider",
+        "passed",
+        "max_abs",
+        "relative",
+        "noise_floor",
+        "ratio",
+    } <= row.keys()
+    assert row["max_abs"] is None
+    assert row["passed"] is False
+
+
+def test_a_comparison_prints_its_table_and_is_false_when_empty():
+    text = str(Comparison((verdict(rounded(reference())),)))
+    assert "passed" in text
+    assert "torch" in text
+    assert not Comparison(())
+    assert "nothing" in str(Comparison(()))
