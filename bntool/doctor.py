@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.metadata
 import platform
+import re
 from collections.abc import Iterator
 from typing import Any, Literal
 
@@ -152,10 +153,6 @@ def installed_version(package: str) -> str | None:
 
 
 def _numbers(version: str) -> tuple[int, ...]:
-    parts = []
-    for part in version.partition("+")[0].split("."):
-        digits = "".join(ch for ch in part if ch.isdigit())
-        if not digits:
-            break
-        parts.append(int(digits))
-    return tuple(parts)
+    """The leading numbers of a version: `2.14.1+cu130` is (2, 14, 1), `3.12.0rc1` is (3, 12, 0)."""
+    release = re.match(r"\d+(\.\d+)*", version)
+    return tuple(map(int, release[0].split("."))) if release else ()

@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import dataclasses
-import io
-import logging
-import re
 import shutil
 import tempfile
-import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from bntool.errors import ExportError, InvariantError
+from bntool.capturing import (
+    batch_norm_nodes,
+    capture,
+    convert,
+    essence,
+    least_opset,
+    refuse_batch_statistics,
+    silent,
+)
+from bntool.errors import ExportError
 from bntool.inputs import Inputs, named_tensors
 from bntool.onnx_cleaning import (
     census,
@@ -30,14 +34,6 @@ from bntool.onnx_cleaning import (
 
 # A protobuf message ends at 2 GiB; the graph itself and the names need room beside the weights.
 SINGLE_FILE_LIMIT = int(1.8 * 2**30)
-
-_BFLOAT16_OPSET = 22
-_BATCH_NORM_OPS = (
-    "aten.batch_norm.",
-    "aten._native_batch_norm_legit",
-    "aten.native_batch_norm.",
-    "aten.cudnn_batch_norm.",
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,10 +77,10 @@ def export_onnx(
     inputs = Inputs.of(example_inputs)
     notes = _mode_notes(model)
     subject = _eval_copy(model)
-    with _silent():
-        program, batch_symbol, capture_notes = _capture(subject, inputs, dynamic_batch)
-        _refuse_batch_statistics(program)
-        converted = _convert(program, opset or _least_opset(subject))
+    with silent():
+        program, batch_symbol, capture_notes = capture(subject, inputs, dynamic_batch)
+        refuse_batch_statistics(program)
+        converted = convert(program, opset or least_opset(subject))
         onnx_model = converted.model
         _require_every_batch_norm(onnx_model, converted.exported_program)
         names = _tensor_names(subject)
@@ -121,7 +117,7 @@ def _eval_copy(model: nn.Module) -> nn.Module:
         subject = copy.deepcopy(model, shared)
     except Exception as error:
         raise ExportError(
-            f"the model cannot be copied: {_essence(error)}",
+            f"the model cannot be copied: {essence(error)}",
             where=type(model).__name__,
             next_step="remove what cannot be copied from the model (locks, open files, non-leaf tensors)",
         ) from error
@@ -130,122 +126,13 @@ def _eval_copy(model: nn.Module) -> nn.Module:
     return subject
 
 
-def _capture(
-    model: nn.Module, inputs: Inputs, dynamic_batch: bool
-) -> tuple[torch.export.ExportedProgram, str, list[str]]:
-    """The exported program, the symbol of its batch axis (empty when fixed), and what to tell."""
-    notes: list[str] = []
-    if dynamic_batch:
-        why = _no_batch_axis(inputs)
-        if not why:
-            try:
-                return *_capture_dynamic(model, inputs), notes
-            except Exception as error:  # noqa: BLE001 - the fixed capture below tells whether it matters
-                why = _essence(error)
-        notes.append(f"the batch axis is fixed, as in the example input ({inputs.shapes()}): {why}")
-    try:
-        program = torch.export.export(model, inputs.args, dict(inputs.kwargs), strict=False)
-    except Exception as error:
-        raise ExportError(
-            f"torch.export cannot capture the model: {_essence(error)}",
-            where=_user_line(error),
-            next_step="make forward free of decisions on tensor values, or keep the model in torch",
-        ) from error
-    return program, "", notes
-
-
-def _no_batch_axis(inputs: Inputs) -> str:
-    if any(isinstance(value, list | tuple | dict) for value in (*inputs.args, *inputs.kwargs.values())):
-        return "the inputs are nested, so no axis is surely the batch"
-    sizes = {t.shape[0] for t in inputs.tensors().values() if t.dim()}
-    if len(sizes) != 1:
-        return "the inputs have no common leading axis"
-    return ""
-
-
-def _capture_dynamic(model: nn.Module, inputs: Inputs) -> tuple[torch.export.ExportedProgram, str]:
-    # A sample of 1 would be taken for a constant: torch specialises axes of length 0 and 1.
-    sample = (
-        inputs if next(t for t in inputs.tensors().values() if t.dim()).shape[0] > 1 else inputs.rebatched(2)
-    )
-    axis = torch.export.Dim("batch")
-    shapes = torch.export.ShapesCollection()  # type: ignore[no-untyped-call]
-    for tensor in sample.tensors().values():
-        if tensor.dim():
-            shapes[tensor] = {0: axis}
-    program = torch.export.export(
-        model, sample.args, dict(sample.kwargs), dynamic_shapes=shapes, strict=False
-    )
-    for node in program.graph.nodes:
-        value = node.meta.get("val")
-        if node.name in program.graph_signature.user_inputs and isinstance(value, Tensor) and value.dim():
-            return program, str(value.shape[0])
-    return program, ""
-
-
-def _least_opset(model: nn.Module) -> int | None:
-    """The opset that the model's dtype needs; None leaves it to torch. Opset 22 brought bfloat16 to Conv."""
-    return _BFLOAT16_OPSET if any(p.dtype == torch.bfloat16 for p in model.parameters()) else None
-
-
-def _convert(program: torch.export.ExportedProgram, opset: int | None) -> Any:
-    try:
-        converted = torch.onnx.export(
-            program, f=None, dynamo=True, optimize=False, verbose=False, opset_version=opset
-        )
-    except Exception as error:
-        raise ExportError(
-            f"torch cannot convert the model to ONNX: {_essence(error)}",
-            where=_user_line(error),
-            next_step="try another --opset, or pip install --upgrade onnxscript",
-        ) from error
-    if converted is None:
-        raise InvariantError("torch.onnx.export returned nothing")
-    written = int(converted.model.opset_imports[""])
-    if opset is not None and written != opset:
-        raise ExportError(
-            f"opset {opset} was asked for, torch's exporter could only write {written}",
-            next_step=f"use --opset {written}",
-        )
-    return converted
-
-
-def _refuse_batch_statistics(program: torch.export.ExportedProgram) -> None:
-    for node in _batch_norm_nodes(program):
-        schema = _argument_names(node)
-        flag = next((schema.index(name) for name in ("training", "train") if name in schema), len(node.args))
-        if flag < len(node.args) and node.args[flag]:
-            stack = node.meta.get("nn_module_stack") or {}
-            layer = [name for name, _ in stack.values()][-1:]
-            raise ExportError(
-                "a BatchNorm normalises with the statistics of the batch, also in eval mode",
-                where=(layer[0] if layer else "") or str(node.name),
-                next_step="give it running statistics first: `bntool calibrate --data ...`",
-            )
-
-
 def _require_every_batch_norm(onnx_model: Any, program: torch.export.ExportedProgram) -> None:
-    calls, written = len(_batch_norm_nodes(program)), census(onnx_model)["BatchNormalization"]
+    calls, written = len(batch_norm_nodes(program)), census(onnx_model)["BatchNormalization"]
     if calls != written:
         raise ExportError(
             f"the model calls {calls} BatchNorm(s), but torch's exporter wrote {written}",
             next_step="pip install --upgrade onnxscript",
         )
-
-
-def _argument_names(node: torch.fx.Node) -> list[str]:
-    target: Any = node.target
-    return [argument.name for argument in target._schema.arguments]
-
-
-def _batch_norm_nodes(program: torch.export.ExportedProgram) -> list[torch.fx.Node]:
-    return [
-        node
-        for module in program.graph_module.modules()
-        if isinstance(module, torch.fx.GraphModule)
-        for node in module.graph.nodes
-        if node.op == "call_function" and str(node.target).startswith(_BATCH_NORM_OPS)
-    ]
 
 
 def _tensor_names(model: nn.Module) -> dict[str, str]:
@@ -303,11 +190,11 @@ def _write(onnx_model: Any, target: Path) -> Path | None:
         written.replace(target)
     except onnx.checker.ValidationError as error:
         raise ExportError(
-            f"the exported file is not valid ONNX: {_essence(error)}", next_step="try another --opset"
+            f"the exported file is not valid ONNX: {essence(error)}", next_step="try another --opset"
         ) from error
     except onnx.shape_inference.InferenceError as error:
         raise ExportError(
-            f"the shapes of the exported file contradict each other: {_essence(error)}",
+            f"the shapes of the exported file contradict each other: {essence(error)}",
             next_step="try another --opset",
         ) from error
     except OSError as error:
@@ -319,41 +206,3 @@ def _write(onnx_model: Any, target: Path) -> Path | None:
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     return target.with_name(data_name) if data_name else None
-
-
-@contextlib.contextmanager
-def _silent() -> Iterator[None]:
-    """Keep the exporter's prints, logs and own warnings away; what matters is raised or noted."""
-    disabled = logging.root.manager.disable
-    logging.disable(max(disabled, logging.ERROR))
-    try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-            for module in ("torch", "onnxscript", "onnx_ir", "onnx", "copyreg"):
-                warnings.filterwarnings("ignore", module=rf"{module}(\.|$)")
-            with contextlib.redirect_stderr(io.StringIO()):
-                yield
-    finally:
-        logging.disable(disabled)
-
-
-def _essence(error: BaseException) -> str:
-    """The line that says what went wrong: the first of the deepest cause, without colours."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    text = re.sub(r"\x1b\[[0-9;]*m", "", str(error))
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    broken = [line for line in lines if line.startswith("- ")]  # torch lists violated constraints so
-    line = (
-        broken[0].removeprefix("- ") if broken and "onstraints violated" in lines[0] else (lines or [""])[0]
-    )
-    # What follows is advice on torch's own flags, which the user of this export does not set.
-    return (
-        re.split(r"\s*For more information, run with |\. If you're using ", line)[0] or type(error).__name__
-    )
-
-
-def _user_line(error: BaseException) -> str:
-    """The last line of the model's own code that the error names."""
-    found = re.findall(r'File "([^"]+)", line (\d+), in (\w+)', str(error))
-    own = [entry for entry in found if "site-packages" not in entry[0]]
-    return "{}, line {}, in {}".format(*own[-1]) if own else ""

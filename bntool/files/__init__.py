@@ -9,16 +9,26 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from bntool.files.allowed import allow_entries_for
-    from bntool.files.atomic import sha256_of, write_atomically
+    from bntool.files.atomic import require_writable, sha256_of, write_atomically
     from bntool.files.detect import FileKind, Kind, detect
     from bntool.files.loading import Loaded, load
     from bntool.files.memory import Record, last_output, recall, remember
-    from bntool.files.saving import save_model
-    from bntool.files.sidecar import make_document, output_name, read_sidecar, sidecar_path, write_sidecar
+    from bntool.files.references import is_reference
+    from bntool.files.saving import allow_entries_of, save_model
+    from bntool.files.sidecar import (
+        describes,
+        make_document,
+        output_name,
+        read_sidecar,
+        sidecar_path,
+        write_sidecar,
+    )
 
 _HOME = {
-    "allow_entries_for": "allowed",
+    "allow_entries_of": "saving",
+    "describes": "sidecar",
+    "is_reference": "references",
+    "require_writable": "atomic",
     "sha256_of": "atomic",
     "write_atomically": "atomic",
     "FileKind": "detect",
@@ -43,8 +53,10 @@ __all__ = [
     "Kind",
     "Loaded",
     "Record",
-    "allow_entries_for",
+    "allow_entries_of",
+    "describes",
     "detect",
+    "is_reference",
     "last_output",
     "load",
     "make_document",
@@ -52,6 +64,7 @@ __all__ = [
     "read_sidecar",
     "recall",
     "remember",
+    "require_writable",
     "save_model",
     "sha256_of",
     "sidecar_path",

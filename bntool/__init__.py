@@ -1,0 +1,103 @@
+"""BatchNorm surgery for PyTorch models: insert it, summarise it, fold it, export and verify.
+
+Public names are loaded on first use, so that `import bntool` imports no torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from bntool.api import (
+        apply,
+        convert_state_dict,
+        export_onnx,
+        fold,
+        insert,
+        plan_fold,
+        plan_insert,
+        read_plan,
+        summary,
+        verify,
+    )
+    from bntool.errors import (
+        BntoolError,
+        CheckFailed,
+        DeviceError,
+        ExportError,
+        LoadError,
+        NothingToDo,
+        ObserveError,
+        PlanError,
+        StateError,
+        UsageError,
+    )
+    from bntool.files.loading import Loaded, load
+    from bntool.plan import Edit, FoldSite, InsertSite, Plan, Skip
+    from bntool.reasons import Reason
+    from bntool.report.summary import Summary
+    from bntool.results import SurgeryResult
+    from bntool.verdicts import Check, Comparison
+
+_HOMES = {
+    "api": """apply convert_state_dict export_onnx fold insert plan_fold plan_insert read_plan summary
+        verify""",
+    "errors": """BntoolError CheckFailed DeviceError ExportError LoadError NothingToDo ObserveError PlanError
+        StateError UsageError""",
+    "files.loading": "Loaded load",
+    "plan": "Edit FoldSite InsertSite Plan Skip",
+    "reasons": "Reason",
+    "report.summary": "Summary",
+    "results": "SurgeryResult",
+    "verdicts": "Check Comparison",
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names.split()}
+
+__all__ = [
+    "BntoolError",
+    "Check",
+    "CheckFailed",
+    "Comparison",
+    "DeviceError",
+    "Edit",
+    "ExportError",
+    "FoldSite",
+    "InsertSite",
+    "LoadError",
+    "Loaded",
+    "NothingToDo",
+    "ObserveError",
+    "Plan",
+    "PlanError",
+    "Reason",
+    "Skip",
+    "StateError",
+    "Summary",
+    "SurgeryResult",
+    "UsageError",
+    "__version__",
+    "apply",
+    "convert_state_dict",
+    "export_onnx",
+    "fold",
+    "insert",
+    "load",
+    "plan_fold",
+    "plan_insert",
+    "read_plan",
+    "summary",
+    "verify",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOME_OF[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,333 @@
+"""The public functions. Each is one pass through the flow: observe, plan, apply, check."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from bntool.checking import check_onnx, check_surgery, seeded_batches
+from bntool.errors import CheckFailed, PlanError, UsageError
+from bntool.exporting import ExportResult
+from bntool.exporting import export_onnx as _export_onnx
+from bntool.folding import plan_fold as _plan_fold
+from bntool.inputs import Inputs
+from bntool.inserting import InsertOptions
+from bntool.inserting import plan_insert as _plan_insert
+from bntool.insertion import insert_observed
+from bntool.observe.eager import Observation, observe
+from bntool.observe.inference import observe_inferred
+from bntool.observe.modules import class_name, signature_of
+from bntool.plan import Plan
+from bntool.reference import Reference
+from bntool.report.counting import parameter_delta
+from bntool.report.summary import Summary, summarize
+from bntool.results import SurgeryResult
+from bntool.surgery.fold_modules import apply_fold, own_tensors
+from bntool.surgery.insert_modules import apply_insert
+from bntool.verdicts import Check, Comparison
+
+CheckLevel = Literal["full", "fast", "none"]
+Progress = Callable[[str], None]
+
+
+def insert(
+    model: nn.Module,
+    example_inputs: Any = None,
+    *,
+    activations: Sequence[str] = ("relu",),
+    position: Literal["before", "after"] = "before",
+    init: Literal["identity", "default"] = "identity",
+    affine: bool = True,
+    eps: float = 1e-5,
+    momentum: float = 0.1,
+    linear: bool = False,
+    sync: bool = False,
+    include: Sequence[str] = ("*",),
+    exclude: Sequence[str] = (),
+    keep_keys: bool = False,
+    share: bool = False,
+) -> SurgeryResult:
+    """Insert BatchNorm between convolutions and their activations; what the model computes stays.
+
+    With `init="identity"` the eval output is the same to the last bit, proved by running both. The
+    result's model is new; `share=True` lets it share the untouched tensors with `model`. Without
+    `example_inputs` they are inferred from the first layer.
+
+    Raises:
+        ObserveError: the model does not run on the inputs.
+        UsageError: an unknown activation or option.
+    """
+    options = InsertOptions(
+        activations=tuple(activations),
+        position=position,
+        linear=linear,
+        include=tuple(include),
+        exclude=tuple(exclude),
+        keep_keys=keep_keys,
+        affine=affine,
+        eps=eps,
+        momentum=momentum,
+        init=init,
+        sync=sync,
+    )
+    result = insert_with(model, _observed(model, example_inputs, small=True), options)
+    return result if share else _on_its_own(result, model)
+
+
+def insert_with(model: nn.Module, observation: Observation, options: InsertOptions) -> SurgeryResult:
+    """`insert` on a model already observed; the result shares its untouched tensors with `model`."""
+    plan, modified, check = insert_observed(model, observation, options)
+    return _result(model, modified, plan, observation.inputs, (check,) if check else ())
+
+
+def fold(
+    model: nn.Module,
+    example_inputs: Any = None,
+    *,
+    include: Sequence[str] = ("*",),
+    exclude: Sequence[str] = (),
+    check: CheckLevel = "fast",
+    share: bool = False,
+) -> SurgeryResult:
+    """Fold every BatchNorm that algebra allows into the weights beside it, for inference in eval mode.
+
+    `check="fast"` runs the model before and after on the example inputs, in its own precision and in
+    float64; `full` on several seeded batches; `none` trusts the plan. The result's model is new and in
+    eval mode; `share=True` lets it share the untouched tensors with `model`.
+
+    Raises:
+        CheckFailed: the folded model does not compute the same; the first BatchNorm at fault is named.
+        ObserveError: the model does not run on the inputs.
+    """
+    observation = _observed(model, example_inputs, small=True)
+    result = fold_observed(model, observation, include=include, exclude=exclude)
+    if check != "none" and result.modified:
+        inputs = [observation.inputs] if check == "fast" else seeded_batches(observation.inputs)
+        result = with_checks(result, check_fold(model, result.model, result.plan, Reference(model, inputs)))
+    return result if share else _on_its_own(result, model)
+
+
+def fold_observed(
+    model: nn.Module, observation: Observation, *, include: Sequence[str] = ("*",), exclude: Sequence[str] = ()
+) -> SurgeryResult:
+    """`fold` on a model already observed, unchecked; the result shares its untouched tensors with `model`."""
+    plan = _plan_fold(observation.graph, include=include, exclude=exclude)
+    return _result(model, apply_fold(model, plan).eval(), plan, observation.inputs)
+
+
+def check_fold(
+    model: nn.Module,
+    folded: nn.Module,
+    plan: Plan,
+    reference: Reference,
+    *,
+    device: str = "cpu",
+    progress: Progress | None = None,
+    atol: float | None = None,
+    rtol: float | None = None,
+) -> list[Check]:
+    """Run both models: once as they are, once with the fold redone in float64. Raises `CheckFailed`."""
+    folded64 = in_float64(model, lambda wide: apply_fold(wide, plan))
+    checks = check_surgery(
+        model,
+        folded,
+        reference.inputs,
+        stage="fold",
+        candidate64=folded64,
+        device=device,
+        progress=progress,
+        reference=reference,
+        atol=atol,
+        rtol=rtol,
+    )
+    if not all(check.passed for check in checks):
+        raise CheckFailed(
+            f"the folded model differs from the original: {_worst(checks)}",
+            where=_first_at_fault(model, plan, reference.inputs[0]),
+            next_step="leave that BatchNorm out with --exclude, and please report it",
+        )
+    return checks
+
+
+def in_float64(model: nn.Module, surgery: Callable[[nn.Module], nn.Module]) -> nn.Module | None:
+    """`surgery` on a float64 copy of the model; None where the model has no float64 copy."""
+    try:
+        wide = copy.deepcopy(model).double()
+    except Exception:  # noqa: BLE001 - a class may refuse to be copied in its own way
+        return None
+    return surgery(wide)
+
+
+def _worst(checks: Sequence[Check]) -> str:
+    failed = next(check for check in checks if not check.passed)
+    return f"relative error {failed.relative:.2g}, allowed {failed.limit:.2g} ({failed.detail or failed.stage})"
+
+
+def _first_at_fault(model: nn.Module, plan: Plan, inputs: Inputs) -> str:
+    """The first site whose fold changes the output in float64, found by bisection."""
+    def agrees(sites: int) -> bool:
+        part = dataclasses.replace(plan, sites=plan.sites[:sites])
+        folded64 = in_float64(model, lambda wide: apply_fold(wide, part))
+        rows = check_surgery(model, apply_fold(model, part).eval(), [inputs], stage="fold", candidate64=folded64)
+        return all(row.passed for row in rows)
+
+    low, high = 0, len(plan.sites)
+    try:
+        if agrees(high):
+            return ""
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if agrees(middle) else (low, middle)
+    except CheckFailed:
+        return ""
+    return next(iter(plan.fold_sites)).bn if high == 0 else list(plan.fold_sites)[high - 1].bn
+
+
+def plan_insert(model: nn.Module, example_inputs: Any = None, **options: Any) -> Plan:
+    """What `insert` would do, with nothing changed; takes the options of `InsertOptions`."""
+    try:
+        chosen = InsertOptions(**{k: tuple(v) if isinstance(v, list) else v for k, v in options.items()})
+    except TypeError as error:
+        raise UsageError(f"unknown option: {error}") from error
+    return _plan_insert(_observed(model, example_inputs, small=True).graph, chosen)
+
+
+def plan_fold(
+    model: nn.Module,
+    example_inputs: Any = None,
+    *,
+    include: Sequence[str] = ("*",),
+    exclude: Sequence[str] = (),
+) -> Plan:
+    """What `fold` would do, with nothing changed."""
+    graph = _observed(model, example_inputs, small=True).graph
+    return _plan_fold(graph, include=include, exclude=exclude)
+
+
+def apply(model: nn.Module, plan: Plan | str | Path, *, share: bool = False) -> SurgeryResult:
+    """Replay a plan on a fresh model of the same architecture.
+
+    Raises:
+        PlanError: the plan was made for another model; the first difference is named.
+    """
+    if not isinstance(plan, Plan):
+        plan = read_plan(plan)
+    plan.require_signature(signature_of(model), class_name(type(model)))
+    work = apply_insert if plan.action == "insert" else apply_fold
+    result = _result(model, work(model, plan), plan, None)
+    return result if share else _on_its_own(result, model)
+
+
+def unchanged(model: nn.Module) -> SurgeryResult:
+    """The result of doing nothing, for what only exports and checks."""
+    return _result(model, model, Plan("fold", (), ()), None)
+
+
+def with_checks(result: SurgeryResult, checks: Sequence[Check]) -> SurgeryResult:
+    return dataclasses.replace(result, checks=tuple(checks))
+
+
+def read_plan(path: str | Path) -> Plan:
+    """A plan from a plan file, or from the side file that `insert` and `fold` write."""
+    import json
+
+    try:
+        data = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise PlanError(f"cannot read a plan from {path}: {error}") from error
+    if isinstance(data, dict) and isinstance(data.get("plan"), dict):
+        data = data["plan"]
+    if not isinstance(data, dict):
+        raise PlanError(f"{path} holds no plan")
+    return Plan.from_dict(data)
+
+
+def convert_state_dict(state: dict[str, Any], plan: Plan) -> dict[str, Any]:
+    """A state_dict from before an insertion, under the names that the model has after it."""
+    return {plan.key_map.get(name, name): tensor for name, tensor in state.items()}
+
+
+def summary(
+    model: nn.Module, example_inputs: Any = None, *, baseline: nn.Module | Summary | None = None
+) -> Summary:
+    """Layers, shapes and exact counts of a model; with a baseline, the difference too.
+
+    Without `example_inputs` they are inferred; where that fails the shapes stay blank.
+    """
+    inputs = None
+    try:
+        inputs = _observed(model, example_inputs).inputs if example_inputs is None else Inputs.of(example_inputs)
+    except Exception:
+        if example_inputs is not None:
+            raise
+    return summarize(model, inputs, baseline=baseline)
+
+
+def export_onnx(
+    model: nn.Module,
+    example_inputs: Any,
+    path: str | Path,
+    *,
+    opset: int | None = None,
+    dynamic_batch: bool = True,
+) -> Path:
+    """Write the model in eval mode as ONNX, weights named by qualified name; no BatchNorm is folded here.
+
+    Raises:
+        ExportError: the model cannot be exported.
+    """
+    return exported(model, example_inputs, path, opset=opset, dynamic_batch=dynamic_batch).path
+
+
+def exported(model: nn.Module, example_inputs: Any, path: str | Path, **options: Any) -> ExportResult:
+    """`export_onnx`, with everything it found out."""
+    return _export_onnx(model, Inputs.of(example_inputs), path, **options)
+
+
+def verify(
+    reference: nn.Module,
+    candidate: nn.Module | str | Path,
+    inputs: Any = None,
+    *,
+    device: str = "auto",
+    atol: float | None = None,
+    rtol: float | None = None,
+) -> Comparison:
+    """Compare a model with another model or with an ONNX file, against the reference's own noise floor.
+
+    An ONNX candidate gets two rows: `export` with ONNX Runtime's optimisations off, `runtime` with them on.
+    """
+    example = Inputs.of(inputs) if inputs is not None else _observed(reference, None).inputs
+    batches = seeded_batches(example)
+    if isinstance(candidate, nn.Module):
+        on = "cuda" if device == "auto" and torch.cuda.is_available() else device.replace("auto", "cpu")
+        return Comparison(tuple(check_surgery(reference, candidate, batches, stage="verify", device=on)))
+    return Comparison(tuple(check_onnx(reference, candidate, batches, device=device)))
+
+
+def _observed(model: nn.Module, example_inputs: Any, *, small: bool = False) -> Observation:
+    if not isinstance(model, nn.Module):
+        raise UsageError(
+            f"model is a {type(model).__name__}, not an nn.Module",
+            next_step="load a file with bntool.load(path).model",
+        )
+    if example_inputs is None:
+        return observe_inferred(model, small=small)
+    return observe(model, Inputs.of(example_inputs))
+
+
+def _result(
+    before: nn.Module, after: nn.Module, plan: Plan, inputs: Inputs | None, checks: tuple[Check, ...] = ()
+) -> SurgeryResult:
+    return SurgeryResult(after, plan, parameter_delta(before, after), checks, inputs)
+
+
+def _on_its_own(result: SurgeryResult, original: nn.Module) -> SurgeryResult:
+    """The result with a model that shares no tensor with the original."""
+    return dataclasses.replace(result, model=own_tensors(result.model, original))

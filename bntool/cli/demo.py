@@ -1,0 +1,62 @@
+"""`bntool demo`: the three lines on the sample network, with nothing downloaded."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import click
+
+from bntool.errors import LoadError, UsageError
+
+_LINES = (["insert", "model.pt", "--force"], ["summary"], ["fold", "--export", "onnx", "--force"])
+
+
+@click.command("demo", short_help="The three lines on the sample network.")
+@click.option("-o", "--output", "folder", default="demo-out", show_default=True, metavar="FOLDER")
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+def command(folder: str, debug: bool) -> int:  # noqa: ARG001 - read by main
+    """Insert, summary and fold on the sample: a small MNIST network, trained, without BatchNorm."""
+    from bntool.cli import cli
+
+    target = Path(folder)
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(_sample(), target / "model.pt")
+    except OSError as error:
+        raise UsageError(
+            f"cannot write into {target}: {error.strerror}", next_step="name another folder with -o"
+        ) from error
+    with _inside(target):
+        for line in _LINES:
+            shown = [word for word in line if word != "--force"]
+            click.echo(f"\n$ bntool {' '.join(shown)}")
+            code = cli.main(args=list(line), prog_name="bntool", standalone_mode=False)
+            if code:
+                return int(code)
+    click.echo(f"\nThe files are in {target.resolve()}:")
+    for path in sorted(target.iterdir()):
+        click.echo(f"  {path.name}")
+    return 0
+
+
+def _sample() -> Path:
+    """The sample model: inside the installed package, or in the checkout beside it."""
+    package = Path(__file__).resolve().parent.parent
+    for path in (package / "sample" / "model.pt", package.parent / "samples" / "model.pt"):
+        if path.is_file():
+            return path
+    raise LoadError("the sample model is missing from this installation", next_step="pip install --force-reinstall bntool")
+
+
+@contextlib.contextmanager
+def _inside(folder: Path) -> Iterator[None]:
+    before = Path.cwd()
+    os.chdir(folder)
+    try:
+        yield
+    finally:
+        os.chdir(before)

@@ -1,0 +1,33 @@
+"""`bntool explain`: parse, call, print."""
+
+from __future__ import annotations
+
+import json
+
+import click
+
+from bntool.reasons import Reason
+
+
+@click.command("explain", short_help="What a reason code means, and what to do.")
+@click.argument("code", required=False)
+@click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+def command(code: str | None, as_json: bool, debug: bool) -> int:  # noqa: ARG001 - read by main
+    """Explain a reason CODE; without one, list them all."""
+    from bntool.cli import SCHEMA_VERSION
+    from bntool.explanations import explain
+
+    codes = [code] if code else [reason.value for reason in Reason]
+    found = {name: explain(name) for name in codes}
+    if as_json:
+        reasons = {name: e.to_dict() for name, e in found.items()}
+        document = {"schema_version": SCHEMA_VERSION, "status": "ok", "reasons": reasons}
+        click.echo(json.dumps(document, indent=1))
+    elif code:
+        click.echo(str(found[code]))
+    else:
+        width = max(len(name) for name in found)
+        for name, explanation in found.items():
+            click.echo(f"{name:{width}}  {explanation.title}")
+    return 0

@@ -1,0 +1,51 @@
+"""`bntool export`: parse, call, print."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from bntool.cli import options as opt
+from bntool.cli.session import Voice, open_session
+
+
+@click.command("export", short_help="Write a model as ONNX and verify it.")
+@opt.model_options()
+@click.option("--opset", type=int, help="ONNX opset (default: the lowest that works).")
+@click.option("--static-batch", is_flag=True, help="Fix the batch size in the ONNX file.")
+@click.option("-o", "--output", metavar="FILE", help="Output file.")
+@click.option("--force", is_flag=True, help="Replace outputs that exist.")
+@opt.device_option()
+@opt.check_option()
+@opt.tolerance_options()
+@opt.common_options()
+def command(**options: Any) -> int:
+    """Write a model as ONNX, as it is (no folding), and verify it against torch."""
+    voice = Voice(options["as_json"], options["quiet"], options["verbose"])
+    session = open_session(voice, options)
+    from bntool import api
+    from bntool.cli import serving
+    from bntool.files.sidecar import output_name
+
+    source = session.loaded.path or session.loaded.reference
+    wanted = Path(options["output"]) if options["output"] else output_name(source, "export")
+    target = serving.chosen_onnx(wanted, session, options["force"])
+    session.observe()
+    result = api.unchanged(session.model)
+    reference = serving.reference_of(session, options)
+    with serving.exported(session, result, reference, target, options) as (result, export):
+        pass
+    assert export is not None
+    voice.say(serving.checks_text(result.checks))
+    voice.say(f"wrote       {serving.export_text(export)}")
+    voice.emit(
+        {
+            "status": "ok",
+            "onnx": str(target),
+            "export": export.to_dict(),
+            "checks": [check.to_dict() for check in result.checks],
+        }
+    )
+    return 0

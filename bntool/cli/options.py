@@ -1,0 +1,95 @@
+"""Options that several commands share, by the names of the design."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import click
+
+Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
+
+
+def _all(*decorators: Any) -> Decorator:
+    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
+        for decorator in reversed(decorators):
+            function = decorator(function)
+        return function
+
+    return decorate
+
+
+def model_options() -> Decorator:
+    """What names a model and how it may be loaded."""
+    return _all(
+        click.argument("model", required=False, metavar="[MODEL]"),
+        click.option("--arch", metavar="REF", help="Class of a bare state_dict: torchvision:resnet50, …"),
+        click.option("--weights", metavar="FILE", help="Weights for a model named by reference."),
+        click.option("--key", metavar="KEY", help="Entry of a checkpoint that holds the weights."),
+        click.option(
+            "--allow", multiple=True, metavar="CLASS", help="A class of a pickled model that you trust."
+        ),
+        click.option("--trust-pickle", is_flag=True, help="Run the code in the file. Only for files you trust."),
+        click.option("--pretrained", is_flag=True, help="Download the weights of torchvision: or timm:."),
+        click.option(
+            "--input",
+            "inputs",
+            multiple=True,
+            metavar="[NAME:]1x3x224x224",
+            help="Shape of an example input; repeat for several.",
+        ),
+        click.option("--seed", default=0, show_default=True, help="Seed of random example inputs."),
+    )
+
+
+def output_options() -> Decorator:
+    """Where the result goes."""
+    return _all(
+        click.option("-o", "--output", metavar="FILE", help="Output file."),
+        click.option("--force", is_flag=True, help="Replace outputs that exist."),
+        click.option("--dry-run", is_flag=True, help="Show what would be done; write nothing."),
+    )
+
+
+def check_option() -> Decorator:
+    return click.option(
+        "--check",
+        type=click.Choice(["full", "fast", "none"]),
+        default="full",
+        show_default=True,
+        help="How much to verify: batches 1, 2, 3; one; or nothing.",
+    )
+
+
+def tolerance_options() -> Decorator:
+    return _all(
+        click.option("--atol", type=float, help="Absolute tolerance instead of the noise floor."),
+        click.option("--rtol", type=float, help="Tolerance relative to the peak, instead of the noise floor."),
+    )
+
+
+def device_option() -> Decorator:
+    return click.option(
+        "--device",
+        default="auto",
+        show_default=True,
+        metavar="auto|cpu|cuda",
+        help="Where to verify. cuda that cannot run is an error.",
+    )
+
+
+def pattern_options() -> Decorator:
+    return _all(
+        click.option("--include", multiple=True, metavar="GLOB", help="Only layers with these names."),
+        click.option("--exclude", multiple=True, metavar="GLOB", help="Leave out layers with these names."),
+    )
+
+
+def common_options() -> Decorator:
+    """How the command speaks."""
+    return _all(
+        click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout."),
+        click.option("-q", "--quiet", is_flag=True, help="Only the totals."),
+        click.option("-v", "--verbose", is_flag=True, help="Every layer."),
+        click.option("--debug", is_flag=True, help="Show the traceback of an error."),
+    )

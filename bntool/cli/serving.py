@@ -1,0 +1,215 @@
+"""Check, export and verify, for the commands that end in a file that will be served."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bntool import __version__
+from bntool.cli.session import Session
+from bntool.errors import CheckFailed, UsageError
+from bntool.files.atomic import require_writable
+from bntool.report.tables import Column, Table, render, size
+
+if TYPE_CHECKING:
+    from bntool.exporting import ExportResult
+    from bntool.reference import Reference
+    from bntool.results import SurgeryResult
+    from bntool.verdicts import Check
+
+
+def chosen_onnx(path: Path, session: Session, force: bool) -> Path:
+    """The ONNX file, after making sure that it and its data file may be written."""
+    require_writable(path, force=force, forbid=session.loaded.files)
+    require_writable(path.with_name(path.name + ".data"), force=force)
+    return path
+
+
+def reference_of(session: Session, options: dict[str, Any]) -> Reference | None:
+    """The original's own runs; None where nothing is to be checked."""
+    from bntool.checking import seeded_batches
+    from bntool.reference import Reference
+
+    if options["check"] == "none":
+        return None
+    assert session.inputs is not None
+    batches = (1, 2, 3) if options["check"] == "full" else (1,)
+    return Reference(session.model, seeded_batches(session.inputs, batches, session.seed))
+
+
+def torch_device(device: str) -> str:
+    """Where torch checks: CUDA if it was asked for or is there, else the CPU. `DeviceError` if it cannot."""
+    import torch
+
+    from bntool.runtime.torch_runner import require_torch_device
+
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    require_torch_device(device)
+    return device
+
+
+def check_folded(
+    session: Session, result: SurgeryResult, reference: Reference | None, options: dict[str, Any]
+) -> SurgeryResult:
+    """The fold stage: torch against torch."""
+    from bntool import api
+
+    if reference is None:
+        session.voice.note("not verified (--check none)")
+        return result
+    with session.voice.progress("checking the fold") as step:
+        checks = api.check_fold(
+            session.model,
+            result.model,
+            result.plan,
+            reference,
+            device=torch_device(options["device"]),
+            progress=step,
+            atol=options["atol"],
+            rtol=options["rtol"],
+        )
+    return api.with_checks(result, checks)
+
+
+@contextlib.contextmanager
+def exported(
+    session: Session,
+    result: SurgeryResult,
+    reference: Reference | None,
+    target: Path | None,
+    options: dict[str, Any],
+) -> Iterator[tuple[SurgeryResult, ExportResult | None]]:
+    """Export beside the target, verify there, and move into place only when the block is done.
+
+    Yields the result with its new checks, and what was exported (None without a target).
+    """
+    if target is None:
+        yield result, None
+        return
+    try:
+        folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    except OSError as error:
+        raise UsageError(
+            f"cannot write beside {target}: {error.strerror}", next_step="name another -o OUTPUT"
+        ) from error
+    try:
+        export = _export(session, result, folder / target.name, options)
+        checks = _check_onnx(session, result, reference, export.path, options)
+        from bntool import api
+
+        result = api.with_checks(result, [*result.checks, *checks])
+        placed = dataclasses.replace(
+            export,
+            path=target,
+            data_path=target.with_name(export.data_path.name) if export.data_path else None,
+        )
+        yield result, placed
+        if export.data_path is not None and placed.data_path is not None:
+            export.data_path.replace(placed.data_path)
+        export.path.replace(target)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _export(session: Session, result: SurgeryResult, path: Path, options: dict[str, Any]) -> ExportResult:
+    from bntool.exporting import export_onnx
+
+    metadata = {
+        "bntool_version": __version__,
+        "bntool_source_sha256": session.loaded.source_hash,
+        "bntool_folded": ",".join(site.bn for site in result.plan.fold_sites),
+        "bntool_kept": ",".join(f"{skip.name}:{skip.reason}" for skip in result.skips),
+    }
+    with session.voice.progress("exporting to ONNX"):
+        export = export_onnx(
+            result.model,
+            session.inputs,
+            path,
+            opset=options["opset"],
+            dynamic_batch=not options["static_batch"],
+            metadata={k: v for k, v in metadata.items() if v},
+        )
+    for note in export.notes:
+        session.voice.note(note)
+    return export
+
+
+def _check_onnx(
+    session: Session,
+    result: SurgeryResult,
+    reference: Reference | None,
+    path: Path,
+    options: dict[str, Any],
+) -> list[Check]:
+    """The export and runtime stages; a check that fails leaves no file."""
+    from bntool.checking import check_onnx
+
+    if reference is None:
+        return []
+    with session.voice.progress("verifying the ONNX file") as step:
+        checks = check_onnx(
+            result.model,
+            path,
+            reference.inputs,
+            device=options["device"],
+            progress=step,
+            reference=reference,
+            atol=options["atol"],
+            rtol=options["rtol"],
+        )
+    failed = next((check for check in checks if not check.passed), None)
+    if failed is not None:
+        session.voice.say(checks_text([*result.checks, *checks]))
+        raise CheckFailed(
+            f"the {failed.stage} stage differs: relative error {failed.relative:.2g}, allowed {failed.limit:.2g}",
+            where=f"output {failed.worst[0]} on {failed.provider} ({failed.device})",
+            next_step="see the table above; nothing was written",
+        )
+    return checks
+
+
+def checks_text(checks: Sequence[Check]) -> str:
+    """The checks as a table that fits 80 columns, with the remarks below."""
+    columns = (
+        Column("Check"),
+        Column("Ran on", flexible=True),
+        Column("Verdict"),
+        Column("Max |d|", number=True),
+        Column("Relative", number=True),
+        Column("x noise", number=True),
+        Column("Limit", number=True),
+    )
+    rows = [
+        [
+            check.stage,
+            f"{check.provider} on {check.device}",
+            "passed" if check.passed else "FAILED",
+            f"{check.max_abs:.1e}",
+            f"{check.relative:.1e}",
+            f"{check.ratio:.2f}",
+            f"{check.limit:.1e}",
+        ]
+        for check in checks
+    ]
+    if not rows:
+        return "nothing was verified"
+    details = dict.fromkeys(f"{check.stage}: {check.detail}" for check in checks if check.detail)
+    return "\n".join([render(Table(columns, rows)), *details])
+
+
+def export_text(export: ExportResult) -> str:
+    """The file, its size, and what it needs to be loaded."""
+    total = export.path.stat().st_size + (export.data_path.stat().st_size if export.data_path else 0)
+    nodes = sum(export.nodes.values())
+    left = export.nodes.get("BatchNormalization", 0)
+    batch_norms = f"{left} BatchNormalization" if left else "no BatchNormalization"
+    return (
+        f"{export.path} ({size(total)}, opset {export.opset}, IR {export.ir_version}, "
+        f"{nodes} nodes, {batch_norms})"
+    )

@@ -1,0 +1,52 @@
+"""`bntool summary`: parse, call, print."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from bntool.cli import options as opt
+from bntool.cli.session import Session, Voice, open_session
+from bntool.errors import BntoolError
+
+
+@click.command("summary", short_help="Layers, shapes, trainable / frozen / buffers; before and after.")
+@opt.model_options()
+@click.option("--baseline", metavar="MODEL", help="Compare with this model.")
+@opt.common_options()
+def command(**options: Any) -> int:
+    """Show a model's layers, shapes and exact counts; after insert or fold, the difference too."""
+    voice = Voice(options["as_json"], options["quiet"], options["verbose"])
+    session = open_session(voice, options)
+    from bntool.report.summary import summarize
+
+    before = _baseline(session, options)
+    inputs = session.inputs
+    if inputs is None:
+        try:
+            inputs = session.observe().inputs
+        except BntoolError as error:
+            voice.note(f"shapes are left out: {error.what}")
+    with voice.progress("running the model once"):
+        found = summarize(session.model, inputs, baseline=before)
+    voice.say(found.render())
+    voice.emit({"status": "ok", **found.to_dict()})
+    return 0
+
+
+def _baseline(session: Session, options: dict[str, Any]) -> Any:
+    """The model to compare with: the one named, else what the last command made this one from."""
+    from bntool.files.loading import load
+
+    if options["baseline"]:
+        return load(options["baseline"], arch=options["arch"], allow=options["allow"]).model
+    if not session.baseline:
+        return None
+    try:
+        model = load(session.baseline, **session.baseline_options).model
+    except BntoolError as error:
+        session.voice.note(f"no comparison with {session.baseline}: {error.what}")
+        return None
+    session.voice.say(f"compared with {session.baseline}")
+    return model

@@ -1,0 +1,122 @@
+"""Insert, then look again: every BatchNorm must be where the plan said, and nothing else may have moved.
+
+Where a form broke the model (code that indexes a Sequential, say) the site takes its next form.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+from torch import nn
+
+from bntool.checking import seeded_batches
+from bntool.comparing import Limit, Outputs, compare
+from bntool.errors import ObserveError
+from bntool.graph import Graph
+from bntool.inputs import Inputs, outputs_of
+from bntool.inserting import InsertOptions, plan_insert
+from bntool.observe.eager import Observation, observe
+from bntool.plan import InsertSite, Plan
+from bntool.reference import Reference
+from bntool.runtime.torch_runner import TorchRunner
+from bntool.surgery.insert_modules import apply_insert
+from bntool.verdicts import Check
+
+
+def insert_observed(
+    model: nn.Module, observation: Observation, options: InsertOptions
+) -> tuple[Plan, nn.Module, Check | None]:
+    """Plan, apply and observe again until every site holds.
+
+    Returns the plan, the new model, and with `init="identity"` the check that the eval output is the
+    same to the last bit (None where there is no site).
+    """
+    notes: list[str] = []
+    while True:
+        plan = plan_insert(observation.graph, options)
+        modified = apply_insert(model, plan)
+        if not plan:
+            return plan, modified, None
+        broken, check = _broken_sites(plan, observation, modified, options)
+        if not broken:
+            return dataclasses.replace(plan, notes=tuple(notes)), modified, check
+        banned = dict(options.banned)
+        for site in broken:
+            banned[site.conv] = banned.get(site.conv, frozenset()) | {site.form}
+            notes.append(f"{site.conv}: form {site.form} changed the model; the next form was tried")
+        options = dataclasses.replace(options, banned=banned)
+
+
+def _broken_sites(
+    plan: Plan, observation: Observation, modified: nn.Module, options: InsertOptions
+) -> tuple[list[InsertSite], Check | None]:
+    """The sites whose form did not hold, and the check of the outputs where all did."""
+    sites = list(plan.insert_sites)
+    try:
+        again = observe(modified, observation.inputs)
+    except ObserveError:
+        return _suspects(sites), None
+    misplaced = [site for site in sites if not _stands(again.graph, site, options)]
+    if misplaced:
+        return misplaced, None
+    if _without_sites(again.graph, plan) != _outline(observation.graph):
+        return _suspects(sites), None
+    if options.init != "identity":
+        return [], None
+    check = _same_to_the_last_bit(observation, again)
+    return ([] if check.passed else _suspects(sites)), check
+
+
+def _suspects(sites: list[InsertSite]) -> list[InsertSite]:
+    """Where the fault cannot be told: the sites of the most intrusive form in use that can be given up."""
+    for form in ("sequential", "wrap", "identity", "subclass"):
+        chosen = [site for site in sites if site.form == form]
+        if chosen:
+            return chosen
+    return sites
+
+
+def _stands(graph: Graph, site: InsertSite, options: InsertOptions) -> bool:
+    """Whether the site's BatchNorm is the only reader of the layer and feeds the activation (or follows it)."""
+    ops = [op for op in graph.of_kind("batch_norm") if op.scope == site.bn]
+    if len(ops) != 1:
+        return False
+    before = graph.producer(graph.input(ops[0]))
+    if before is None or len(graph.input(ops[0]).readers) != 1:
+        return False
+    if options.position == "after":
+        return before.kind == site.activation_kind
+    readers = [graph.ops[reader].kind for reader, _ in graph.output(ops[0]).readers]
+    return before.kind in ("conv", "linear") and readers == [site.activation_kind]
+
+
+def _outline(graph: Graph) -> list[tuple[str, tuple[tuple[int, ...], ...]]]:
+    """Every op in order: its kind and the shapes it made."""
+    return [(op.kind, tuple(graph.values[v].shape for v in op.outputs)) for op in graph.ops]
+
+
+def _without_sites(graph: Graph, plan: Plan) -> list[tuple[str, tuple[tuple[int, ...], ...]]]:
+    names = {site.bn for site in plan.insert_sites}
+    kept = [op.kind != "batch_norm" or op.scope not in names for op in graph.ops]
+    return [line for line, keep in zip(_outline(graph), kept, strict=True) if keep]
+
+
+def _same_to_the_last_bit(observation: Observation, again: Observation) -> Check:
+    return _exactly([outputs_of(observation.output)], [outputs_of(again.output)])
+
+
+def check_unchanged(original: nn.Module, modified: nn.Module, example: Inputs, *, full: bool) -> Check:
+    """Run both models in eval mode, with `full` on batches of 1, 2 and 3: equal to the last bit, or failed."""
+    inputs = seeded_batches(example) if full else [example]
+    before = Reference(original, inputs)
+    after = TorchRunner(modified)
+    return _exactly(before.own, [after.run(i) for i in before.inputs])
+
+
+def _exactly(before: Sequence[Outputs], after: Sequence[Outputs]) -> Check:
+    exact = {name: Limit(0.0, 0.0) for outputs in before for name in outputs}
+    device = next((t.device.type for t in before[0].values()), "cpu")
+    return compare(before, after, exact, stage="insert", device=device, provider="torch")
+
+

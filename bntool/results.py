@@ -1,0 +1,141 @@
+"""What a surgery returns: the new model, the plan, the parameter delta and the checks. Prints itself."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from typing import Any
+
+from torch import nn
+
+from bntool.inputs import Inputs
+from bntool.plan import FoldSite, InsertSite, Plan, Skip
+from bntool.report.tables import Column, Table, count, render, signed, wrapped
+from bntool.verdicts import Check
+
+
+@dataclasses.dataclass(frozen=True)
+class SurgeryResult:
+    """A new model and how it came about; the model that was given is untouched.
+
+    `parameters` holds `before`, `after` and `delta`, recounted from the tensors of both models.
+    """
+
+    model: nn.Module
+    plan: Plan
+    parameters: dict[str, dict[str, int]]
+    checks: tuple[Check, ...] = ()
+    inputs: Inputs | None = None
+
+    @property
+    def sites(self) -> tuple[InsertSite | FoldSite, ...]:
+        return self.plan.sites
+
+    @property
+    def skips(self) -> tuple[Skip, ...]:
+        return self.plan.skips
+
+    @property
+    def modified(self) -> bool:
+        return bool(self.plan)
+
+    @property
+    def status(self) -> str:
+        if any(not check.passed for check in self.checks):
+            return "check-failed"
+        return "ok" if self.modified else "nothing-to-do"
+
+    def to_dict(self) -> dict[str, Any]:
+        """The document that `--json` prints, without paths."""
+        plan = self.plan.to_dict()
+        document: dict[str, Any] = {
+            "status": self.status,
+            "sites": [_public(site) for site in plan["sites"]],
+            "skips": plan["skips"],
+            "parameters": self.parameters,
+        }
+        checks = [check.to_dict() for check in self.checks]
+        if self.plan.action == "insert":
+            document["check"] = checks[0] if checks else None
+            document["key_map"] = plan["key_map"]
+        else:
+            document["bn_total"] = len(self.plan.sites) + len(self.plan.skips)
+            document["bn_folded"] = len(self.plan.sites)
+            document["checks"] = checks
+        return document
+
+    def __str__(self) -> str:
+        return self.render()
+
+    def render(self, width: int | None = None, *, verbose: bool = True) -> str:
+        """The verdicts as a table, then the totals and the parameter delta."""
+        draw = _insert_lines if self.plan.action == "insert" else _fold_lines
+        return "\n".join([*draw(self.plan, width, verbose), "", *delta_lines(self.parameters)])
+
+
+def _public(site: dict[str, Any]) -> dict[str, Any]:
+    return {k: v for k, v in site.items() if k != "edits"}
+
+
+def _insert_lines(plan: Plan, width: int | None, verbose: bool) -> list[str]:
+    columns = (
+        Column("Layer", flexible=True),
+        Column("Activation", flexible=True),
+        Column("New BatchNorm", flexible=True),
+        Column("Channels", number=True),
+        Column("Form"),
+    )
+    rows = [
+        [s.conv or "(root)", s.activation_kind, s.bn, count(s.channels), s.form] for s in plan.insert_sites
+    ]
+    lines = [render(Table(columns, rows), width)] if rows else []
+    lines += _skip_lines(plan.skips, width, "not cut", verbose)
+    channels = sum(s.channels for s in plan.insert_sites)
+    lines += ["", f"{len(rows)} BatchNorm layers inserted over {count(channels)} channels"]
+    return lines
+
+
+def _fold_lines(plan: Plan, width: int | None, verbose: bool) -> list[str]:
+    columns = (Column("BatchNorm", flexible=True), Column("Verdict", flexible=True))
+    rows = []
+    for site in plan.fold_sites:
+        way = [law for law in site.laws if law not in ("conv", "linear", "matmul", "batch_norm")]
+        through = f" through {', '.join(way)}" if way else ""
+        rows.append([site.bn or "(root)", f"folded into {', '.join(site.into)}{through}"])
+    lines = [render(Table(columns, rows), width)] if rows and verbose else []
+    lines += _skip_lines(plan.skips, width, "kept", True)
+    total = len(plan.sites) + len(plan.skips)
+    lines += ["", f"{len(rows)} of {total} BatchNorm layers folded"]
+    if plan.skips:
+        reasons = Counter(s.reason.value for s in plan.skips)
+        lines[-1] += "; kept: " + ", ".join(f"{n} {reason}" for reason, n in reasons.most_common())
+    return lines
+
+
+def _skip_lines(skips: tuple[Skip, ...], width: int | None, verb: str, verbose: bool) -> list[str]:
+    lines: list[str] = []
+    shown = skips if verbose else skips[:10]
+    for skip in shown:
+        lines.append(wrapped(f"{verb}: {skip.name} [{skip.reason}] {skip.detail}", width, indent="    "))
+    if len(shown) < len(skips):
+        lines.append(f"{verb}: {len(skips) - len(shown)} more (-v lists them)")
+    return ["", *lines] if lines else []
+
+
+def delta_lines(parameters: dict[str, dict[str, int]]) -> list[str]:
+    """Parameters and buffers before and after, in plain words."""
+    before, after, delta = (parameters[k] for k in ("before", "after", "delta"))
+
+    def total(counts: dict[str, int]) -> int:
+        return counts["trainable"] + counts["frozen"]
+
+    lines = [
+        f"parameters  {count(total(before))} -> {count(total(after))} "
+        f"({signed(delta['trainable'])} trainable, {signed(delta['frozen'])} frozen)"
+    ]
+    if delta["conv_bias"]:
+        lines[0] = lines[0][:-1] + f", of these {signed(delta['conv_bias'])} biases)"
+    lines.append(
+        f"buffers     {count(before['buffers'])} -> {count(after['buffers'])} ({signed(delta['buffers'])})"
+    )
+    return lines
