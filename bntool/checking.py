@@ -47,7 +47,7 @@ def check_surgery(
     """
     reference = reference or Reference(original, inputs_list, device=device, progress=progress)
     say = progress or (lambda text: None)
-    runner = TorchRunner(candidate, device)
+    runner = TorchRunner(candidate, device, parts=reference.parts)
     say("running the candidate")
     got: list[dict[str, Tensor]] = _run_all(runner, reference.inputs, stage)
     expected, limits = reference.outputs, reference.limits
@@ -55,7 +55,7 @@ def check_surgery(
     unsure = _left_to_algebra(expected, got, limits) if algebra is not None else {}
     if algebra is not None and unsure.keys() >= limits.keys():
         reasons = "; ".join(f"{name}: {why}" for name, why in unsure.items())
-        return [dataclasses.replace(algebra, detail=f"{algebra.detail}; {reasons}")]
+        return [dataclasses.replace(algebra, detail="; ".join(filter(None, (algebra.detail, reasons))))]
     row = compare(
         [{n: t for n, t in outputs.items() if n not in unsure} for outputs in expected],
         [{n: t for n, t in outputs.items() if n not in unsure} for outputs in got],
@@ -140,21 +140,20 @@ def _check_algebra(
         return None
     say("checking the algebra in float64")
     try:
-        outputs, _ = run_float64(candidate64, reference.inputs)
+        outputs, _ = run_float64(candidate64, reference.inputs, parts=reference.parts)
     except BntoolError:
         raise
     except Exception as error:  # whatever a model's forward raises
         raise _does_not_run(stage, error) from error
     noise = torch.finfo(torch.float64).eps / 2
     limits = {name: Limit(noise, ALGEBRA_LIMIT) for outputs in reference.exact for name in outputs}
-    detail = "algebra, redone in float64"
+    detail = ""
     if reference.narrowed:
         # Where a model narrows inside, one more digit of input moves the narrow rounding: own noise rules.
         limits = reference.limits
-        detail += "; the model narrows inside, so its own noise is the limit"
-    return compare(
-        reference.exact, outputs, limits, stage=stage, device="cpu", provider="torch", detail=detail
-    )
+        detail = "in float64 the model narrows inside, so its own noise is the limit"
+    row = compare(reference.exact, outputs, limits, stage=stage, device="cpu", provider="torch", detail=detail)
+    return dataclasses.replace(row, precision="float64")
 
 
 def _left_to_algebra(

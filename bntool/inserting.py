@@ -57,10 +57,16 @@ class InsertOptions:
     banned: Mapping[str, frozenset[str]] = dataclasses.field(default_factory=dict)
 
     def validate(self) -> None:
-        """Raise `UsageError` for an unknown activation or a number out of range."""
+        """Raise `UsageError` for an unknown activation or option, or a number out of range."""
+        for option, allowed in (("position", ("before", "after")), ("init", ("identity", "default"))):
+            if getattr(self, option) not in allowed:
+                raise UsageError(f"{option} is {' or '.join(allowed)}, not {getattr(self, option)!r}")
+        for option in ("activations", "include", "exclude"):
+            if isinstance(getattr(self, option), str):
+                raise UsageError(f"{option} is a tuple of names, not one string")
         for name in self.activations:
             if name != "any" and name not in ACTIVATIONS:
-                close = difflib.get_close_matches(name, sorted(ACTIVATIONS), n=3)
+                close = difflib.get_close_matches(name.lower(), sorted(ACTIVATIONS), n=3)
                 raise UsageError(
                     f"unknown activation {name!r}",
                     next_step=f"did you mean {', '.join(close)}?" if close else "see bntool insert --help",
@@ -111,7 +117,10 @@ class _Planner:
                 self.by_layer.setdefault(self._owner(op), []).append(op)
 
     def _owner(self, op: Op) -> str:
-        """The module whose layer this op is: it owns the weight and runs the op."""
+        """The module whose layer this op is: the layer that runs it, else the owner of the weight."""
+        module = self.graph.modules.get(op.scope)
+        if module is not None and module.role in ("conv", "linear"):
+            return op.scope
         handle = self.graph.input(op, "weight").handle
         return handle.rpartition(".")[0] if handle else op.scope
 
@@ -145,8 +154,9 @@ class _Planner:
         activation = self._activation(op)
         value = self.graph.output(op if self.options.position == "before" else activation)
         if self.options.position == "after":
+            self._require_not_normed(value)
             self._require_unseen(value)
-        shape = self.graph.output(op).shape
+        shape = value.shape
         dims = op.attrs.get("dims", 1)
         rank = dims + 2 if op.kind == "conv" else 2
         if len(shape) != rank:
@@ -159,9 +169,7 @@ class _Planner:
         """The one activation that reads the layer's output; refused where that is not so."""
         value = self.graph.output(op)
         readers = [self.graph.ops[r] for r, _ in value.readers]
-        normed = [r for r in readers if r.kind in _NORMS]
-        if normed and len(readers) == 1:
-            raise _Refuse(Reason.ALREADY_NORMALISED, f"{normed[0].label} follows")
+        self._require_not_normed(value)
         self._require_unseen(value)
         if not readers:
             raise _Refuse(Reason.NO_ACTIVATION, "nothing reads its output")
@@ -174,6 +182,11 @@ class _Planner:
         if "any" not in self.options.activations and reader.kind not in self.options.activations:
             raise _Refuse(Reason.OTHER_ACTIVATION, f"{reader.kind} follows; --activation {reader.kind} takes it")
         return reader
+
+    def _require_not_normed(self, value: Value) -> None:
+        readers = [self.graph.ops[r] for r, _ in value.readers]
+        if len(readers) == 1 and readers[0].kind in _NORMS:
+            raise _Refuse(Reason.ALREADY_NORMALISED, f"{readers[0].label} follows")
 
     def _require_unseen(self, value: Value) -> None:
         if value.is_output:
@@ -241,6 +254,8 @@ class _Planner:
             renamed[parent], named = sequential_names(
                 self.graph.modules[parent].children, wanted, self.options.keep_keys
             )
+            for alias in self.graph.aliases.get(parent, ()):
+                renamed[alias] = renamed[parent]
             new_names.update({(parent, child): new for child, new in named.items()})
 
         def new_name(old: str) -> str:
@@ -264,7 +279,7 @@ class _Planner:
             sites.append(
                 InsertSite(d.conv, d.activation, bn, d.channels, d.form, d.dims, d.kind, d.slot)
             )
-        names = [*self.graph.tensors, *(a for v in self.graph.aliases.values() for a in v)]
+        names = [n for first in self.graph.tensors for n in (first, *self.graph.aliases.get(first, ()))]
         key_map = {old: new_name(old) for old in names if new_name(old) != old}
         return Plan(
             action="insert",

@@ -40,8 +40,14 @@ class Reference:
         self._progress = progress or (lambda text: None)
         self.notes: list[str] = []
         self.narrowed: set[torch.dtype] = set()
+        self._with_parts = False
         self.layers = sum(1 for module in model.modules() if not any(module.children()))
         self.eps = _coarsest_eps(model)
+
+    @property
+    def parts(self) -> bool:
+        """Whether the parts of the model are compared too, since the model itself returned nothing."""
+        return bool(self._own_runs) and self._with_parts
 
     @functools.cached_property
     def _own_runs(self) -> list[tuple[Inputs, dict[str, Tensor]]]:
@@ -63,6 +69,11 @@ class Reference:
                 where=refused[0][0].shapes() if refused else "",
                 next_step="pass an input it accepts with --input NAME:SHAPE or --inputs FILE",
             )
+        if not any(t.numel() for _, outputs in runs for t in outputs.values()):
+            self._with_parts = True
+            self.notes.append("every output is empty on these inputs, so what the model's parts return is compared")
+            runner = TorchRunner(self._model, self._device, parts=True)
+            runs = [(inputs, runner.run(inputs)) for inputs, _ in runs]
         self.notes += [f"the original cannot run {inputs.shapes()}, left out" for inputs, _ in refused]
         return runs
 
@@ -80,7 +91,7 @@ class Reference:
         """The original's outputs in float64, or None (and a note) where it cannot run in float64."""
         self._progress("running the original in float64")
         try:
-            runs, self.narrowed = run_float64(self._model, self.inputs)
+            runs, self.narrowed = run_float64(self._model, self.inputs, parts=self.parts)
         except Exception as error:  # noqa: BLE001 - whatever a model's forward raises on float64
             self.notes.append(
                 f"the model does not run in float64 ({first_line(error)}); the limit is derived, not measured"
@@ -117,10 +128,10 @@ class Reference:
 
 
 def run_float64(
-    model: nn.Module, inputs_list: Sequence[Inputs]
+    model: nn.Module, inputs_list: Sequence[Inputs], *, parts: bool = False
 ) -> tuple[list[dict[str, Tensor]], set[torch.dtype]]:
     """The model's outputs in float64 on the CPU, and the narrower dtypes it computed in all the same."""
-    runner = TorchRunner(model, "cpu", torch.float64)
+    runner = TorchRunner(model, "cpu", torch.float64, parts=parts)
     default = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)  # a tensor that forward makes without a dtype follows
     try:

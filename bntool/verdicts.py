@@ -13,7 +13,8 @@ class Check:
     """One verdict: `relative` (max |d| / peak of the reference), `noise_floor` and `limit` share a scale.
 
     The figures are those of the worst output, `worst` (name and index); `ratio` is relative / noise_floor.
-    `top1` is None where no output looks like class scores.
+    `top1` is None where no output looks like class scores. `precision` is `float64` for the row that proves
+    the algebra, empty for the model's own.
     """
 
     stage: str
@@ -31,6 +32,7 @@ class Check:
     batches: int
     detail: str = ""
     worst: tuple[str, tuple[int, ...]] = ("", ())
+    precision: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON; a figure that is not finite becomes None."""
@@ -59,7 +61,7 @@ class Comparison:
         for check in self.checks:
             verdict = "passed" if check.passed else "FAILED"
             figures = (f"{check.max_abs:.2g}", f"{check.relative:.2g}", f"{check.ratio:.2g}")
-            table.add_row(check.stage, check.device, check.provider, verdict, *figures, f"{check.limit:.2g}")
+            table.add_row(f"{check.stage} {check.precision}".strip(), check.device, check.provider, verdict, *figures, f"{check.limit:.2g}")
         text = io.StringIO()
         console = Console(file=text, width=110)
         console.print(table if self.checks else "nothing was compared")

@@ -187,8 +187,8 @@ def checks_text(checks: Sequence[Check]) -> str:
     )
     rows = [
         [
-            check.stage,
-            f"{check.provider} on {check.device}",
+            f"{check.stage} {check.precision}".strip(),
+            _ran_on(check),
             "passed" if check.passed else "FAILED",
             f"{check.max_abs:.1e}",
             f"{check.relative:.1e}",
@@ -201,6 +201,14 @@ def checks_text(checks: Sequence[Check]) -> str:
         return "nothing was verified"
     details = dict.fromkeys(f"{check.stage}: {check.detail}" for check in checks if check.detail)
     return "\n".join([render(Table(columns, rows)), *details])
+
+
+def _ran_on(check: Check) -> str:
+    """`torch on cpu`, `ONNX Runtime CPU`, `ONNX Runtime CUDA on cuda:0 (…)`: as read back from the session."""
+    if not check.provider.endswith("ExecutionProvider"):
+        return f"{check.provider} on {check.device}"
+    kind = check.provider.removesuffix("ExecutionProvider")
+    return f"ONNX Runtime {kind}" + ("" if kind.lower() == check.device else f" on {check.device}")
 
 
 def export_text(export: ExportResult) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
 from typing import Any
 
 import click
@@ -48,5 +50,6 @@ def _baseline(session: Session, options: dict[str, Any]) -> Any:
     except BntoolError as error:
         session.voice.note(f"no comparison with {session.baseline}: {error.what}")
         return None
-    session.voice.say(f"compared with {session.baseline}")
+    shown = os.path.relpath(session.baseline) if Path(session.baseline).is_file() else session.baseline
+    session.voice.say(f"compared with {shown}")
     return model

@@ -14,9 +14,9 @@ Translation = tuple[str, dict[str, Any]]
 
 ACTIVATIONS = frozenset(
     """relu relu6 silu gelu hardswish hardsigmoid sigmoid tanh leaky_relu elu selu celu mish prelu softplus
-    softsign hardtanh logsigmoid threshold hardshrink softshrink tanhshrink rrelu glu clamp""".split()
+    hardtanh logsigmoid threshold hardshrink softshrink rrelu glu clamp""".split()
 )
-"""Kinds that count as an activation after a convolution."""
+"""Kinds that count as an activation after a convolution: each is one operator."""
 
 SHAPE_ONLY: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("reshape_as", "view_as", "expand_as", "type_as"), ("other",)),
@@ -214,6 +214,7 @@ _TABLE: dict[str, Callable[[Bound], Translation]] = {
     "leaky_relu": lambda b: ("leaky_relu", {"slope": float(b.get("negative_slope", 0.01))}),
     "prelu": _fixed("prelu"),
     "relu6": _fixed("relu6"),
+    "log_sigmoid": _fixed("logsigmoid"),
     "hardtanh": _hardtanh,
     "clamp": _clamp,
     "clip": _clamp,

@@ -8,10 +8,13 @@ surgery starts from one, so that only the layers that change get new tensors.
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from bntool.errors import ObserveError
 
 _FLAT = (int, float, str, bool, bytes, type(None), torch.dtype, torch.device, torch.Size, type)
 
@@ -20,19 +23,22 @@ def structural_copy(model: nn.Module) -> nn.Module:
     """A copy of the module tree whose parameters and buffers *are* the original's.
 
     Works where `copy.deepcopy` does not (weight-normalised layers hold tensors that autograd made).
+    An attribute that Python cannot copy (a lock, an open file) is shared.
+
+    Raises:
+        ObserveError: a layer with a way of its own to be copied failed.
     """
     memo: dict[int, Any] = {}
     modules = list(model.modules())
     plain = [m for m in modules if _is_plain(m)]
     for module in modules:
-        for tensor in _own_tensors(module):
+        for tensor in (*own_tensors(module), *_made_by_autograd(tuple(module.__dict__.values()))):
             memo[id(tensor)] = tensor
     for module in plain:
-        memo[id(module)] = type(module).__new__(type(module))
+        memo[id(module)] = object.__new__(type(module))
     for module in plain:
         memo[id(module)].__dict__.update(_copied_state(module, memo))
-    copied = memo.get(id(model))
-    return copied if isinstance(copied, nn.Module) else copy.deepcopy(model, memo)
+    return _copied_module(model, memo)
 
 
 def _is_plain(module: nn.Module) -> bool:
@@ -50,23 +56,51 @@ def _copied_state(module: nn.Module, memo: dict[int, Any]) -> dict[str, Any]:
         if key in ("_parameters", "_buffers"):
             state[key] = dict(value)
         elif key == "_modules":
-            state[key] = {k: _copied_child(child, memo) for k, child in value.items()}
+            state[key] = {
+                k: None if child is None else _copied_module(child, memo) for k, child in value.items()
+            }
         elif isinstance(value, _FLAT) or (isinstance(value, tuple) and all(type(v) in _FLAT for v in value)):
             state[key] = value
         elif isinstance(value, dict | set) and not value:
             state[key] = value.copy()
         else:
-            state[key] = copy.deepcopy(value, memo)
+            try:
+                state[key] = copy.deepcopy(value, memo)
+            except Exception:  # noqa: BLE001  any class may refuse, in its own way
+                state[key] = memo[id(value)] = value
     return state
 
 
-def _copied_child(child: nn.Module | None, memo: dict[int, Any]) -> nn.Module | None:
-    return memo[id(child)] if id(child) in memo else copy.deepcopy(child, memo)
+def _copied_module(child: nn.Module, memo: dict[int, Any]) -> nn.Module:
+    if id(child) in memo:
+        found: nn.Module = memo[id(child)]
+        return found
+    try:
+        return copy.deepcopy(child, memo)
+    except Exception as error:  # any class may fail, in its own way
+        raise ObserveError(
+            f"a layer cannot be copied: {error}",
+            where=type(child).__name__,
+            next_step="make copy.deepcopy(model) work",
+        ) from error
 
 
-def _own_tensors(module: nn.Module) -> list[Tensor]:
+def own_tensors(module: nn.Module) -> list[Tensor]:
+    """Parameters, buffers and plain attributes of one module that are tensors."""
     found: list[Tensor] = []
     for value in (*module._parameters.values(), *module._buffers.values(), *module.__dict__.values()):
         if isinstance(value, Tensor):
             found.append(value)
     return found
+
+
+def _made_by_autograd(value: Any) -> Iterator[Tensor]:
+    """Tensors in nested containers that Python refuses to copy: a training step kept them."""
+    if isinstance(value, Tensor):
+        if not value.is_leaf:
+            yield value
+    elif isinstance(value, dict):
+        yield from _made_by_autograd(tuple(value.values()))
+    elif isinstance(value, list | tuple | set):
+        for item in value:
+            yield from _made_by_autograd(item)

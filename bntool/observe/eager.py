@@ -25,6 +25,14 @@ from bntool.graph import Graph, Module, Op, Value
 from bntool.inputs import Inputs, named_tensors
 from bntool.observe.aten import SHAPE_ONLY, translate
 from bntool.observe.copying import structural_copy
+from bntool.observe.leftovers import (
+    MARK,
+    Kept,
+    random_state_kept,
+    require_materialised,
+    storage_of,
+    undeclared_writes,
+)
 from bntool.observe.modules import class_name, is_decomposed, role_of, uses_plain_bias
 
 _SMALL_CONSTANT = 1 << 16
@@ -49,32 +57,43 @@ def observe(model: nn.Module, inputs: Inputs) -> Observation:
     input takes is seen.
 
     Raises:
-        ObserveError: the forward raised, with its last line.
+        ObserveError: the forward raised, with its last line; or a lazy layer has no shape yet.
     """
+    require_materialised(model)
     run = structural_copy(model)
     recorder = _Recorder(model, run)
+    still_dropping = [] if run.training else [m for m in run.modules() if _drops(m)]
     run.eval()
-    inputs = inputs.map(torch.clone)
-    devices = [d for d in range(torch.cuda.device_count())] if torch.cuda.is_initialized() else []
+    for module in still_dropping:
+        module.train()  # Monte Carlo dropout: left on in a model in eval mode, it is what will run
+    try:
+        output = _forward(run, inputs.map(torch.clone), recorder)
+        recorder.finish(output)
+    finally:
+        recorder.forget()
+    return Observation(recorder.graph, inputs, output)
+
+
+def _forward(run: nn.Module, inputs: Inputs, recorder: _Recorder) -> Any:
     with contextlib.ExitStack() as stack:
-        stack.enter_context(torch.random.fork_rng(devices))
+        stack.enter_context(random_state_kept())
         stack.enter_context(torch.inference_mode())
         stack.enter_context(recorder.hooks())
         stack.enter_context(_DispatchMode(recorder))
         try:
             for tensor in inputs.tensors().values():
                 recorder.bind_input(tensor)
-            output = run(*inputs.args, **inputs.kwargs)
+            return run(*inputs.args, **inputs.kwargs)
         except Exception as error:
-            recorder.restore()
             raise ObserveError(
                 f"the model failed on an example input of {inputs.shapes()}: {_first_line(error)}",
                 where=recorder.where(),
                 next_step="give the right shape with --input 1x3x224x224 (example_inputs= in Python)",
             ) from error
-        recorder.restore()
-    recorder.finish(output)
-    return Observation(recorder.graph, inputs, output)
+
+
+def _drops(module: nn.Module) -> bool:
+    return isinstance(module, nn.modules.dropout._DropoutNd) and module.training
 
 
 def _first_line(error: BaseException) -> str:
@@ -91,11 +110,12 @@ class _Frame:
 
 
 @functools.lru_cache(maxsize=None)
-def _schema_of(func: Any) -> tuple[str, tuple[str, ...], frozenset[str]]:
-    """Operator name, argument names, and the arguments it writes to."""
+def _schema_of(func: Any) -> tuple[str, tuple[str, ...], frozenset[str], bool]:
+    """Operator name, argument names, the arguments it writes to, and whether it draws random numbers."""
     arguments = func._schema.arguments
     written = frozenset(a.name for a in arguments if a.alias_info is not None and a.alias_info.is_write)
-    return func._schema.name.split("::")[-1], tuple(a.name for a in arguments), written
+    draws = torch.Tag.nondeterministic_seeded in func.tags
+    return func._schema.name.split("::")[-1], tuple(a.name for a in arguments), written, draws
 
 
 class _DispatchMode(TorchDispatchMode):
@@ -104,14 +124,13 @@ class _DispatchMode(TorchDispatchMode):
         self.recorder = recorder
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name, names, written = _schema_of(func)
+        name, names, written, draws = _schema_of(func)
         bound = dict(zip(names, args, strict=False))
         if kwargs:
             bound.update(kwargs)
-        if written:
-            self.recorder.keep_what_is_overwritten(bound, written)
+        self.recorder.keep_what_is_overwritten(bound, (*written, *undeclared_writes(name, bound)))
         out = func(*args, **(kwargs or {}))
-        self.recorder.record(name, bound, written, out)
+        self.recorder.record(name, bound, written, draws, out)
         return out
 
 
@@ -129,8 +148,8 @@ class _Recorder:
         self.live: dict[int, list[TensorWeakRef]] = {}
         self.storages: dict[int, StorageWeakRef] = {}
         self.bound: list[tuple[int, TensorWeakRef]] = []
-        self.own_storages: dict[int, str] = {}
-        self.overwritten: dict[str, Tensor] = {}
+        self.kept = Kept(run)
+        self.numbers_from_data = False
         self._register_modules(original, run)
         self._register_tensors(run)
 
@@ -162,17 +181,14 @@ class _Recorder:
                 first[id(tensor)] = name
                 self.graph.tensors[name] = tensor
                 self.handles[id(tensor)] = name
-                place = _place_in_memory(tensor)
-                self.handles.setdefault(place, name)
-                if isinstance(place, tuple):
-                    self.own_storages.setdefault(place[0], name)
+                self.handles.setdefault(_place_in_memory(tensor), name)
 
     # -- modules ----------------------------------------------------------------------------------------
 
     @contextlib.contextmanager
     def hooks(self) -> Iterator[None]:
         before = register_module_forward_pre_hook(self.enter)
-        after = register_module_forward_hook(self.leave)
+        after = register_module_forward_hook(self.leave, with_kwargs=True)
         try:
             yield
         finally:
@@ -186,12 +202,11 @@ class _Recorder:
         info = self.graph.modules[name]
         self.frames.append(_Frame(module, name, info.calls, len(self.graph.ops)))
         info.calls += 1
-        value = self._first_value(args)
-        info.inputs.append(value)
-        if info.hooked and value is not None:
-            self.graph.values[value].watched.append(name)
+        info.inputs.append(self._first_value(args))
+        if info.hooked:
+            self._watch(args, name)
 
-    def leave(self, module: nn.Module, args: Any, output: Any) -> None:
+    def leave(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         name = self.names.get(id(module))
         if name is None:
             return
@@ -204,13 +219,18 @@ class _Recorder:
         info.whole.append(list(range(frame.start, len(self.graph.ops))))
         value = self._first_value((output,))
         info.outputs.append(value)
+        if info.hooked:
+            # a global pre-hook is not shown the keyword inputs
+            self._watch((kwargs, output), name)
         if value is None:
             return
-        if info.hooked:
-            for _, tensor in named_tensors(output):
-                self.graph.values[self._value_of(tensor)].watched.append(name)
         if frame.start == len(self.graph.ops) and value == info.inputs[-1]:
             self.graph.values[value].through.append(name)
+
+    def _watch(self, structure: Any, name: str) -> None:
+        """A hook on `name` sees every tensor in `structure`."""
+        for _, tensor in named_tensors(structure):
+            self.graph.values[self._value_of(tensor)].watched.append(name)
 
     def where(self) -> str:
         return self.frames[-1].name if self.frames else ""
@@ -229,7 +249,7 @@ class _Recorder:
 
     def _value_of(self, tensor: Tensor) -> int:
         """The value a tensor holds now; a tensor never seen before is a constant."""
-        known = getattr(tensor, "_bntool_value", None)
+        known = getattr(tensor, MARK, None)
         if known is not None:
             return int(known)
         if id(tensor) in self.inputs:
@@ -245,20 +265,19 @@ class _Recorder:
         for other in self._aliases(tensor):
             if _place_in_memory(other) == _place_in_memory(tensor):
                 return int(other._bntool_value)  # type: ignore[attr-defined]
-        value = self.graph.add_value(tuple(tensor.shape), constant=True, dtype=str(tensor.dtype))
-        if tensor.numel() <= _SMALL_CONSTANT:
+        value = self.graph.add_value(
+            tuple(tensor.shape), constant=not self.numbers_from_data, dtype=str(tensor.dtype)
+        )
+        if value.constant and tensor.numel() <= _SMALL_CONSTANT:
             self.graph.constants[value.id] = tensor
         self._bind(tensor, value)
         return value.id
 
     def _aliases(self, tensor: Tensor) -> list[Tensor]:
         """Other live tensors that share the storage."""
-        try:
-            storage = tensor.untyped_storage()._cdata
-        except (RuntimeError, NotImplementedError):
-            return []
-        known = self.storages.get(storage)
-        if known is None or known.expired():
+        storage = storage_of(tensor)
+        known = self.storages.get(storage) if storage is not None else None
+        if storage is None or known is None or known.expired():
             return []
         alive = [ref() for ref in self.live.get(storage, ())]
         return [t for t in alive if t is not None and t is not tensor]
@@ -282,24 +301,31 @@ class _Recorder:
 
     # -- operations -------------------------------------------------------------------------------------
 
-    def record(self, name: str, bound: dict[str, Any], written: frozenset[str], out: Any) -> None:
+    def record(
+        self, name: str, bound: dict[str, Any], written: frozenset[str], draws: bool, out: Any
+    ) -> None:
         unread = SHAPE_ONLY.get(name, ())
         roles = {role: tensor for role, tensor in _roles(bound) if role not in unread}
         outs = list(_tensors_in(out))
         inputs = {role: self._value_of(tensor) for role, tensor in roles.items()}
-        targets = [t for role, t in roles.items() if role.split("_")[0] in written or _written(role, written)]
+        targets = [t for role, t in roles.items() if _written(role, written)]
         if not targets and outs and all(_is_handed_on(o, roles) for o in outs):
             return
         kind, attrs = translate(name, bound)
-        constant = bool(inputs) and all(self.graph.values[v].constant for v in inputs.values())
+        constant = not draws and all(self.graph.values[v].constant for v in inputs.values())
+        if name == "_local_scalar_dense" and not constant:
+            self.numbers_from_data = True
+        if self.numbers_from_data:
+            # any Python number from here on may have been read from the data
+            constant = constant and bool(inputs)
+            attrs = {k: None if k == "number" else v for k, v in attrs.items()}
         made = outs if not targets else targets
         values = []
         for tensor in made:
-            value = self.graph.add_value(
-                tuple(tensor.shape), constant=constant or not inputs, dtype=str(tensor.dtype)
-            )
-            if value.constant and tensor.numel() <= _SMALL_CONSTANT:
-                self.graph.constants[value.id] = tensor
+            value = self.graph.add_value(tuple(tensor.shape), constant=constant, dtype=str(tensor.dtype))
+            if constant and tensor.numel() <= _SMALL_CONSTANT:
+                # an own tensor that was written to is put back later
+                self.graph.constants[value.id] = tensor.clone() if targets else tensor
             values.append(value)
         frame = self.frames[-1] if self.frames else None
         op = self.graph.add_op(
@@ -318,24 +344,30 @@ class _Recorder:
                 self._overwrite(tensor, value)
             self._bind(tensor, value)
 
-    def keep_what_is_overwritten(self, bound: dict[str, Any], written: frozenset[str]) -> None:
-        """The forward may write into a buffer, which is the user's own: keep it, to put it back."""
+    def keep_what_is_overwritten(self, bound: dict[str, Any], written: tuple[str, ...]) -> None:
+        """Copy what is about to be written to: the user's own tensors, and constants already noted."""
         for name in written:
-            for tensor in _tensors_in(bound.get(name)):
-                place = _place_in_memory(tensor)
-                handle = self.own_storages.get(place[0]) if isinstance(place, tuple) else None
-                if handle is not None and handle not in self.overwritten:
-                    self.overwritten[handle] = self.graph.tensors[handle].clone()
+            targets = list(_tensors_in(bound.get(name)))
+            self.kept.before_write(targets)
+            for tensor in targets:
+                for other in (tensor, *self._aliases(tensor)):
+                    value = getattr(other, MARK, None)
+                    if value in self.graph.constants:
+                        self.graph.constants[value] = self.graph.constants[value].clone()
 
-    def restore(self) -> None:
-        for handle, tensor in self.overwritten.items():
-            self.graph.tensors[handle].copy_(tensor)
-            self.graph.tensors[handle].__dict__.pop("_bntool_value", None)
+    def forget(self) -> None:
+        """Take every mark off the tensors, and put back what the forward wrote to the user's own."""
+        for _, reference in self.bound:
+            tensor = reference()
+            if tensor is not None:
+                tensor.__dict__.pop(MARK, None)
+        self.kept.restore()
 
     def _overwrite(self, tensor: Tensor, value: Value) -> None:
         """An in-place write: every live view of the storage now holds something new."""
         place = _place_in_memory(tensor)
-        for other in self._aliases(tensor):
+        own = [t for t in self.kept.sharing(tensor) if t is not tensor and not hasattr(t, MARK)]
+        for other in (*self._aliases(tensor), *own):
             if _place_in_memory(other) == place:
                 other._bntool_value = value.id  # type: ignore[attr-defined]
                 continue
@@ -369,11 +401,6 @@ class _Recorder:
             gc.collect()
         for value in self._escaped(returned):
             self.graph.values[value].escapes = True
-        for value_id, reference in self.bound:
-            tensor = reference()
-            if tensor is not None and hasattr(tensor, "_bntool_value"):
-                with contextlib.suppress(AttributeError):
-                    del tensor._bntool_value
 
     def _escaped(self, returned: set[int]) -> Iterator[int]:
         for value_id, reference in self.bound:
@@ -397,7 +424,10 @@ def _roles(bound: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
 
 
 def _written(role: str, written: frozenset[str]) -> bool:
-    return role in written or (role == "input" and "self" in written)
+    """Whether the operator writes to this operand, or to the list it stands in (`input_0`, `out_1`)."""
+    stem, _, index = role.rpartition("_")
+    name = stem if index.isdigit() else role
+    return name in written or (name == "input" and "self" in written)
 
 
 def _is_handed_on(tensor: Tensor, roles: dict[str, Tensor]) -> bool:

@@ -25,7 +25,6 @@ _COLUMNS = (
     Column("Frozen", number=True),
     Column("Buffers", number=True),
 )
-_FROZEN = 5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,12 +68,7 @@ class Summary:
     def _table(self) -> Table:
         totals = [count(n) for n in (self.totals.trainable, self.totals.frozen, self.totals.buffers)]
         lines = [*(layer.cells() for layer in self.layers), ["total", "", "", "", *totals]]
-        columns = list(_COLUMNS)
-        if not self.totals.frozen:  # 80 columns are few, and most models have nothing to show here
-            columns.pop(_FROZEN)
-            for line in lines:
-                line.pop(_FROZEN)
-        return Table(tuple(columns), lines[:-1], footer=lines[-1])
+        return Table(_COLUMNS, lines[:-1], footer=lines[-1])
 
     def _totals(self) -> list[str]:
         figures = self.totals

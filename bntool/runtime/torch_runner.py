@@ -20,12 +20,21 @@ _SEED = 0
 class TorchRunner:
     """Runs a torch model in eval mode; layer modes, RNG state and TF32 flags are restored after each run.
 
-    The model given runs itself unless another device or dtype is asked for, which runs a deep copy.
-    Raises `DeviceError` when the device is not there.
+    The model given runs itself unless another device or dtype is asked for, which runs a deep copy. With
+    `parts`, what the root's own children return is given too, by their names: for models whose last step
+    can leave nothing (a detector that keeps no box). Raises `DeviceError` when the device is not there.
     """
 
-    def __init__(self, model: nn.Module, device: str = "cpu", dtype: torch.dtype | None = None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        device: str = "cpu",
+        dtype: torch.dtype | None = None,
+        *,
+        parts: bool = False,
+    ) -> None:
         require_torch_device(device)
+        self._parts = parts
         self._model = _placed(model, torch.device(device), dtype)
         self._dtype = dtype
         self._asked = torch.device(device)
@@ -57,8 +66,26 @@ class TorchRunner:
         # no_grad and not inference_mode: a model that keeps a tensor made during forward (a cached
         # position table) would be left holding one that autograd refuses later.
         with eval_mode(self._model), _same_random_numbers(self._asked), exact_float32(), torch.no_grad():
-            result = self._model(*moved.args, **dict(moved.kwargs))
+            if self._parts:
+                result = self._run_with_parts(moved)
+            else:
+                result = self._model(*moved.args, **dict(moved.kwargs))
         return {name: t.detach().cpu().clone() for name, t in outputs_of(result).items()}
+
+    def _run_with_parts(self, inputs: Inputs) -> dict[str, Any]:
+        """The result, and what each child of the root returned at its last call."""
+        seen: dict[str, Any] = {}
+
+        def keep(name: str) -> Any:
+            return lambda module, args, output: seen.__setitem__(name, output)
+
+        hooks = [child.register_forward_hook(keep(name)) for name, child in self._model.named_children()]
+        try:
+            result = self._model(*inputs.args, **dict(inputs.kwargs))
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return {**seen, "result": result}
 
 
 def require_torch_device(device: str) -> None:

@@ -32,13 +32,13 @@ def apply_insert(model: nn.Module, plan: Plan) -> nn.Module:
     for site in plan.insert_sites:
         norm = new_norm(modules[site.conv], site, plan.options)
         if site.form == "identity":
-            _replace(copy, site.slot, norm)
+            _replace_everywhere(copy, modules[site.slot], norm)
         elif site.form == "wrap":
             act = modules[site.slot]
             pair = (act, norm) if plan.options.get("position") == "after" else (norm, act)
             wrapped = nn.Sequential(*pair)
             wrapped.training = act.training
-            _replace(copy, site.slot, wrapped)
+            _replace_everywhere(copy, act, wrapped)
         elif site.form == "subclass":
             _replace_everywhere(copy, modules[site.conv], _holding(modules[site.conv], norm))
         else:
@@ -72,11 +72,6 @@ def new_norm(layer: nn.Module, site: InsertSite, options: Mapping[str, Any]) -> 
             norm.running_var.fill_(1.0 - norm.eps)
     norm.train(layer.training)
     return norm
-
-
-def _replace(root: nn.Module, name: str, new: nn.Module) -> None:
-    parent, _, child = name.rpartition(".")
-    root.get_submodule(parent)._modules[child] = new
 
 
 def _replace_everywhere(root: nn.Module, old: nn.Module, new: nn.Module) -> None:
