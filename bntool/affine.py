@@ -140,8 +140,13 @@ def _reshape(scale: Tensor, shift: Tensor, expanded: Sequence[int], shape: Seque
 
 
 def _collapse(scale: Tensor, shift: Tensor, axis: int) -> Pair:
-    """Size 1 along an axis over which the map is constant."""
-    return scale.narrow(axis, 0, 1), shift.narrow(axis, 0, 1)
+    """Size 1 along an axis over which the map is constant, wherever anybody asks for it."""
+    return first_asked(scale, axis), first_asked(shift, axis)
+
+
+def first_asked(part: Tensor, axis: int) -> Tensor:
+    """The first entry along `axis` that is not NaN ("nobody asks"); NaN where there is none."""
+    return part.gather(axis, torch.isnan(part).to(torch.uint8).argmin(axis, keepdim=True))
 
 
 def _permute(scale: Tensor, shift: Tensor, dims: Sequence[int]) -> Pair:

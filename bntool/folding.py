@@ -18,19 +18,25 @@ from torch import Tensor
 from bntool.affine import Affine, batch_norm_affine, compose, identity, merge
 from bntool.graph import Graph, Op, Value
 from bntool.laws import LAWS, Refused
-from bntool.laws.taking import TAKERS, input_map, layout_of, output_demand, rows
+from bntool.laws.taking import TAKERS, bias_from_input_shift, input_map, layout_of, output_demand, rows
 from bntool.plan import Edit, FoldSite, Plan, Skip
 from bntool.reasons import Reason
 
 _MAX_ATTEMPTS = 16
 """How many ways to hand out shifts among summed branches are tried for one BatchNorm."""
+_VIEWS = frozenset(
+    """identity reshape permute slice select split expand expand_as unbind movedim moveaxis swapdims mT numpy_T
+    adjoint diagonal unfold as_strided overwritten_view""".split()
+)
+"""Kinds of op whose output may be the memory of their input."""
 _MAX_PASSES = 4
 """A fold can open the way for a BatchNorm that was kept before; passes end when nothing changes."""
 
 
 def plan_fold(graph: Graph, *, include: Sequence[str] = ("*",), exclude: Sequence[str] = ()) -> Plan:
     """Give every BatchNorm of the graph a verdict: a site with its edits, or a skip with its reason."""
-    return _Planner(graph, include, exclude).plan()
+    with torch.no_grad():
+        return _Planner(graph, include, exclude).plan()
 
 
 @dataclasses.dataclass
@@ -74,7 +80,8 @@ class _Planner:
         self.norm_of = {op.id: norm for norm in self.norms for op in norm.ops}
         self.gone: set[int] = set()
         self.created_bias: set[str] = set()
-        self.peaks: dict[str, Tensor] = {}
+        self.halves: dict[str, Tensor] = {}
+        self.asked_halves: dict[str, Tensor] = {}
         self.choices: list[int] = []
         self.widths: list[int] = []
 
@@ -143,6 +150,10 @@ class _Planner:
         for role, tensor in tensors.items():
             if tensor is None or not self.graph.input(op, role).handle:
                 return Refused(Reason.WEIGHT_COMPUTED, f"its {role} is computed, not stored")
+            for reader, _ in self.graph.input(op, role).readers:
+                other = self.norm_of.get(reader)
+                if other is None or other.name not in self.graph.modules:
+                    return Refused(Reason.WEIGHT_SHARED, f"{self.graph.ops[reader].label} reads its {role} too")
             bad = _first_bad(tensor, "negative" if role == "running_var" else "")
             if bad:
                 return Refused(Reason.BAD_STATISTICS, f"{role} {bad}")
@@ -174,10 +185,13 @@ class _Planner:
             try:
                 way = self._first_choice(norm, up, down)
                 edits = self._edits(norm, way)
+                for op in norm.ops:
+                    self._require_no_overwriting(op)
             except Refused as refusal:
                 refusals.append((name, refusal))
                 continue
             self._commit(norm, way)
+            self.created_bias.update(e.bias for e in edits if e.bias and e.bias not in self.graph.tensors)
             laws = tuple(dict.fromkeys(way.laws + (["split"] if name == "split" else [])))
             layers = tuple(dict.fromkeys(e.layer for e in edits if e.kind != "remove"))
             return FoldSite(norm.name, layers, laws, tuple(edits))
@@ -341,13 +355,40 @@ class _Planner:
         if value.watched:
             raise Refused(Reason.HOOKED, f"a hook on {value.watched[0]} sees the output of {what}")
 
+    def _require_no_overwriting(self, norm: Op) -> None:
+        """Without the BatchNorm its output *is* its input: a later write to either must concern nobody else."""
+        value = root = self.graph.input(norm)
+        private = True
+        while True:
+            private &= len(value.readers) == 1 and not value.is_output and not value.escapes
+            root, maker = value, self.graph.producer(value)
+            if maker is None or not (maker.kind in _VIEWS or maker.id in self.gone):
+                break
+            value = self.graph.input(maker)
+        if private and root.producer is not None:
+            return
+        waiting = [root.id]
+        while waiting:
+            for reader, role in self.graph.values[waiting.pop()].readers:
+                op = self.graph.ops[reader]
+                if op.inplace and role in ("input", "out") and op.id > norm.id:
+                    what = f"{op.label} would write in place what others read"
+                    raise Refused(Reason.OUTPUT_USED_ELSEWHERE, what)
+                if op.id == norm.id or op.kind in _VIEWS or op.id in self.gone:
+                    waiting += op.outputs
+
     # -- taking in --------------------------------------------------------------------------------------
 
     def _edits(self, norm: _Norm, way: _Way) -> list[Edit]:
         edits: dict[tuple[str, str], Edit] = {}
+        self.asked_halves = {}
         for take in way.takes:
             edit = self._edit(take, way)
-            edits.setdefault((edit.weight, take.side), edit)
+            known = edits.setdefault((edit.weight, take.side), edit)
+            if known.bias != edit.bias or any(
+                edit.bias and e.bias == edit.bias and e.weight != edit.weight for e in edits.values()
+            ):
+                raise Refused(Reason.WEIGHT_SHARED, f"layers beside {take.op.label} share a weight or a bias")
         return [*edits.values(), Edit("remove", norm.name)]
 
     def _edit(self, take: _Take, way: _Way) -> Edit:
@@ -355,7 +396,7 @@ class _Planner:
         op, vector = take.op, take.vector
         kind = "scale_output" if take.side == "output" else "scale_input"
         if op.kind == "batch_norm":
-            return self._norm_edit(take, kind)
+            return self._norm_edit(take, kind, way)
         weight = self.graph.input(op, "weight")
         if not weight.handle:
             raise Refused(Reason.WEIGHT_COMPUTED, f"the weight of {op.label} is computed, not stored")
@@ -371,18 +412,24 @@ class _Planner:
                 raise Refused(Reason.WEIGHT_COMPUTED, f"the bias of {op.label} is computed, not stored")
             if take.side == "output" or vector.has_shift:
                 self._require_own(self.graph.input(op, "bias"), take, way)
-        elif vector.has_shift:
-            module = self.graph.modules.get(owner)
-            if module is None or not module.plain_bias:
-                raise Refused(
-                    Reason.CUSTOM_FORWARD, f"{op.label} has no bias, and its own forward may not use one"
-                )
+        elif vector.has_shift or f"{owner}.bias".lstrip(".") in self.created_bias:
+            self._require_bias_slot(op, weight, owner)
             bias = f"{owner}.bias" if owner else "bias"
         groups = op.attrs.get("groups", 1)
-        self._require_range(tensor, layout_of(op), groups, take)
-        return Edit(kind, owner, vector.expr, weight.handle, bias, layout_of(op), groups)
+        edit = Edit(kind, owner, vector.expr, weight.handle, bias, layout_of(op), groups)
+        self._require_range(edit, take)
+        return edit
 
-    def _norm_edit(self, take: _Take, kind: str) -> Edit:
+    def _require_bias_slot(self, op: Op, weight: Value, owner: str) -> None:
+        """A bias may be created only where the call that reads the weight will read it too."""
+        module = self.graph.modules.get(owner)
+        if module is not None and module.plain_bias and op.scope == owner:
+            return
+        if len(weight.readers) > 1:
+            raise Refused(Reason.WEIGHT_SHARED, f"{weight.handle} is shared, and {op.label} has no bias")
+        raise Refused(Reason.CUSTOM_FORWARD, f"{op.label} has no bias, and its own forward may not use one")
+
+    def _norm_edit(self, take: _Take, kind: str, way: _Way) -> Edit:
         """A BatchNorm that stays takes the map in: to its affine it is a depthwise 1×1 convolution."""
         norm = self.norm_of.get(take.op.id)
         module = self.graph.modules.get(norm.name) if norm else None
@@ -391,6 +438,8 @@ class _Planner:
         handles = [self.graph.input(take.op, r).handle for r in ("weight", "bias") if r in take.op.inputs]
         if len(handles) != 2 or not all(handles):
             raise Refused(Reason.CUSTOM_FORWARD, f"{take.op.label} has no γ and β to take it in")
+        for role in ("weight", "bias"):
+            self._require_own(self.graph.input(take.op, role), take, way)
         return Edit(kind, norm.name, take.vector.expr, handles[0], handles[1], "norm")
 
     def _require_own(self, weight: Value, take: _Take, way: _Way) -> None:
@@ -420,17 +469,32 @@ class _Planner:
                 raise Refused(Reason.WEIGHT_SHARED, f"{alias} is {weight.handle}, and did not run")
         del slot
 
-    def _require_range(self, weight: Tensor, layout: str, groups: int, take: _Take) -> None:
-        """Refuse a folded weight that its own type cannot hold (float16 ends at 65,504)."""
-        if weight.dtype not in (torch.float16,):
+    def _require_range(self, edit: Edit, take: _Take) -> None:
+        """Refuse a folded weight or bias that its own type cannot hold (float16 ends at 65,504)."""
+        stored = self.graph.tensors[edit.weight]
+        if stored.dtype != torch.float16:
             return
-        factors = rows(layout, weight, groups, take.vector.scale.abs(), take.side)
-        peak = float((weight.double().abs() * factors).max()) if weight.numel() else 0.0
-        limit = torch.finfo(weight.dtype).max
-        if max(peak, float(take.vector.shift.abs().max())) > limit:
+        scale, shift = take.vector.scale.to(stored.device), take.vector.shift.to(stored.device)
+        weight = self._half(edit.weight, stored)
+        after = {edit.weight: weight * rows(edit.layout, weight, edit.groups, scale, take.side)}
+        if edit.bias:
+            none = torch.zeros((), device=stored.device)
+            bias = self._half(edit.bias, self.graph.tensors.get(edit.bias, none))
+            if take.side == "output":
+                after[edit.bias] = scale * bias + shift
+            else:
+                after[edit.bias] = bias + bias_from_input_shift(edit.layout, weight, edit.groups, shift)
+        peak = max(float(t.abs().max()) for t in after.values() if t.numel())
+        limit = torch.finfo(torch.float16).max
+        if peak > limit:
             raise Refused(
                 Reason.OVERFLOW, f"the folded weight of {take.op.label} reaches {peak:.3g}, beyond {limit:g}"
             )
+        self.asked_halves.update(after)
+
+    def _half(self, handle: str, stored: Tensor) -> Tensor:
+        """A float16 tensor as the folds so far have left it, in float64."""
+        return self.halves.get(handle, stored.detach().double())
 
     def _commit(self, norm: _Norm, way: _Way) -> None:
         """Make the fold part of what later BatchNorms see."""
@@ -442,6 +506,7 @@ class _Planner:
                 )
                 joined = compose(outer, inner)
                 taker.affine = Affine(joined.scale, joined.shift, ("bn", taker.name))
+        self.halves.update(self.asked_halves)
         self.gone.update(op.id for op in norm.ops)
 
 
@@ -472,6 +537,7 @@ def _matches(name: str, patterns: Iterable[str]) -> bool:
 
 def _first_bad(tensor: Tensor, extra: str) -> str:
     """What is wrong with a statistic, and at which channel; empty where nothing is."""
+    tensor = tensor.detach()
     finite = torch.isfinite(tensor)
     if not bool(finite.all()):
         channel = int((~finite).nonzero()[0])

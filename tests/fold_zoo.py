@@ -143,9 +143,17 @@ zoo("linear_flatten_bn", {"bn": FOLDED},
     lambda: {"fc": nn.Linear(5, 6), "bn": nn.BatchNorm1d(6)}, (2, 7, 5))
 zoo("linear_transposed_to_channels", {"bn": FOLDED}, lambda m, x: m.bn(m.fc(x).transpose(1, 2)),
     lambda: {"fc": nn.Linear(5, 6), "bn": nn.BatchNorm1d(6)}, (2, 7, 5))
-zoo("matmul_parameter", {"bn": FOLDED}, lambda m, x: m.bn(x @ m.weight + m.bias),
+zoo("matmul_parameter", {"bn": Reason.CUSTOM_FORWARD}, lambda m, x: m.bn(x @ m.weight + m.bias),
     lambda: {"weight": nn.Parameter(torch.randn(5, 6)), "bias": nn.Parameter(torch.randn(6)), "bn": nn.BatchNorm1d(6)},
     (3, 5))
+zoo("matmul_parameter_scale_only", {"bn": FOLDED}, lambda m, x: m.bn(torch.mm(x, m.weight)),
+    lambda: {"weight": nn.Parameter(torch.randn(5, 6)), "bn": nn.BatchNorm1d(6)}, (3, 5),
+    tweak=lambda m: (m.bn.bias.zero_(), m.bn.running_mean.zero_()))
+zoo("matmul_batch_of_matrices", {"bn": Reason.UNKNOWN_OP}, lambda m, x: m.bn((x @ m.weight).transpose(1, 2)),
+    lambda: {"weight": nn.Parameter(torch.randn(3, 5, 6)), "bn": nn.BatchNorm1d(6)}, (3, 4, 5))
+zoo("matmul_vector", {"bn": Reason.UNKNOWN_OP}, lambda m, x: m.bn(x) @ m.weight,
+    lambda: {"weight": nn.Parameter(torch.randn(5)), "bn": nn.BatchNorm1d(5)}, (3, 5))
+ZOO[-1] = dataclasses.replace(ZOO[-1], verdicts={"bn": Reason.REACHES_INPUT})
 zoo("matmul_of_data", {"bn": Reason.WEIGHT_COMPUTED}, lambda m, a, b: m.bn(a @ b),
     lambda: {"bn": nn.BatchNorm1d(6)}, (3, 5), (5, 6))
 zoo("double_norm", {"first": FOLDED, "second": FOLDED}, lambda m, x: m.second(m.first(m.conv(x))),
@@ -218,14 +226,11 @@ zoo("bias_tied_same_bn", {"a": Reason.WEIGHT_SHARED, "b": Reason.NOT_OBSERVED},
 zoo("bn_shared_by_two_convs", {"a": FOLDED, "b": Reason.NOT_OBSERVED},
     lambda m, x: m.a(m.c(x)) + m.a(m.d(x + 1)), two_convs)
 zoo("bn_on_itself", {"bn": Reason.CALLED_MORE_THAN_ONCE}, lambda m, x: m.bn(m.bn(m.conv(x))), pair)
-zoo("gamma_tied_to_a_kept_bn", {"a": Reason.REACHES_INPUT, "b": Reason.WEIGHT_SHARED},
-    lambda m, x: (m.b(m.a(x)).relu(), m.c(x.relu()).relu()),
-    lambda: {"a": bn(4), "b": bn(4), "c": bn(4)})
-ZOO.pop()
 zoo("gamma_tied_to_another_bn",
     {"a": Reason.NONLINEAR, "b": Reason.WEIGHT_SHARED, "c": Reason.NONLINEAR},
     lambda m, x: (m.b(m.a(x.tanh())).tanh(), m.c(x.sin()).tanh()),
-    lambda: {"a": bn(4), "b": bn(4), "c": bn(4)}, tweak=lambda m: setattr(m.c, "weight", m.a.weight))
+    lambda: {"a": bn(4), "b": bn(4), "c": bn(4)},
+    tweak=lambda m: (setattr(m.c, "weight", m.a.weight), setattr(m.c, "bias", m.b.bias)))
 zoo("bn_into_bn_that_stays", {"a": FOLDED, "b": Reason.NONLINEAR},
     lambda m, x: m.b(m.a(x.tanh())).tanh(), lambda: {"a": bn(4), "b": bn(4)})
 zoo("bn_read_by_the_parent_too", {"bn": Reason.WEIGHT_SHARED},
@@ -282,7 +287,11 @@ zoo("standardised_weight", {"bn": Reason.WEIGHT_COMPUTED}, straight, lambda: {"c
 zoo("parametrized_gamma", {"bn": Reason.WEIGHT_COMPUTED}, straight, pair,
     tweak=lambda m: parametrize.register_parametrization(m.bn, "weight", nn.Softplus()))
 zoo("hook_on_conv", {"bn": Reason.HOOKED}, straight, pair,
+    tweak=lambda m: m.conv.register_forward_hook(lambda module, args, out: None))
+zoo("hook_changes_output", {"bn": Reason.NONLINEAR}, straight, pair,
     tweak=lambda m: m.conv.register_forward_hook(lambda module, args, out: out.abs()))
+zoo("hook_on_conv_after_bn", {"bn": Reason.REACHES_INPUT}, lambda m, x: m.conv(m.bn(x)),
+    lambda: {"bn": bn(4), "conv": conv()}, tweak=lambda m: m.conv.register_forward_pre_hook(lambda module, args: None))
 zoo("hook_on_bn", {"bn": Reason.HOOKED}, straight, pair,
     tweak=lambda m: m.bn.register_forward_hook(lambda module, args, out: None))
 zoo("hook_on_container", {"bn": Reason.HOOKED}, lambda m, x: m.bn(m.box(x)),
@@ -293,6 +302,8 @@ zoo("hook_sees_second_argument", {"bn": Reason.HOOKED},
     lambda: {"conv": conv(padding=1), "late": Net(lambda m, x, y: m.bn(y), {"bn": bn()})},
     tweak=lambda m: m.late.register_forward_pre_hook(lambda module, args: None))
 ZOO[-1] = dataclasses.replace(ZOO[-1], verdicts={"late.bn": Reason.HOOKED})
+zoo("layer_reached_through_a_closure", {"bn": Reason.HOOKED}, lambda m, x: m.bn(m.early(x)), pair,
+    tweak=lambda m: setattr(m, "early", lambda x: m.conv(x)))
 zoo("never_called", {"bn": FOLDED, "spare.1": Reason.NOT_OBSERVED}, straight,
     lambda: {**pair(), "spare": nn.Sequential(conv(), bn())})
 
@@ -376,8 +387,10 @@ zoo("times_zero", {"bn": Reason.ZERO_SCALE},
     *through(lambda m, y: y * m.k, k=lambda: nn.Parameter(torch.tensor([0.0, 1, 1, 1, 1, 1]).view(6, 1, 1))))
 zoo("layer_scale", {"bn": FOLDED}, *through(lambda m, y: y * m.k.view(1, -1, 1, 1), k=lambda: nn.Parameter(torch.rand(6))))
 zoo("gate", {"bn": Reason.NONLINEAR}, *through(lambda m, y: y * y.mean((2, 3), keepdim=True).sigmoid()))
-zoo("random_noise_added", {"bn": Reason.UNKNOWN_OP},
+zoo("random_noise_added", {"bn": Reason.AXIS_MISMATCH},
     *through(lambda m, y: y + torch.randn(1, 6, 1, 1, dtype=y.dtype)))
+zoo("random_noise_everywhere", {"bn": Reason.NONLINEAR}, *through(lambda m, y: y + torch.randn_like(y)))
+zoo("random_noise_in_place", {"bn": Reason.NONLINEAR}, *through(lambda m, y: y + torch.empty_like(y).normal_()))
 zoo("random_factor", {"bn": Reason.NONLINEAR}, *through(lambda m, y: y * torch.rand(1, 6, 1, 1, dtype=y.dtype)))
 zoo("factor_from_the_data", {"bn": Reason.UNKNOWN_OP},
     lambda m, x: m.bn(m.conv(x) * x.abs().max().item()), pair)
@@ -418,6 +431,15 @@ zoo("shared_value_written_after_bn", {"bn": Reason.OUTPUT_USED_ELSEWHERE},
 zoo("identity_bn_guards_a_shared_value", {"bn": Reason.OUTPUT_USED_ELSEWHERE},
     lambda m, x: (lambda y: F.relu(m.bn(y), inplace=True) + y)(m.conv(x)), pair,
     tweak=lambda m: (m.bn.reset_parameters(), setattr(m.bn, "eps", 0.0)))
+zoo("overwritten_before_its_reader_runs", {"bn": Reason.OUTPUT_USED_ELSEWHERE},
+    lambda m, x: (lambda y: (lambda z: (y.relu_(), m.head(z))[1])(m.bn(y)))(x.tanh()),
+    lambda: {"bn": bn(4), "head": conv(4, 4)})
+zoo("written_through_two_views", {"bn": Reason.OUTPUT_USED_ELSEWHERE},
+    lambda m, x: (lambda y: m.head(m.bn(y.view(2, 4, 8, 8)).permute(0, 1, 3, 2).add_(1.0)) + y[:, :, 2:, 2:])(x.tanh()),
+    lambda: {"bn": bn(4), "head": conv(4, 4)})
+zoo("shared_value_read_only", {"bn": FOLDED},
+    lambda m, x: (lambda y: m.head(m.bn(y).add(1.0)) + y[:, :, 2:, 2:])(x.tanh()),
+    lambda: {"bn": bn(4), "head": conv(4, 4)})
 zoo("input_written_after_bn", {"bn": Reason.REACHES_INPUT}, lambda m, x: m.conv(m.bn(x).mul_(2.0)),
     lambda: {"bn": bn(4), "conv": conv()})
 

@@ -12,7 +12,7 @@ from typing import Protocol
 
 import torch
 
-from bntool.affine import Affine, Constant, identity
+from bntool.affine import Affine, Constant, first_asked, identity
 from bntool.graph import Graph, Op, Value
 from bntool.reasons import Reason
 
@@ -85,8 +85,7 @@ def constant_over(affine: Affine, axes: list[int], what: str) -> Affine:
         if affine.scale.shape[axis] == 1:
             continue
         for part in (affine.scale, affine.shift):
-            first = part.narrow(axis, 0, 1)
-            if not bool(((part == first) | (torch.isnan(part) & torch.isnan(first))).all()):
+            if not bool(((part == first_asked(part, axis)) | torch.isnan(part)).all()):
                 raise Refused(Reason.AXIS_MISMATCH, f"the map varies along axis {axis}, which {what} mixes")
         affine = affine.then("collapse", axis)
     return affine

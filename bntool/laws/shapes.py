@@ -16,13 +16,20 @@ class Identity:
 
     @staticmethod
     def up(context: Context, op: Op, demands: list[Affine]) -> Maps:
-        only_input(context, op)
+        _require_floating(context, op)
         return {"input": demands[0]}
 
     @staticmethod
     def down(context: Context, op: Op, maps: Maps) -> list[Affine]:
-        only_input(context, op)
+        _require_floating(context, op)
         return [maps["input"]]
+
+
+def _require_floating(context: Context, op: Op) -> None:
+    """A cast to integers rounds, and one to complex numbers is no law's business."""
+    for value in (only_input(context, op), context.graph.output(op)):
+        if not value.dtype.removeprefix("torch.").startswith(("float", "bfloat")):
+            raise Refused(Reason.NONLINEAR, f"{op.label} casts to {value.dtype}")
 
 
 @law("reshape")

@@ -38,17 +38,25 @@ def channel_axis(op: Op, rank: int) -> int:
 
 def output_demand(context: Context, op: Op, demand: Affine) -> Affine:
     """The demand on a layer's output as vectors of output channels; refused where it is anything else."""
+    _require_matrix(context, op)
     shape = context.graph.output(op).shape
     return _vector(op, along(demand, len(shape), op.label), shape)
 
 
 def input_map(context: Context, op: Op, affine: Affine) -> Affine:
     """The map on a layer's input as vectors of input channels; refused where a border would differ."""
+    _require_matrix(context, op)
     shape = context.graph.input(op).shape
     vector = _vector(op, along(affine, len(shape), op.label), shape)
     if op.kind == "conv" and vector.has_shift and not _border_free(context, op):
         raise Refused(Reason.SHIFT_AT_PADDING, f"{op.label} pads with zeros, which have no shift")
     return vector
+
+
+def _require_matrix(context: Context, op: Op) -> None:
+    """x @ W is a linear layer where W is one matrix, not a vector or a batch of them."""
+    if op.kind == "matmul" and len(context.graph.input(op, "weight").shape) != 2:
+        raise Refused(Reason.UNKNOWN_OP, f"{op.label} multiplies by something other than one matrix")
 
 
 def _vector(op: Op, affine: Affine, shape: tuple[int, ...]) -> Affine:
@@ -65,7 +73,9 @@ def _border_free(context: Context, op: Op) -> bool:
     kernel = context.graph.input(op, "weight").shape[2:]
     if op.attrs["transposed"]:
         # without overlap or holes every output gets exactly one tap only where the kernel is one
-        return all(k == 1 for k in kernel) and all(s == 1 for s in op.attrs["stride"])
+        # and nothing is padded to its output
+        single = all(n == 1 for n in (*kernel, *op.attrs["stride"]))
+        return single and not any(op.attrs["output_padding"])
     padding = op.attrs["padding"]
     if isinstance(padding, str):
         return padding == "valid" or all(k == 1 for k in kernel)

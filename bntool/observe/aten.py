@@ -111,6 +111,10 @@ def _pool(kind: str, dims: int) -> Callable[[Bound], Translation]:
     return translator
 
 
+def _adaptive(kind: str, dims: int) -> Callable[[Bound], Translation]:
+    return lambda b: (kind, {"dims": dims})
+
+
 def _mean(b: Bound) -> Translation:
     return "mean", {"axes": b.get("dim"), "keepdim": bool(b.get("keepdim", False))}
 
@@ -171,6 +175,7 @@ _TABLE: dict[str, Callable[[Bound], Translation]] = {
     "convolution": _convolution,
     "_convolution": _convolution,
     "linear": _fixed("linear"),
+    "mm": _fixed("matmul"),
     "batch_norm": _batch_norm,
     "native_batch_norm": _native_batch_norm,
     "_native_batch_norm_legit_no_training": _native_batch_norm,
@@ -191,12 +196,6 @@ _TABLE: dict[str, Callable[[Bound], Translation]] = {
     "cat": _axis("concat"),
     "concat": _axis("concat"),
     "concatenate": _axis("concat"),
-    "adaptive_avg_pool1d": _fixed("adaptive_avg_pool"),
-    "adaptive_avg_pool2d": _fixed("adaptive_avg_pool"),
-    "adaptive_avg_pool3d": _fixed("adaptive_avg_pool"),
-    "adaptive_max_pool1d": _fixed("max_pool"),
-    "adaptive_max_pool2d": _fixed("max_pool"),
-    "adaptive_max_pool3d": _fixed("max_pool"),
     "mean": _mean,
     "amax": _amax,
     "pixel_shuffle": lambda b: ("pixel_shuffle", {"factor": b["upscale_factor"]}),
@@ -226,6 +225,8 @@ _TABLE: dict[str, Callable[[Bound], Translation]] = {
     "alpha_dropout": _dropout,
     **{f"conv{d}d": _conv(d, False) for d in (1, 2, 3)},
     **{f"conv_transpose{d}d": _conv(d, True) for d in (1, 2, 3)},
+    **{f"adaptive_avg_pool{d}d": _adaptive("adaptive_avg_pool", d) for d in (1, 2, 3)},
+    **{f"adaptive_max_pool{d}d": _adaptive("max_pool", d) for d in (1, 2, 3)},
     **{f"avg_pool{d}d": _pool("avg_pool", d) for d in (1, 2, 3)},
     **{f"max_pool{d}d": _pool("max_pool", d) for d in (1, 2, 3)},
     **{f"max_pool{d}d_with_indices": _pool("max_pool", d) for d in (1, 2, 3)},

@@ -101,6 +101,12 @@ def _first_line(error: BaseException) -> str:
     return lines[0] if lines else type(error).__name__
 
 
+def _role(module: nn.Module) -> str:
+    """The role of the class, unless this one instance was given another forward."""
+    role = role_of(type(module))
+    return "custom_norm" if role in ("norm", "norm_act") and "forward" in vars(module) else role
+
+
 @dataclasses.dataclass(slots=True)
 class _Frame:
     module: nn.Module
@@ -141,6 +147,7 @@ class _Recorder:
         self.graph = Graph()
         self.graph.model_class = class_name(type(original))
         self.names: dict[int, str] = {}
+        self.originals = {id(module) for module in original.modules()}
         self.frames: list[_Frame] = []
         self.inputs: dict[int, tuple[Tensor, int]] = {}
         self.handles: dict[Any, str] = {}
@@ -163,10 +170,10 @@ class _Recorder:
             self.graph.modules[name] = Module(
                 name,
                 class_name(type(module)),
-                role=role_of(type(module)),
-                children=tuple(module._modules),
+                role=_role(module),
+                children=tuple(child for child, _ in module._modules.items()),
                 own_tensors=len(module._parameters) + len(module._buffers),
-                plain_bias=uses_plain_bias(type(module)),
+                plain_bias=uses_plain_bias(type(module)) and "forward" not in vars(module),
                 hooked=any(getattr(module, hooks, None) for hooks in _HOOKS),
                 left_in_train=modes.get(name, False) and not original.training,
             )
@@ -198,6 +205,7 @@ class _Recorder:
     def enter(self, module: nn.Module, args: Any) -> None:
         name = self.names.get(id(module))
         if name is None:
+            self._watch_original(module, args)
             return
         info = self.graph.modules[name]
         self.frames.append(_Frame(module, name, info.calls, len(self.graph.ops)))
@@ -209,6 +217,7 @@ class _Recorder:
     def leave(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         name = self.names.get(id(module))
         if name is None:
+            self._watch_original(module, (kwargs, output))
             return
         while self.frames and self.frames[-1].module is not module:
             self.frames.pop()
@@ -231,6 +240,11 @@ class _Recorder:
         """A hook on `name` sees every tensor in `structure`."""
         for _, tensor in named_tensors(structure):
             self.graph.values[self._value_of(tensor)].watched.append(name)
+
+    def _watch_original(self, module: nn.Module, structure: Any) -> None:
+        """A closure that reaches the original's own layer does so in any copy: nothing moves past it."""
+        if id(module) in self.originals:
+            self._watch(structure, f"{class_name(type(module))} (reached through a closure)")
 
     def where(self) -> str:
         return self.frames[-1].name if self.frames else ""
@@ -312,8 +326,10 @@ class _Recorder:
         if not targets and outs and all(_is_handed_on(o, roles) for o in outs):
             return
         kind, attrs = translate(name, bound)
+        if kind == "matmul":
+            inputs = {"input" if role == "input" else "weight": value for role, value in inputs.items()}
         constant = not draws and all(self.graph.values[v].constant for v in inputs.values())
-        if name == "_local_scalar_dense" and not constant:
+        if name in ("item", "_local_scalar_dense") and not constant:
             self.numbers_from_data = True
         if self.numbers_from_data:
             # any Python number from here on may have been read from the data

@@ -130,14 +130,10 @@ class _FoldWork:
         for handle in self.tensors:
             if handle not in self.before:
                 self._create(handle)
-        names = {id(self.modules[name]) for name in self.removed}
+        for norm in {id(self.modules[name]): self.modules[name] for name in self.removed}.values():
+            _become(norm, _what_remains(norm))
         for parent in list(self.model.modules()):
-            for name, child in list(parent._modules.items()):
-                if child is not None and id(child) in names:
-                    parent._modules[name] = _what_remains(child)
             _unwrap(parent)
-        if id(self.model) in names:
-            self.model = _what_remains(self.model)
 
     def _as_kind(self, handle: str) -> Tensor:
         """The new tensor as what the old one was: a parameter with its flag, or a buffer."""
@@ -153,6 +149,12 @@ class _FoldWork:
         weight = module._parameters.get("weight")
         trains = weight.requires_grad if weight is not None else True
         module._parameters[slot] = nn.Parameter(self.tensors[handle], requires_grad=trains)
+
+
+def _become(module: nn.Module, other: nn.Module) -> None:
+    """Turn a module into another where it stands, for whoever holds it: parents, plain lists, attributes."""
+    module.__class__ = type(other)
+    module.__dict__ = dict(other.__dict__)
 
 
 def _unwrap(parent: nn.Module) -> None:
