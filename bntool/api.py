@@ -15,11 +15,11 @@ from bntool.checking import check_onnx, check_surgery, seeded_batches
 from bntool.errors import CheckFailed, PlanError, UsageError
 from bntool.exporting import ExportResult
 from bntool.exporting import export_onnx as _export_onnx
-from bntool.folding import plan_fold as _plan_fold
 from bntool.inputs import Inputs
 from bntool.inserting import InsertOptions
 from bntool.inserting import plan_insert as _plan_insert
 from bntool.insertion import insert_observed
+from bntool.module_folding import plan_module_fold
 from bntool.observe.eager import Observation, observe
 from bntool.observe.inference import observe_inferred
 from bntool.observe.modules import class_name, signature_of
@@ -92,13 +92,15 @@ def fold(
     *,
     include: Sequence[str] = ("*",),
     exclude: Sequence[str] = (),
+    merge: bool = True,
     check: CheckLevel = "fast",
     share: bool = False,
 ) -> SurgeryResult:
     """Fold every BatchNorm that algebra allows into the weights beside it, for inference in eval mode.
 
     `check="fast"` runs the model before and after on the example inputs, in its own precision and in
-    float64; `full` on several seeded batches; `none` trusts the plan. The result's model is new and in
+    float64; `full` on several seeded batches; `none` trusts the plan. `merge` lets blocks that bring
+    their own re-parameterisation merge their branches. The result's model is new and in
     eval mode; `share=True` lets it share the untouched tensors with `model`.
 
     Raises:
@@ -106,7 +108,7 @@ def fold(
         ObserveError: the model does not run on the inputs.
     """
     observation = _observed(model, example_inputs, small=True)
-    result = fold_observed(model, observation, include=include, exclude=exclude)
+    result = fold_observed(model, observation, include=include, exclude=exclude, merge=merge)
     if check != "none" and result.modified:
         inputs = [observation.inputs] if check == "fast" else seeded_batches(observation.inputs)
         result = with_checks(result, check_fold(model, result.model, result.plan, Reference(model, inputs)))
@@ -114,10 +116,15 @@ def fold(
 
 
 def fold_observed(
-    model: nn.Module, observation: Observation, *, include: Sequence[str] = ("*",), exclude: Sequence[str] = ()
+    model: nn.Module,
+    observation: Observation,
+    *,
+    include: Sequence[str] = ("*",),
+    exclude: Sequence[str] = (),
+    merge: bool = True,
 ) -> SurgeryResult:
     """`fold` on a model already observed, unchecked; the result shares its untouched tensors with `model`."""
-    plan = _plan_fold(observation.graph, include=include, exclude=exclude)
+    plan = plan_module_fold(model, observation, include=include, exclude=exclude, merge=merge)
     return _result(model, apply_fold(model, plan).eval(), plan, observation.inputs)
 
 
@@ -204,10 +211,11 @@ def plan_fold(
     *,
     include: Sequence[str] = ("*",),
     exclude: Sequence[str] = (),
+    merge: bool = True,
 ) -> Plan:
     """What `fold` would do, with nothing changed."""
-    graph = _observed(model, example_inputs, small=True).graph
-    return _plan_fold(graph, include=include, exclude=exclude)
+    observation = _observed(model, example_inputs, small=True)
+    return plan_module_fold(model, observation, include=include, exclude=exclude, merge=merge)
 
 
 def apply(model: nn.Module, plan: Plan | str | Path, *, share: bool = False) -> SurgeryResult:

@@ -43,19 +43,21 @@ class InsertSite:
 
 @dataclasses.dataclass(frozen=True)
 class Edit:
-    """One change of tensors in a fold: `scale_output`, `scale_input`, or `remove` (the BN itself).
+    """One change in a fold: `scale_output`, `scale_input`, `remove` (the BN itself), or `reparameterize`.
 
+    `reparameterize` lets a block merge its own branches by its `method`, before any other edit.
     `layer` is the qualified name of the layer; `weight` and `bias` are tensor handles (qualified
     names); `layout` and `groups` say how the weight's axes are laid out; `map` is the affine map.
     """
 
-    kind: Literal["scale_output", "scale_input", "remove"]
+    kind: Literal["scale_output", "scale_input", "remove", "reparameterize"]
     layer: str
     map: Expr | None = None
     weight: str = ""
     bias: str = ""
     layout: str = ""
     groups: int = 1
+    method: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         return {k: v for k, v in dataclasses.asdict(self).items() if v not in (None, "")}

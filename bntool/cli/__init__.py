@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
-import json
 import sys
-from collections.abc import Sequence
+import traceback
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import click
 
 from bntool import __version__
-from bntool.errors import BntoolError, InvariantError
+from bntool.cli.documents import emit_error, stdout_kept_for_documents
+from bntool.errors import BntoolError, InvariantError, LoadError, UsageError
 
 _COMMANDS = {
     "insert": "Put BatchNorm between convolutions and their activations.",
@@ -23,8 +25,12 @@ _COMMANDS = {
     "doctor": "What this machine can run, found out by trying.",
     "demo": "The three lines on the sample network.",
 }
-SCHEMA_VERSION = 1
 _BUG = 70
+_STOPPED = 130
+
+
+class _ReaderGone(Exception):
+    """Whoever read our stdout has gone (`| head`)."""
 
 
 class _LazyGroup(click.Group):
@@ -48,13 +54,23 @@ class _LazyGroup(click.Group):
 
             close = difflib.get_close_matches(args[0], _COMMANDS, n=2)
             hint = f"; did you mean {' or '.join(close)}?" if close else ""
-            raise click.UsageError(f"no such command: {args[0]}{hint}")
+            raise click.UsageError(f"no such command: {args[0]}{hint}", ctx)
         return super().resolve_command(ctx, args)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Help from the table above, so that no command is imported for it."""
         with formatter.section("Commands"):
             formatter.write_dl(list(_COMMANDS.items()))
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        # click would end the process with 1, which here means that a check failed.
+        except BrokenPipeError as error:
+            raise _ReaderGone from error
+        # click takes it for Ctrl-C.
+        except EOFError as error:
+            raise InvariantError(f"EOFError: {error}") from error
 
 
 @click.group(cls=_LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
@@ -79,52 +95,77 @@ def main(args: Sequence[str] | None = None) -> None:
 def run(args: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code instead of exiting."""
     argv = list(sys.argv[1:] if args is None else args)
-    as_json, debug = "--json" in argv, "--debug" in argv
+    as_json = "--json" in argv and not {"-h", "--help"} & set(argv)
+    with stdout_kept_for_documents() if as_json else contextlib.nullcontext():
+        return _run(argv, as_json, "--debug" in argv)
+
+
+def _run(argv: list[str], as_json: bool, debug: bool) -> int:
+    fail = _speaker(as_json)
     try:
         result: Any = cli.main(args=argv, prog_name="bntool", standalone_mode=False)
-    except BntoolError as error:
-        if debug:
-            raise
-        return _report(error, as_json)
+        return result if isinstance(result, int) else 0
     except click.exceptions.Exit as stop:
         return stop.exit_code
-    except click.Abort:
-        click.echo("bntool: stopped", err=True)
-        return 130
-    except click.ClickException as error:
+    except (click.Abort, KeyboardInterrupt):
         if as_json:
-            _emit_error("usage", {"what": error.format_message(), "where": "", "next": "bntool --help"})
-        else:
-            error.show()
-        return 2
-    except KeyboardInterrupt:
+            emit_error("stopped", {"what": "stopped", "where": "", "next": ""})
         click.echo("bntool: stopped", err=True)
-        return 130
-    except BrokenPipeError:
-        sys.stderr.close()
+        return _STOPPED
+    except _ReaderGone:
+        # The interpreter flushes stdout once more at its end; give it nothing to fail on.
+        with contextlib.suppress(OSError, ValueError):
+            sys.stdout.close()
         return 0
+    except click.ClickException as error:
+        return fail(_usage(error))
+    except SystemExit as stop:
+        what = f"the model's own code ended the program with sys.exit({stop.code!r})"
+        return fail(LoadError(what, next_step="take that call out of the code"))
+    except BntoolError as error:
+        _trace(debug)
+        return fail(error)
+    except OSError as error:
+        _trace(debug)
+        if error.filename is None:
+            return _bug(error, as_json)
+        next_step = "check the name, the folder's permissions and the space on the disk"
+        return fail(UsageError(f"{error.strerror}", where=str(error.filename), next_step=next_step))
     except (InvariantError, Exception) as error:
-        if debug:
-            raise
-        text = str(error).strip().splitlines()
-        what = f"a bug in bntool: {type(error).__name__}: {text[0] if text else ''}"
-        next_step = "run it again with --debug and report the traceback"
+        _trace(debug)
+        return _bug(error, as_json)
+
+
+def _speaker(as_json: bool) -> Callable[[BntoolError], int]:
+    """How an error is told: what, where and what to do next. Returns the exit code."""
+
+    def fail(error: BntoolError) -> int:
         if as_json:
-            _emit_error("bug", {"what": what, "where": "", "next": next_step})
+            emit_error(error.status, error.to_dict())
         else:
-            click.echo(f"error: {what}\n  next:  {next_step}", err=True)
-        return _BUG
-    return result if isinstance(result, int) else 0
+            click.echo(f"error: {error}", err=True)
+        return error.exit_code
+
+    return fail
 
 
-def _report(error: BntoolError, as_json: bool) -> int:
+def _usage(error: click.ClickException) -> UsageError:
+    context = getattr(error, "ctx", None)
+    path = context.command_path if context is not None else "bntool"
+    return UsageError(error.format_message(), where=path, next_step=f"{path} --help")
+
+
+def _bug(error: Exception, as_json: bool) -> int:
+    text = str(error).strip().splitlines()
+    what = f"a bug in bntool: {type(error).__name__}: {text[0] if text else ''}"
+    next_step = "run it again with --debug and report the traceback"
     if as_json:
-        _emit_error(error.status, error.to_dict())
+        emit_error("bug", {"what": what, "where": "", "next": next_step})
     else:
-        click.echo(f"error: {error}", err=True)
-    return error.exit_code
+        click.echo(f"error: {what}\n  next:  {next_step}", err=True)
+    return _BUG
 
 
-def _emit_error(status: str, error: dict[str, str]) -> None:
-    document = {"schema_version": SCHEMA_VERSION, "status": status, "error": error}
-    click.echo(json.dumps(document, indent=1))
+def _trace(debug: bool) -> None:
+    if debug:
+        click.echo(traceback.format_exc(), err=True)

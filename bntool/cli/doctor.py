@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
-
 import click
+
+from bntool.cli.documents import emit
 
 
 @click.command("doctor", short_help="What this machine can run, found out by trying.")
@@ -12,13 +12,11 @@ import click
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
 def command(as_json: bool, debug: bool) -> int:  # noqa: ARG001 - read by main
     """Look at Python, torch, CUDA and ONNX Runtime, and really run a small convolution on each."""
-    from bntool.cli import SCHEMA_VERSION
     from bntool.doctor import diagnose
 
     found = diagnose()
     if as_json:
-        status = "ok" if found else "failed"
-        click.echo(json.dumps({"schema_version": SCHEMA_VERSION, "status": status, **found.to_dict()}, indent=1))
+        emit({"status": "ok" if found else "failed", **found.to_dict()})
     else:
         click.echo(str(found))
     return 0 if found else 5

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
-
 import click
 
+from bntool.cli.documents import emit
 from bntool.reasons import Reason
 
 
@@ -15,16 +14,13 @@ from bntool.reasons import Reason
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
 def command(code: str | None, as_json: bool, debug: bool) -> int:  # noqa: ARG001 - read by main
     """Explain a reason CODE; without one, list them all."""
-    from bntool.cli import SCHEMA_VERSION
     from bntool.explanations import explain
 
-    codes = [code] if code else [reason.value for reason in Reason]
+    codes = [reason.value for reason in Reason] if code is None else [code]
     found = {name: explain(name) for name in codes}
     if as_json:
-        reasons = {name: e.to_dict() for name, e in found.items()}
-        document = {"schema_version": SCHEMA_VERSION, "status": "ok", "reasons": reasons}
-        click.echo(json.dumps(document, indent=1))
-    elif code:
+        emit({"status": "ok", "reasons": {name: e.to_dict() for name, e in found.items()}})
+    elif code is not None:
         click.echo(str(found[code]))
     else:
         width = max(len(name) for name in found)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -19,10 +21,33 @@ def _all(*decorators: Any) -> Decorator:
     return decorate
 
 
+def not_empty(ctx: click.Context, param: click.Parameter, value: str | None) -> str | None:  # noqa: ARG001
+    """An empty name is a shell variable that was never set, not a name left out."""
+    if value is not None and not value.strip():
+        raise click.BadParameter("it is empty", ctx, param)
+    return value
+
+
+def _device(ctx: click.Context, param: click.Parameter, value: str) -> str:
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", value):
+        raise click.BadParameter(f"{value!r} is not auto, cpu or cuda", ctx, param)
+    return value
+
+
+def _tolerance(ctx: click.Context, param: click.Parameter, value: float | None) -> float | None:
+    if value is not None and not 0 <= value < math.inf:
+        raise click.BadParameter(f"{value} is not a number from 0 up", ctx, param)
+    return value
+
+
+def output_option() -> Decorator:
+    return click.option("-o", "--output", metavar="FILE", callback=not_empty, help="Output file.")
+
+
 def model_options() -> Decorator:
     """What names a model and how it may be loaded."""
     return _all(
-        click.argument("model", required=False, metavar="[MODEL]"),
+        click.argument("model", required=False, metavar="[MODEL]", callback=not_empty),
         click.option("--arch", metavar="REF", help="Class of a bare state_dict: torchvision:resnet50, …"),
         click.option("--weights", metavar="FILE", help="Weights for a model named by reference."),
         click.option("--key", metavar="KEY", help="Entry of a checkpoint that holds the weights."),
@@ -38,14 +63,21 @@ def model_options() -> Decorator:
             metavar="[NAME:]1x3x224x224",
             help="Shape of an example input; repeat for several.",
         ),
-        click.option("--seed", default=0, show_default=True, help="Seed of random example inputs."),
+        click.option(
+            "--seed",
+            type=click.IntRange(0, 2**63 - 1),
+            default=0,
+            show_default="0",
+            metavar="N",
+            help="Seed of random example inputs.",
+        ),
     )
 
 
 def output_options() -> Decorator:
     """Where the result goes."""
     return _all(
-        click.option("-o", "--output", metavar="FILE", help="Output file."),
+        output_option(),
         click.option("--force", is_flag=True, help="Replace outputs that exist."),
         click.option("--dry-run", is_flag=True, help="Show what would be done; write nothing."),
     )
@@ -63,8 +95,8 @@ def check_option() -> Decorator:
 
 def tolerance_options() -> Decorator:
     return _all(
-        click.option("--atol", type=float, help="Absolute tolerance instead of the noise floor."),
-        click.option("--rtol", type=float, help="Tolerance relative to the peak, instead of the noise floor."),
+        click.option("--atol", type=float, callback=_tolerance, help="Absolute tolerance instead of the noise floor."),
+        click.option("--rtol", type=float, callback=_tolerance, help="Tolerance relative to the peak, instead of the noise floor."),
     )
 
 
@@ -73,6 +105,7 @@ def device_option() -> Decorator:
         "--device",
         default="auto",
         show_default=True,
+        callback=_device,
         metavar="auto|cpu|cuda",
         help="Where to verify. cuda that cannot run is an error.",
     )

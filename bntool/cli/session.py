@@ -4,23 +4,24 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import os
-import re
 import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
-from bntool.errors import UsageError
+from bntool.cli.documents import emit, failure
+from bntool.cli.example_inputs import parse_inputs
+from bntool.errors import BntoolError
 
 if TYPE_CHECKING:
     from torch import nn
 
     from bntool.files.loading import Loaded
+    from bntool.files.memory import Record
     from bntool.inputs import Inputs
     from bntool.observe.eager import Observation
     from bntool.plan import Plan
@@ -39,6 +40,11 @@ class Voice:
         if not self.as_json:
             click.echo(text)
 
+    def tell(self, text: str) -> None:
+        """What a command settled by itself: a line that `--quiet` keeps, or an entry of `notes`."""
+        self.notes.append(text)
+        self.say(text)
+
     def note(self, text: str) -> None:
         """A remark: a line of text, or an entry of the document's `notes`."""
         self.notes.append(text)
@@ -47,10 +53,14 @@ class Voice:
 
     def emit(self, document: dict[str, Any]) -> None:
         if self.as_json:
-            from bntool.cli import SCHEMA_VERSION
+            emit({**document, "notes": self.notes})
 
-            whole = {"schema_version": SCHEMA_VERSION, **document, "notes": self.notes}
-            click.echo(json.dumps(whole, indent=1))
+    def fail(self, error: BntoolError, document: dict[str, Any]) -> NoReturn:
+        """Raise `error`; with `--json` the document still holds what was found out before."""
+        if self.as_json:
+            self.emit({**document, **failure(error)})
+            raise click.exceptions.Exit(error.exit_code)
+        raise error
 
     @contextlib.contextmanager
     def progress(self, title: str) -> Iterator[Any]:
@@ -84,6 +94,7 @@ class Session:
     loaded: Loaded
     inputs: Inputs | None
     seed: int
+    record: Record | None = None
     earlier_plans: list[Plan] = dataclasses.field(default_factory=list)
     baseline: str = ""
     baseline_options: dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -96,6 +107,17 @@ class Session:
     def source(self) -> str:
         """The model's file as an absolute path, or its reference."""
         return str(self.loaded.path.resolve()) if self.loaded.path else self.loaded.reference
+
+    def load_other(self, name: str, **options: Any) -> nn.Module:
+        """A second model, to compare with: what is known of the first holds for it too."""
+        from bntool.files.references import is_reference
+
+        if "arch" not in options:
+            named = is_reference(name) and not Path(name).exists()
+            options["arch"] = None if named else self.loaded.arch
+        allow = self.loaded.allow
+        loaded, _ = _load(name, self.record, allow=allow, trust_pickle=False, voice=self.voice, **options)
+        return loaded.model
 
     def observe(self) -> Observation:
         """Observe the model on the given inputs, else on inferred ones, which are said."""
@@ -120,49 +142,67 @@ class Session:
 
 def open_session(voice: Voice, options: dict[str, Any]) -> Session:
     """Load MODEL, or what the last command in this folder wrote."""
-    from bntool.files.loading import load
-    from bntool.files.memory import Grant, last_output, recall
-    from bntool.files.references import is_reference
+    from bntool.files.memory import last_output, recall
 
     given = options.get("model")
-    record = recall(Path.cwd()) if given else last_output(Path.cwd())
-    name = given or os.path.relpath(record.output) if record else given
-    assert name is not None
-    if not given and record is not None:
-        voice.say(f"using {name}, written by the last bntool {record.command} here")
+    if given is None:
+        record: Record | None = last_output(Path.cwd())
+        assert record is not None
+        name = os.path.relpath(record.output)
+        voice.tell(f"using {name}, written by the last bntool {record.command} here")
+    else:
+        record, name = recall(Path.cwd()), given
+    ours = record if record is not None and _same(name, record.output) else None
+    loaded, plans = _load(
+        name,
+        record,
+        arch=options.get("arch") or (ours.arch if ours else None),
+        weights=options.get("weights"),
+        key=options.get("key") or (ours.key if ours else None),
+        allow=options.get("allow", ()),
+        trust_pickle=bool(options.get("trust_pickle")),
+        pretrained=bool(options.get("pretrained")),
+        voice=voice,
+    )
+    for text in loaded.notes:
+        voice.note(text)
+    shapes = tuple(options.get("inputs") or ()) or (ours.input_shapes if ours else ())
+    seed = int(options.get("seed") or 0)
+    inputs = parse_inputs(shapes, loaded.model, seed) if shapes else loaded.example_inputs
+    session = Session(voice, loaded, inputs, seed, record, plans)
+    if ours is not None and ours.source:
+        session.baseline = ours.source
+        session.baseline_options = {
+            "arch": ours.arch if Path(ours.source).is_file() else None,
+            "weights": ours.weights,
+            "key": ours.key,
+            "pretrained": ours.pretrained,
+        }
+    return session
+
+
+def _load(
+    name: str, record: Record | None, *, arch: str | None, allow: tuple[str, ...], trust_pickle: bool,
+    voice: Voice, **options: Any,
+) -> tuple[Loaded, list[Plan]]:
+    """Load a model with what was granted for it, made to fit the surgery that its side file tells of."""
+    from bntool.files.loading import load
+    from bntool.files.memory import Grant
+    from bntool.files.references import is_reference
+
     is_file = Path(name).exists() or not is_reference(name)
     grant = record.granted(name) if record is not None and is_file else Grant()
-    ours = record is not None and is_file and Path(name).exists() and _same(name, record.output)
-    arch = options.get("arch") or (record.arch if ours and record else None)
     plans, prepare = _history(name) if is_file and arch else ([], None)
     with voice.progress(f"loading {name}"):
         loaded = load(
             name,
             arch=arch,
-            weights=options.get("weights"),
-            key=options.get("key") or (record.key if ours and record else None),
-            allow=(*options.get("allow", ()), *grant.allow),
-            trust_pickle=bool(options.get("trust_pickle")) or grant.trust_pickle,
-            pretrained=bool(options.get("pretrained")),
+            allow=(*allow, *grant.allow),
+            trust_pickle=trust_pickle or grant.trust_pickle,
             prepare=prepare,
+            **options,
         )
-    for text in loaded.notes:
-        voice.note(text)
-    shapes = tuple(options.get("inputs") or ()) or (record.input_shapes if ours and record else ())
-    seed = int(options.get("seed") or 0)
-    inputs = parse_inputs(shapes, loaded.model, seed) if shapes else loaded.example_inputs
-    session = Session(voice, loaded, inputs, seed, plans)
-    if ours and record is not None and record.source:
-        session.baseline = record.source
-        granted = record.granted(record.source)
-        session.baseline_options = {
-            "arch": record.arch,
-            "weights": record.weights,
-            "key": record.key,
-            "allow": granted.allow,
-            "pretrained": record.pretrained,
-        }
-    return session
+    return loaded, plans
 
 
 def _same(a: str, b: str) -> bool:
@@ -191,57 +231,3 @@ def _history(path: str) -> tuple[list[Plan], Any]:
         return model
 
     return plans, prepare
-
-
-_SHAPE = re.compile(r"(?:(?P<name>[A-Za-z_]\w*):)?(?P<dims>\d+(?:[x,]\d+)*)")
-
-
-def parse_inputs(texts: tuple[str, ...], model: nn.Module, seed: int) -> Inputs:
-    """`[NAME:]1x3x224x224` for each input: seeded values of the model's type, N(0, 1)."""
-    import torch
-
-    from bntool.inputs import Inputs
-
-    weight = next((p for p in model.parameters() if p.is_floating_point()), torch.zeros(()))
-    embeds = _first_reads_tokens(model)
-    generator = torch.Generator().manual_seed(seed)
-    args: list[Any] = []
-    kwargs: dict[str, Any] = {}
-    for text in texts:
-        match = _SHAPE.fullmatch(text.strip())
-        if match is None:
-            raise UsageError(
-                f"--input {text} is not a shape", next_step="write it as 1x3x224x224 or NAME:1x3x224x224"
-            )
-        shape = [int(n) for n in re.split("[x,]", match["dims"])]
-        if 0 in shape:
-            raise UsageError(f"--input {text} has an axis of size 0", next_step="every axis needs at least one")
-        if embeds:
-            value = torch.randint(embeds, shape, generator=generator)
-        else:
-            value = torch.randn(shape, generator=generator).to(weight)
-        if match["name"] and args and match["name"] not in kwargs:
-            kwargs[match["name"]] = value
-        elif match["name"] and _takes_keyword(model, match["name"]):
-            kwargs[match["name"]] = value
-        else:
-            args.append(value)
-    return Inputs(tuple(args), kwargs, origin="--input " + " --input ".join(texts))
-
-
-def _takes_keyword(model: nn.Module, name: str) -> bool:
-    import inspect
-
-    return name in inspect.signature(model.forward).parameters
-
-
-def _first_reads_tokens(model: nn.Module) -> int:
-    """The vocabulary of an embedding that comes first; 0 where the model reads numbers."""
-    from torch import nn
-
-    for module in model.modules():
-        if isinstance(module, nn.Embedding):
-            return module.num_embeddings
-        if isinstance(module, nn.modules.conv._ConvNd | nn.Linear):
-            return 0
-    return 0

@@ -10,6 +10,7 @@ from bntool.laws.base import (
     Refused,
     along,
     constant_over,
+    identities,
     law,
     no_shift,
     non_negative,
@@ -79,7 +80,8 @@ class MaxPool:
 
     @staticmethod
     def down(context: Context, op: Op, maps: Maps) -> list[Affine]:
-        return [_maximum(context, op, maps["input"])]
+        # the indices, where the op returns them too, stay what they were
+        return identities(context, op, {0: _maximum(context, op, maps["input"])})
 
 
 def _maximum(context: Context, op: Op, affine: Affine) -> Affine:

@@ -12,6 +12,7 @@ from bntool.errors import InvariantError
 from bntool.layers import NORMED
 from bntool.observe.copying import structural_copy
 from bntool.plan import Edit, Plan
+from bntool.surgery.reparameterising import reparameterised
 from bntool.surgery.tensors import edited, edited_norm
 
 _STOCK_OF = {normed: stock for stock, normed in NORMED.items()}
@@ -23,13 +24,27 @@ def apply_fold(model: nn.Module, plan: Plan) -> nn.Module:
     Untouched layers share their tensors with `model`; `own_tensors` gives the copy its own. The
     argument is not changed. Parameters keep `requires_grad`, type, device and memory format.
     """
-    work = _FoldWork(structural_copy(model))
+    copied = structural_copy(model)
+    for site in plan.fold_sites:
+        for edit in site.edits:
+            if edit.kind == "reparameterize":
+                block = copied.get_submodule(edit.layer)
+                replace_everywhere(copied, block, reparameterised(block, edit.method))
+    work = _FoldWork(copied)
     with torch.no_grad():
         for site in plan.fold_sites:
             for edit in site.edits:
                 work.carry_out(edit)
         work.write()
     return work.model
+
+
+def replace_everywhere(root: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    """Put `new` into every slot that holds `old`: a module may be registered under several names."""
+    for parent in list(root.modules()):
+        for name, child in list(parent._modules.items()):
+            if child is old:
+                parent._modules[name] = new
 
 
 def own_tensors(folded: nn.Module, original: nn.Module) -> nn.Module:
@@ -69,6 +84,8 @@ class _FoldWork:
         self.removed: list[str] = []
 
     def carry_out(self, edit: Edit) -> None:
+        if edit.kind == "reparameterize":
+            return
         if edit.kind == "remove":
             self.removed.append(edit.layer)
             return

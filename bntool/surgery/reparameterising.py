@@ -1,0 +1,98 @@
+"""Blocks that bring their own re-parameterisation (RepVGG, MobileOne, FastViT, RepViT, GhostNet v3).
+
+Parallel branches inside a user's `forward` cannot be merged by editing a module tree, but such blocks know
+how to become one convolution. Their own method is used on a float64 copy, and the result is checked like
+any other fold.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+
+from bntool.observe.modules import is_batch_norm_class
+
+_METHODS = ("reparameterize", "switch_to_deploy")
+"""Methods that change a block in place. timm's `fuse` returns a new block; see `_method_of`."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Block:
+    """A block, the method that merges its branches, and the BatchNorms that go with it."""
+
+    name: str
+    method: str
+    norms: tuple[str, ...]
+
+
+def find_blocks(model: nn.Module) -> list[Block]:
+    """Every outermost block that can merge its branches and so loses BatchNorms; the model is untouched.
+
+    Each is tried on a copy without numbers, which tells what goes.
+    """
+    blocks: list[Block] = []
+    for name, module in model.named_modules():
+        method = _method_of(module) if name else ""
+        if not method or any(name.startswith(f"{block.name}.") for block in blocks):
+            continue
+        before = _norm_names(module)
+        if not before:
+            continue
+        try:
+            merged = _call(copy.deepcopy(module).double().to("meta"), method)
+        except Exception:  # noqa: BLE001, S112 - a method that fails is one this block does not offer
+            continue
+        gone = before - _norm_names(merged)
+        if gone:
+            blocks.append(Block(name, method, tuple(f"{name}.{norm}" if norm else name for norm in sorted(gone))))
+    return blocks
+
+
+def reparameterised(module: nn.Module, method: str) -> nn.Module:
+    """The block with its branches merged, computed in float64 and cast back; the argument is untouched."""
+    tensors = [t for t in (*module.parameters(), *module.buffers()) if t.is_floating_point()]
+    dtype = tensors[0].dtype if tensors else torch.get_default_dtype()
+    trains = any(p.requires_grad for p in module.parameters())
+    merged = _call(copy.deepcopy(module).double(), method).to(dtype)
+    merged.requires_grad_(trains)
+    return merged.train(module.training)
+
+
+def _call(block: nn.Module, method: str) -> nn.Module:
+    """The merged block. Layers that the method makes are float64 too, and lie where the block lies."""
+    default = torch.get_default_dtype()
+    device = next((t.device for t in block.parameters()), torch.device("cpu"))
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.no_grad(), device:
+            returned = getattr(block, method)()
+    finally:
+        torch.set_default_dtype(default)
+    return returned if isinstance(returned, nn.Module) else block
+
+
+def _method_of(module: nn.Module) -> str:
+    """The method that merges this block's branches; empty where it has none."""
+    for method in _METHODS:
+        if callable(getattr(type(module), method, None)):
+            return method
+    # `fuse` is a common word: only timm's, and only where it merges several convolutions into one
+    convolutions = sum(isinstance(m, nn.Conv2d) for m in module.modules())
+    is_timms = type(module).__module__.startswith("timm.models.")
+    if is_timms and callable(getattr(type(module), "fuse", None)) and 2 <= convolutions <= 8:
+        return "fuse"
+    return ""
+
+
+def _norm_names(module: nn.Module) -> set[str]:
+    return set(_norms(module))
+
+
+def _norms(module: nn.Module) -> Iterator[str]:
+    for name, child in module.named_modules():
+        if is_batch_norm_class(type(child)):
+            yield name

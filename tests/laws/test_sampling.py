@@ -1,0 +1,151 @@
+"""Pools, means, upsampling and padding between a convolution and a BatchNorm, both ways round."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from bntool.reasons import Reason
+from tests.laws.exactness import CONVS, NORMS, Chain, Numbers, data, few, numbers, verdict
+
+SIDE = {1: (9,), 2: (7, 6), 3: (5, 4, 6)}
+
+
+def both_ways(dims: int, step: Any, fill: Numbers) -> tuple[Reason | None, Reason | None]:
+    """The verdicts of conv -> step -> BN, and of BN -> step -> conv without padding."""
+    x = data(2, 4, *SIDE[dims], seed=fill.seed)
+    up = Chain(CONVS[dims](4, 6, 1), step, fill.fill(NORMS[dims](6)))
+    down = Chain(fill.fill(NORMS[dims](4)), step, CONVS[dims](4, 3, 1))
+    return verdict(up, x), verdict(down, x)
+
+
+@few
+@given(numbers, st.sampled_from([1, 2, 3]), st.integers(1, 3), st.integers(1, 3), st.booleans(), st.booleans(), st.booleans())
+def test_average_pool(
+    fill: Numbers, dims: int, kernel: int, stride: int, pad: bool, ceil: bool, counted: bool
+) -> None:
+    padding = kernel // 2 if pad else 0
+    pool = getattr(F, f"avg_pool{dims}d")
+    up, down = both_ways(
+        dims, lambda x: pool(x, kernel, stride, padding, ceil_mode=ceil, count_include_pad=counted), fill
+    )
+    if padding and counted and fill.shift:
+        assert up is Reason.SHIFT_AT_PADDING
+        assert down is Reason.REACHES_INPUT
+    else:
+        assert up is None
+        assert down is None
+
+
+@few
+@given(numbers, st.integers(1, 5))
+def test_average_pool_with_a_divisor(fill: Numbers, divisor: int) -> None:
+    up, down = both_ways(2, lambda x: F.avg_pool2d(x, 2, divisor_override=divisor), fill)
+    assert (up is None) == (not fill.shift)
+    assert (down is None) == (not fill.shift)
+
+
+@few
+@given(numbers, st.sampled_from([1, 2, 3]), st.integers(1, 3), st.booleans(), st.booleans(), st.integers(1, 2))
+def test_max_pool(fill: Numbers, dims: int, kernel: int, pad: bool, ceil: bool, dilation: int) -> None:
+    pool = getattr(F, f"max_pool{dims}d")
+    padding = kernel // 2 if pad and dilation == 1 else 0
+    if dilation * (kernel - 1) >= 4:
+        dilation = 1
+    up, down = both_ways(dims, lambda x: pool(x, kernel, 1, padding, dilation=dilation, ceil_mode=ceil), fill)
+    assert up is (Reason.NEGATIVE_SCALE if fill.has_negative else None)
+    assert (down is None) == (not fill.has_negative)
+
+
+@few
+@given(numbers, st.sampled_from([1, 2, 3]), st.integers(1, 4), st.booleans())
+def test_adaptive_pools(fill: Numbers, dims: int, size: int, largest: bool) -> None:
+    pool = getattr(F, f"adaptive_{'max' if largest else 'avg'}_pool{dims}d")
+    up, down = both_ways(dims, lambda x: pool(x, size), fill)
+    assert (up is None) == (down is None) == (not (largest and fill.has_negative))
+
+
+def test_indices_of_a_max_pool_forbid_it() -> None:
+    fill = Numbers("positive", True, 1e-5, 1.0, 0)
+    up, _ = both_ways(2, lambda x: (lambda y, i: y + i)(*F.max_pool2d(x, 2, return_indices=True)), fill)
+    assert up is not None
+
+
+@pytest.mark.parametrize("pool", [F.adaptive_avg_pool2d, F.adaptive_max_pool2d])
+def test_a_pool_over_the_channel_axis_lets_nothing_by(pool: Any) -> None:
+    """Without a batch axis the pool of (N, C, L) mixes channels."""
+    fill = Numbers("positive", True, 1e-5, 1.0, 0)
+    model = Chain(nn.Conv1d(4, 8, 1), lambda x: pool(x, (4, 3)), fill.fill(nn.BatchNorm1d(4)))
+    assert verdict(model, data(2, 4, 6)) is Reason.AXIS_MISMATCH
+
+
+MODES = [
+    (1, "nearest"), (2, "nearest"), (3, "nearest"), (1, "linear"), (2, "bilinear"), (2, "bicubic"),
+    (3, "trilinear"), (1, "nearest-exact"), (2, "nearest-exact"), (3, "nearest-exact"),
+]  # fmt: skip
+
+
+@few
+@given(numbers, st.sampled_from(MODES), st.sampled_from([0.6, 1.0, 1.7, 2.0]), st.booleans(), st.booleans())
+def test_upsampling(fill: Numbers, mode: tuple[int, str], factor: float, corners: bool, smooth: bool) -> None:
+    dims, name = mode
+    options: dict[str, Any] = {} if "nearest" in name else {"align_corners": corners}
+    if name in ("bilinear", "bicubic"):
+        options["antialias"] = smooth
+    up, down = both_ways(dims, lambda x: F.interpolate(x, scale_factor=factor, mode=name, **options), fill)
+    assert up is None
+    assert down is None
+
+
+@few
+@given(numbers, st.sampled_from([(2, 3), (2,), (-1,), (-2, -1)]), st.booleans())
+def test_mean_and_amax_over_space(fill: Numbers, axes: tuple[int, ...], largest: bool) -> None:
+    up, down = both_ways(2, lambda x: (x.amax if largest else x.mean)(axes, keepdim=True), fill)
+    assert (up is None) == (down is None) == (not (largest and fill.has_negative))
+
+
+@few
+@given(numbers)
+def test_global_mean_then_linear(fill: Numbers) -> None:
+    model = Chain(fill.fill(nn.BatchNorm2d(4)), lambda x: x.mean((-1, 2)), nn.Linear(4, 3))
+    assert verdict(model, data(2, 4, 5, 6)) is None
+
+
+@few
+@given(numbers, st.sampled_from([(1,), (0, 1), (1, 2, 3)]))
+def test_mean_over_channels_lets_nothing_by(fill: Numbers, axes: tuple[int, ...]) -> None:
+    step = lambda x: x.mean(axes, keepdim=True).expand(2, 4, 5, 6).contiguous()  # noqa: E731
+    model = Chain(fill.fill(nn.BatchNorm2d(4)), step, nn.Conv2d(4, 3, 1))
+    assert verdict(model, data(2, 4, 5, 6)) is not None
+
+
+PADS = st.tuples(*[st.integers(-1, 2)] * 4)
+
+
+@few
+@given(numbers, PADS, st.sampled_from(["constant", "reflect", "replicate", "circular"]), st.sampled_from([0.0, 0.0, 1.5]))
+def test_padding(fill: Numbers, pads: tuple[int, ...], mode: str, value: float) -> None:
+    if mode != "constant":
+        pads = tuple(map(abs, pads)) if mode != "circular" else tuple(map(abs, pads))
+        value = 0.0
+    up, down = both_ways(2, lambda x: F.pad(x, pads, mode=mode, value=value), fill)
+    copies = mode != "constant" or max(pads) <= 0
+    exact = copies or (value == 0.0 and not fill.shift)
+    assert (up is None) == exact
+    assert (down is None) == exact
+    if not exact:
+        assert up is Reason.SHIFT_AT_PADDING
+
+
+@few
+@given(numbers, st.integers(0, 2), st.integers(0, 2))
+def test_padding_of_channels_lets_nothing_varied_by(fill: Numbers, left: int, right: int) -> None:
+    model = Chain(nn.Conv2d(4, 5, 1), lambda x: F.pad(x, (0, 0, 0, 0, left, right)), fill.fill(nn.BatchNorm2d(5 + left + right)))
+    found = verdict(model, data(2, 4, 5, 6))
+    assert (found is None) == (left + right == 0)

@@ -1,0 +1,125 @@
+"""The floors of docs/house.md: a file imports only from its own room or from a lower floor."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).resolve().parents[1] / "bntool"
+
+FLOORS: dict[str, tuple[int, str]] = {
+    "words": (0, "errors reasons explanations plan verdicts"),
+    "graph": (1, "inputs graph affine layers"),
+    "observe": (2, "observe"),
+    "files": (2, "files"),
+    "laws": (2, "laws"),
+    "planners": (3, "inserting folding"),
+    "surgery": (4, "surgery"),
+    "checking": (4, "comparing reference checking runtime doctor"),
+    "exporting": (4, "exporting capturing onnx_cleaning"),
+    "proved": (5, "insertion module_folding"),
+    "report": (5, "report"),
+    "api": (6, "results api"),
+    "cli": (7, "bntool __main__ cli"),
+}
+"""Room -> its floor, and the files and folders it holds; `bntool` is the package's own `__init__`."""
+
+ROOM_OF = {member: room for room, (_, members) in FLOORS.items() for member in members.split()}
+
+
+def _module(path: Path) -> str:
+    parts = ("bntool", *path.relative_to(PACKAGE).with_suffix("").parts)
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+FILES = {_module(path): path for path in sorted(PACKAGE.rglob("*.py"))}
+
+
+def _member(module: str) -> str:
+    parts = module.split(".")
+    return parts[1] if len(parts) > 1 else parts[0]
+
+
+def _named(node: ast.AST) -> Iterator[str]:
+    """The modules an import statement names, as far as they are files of the package."""
+    if isinstance(node, ast.Import):
+        yield from (alias.name for alias in node.names)
+    elif isinstance(node, ast.ImportFrom):
+        assert node.level == 0, "imports are written in full"
+        for alias in node.names:
+            submodule = f"{node.module}.{alias.name}"
+            yield submodule if submodule in FILES else str(node.module)
+
+
+def _imports(module: str) -> set[str]:
+    tree = ast.parse(FILES[module].read_text(encoding="utf-8"))
+    named = {name for node in ast.walk(tree) for name in _named(node)}
+    return {name for name in named if name.split(".")[0] == "bntool"} - {module}
+
+
+def _imported_at_once(module: str) -> set[str]:
+    """The packages that importing this file alone brings in: not those inside functions."""
+    tree = ast.parse(FILES[module].read_text(encoding="utf-8"))
+    return {name.split(".")[0] for node in tree.body for name in _named(node)}
+
+
+def test_every_file_has_a_room_and_every_room_its_files() -> None:
+    members = {_member(module) for module in FILES}
+    assert members - set(ROOM_OF) == set(), "give the file a room in FLOORS"
+    assert set(ROOM_OF) - members == set(), "FLOORS names a file that is gone"
+
+
+@pytest.mark.parametrize("module", FILES)
+def test_a_file_imports_from_its_room_or_from_below(module: str) -> None:
+    room = ROOM_OF[_member(module)]
+    for name in _imports(module):
+        assert name in FILES, f"{module} imports {name}, which does not exist"
+        other = ROOM_OF[_member(name)]
+        assert other == room or FLOORS[other][0] < FLOORS[room][0], f"{module} ({room}) imports {name} ({other})"
+
+
+def test_no_file_imports_itself_by_way_of_others() -> None:
+    done: set[str] = set()
+
+    def visit(module: str, way: tuple[str, ...]) -> None:
+        assert module not in way, " -> ".join((*way[way.index(module) :], module))
+        if module not in done:
+            for name in sorted(_imports(module)):
+                visit(name, (*way, module))
+            done.add(module)
+
+    for module in FILES:
+        visit(module, ())
+
+
+@pytest.mark.parametrize("module", [m for m in FILES if ROOM_OF[_member(m)] == "words"])
+def test_the_lowest_floor_needs_nothing_heavy(module: str) -> None:
+    assert _imported_at_once(module).isdisjoint({"torch", "numpy", "onnx", "onnxruntime", "click", "rich"})
+
+
+def _modules_after(code: str) -> set[str]:
+    shown = f"{code}\nprint(*sys.modules, sep='\\n', file=sys.stderr)"
+    ran = subprocess.run([sys.executable, "-c", shown], capture_output=True, text=True, check=True, cwd=PACKAGE.parent)
+    return {line.split(".")[0] for line in ran.stderr.splitlines()}
+
+
+def test_importing_bntool_imports_no_torch() -> None:
+    loaded = _modules_after("import sys, bntool, bntool.plan, bntool.explanations")
+    assert "bntool" in loaded
+    assert loaded.isdisjoint({"torch", "numpy", "onnx", "onnxruntime"})
+
+
+@pytest.mark.parametrize("command", ["--help", "--version", "insert --help", "fold --help", "explain nonlinear"])
+def test_help_imports_no_torch(command: str) -> None:
+    loaded = _modules_after(
+        f"import runpy, sys\nsys.argv = ['bntool', *{command!r}.split()]\n"
+        "try:\n    runpy.run_module('bntool', run_name='__main__')\n"
+        "except SystemExit as stop:\n    assert not stop.code, stop.code"
+    )
+    assert "click" in loaded
+    assert loaded.isdisjoint({"torch", "numpy", "onnx", "onnxruntime"})
