@@ -1,0 +1,263 @@
+"""Fold and insert over every torchvision and timm model: `make zoo`.
+
+Each model runs in its own process with a time limit. Results are appended to `docs/coverage.jsonl` as they
+come, so that the sweep can be stopped and gone on with; `docs/coverage.md` is written from them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import json
+import os
+import resource
+import signal
+import statistics
+import sys
+import time
+import traceback
+import warnings
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "docs" / "coverage.jsonl"
+PAGE = ROOT / "docs" / "coverage.md"
+MAX_PARAMETERS = 350_000_000
+"""Above this a float64 copy beside the float32 ones does not fit comfortably in 24 GB."""
+
+
+def every_model() -> list[str]:
+    import timm
+    import torchvision
+
+    vision = [f"torchvision:{name}" for name in torchvision.models.list_models()]
+    return vision + [f"timm:{name}" for name in timm.list_models()]
+
+
+def randomise(model: Any, seed: int = 0) -> None:
+    """Give every BatchNorm statistics and an affine of both signs that are not the initial ones."""
+    import torch
+
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(n: int, low: float, high: float) -> Any:
+        return torch.rand(n, generator=generator) * (high - low) + low
+
+    with torch.no_grad():
+        for module in model.modules():
+            variance = getattr(module, "running_var", None)
+            if not isinstance(variance, torch.Tensor):
+                continue
+            n = variance.numel()
+            variance.copy_(draw(n, 0.5, 1.5))
+            module.running_mean.copy_(draw(n, -0.3, 0.3))
+            if isinstance(module.weight, torch.Tensor):
+                sign = torch.where(torch.rand(n, generator=generator) < 0.1, -1.0, 1.0)
+                module.weight.copy_(draw(n, 0.5, 1.5) * sign)
+                module.bias.copy_(draw(n, -0.3, 0.3))
+
+
+def examine(name: str) -> dict[str, Any]:
+    """Fold one model (insert, where it has no BatchNorm), check it, and say how long it took."""
+    import torch
+
+    from bntool import api
+    from bntool.files.references import build, recorded_inputs
+    from bntool.observe.eager import observe
+    from bntool.observe.inference import observe_inferred
+
+    model = build(name).model.eval()
+    parameters = sum(p.numel() for p in model.parameters())
+    row: dict[str, Any] = {"model": name, "parameters": parameters}
+    if parameters > MAX_PARAMETERS:
+        return {**row, "status": "too large"}
+    randomise(model)
+    start = time.perf_counter()
+    given = recorded_inputs(model)
+    observation = observe(model, given) if given is not None else observe_inferred(model)
+    row["seconds_observe"] = round(time.perf_counter() - start, 3)
+    row["ops"] = len(observation.graph.ops)
+    start = time.perf_counter()
+    result = api.fold_observed(model, observation)
+    row["seconds_fold"] = round(time.perf_counter() - start, 3)
+    row["bn_total"] = len(result.sites) + len(result.skips)
+    row["folded"] = len(result.sites)
+    row["kept"] = dict(collections.Counter(skip.reason.value for skip in result.skips))
+    if result.sites:
+        row.update(_checked(api, model, result, observation.inputs))
+    row.update(_inserted(api, model, observation))
+    row["peak_gb"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2)
+    del torch
+    return {"status": "ok", **row}
+
+
+def _checked(api: Any, model: Any, result: Any, inputs: Any) -> dict[str, Any]:
+    from bntool.reference import Reference
+
+    checks = api.check_fold(model, result.model, result.plan, Reference(model, [inputs]))
+    own = next((c for c in checks if not c.precision), None)
+    exact = next((c for c in checks if c.precision), None)
+    row: dict[str, Any] = {}
+    if own is not None:
+        row["error_over_noise"] = round(own.ratio, 3)
+    if exact is not None:
+        row["float64"] = float(f"{exact.relative:.2e}")
+        row["note"] = exact.detail
+    return row
+
+
+def _inserted(api: Any, model: Any, observation: Any) -> dict[str, Any]:
+    """Insert at every site that is left, to the last bit, and fold back to the weights that were."""
+    import torch
+
+    from bntool.inserting import InsertOptions
+
+    result = api.insert_with(model, observation, InsertOptions(activations=("any",)))
+    if not result.modified:
+        return {"sites": 0}
+    back = api.fold(result.model, observation.inputs, check="none", merge=False)
+    old = {result.plan.key_map.get(k, k): t for k, t in model.state_dict().items()}
+    new = back.model.state_dict()
+    inserted = {site.conv for site in result.plan.insert_sites}
+    worst = 0.0
+    for conv in inserted:
+        key = result.plan.key_map.get(f"{conv}.weight", f"{conv}.weight")
+        if key in new and key in old and new[key].shape == old[key].shape:
+            peak = float(old[key].abs().max()) or 1.0
+            worst = max(worst, float((new[key] - old[key]).abs().max()) / peak)
+    del torch
+    return {
+        "sites": len(result.sites),
+        "forms": dict(collections.Counter(site.form for site in result.plan.insert_sites)),
+        "insert_exact": all(check.passed for check in result.checks),
+        "round_trip": worst,
+    }
+
+
+def in_own_process(name: str, limit: float) -> dict[str, Any]:
+    """`examine` in a fork of this process; killed at the limit."""
+    read, write = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.close(read)
+        warnings.simplefilter("ignore")
+        sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - the process ends with it
+        try:
+            row = examine(name)
+        except BaseException as error:  # noqa: BLE001 - the row is the report
+            last = traceback.extract_tb(error.__traceback__)[-1]
+            where = f"{Path(last.filename).name}:{last.lineno}"
+            row = {"model": name, "status": "failed", "error": f"{type(error).__name__}: {error}"[:500], "at": where}
+        with os.fdopen(write, "w") as pipe:
+            pipe.write(json.dumps(row))
+        os._exit(0)
+    os.close(write)
+    signal.signal(signal.SIGALRM, lambda *_: os.kill(child, signal.SIGKILL))
+    signal.setitimer(signal.ITIMER_REAL, limit)
+    with os.fdopen(read) as pipe:
+        text = pipe.read()
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    _, status = os.waitpid(child, 0)
+    if text:
+        found: dict[str, Any] = json.loads(text)
+        return found
+    reason = "time limit" if os.WTERMSIG(status) == signal.SIGKILL else f"died ({status})"
+    return {"model": name, "status": reason}
+
+
+def read_results() -> dict[str, dict[str, Any]]:
+    if not RESULTS.is_file():
+        return {}
+    rows = (json.loads(line) for line in RESULTS.read_text().splitlines() if line)
+    return {row["model"]: row for row in rows}
+
+
+def write_page(results: dict[str, dict[str, Any]]) -> None:
+    rows = sorted(results.values(), key=lambda row: row["model"])
+    good = [row for row in rows if row["status"] == "ok"]
+    with_bn = [row for row in good if row["bn_total"]]
+    total, folded = (sum(row[key] for row in with_bn) for key in ("bn_total", "folded"))
+    kept: collections.Counter[str] = collections.Counter()
+    for row in with_bn:
+        kept.update(row["kept"])
+    ratios = [row["error_over_noise"] for row in good if "error_over_noise" in row]
+    exact = [row["float64"] for row in good if "float64" in row and not row.get("note")]
+    sites = [row for row in good if row.get("sites")]
+    lines = [
+        "# Coverage",
+        "",
+        "Random weights, randomised BatchNorm statistics with γ of both signs. Written by `make zoo` from",
+        "`coverage.jsonl`, one line a model, which has every figure.",
+        "",
+        f"- models run: {len(good)} of {len(rows)} tried",
+        f"- with BatchNorm: {len(with_bn)}; BatchNorm layers: {total:,}; folded: {folded:,} "
+        f"({100 * folded / max(total, 1):.1f} %)",
+        f"- kept, by reason: {', '.join(f'{n:,} {reason}' for reason, n in kept.most_common()) or 'none'}",
+    ]
+    if ratios:
+        lines.append(
+            f"- float32 error over the model's own noise: median {statistics.median(ratios):.2f}, "
+            f"largest {max(ratios):.2f}"
+        )
+    if exact:
+        lines.append(f"- float64 agreement, relative to the peak: largest {max(exact):.1e}")
+    if sites:
+        count = sum(row["sites"] for row in sites)
+        unequal = [row["model"] for row in sites if not row["insert_exact"]]
+        lines.append(
+            f"- insertion (any activation): {count:,} sites in {len(sites)} models, "
+            f"{'all equal to the last bit' if not unequal else 'not equal: ' + ', '.join(unequal)}; "
+            f"folded back, the weights differ by at most {max(row['round_trip'] for row in sites):.1e}"
+        )
+    rest = [row for row in rows if row["status"] != "ok"]
+    lines += ["", "| model | BN | folded | kept | error / noise | float64 | seconds to fold |", "|---|---|---|---|---|---|---|"]
+    for row in with_bn:
+        reasons = ", ".join(f"{n} {reason}" for reason, n in row["kept"].items())
+        lines.append(
+            f"| {row['model']} | {row['bn_total']} | {row['folded']} | {reasons} | "
+            f"{row.get('error_over_noise', '')} | {row.get('float64', '')} | {row['seconds_fold']} |"
+        )
+    if rest:
+        lines += ["", "Not run:", ""]
+        lines += [f"- {row['model']}: {row['status']} {row.get('error', '')}".rstrip() for row in rest]
+    PAGE.write_text("\n".join(lines) + "\n")
+
+
+def sweep(names: Iterable[str], minutes: float, limit: float) -> None:
+    import timm  # noqa: F401 - imported once, before the forks
+    import torchvision  # noqa: F401
+
+    import bntool.api  # noqa: F401
+
+    end = time.monotonic() + 60 * minutes
+    results = read_results()
+    waiting = [name for name in names if name not in results]
+    for done, name in enumerate(waiting):
+        if time.monotonic() > end:
+            print(f"time is up: {len(waiting) - done} models are left; run it again to go on")
+            break
+        row = in_own_process(name, limit)
+        results[name] = row
+        with RESULTS.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        print(f"{len(results):5} {row['status']:10} {name} {row.get('folded', '')}/{row.get('bn_total', '')}", flush=True)
+    write_page(results)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("names", nargs="*", help="models (default: all)")
+    parser.add_argument("--minutes", type=float, default=600, help="stop after this long")
+    parser.add_argument("--limit", type=float, default=120, help="seconds for one model")
+    parser.add_argument("--again", action="store_true", help="forget the rows that are not ok, and run them again")
+    chosen = parser.parse_args()
+    if chosen.again:
+        kept = [row for row in read_results().values() if row["status"] == "ok"]
+        RESULTS.write_text("".join(json.dumps(row) + "\n" for row in kept))
+    sweep(chosen.names or every_model(), chosen.minutes, chosen.limit)
+
+
+if __name__ == "__main__":
+    main()
