@@ -39,7 +39,7 @@ class Constant:
     @classmethod
     def of(cls, tensor: Tensor, handle: str, rank: int) -> Constant:
         shape = (1,) * (rank - tensor.dim()) + tuple(tensor.shape)
-        numbers = tensor.double().reshape(shape)
+        numbers = tensor.detach().double().cpu().reshape(shape)
         if handle:
             return cls(numbers, ("tensor", handle, shape))
         return cls(numbers, ("number", tuple(numbers.reshape(-1).tolist()), shape))
@@ -94,18 +94,30 @@ def batch_norm_affine(
 
     s = γ/√(σ²+ε), t = β − s·μ. `weight` None means γ = 1, `bias` None means β = 0.
     """
-    scale = (variance.double() + eps).rsqrt()
+    # maps are small and live on the CPU, wherever the model is
+    variance, mean = variance.detach().double().cpu(), mean.detach().double().cpu()
+    scale = (variance + eps).rsqrt()
     if weight is not None:
-        scale = scale * weight.double()
-    shift = -scale * mean.double()
+        scale = scale * weight.detach().double().cpu()
+    shift = -scale * mean
     if bias is not None:
-        shift = shift + bias.double()
+        shift = shift + bias.detach().double().cpu()
     return scale, shift
 
 
 def identity(rank: int) -> Affine:
     one = torch.ones([1] * rank, dtype=torch.float64)
     return Affine(one, torch.zeros_like(one), ("identity", rank))
+
+
+def _broadcast(first: Tensor, second: Tensor) -> Pair:
+    both: Pair = torch.broadcast_tensors(first, second)  # type: ignore[no-untyped-call]
+    return both
+
+
+def _broadcast_shapes(shapes: Sequence[Sequence[int]]) -> Sequence[int]:
+    shape: torch.Size = torch.broadcast_shapes(*shapes)  # type: ignore[no-untyped-call]
+    return shape
 
 
 # -- primitive steps: each maps a pair to a pair; all are replayed by `evaluate` ------------------------
@@ -127,7 +139,7 @@ def _shift_part(scale: Tensor, shift: Tensor) -> Pair:
 
 
 def _unscaled_shift(scale: Tensor, shift: Tensor) -> Pair:
-    """x + t/s: the shift as it stands before the scale. Where s = 0 nothing of x is left to shift."""
+    """The shift as it stands before the scale, x + t/s. Where s = 0 nothing of x is left to shift."""
     return torch.ones_like(scale), shift / scale
 
 
@@ -180,24 +192,24 @@ def _fill(scale: Tensor, shift: Tensor) -> Pair:
 
 def _divide_shift(scale: Tensor, shift: Tensor, by: Tensor) -> Pair:
     """Before y = c·x the same map is (s, t/c)."""
-    return torch.broadcast_tensors(scale, shift / by)  # type: ignore[return-value]
+    return _broadcast(scale, shift / by)
 
 
 def _multiply_shift(scale: Tensor, shift: Tensor, by: Tensor) -> Pair:
     """After y = c·x the same map is (s, c·t)."""
-    return torch.broadcast_tensors(scale, shift * by)  # type: ignore[return-value]
+    return _broadcast(scale, shift * by)
 
 
 def _before_add(scale: Tensor, shift: Tensor, constant: Tensor, factor: float) -> Pair:
     """s·(x + c) + t = (s·x + s·c + t − c) + c: the map on x that leaves the added constant alone."""
     c = factor * constant
-    return torch.broadcast_tensors(scale, shift + scale * c - c)  # type: ignore[return-value]
+    return _broadcast(scale, shift + scale * c - c)
 
 
 def _after_add(scale: Tensor, shift: Tensor, constant: Tensor, factor: float) -> Pair:
     """(s·x + t) + c = s·(x + c) + t + c − s·c: the map behind the added constant."""
     c = factor * constant
-    return torch.broadcast_tensors(scale, shift + c - scale * c)  # type: ignore[return-value]
+    return _broadcast(scale, shift + c - scale * c)
 
 
 PRIMITIVES: dict[str, Callable[..., Pair]] = {
@@ -235,7 +247,7 @@ def merge(first: Affine, second: Affine) -> Affine | None:
     """The map that both readers of a value agree on; None where they ask for different things."""
     pairs = []
     for a, b in ((first.scale, second.scale), (first.shift, second.shift)):
-        a, b = torch.broadcast_tensors(a, b)
+        a, b = _broadcast(a, b)
         if not bool((torch.isnan(a) | torch.isnan(b) | (a == b)).all()):
             return None
         pairs.append(torch.where(torch.isnan(a), b, a))
@@ -245,7 +257,7 @@ def merge(first: Affine, second: Affine) -> Affine | None:
 def _merge(first: Pair, second: Pair) -> Pair:
     pairs = [
         torch.where(torch.isnan(x), y, x)
-        for x, y in (torch.broadcast_tensors(a, b) for a, b in zip(first, second, strict=True))
+        for x, y in (_broadcast(a, b) for a, b in zip(first, second, strict=True))
     ]
     return pairs[0], pairs[1]
 
@@ -258,7 +270,7 @@ def concat(maps: Sequence[Affine], axis: int, sizes: Sequence[int]) -> Affine:
 
 
 def _concat(pairs: Sequence[Pair], axis: int, sizes: Sequence[int]) -> Pair:
-    shape = list(torch.broadcast_shapes(*(_without(p[0].shape, axis) for p in pairs)))
+    shape = list(_broadcast_shapes([_without(p[0].shape, axis) for p in pairs]))
     both = []
     for which in (0, 1):
         parts = []
@@ -276,7 +288,7 @@ def _without(shape: Sequence[int], axis: int) -> list[int]:
 
 def add(first: Affine, second: Affine) -> Affine | None:
     """s·a + t₁ + s·b + t₂ = s·(a + b) + t₁ + t₂; None where the scales differ."""
-    a, b = torch.broadcast_tensors(first.scale, second.scale)
+    a, b = _broadcast(first.scale, second.scale)
     if not torch.equal(a, b):
         return None
     scale, shift = _add((first.scale, first.shift), (second.scale, second.shift))
@@ -284,9 +296,9 @@ def add(first: Affine, second: Affine) -> Affine | None:
 
 
 def _add(first: Pair, second: Pair) -> Pair:
-    scale, _ = torch.broadcast_tensors(first[0], second[0])
+    scale, _ = _broadcast(first[0], second[0])
     shift = first[1] + second[1]
-    return torch.broadcast_tensors(scale, shift)  # type: ignore[return-value]
+    return _broadcast(scale, shift)
 
 
 _JOINS = {"compose": _compose, "merge": _merge, "add": _add}
@@ -313,7 +325,7 @@ def evaluate(expr: Expr, leaf: Leaf) -> Pair:
 def _constant(value: Any, leaf: Leaf) -> Any:
     """A step's argument: a constant tensor by handle or by value, or a plain argument."""
     if isinstance(value, tuple) and value and value[0] == "tensor":
-        return leaf("tensor", value[1]).double().reshape(value[2])
+        return leaf("tensor", value[1]).detach().double().cpu().reshape(value[2])
     if isinstance(value, tuple) and value and value[0] == "number":
         return torch.tensor(value[1], dtype=torch.float64).reshape(value[2])
     return value

@@ -199,7 +199,8 @@ def _first_at_fault(model: nn.Module, plan: Plan, inputs: Inputs) -> str:
 def plan_insert(model: nn.Module, example_inputs: Any = None, **options: Any) -> Plan:
     """What `insert` would do, with nothing changed; takes the options of `InsertOptions`."""
     try:
-        chosen = InsertOptions(**{k: tuple(v) if isinstance(v, list) else v for k, v in options.items()})
+        given: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in options.items()}
+        chosen = InsertOptions(**given)
     except TypeError as error:
         raise UsageError(f"unknown option: {error}") from error
     return _plan_insert(_observed(model, example_inputs, small=True).graph, chosen)

@@ -25,7 +25,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from bntool.errors import CheckFailed
+from bntool.errors import CheckFailed, StateError
 from bntool.verdicts import Check
 
 K_NOISE = 8.0
@@ -115,12 +115,17 @@ def compare(
     """One verdict over every output of every batch; `atol` or `rtol` replace the noise-floor limit.
 
     An output out of a limit that cannot decide it fails, and the detail says why. Raises `CheckFailed` when
-    there is nothing to compare, which is never a pass.
+    there is nothing to compare, and `StateError` when the reference holds no finite value: never a pass.
     """
     if not reference or len(reference) != len(candidate):
         raise _nothing(f"{len(candidate)} result(s) for {len(reference)} batch(es)")
     if not any(t.numel() for outputs in reference for t in outputs.values()):
         raise _nothing("every output is empty")
+    if not any(t.isfinite().any() for outputs in reference for t in outputs.values()):
+        raise StateError(
+            "the model's own output is NaN or infinite everywhere, so nothing can be compared",
+            next_step="look for NaN in its weights, or pass other inputs with --input",
+        )
     rows: list[tuple[float, str, Limit, Difference]] = []
     remarks = [detail] if detail else []
     passed = True

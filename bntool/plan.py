@@ -60,7 +60,8 @@ class Edit:
     method: str = ""
 
     def to_dict(self) -> dict[str, Any]:
-        return {k: v for k, v in dataclasses.asdict(self).items() if v not in (None, "")}
+        fields = dataclasses.asdict(self).items()
+        return {k: v for k, v in fields if v not in (None, "") or k == "layer"}
 
 
 @dataclasses.dataclass(frozen=True)

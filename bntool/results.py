@@ -88,7 +88,7 @@ def _insert_lines(plan: Plan, width: int | None, verbose: bool) -> list[str]:
     rows = [
         [s.conv or "(root)", s.activation_kind, s.bn, count(s.channels), s.form] for s in plan.insert_sites
     ]
-    lines = [render(Table(columns, rows), width)] if rows else []
+    lines = [render(Table(columns, rows), width)] if rows and verbose else []
     lines += _skip_lines(plan.skips, width, "not cut", verbose)
     channels = sum(s.channels for s in plan.insert_sites)
     lines += ["", f"{len(rows)} BatchNorm layers inserted over {count(channels)} channels"]

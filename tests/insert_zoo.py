@@ -250,7 +250,8 @@ def sequential_with_kept_keys() -> nn.Module:
 def nested_sequential() -> nn.Module:
     inner = nn.Sequential(conv(4, 4), nn.ReLU())
     return nn.Sequential(
-        nn.Sequential(conv(), nn.ReLU(), inner, nn.MaxPool2d(2)), nn.Sequential(conv(4, 4), nn.ReLU(), conv(4, 2))
+        nn.Sequential(conv(), nn.ReLU(), inner, nn.MaxPool2d(2)),
+        nn.Sequential(conv(4, 4), nn.ReLU(), conv(4, 2)),
     )
 
 
@@ -292,7 +293,10 @@ class SlicedSequential(HasFeatures):
 
 
 # The forward counts on the numbering: the renumbered model fails, and the next form is taken.
-@zoo({"features.0": "sequential", "features.2": "sequential"}, ends={"features.0": "wrap", "features.2": "wrap"})
+@zoo(
+    {"features.0": "sequential", "features.2": "sequential"},
+    ends={"features.0": "wrap", "features.2": "wrap"},
+)
 class CalledAndIndexedSequential(HasFeatures):
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.features(x)) * self.features[2].weight.new_ones(())
@@ -623,7 +627,11 @@ def already_normalised() -> nn.Module:
     return nn.Sequential(conv(), nn.BatchNorm2d(4), nn.ReLU(), conv(4, 2))
 
 
-@zoo({}, {"0": Reason.ALREADY_NORMALISED, "3": Reason.ALREADY_NORMALISED, "6": Reason.NO_ACTIVATION}, head=False)
+@zoo(
+    {},
+    {"0": Reason.ALREADY_NORMALISED, "3": Reason.ALREADY_NORMALISED, "6": Reason.NO_ACTIVATION},
+    head=False,
+)
 def other_norms() -> nn.Module:
     return nn.Sequential(
         conv(), nn.GroupNorm(2, 4), nn.ReLU(), conv(4, 4), nn.InstanceNorm2d(4), nn.ReLU(), conv(4, 2)
@@ -855,7 +863,7 @@ class ForwardCalledDirectly(OneConv):
 class ClosureOverSelf(OneConv):
     def __init__(self) -> None:
         super().__init__()
-        self.stem = lambda x: self.conv1(x)
+        self.stem = lambda x: self.conv1(x)  # noqa: PLW0108 - a closure, as people write it
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(F.relu(self.stem(x)))
@@ -874,7 +882,12 @@ class BoundMethodKept(OneConv):
         return self.head(self.stem(x))
 
 
-@zoo({"conv1": "subclass"}, {"conv2": Reason.EXCLUDED, "head": Reason.EXCLUDED}, include=("conv*",), exclude=("*2",))
+@zoo(
+    {"conv1": "subclass"},
+    {"conv2": Reason.EXCLUDED, "head": Reason.EXCLUDED},
+    include=("conv*",),
+    exclude=("*2",),
+)
 class IncludedAndExcluded(OneConv):
     def __init__(self) -> None:
         super().__init__()

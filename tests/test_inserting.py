@@ -47,8 +47,8 @@ def _run(model: nn.Module, inputs: Inputs) -> dict[str, Tensor]:
 
 def _require_same_outputs(first: dict[str, Tensor], second: dict[str, Tensor]) -> None:
     assert first.keys() == second.keys()
-    for name in first:
-        assert torch.equal(first[name], second[name]), name
+    for name, value in first.items():
+        assert torch.equal(value, second[name]), name
 
 
 def _snapshot(model: nn.Module) -> tuple[dict[str, Tensor], list[tuple[str, type, bool, list[str]]]]:
@@ -292,7 +292,7 @@ def test_banned_forms_are_not_tried_again() -> None:
     assert _forms(_plan(model, inputs, banned=banned)) == {"0": "wrap", "2": "subclass"}
     banned["0"] |= {"wrap", "subclass"}
     plan = _plan(model, inputs, banned=banned)
-    assert [(s.name, s.reason) for s in plan.skips][0] == ("0", Reason.FORM_BROKE_MODEL)
+    assert next((s.name, s.reason) for s in plan.skips) == ("0", Reason.FORM_BROKE_MODEL)
 
 
 # -- options --------------------------------------------------------------------------------------------

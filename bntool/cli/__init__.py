@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -27,6 +28,7 @@ _COMMANDS = {
 }
 _BUG = 70
 _STOPPED = 130
+_READER_GONE = 141  # as a shell reports a program ended by SIGPIPE
 
 
 class _ReaderGone(Exception):
@@ -36,10 +38,10 @@ class _ReaderGone(Exception):
 class _LazyGroup(click.Group):
     """Knows its commands by name; imports one when it is called or asked for help."""
 
-    def list_commands(self, ctx: click.Context) -> list[str]:
+    def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002 - click's protocol
         return list(_COMMANDS)
 
-    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002
         if cmd_name not in _COMMANDS:
             return None
         module = importlib.import_module(f"bntool.cli.{cmd_name}")
@@ -57,7 +59,7 @@ class _LazyGroup(click.Group):
             raise click.UsageError(f"no such command: {args[0]}{hint}", ctx)
         return super().resolve_command(ctx, args)
 
-    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002
         """Help from the table above, so that no command is imported for it."""
         with formatter.section("Commands"):
             formatter.write_dl(list(_COMMANDS.items()))
@@ -84,7 +86,7 @@ def cli() -> None:
       bntool fold --export onnx    BN folded into the weights, ONNX verified
 
     A command given no MODEL takes the file that the last bntool command in this folder wrote.
-    """
+    """  # noqa: D301 - click's mark for lines to keep
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -113,10 +115,10 @@ def _run(argv: list[str], as_json: bool, debug: bool) -> int:
         click.echo("bntool: stopped", err=True)
         return _STOPPED
     except _ReaderGone:
-        # The interpreter flushes stdout once more at its end; give it nothing to fail on.
-        with contextlib.suppress(OSError, ValueError):
-            sys.stdout.close()
-        return 0
+        if sys.__stdout__ is not None:
+            # The interpreter flushes stdout once more at its end, which must not fail again.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.__stdout__.fileno())
+        return _READER_GONE
     except click.ClickException as error:
         return fail(_usage(error))
     except SystemExit as stop:
@@ -131,7 +133,7 @@ def _run(argv: list[str], as_json: bool, debug: bool) -> int:
             return _bug(error, as_json)
         next_step = "check the name, the folder's permissions and the space on the disk"
         return fail(UsageError(f"{error.strerror}", where=str(error.filename), next_step=next_step))
-    except (InvariantError, Exception) as error:
+    except Exception as error:  # noqa: BLE001 - whatever is left is a bug, told without a traceback
         _trace(debug)
         return _bug(error, as_json)
 

@@ -49,7 +49,9 @@ def _sample() -> Path:
     for path in (package / "sample" / "model.pt", package.parent / "samples" / "model.pt"):
         if path.is_file():
             return path
-    raise LoadError("the sample model is missing from this installation", next_step="pip install --force-reinstall bntool")
+    raise LoadError(
+        "the sample model is missing from this installation", next_step="pip install --force-reinstall bntool"
+    )
 
 
 @contextlib.contextmanager

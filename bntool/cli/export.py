@@ -9,13 +9,14 @@ import click
 
 from bntool.cli import options as opt
 from bntool.cli.session import Voice, open_session
+from bntool.errors import InvariantError
 
 
 @click.command("export", short_help="Write a model as ONNX and verify it.")
 @opt.model_options()
 @click.option("--opset", type=int, help="ONNX opset (default: the lowest that works).")
 @click.option("--static-batch", is_flag=True, help="Fix the batch size in the ONNX file.")
-@click.option("-o", "--output", metavar="FILE", help="Output file.")
+@opt.output_option()
 @click.option("--force", is_flag=True, help="Replace outputs that exist.")
 @opt.device_option()
 @opt.check_option()
@@ -29,6 +30,7 @@ def command(**options: Any) -> int:
     from bntool.cli import serving
     from bntool.files.sidecar import output_name
 
+    serving.require_device(options["device"], onnx_too=True)
     source = session.loaded.path or session.loaded.reference
     wanted = Path(options["output"]) if options["output"] else output_name(source, "export")
     target = serving.chosen_onnx(wanted, session, options["force"])
@@ -36,8 +38,8 @@ def command(**options: Any) -> int:
     result = api.unchanged(session.model)
     reference = serving.reference_of(session, options)
     with serving.exported(session, result, reference, target, options) as (result, export):
-        pass
-    assert export is not None
+        if export is None:
+            raise InvariantError("a target was given, and nothing was exported")
     voice.say(serving.checks_text(result.checks))
     voice.say(f"wrote       {serving.export_text(export)}")
     voice.emit(

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from bntool.cli import options as opt
 from bntool.cli.session import Session, Voice, open_session
-from bntool.errors import NothingToDo, StateError
+from bntool.errors import BntoolError, NothingToDo, StateError
 from bntool.reasons import Reason
+
+if TYPE_CHECKING:
+    from bntool.results import SurgeryResult
 
 
 @click.command("fold", short_help="Fold BatchNorm into the weights; export and verify.")
 @opt.model_options()
-@click.option("--export", "export_to", type=click.Choice(["onnx"]), help="Write the folded model as ONNX too.")
+@click.option("--export", "export_to", type=click.Choice(["onnx"]), help="Write it as ONNX too.")
 @click.option("--opset", type=int, help="ONNX opset (default: the lowest that works).")
 @click.option("--static-batch", is_flag=True, help="Fix the batch size in the ONNX file.")
 @click.option("--require-all", is_flag=True, help="Fail (exit 4) if any BatchNorm that runs is kept.")
@@ -34,15 +36,19 @@ def command(**options: Any) -> int:
     voice = Voice(options["as_json"], options["quiet"], options["verbose"])
     session = open_session(voice, options)
     from bntool.cli import serving, writing
+    from bntool.files.sidecar import output_name
 
+    serving.require_device(options["device"], torch_too=True, onnx_too=bool(options["export_to"]))
     path = onnx = None
     if not options["dry_run"]:
         path = writing.chosen_output(session, "fold", options["output"], options["force"])
         if options["export_to"]:
-            onnx = serving.chosen_onnx(path.with_suffix(".onnx"), session, options["force"])
+            onnx = serving.chosen_onnx(output_name(path, "export"), session, options["force"])
     result = _folded(session, options)
     voice.say(result.render(verbose=not options["quiet"]))
-    _require(result, session, options["require_all"])
+    refusal = _refusal(result, session, options["require_all"])
+    if refusal is not None:
+        voice.fail(refusal, {**result.to_dict(), "output": None, "onnx": None})
     reference = serving.reference_of(session, options)
     result = serving.check_folded(session, result, reference, options)
     with serving.exported(session, result, reference, onnx, options) as (result, export):
@@ -66,7 +72,7 @@ def command(**options: Any) -> int:
     return 0
 
 
-def _folded(session: Session, options: dict[str, Any]) -> Any:
+def _folded(session: Session, options: dict[str, Any]) -> SurgeryResult:
     from bntool import api
 
     with session.voice.progress("folding"):
@@ -78,25 +84,45 @@ def _folded(session: Session, options: dict[str, Any]) -> Any:
         )
 
 
-def _require(result: Any, session: Session, require_all: bool) -> None:
-    bad = [s for s in result.skips if s.reason is Reason.BAD_STATISTICS]
+def _refusal(result: SurgeryResult, session: Session, require_all: bool) -> BntoolError | None:
+    """Why this result is not worth writing, if it is not."""
     where = session.loaded.reference
+    bad = [s for s in result.skips if s.reason is Reason.BAD_STATISTICS]
     if bad:
-        raise StateError(
-            f"{len(bad)} BatchNorm layers have bad statistics: {bad[0].name}: {bad[0].detail}",
+        more = f" (and {len(bad) - 1} more)" if len(bad) > 1 else ""
+        return StateError(
+            f"the statistics of BatchNorm {bad[0].name} are bad{more}: {bad[0].detail}",
             where=where,
-            next_step="train or calibrate the model again, or leave the layer out with --exclude",
+            next_step=f"train or calibrate the model again, or leave it out with --exclude {bad[0].name}",
         )
     if not result.sites:
-        total = len(result.skips)
-        what = "the model has no BatchNorm" if not total else f"none of the {total} BatchNorm layers can be folded"
-        raise NothingToDo(
-            what, where=where, next_step=f"bntool export {Path(where).name} writes it as ONNX as it is"
-        )
+        return _nothing_to_fold(result, where)
     kept = [s for s in result.skips if s.reason is not Reason.NOT_OBSERVED]
     if require_all and kept:
-        raise NothingToDo(
-            f"--require-all: {len(kept)} BatchNorm layers are kept, the first is {kept[0].name} [{kept[0].reason}]",
+        return NothingToDo(
+            f"--require-all: {len(kept)} of {len(result.sites) + len(kept)} BatchNorm layers stay, "
+            f"the first is {kept[0].name} [{kept[0].reason}]",
             where=where,
             next_step=f"bntool explain {kept[0].reason}",
         )
+    return None
+
+
+def _nothing_to_fold(result: SurgeryResult, where: str) -> NothingToDo:
+    if not result.skips:
+        return NothingToDo(
+            "the model has no BatchNorm",
+            where=where,
+            next_step=f"bntool export {where} writes it as ONNX as it is",
+        )
+    if all(skip.reason is Reason.EXCLUDED for skip in result.skips):
+        return NothingToDo(
+            f"--include and --exclude leave out all {len(result.skips)} BatchNorm layers",
+            where=where,
+            next_step=f"their names are written like {result.skips[0].name}",
+        )
+    return NothingToDo(
+        f"none of the {len(result.skips)} BatchNorm layers can be folded",
+        where=where,
+        next_step=f"bntool explain {result.skips[0].reason}",
+    )

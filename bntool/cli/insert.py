@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from bntool.cli import options as opt
-from bntool.cli.session import Voice, open_session
-from bntool.errors import CheckFailed, NothingToDo
+from bntool.cli.session import Session, Voice, open_session
+from bntool.errors import CheckFailed, NothingToDo, PlanError
+from bntool.reasons import Reason
+
+if TYPE_CHECKING:
+    from bntool.plan import Plan
+    from bntool.results import SurgeryResult
 
 
 @click.command("insert", short_help="Put BatchNorm between convolutions and their activations.")
 @opt.model_options()
 @click.option(
-    "--activation", multiple=True, metavar="KIND", help="Activations that count: relu (default), silu, …, any."
+    "--activation",
+    multiple=True,
+    metavar="KIND",
+    help="Activations that count: relu (default), silu, …, any.",
 )
 @click.option("--position", type=click.Choice(["before", "after"]), default="before", show_default=True)
 @click.option(
@@ -30,7 +38,13 @@ from bntool.errors import CheckFailed, NothingToDo
 @click.option("--linear", is_flag=True, help="After linear layers too.")
 @click.option("--sync", is_flag=True, help="SyncBatchNorm, for training on several GPUs.")
 @click.option("--keep-keys", is_flag=True, help="Name newcomers 0_bn, so that no old key moves.")
-@click.option("--plan", "plan_file", metavar="FILE", help="Replay a plan instead of making one.")
+@click.option(
+    "--plan",
+    "plan_file",
+    metavar="FILE",
+    callback=opt.not_empty,
+    help="Replay a plan instead of making one.",
+)
 @opt.pattern_options()
 @opt.output_options()
 @opt.check_option()
@@ -50,7 +64,9 @@ def command(**options: Any) -> int:
         path = chosen_output(session, "insert", options["output"], options["force"])
     result = _inserted(session, options)
     if not result.modified:
-        raise _no_site(session, result)
+        for skip in result.skips:
+            voice.say(f"not cut: {skip.name} [{skip.reason}] {skip.detail}")
+        voice.fail(_no_site(session, result), {**result.to_dict(), "output": None})
     voice.say(result.render(verbose=not options["quiet"]))
     if result.checks and not all(check.passed for check in result.checks):
         raise CheckFailed("the output of the new model differs", next_step="please report this model")
@@ -58,25 +74,27 @@ def command(**options: Any) -> int:
         voice.note(note)
     if result.checks:
         check = result.checks[0]
-        voice.say(f"output      unchanged to the last bit ({check.device}, {check.batches} inputs, eval mode)")
+        inputs = f"{check.batches} {'inputs' if check.batches > 1 else 'input'}"
+        voice.say(f"output      unchanged to the last bit ({check.device}, {inputs}, eval mode)")
     if path is not None:
         write_model(session, "insert", result, path, options["force"])
         voice.say(f"wrote       {path}")
         if result.plan.key_map:
-            voice.say(f"            {len(result.plan.key_map)} keys moved; the map is in {path.name}.bntool.json")
-    voice.say("note: build the optimizer after the insertion, so that it trains the new layers")
+            moved = len(result.plan.key_map)
+            voice.say(f"            {moved} keys moved; the map is in {path.name}.bntool.json")
+    voice.note("build the optimizer after the insertion, so that it trains the new layers")
     voice.emit({**result.to_dict(), "output": str(path) if path else None, "dry_run": options["dry_run"]})
     return 0
 
 
-def _inserted(session: Any, options: dict[str, Any]) -> Any:
+def _inserted(session: Session, options: dict[str, Any]) -> SurgeryResult:
     from bntool import api
-    from bntool.insertion import check_unchanged
     from bntool.inserting import InsertOptions
+    from bntool.insertion import check_unchanged
 
     with session.voice.progress("inserting") as step:
         if options["plan_file"]:
-            result = api.apply(session.model, options["plan_file"], share=True)
+            result = api.apply(session.model, _insert_plan(options["plan_file"]), share=True)
             session.observe()
         else:
             chosen = InsertOptions(
@@ -97,18 +115,37 @@ def _inserted(session: Any, options: dict[str, Any]) -> Any:
         keeps = result.plan.options.get("init") == "identity"
         if result.modified and keeps and options["check"] != "none":
             step("running both models")
-            check = check_unchanged(session.model, result.model, session.inputs, full=options["check"] == "full")
+            full = options["check"] == "full"
+            check = check_unchanged(session.model, result.model, session.example, full=full)
             result = api.with_checks(result, [check])
     return result
 
 
-def _no_site(session: Any, result: Any) -> NothingToDo:
-    """Why nothing was inserted, layer by layer."""
-    for skip in result.skips:
-        session.voice.say(f"not cut: {skip.name} [{skip.reason}] {skip.detail}")
-    count = len(result.skips)
-    return NothingToDo(
-        f"no place for a BatchNorm: {count} layers were looked at, none fits",
-        where=session.loaded.reference,
-        next_step="--activation any takes other activations; bntool explain CODE says more about a reason",
-    )
+def _insert_plan(path: str) -> Plan:
+    from bntool.api import read_plan
+
+    plan = read_plan(path)
+    if plan.action != "insert":
+        raise PlanError(f"{path} is the plan of a {plan.action}", next_step="name the plan of an insert")
+    return plan
+
+
+def _no_site(session: Session, result: SurgeryResult) -> NothingToDo:
+    """Why nothing was inserted; the layers that were looked at are told one by one before it."""
+    from torch import nn
+
+    reasons = {skip.reason for skip in result.skips}
+    if reasons:
+        looked = "1 layer was" if len(result.skips) == 1 else f"{len(result.skips)} layers were"
+        what = f"no place for a BatchNorm: {looked} looked at, none fits"
+    else:
+        what = "no place for a BatchNorm: the model has no convolution that runs"
+    if Reason.OTHER_ACTIVATION in reasons:
+        next_step = "--activation any takes every activation"
+    elif not reasons and any(isinstance(m, nn.Linear) for m in session.model.modules()):
+        next_step = "--linear takes linear layers too"
+    elif reasons:
+        next_step = f"bntool explain {min(reasons)}"
+    else:
+        next_step = "name another MODEL"
+    return NothingToDo(what, where=session.loaded.reference, next_step=next_step)

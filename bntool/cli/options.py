@@ -21,7 +21,7 @@ def _all(*decorators: Any) -> Decorator:
     return decorate
 
 
-def not_empty(ctx: click.Context, param: click.Parameter, value: str | None) -> str | None:  # noqa: ARG001
+def not_empty(ctx: click.Context, param: click.Parameter, value: str | None) -> str | None:
     """An empty name is a shell variable that was never set, not a name left out."""
     if value is not None and not value.strip():
         raise click.BadParameter("it is empty", ctx, param)
@@ -54,7 +54,9 @@ def model_options() -> Decorator:
         click.option(
             "--allow", multiple=True, metavar="CLASS", help="A class of a pickled model that you trust."
         ),
-        click.option("--trust-pickle", is_flag=True, help="Run the code in the file. Only for files you trust."),
+        click.option(
+            "--trust-pickle", is_flag=True, help="Run the code in the file. Only for files you trust."
+        ),
         click.option("--pretrained", is_flag=True, help="Download the weights of torchvision: or timm:."),
         click.option(
             "--input",
@@ -94,9 +96,12 @@ def check_option() -> Decorator:
 
 
 def tolerance_options() -> Decorator:
+    meanings = {
+        "--atol": "Absolute tolerance instead of the noise floor.",
+        "--rtol": "Tolerance relative to the peak, instead of the noise floor.",
+    }
     return _all(
-        click.option("--atol", type=float, callback=_tolerance, help="Absolute tolerance instead of the noise floor."),
-        click.option("--rtol", type=float, callback=_tolerance, help="Tolerance relative to the peak, instead of the noise floor."),
+        *(click.option(n, type=float, callback=_tolerance, help=meaning) for n, meaning in meanings.items())
     )
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from bntool import __version__
 from bntool.cli.session import Session
-from bntool.errors import CheckFailed, UsageError
+from bntool.errors import CheckFailed, DeviceError, UsageError
 from bntool.files.atomic import require_writable
 from bntool.report.tables import Column, Table, render, size
 
@@ -32,14 +32,42 @@ def chosen_onnx(path: Path, session: Session, force: bool) -> Path:
 
 def reference_of(session: Session, options: dict[str, Any]) -> Reference | None:
     """The original's own runs; None where nothing is to be checked."""
+    return None if options["check"] == "none" else reference_with(session, full=options["check"] == "full")
+
+
+def reference_with(session: Session, *, full: bool) -> Reference:
+    """The original's own runs: on batches of 1, 2 and 3 with `full`, else on one input."""
     from bntool.checking import seeded_batches
     from bntool.reference import Reference
 
-    if options["check"] == "none":
-        return None
-    assert session.inputs is not None
-    batches = (1, 2, 3) if options["check"] == "full" else (1,)
-    return Reference(session.model, seeded_batches(session.inputs, batches, session.seed))
+    batches = (1, 2, 3) if full else (1,)
+    return Reference(session.model, seeded_batches(session.example, batches, session.seed))
+
+
+def require_device(device: str, *, torch_too: bool = False, onnx_too: bool = False) -> None:
+    """Before any work: CUDA that is asked for must be there. Raises `DeviceError` with the reasons."""
+    if device in ("auto", "cpu"):
+        return
+    import torch
+
+    from bntool.runtime.providers import GPU_EXTRA, why_no_cuda
+    from bntool.runtime.torch_runner import require_torch_device
+
+    if torch_too:
+        try:
+            require_torch_device(device)
+        except DeviceError as error:
+            reason = why_no_cuda()
+            where = "; ".join(filter(None, (error.where, reason)))
+            raise DeviceError(error.what, where=where, next_step=error.next_step) from error
+        index, count = torch.device(device).index or 0, torch.cuda.device_count()
+        if index >= count:
+            found = f"torch finds {count} CUDA device(s)"
+            raise DeviceError(f"there is no {device}", where=found, next_step="use --device cuda")
+    reason = why_no_cuda() if onnx_too else ""
+    if reason:
+        what = "CUDA was asked for, but ONNX Runtime cannot use it"
+        raise DeviceError(what, where=reason, next_step=GPU_EXTRA)
 
 
 def torch_device(device: str) -> str:
@@ -129,7 +157,7 @@ def _export(session: Session, result: SurgeryResult, path: Path, options: dict[s
     with session.voice.progress("exporting to ONNX"):
         export = export_onnx(
             result.model,
-            session.inputs,
+            session.example,
             path,
             opset=options["opset"],
             dynamic_batch=not options["static_batch"],
@@ -167,7 +195,8 @@ def _check_onnx(
     if failed is not None:
         session.voice.say(checks_text([*result.checks, *checks]))
         raise CheckFailed(
-            f"the {failed.stage} stage differs: relative error {failed.relative:.2g}, allowed {failed.limit:.2g}",
+            f"the {failed.stage} stage differs: "
+            f"relative error {failed.relative:.2g}, allowed {failed.limit:.2g}",
             where=f"output {failed.worst[0]} on {failed.provider} ({failed.device})",
             next_step="see the table above; nothing was written",
         )
@@ -204,7 +233,7 @@ def checks_text(checks: Sequence[Check]) -> str:
 
 
 def _ran_on(check: Check) -> str:
-    """`torch on cpu`, `ONNX Runtime CPU`, `ONNX Runtime CUDA on cuda:0 (…)`: as read back from the session."""
+    """`torch on cpu`, `ONNX Runtime CPU`, `ONNX Runtime CUDA on cuda:0 (…)`: as the session tells."""
     if not check.provider.endswith("ExecutionProvider"):
         return f"{check.provider} on {check.device}"
     kind = check.provider.removesuffix("ExecutionProvider")

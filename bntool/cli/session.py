@@ -15,7 +15,8 @@ import click
 
 from bntool.cli.documents import emit, failure
 from bntool.cli.example_inputs import parse_inputs
-from bntool.errors import BntoolError
+from bntool.cli.loading import load_granted
+from bntool.errors import BntoolError, InvariantError
 
 if TYPE_CHECKING:
     from torch import nn
@@ -104,19 +105,36 @@ class Session:
         return self.loaded.model
 
     @property
+    def example(self) -> Inputs:
+        """The example inputs, which are known once the model was observed."""
+        if self.inputs is None:
+            raise InvariantError("the model was not observed yet")
+        return self.inputs
+
+    @property
     def source(self) -> str:
         """The model's file as an absolute path, or its reference."""
         return str(self.loaded.path.resolve()) if self.loaded.path else self.loaded.reference
 
-    def load_other(self, name: str, **options: Any) -> nn.Module:
-        """A second model, to compare with: what is known of the first holds for it too."""
+    def load_other(self, name: str, options: dict[str, Any]) -> nn.Module:
+        """A second model that the user names; what was allowed for the first holds for it too."""
         from bntool.files.references import is_reference
 
-        if "arch" not in options:
-            named = is_reference(name) and not Path(name).exists()
-            options["arch"] = None if named else self.loaded.arch
-        allow = self.loaded.allow
-        loaded, _ = _load(name, self.record, allow=allow, trust_pickle=False, voice=self.voice, **options)
+        named = is_reference(name) and not Path(name).exists()
+        return self.load_recorded(
+            name,
+            arch=None if named else options["arch"] or self.loaded.arch,
+            allow=self.loaded.allow,
+            trust_pickle=options["trust_pickle"],
+        )
+
+    def load_recorded(
+        self, name: str, *, allow: tuple[str, ...] = (), trust_pickle: bool = False, **options: Any
+    ) -> nn.Module:
+        """A second model, with no more trust than was granted for that very file."""
+        loaded, _ = load_granted(
+            name, self.record, allow=allow, trust_pickle=trust_pickle, voice=self.voice, **options
+        )
         return loaded.model
 
     def observe(self) -> Observation:
@@ -145,15 +163,15 @@ def open_session(voice: Voice, options: dict[str, Any]) -> Session:
     from bntool.files.memory import last_output, recall
 
     given = options.get("model")
+    record: Record | None
     if given is None:
-        record: Record | None = last_output(Path.cwd())
-        assert record is not None
-        name = os.path.relpath(record.output)
-        voice.tell(f"using {name}, written by the last bntool {record.command} here")
+        record = last = last_output(Path.cwd())
+        name = os.path.relpath(last.output)
+        voice.tell(f"using {name}, written by the last bntool {last.command} here")
     else:
         record, name = recall(Path.cwd()), given
     ours = record if record is not None and _same(name, record.output) else None
-    loaded, plans = _load(
+    loaded, plans = load_granted(
         name,
         record,
         arch=options.get("arch") or (ours.arch if ours else None),
@@ -173,7 +191,7 @@ def open_session(voice: Voice, options: dict[str, Any]) -> Session:
     if ours is not None and ours.source:
         session.baseline = ours.source
         session.baseline_options = {
-            "arch": ours.arch if Path(ours.source).is_file() else None,
+            "arch": ours.arch,
             "weights": ours.weights,
             "key": ours.key,
             "pretrained": ours.pretrained,
@@ -181,53 +199,8 @@ def open_session(voice: Voice, options: dict[str, Any]) -> Session:
     return session
 
 
-def _load(
-    name: str, record: Record | None, *, arch: str | None, allow: tuple[str, ...], trust_pickle: bool,
-    voice: Voice, **options: Any,
-) -> tuple[Loaded, list[Plan]]:
-    """Load a model with what was granted for it, made to fit the surgery that its side file tells of."""
-    from bntool.files.loading import load
-    from bntool.files.memory import Grant
-    from bntool.files.references import is_reference
-
-    is_file = Path(name).exists() or not is_reference(name)
-    grant = record.granted(name) if record is not None and is_file else Grant()
-    plans, prepare = _history(name) if is_file and arch else ([], None)
-    with voice.progress(f"loading {name}"):
-        loaded = load(
-            name,
-            arch=arch,
-            allow=(*allow, *grant.allow),
-            trust_pickle=trust_pickle or grant.trust_pickle,
-            prepare=prepare,
-            **options,
-        )
-    return loaded, plans
-
-
 def _same(a: str, b: str) -> bool:
     try:
         return Path(a).samefile(b)
     except OSError:
         return False
-
-
-def _history(path: str) -> tuple[list[Plan], Any]:
-    """The plans that made a file of weights, so that its architecture can be made to fit it."""
-    from bntool.files.sidecar import describes, read_sidecar
-    from bntool.plan import Plan
-
-    document = read_sidecar(path) if Path(path).exists() else None
-    if document is None or not describes(document, path):
-        return [], None
-    raw = [*document.get("earlier_plans", []), *([document["plan"]] if document.get("plan") else [])]
-    plans = [Plan.from_dict(data) for data in raw]
-
-    def prepare(model: nn.Module) -> nn.Module:
-        from bntool.api import apply
-
-        for plan in plans:
-            model = apply(model, plan, share=True).model
-        return model
-
-    return plans, prepare

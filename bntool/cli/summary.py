@@ -15,7 +15,7 @@ from bntool.errors import BntoolError
 
 @click.command("summary", short_help="Layers, shapes, trainable / frozen / buffers; before and after.")
 @opt.model_options()
-@click.option("--baseline", metavar="MODEL", help="Compare with this model.")
+@click.option("--baseline", metavar="MODEL", callback=opt.not_empty, help="Compare with this model.")
 @opt.common_options()
 def command(**options: Any) -> int:
     """Show a model's layers, shapes and exact counts; after insert or fold, the difference too."""
@@ -25,7 +25,10 @@ def command(**options: Any) -> int:
 
     before = _baseline(session, options)
     inputs = session.inputs
-    if inputs is None:
+    if options["inputs"]:
+        # Shapes that the user gave must fit; those from elsewhere may fail, which the summary says.
+        session.observe()
+    elif inputs is None:
         try:
             inputs = session.observe().inputs
         except BntoolError as error:
@@ -39,17 +42,15 @@ def command(**options: Any) -> int:
 
 def _baseline(session: Session, options: dict[str, Any]) -> Any:
     """The model to compare with: the one named, else what the last command made this one from."""
-    from bntool.files.loading import load
-
     if options["baseline"]:
-        return load(options["baseline"], arch=options["arch"], allow=options["allow"]).model
+        return session.load_other(options["baseline"], options)
     if not session.baseline:
         return None
     try:
-        model = load(session.baseline, **session.baseline_options).model
+        model = session.load_recorded(session.baseline, **session.baseline_options)
     except BntoolError as error:
         session.voice.note(f"no comparison with {session.baseline}: {error.what}")
         return None
     shown = os.path.relpath(session.baseline) if Path(session.baseline).is_file() else session.baseline
-    session.voice.say(f"compared with {shown}")
+    session.voice.tell(f"compared with {shown}")
     return model

@@ -16,8 +16,11 @@ if TYPE_CHECKING:
 
 def chosen_output(session: Session, action: Any, output: str | None, force: bool) -> Path:
     """The output path, after making sure that it and its side file may be written."""
+    from bntool.files.saving import require_fitting_name
+
     source = session.loaded.path or session.loaded.reference
     path = Path(output) if output else output_name(source, action)
+    require_fitting_name(session.loaded, path)
     require_writable(path, force=force, forbid=session.loaded.files)
     require_writable(sidecar_path(path), force=force)
     return path
@@ -61,5 +64,3 @@ def write_model(session: Session, command: str, result: SurgeryResult, path: Pat
     problem = remember(Path.cwd(), record)
     if problem:
         session.voice.note(problem)
-
-

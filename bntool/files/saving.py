@@ -27,17 +27,8 @@ def save_model(loaded: Loaded, model: nn.Module, output: str | Path, *, force: b
     `UsageError` for an output that may not be written or a model that cannot be pickled.
     """
     output = Path(output)
-    safetensors = loaded.kind == "safetensors"
-    if (output.suffix == ".safetensors") != safetensors and output.suffix in (
-        ".safetensors",
-        ".onnx",
-        ".pt2",
-    ):
-        raise UsageError(
-            f"{output.name}: the output is saved as the same kind as the input ({loaded.kind})",
-            next_step=f"name it {output.stem}.pt",
-        )
-    if safetensors:
+    require_fitting_name(loaded, output)
+    if loaded.kind == "safetensors":
         prefix = loaded.wrapped_in.prefix if loaded.wrapped_in else ""
         tensors = _distinct(with_prefix(_weights(model), prefix))
 
@@ -51,6 +42,17 @@ def save_model(loaded: Loaded, model: nn.Module, output: str | Path, *, force: b
 
     write_atomically(output, write, force=force, forbid=loaded.files)
     return sha256_of(output)
+
+
+def require_fitting_name(loaded: Loaded, output: Path) -> None:
+    """Raise `UsageError` for an output whose ending promises another kind of file than will be written."""
+    safetensors = loaded.kind == "safetensors"
+    others = (".onnx", ".pt2", *((".pt", ".pth") if safetensors else (".safetensors",)))
+    if output.suffix in others:
+        raise UsageError(
+            f"{output.name}: the output is saved as the same kind as the input ({loaded.kind})",
+            next_step=f"name it {output.stem}{'.safetensors' if safetensors else '.pt'}",
+        )
 
 
 def allow_entries_of(output: str | Path) -> tuple[str, ...]:

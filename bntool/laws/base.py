@@ -92,7 +92,7 @@ def constant_over(affine: Affine, axes: list[int], what: str) -> Affine:
 
 
 def non_negative(affine: Affine, what: str) -> None:
-    """max and ReLU commute with a scale only where it is not negative."""
+    """Maximum and ReLU commute with a scale only where it is not negative."""
     scale = torch.nan_to_num(affine.scale, nan=1.0)
     if bool((scale < 0).any()):
         count = int((scale < 0).sum())

@@ -248,7 +248,7 @@ def _joined(context: Context, op: Op) -> tuple[int, int, list[str], list[int]]:
     return rank, axis, roles, [shape[axis] for shape in shapes]
 
 
-def _chain(op: Op, steps: list[tuple[str, tuple[int, ...]]], affine: Affine, shape: Sequence[int]) -> Affine:
+def _chain(steps: list[tuple[str, tuple[int, ...]]], affine: Affine, shape: Sequence[int]) -> Affine:
     """Reshapes and permutations applied in turn to a value of `shape`."""
     current = tuple(shape)
     for kind, argument in steps:
@@ -270,14 +270,14 @@ class ChannelShuffle:
         shape = context.graph.input(op).shape
         groups = op.attrs["groups"]
         steps = _shuffle(shape, shape[1] // groups, groups)
-        return {"input": _chain(op, steps, along(demands[0], len(shape), op.label), shape)}
+        return {"input": _chain(steps, along(demands[0], len(shape), op.label), shape)}
 
     @staticmethod
     def down(context: Context, op: Op, maps: Maps) -> list[Affine]:
         shape = context.graph.input(op).shape
         groups = op.attrs["groups"]
         steps = _shuffle(shape, groups, shape[1] // groups)
-        return [_chain(op, steps, along(maps["input"], len(shape), op.label), shape)]
+        return [_chain(steps, along(maps["input"], len(shape), op.label), shape)]
 
 
 def _shuffle(shape: Sequence[int], outer: int, inner: int) -> list[tuple[str, tuple[int, ...]]]:
@@ -335,4 +335,4 @@ def _pixels(op: Op, affine: Affine, shape: Sequence[int], r: int, gather: bool) 
             ("permute", (*keep, n, n + 3, n + 1, n + 4, n + 2)),
             ("reshape", (*lead, c // (r * r), h * r, w * r)),
         ]
-    return _chain(op, steps, affine, shape)
+    return _chain(steps, affine, shape)

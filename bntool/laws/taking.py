@@ -32,7 +32,7 @@ def layout_of(op: Op) -> str:
 def channel_axis(op: Op, rank: int) -> int:
     """The axis of the layer's data along which its channels lie."""
     if op.kind == "conv":
-        return rank - op.attrs["dims"] - 1
+        return rank - int(op.attrs["dims"]) - 1
     return rank - 1 if op.kind in ("linear", "matmul") else int(op.attrs["axis"])
 
 
@@ -54,7 +54,7 @@ def input_map(context: Context, op: Op, affine: Affine) -> Affine:
 
 
 def _require_matrix(context: Context, op: Op) -> None:
-    """x @ W is a linear layer where W is one matrix, not a vector or a batch of them."""
+    """A product x @ W is a linear layer where W is one matrix, not a vector or a batch of them."""
     if op.kind == "matmul" and len(context.graph.input(op, "weight").shape) != 2:
         raise Refused(Reason.UNKNOWN_OP, f"{op.label} multiplies by something other than one matrix")
 
@@ -99,14 +99,18 @@ def rows(layout: str, weight: Tensor, groups: int, channels: Tensor, side: str) 
         # input channel j of group g sits at weight[rows of g, j]
         per_group = channels.reshape(groups, 1, -1)
         per_row = per_group.expand(groups, weight.shape[0] // groups, -1)
-        return per_row.reshape(weight.shape[0], -1, *kernel) if groups > 1 else channels.reshape(1, -1, *kernel)
+        if groups == 1:
+            return channels.reshape(1, -1, *kernel)
+        return per_row.reshape(weight.shape[0], -1, *kernel)
     if layout == "transposed":
         if not out:
             return channels.reshape(-1, 1, *kernel)
         # output channel j of group g sits at weight[rows of g, j]
         per_group = channels.reshape(groups, 1, -1)
         per_row = per_group.expand(groups, weight.shape[0] // groups, -1)
-        return per_row.reshape(weight.shape[0], -1, *kernel) if groups > 1 else channels.reshape(1, -1, *kernel)
+        if groups == 1:
+            return channels.reshape(1, -1, *kernel)
+        return per_row.reshape(weight.shape[0], -1, *kernel)
     raise ValueError(f"unknown weight layout {layout!r}")
 
 

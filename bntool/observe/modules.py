@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 from torch import nn
@@ -24,6 +26,22 @@ _DECOMPOSED_BN = {
 _KNOWN_BN = {**_FUNCTIONAL_BN, **_DECOMPOSED_BN}
 
 
+_Answer = TypeVar("_Answer")
+
+
+def _once_per_class(ask: Callable[[type], _Answer]) -> Callable[[type], _Answer]:
+    """Remember the answer for each class."""
+    known: dict[type, _Answer] = {}
+
+    @functools.wraps(ask)
+    def answer(cls: type) -> _Answer:
+        if cls not in known:
+            known[cls] = ask(cls)
+        return known[cls]
+
+    return answer
+
+
 def class_name(cls: type) -> str:
     return f"{cls.__module__}.{cls.__qualname__}"
 
@@ -36,32 +54,32 @@ def forward_owner(cls: type) -> str:
     return ""
 
 
-@functools.lru_cache(maxsize=4096)
+@_once_per_class
 def is_batch_norm_class(cls: type) -> bool:
     """Whether the class is a BatchNorm by inheritance, whatever its forward does."""
     names = {class_name(base) for base in cls.__mro__}
     return issubclass(cls, nn.modules.batchnorm._BatchNorm) or not names.isdisjoint(_KNOWN_BN)
 
 
-@functools.lru_cache(maxsize=4096)
+@_once_per_class
 def has_known_forward(cls: type) -> bool:
     """Whether the BatchNorm's forward is one we know: the norm, then at most its own activation."""
     return forward_owner(cls) in _KNOWN_BN
 
 
-@functools.lru_cache(maxsize=4096)
+@_once_per_class
 def is_decomposed(cls: type) -> bool:
     """Whether the forward computes the norm from elementary ops instead of one batch_norm."""
     return forward_owner(cls) in _DECOMPOSED_BN
 
 
-@functools.lru_cache(maxsize=4096)
+@_once_per_class
 def has_activation(cls: type) -> bool:
     """Whether the forward applies dropout and an activation of its own after the norm."""
     return _KNOWN_BN.get(forward_owner(cls), False)
 
 
-@functools.lru_cache(maxsize=4096)
+@_once_per_class
 def role_of(cls: type) -> str:
     """The role of a module class, as `graph.Module.role` names it."""
     if issubclass(cls, torch.jit.ScriptModule):
@@ -81,7 +99,7 @@ def role_of(cls: type) -> str:
     return ""
 
 
-@functools.lru_cache(maxsize=4096)
+@_once_per_class
 def uses_plain_bias(cls: type) -> bool:
     """Whether the forward of a convolution or linear class is known to use `self.bias`."""
     return forward_owner(cls).startswith(_PLAIN_BIAS_OWNERS)

@@ -114,7 +114,7 @@ class _FoldWork:
             self._tensor(f"{name}.bias" if name else "bias"),
             *self._statistics(name),
         )
-        return tuple(part.cpu() for part in pair)
+        return pair
 
     def _statistics(self, name: str) -> tuple[Tensor, Tensor, float]:
         module: Any = self.modules[name]
@@ -131,7 +131,7 @@ class _FoldWork:
     def _slot(self, handle: str) -> Tensor | None:
         owner, _, slot = handle.rpartition(".")
         module = self.modules[owner]
-        found = module._parameters.get(slot)
+        found: Tensor | None = module._parameters.get(slot)
         return found if found is not None else module._buffers.get(slot)
 
     # -- writing ----------------------------------------------------------------------------------------
@@ -188,8 +188,8 @@ def _unwrap(parent: nn.Module) -> None:
 
 def _what_remains(norm: nn.Module) -> nn.Module:
     """What a folded BatchNorm leaves behind: its own dropout and activation, or nothing."""
-    rest = [getattr(norm, name) for name in ("drop", "act") if isinstance(getattr(norm, name, None), nn.Module)]
-    rest = [m for m in rest if not isinstance(m, nn.Identity)]
+    own = (norm._modules.get(name) for name in ("drop", "act"))
+    rest = [module for module in own if module is not None and not isinstance(module, nn.Identity)]
     remains = rest[0] if len(rest) == 1 else nn.Sequential(*rest) if rest else nn.Identity()
     remains.training = norm.training
     return remains

@@ -48,7 +48,8 @@ def find_blocks(model: nn.Module) -> list[Block]:
             continue
         gone = before - _norm_names(merged)
         if gone:
-            blocks.append(Block(name, method, tuple(f"{name}.{norm}" if norm else name for norm in sorted(gone))))
+            norms = tuple(f"{name}.{norm}" if norm else name for norm in sorted(gone))
+            blocks.append(Block(name, method, norms))
     return blocks
 
 

@@ -53,10 +53,16 @@ CONSTANTS = [(), (1,), (4, 1, 1), (1, 4, 1, 1)]
 
 
 @few
-@given(numbers, st.sampled_from(CONSTANTS), st.integers(0, 99), st.sampled_from(["left", "right", "in place"]))
+@given(
+    numbers, st.sampled_from(CONSTANTS), st.integers(0, 99), st.sampled_from(["left", "right", "in place"])
+)
 def test_constant_added(fill: Numbers, shape: tuple[int, ...], seed: int, how: str) -> None:
     c = data(*shape, seed=seed)
-    step = {"left": lambda x: c + x, "right": lambda x: torch.add(x, c, alpha=0.3), "in place": lambda x: x.add_(c)}[how]
+    step = {
+        "left": lambda x: c + x,
+        "right": lambda x: torch.add(x, c, alpha=0.3),
+        "in place": lambda x: x.add_(c),
+    }[how]
     up, down = both_ways(step, fill)
     assert up is None
     assert (down is None) == (how != "in place")  # without the BN the model's own input would be written to
@@ -73,7 +79,9 @@ def test_constant_subtracted(fill: Numbers, shape: tuple[int, ...], seed: int, s
 
 @few
 @given(numbers, st.sampled_from(CONSTANTS), st.integers(0, 99))
-def test_subtracted_from_a_constant_is_exact_or_kept(fill: Numbers, shape: tuple[int, ...], seed: int) -> None:
+def test_subtracted_from_a_constant_is_exact_or_kept(
+    fill: Numbers, shape: tuple[int, ...], seed: int
+) -> None:
     c = data(*shape, seed=seed)
     both_ways(lambda x: torch.sub(c, x), fill)
     both_ways(lambda x: torch.add(c, x, alpha=-0.7), fill)
@@ -81,10 +89,20 @@ def test_subtracted_from_a_constant_is_exact_or_kept(fill: Numbers, shape: tuple
 
 
 @few
-@given(numbers, st.sampled_from(CONSTANTS), st.integers(0, 99), st.sampled_from(["mul", "div", "in place", "neg"]))
+@given(
+    numbers,
+    st.sampled_from(CONSTANTS),
+    st.integers(0, 99),
+    st.sampled_from(["mul", "div", "in place", "neg"]),
+)
 def test_constant_factor(fill: Numbers, shape: tuple[int, ...], seed: int, how: str) -> None:
     c = data(*shape, seed=seed) + 3.0
-    step = {"mul": lambda x: c * x, "div": lambda x: x / c, "in place": lambda x: x * 1.0, "neg": lambda x: -x}[how]
+    step = {
+        "mul": lambda x: c * x,
+        "div": lambda x: x / c,
+        "in place": lambda x: x * 1.0,
+        "neg": lambda x: -x,
+    }[how]
     up, down = both_ways(step, fill)
     assert up is None
     assert down is None

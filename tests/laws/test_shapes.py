@@ -28,7 +28,9 @@ def shape_steps(draw: st.DrawFn, shape: tuple[int, ...], length: int) -> list[tu
     x = torch.empty(shape)
     for _ in range(length):
         rank = x.dim()
-        kind = draw(st.sampled_from(["permute", "merge", "cut", "slice", "turn", "select", "unsqueeze", "transpose"]))
+        kind = draw(
+            st.sampled_from(["permute", "merge", "cut", "slice", "turn", "select", "unsqueeze", "transpose"])
+        )
         axis = draw(st.integers(0, rank - 1))
         if kind == "permute":
             step: tuple[str, Any] = (kind, tuple(draw(st.permutations(range(rank)))))
@@ -40,7 +42,10 @@ def shape_steps(draw: st.DrawFn, shape: tuple[int, ...], length: int) -> list[tu
             step = ("reshape", (*x.shape[:axis], parts, x.shape[axis] // parts, *x.shape[axis + 1 :]))
         elif kind == "slice" and x.shape[axis] > 1:
             start = draw(st.integers(0, x.shape[axis] - 1))
-            step = ("slice", (axis, start, draw(st.integers(start + 1, x.shape[axis])), draw(st.integers(1, 2))))
+            step = (
+                "slice",
+                (axis, start, draw(st.integers(start + 1, x.shape[axis])), draw(st.integers(1, 2))),
+            )
         elif kind == "turn" and x.shape[axis] > 1:
             step = ("turn", (axis, draw(st.integers(1, x.shape[axis] - 1))))
         elif kind == "select" and rank > 3:
@@ -117,19 +122,29 @@ def test_channel_shuffle(fill: Numbers, groups: int, by_op: bool) -> None:
         n, c, h, w = x.shape
         return x.view(n, groups, c // groups, h, w).transpose(1, 2).contiguous().view(n, c, h, w)
 
-    assert verdict(Chain(nn.Conv2d(4, 12, 1), shuffle, fill.fill(nn.BatchNorm2d(12))), data(2, 4, 3, 3)) is None
-    assert verdict(Chain(fill.fill(nn.BatchNorm2d(12)), shuffle, nn.Conv2d(12, 4, 2)), data(2, 12, 3, 3)) is None
+    assert (
+        verdict(Chain(nn.Conv2d(4, 12, 1), shuffle, fill.fill(nn.BatchNorm2d(12))), data(2, 4, 3, 3)) is None
+    )
+    assert (
+        verdict(Chain(fill.fill(nn.BatchNorm2d(12)), shuffle, nn.Conv2d(12, 4, 2)), data(2, 12, 3, 3)) is None
+    )
 
 
 @few
 @given(numbers, st.sampled_from([1, 2, 3]))
 def test_pixel_shuffle(fill: Numbers, factor: int) -> None:
     square = factor * factor
-    up = Chain(nn.Conv2d(3, 4 * square, 1), lambda x: F.pixel_shuffle(x, factor), fill.fill(nn.BatchNorm2d(4)))
+    up = Chain(
+        nn.Conv2d(3, 4 * square, 1), lambda x: F.pixel_shuffle(x, factor), fill.fill(nn.BatchNorm2d(4))
+    )
     assert verdict(up, data(2, 3, 4, 5)) is None
-    down = Chain(fill.fill(nn.BatchNorm2d(2)), lambda x: F.pixel_unshuffle(x, factor), nn.Conv2d(2 * square, 3, 1))
+    down = Chain(
+        fill.fill(nn.BatchNorm2d(2)), lambda x: F.pixel_unshuffle(x, factor), nn.Conv2d(2 * square, 3, 1)
+    )
     assert verdict(down, data(2, 2, 6, 6)) is None
-    mixed = Chain(fill.fill(nn.BatchNorm2d(2 * square)), lambda x: F.pixel_shuffle(x, factor), nn.Conv2d(2, 3, 1))
+    mixed = Chain(
+        fill.fill(nn.BatchNorm2d(2 * square)), lambda x: F.pixel_shuffle(x, factor), nn.Conv2d(2, 3, 1)
+    )
     assert (verdict(mixed, data(2, 2 * square, 2, 3)) is None) == (factor == 1)
 
 
@@ -178,7 +193,11 @@ def test_overlapping_slices_are_kept(fill: Numbers, start: int, overlap: int) ->
 @given(numbers, st.integers(0, 2), st.integers(0, 2))
 def test_crop_before_a_norm(fill: Numbers, front: int, back: int) -> None:
     """The chomp of a causal convolution: what is cut off is nobody's, so it may change."""
-    model = Chain(nn.Conv1d(3, 4, 3, padding=2), lambda y: y[..., front : y.shape[-1] - back], fill.fill(nn.BatchNorm1d(4)))
+    model = Chain(
+        nn.Conv1d(3, 4, 3, padding=2),
+        lambda y: y[..., front : y.shape[-1] - back],
+        fill.fill(nn.BatchNorm1d(4)),
+    )
     assert verdict(model, data(2, 3, 9)) is None
 
 

@@ -18,7 +18,17 @@ from bntool.plan import Edit
 from bntool.reasons import Reason
 from bntool.surgery.fold_modules import apply_fold
 from bntool.surgery.tensors import edited
-from tests.laws.exactness import CONVS, NORMS, TRANSPOSED, Numbers, data, few, folded_exactly, numbers, verdict
+from tests.laws.exactness import (
+    CONVS,
+    NORMS,
+    TRANSPOSED,
+    Numbers,
+    data,
+    few,
+    folded_exactly,
+    numbers,
+    verdict,
+)
 
 SIDE = {1: (9,), 2: (7, 6), 3: (5, 4, 6)}
 dims_of = st.sampled_from([1, 2, 3])
@@ -26,10 +36,19 @@ groups_of = st.sampled_from([1, 2, 4])
 
 
 @few
-@given(numbers, dims_of, groups_of, st.integers(1, 3), st.integers(1, 2), st.integers(1, 2), st.integers(0, 2),
-       st.sampled_from(["zeros", "reflect", "replicate", "circular"]), st.booleans())  # fmt: skip
+@given(numbers, dims_of, groups_of, st.integers(1, 3), st.integers(1, 2), st.integers(1, 2),
+       st.integers(0, 2), st.sampled_from(["zeros", "reflect", "replicate", "circular"]),
+       st.booleans())  # fmt: skip
 def test_convolution(
-    fill: Numbers, dims: int, groups: int, kernel: int, stride: int, dilation: int, padding: int, mode: str, bias: bool
+    fill: Numbers,
+    dims: int,
+    groups: int,
+    kernel: int,
+    stride: int,
+    dilation: int,
+    padding: int,
+    mode: str,
+    bias: bool,
 ) -> None:
     assume(dilation * (kernel - 1) < 4)
     conv = CONVS[dims](4, 8, kernel, stride, padding, dilation, groups, bias, mode)
@@ -50,10 +69,18 @@ def test_convolution_with_padding_by_name(fill: Numbers, padding: str, kernel: i
 
 
 @few
-@given(numbers, dims_of, groups_of, st.integers(1, 3), st.integers(1, 3), st.integers(0, 1), st.integers(1, 2),
-       st.integers(0, 1), st.booleans())  # fmt: skip
+@given(numbers, dims_of, groups_of, st.integers(1, 3), st.integers(1, 3), st.integers(0, 1),
+       st.integers(1, 2), st.integers(0, 1), st.booleans())  # fmt: skip
 def test_transposed_convolution(
-    fill: Numbers, dims: int, groups: int, kernel: int, stride: int, padding: int, dilation: int, extra: int, bias: bool
+    fill: Numbers,
+    dims: int,
+    groups: int,
+    kernel: int,
+    stride: int,
+    padding: int,
+    dilation: int,
+    extra: int,
+    bias: bool,
 ) -> None:
     assume(extra < max(stride, dilation))
     conv = TRANSPOSED[dims](4, 8, kernel, stride, padding, extra, groups, bias, dilation)
@@ -74,7 +101,9 @@ def test_linear(fill: Numbers, bias: bool) -> None:
 @given(numbers, numbers, st.booleans())
 def test_layer_between_two_norms(first: Numbers, second: Numbers, bias: bool) -> None:
     """Both go into one layer, whichever part of it (weight, bias, a bias just created) they touch."""
-    model = nn.Sequential(first.fill(nn.BatchNorm2d(4)), nn.Conv2d(4, 8, 2, groups=2, bias=bias), second.fill(nn.BatchNorm2d(8)))
+    model = nn.Sequential(
+        first.fill(nn.BatchNorm2d(4)), nn.Conv2d(4, 8, 2, groups=2, bias=bias), second.fill(nn.BatchNorm2d(8))
+    )
     plan, _ = folded_exactly(model, data(2, 4, 5, 5))
     assert not plan.skips
 
@@ -117,14 +146,17 @@ def test_one_rounding_in_the_storage_type(dtype: torch.dtype, layout: torch.memo
         assert found.dtype == dtype
         assert found.requires_grad is False
         smallest = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
-        assert bool(((found.double() - exact).abs() <= VIA_FLOAT32 * UNIT[dtype] * exact.abs() + smallest).all())
+        assert bool(
+            ((found.double() - exact).abs() <= VIA_FLOAT32 * UNIT[dtype] * exact.abs() + smallest).all()
+        )
     assert folded[0].weight.is_contiguous(memory_format=layout)
     assert folded[0].weight.stride() == model[0].weight.stride()
 
 
 LAYERS: list[tuple[str, int, Any]] = [
     ("conv", 1, nn.Conv2d(64, 320, 3)), ("conv", 4, nn.Conv2d(64, 1024, 3, groups=4)),
-    ("transposed", 1, nn.ConvTranspose2d(320, 64, 3)), ("transposed", 4, nn.ConvTranspose2d(512, 256, 3, groups=4)),
+    ("transposed", 1, nn.ConvTranspose2d(320, 64, 3)),
+    ("transposed", 4, nn.ConvTranspose2d(512, 256, 3, groups=4)),
     ("linear", 1, nn.Linear(300, 700)), ("conv", 1, nn.Conv2d(150_000, 1, 1)),
 ]  # fmt: skip
 
@@ -135,16 +167,24 @@ def test_large_weights_are_worked_on_in_parts(layer: tuple[str, int, Any], side:
     """What is done part by part is what is done at once."""
     layout, groups, module = layer
     weight = module.weight.detach()
-    out_in = (weight.shape[1] * groups, weight.shape[0]) if layout == "transposed" else (weight.shape[0], weight.shape[1] * groups)
+    out_in = (
+        (weight.shape[1] * groups, weight.shape[0])
+        if layout == "transposed"
+        else (weight.shape[0], weight.shape[1] * groups)
+    )
     scale = data(out_in[0] if side == "output" else out_in[1])
-    edit = Edit("scale_output" if side == "output" else "scale_input", "", (), "weight", "bias", layout, groups)
+    edit = Edit(
+        "scale_output" if side == "output" else "scale_input", "", (), "weight", "bias", layout, groups
+    )
     found, _ = edited(edit, weight, module.bias.detach(), (scale, torch.zeros_like(scale)))
     assert torch.equal(found, (weight.double() * rows(layout, weight, groups, scale, side)).float())
 
 
 @few
 @given(st.sampled_from([1, 2, 3]), st.integers(1, 3), st.integers(1, 3), st.integers(0, 99))
-def test_bias_from_a_shift_is_what_the_layer_makes_of_a_constant(groups: int, ins: int, outs: int, seed: int) -> None:
+def test_bias_from_a_shift_is_what_the_layer_makes_of_a_constant(
+    groups: int, ins: int, outs: int, seed: int
+) -> None:
     shift = data(groups * ins, seed=seed)
     conv = nn.Conv2d(groups * ins, groups * outs, (2, 3), groups=groups, bias=False).double()
     image = shift.view(1, -1, 1, 1).expand(1, -1, 2, 3)
@@ -154,7 +194,9 @@ def test_bias_from_a_shift_is_what_the_layer_makes_of_a_constant(groups: int, in
     made = bias_from_input_shift("transposed", back.weight.detach(), groups, shift)
     assert torch.allclose(made, back(shift.view(1, -1, 1, 1)).flatten(), rtol=1e-12, atol=1e-12)
     matrix = data(groups * ins, outs, seed=seed + 1)
-    assert torch.allclose(bias_from_input_shift("matmul", matrix, 1, shift), shift @ matrix, rtol=1e-12, atol=1e-12)
+    assert torch.allclose(
+        bias_from_input_shift("matmul", matrix, 1, shift), shift @ matrix, rtol=1e-12, atol=1e-12
+    )
 
 
 def test_an_unknown_layout_is_a_bug() -> None:

@@ -30,7 +30,9 @@ def _shape(model: nn.Module, **options: bool) -> tuple[int, ...]:
         (nn.BatchNorm3d(6), (1, 6, 8, 8, 8), (1, 6, 8, 8, 8)),
     ],
 )
-def test_the_first_layer_tells_the_shape(layer: nn.Module, full: tuple[int, ...], small: tuple[int, ...]) -> None:
+def test_the_first_layer_tells_the_shape(
+    layer: nn.Module, full: tuple[int, ...], small: tuple[int, ...]
+) -> None:
     model = nn.Sequential(nn.Identity(), layer)
     assert _shape(model) == full
     assert _shape(model, small=True) == small

@@ -1,0 +1,65 @@
+"""Load a model with what the user granted for that file, and with the surgery that its side file tells of."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from bntool.cli.session import Voice
+    from bntool.files.loading import Loaded
+    from bntool.files.memory import Record
+    from bntool.plan import Plan
+
+
+def load_granted(
+    name: str,
+    record: Record | None,
+    *,
+    arch: str | None,
+    allow: tuple[str, ...],
+    trust_pickle: bool,
+    voice: Voice,
+    **options: Any,
+) -> tuple[Loaded, list[Plan]]:
+    """Load a model with what was granted for it, made to fit the surgery that its side file tells of."""
+    from bntool.files.loading import load
+    from bntool.files.memory import Grant
+    from bntool.files.references import is_reference
+
+    is_file = Path(name).exists() or not is_reference(name)
+    grant = record.granted(name) if record is not None and is_file else Grant()
+    plans, prepare = _replay_of(name) if is_file and arch else ([], None)
+    with voice.progress(f"loading {name}"):
+        loaded = load(
+            name,
+            arch=arch,
+            allow=(*allow, *grant.allow),
+            trust_pickle=trust_pickle or grant.trust_pickle,
+            prepare=prepare,
+            **options,
+        )
+    return loaded, plans
+
+
+def _replay_of(path: str) -> tuple[list[Plan], Any]:
+    """The plans that made a file of weights, so that its architecture can be made to fit it."""
+    from bntool.files.sidecar import describes, read_sidecar
+    from bntool.plan import Plan
+
+    document = read_sidecar(path) if Path(path).exists() else None
+    if document is None or not describes(document, path):
+        return [], None
+    raw = [*document.get("earlier_plans", []), *([document["plan"]] if document.get("plan") else [])]
+    plans = [Plan.from_dict(data) for data in raw]
+
+    def prepare(model: nn.Module) -> nn.Module:
+        from bntool.api import apply
+
+        for plan in plans:
+            model = apply(model, plan, share=True).model
+        return model
+
+    return plans, prepare

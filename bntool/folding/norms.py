@@ -1,0 +1,120 @@
+"""The BatchNorms of a graph, what each computes, and whether it may go at all."""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from bntool.affine import Affine, batch_norm_affine
+from bntool.graph import Graph, Op
+from bntool.laws import Refused
+from bntool.reasons import Reason
+
+
+@dataclasses.dataclass
+class Norm:
+    """One BatchNorm layer: all its calls, and its affine map as it stands now."""
+
+    name: str
+    ops: list[Op]
+    affine: Affine | None = None
+
+    def placed(self, graph: Graph, op: Op) -> Affine:
+        """The map over the channel axis of this call's data."""
+        assert self.affine is not None
+        return self.affine.then("place", len(graph.input(op).shape), op.attrs["axis"])
+
+
+def find_norms(graph: Graph) -> list[Norm]:
+    """Every BatchNorm in the order it first ran, then those that never ran."""
+    norms: dict[str, Norm] = {}
+    functional: dict[str, int] = {}
+    for op in graph.of_kind("batch_norm"):
+        if graph.input(op).constant:
+            continue  # a weight being standardised, not data
+        module = graph.modules.get(op.scope)
+        if module is not None and module.role in ("norm", "norm_act", "custom_norm", "scripted"):
+            norms.setdefault(op.scope, Norm(op.scope, [])).ops.append(op)
+            continue
+        index = functional[op.scope] = functional.get(op.scope, -1) + 1
+        name = f"{op.scope}.batch_norm" if op.scope else "batch_norm"
+        name = f"{name}_{index}" if index else name
+        norms[name] = Norm(name, [op])
+    for name, module in graph.modules.items():
+        if module.role in ("norm", "norm_act", "custom_norm") and name not in norms:
+            norms[name] = Norm(name, [])
+    return list(norms.values())
+
+
+def why_unfit(
+    norm: Norm, graph: Graph, norm_of: dict[int, Norm], include: Sequence[str], exclude: Sequence[str]
+) -> Refused | None:
+    """Why this BatchNorm cannot go, whatever stands around it; else reads its affine map."""
+    module = graph.modules.get(norm.name)
+    if not _matches(norm.name, include) or _matches(norm.name, exclude):
+        return Refused(Reason.EXCLUDED, "left out by --include/--exclude")
+    if not norm.ops:
+        return Refused(Reason.NOT_OBSERVED, "it did not run on the example input")
+    if module is None or not module.role:
+        return Refused(Reason.FUNCTIONAL, "a function call inside forward, not a layer of its own")
+    if module.role == "scripted":
+        return Refused(Reason.SCRIPTED, "it belongs to a TorchScript module")
+    if module.role == "custom_norm":
+        return Refused(Reason.CUSTOM_FORWARD, f"{module.kind} has a forward of its own")
+    if module.hooked:
+        return Refused(Reason.HOOKED, "a hook is registered on it")
+    op = norm.ops[0]
+    if op.attrs["training"] or "running_mean" not in op.inputs:
+        return Refused(Reason.BATCH_STATISTICS, "it normalises by the statistics of each batch")
+    if module.left_in_train:
+        return Refused(Reason.BATCH_STATISTICS, "it was left in train mode in a model in eval mode")
+    return _read_affine(norm, op, graph, norm_of)
+
+
+def _read_affine(norm: Norm, op: Op, graph: Graph, norm_of: dict[int, Norm]) -> Refused | None:
+    tensors = {
+        role: graph.constant(graph.input(op, role))
+        for role in ("weight", "bias", "running_mean", "running_var")
+        if role in op.inputs
+    }
+    for role, tensor in tensors.items():
+        if tensor is None or not graph.input(op, role).handle:
+            return Refused(Reason.WEIGHT_COMPUTED, f"its {role} is computed, not stored")
+        for reader, _ in graph.input(op, role).readers:
+            other = norm_of.get(reader)
+            if other is None or other.name not in graph.modules:
+                what = graph.ops[reader].label
+                return Refused(Reason.WEIGHT_SHARED, f"{what} reads its {role} too")
+        bad = _first_bad(tensor, "negative" if role == "running_var" else "")
+        if bad:
+            return Refused(Reason.BAD_STATISTICS, f"{role} {bad}")
+    mean, variance = tensors["running_mean"], tensors["running_var"]
+    assert mean is not None and variance is not None
+    if bool((variance.double() + op.attrs["eps"] <= 0).any()):
+        return Refused(Reason.BAD_STATISTICS, "running_var + eps is zero")
+    scale, shift = batch_norm_affine(
+        tensors.get("weight"), tensors.get("bias"), mean, variance, op.attrs["eps"]
+    )
+    norm.affine = Affine(scale, shift, ("bn", norm.name))
+    return None
+
+
+def _matches(name: str, patterns: Iterable[str]) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def _first_bad(tensor: Tensor, extra: str) -> str:
+    """What is wrong with a statistic, and at which channel; empty where nothing is."""
+    tensor = tensor.detach()
+    finite = torch.isfinite(tensor)
+    if not bool(finite.all()):
+        channel = int((~finite).nonzero()[0])
+        return f"is {float(tensor[channel])} at channel {channel}"
+    if extra == "negative" and bool((tensor < 0).any()):
+        channel = int((tensor < 0).nonzero()[0])
+        return f"is {float(tensor[channel]):g} (negative) at channel {channel}"
+    return ""

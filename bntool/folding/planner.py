@@ -1,0 +1,112 @@
+"""Give every BatchNorm a verdict: upstream, downstream, or split; else the reason why it stays."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from bntool.affine import Affine, compose
+from bntool.folding.claims import Claims
+from bntool.folding.moving import Mover, Way
+from bntool.folding.norms import Norm, find_norms, why_unfit
+from bntool.folding.overwriting import require_no_overwriting
+from bntool.graph import Graph
+from bntool.laws import Refused
+from bntool.plan import FoldSite, Plan, Skip
+
+_MAX_PASSES = 4
+"""A fold can open the way for a BatchNorm that was kept before; passes end when nothing changes."""
+
+
+def plan_fold(graph: Graph, *, include: Sequence[str] = ("*",), exclude: Sequence[str] = ()) -> Plan:
+    """Give every BatchNorm of the graph a verdict: a site with its edits, or a skip with its reason."""
+    with torch.no_grad():
+        return _Planner(graph, include, exclude).plan()
+
+
+class _Planner:
+    """Holds what the plan so far has changed."""
+
+    def __init__(self, graph: Graph, include: Sequence[str], exclude: Sequence[str]) -> None:
+        self.graph = graph
+        self.include, self.exclude = tuple(include), tuple(exclude)
+        self.norms = find_norms(graph)
+        self.norm_of = {op.id: norm for norm in self.norms for op in norm.ops}
+        self.gone: set[int] = set()
+        self.mover = Mover(graph, self.gone)
+        self.claims = Claims(graph, self.norm_of)
+
+    def plan(self) -> Plan:
+        sites: list[FoldSite] = []
+        skips: dict[str, Skip] = {}
+        waiting = []
+        for norm in self.norms:
+            refusal = why_unfit(norm, self.graph, self.norm_of, self.include, self.exclude)
+            if refusal is None:
+                waiting.append(norm)
+            else:
+                skips[norm.name] = Skip(norm.name, refusal.reason, refusal.detail)
+        for _ in range(_MAX_PASSES):
+            kept = []
+            for norm in waiting:
+                try:
+                    sites.append(self._fold(norm))
+                    skips.pop(norm.name, None)
+                except Refused as refusal:
+                    skips[norm.name] = Skip(norm.name, refusal.reason, refusal.detail)
+                    kept.append(norm)
+            if len(kept) == len(waiting):
+                break
+            waiting = kept
+        order = {norm.name: i for i, norm in enumerate(self.norms)}
+        return Plan(
+            action="fold",
+            sites=tuple(sites),
+            skips=tuple(sorted(skips.values(), key=lambda s: order[s.name])),
+            model_class=self.graph.model_class,
+            signature=self.graph.signature(),
+            options={"include": list(self.include), "exclude": list(self.exclude)},
+        )
+
+    def _fold(self, norm: Norm) -> FoldSite:
+        """The site of this BatchNorm by the first exact way; refused where there is none."""
+        placed = {op.id: norm.placed(self.graph, op) for op in norm.ops}
+        refusals: list[tuple[str, Refused]] = []
+        ways: list[tuple[str, dict[int, Affine], dict[int, Affine]]] = [("upstream", placed, {})]
+        ways.append(("downstream", {}, placed))
+        if norm.affine is not None and norm.affine.has_shift and norm.affine.has_scale:
+            scales = {i: m.then("scale_part") for i, m in placed.items()}
+            ways.append(("split", scales, {i: m.then("shift_part") for i, m in placed.items()}))
+            if bool((norm.affine.scale != 0).all()):
+                shifts = {i: m.then("unscaled_shift") for i, m in placed.items()}
+                ways.append(("split", shifts, scales))
+        for name, up, down in ways:
+            try:
+                way = self.mover.find_way(norm, up, down)
+                edits = self.claims.edits(norm, way)
+                for op in norm.ops:
+                    require_no_overwriting(op, self.graph, self.gone)
+            except Refused as refusal:
+                refusals.append((name, refusal))
+                continue
+            self._commit(norm, way)
+            self.claims.commit(edits)
+            laws = tuple(dict.fromkeys(way.laws + (["split"] if name == "split" else [])))
+            layers = tuple(dict.fromkeys(e.layer for e in edits if e.kind != "remove"))
+            return FoldSite(norm.name, layers, laws, tuple(edits))
+        first = refusals[0][1]
+        detail = "; ".join(f"{name}: {r.detail}" for name, r in refusals[:2])
+        raise Refused(first.reason, detail)
+
+    def _commit(self, norm: Norm, way: Way) -> None:
+        """Make the fold part of what later BatchNorms see."""
+        for take in way.takes:
+            taker = self.norm_of.get(take.op.id)
+            if take.op.kind == "batch_norm" and taker is not None and taker.affine is not None:
+                outer, inner = (
+                    (take.vector, taker.affine) if take.side == "output" else (taker.affine, take.vector)
+                )
+                joined = compose(outer, inner)
+                taker.affine = Affine(joined.scale, joined.shift, ("bn", taker.name))
+        self.gone.update(op.id for op in norm.ops)

@@ -1,0 +1,185 @@
+"""One pass over the data: what each BatchNorm layer reads, with the model left as it was."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch.overrides import TorchFunctionMode
+
+from bntool.batches import inputs_of
+from bntool.errors import BntoolError, StateError, UsageError
+from bntool.inputs import Inputs
+from bntool.moments import Moments, Seen
+from bntool.observe.copying import structural_copy
+from bntool.observe.leftovers import random_state_kept, require_materialised
+from bntool.runtime.torch_runner import exact_float32
+
+Progress = Callable[[str], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Sweep:
+    """What one pass over the data saw: layers by qualified name (only those that ran), and the batches."""
+
+    layers: Mapping[str, Seen]
+    batches: int
+
+
+def sweep(
+    model: nn.Module,
+    names: Sequence[str],
+    batches: Iterable[Any],
+    *,
+    batch_statistics: bool,
+    progress: Progress | None = None,
+) -> Sweep:
+    """Run every batch once and collect what the named BatchNorm layers read.
+
+    With `batch_statistics` those layers normalise each batch by its own statistics, as in training;
+    without, by what they hold. Every other layer is in eval mode either way. It runs on a copy whose
+    buffers are its own: the model, the random state and the TF32 flags stay as they were.
+
+    Raises:
+        UsageError: no data, data with NaN or Inf, or data that the model does not take.
+        StateError: finite data became NaN or infinite inside the model.
+    """
+    require_materialised(model)
+    _require_one_process()
+    run = structural_copy(model)
+    _own_buffers(run)
+    for module in run.modules():
+        module.training = False
+    layers = {name: run.get_submodule(name) for name in names}
+    for layer in layers.values():
+        layer.training = batch_statistics
+    device = next((t.device for t in (*run.parameters(), *run.buffers())), torch.device("cpu"))
+    watch = _Watch({id(layer): name for name, layer in layers.items()}, batch_statistics)
+    with random_state_kept(), exact_float32(), torch.no_grad(), watch.hooks():
+        for inputs in inputs_of(model, batches):
+            watch.batch += 1
+            if progress:
+                progress(f"batch {watch.batch}")
+            _require_finite(inputs, watch.batch)
+            _run_batch(run, inputs.to(device=device).map(torch.clone), watch)
+    if not watch.batch:
+        raise UsageError("the data holds no batch", next_step="pass at least one batch")
+    return Sweep(watch.seen, watch.batch)
+
+
+class _Watch(TorchFunctionMode):
+    """Sees every call of batch_norm, and which of the watched layers makes it.
+
+    The call and not the layer's own input is what counts: a subclass may permute or cast before it.
+    """
+
+    def __init__(self, names: dict[int, str], batch_statistics: bool) -> None:
+        super().__init__()
+        self.names = names
+        self.batch_statistics = batch_statistics
+        self.seen: dict[str, Seen] = {}
+        self.inside: list[str] = []
+        self.heard: set[str] = set()
+        self.batch = 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if self.inside and func in (nn.functional.batch_norm, torch.batch_norm):
+            self.heard.add(self.inside[-1])
+            self.collect(self.inside[-1], args[0] if args else kwargs["input"])
+        return func(*args, **(kwargs or {}))
+
+    def collect(self, name: str, values: Tensor) -> None:
+        where = f"{name or 'the model'}, batch {self.batch}"
+        if self.batch_statistics and values.dim() > 1 and values.numel() <= values.shape[1]:
+            raise UsageError(
+                "a batch gives the layer only one value for each channel, so it has no variance",
+                where=where,
+                next_step="use larger batches (--batch-size 2 or more)",
+            )
+        if not bool(torch.isfinite(values).all()):
+            raise StateError(
+                "the layer reads NaN or infinite values though the data is finite",
+                where=where,
+                next_step="look at the weights of the layers before it, or run the model in float32",
+            )
+        if name in self.seen:
+            self.seen[name].add(values)
+        else:
+            self.seen[name] = Seen(Moments.of(values), dtype=values.dtype)
+
+    @contextlib.contextmanager
+    def hooks(self) -> Iterator[None]:
+        before = register_module_forward_pre_hook(self.enter)
+        after = register_module_forward_hook(self.leave)
+        try:
+            yield
+        finally:
+            before.remove()
+            after.remove()
+
+    def enter(self, module: nn.Module, _: Any) -> None:
+        if id(module) in self.names:
+            self.inside.append(self.names[id(module)])
+            self.heard.discard(self.names[id(module)])
+
+    def leave(self, module: nn.Module, *_: Any) -> None:
+        if id(module) not in self.names:
+            return
+        name = self.inside.pop()
+        if name not in self.heard:
+            raise UsageError(
+                f"the layer ({type(module).__name__}) is a BatchNorm that normalises in a way of its own",
+                where=name,
+                next_step="its statistics can only be had by training it",
+            )
+
+
+def _run_batch(run: nn.Module, inputs: Inputs, watch: _Watch) -> None:
+    try:
+        with watch:
+            run(*inputs.args, **dict(inputs.kwargs))
+    except BntoolError:
+        raise
+    except Exception as error:
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise UsageError(
+            f"the model failed on a batch of {inputs.shapes()}: {lines[0]}",
+            where=f"batch {watch.batch}" + (f", {watch.inside[-1]}" if watch.inside else ""),
+            next_step="give data of the shape and type that the model takes",
+        ) from error
+
+
+def _require_finite(inputs: Inputs, batch: int) -> None:
+    tensors = inputs.tensors()
+    if not any(t.numel() for t in tensors.values()):
+        raise UsageError("a batch holds no data", where=f"batch {batch}", next_step="leave empty batches out")
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise UsageError(
+                "the data holds NaN or infinite values",
+                where=f"batch {batch}, {name}",
+                next_step="clean the data: one such value spoils every statistic",
+            )
+
+
+def _require_one_process() -> None:
+    distributed = torch.distributed
+    if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
+        raise UsageError(
+            "statistics are measured in one process, and this is one of several",
+            next_step="calibrate before torch.distributed.init_process_group, on all the data",
+        )
+
+
+def _own_buffers(model: nn.Module) -> None:
+    """Buffers of the copy's own, so that a forward that writes to them does not reach the original."""
+    made: dict[int, Tensor] = {}
+    for module in model.modules():
+        for name, tensor in module._buffers.items():
+            if tensor is not None:
+                module._buffers[name] = made.setdefault(id(tensor), tensor.clone())
