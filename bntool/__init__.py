@@ -23,6 +23,8 @@ if TYPE_CHECKING:
         summary,
         verify,
     )
+    from bntool.batches import open_batches
+    from bntool.calibrating import CalibrationResult, calibrate
     from bntool.errors import (
         BntoolError,
         CheckFailed,
@@ -45,6 +47,8 @@ if TYPE_CHECKING:
 _HOMES = {
     "api": """apply convert_state_dict export_onnx fold insert plan_fold plan_insert read_plan summary
         verify""",
+    "batches": "open_batches",
+    "calibrating": "CalibrationResult calibrate",
     "errors": """BntoolError CheckFailed DeviceError ExportError LoadError NothingToDo ObserveError PlanError
         StateError UsageError""",
     "files.loading": "Loaded load",
@@ -58,6 +62,7 @@ _HOME_OF = {name: home for home, names in _HOMES.items() for name in names.split
 
 __all__ = [
     "BntoolError",
+    "CalibrationResult",
     "Check",
     "CheckFailed",
     "Comparison",
@@ -80,11 +85,13 @@ __all__ = [
     "UsageError",
     "__version__",
     "apply",
+    "calibrate",
     "convert_state_dict",
     "export_onnx",
     "fold",
     "insert",
     "load",
+    "open_batches",
     "plan_fold",
     "plan_insert",
     "read_plan",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import inspect
 import itertools
@@ -14,12 +15,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from bntool.errors import BntoolError, InvariantError, LoadError, UsageError
+from bntool.arrays import KINDS, arrays_in, axes_fit, chosen_arrays, shape_text
+from bntool.errors import BntoolError, LoadError, UsageError
 from bntool.files.scripts import import_path, import_script, running_user_code
 from bntool.images import Preparation, find_images, image_batch
-from bntool.inputs import Inputs, map_tensors
-
-_KINDS = "an .npy, .npz or .pt file, a folder of images, or pkg.mod:loader"
+from bntool.inputs import Inputs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,10 +59,10 @@ def open_batches(
             raise UsageError(f"the {name} is {value}", next_step="it must be at least 1")
     if isinstance(source, str | os.PathLike):
         text = os.fspath(source)
-        make = _from_path(text, batch_size, like, Preparation.of(like, mean, std))
+        make = _from_path(text, batch_size, like, Preparation(like, mean, std))
     else:
         text = type(source).__name__
-        make = _from_iterable(source, text, like)
+        make = _from_iterable(source, text, like, named=False)
     return Batches(lambda: itertools.islice(make(), limit), text)
 
 
@@ -104,16 +104,12 @@ def _as_inputs(item: Any, needed: int) -> Inputs:
     if isinstance(item, Mapping):
         return Inputs((), dict(item))
     if isinstance(item, tuple | list) and len(item) >= needed:
-        return Inputs(tuple(map_tensors(part, _same) for part in item[:needed]))
+        return Inputs(tuple(item[:needed]))
     held = f" of {len(item)}" if isinstance(item, tuple | list) else ""
     raise UsageError(
         f"a batch is a {type(item).__name__}{held}, and the model takes {needed} inputs",
         next_step="give tensors, (input, target) tuples, or mappings of keyword inputs",
     )
-
-
-def _same(tensor: Tensor) -> Tensor:
-    return tensor
 
 
 # -- sources -------------------------------------------------------------------------------------------------
@@ -125,44 +121,53 @@ def _from_path(
     path = Path(text)
     if path.is_dir():
         files = find_images(path)
-        bounds = _bounds(len(files), batch_size)
-        preparation.require_size()
-        return lambda: (
-            fitted(Inputs((image_batch(files[a:b], preparation),)), like, text) for a, b in bounds
-        )
+        ready = preparation.checked(text)
+        bounds = _bounds(len(files), batch_size, text)
+        return lambda: (fitted(Inputs((image_batch(files[a:b], ready),)), like, text) for a, b in bounds)
+    preparation.require_unused(text)
     if path.is_file():
-        arrays = _chosen(_arrays_in(path), like, text)
+        arrays = chosen_arrays(arrays_in(path), like, text)
         length = len(next(iter(arrays.values())))
         bounds = _bounds(length, batch_size, text)
-        _sliced(arrays, 0, min(length, 1), like, text)
+        _sliced(arrays, *bounds[0], like, text)
         return lambda: (_sliced(arrays, a, b, like, text) for a, b in bounds)
     head, colon, name = text.rpartition(":")
     if not colon or not name.isidentifier():
-        raise LoadError(f"no such data: {text}", next_step=f"give {_KINDS}")
+        raise LoadError(f"no such data: {text}", next_step=f"give {KINDS}")
     module = import_script(Path(head)) if head.endswith(".py") else import_path(head)
     if not hasattr(module, name):
         raise LoadError(f"{head} has no {name}", where=text, next_step="check the name of the loader")
-    return _from_iterable(getattr(module, name), text, like)
+    return _from_iterable(getattr(module, name), text, like, named=True)
 
 
-def _from_iterable(source: Any, text: str, like: Inputs | None) -> Callable[[], Iterator[Inputs]]:
+def _from_iterable(
+    source: Any, text: str, like: Inputs | None, *, named: bool
+) -> Callable[[], Iterator[Inputs]]:
+    """Batches from an iterable, or a function that returns one; a named one's prints stay off stdout."""
     needed = max(1, len(like.args)) if like is not None else 1
 
+    around: Any = _as_user_code if named else contextlib.nullcontext
+
     def make() -> Iterator[Inputs]:
-        with running_user_code(Path.cwd(), first=False):
+        with around():
             found = _called(source, text)
-            while True:
-                try:
+        while True:
+            try:
+                with around():
                     item = next(found)
-                except StopIteration:
-                    return
-                except BntoolError:
-                    raise
-                except Exception as error:
-                    raise _loader_failed(text, error) from error
-                yield fitted(_as_inputs(item, needed), like, text)
+            except StopIteration:
+                return
+            except BntoolError:
+                raise
+            except Exception as error:
+                raise _loader_failed(text, error) from error
+            yield fitted(_as_inputs(item, needed), like, text)
 
     return make
+
+
+def _as_user_code() -> contextlib.AbstractContextManager[None]:
+    return running_user_code(Path.cwd(), first=False)
 
 
 def _called(source: Any, text: str) -> Iterator[Any]:
@@ -187,64 +192,11 @@ def _loader_failed(text: str, error: Exception) -> LoadError:
 def _bounds(length: int, batch_size: int, where: str = "") -> list[tuple[int, int]]:
     """Where each batch begins and ends; a last batch of one joins the one before."""
     if not length:
-        raise UsageError("the data holds no sample", where=where, next_step="give data with samples on axis 0")
+        raise UsageError("the data holds no sample", where=where, next_step="samples lie on axis 0")
     starts = list(range(0, length, batch_size))
-    if len(starts) > 1 and length - starts[-1] == 1:
+    if batch_size > 1 and len(starts) > 1 and length - starts[-1] == 1:
         starts.pop()
     return list(zip(starts, [*starts[1:], length], strict=True))
-
-
-def _arrays_in(path: Path) -> dict[str, Any]:
-    """Arrays or tensors by name. Nothing in the file is run."""
-    try:
-        if path.suffix == ".npy":
-            return {"input": np.load(path, mmap_mode="r", allow_pickle=False)}
-        if path.suffix == ".npz":
-            with np.load(path, allow_pickle=False) as held:
-                return {name: held[name] for name in held.files}
-        if path.suffix in (".pt", ".pth"):
-            return _tensors_in(torch.load(path, map_location="cpu", weights_only=True))
-    except Exception as error:
-        lines = str(error).strip().splitlines() or [""]
-        raise LoadError(
-            f"cannot read data from {path.name}: {lines[0]}",
-            where=str(path),
-            next_step="save plain arrays (numpy.save) or tensors (torch.save)",
-        ) from error
-    raise LoadError(f"{path.name} is no data that bntool reads", where=str(path), next_step=f"give {_KINDS}")
-
-
-def _tensors_in(held: Any) -> dict[str, Any]:
-    if isinstance(held, Tensor):
-        return {"input": held}
-    items: Iterable[tuple[Any, Any]] = held.items() if isinstance(held, Mapping) else ()
-    if isinstance(held, tuple | list):
-        items = enumerate(held)
-    return {str(name): value for name, value in items if isinstance(value, Tensor)}
-
-
-def _chosen(arrays: dict[str, Any], like: Inputs | None, where: str) -> dict[str, Any]:
-    """The arrays that are the model's inputs, by the names of `like`."""
-    arrays = {name: array for name, array in arrays.items() if array.ndim}
-    if not arrays:
-        raise UsageError("the file holds no array of samples", where=where, next_step=f"give {_KINDS}")
-    wanted = like.tensors() if like is not None else {}
-    if wanted and set(wanted) <= set(arrays):
-        return {name: arrays[name] for name in wanted}
-    if len(arrays) == 1 and len(wanted) < 2:
-        return arrays
-    if len(wanted) == 1:
-        (tensor,) = wanted.values()
-        fitting = [name for name, array in arrays.items() if _axes_fit(array.shape, tensor.shape)]
-        if len(fitting) == 1:
-            return {"input": arrays[fitting[0]]}
-    shapes = ", ".join(f"{name} {_text(array.shape)}" for name, array in arrays.items())
-    expected = f"takes {like.shapes()}" if like is not None else "takes one"
-    raise UsageError(
-        f"the file holds several arrays ({shapes}), and the model {expected}",
-        where=where,
-        next_step=f"name them {', '.join(wanted) or 'input'}",
-    )
 
 
 def _sliced(arrays: dict[str, Any], start: int, stop: int, like: Inputs | None, where: str) -> Inputs:
@@ -282,13 +234,13 @@ def fitted(inputs: Inputs, like: Inputs | None, where: str) -> Inputs:
             where=where,
             next_step="give as many tensors as the model takes inputs",
         )
-    types: list[torch.dtype] = []
     for tensor, example in zip(given.values(), wanted.values(), strict=True):
-        if not _axes_fit(tensor.shape, example.shape):
+        if not axes_fit(tensor.shape, example):
+            shapes = shape_text(tensor.shape), shape_text(example.shape)
             raise UsageError(
-                f"the data has batches of {_text(tensor.shape)}, and the model takes {_text(example.shape)}",
+                f"the data has batches of {shapes[0]}, and the model takes {shapes[1]}",
                 where=where,
-                next_step="samples lie on axis 0; name the model's input with --input if it was guessed wrongly",
+                next_step="samples lie on axis 0; --input names the model's input if it was guessed wrongly",
             )
         if tensor.is_floating_point() != example.is_floating_point():
             raise UsageError(
@@ -296,30 +248,8 @@ def fitted(inputs: Inputs, like: Inputs | None, where: str) -> Inputs:
                 where=where,
                 next_step="convert it the way the training did (images: astype('float32') / 255, mean, std)",
             )
-        types.append(example.dtype)
-    following = iter(types)
-    moved = inputs.map(lambda tensor: tensor.to(next(following)))
-    if next(following, None) is not None:
-        raise InvariantError("a batch was walked in two orders")
-    return moved
-
-
-def _axes_fit(shape: Sequence[int], example: Sequence[int]) -> bool:
-    """Equally many axes, and equally many channels where there is a channel axis with something after it.
-
-    Height, width and length may differ: convolutional networks take many.
-    """
-    if len(shape) != len(example):
-        return False
-    return len(shape) < 2 or shape[1] == example[1] or _is_sequence(example)
-
-
-def _is_sequence(example: Sequence[int]) -> bool:
-    return False and bool(example)
-
-
-def _text(shape: Sequence[int]) -> str:
-    return "x".join(map(str, shape)) or "scalar"
+    dtype = next((t.dtype for t in wanted.values() if t.is_floating_point()), None)
+    return inputs.to(dtype=dtype)
 
 
 def _type(tensor: Tensor) -> str:

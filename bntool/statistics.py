@@ -116,8 +116,9 @@ def _require_good(name: str, mean: Tensor, variance: Tensor, dtype: torch.dtype)
     shown += ", …" if len(channels) > _SHOWN_CHANNELS else ""
     narrow = bool(torch.isfinite(variance).all()) and not bool((variance < 0).any())
     kind = str(dtype).removeprefix("torch.")
+    trouble = f"do not fit {kind}" if narrow else "are negative or not finite"
     raise StateError(
-        f"statistics that {f'do not fit {kind}' if narrow else 'are negative or not finite'}, channel {shown}",
+        f"the statistics {trouble}, channel {shown}",
         where=name,
         next_step="convert the model to float32 first" if narrow else "calibrate with reset=True",
     )
@@ -125,7 +126,7 @@ def _require_good(name: str, mean: Tensor, variance: Tensor, dtype: torch.dtype)
 
 def _name_of(model: nn.Module, layer: str | nn.Module) -> str:
     for name, module in model.named_modules(remove_duplicate=False):
-        if module is layer or name == layer:
-            return name
+        if module is layer or (isinstance(layer, str) and name == layer):
+            return str(name)
     shown = layer if isinstance(layer, str) else type(layer).__name__
     raise UsageError(f"the model has no layer {shown}", next_step="name a layer of model.named_modules()")

@@ -22,6 +22,7 @@ _COMMANDS = {
     "fold": "Fold BatchNorm into the weights; export and verify.",
     "export": "Write a model as ONNX and verify it.",
     "verify": "Compare two models, or a model and an ONNX file.",
+    "calibrate": "Recompute running statistics from data.",
     "explain": "What a reason code means, and what to do.",
     "doctor": "What this machine can run, found out by trying.",
     "demo": "The three lines on the sample network.",
@@ -103,7 +104,7 @@ def run(args: Sequence[str] | None = None) -> int:
 
 
 def _run(argv: list[str], as_json: bool, debug: bool) -> int:
-    fail = _speaker(as_json)
+    fail = _speaker(as_json, _help_for(argv))
     try:
         result: Any = cli.main(args=argv, prog_name="bntool", standalone_mode=False)
         return result if isinstance(result, int) else 0
@@ -138,10 +139,16 @@ def _run(argv: list[str], as_json: bool, debug: bool) -> int:
         return _bug(error, as_json)
 
 
-def _speaker(as_json: bool) -> Callable[[BntoolError], int]:
+def _help_for(argv: list[str]) -> str:
+    command = next((word for word in argv if word in _COMMANDS), "")
+    return " ".join(filter(None, ("bntool", command, "--help")))
+
+
+def _speaker(as_json: bool, help_line: str) -> Callable[[BntoolError], int]:
     """How an error is told: what, where and what to do next. Returns the exit code."""
 
     def fail(error: BntoolError) -> int:
+        error.next_step = error.next_step or help_line
         if as_json:
             emit_error(error.status, error.to_dict())
         else:

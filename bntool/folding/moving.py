@@ -15,6 +15,8 @@ from bntool.reasons import Reason
 
 _MAX_ATTEMPTS = 16
 """How many ways to hand out shifts among summed branches are tried for one BatchNorm."""
+_PARTIAL = frozenset({"slice", "select"})
+"""Readers that look at a part of a value only, and let the rest become anything."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,11 +85,16 @@ class Mover:
         """Turn demands on the BatchNorm's inputs into demands on ever earlier values."""
         demands: dict[int, dict[tuple[int, str], Affine]] = {}
         heap: list[int] = []
+        last = max(op.id for op in norm.ops)
 
         def demand(value: Value, edge: tuple[int, str], affine: Affine) -> None:
             if value.producer is None:
                 what = "a constant" if value.constant else "the model's input"
                 raise Refused(Reason.REACHES_INPUT, f"it is read straight from {what}")
+            for reader, _ in value.readers:
+                # what runs after the BatchNorm asks for nothing: no need to go on to find that out
+                if reader > last and self.graph.ops[reader].kind not in _PARTIAL:
+                    raise self._read_elsewhere(value, reader)
             if value.id not in demands:
                 demands[value.id] = {}
             if -value.producer not in heap:
@@ -123,7 +130,7 @@ class Mover:
                 readers.append(asked[edge])
                 continue
             op, role = self.graph.ops[edge[0]], edge[1]
-            if op.kind in ("slice", "select") and role == "input":
+            if op.kind in _PARTIAL and role == "input":
                 untouched = identity(len(self.graph.output(op).shape))
                 readers.append(LAWS[op.kind][0](self, op, [untouched])["input"])
             else:
@@ -132,15 +139,18 @@ class Mover:
         for index, other in enumerate(readers[1:], 1):
             joined = merge(agreed, other)
             if joined is None:
-                reader = self.graph.ops[value.readers[index][0]]
-                if value.readers[index] in asked:
-                    reader = self.graph.ops[value.readers[0][0]]
-                producer = self.graph.producer(value)
-                what = producer.label if producer else "the value"
-                raise Refused(Reason.OUTPUT_USED_ELSEWHERE, f"{what} is also read by {reader.label}")
+                edge = value.readers[0] if value.readers[index] in asked else value.readers[index]
+                raise self._read_elsewhere(value, edge[0])
             agreed = joined
         self._require_free(value)
         return agreed
+
+    def _read_elsewhere(self, value: Value, reader: int) -> Refused:
+        producer = self.graph.producer(value)
+        what = producer.label if producer else "the value"
+        return Refused(
+            Reason.OUTPUT_USED_ELSEWHERE, f"{what} is also read by {self.graph.ops[reader].label}"
+        )
 
     def _downstream(self, norm: Norm, maps: dict[int, Affine], way: Way) -> None:
         """Carry the map over the BatchNorm's outputs on through every reader."""

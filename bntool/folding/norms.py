@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -89,16 +90,14 @@ def _read_affine(norm: Norm, op: Op, graph: Graph, norm_of: dict[int, Norm]) -> 
             if other is None or other.name not in graph.modules:
                 what = graph.ops[reader].label
                 return Refused(Reason.WEIGHT_SHARED, f"{what} reads its {role} too")
-        bad = _first_bad(tensor, "negative" if role == "running_var" else "")
-        if bad:
-            return Refused(Reason.BAD_STATISTICS, f"{role} {bad}")
     mean, variance = tensors["running_mean"], tensors["running_var"]
     assert mean is not None and variance is not None
-    if bool((variance.double() + op.attrs["eps"] <= 0).any()):
-        return Refused(Reason.BAD_STATISTICS, "running_var + eps is zero")
     scale, shift = batch_norm_affine(
         tensors.get("weight"), tensors.get("bias"), mean, variance, op.attrs["eps"]
     )
+    least, largest = torch.aminmax(variance.detach())
+    if not (bool(torch.isfinite(scale + shift).all()) and 0 <= float(least) <= float(largest) < math.inf):
+        return Refused(Reason.BAD_STATISTICS, _what_is_bad(tensors))
     norm.affine = Affine(scale, shift, ("bn", norm.name))
     return None
 
@@ -107,14 +106,17 @@ def _matches(name: str, patterns: Iterable[str]) -> bool:
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 
-def _first_bad(tensor: Tensor, extra: str) -> str:
-    """What is wrong with a statistic, and at which channel; empty where nothing is."""
-    tensor = tensor.detach()
-    finite = torch.isfinite(tensor)
-    if not bool(finite.all()):
-        channel = int((~finite).nonzero()[0])
-        return f"is {float(tensor[channel])} at channel {channel}"
-    if extra == "negative" and bool((tensor < 0).any()):
-        channel = int((tensor < 0).nonzero()[0])
-        return f"is {float(tensor[channel]):g} (negative) at channel {channel}"
-    return ""
+def _what_is_bad(tensors: Mapping[str, Tensor | None]) -> str:
+    """The first tensor that holds what no BatchNorm may hold, and at which channel."""
+    for role, tensor in tensors.items():
+        if tensor is None:
+            continue
+        odd = ~torch.isfinite(tensor.detach())
+        if role == "running_var":
+            odd |= tensor.detach() < 0
+        if bool(odd.any()):
+            channel = int(odd.nonzero()[0])
+            number = float(tensor.detach()[channel])
+            negative = " (negative)" if number < 0 else ""
+            return f"{role} is {number:g}{negative} at channel {channel}"
+    return "running_var + eps is zero"

@@ -8,6 +8,8 @@ surgery starts from one, so that only the layers that change get new tensors.
 from __future__ import annotations
 
 import copy
+import functools
+from collections import OrderedDict
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,6 +18,7 @@ from torch import Tensor, nn
 
 from bntool.errors import ObserveError
 
+_EMPTY = (dict, set, list, OrderedDict)
 _FLAT = (int, float, str, bool, bytes, type(None), torch.dtype, torch.device, torch.Size, type)
 
 
@@ -30,10 +33,14 @@ def structural_copy(model: nn.Module) -> nn.Module:
     """
     memo: dict[int, Any] = {}
     modules = list(model.modules())
-    plain = [m for m in modules if _is_plain(m)]
+    plain = [m for m in modules if _is_plain_class(type(m))]
     for module in modules:
-        for tensor in (*own_tensors(module), *_made_by_autograd(tuple(module.__dict__.values()))):
+        for tensor in own_tensors(module):
             memo[id(tensor)] = tensor
+        for value in module.__dict__.values():
+            if isinstance(value, dict | list | tuple | set) and value:
+                for tensor in _made_by_autograd(value):
+                    memo[id(tensor)] = tensor
     for module in plain:
         memo[id(module)] = object.__new__(type(module))
     for module in plain:
@@ -41,13 +48,12 @@ def structural_copy(model: nn.Module) -> nn.Module:
     return _copied_module(model, memo)
 
 
-def _is_plain(module: nn.Module) -> bool:
+@functools.cache
+def _is_plain_class(cls: type[nn.Module]) -> bool:
     """Whether the class leaves copying to Python, so that copying its `__dict__` copies it all."""
-    cls = type(module)
     custom = ("__deepcopy__", "__copy__", "__reduce__", "__reduce_ex__", "__getstate__")
-    return not any(
-        getattr(cls, name, None) is not getattr(nn.Module, name, None) for name in custom
-    ) and not isinstance(module, torch.jit.ScriptModule)
+    kept = all(getattr(cls, name, None) is getattr(nn.Module, name, None) for name in custom)
+    return kept and not issubclass(cls, torch.jit.ScriptModule)
 
 
 def _copied_state(module: nn.Module, memo: dict[int, Any]) -> dict[str, Any]:
@@ -61,8 +67,8 @@ def _copied_state(module: nn.Module, memo: dict[int, Any]) -> dict[str, Any]:
             }
         elif isinstance(value, _FLAT) or (isinstance(value, tuple) and all(type(v) in _FLAT for v in value)):
             state[key] = value
-        elif isinstance(value, dict | set) and not value:
-            state[key] = value.copy()
+        elif type(value) in _EMPTY and not value:
+            state[key] = type(value)()
         else:
             try:
                 state[key] = copy.deepcopy(value, memo)
@@ -100,7 +106,8 @@ def _made_by_autograd(value: Any) -> Iterator[Tensor]:
         if not value.is_leaf:
             yield value
     elif isinstance(value, dict):
-        yield from _made_by_autograd(tuple(value.values()))
+        yield from _made_by_autograd(list(value.values()))
     elif isinstance(value, list | tuple | set):
         for item in value:
-            yield from _made_by_autograd(item)
+            if not isinstance(item, _FLAT):
+                yield from _made_by_autograd(item)

@@ -161,7 +161,6 @@ class _Recorder:
         self._register_tensors(run)
 
     def _register_modules(self, original: nn.Module, run: nn.Module) -> None:
-        modes = {name: m.training for name, m in original.named_modules(remove_duplicate=False)}
         for name, module in run.named_modules(remove_duplicate=False):
             if id(module) in self.names:
                 self.graph.aliases.setdefault(self.names[id(module)], []).append(name)
@@ -175,7 +174,7 @@ class _Recorder:
                 own_tensors=len(module._parameters) + len(module._buffers),
                 plain_bias=uses_plain_bias(type(module)) and "forward" not in vars(module),
                 hooked=any(getattr(module, hooks, None) for hooks in _HOOKS),
-                left_in_train=modes.get(name, False) and not original.training,
+                left_in_train=module.training and not original.training,
             )
 
     def _register_tensors(self, run: nn.Module) -> None:

@@ -9,7 +9,7 @@ from bntool.affine import Pair
 from bntool.laws.taking import bias_from_input_shift, rows
 from bntool.plan import Edit
 
-_CHUNK = 1 << 17
+_CHUNK = 1 << 18
 """Elements of a weight worked on at a time, so that the float64 copy stays in the cache."""
 
 

@@ -1,0 +1,84 @@
+"""Files of arrays and tensors: read without running anything, and told apart by what fits the model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bntool.errors import LoadError, UsageError
+from bntool.inputs import Inputs
+
+KINDS = "an .npy, .npz or .pt file, a folder of images, or pkg.mod:loader"
+
+
+def arrays_in(path: Path) -> dict[str, Any]:
+    """Arrays or tensors by name. Nothing in the file is run."""
+    try:
+        if path.suffix == ".npy":
+            return {"input": np.load(path, mmap_mode="r", allow_pickle=False)}
+        if path.suffix == ".npz":
+            with np.load(path, allow_pickle=False) as held:
+                return {name: held[name] for name in held.files}
+        if path.suffix in (".pt", ".pth"):
+            return _tensors_in(torch.load(path, map_location="cpu", weights_only=True))
+    except Exception as error:
+        lines = str(error).strip().splitlines() or [""]
+        raise LoadError(
+            f"cannot read data from {path.name}: {lines[0]}",
+            where=str(path),
+            next_step="save plain arrays (numpy.save) or tensors (torch.save)",
+        ) from error
+    raise LoadError(f"{path.name} is no data that bntool reads", where=str(path), next_step=f"give {KINDS}")
+
+
+def _tensors_in(held: Any) -> dict[str, Any]:
+    if isinstance(held, Tensor):
+        return {"input": held}
+    items: Iterable[tuple[Any, Any]] = held.items() if isinstance(held, Mapping) else ()
+    if isinstance(held, tuple | list):
+        items = enumerate(held)
+    return {str(name): value for name, value in items if isinstance(value, Tensor)}
+
+
+def chosen_arrays(arrays: dict[str, Any], like: Inputs | None, where: str) -> dict[str, Any]:
+    """The arrays that are the model's inputs, by the names of `like`."""
+    arrays = {name: array for name, array in arrays.items() if array.ndim}
+    if not arrays:
+        raise UsageError("the file holds no array of samples", where=where, next_step=f"give {KINDS}")
+    wanted = like.tensors() if like is not None else {}
+    if wanted and set(wanted) <= set(arrays):
+        return {name: arrays[name] for name in wanted}
+    if len(arrays) == 1 and len(wanted) < 2:
+        return arrays
+    if len(wanted) == 1:
+        (tensor,) = wanted.values()
+        fitting = [name for name, array in arrays.items() if axes_fit(array.shape, tensor)]
+        if len(fitting) == 1:
+            return {"input": arrays[fitting[0]]}
+    shapes = ", ".join(f"{name} {shape_text(array.shape)}" for name, array in arrays.items())
+    expected = f"takes {like.shapes()}" if like is not None else "takes one"
+    raise UsageError(
+        f"the file holds several arrays ({shapes}), and the model {expected}",
+        where=where,
+        next_step=f"name them {', '.join(wanted) or 'input'}",
+    )
+
+
+def axes_fit(shape: Sequence[int], example: Tensor) -> bool:
+    """Equally many axes, and equally many channels.
+
+    Height, width and length may differ, and the length of a sequence of tokens: networks take many.
+    """
+    if len(shape) != example.dim():
+        return False
+    tokens = not example.is_floating_point()
+    return len(shape) < 2 or tokens or shape[1] == example.shape[1]
+
+
+def shape_text(shape: Sequence[int]) -> str:
+    return "x".join(map(str, shape)) or "scalar"

@@ -1,0 +1,138 @@
+"""What of an ONNX graph is constant, and its numbers: initializers, Constant nodes, and ops on those."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import torch
+from onnx.reference import ReferenceEvaluator
+from torch import Tensor
+
+_FOLDABLE = frozenset(
+    """Identity Constant ConstantOfShape Shape Size Cast CastLike Transpose Expand Reshape Flatten Squeeze
+    Unsqueeze Concat Slice Split Gather Tile Pad Range Add Sub Mul Div Sum Sqrt Reciprocal Neg Abs Pow Exp Log
+    Max Min ReduceSum ReduceMean ReduceSumSquare ReduceL2 ReduceMax ReduceMin Where Equal""".split()
+)
+"""Ops that always give the same numbers for the same numbers, and have no body."""
+
+_NO_NUMPY = {"bfloat16": (np.int16, torch.bfloat16)}
+
+
+class Constants:
+    """The constant values of a graph, computed when they are asked for.
+
+    An initializer that is also a graph input is a default that the caller may replace, from IR version 4
+    on: it is no constant.
+    """
+
+    def __init__(self, model: ir.Model) -> None:
+        self.version = model.opset_imports.get("", 1)
+        self.replaceable: set[int] = set()
+        if (model.ir_version or 0) >= 4:
+            inputs = {id(v) for v in model.graph.inputs}
+            self.replaceable = {id(v) for v in model.graph.initializers.values() if id(v) in inputs}
+        self.known: dict[int, Any] = {}
+        self.ids = {
+            id(v)
+            for v in model.graph.initializers.values()
+            if v.const_value is not None and id(v) not in self.replaceable
+        }
+        for node in model.graph:
+            folds = node.domain in ("", "ai.onnx") and node.op_type in (*_FOLDABLE, "DequantizeLinear")
+            if folds and all(v is None or id(v) in self.ids for v in node.inputs):
+                self.ids.update(id(v) for v in node.outputs)
+
+    def __contains__(self, value: ir.Value | None) -> bool:
+        return value is not None and id(value) in self.ids
+
+    def array(self, value: ir.Value | None) -> Any:
+        """The numbers of a constant value as a numpy array; None where it is not constant or not known."""
+        if value is None or id(value) not in self.ids:
+            return None
+        if id(value) not in self.known:
+            if value.const_value is not None:
+                return value.const_value.numpy()
+            producer = value.producer()
+            assert producer is not None
+            self._compute(producer)
+        return self.known[id(value)]
+
+    def tensor(self, value: ir.Value | None) -> Tensor | None:
+        """The numbers as a torch tensor, which may share their memory: only to be read.
+
+        The integers behind a DequantizeLinear stand for its output, so that nobody takes it for a weight
+        that can be edited.
+        """
+        if value is not None and self.is_dequantized(value):
+            producer = value.producer()
+            value = producer.inputs[0] if producer is not None else None
+        array = self.array(value)
+        return None if array is None else to_torch(array)
+
+    def is_dequantized(self, value: ir.Value) -> bool:
+        producer = value.producer()
+        return id(value) in self.ids and producer is not None and producer.op_type == "DequantizeLinear"
+
+    def integers(self, value: ir.Value | None) -> list[int] | None:
+        array = self.array(value)
+        return None if array is None else [int(n) for n in np.asarray(array).reshape(-1)]
+
+    def _compute(self, node: ir.Node) -> None:
+        feed = {}
+        for value in node.inputs:
+            if value is not None:
+                array = self.array(value)
+                feed[str(value.name)] = array
+        results: list[Any] = [None] * len(node.outputs)
+        if all(array is not None for array in feed.values()) and node.op_type != "DequantizeLinear":
+            results = _evaluate(node, feed, self.version) or results
+        for value, result in zip(node.outputs, results, strict=True):
+            self.known[id(value)] = result
+
+
+def _evaluate(node: ir.Node, feed: dict[str, Any], version: int) -> list[Any] | None:
+    """One node by ONNX's own reference implementation."""
+    info = onnx.helper.make_tensor_value_info
+    outputs = [str(v.name) for v in node.outputs]
+    graph = onnx.helper.make_graph(
+        [ir.serde.serialize_node(node)],
+        "constant",
+        [info(name, onnx.TensorProto.FLOAT, None) for name in feed],
+        [info(name, onnx.TensorProto.FLOAT, None) for name in outputs],
+    )
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", version)])
+    try:
+        with warnings.catch_warnings(), np.errstate(all="ignore"):
+            warnings.simplefilter("ignore")
+            return [np.asarray(result) for result in ReferenceEvaluator(model).run(None, feed)]
+    except Exception:  # noqa: BLE001  whatever it cannot compute is a constant whose numbers are not known
+        return None
+
+
+def to_torch(array: Any) -> Tensor | None:
+    """A numpy array as a tensor on the same memory; None for types that torch does not have."""
+    array = np.ascontiguousarray(array).reshape(np.shape(array))
+    with warnings.catch_warnings():
+        # Files are mapped read-only, and these tensors are only read.
+        warnings.filterwarnings("ignore", message=".*not writable.*")
+        try:
+            if array.dtype.name in _NO_NUMPY:
+                bits, dtype = _NO_NUMPY[array.dtype.name]
+                return torch.from_numpy(array.view(bits)).view(dtype)
+            return torch.from_numpy(array)
+        except TypeError:
+            return None
+
+
+def to_onnx(tensor: Tensor, name: str) -> ir.Tensor:
+    """A torch tensor as an ONNX tensor of the same type."""
+    array: Any = tensor.detach().cpu().contiguous()
+    if array.dtype == torch.bfloat16:
+        import ml_dtypes
+
+        return ir.Tensor(array.view(torch.int16).numpy().view(ml_dtypes.bfloat16), name=name)
+    return ir.Tensor(array.numpy(), name=name)

@@ -1,0 +1,322 @@
+"""ONNX operators in bntool's words: a table from operator names to one or several neutral steps.
+
+An operator that is not in the table, or used in a way that its entry does not cover, keeps its own name as
+its kind: no law knows it, so nothing moves through it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import onnx_ir as ir
+
+from bntool.observe.onnx_constants import Constants
+from bntool.observe.onnx_shapes import DTYPES
+
+Shape = tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """One neutral op of a node: its kind, its attributes, and the shape of its result if more steps follow."""
+
+    kind: str
+    attrs: dict[str, Any]
+    shape: Shape = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Steps:
+    """What a node does: steps in turn; `reads` numbers the node's inputs that carry data."""
+
+    steps: tuple[Step, ...]
+    reads: tuple[int, ...] = (0,)
+
+
+class NodeView:
+    """A node with its attributes, constant inputs and shapes at hand."""
+
+    def __init__(
+        self, node: ir.Node, constants: Constants, shapes: Callable[[ir.Value | None], Shape | None]
+    ) -> None:
+        self.node = node
+        self.constants = constants
+        self.version = constants.version
+        self._shapes = shapes
+
+    def attr(self, name: str, default: Any = None) -> Any:
+        found = self.node.attributes.get(name)
+        if found is None:
+            return default
+        value = found.value
+        return tuple(value) if isinstance(value, list | tuple) else value
+
+    def input(self, index: int) -> ir.Value | None:
+        return self.node.inputs[index] if index < len(self.node.inputs) else None
+
+    def shape(self, index: int = 0) -> Shape | None:
+        return self._shapes(self.input(index))
+
+    def result(self, index: int = 0) -> Shape | None:
+        return self._shapes(self.node.outputs[index])
+
+    def integers(self, index: int, attribute: str) -> tuple[list[int] | None, bool]:
+        """A list given as an attribute or as a constant input: the list (None if absent), and if it is known."""
+        if attribute in self.node.attributes:
+            return list(self.attr(attribute)), True
+        value = self.input(index)
+        if value is None:
+            return None, True
+        numbers = self.constants.integers(value)
+        return numbers, numbers is not None
+
+    @property
+    def dims(self) -> int:
+        shape = self.shape()
+        return len(shape) - 2 if shape is not None else 0
+
+    def pads(self) -> tuple[int, ...] | str:
+        """The explicit padding, or `same` where the runtime works it out."""
+        mode = self.attr("auto_pad", "NOTSET")
+        if mode in ("SAME_UPPER", "SAME_LOWER"):
+            return "same"
+        if mode == "VALID":
+            return (0,) * self.dims
+        return tuple(self.attr("pads", (0,) * (2 * self.dims)))
+
+
+Translator = Callable[[NodeView], "Steps | None"]
+
+
+def translate(view: NodeView) -> Steps | None:
+    """The steps of a node; None where no law covers it."""
+    node = view.node
+    if node.domain not in ("", "ai.onnx"):
+        return None
+    translator = _TABLE.get(node.op_type)
+    return None if translator is None else translator(view)
+
+
+def _one(kind: str, **attrs: Any) -> Steps:
+    return Steps((Step(kind, attrs),))
+
+
+def _fixed(kind: str) -> Translator:
+    return lambda view: _one(kind)
+
+
+# -- shapes ---------------------------------------------------------------------------------------------
+
+
+def _transpose(view: NodeView) -> Steps | None:
+    shape = view.shape()
+    if shape is None:
+        return None
+    return _one("permute", dims=tuple(view.attr("perm", range(len(shape))[::-1])))
+
+
+def _slice(view: NodeView) -> Steps | None:
+    shape = view.shape()
+    starts, known_starts = view.integers(1, "starts")
+    ends, known_ends = view.integers(2, "ends")
+    axes, known_axes = view.integers(3, "axes")
+    steps, known_steps = view.integers(4, "steps")
+    if shape is None or starts is None or ends is None:
+        return None
+    axes = list(range(len(starts))) if axes is None else axes
+    steps = [1] * len(starts) if steps is None else steps
+    if not (known_starts and known_ends and known_axes and known_steps) or any(step < 1 for step in steps):
+        return None
+    made: list[Step] = []
+    for axis, start, stop, step in zip(axes, starts, ends, steps, strict=True):
+        axis %= len(shape)
+        length = len(range(*slice(start, stop, step).indices(shape[axis])))
+        shape = (*shape[:axis], length, *shape[axis + 1 :])
+        made.append(Step("slice", {"axis": axis, "start": start, "stop": stop, "step": step}, shape))
+    return Steps(tuple(made)) if made else _one("identity")
+
+
+def _gather(view: NodeView) -> Steps | None:
+    """A single index of an axis is a selection; anything more is not covered."""
+    index = view.constants.array(view.input(1))
+    if index is None or index.ndim or view.shape() is None:
+        return None
+    return _one("select", axis=view.attr("axis", 0), index=int(index))
+
+
+def _concat(view: NodeView) -> Steps:
+    return Steps((Step("concat", {"axis": view.attr("axis", 0)}),), tuple(range(len(view.node.inputs))))
+
+
+def _pixels(view: NodeView) -> Steps | None:
+    """DepthToSpace and SpaceToDepth as the reshapes and permutations by which ONNX defines them."""
+    shape = view.shape()
+    if shape is None or len(shape) != 4:
+        return None
+    b, c, h, w = shape
+    r = view.attr("blocksize")
+    if view.node.op_type == "SpaceToDepth":
+        middle, dims = (b, c, h // r, r, w // r, r), (0, 3, 5, 1, 2, 4)
+        whole = (b, c * r * r, h // r, w // r)
+    else:
+        if view.attr("mode", "DCR") == "CRD":
+            return _one("pixel_shuffle", factor=r)
+        middle, dims = (b, r, r, c // (r * r), h, w), (0, 3, 4, 1, 5, 2)
+        whole = (b, c // (r * r), h * r, w * r)
+    turned = tuple(middle[d] for d in dims)
+    return Steps(
+        (Step("reshape", {}, middle), Step("permute", {"dims": dims}, turned), Step("reshape", {}, whole))
+    )
+
+
+def _cast(view: NodeView) -> Steps | None:
+    return _one("identity") if view.attr("to") in DTYPES else None
+
+
+def _dropout(view: NodeView) -> Steps | None:
+    """In inference it hands its input on; a mask that is used says that somebody means training."""
+    if any(v.name and (v.uses() or v.is_graph_output()) for v in view.node.outputs[1:]):
+        return None
+    training = view.input(2)
+    if training is None:
+        return _one("identity")
+    known = view.constants.array(training)
+    return _one("identity") if known is not None and not bool(known) else None
+
+
+# -- sampling -------------------------------------------------------------------------------------------
+
+
+def _avg_pool(view: NodeView) -> Steps | None:
+    padding = view.pads()
+    padded = padding == "same" or any(padding)
+    # A window that ceil_mode lets hang over the edge may count what is not there.
+    padded = padded or bool(view.attr("ceil_mode", 0))
+    return _one(
+        "avg_pool",
+        dims=view.dims,
+        padding=(int(padded),) * view.dims,
+        count_include_pad=bool(view.attr("count_include_pad", 0)),
+        ceil_mode=bool(view.attr("ceil_mode", 0)),
+        divisor_override=None,
+    )
+
+
+def _max_pool(view: NodeView) -> Steps:
+    return _one("max_pool", dims=view.dims)
+
+
+def _global(kind: str) -> Translator:
+    return lambda view: _one(kind, axes=tuple(range(2, view.dims + 2)), keepdim=True)
+
+
+def _reduce(kind: str) -> Translator:
+    def translator(view: NodeView) -> Steps | None:
+        axes, known = view.integers(1, "axes")
+        if not known:
+            return None
+        if not axes and view.attr("noop_with_empty_axes", 0):
+            return _one("identity")
+        return _one(kind, axes=tuple(axes) if axes else None, keepdim=bool(view.attr("keepdims", 1)))
+
+    return translator
+
+
+def _resize(view: NodeView) -> Steps | None:
+    """Every output is a mean of inputs whose weights sum to one, unless it comes from beyond the image."""
+    source, target = view.shape(), view.result()
+    if source is None or target is None or source[:2] != target[:2]:
+        return None
+    outside = view.attr("coordinate_transformation_mode", "") == "tf_crop_and_resize"
+    if outside or view.attr("antialias", 0) or view.attr("mode", "nearest") not in ("nearest", "linear", "cubic"):
+        return None
+    return _one("upsample", dims=view.dims)
+
+
+_PAD_MODES = {"constant": "constant", "reflect": "reflect", "edge": "replicate", "wrap": "circular"}
+
+
+def _pad(view: NodeView) -> Steps | None:
+    shape = view.shape()
+    pads, known = view.integers(1, "pads")
+    axes, known_axes = view.integers(3, "")
+    mode = _PAD_MODES.get(view.attr("mode", "constant"))
+    if shape is None or pads is None or not known or not known_axes or mode is None:
+        return None
+    value = view.attr("value", 0.0)
+    if view.input(2) is not None:
+        number = view.constants.array(view.input(2))
+        if number is None:
+            return None
+        value = float(number.reshape(-1)[0])
+    rank = len(shape)
+    half = len(pads) // 2
+    before, after = [0] * rank, [0] * rank
+    for axis, first, last in zip(axes or range(rank), pads[:half], pads[half:], strict=True):
+        before[axis], after[axis] = first, last
+    paired = [n for axis in reversed(range(rank)) for n in (before[axis], after[axis])]
+    return _one("pad", mode=mode, pads=tuple(paired), value=float(value))
+
+
+# -- elementwise ----------------------------------------------------------------------------------------
+
+
+def _binary(kind: str) -> Translator:
+    def translator(view: NodeView) -> Steps | None:
+        if view.version < 7:
+            return None  # broadcast by rules of its own
+        return Steps((Step(kind, {"number": None, "alpha": 1.0}),), (0, 1))
+
+    return translator
+
+
+def _sum(view: NodeView) -> Steps | None:
+    count = len(view.node.inputs)
+    if count == 1:
+        return _one("identity")
+    return Steps((Step("add", {"number": None, "alpha": 1.0}),), (0, 1)) if count == 2 else None
+
+
+def _clip(view: NodeView) -> Steps | None:
+    low = view.attr("min") if view.version < 11 else view.constants.array(view.input(1))
+    high = view.attr("max") if view.version < 11 else view.input(2)
+    return _one("relu") if high is None and low is not None and float(low) == 0.0 else None
+
+
+_TABLE: dict[str, Translator] = {
+    **{name: _fixed("reshape") for name in ("Reshape", "Flatten", "Squeeze", "Unsqueeze")},
+    "Identity": _fixed("identity"),
+    "Cast": _cast,
+    "Dropout": _dropout,
+    "Transpose": _transpose,
+    "Slice": _slice,
+    "Gather": _gather,
+    "Split": lambda view: _one("split", axis=view.attr("axis", 0)),
+    "Concat": _concat,
+    "DepthToSpace": _pixels,
+    "SpaceToDepth": _pixels,
+    "AveragePool": _avg_pool,
+    "MaxPool": _max_pool,
+    "GlobalAveragePool": _global("mean"),
+    "GlobalMaxPool": _global("amax"),
+    "ReduceMean": _reduce("mean"),
+    "ReduceMax": _reduce("amax"),
+    "Resize": _resize,
+    "Upsample": _resize,
+    "Pad": _pad,
+    "Add": _binary("add"),
+    "Sub": _binary("sub"),
+    "Mul": _binary("mul"),
+    "Div": _binary("div"),
+    "Sum": _sum,
+    "Neg": lambda view: _one("mul", number=-1.0, alpha=1.0),
+    "Relu": _fixed("relu"),
+    "Clip": _clip,
+    "LeakyRelu": lambda view: _one("leaky_relu", slope=float(view.attr("alpha", 0.01))),
+    "PRelu": lambda view: Steps((Step("prelu", {}),), (0, 1)),
+}
+
+SHAPE_READERS = frozenset({"Shape", "Size"})
+"""Ops that read the shape of their input only: what it holds may change."""

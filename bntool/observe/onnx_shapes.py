@@ -1,0 +1,194 @@
+"""Concrete shapes for an ONNX graph, by ONNX's own shape inference with every open size fixed.
+
+A dynamic axis has no size, and laws need one. So each symbol is given a size that nothing else in the graph
+is likely to have, on a copy without weights. There are two sets of sizes: whoever plans with both, and gets
+the same plan, has not relied on a size that is not fixed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import onnx
+import onnx_ir as ir
+import torch
+
+_BATCH = (2, 3)
+_PRIMES = ((7, 11, 17, 23, 31), (13, 19, 29, 37, 41))
+"""Sizes of other open axes are 32 times a prime: halving and doubling them, as networks do, stays exact."""
+_UNKNOWN = (1_009, 5_003)
+"""Sizes that inference cannot tell are counted up from here, so that no two of them are taken for equal."""
+_SMALL = 1 << 10
+
+DTYPES = {
+    onnx.TensorProto.FLOAT: torch.float32,
+    onnx.TensorProto.DOUBLE: torch.float64,
+    onnx.TensorProto.FLOAT16: torch.float16,
+    onnx.TensorProto.BFLOAT16: torch.bfloat16,
+}
+"""The types that a fold can pass; every other type is named as ONNX names it."""
+
+
+@dataclasses.dataclass
+class Shapes:
+    """Shape and type of every value of the main graph, by name; `open` tells whether any size was made up."""
+
+    sizes: dict[str, tuple[int, ...]]
+    dtypes: dict[str, str]
+    open: bool
+
+
+def infer(model: ir.Model, which: int = 0) -> Shapes:
+    """Infer every shape under the first (0) or the second (1) set of sizes for the open axes."""
+    table = _Sizes(which)
+    skeleton = _skeleton(model, table)
+    inferred = _inferred(skeleton)
+    if _has_holes(inferred):
+        inferred = _inferred(_with_computed_shapes(skeleton))
+    shapes = Shapes({}, {}, False)
+    graph = inferred.graph
+    for info in (*graph.input, *graph.value_info, *graph.output):
+        _read(info, shapes, table)
+    for tensor in graph.initializer:
+        shapes.sizes[tensor.name] = tuple(tensor.dims)
+        shapes.dtypes[tensor.name] = dtype_name(tensor.data_type)
+    shapes.open = table.used
+    return shapes
+
+
+def dtype_name(code: int) -> str:
+    """`torch.float32` for the floating types that a fold can pass, else ONNX's own name."""
+    return str(DTYPES.get(code, onnx.TensorProto.DataType.Name(code).lower().replace("float", "small_float")))
+
+
+class _Sizes:
+    """The size of each open axis, the same for the same symbol."""
+
+    def __init__(self, which: int) -> None:
+        self.which = which
+        self.known: dict[str, int] = {}
+        self.others = 0
+        self.unknown = _UNKNOWN[which]
+        self.used = False
+
+    def of_input(self, symbol: str, axis: int) -> int:
+        self.used = True
+        if symbol in self.known:
+            return self.known[symbol]
+        batches = sum(size < 32 for size in self.known.values())
+        if axis == 0 and not batches:
+            size = _BATCH[self.which]
+        else:
+            primes = _PRIMES[self.which]
+            size = 32 * primes[self.others % len(primes)]
+            self.others += 1
+        if symbol:
+            self.known[symbol] = size
+        return size
+
+    def of_result(self, symbol: str) -> int:
+        self.used = True
+        if symbol and symbol in self.known:
+            return self.known[symbol]
+        self.unknown += 1
+        if symbol:
+            self.known[symbol] = self.unknown
+        return self.unknown
+
+
+def _skeleton(model: ir.Model, table: _Sizes) -> onnx.ModelProto:
+    """The model without its weights, and with its open input axes fixed."""
+    proto = onnx.ModelProto(ir_version=max(model.ir_version or 0, 4))
+    for domain, version in model.opset_imports.items():
+        proto.opset_import.append(onnx.helper.make_opsetid(domain, version))
+    for function in model.functions.values():
+        proto.functions.append(ir.serde.serialize_function(function))
+    graph = proto.graph
+    graph.name = model.graph.name or "graph"
+    for value in model.graph.inputs:
+        info = ir.serde.serialize_value(value)
+        if value.name not in model.graph.initializers:
+            for axis, dim in enumerate(info.type.tensor_type.shape.dim):
+                if not dim.HasField("dim_value"):
+                    dim.dim_value = table.of_input(dim.dim_param, axis)
+        graph.input.append(info)
+    inputs = {info.name for info in graph.input}
+    for name, value in model.graph.initializers.items():
+        tensor: Any = value.const_value
+        if tensor is not None and tensor.size <= _SMALL:
+            copy = ir.serde.serialize_tensor(ir.Tensor(tensor.numpy(), name=name, dtype=tensor.dtype))
+            graph.initializer.append(copy)
+        elif tensor is not None and name not in inputs:
+            graph.input.append(
+                onnx.helper.make_tensor_value_info(name, int(tensor.dtype), list(tensor.shape.numpy()))
+            )
+    for node in model.graph:
+        graph.node.append(ir.serde.serialize_node(node))
+        if node.domain not in ("", "ai.onnx"):
+            # Nobody can infer these, so what the file says of them is all there is.
+            graph.value_info.extend(_fixed(v, table) for v in node.outputs if v.name and v.shape is not None)
+    for value in model.graph.outputs:
+        info = ir.serde.serialize_value(value)
+        info.type.tensor_type.ClearField("shape")
+        graph.output.append(info)
+    return proto
+
+
+def _fixed(value: ir.Value, table: _Sizes) -> onnx.ValueInfoProto:
+    info = ir.serde.serialize_value(value)
+    for dim in info.type.tensor_type.shape.dim:
+        if not dim.HasField("dim_value") and dim.dim_param in table.known:
+            dim.dim_value = table.known[dim.dim_param]
+    return info
+
+
+def _inferred(skeleton: onnx.ModelProto) -> onnx.ModelProto:
+    try:
+        return onnx.shape_inference.infer_shapes(skeleton, data_prop=True)
+    except (onnx.shape_inference.InferenceError, ValueError, RuntimeError):
+        return skeleton
+
+
+def _has_holes(inferred: onnx.ModelProto) -> bool:
+    """Whether some result has an unknown size or none at all."""
+    known = {
+        info.name
+        for info in (*inferred.graph.value_info, *inferred.graph.output)
+        if info.type.tensor_type.HasField("shape")
+        and all(dim.HasField("dim_value") for dim in info.type.tensor_type.shape.dim)
+    }
+    return any(
+        name and name not in known
+        for node in inferred.graph.node
+        if node.op_type != "Constant"
+        for name in node.output
+    )
+
+
+def _with_computed_shapes(skeleton: onnx.ModelProto) -> onnx.ModelProto:
+    """The skeleton with arithmetic on sizes carried out, which ONNX's own inference does only in part."""
+    from onnxscript.optimizer import fold_constants
+
+    try:
+        model = ir.from_proto(skeleton)
+        fold_constants(model, onnx_shape_inference=True)
+        computed = ir.to_proto(model)
+    except Exception:  # noqa: BLE001  a help only: without it some sizes stay unknown, and nothing moves there
+        return skeleton
+    wanted = {name for node in skeleton.graph.node for name in node.output}
+    infos = [info for info in computed.graph.value_info if info.name in wanted]
+    del computed.graph.value_info[:]
+    computed.graph.value_info.extend(infos)
+    return computed
+
+
+def _read(info: onnx.ValueInfoProto, shapes: Shapes, table: _Sizes) -> None:
+    tensor = info.type.tensor_type
+    if tensor.elem_type:
+        shapes.dtypes[info.name] = dtype_name(tensor.elem_type)
+    if tensor.HasField("shape"):
+        shapes.sizes[info.name] = tuple(
+            dim.dim_value if dim.HasField("dim_value") else table.of_result(dim.dim_param)
+            for dim in tensor.shape.dim
+        )

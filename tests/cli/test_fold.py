@@ -1,0 +1,200 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from bntool import api
+from tests.cli import nets
+from tests.cli.conftest import Said, Shell, contents
+
+
+def test_the_document(bntool: Shell) -> None:
+    nets.save(nets.normalised(), "model.pt")
+    said = bntool("fold", "model.pt", *nets.INPUT, "--export", "onnx", "--json")
+    document = said.document
+    assert (said.code, said.err, document["status"]) == (0, "", "ok")
+    assert (document["output"], document["onnx"]) == ("model_folded.pt", "model_folded.onnx")
+    assert Path("model_folded.onnx").stat().st_size > 0
+    assert (document["bn_total"], document["bn_folded"], document["skips"]) == (2, 2, [])
+    assert [(site["bn"], site["into"]) for site in document["sites"]] == [("1", ["0"]), ("4", ["3"])]
+    assert all(site["laws"] for site in document["sites"])
+    keys = {"stage", "device", "provider", "passed", "max_abs", "relative", "noise_floor", "ratio"}
+    assert all(keys <= set(check) for check in document["checks"])
+    stages = [(check["stage"], check["precision"]) for check in document["checks"]]
+    assert stages == [("fold", ""), ("fold", "float64"), ("export", ""), ("runtime", "")]
+    assert all(check["passed"] and check["device"] for check in document["checks"])
+
+
+def test_the_delta_is_a_recount_of_the_files(bntool: Shell) -> None:
+    nets.save(nets.normalised(), "model.pt")
+    delta = bntool("fold", "model.pt", *nets.INPUT, "--json").document["parameters"]["delta"]
+    before, after = nets.counted("model.pt"), nets.counted("model_folded.pt")
+    assert (delta["trainable"], delta["buffers"]) == (after[0] - before[0], after[1] - before[1])
+    # The first convolution had no bias: it gets one of four values.
+    assert delta["conv_bias"] == 4
+
+
+def test_what_is_kept_has_a_reason(bntool: Shell, refused: Shell) -> None:
+    nets.save(nets.partly_foldable(), "model.pt")
+    refused("fold", "model.pt", "--require-all", code=4, says="bntool explain ")
+    document = refused("fold", "model.pt", "--require-all", "--json", code=4).document
+    assert document["status"] == "nothing-to-do"
+    assert [skip["bn"] for skip in document["skips"]] == ["3"]
+    said = bntool("fold", "model.pt")
+    assert said.code == 0
+    assert "kept: 3 [" in said.out
+    assert "1 of 2 BatchNorm layers folded" in said.out
+
+
+def test_twice_in_a_row_there_is_nothing_left(bntool: Shell, refused: Shell) -> None:
+    nets.save(nets.normalised(), "model.pt")
+    assert bntool("fold", "model.pt", *nets.INPUT).code == 0
+    refused("fold", code=4, says="the model has no BatchNorm")
+    assert bntool("fold", "--json").document["status"] == "nothing-to-do"
+
+
+def test_a_model_without_batchnorm(refused: Shell) -> None:
+    nets.save(nets.plain(), "model.pt")
+    refused("fold", "model.pt", code=4, says="bntool export model.pt")
+
+
+def test_patterns_that_leave_everything_out(refused: Shell) -> None:
+    nets.save(nets.normalised(), "model.pt")
+    refused("fold", "model.pt", "--include", "features.*", code=4, says="leave out all 2")
+
+
+@pytest.mark.parametrize(
+    ("index", "channel", "value"), [(1, 2, float("nan")), (4, 0, -1.0), (1, 3, float("inf"))]
+)
+def test_bad_statistics_are_named(refused: Shell, index: int, channel: int, value: float) -> None:
+    model = nets.normalised()
+    model[index].running_var[channel] = value
+    nets.save(model, "model.pt")
+    for form in ([], ["--json"]):
+        said = refused("fold", "model.pt", "--export", "onnx", *form, code=7, says=f"BatchNorm {index} ")
+        assert f"channel {channel}" in (said.err or said.out)
+    assert refused("fold", "model.pt", "--json", code=7).document["status"] == "bad-state"
+
+
+def test_bad_statistics_can_be_left_out(bntool: Shell) -> None:
+    model = nets.normalised()
+    model[4].running_var[0] = float("nan")
+    nets.save(model, "model.pt")
+    said = bntool("fold", "model.pt", "--exclude", "4", "--check", "none", "--json")
+    assert said.code == 0
+    assert said.document["bn_folded"] == 1
+
+
+def test_an_output_of_nothing_but_nan_proves_nothing(refused: Shell) -> None:
+    model = nets.normalised()
+    nn.init.constant_(model[0].weight, float("nan"))
+    nets.save(model, "model.pt")
+    refused("fold", "model.pt", *nets.INPUT, code=7, says="NaN")
+    broken = nets.plain()
+    nn.init.constant_(broken[0].weight, float("nan"))
+    nets.save(broken, "plain.pt")
+    refused("insert", "plain.pt", *nets.INPUT, code=7, says="NaN")
+    refused("export", "plain.pt", *nets.INPUT, code=7, says="NaN")
+
+
+def _corrupting(layer: str) -> Callable[..., nn.Module]:
+    """`apply_fold` with one weight of `layer` wrong."""
+    honest: Any = api.apply_fold
+
+    def apply_fold(model: nn.Module, plan: Any) -> nn.Module:
+        folded = honest(model, plan)
+        if any(site.bn == layer for site in plan.fold_sites):
+            target = folded.get_submodule(next(s for s in plan.fold_sites if s.bn == layer).into[0])
+            target.weight = nn.Parameter(target.weight.detach() * 1.01)
+        return folded
+
+    return apply_fold
+
+
+@pytest.mark.parametrize("layer", ["1", "4"])
+def test_a_wrong_fold_names_the_batchnorm_and_writes_nothing(
+    refused: Shell, monkeypatch: pytest.MonkeyPatch, layer: str
+) -> None:
+    nets.save(nets.normalised(), "model.pt")
+    monkeypatch.setattr(api, "apply_fold", _corrupting(layer))
+    for form in ([], ["--json"]):
+        words = ["fold", "model.pt", *nets.INPUT, "--export", "onnx", *form]
+        said = refused(*words, code=1, says="differs from the original")
+        where = (
+            said.document["error"]["where"] if form else said.err.splitlines()[1].removeprefix("  where: ")
+        )
+        assert where == layer
+
+
+def test_a_dry_run_writes_nothing_and_remembers_nothing(bntool: Shell, folder: Path) -> None:
+    nets.save(nets.normalised(), "model.pt")
+    before = contents(folder.parent)
+    document = bntool("fold", "model.pt", "--dry-run", "--export", "onnx", "--json").document
+    assert (document["output"], document["onnx"], document["dry_run"]) == (None, None, True)
+    assert document["checks"]
+    assert contents(folder.parent) == before
+
+
+def test_no_check_is_said(bntool: Shell) -> None:
+    nets.save(nets.normalised(), "model.pt")
+    said = bntool("fold", "model.pt", "--check", "none", "-o", "a.pt")
+    assert "not verified (--check none)" in said.out
+    assert "nothing was verified" in said.out
+    document = bntool("fold", "model.pt", "--check", "none", "-o", "b.pt", "--json").document
+    assert document["checks"] == []
+    assert "not verified (--check none)" in document["notes"]
+
+
+def test_the_fast_check_is_one_input(bntool: Shell) -> None:
+    nets.save(nets.normalised(), "model.pt")
+    document = bntool("fold", "model.pt", "--check", "fast", *nets.INPUT, "--json").document
+    assert {check["batches"] for check in document["checks"]} == {1}
+
+
+def test_the_folded_model_computes_the_same(bntool: Shell) -> None:
+    nets.save(nets.normalised(), "model.pt")
+    assert bntool("fold", "model.pt", *nets.INPUT).code == 0
+    images = torch.randn(4, 3, 12, 12, dtype=torch.float64)
+    folded = torch.load("model_folded.pt", weights_only=False)
+    assert not any(isinstance(m, nn.BatchNorm2d) for m in folded.modules())
+    with torch.no_grad():
+        before, after = nets.normalised().double()(images), folded.double()(images)
+    # Folded weights are rounded once to float32: at most eps/2 of each of the 27 + 36 terms of an output,
+    # which the second layer's weights (all below 1 in sum of squares) do not enlarge.
+    assert float((before - after).abs().max() / before.abs().max()) < 64 * torch.finfo(torch.float32).eps
+
+
+def test_the_double_ending_of_a_checkpoint_is_kept(bntool: Shell) -> None:
+    nets.save(nets.normalised(), "best.pth.tar")
+    document = bntool("fold", "best.pth.tar", *nets.INPUT, "--export", "onnx", "--json").document
+    assert (document["output"], document["onnx"]) == ("best_folded.pth.tar", "best_folded.onnx")
+
+
+def test_cuda_that_is_not_there(refused: Callable[..., Said]) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("this machine has CUDA")
+    nets.save(nets.normalised(), "model.pt")
+    for words in (["fold", "--export", "onnx"], ["fold"], ["fold", "--check", "none"], ["export"]):
+        said = refused(
+            words[0], "model.pt", *words[1:], "--device", "cuda", code=5, says="CUDA was asked for"
+        )
+        where = said.err.splitlines()[1]
+        assert "lib" in where or "without CUDA" in where
+        assert said.out == ""
+    document = refused("fold", "model.pt", "--device", "cuda", "--json", code=5).document
+    assert document["status"] == "device-unavailable"
+
+
+def test_auto_says_that_it_used_the_cpu(bntool: Shell) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("this machine has CUDA")
+    nets.save(nets.normalised(), "model.pt")
+    checks = bntool("fold", "model.pt", *nets.INPUT, "--export", "onnx", "--json").document["checks"]
+    served = [check for check in checks if check["stage"] in ("export", "runtime")]
+    assert {check["provider"] for check in served} == {"CPUExecutionProvider"}
+    assert all(check["detail"].startswith("CPU used: ") for check in served)

@@ -1,0 +1,110 @@
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import torch
+
+from tests.cli import nets
+from tests.cli.conftest import Shell, contents
+
+
+def test_the_document(bntool: Shell, folder: Path) -> None:
+    nets.save(nets.normalised(), "model.pt")
+    before = contents(folder.parent)
+    said = bntool("summary", "model.pt", *nets.INPUT, "--json")
+    document = said.document
+    assert (said.code, said.err, document["status"]) == (0, "", "ok")
+    keys = {"name", "type", "input_shape", "output_shape", "trainable", "frozen", "buffers"}
+    assert all(keys <= set(layer) for layer in document["layers"])
+    first, second = document["layers"][:2]
+    assert (first["type"], first["input_shape"], first["output_shape"]) == (
+        "Conv2d",
+        [1, 3, 12, 12],
+        [1, 4, 10, 10],
+    )
+    assert (second["trainable"], second["buffers"]) == (8, 9)
+    parameters, buffers = nets.counted("model.pt")
+    totals = document["totals"]
+    assert totals["parameters"] == totals["trainable"] == parameters
+    assert (totals["frozen"], totals["buffers"]) == (0, buffers)
+    # float32 everywhere but in the two int64 counters.
+    assert totals["bytes"] == 4 * (parameters + buffers) + 2 * 4
+    assert "delta" not in document or document["delta"] is None
+    assert contents(folder.parent) == before
+
+
+def test_the_delta_after_insert_and_after_fold(bntool: Shell) -> None:
+    nets.save(nets.plain(), "model.pt")
+    assert bntool("insert", "model.pt", *nets.INPUT).code == 0
+    after_insert = bntool("summary", "--json").document
+    assert after_insert["delta"]["totals"]["trainable"] == 8
+    assert after_insert["notes"][:2] == [
+        "using model_bn.pt, written by the last bntool insert here",
+        "compared with model.pt",
+    ]
+    assert bntool("fold").code == 0
+    after_fold = bntool("summary", "--json").document
+    assert after_fold["delta"]["totals"]["trainable"] == -8
+    assert after_fold["notes"][1] == "compared with model_bn.pt"
+
+
+def test_a_baseline_that_is_named(bntool: Shell) -> None:
+    nets.save(nets.plain(), "model.pt")
+    nets.save(nets.normalised(), "other.pt")
+    document = bntool("summary", "other.pt", "--baseline", "model.pt", *nets.INPUT, "--json").document
+    before, after = nets.counted("model.pt"), nets.counted("other.pt")
+    total = document["delta"]["totals"]
+    assert (total["trainable"], total["buffers"]) == (after[0] - before[0], after[1] - before[1])
+
+
+def test_weights_with_a_baseline_that_bntool_made(bntool: Shell) -> None:
+    nets.save(nets.user_model().state_dict(), "w.pt")
+    nets.forget("user_net")
+    assert bntool("insert", "w.pt", "--arch", "user_net.py:Net", *nets.INPUT).code == 0
+    said = bntool("summary", "w.pt", "--arch", "user_net.py:Net", "--baseline", "w_bn.pt", *nets.INPUT)
+    assert said.code == 0, said
+    assert "removed" in said.out
+
+
+def test_a_source_that_is_gone_leaves_the_summary(bntool: Shell) -> None:
+    nets.save(nets.plain(), "model.pt")
+    assert bntool("insert", "model.pt", *nets.INPUT).code == 0
+    Path("model.pt").unlink()
+    said = bntool("summary")
+    assert said.code == 0
+    assert "no comparison with" in said.out
+    assert "since the baseline" not in said.out
+
+
+def test_an_output_that_is_gone_is_told(refused: Shell, bntool: Shell) -> None:
+    nets.save(nets.plain(), "model.pt")
+    assert bntool("insert", "model.pt").code == 0
+    Path("model_bn.pt").unlink()
+    refused("summary", code=2, says="model_bn.pt")
+
+
+def test_another_folder_remembers_nothing(bntool: Shell, monkeypatch: object, folder: Path) -> None:
+    import os
+
+    nets.save(nets.plain(), "model.pt")
+    assert bntool("insert", "model.pt").code == 0
+    other = folder.parent / "other"
+    shutil.copytree(folder, other)
+    os.chdir(other)
+    assert bntool("summary").code == 2
+
+
+def test_bad_statistics_are_a_remark(bntool: Shell) -> None:
+    model = nets.normalised()
+    model[1].running_var[2] = float("nan")
+    nets.save(model, "model.pt")
+    said = bntool("summary", "model.pt", *nets.INPUT)
+    assert said.code == 0
+    assert "running statistics are not finite or negative: 1" in said.out
+
+
+def test_modes_are_shown_and_kept(bntool: Shell) -> None:
+    nets.save(nets.normalised().train(), "model.pt")
+    assert bntool("summary", "model.pt", *nets.INPUT).code == 0
+    assert torch.load("model.pt", weights_only=False).training
