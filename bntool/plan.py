@@ -142,7 +142,7 @@ class Plan:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Plan:
         """Read a plan back. `PlanError` for a newer schema or a document that is not a plan."""
-        version = data.get("schema_version")
+        version = data.get("schema_version") if isinstance(data, Mapping) else None
         if not isinstance(version, int):
             raise PlanError("this document is not a bntool plan (no schema_version)")
         if version > SCHEMA_VERSION:
@@ -152,6 +152,8 @@ class Plan:
             )
         try:
             action = data["action"]
+            if action not in ("insert", "fold"):
+                raise ValueError(f"unknown action {action!r}")
             sites: tuple[InsertSite | FoldSite, ...]
             if action == "insert":
                 sites = tuple(InsertSite(**s) for s in data["sites"])

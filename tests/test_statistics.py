@@ -28,7 +28,12 @@ def batches_of(*sizes, shape=(3, 8, 8), seed=0):
 def first_and_second():
     torch.manual_seed(0)
     return nn.Sequential(
-        nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Dropout(0.5), nn.Conv2d(4, 5, 3), nn.BatchNorm2d(5)
+        nn.Conv2d(3, 4, 3),
+        nn.BatchNorm2d(4),
+        nn.ReLU(),
+        nn.Dropout(0.5),
+        nn.Conv2d(4, 5, 3),
+        nn.BatchNorm2d(5),
     )
 
 
@@ -42,7 +47,9 @@ def everything_of(model):
     return {
         "state": {k: (v.clone(), v.data_ptr()) for k, v in model.state_dict().items()},
         "modes": [m.training for m in model.modules()],
-        "flags": [(getattr(m, "momentum", None), getattr(m, "track_running_stats", None)) for m in model.modules()],
+        "flags": [
+            (getattr(m, "momentum", None), getattr(m, "track_running_stats", None)) for m in model.modules()
+        ],
         "hooks": [len(m._forward_hooks) for m in model.modules()],
     }
 

@@ -60,7 +60,7 @@ class Call:
             for name in ("group", "transB", "alpha", "beta")
             if name in node.attributes
         )
-        return node.op_type, settings, id(self.weight), id(self.bias)
+        return node.op_type, settings, self.weight, self.bias
 
 
 @dataclasses.dataclass

@@ -107,6 +107,52 @@ def _fixed(kind: str) -> Translator:
     return lambda view: _one(kind)
 
 
+# -- linear layers and BatchNorms -----------------------------------------------------------------------
+
+
+def is_linear(view: NodeView) -> bool:
+    """Whether the node computes W·x (+ b per output channel) of data x, with shapes that are known."""
+    source, weight, result = view.shape(0), view.shape(1), view.result()
+    if source is None or weight is None or not result or view.input(0) in view.constants:
+        return False
+    if view.node.op_type == "MatMul":
+        return len(weight) == 2 and view.input(1) in view.constants
+    if view.node.op_type == "Gemm" and view.input(2) is not None:
+        bias = view.shape(2)
+        return bias is not None and all(n == 1 for n in bias[:-1]) and bias[-1:] in ((), (1,), result[-1:])
+    return True
+
+
+def linear_step(view: NodeView) -> Step:
+    """The kind and attributes of a linear layer."""
+    op_type = view.node.op_type
+    if op_type in ("Gemm", "MatMul"):
+        return Step("linear" if view.attr("transB", 0) else "matmul", {})
+    dims = view.dims
+    # A given output_shape makes the runtime choose paddings of its own.
+    adjusted = (1,) * dims if "output_shape" in view.node.attributes else (0,) * dims
+    return Step(
+        "conv",
+        {
+            "dims": dims,
+            "transposed": op_type == "ConvTranspose",
+            "stride": tuple(view.attr("strides", (1,) * dims)),
+            "padding": view.pads(),
+            "dilation": tuple(view.attr("dilations", (1,) * dims)),
+            "groups": int(view.attr("group", 1)),
+            "output_padding": tuple(view.attr("output_padding", adjusted)),
+        },
+    )
+
+
+def batch_norm_attrs(view: NodeView) -> dict[str, Any]:
+    """A BatchNormalization's attributes; before opset 14 its further outputs say that it is in training."""
+    training = bool(view.attr("training_mode", 0)) or (view.version < 7 and not view.attr("is_test", 0))
+    if view.version < 14:
+        training |= any(v.name for v in view.node.outputs[1:])
+    return {"eps": float(view.attr("epsilon", 1e-5)), "training": training, "axis": 1}
+
+
 # -- shapes ---------------------------------------------------------------------------------------------
 
 

@@ -86,7 +86,7 @@ def test_dry_run_writes_nothing(folder, capsys):
 def test_frozen_layers_are_read_back_frozen(folder, capsys):
     torch.save(untracked(), "net.pt")
     said(capsys, ["calibrate", "net.pt", "--data", "digits.npy", "--freeze"])
-    out = said(capsys, ["fold"])
+    out = said(capsys, ["fold", "--allow", "bntool.frozen.FrozenBatchNorm2d"])
     assert "1 of 1 BatchNorm layers folded" in out
 
 
@@ -94,7 +94,8 @@ def test_weights_alone_cannot_hold_what_layers_do_not(folder, capsys):
     Path("net.py").write_text(
         "from torch import nn\n"
         "def tracked(track=True):\n"
-        "    return nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4, track_running_stats=track), nn.ReLU())\n"
+        "    norm = nn.BatchNorm2d(4, track_running_stats=track)\n"
+        "    return nn.Sequential(nn.Conv2d(1, 4, 3), norm, nn.ReLU())\n"
         "def untracked():\n    return tracked(False)\n"
     )
     torch.save(untracked().state_dict(), "weights.pt")
