@@ -96,20 +96,24 @@ def _insert_lines(plan: Plan, width: int | None, verbose: bool) -> list[str]:
 
 
 def _fold_lines(plan: Plan, width: int | None, verbose: bool) -> list[str]:
+    """A line for each BatchNorm, then what is kept by reason, each with its first layer as an example."""
     columns = (Column("BatchNorm", flexible=True), Column("Verdict", flexible=True))
-    rows = []
-    for site in plan.fold_sites:
-        way = [law for law in site.laws if law not in ("conv", "linear", "matmul", "batch_norm")]
-        through = f" through {', '.join(way)}" if way else ""
-        rows.append([site.bn or "(root)", f"folded into {', '.join(site.into)}{through}"])
+    rows = [[site.bn or "(root)", _verdict(site)] for site in plan.fold_sites]
+    rows += [[skip.name, f"kept: {skip.reason}"] for skip in plan.skips]
     lines = [render(Table(columns, rows), width)] if rows and verbose else []
-    lines += _skip_lines(plan.skips, width, "kept", True)
-    total = len(plan.sites) + len(plan.skips)
-    lines += ["", f"{len(rows)} of {total} BatchNorm layers folded"]
-    if plan.skips:
-        reasons = Counter(s.reason.value for s in plan.skips)
-        lines[-1] += "; kept: " + ", ".join(f"{n} {reason}" for reason, n in reasons.most_common())
+    lines += ["", f"{len(plan.sites)} of {len(rows)} BatchNorm layers folded"]
+    for reason, number in Counter(skip.reason for skip in plan.skips).most_common():
+        first = next(skip for skip in plan.skips if skip.reason is reason)
+        also = ", the first" if number > 1 else ""
+        lines.append(wrapped(f"kept {number} {reason}{also}: {first.name}: {first.detail}", width, indent="    "))
     return lines
+
+
+def _verdict(site: FoldSite) -> str:
+    """Into what, and through which ops: a layer that takes in at once is not worth a word."""
+    way = [law for law in site.laws if law not in ("conv", "linear", "matmul", "batch_norm", "reparameterize")]
+    through = f" through {', '.join(way)}" if way else ""
+    return f"folded into {', '.join(site.into)}{through}"
 
 
 def _skip_lines(skips: tuple[Skip, ...], width: int | None, verb: str, verbose: bool) -> list[str]:

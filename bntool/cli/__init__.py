@@ -76,9 +76,14 @@ class _LazyGroup(click.Group):
             raise InvariantError(f"EOFError: {error}") from error
 
 
-@click.group(cls=_LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(
+    cls=_LazyGroup,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    invoke_without_command=True,
+)
 @click.version_option(__version__, prog_name="bntool")
-def cli() -> None:
+@click.pass_context
+def cli(ctx: click.Context) -> None:
     """BatchNorm surgery for PyTorch models.
 
     \b
@@ -88,6 +93,8 @@ def cli() -> None:
 
     A command given no MODEL takes the file that the last bntool command in this folder wrote.
     """  # noqa: D301 - click's mark for lines to keep
+    if ctx.invoked_subcommand is None:
+        click.echo(ctx.get_help())
 
 
 def main(args: Sequence[str] | None = None) -> None:

@@ -149,7 +149,7 @@ class _Reader:
 
     def _translated(self, view: NodeView) -> None:
         node = view.node
-        steps = translate(view) if view.version >= 1 else None
+        steps = translate(view)
         sources = [view.input(i) for i in steps.reads] if steps is not None else []
         # Laws compare shapes: each value they see must have one.
         seen = (*sources, *(v for v in node.outputs if v.name))
@@ -250,8 +250,8 @@ class _Reader:
         module.calls += 1
         inputs = {"input": data}
         for slot, value in zip(_NORM_ROLES, node.inputs[1:], strict=False):
-            tensor = self.constants.tensor(value)
             assert value is not None
+            tensor = None if self.constants.is_dequantized(value) else self.constants.tensor(value)
             inputs[slot] = self._value(value) if tensor is None else self._store(f"{name}.{slot}", tensor)
         self.norms.setdefault(name, Norm(name, [])).calls.append((source, [node]))
         outputs = tuple(self._value(v) for v in node.outputs if v.name)

@@ -129,8 +129,9 @@ def linear_step(view: NodeView) -> Step:
     if op_type in ("Gemm", "MatMul"):
         return Step("linear" if view.attr("transB", 0) else "matmul", {})
     dims = view.dims
-    # A given output_shape makes the runtime choose paddings of its own.
-    adjusted = (1,) * dims if "output_shape" in view.node.attributes else (0,) * dims
+    output_padding = tuple(view.attr("output_padding", (0,) * dims))
+    if "output_shape" in view.node.attributes:
+        output_padding = (1,) * dims  # the runtime chooses it
     return Step(
         "conv",
         {
@@ -140,7 +141,7 @@ def linear_step(view: NodeView) -> Step:
             "padding": view.pads(),
             "dilation": tuple(view.attr("dilations", (1,) * dims)),
             "groups": int(view.attr("group", 1)),
-            "output_padding": tuple(view.attr("output_padding", adjusted)),
+            "output_padding": output_padding,
         },
     )
 

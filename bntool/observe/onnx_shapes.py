@@ -126,8 +126,9 @@ def _skeleton(model: ir.Model, table: _Sizes) -> onnx.ModelProto:
     for node in model.graph:
         graph.node.append(ir.serde.serialize_node(node))
         if node.domain not in ("", "ai.onnx"):
-            # Nobody can infer these, so what the file says of them is all there is.
-            graph.value_info.extend(_fixed(v, table) for v in node.outputs if v.name and v.shape is not None)
+            # Nobody can infer these: what the file says of them is all there is, and what their readers ask.
+            told = (_fixed(v, table) if v.shape is not None else _asked(v) for v in node.outputs if v.name)
+            graph.value_info.extend(info for info in told if info is not None)
     for value in model.graph.outputs:
         info = ir.serde.serialize_value(value)
         info.type.tensor_type.ClearField("shape")
@@ -141,6 +142,23 @@ def _fixed(value: ir.Value, table: _Sizes) -> onnx.ValueInfoProto:
         if not dim.HasField("dim_value") and dim.dim_param in table.known:
             dim.dim_value = table.known[dim.dim_param]
     return info
+
+
+def _asked(value: ir.Value) -> onnx.ValueInfoProto | None:
+    """What a convolution that reads a value asks of it: its rank, and its channels."""
+    for node, index in value.uses():
+        weight = node.inputs[1] if len(node.inputs) > 1 else None
+        if node.op_type not in ("Conv", "ConvTranspose") or index != 0 or weight is None:
+            continue
+        tensor = weight.const_value
+        if tensor is None:
+            continue
+        sizes = [int(n) for n in tensor.shape.numpy()]
+        group = node.attributes.get_int("group", 1)
+        channels = sizes[0] if node.op_type == "ConvTranspose" else sizes[1] * int(group or 1)
+        dims: list[Any] = [None, channels, *([None] * (len(sizes) - 2))]
+        return onnx.helper.make_tensor_value_info(str(value.name), int(tensor.dtype), dims)
+    return None
 
 
 def _inferred(skeleton: onnx.ModelProto) -> onnx.ModelProto:

@@ -1,0 +1,178 @@
+"""Apply a fold plan to an ONNX model in memory: new numbers for the layers, and the BatchNorms rewired."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+from typing import Any
+
+import onnx_ir as ir
+import torch
+from torch import Tensor
+
+from bntool.affine import Pair, batch_norm_affine, evaluate
+from bntool.observe.onnx_constants import to_onnx
+from bntool.observe.onnx_layers import Call, Layer, Norm
+from bntool.observe.onnx_model import OnnxObservation
+from bntool.plan import Edit, Plan
+from bntool.surgery.onnx_wiring import Wiring
+from bntool.surgery.tensors import edited, edited_norm
+
+
+@dataclasses.dataclass(frozen=True)
+class OnnxCounts:
+    """Nodes and stored numbers (elements of all initializers) before and after."""
+
+    nodes_before: int
+    nodes_after: int
+    numbers_before: int
+    numbers_after: int
+
+
+def apply_fold_onnx(observed: OnnxObservation, plan: Plan) -> OnnxCounts:
+    """Carry a fold plan out on the observed model itself.
+
+    Arithmetic is float64 with one cast to the stored type. A tensor that only the layer reads is replaced
+    under its name; one that others read too stays, and the layer gets its own. Nothing else changes.
+    """
+    before = _count(observed.model)
+    with torch.no_grad():
+        work = _FoldWork(observed)
+        edits = [edit for site in plan.fold_sites for edit in site.edits]
+        work.carry_out(edits)
+    after = _count(observed.model)
+    return OnnxCounts(before[0], after[0], before[1], after[1])
+
+
+def _count(model: ir.Model) -> tuple[int, int]:
+    tensors = (v.const_value for v in model.graph.initializers.values())
+    return sum(1 for _ in model.graph), sum(t.size for t in tensors if t is not None)
+
+
+class _FoldWork:
+    def __init__(self, observed: OnnxObservation) -> None:
+        self.graph, self.layers, self.norms = observed.graph, observed.layers, observed.norms
+        self.eps = {op.scope: float(op.attrs["eps"]) for op in self.graph.of_kind("batch_norm")}
+        self.wiring = Wiring(observed.model)
+        self.norm_tensors: dict[str, Tensor] = {}
+        self.removed: list[str] = []
+        self.layer_edits: dict[str, list[tuple[Edit, Pair]]] = {}
+
+    def carry_out(self, edits: Iterable[Edit]) -> None:
+        for edit in edits:
+            if edit.kind == "remove":
+                self.removed.append(edit.layer)
+                continue
+            assert edit.map is not None
+            pair = evaluate(edit.map, self._leaf)
+            if edit.layout == "norm":
+                self._edit_norm(edit, pair)
+            else:
+                self.layer_edits.setdefault(edit.layer, []).append((edit, pair))
+        for name, changes in self.layer_edits.items():
+            self._write_layer(self.layers[name], changes)
+        for name in {handle.rpartition(".")[0] for handle in self.norm_tensors} - set(self.removed):
+            self._write_norm(self.norms[name])
+        for name in self.removed:
+            for source, nodes in self.norms[name].calls:
+                self.wiring.take_out(source, nodes)
+        self.wiring.drop_unused()
+
+    # -- numbers ----------------------------------------------------------------------------------------
+
+    def _leaf(self, kind: str, name: str) -> Any:
+        if kind == "tensor":
+            return self.graph.tensors[name]
+        gamma, beta = (self._norm_tensor(f"{name}.{slot}") for slot in ("weight", "bias"))
+        return batch_norm_affine(gamma, beta, *self._statistics(name), self.eps[name])
+
+    def _norm_tensor(self, handle: str) -> Tensor:
+        """γ or β as the edits so far have left it, in float64."""
+        return self.norm_tensors.get(handle, self.graph.tensors[handle].double())
+
+    def _statistics(self, name: str) -> tuple[Tensor, Tensor]:
+        tensors = self.graph.tensors
+        return tensors[f"{name}.running_mean"].double(), tensors[f"{name}.running_var"].double()
+
+    def _edit_norm(self, edit: Edit, pair: Pair) -> None:
+        gamma, beta = self._norm_tensor(edit.weight), self._norm_tensor(edit.bias)
+        mean, variance = self._statistics(edit.layer)
+        self.norm_tensors[edit.weight], self.norm_tensors[edit.bias] = edited_norm(
+            edit, gamma, beta, mean, variance, self.eps[edit.layer], pair
+        )
+
+    # -- writing ----------------------------------------------------------------------------------------
+
+    def _write_layer(self, layer: Layer, changes: list[tuple[Edit, Pair]]) -> None:
+        """All edits of one layer in turn, in float64, then one cast."""
+        first = layer.calls[0]
+        stored_weight = self.graph.tensors[f"{layer.name}.weight"]
+        stored_bias = self.graph.tensors.get(f"{layer.name}.bias")
+        weight = stored_weight.double()
+        bias = None if stored_bias is None else stored_bias.double()
+        alpha, beta = (float(first.node.attributes.get_float(n, 1.0) or 0.0) for n in ("alpha", "beta"))
+        if first.node.op_type == "Gemm":
+            weight = weight * alpha
+            bias = bias if bias is None else bias * beta
+        for edit, pair in changes:
+            weight, bias = edited(edit, weight, bias, pair)
+        self._write_weight(layer, weight.to(stored_weight.dtype))
+        if bias is not None:
+            kept = stored_weight.dtype if stored_bias is None else stored_bias.dtype
+            self._write_bias(layer, bias.to(kept))
+        for call in layer.calls:
+            for name in ("alpha", "beta"):
+                call.node.attributes.pop(name, None) if call.node.op_type == "Gemm" else None
+
+    def _write_weight(self, layer: Layer, weight: Tensor) -> None:
+        places = [(call.node, 1) for call in layer.calls]
+        self.wiring.store(layer.calls[0].weight, places, weight)
+
+    def _write_bias(self, layer: Layer, bias: Tensor) -> None:
+        """A bias where the old one stood, or a new one: the third input, or an Add behind a MatMul."""
+        old, weight = layer.calls[0].bias, layer.calls[0].weight
+        if old is not None:
+            self.wiring.store(old, [call.bias_place for call in layer.calls], _shaped_like(bias, old))
+            return
+        value = self.wiring.new_initializer(_bias_name(str(weight.name)), bias)
+        for call in layer.calls:
+            if call.node.op_type == "MatMul":
+                self.wiring.add_behind(call.node, value)
+            else:
+                call.node.resize_inputs(3)
+                call.node.replace_input_with(2, value)
+
+    def _write_norm(self, norm: Norm) -> None:
+        """γ and β of a BatchNorm that stays; one that was taken apart becomes a Mul and an Add."""
+        gamma, beta = (self.norm_tensors[f"{norm.name}.{slot}"] for slot in ("weight", "bias"))
+        if norm.parts is not None:
+            (source, nodes), axis = norm.calls[0], norm.parts[2]
+            shape = [1] * len(self._rank_of(norm.name))
+            shape[axis] = -1
+            self.wiring.rewrite_as_mul_add(source, nodes, gamma.reshape(shape), beta.reshape(shape))
+            return
+        for index, slot, tensor in ((1, "weight", gamma), (2, "bias", beta)):
+            places = [(nodes[0], index) for _, nodes in norm.calls]
+            old = places[0][0].inputs[index]
+            assert old is not None
+            kept = self.graph.tensors[f"{norm.name}.{slot}"].dtype
+            self.wiring.store(old, places, tensor.to(kept))
+
+    def _rank_of(self, name: str) -> tuple[int, ...]:
+        op = next(op for op in self.graph.of_kind("batch_norm") if op.scope == name)
+        return self.graph.input(op).shape
+
+
+def _shaped_like(bias: Tensor, old: ir.Value) -> Tensor:
+    """As many axes of one as the old bias had; a single number that stood for all becomes a vector."""
+    rank = 1
+    if old.const_value is not None:
+        rank = max(1, len(old.const_value.shape))
+    elif old.shape is not None:
+        rank = max(1, len(old.shape))
+    return bias.reshape((1,) * (rank - 1) + tuple(bias.shape))
+
+
+def _bias_name(weight: str) -> str:
+    stem = weight.removesuffix("weight")
+    return f"{stem}bias" if stem != weight else f"{weight}_bias"
