@@ -73,6 +73,8 @@ class InsertOptions:
                 )
         if not 0 < self.eps < 1:
             raise UsageError(f"eps must lie between 0 and 1, not {self.eps}")
+        if not 0 <= self.momentum <= 1:
+            raise UsageError(f"momentum must lie between 0 and 1, not {self.momentum}")
 
     def to_dict(self) -> dict[str, object]:
         fields = dataclasses.asdict(self)

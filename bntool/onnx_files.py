@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -11,7 +12,7 @@ from typing import Any
 
 import onnx
 import onnx_ir as ir
-from google.protobuf.message import DecodeError
+from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 from onnx.external_data_helper import ExternalDataInfo
 
 from bntool.errors import InvariantError, LoadError, UsageError
@@ -52,7 +53,9 @@ def open_onnx(path: str | Path) -> OnnxFile:
         proto = onnx.load(path, format="protobuf", load_external_data=False)
     except (DecodeError, OSError) as error:
         raise LoadError(
-            f"the file is damaged: {_first_line(error)}", where=str(path), next_step="download or export it again"
+            f"the file is damaged: {_first_line(error)}",
+            where=str(path),
+            next_step="download or export it again",
         ) from error
     data_files = dict.fromkeys(_require_data(path, tensor) for tensor in _external_tensors(proto))
     try:
@@ -120,11 +123,12 @@ def _to_move(file: OnnxFile) -> list[tuple[Any, Callable[[Any], None]]]:
     slots = list(_slots(file.model))
     inline = sum(t.nbytes for _, t, _ in slots if not isinstance(t, ir.ExternalTensor))
     large = inline > SINGLE_FILE_LIMIT
-    return [
-        (tensor, put)
-        for name, tensor, put in slots
-        if isinstance(tensor, ir.ExternalTensor) or name in file.external or (large and tensor.nbytes >= _SMALL)
-    ]
+
+    def moves(name: str, tensor: Any) -> bool:
+        was_outside = isinstance(tensor, ir.ExternalTensor) or name in file.external
+        return was_outside or (large and bool(tensor.nbytes >= _SMALL))
+
+    return [(tensor, put) for name, tensor, put in slots if moves(name, tensor)]
 
 
 def _slots(model: ir.Model) -> Iterator[tuple[str, Any, Callable[[Any], None]]]:
@@ -133,7 +137,7 @@ def _slots(model: ir.Model) -> Iterator[tuple[str, Any, Callable[[Any], None]]]:
         for name, value in graph.initializers.items():
             if value.const_value is not None:
                 at_top = name if graph is model.graph else ""
-                yield at_top, value.const_value, lambda t, value=value: setattr(value, "const_value", t)
+                yield at_top, value.const_value, functools.partial(setattr, value, "const_value")
         for node in graph:
             for name, attribute in list(node.attributes.items()):
                 if attribute.type == ir.AttributeType.TENSOR and not attribute.is_ref():
@@ -163,7 +167,7 @@ def _require_valid(draft: Path) -> None:
     try:
         onnx.checker.check_model(str(draft))
     except onnx.checker.ValidationError as error:
-        raise InvariantError(f"the file about to be written is not valid ONNX: {_first_line(error)}") from error
+        raise InvariantError(f"the file to be written is not valid ONNX: {_first_line(error)}") from error
 
 
 # -- external data --------------------------------------------------------------------------------------
@@ -214,7 +218,7 @@ def _require_data(path: Path, tensor: onnx.TensorProto) -> Path:
     end = (info.offset or 0) + (info.length or 0)
     if data.stat().st_size < end:
         raise LoadError(
-            f"{info.location} ends before the weight {tensor.name} does: {data.stat().st_size:,} of {end:,} bytes",
+            f"{info.location} has {data.stat().st_size:,} bytes; the weight {tensor.name} ends at {end:,}",
             where=str(path),
             next_step="download or copy it again",
         )

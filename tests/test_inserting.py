@@ -452,3 +452,9 @@ def test_a_plan_says_where_the_newcomer_stands() -> None:
     assert plan.model_class == "tests.insert_zoo.Fire"
     assert plan.signature == {n: tuple(t.shape) for n, t in model.state_dict().items()}
     assert dataclasses.replace(plan, sites=()) != plan
+
+
+@pytest.mark.parametrize("options", [{"eps": 0.0}, {"eps": 2.0}, {"momentum": 7.0}, {"momentum": -0.1}])
+def test_a_number_out_of_range_is_refused(options):
+    with pytest.raises(UsageError, match="must lie between"):
+        InsertOptions(**options).validate()

@@ -174,6 +174,13 @@ def test_nothing_of_the_argument_or_the_process_changes(mode):
     assert ours.isdisjoint(place for _, place in before["state"].values())
 
 
+def test_a_model_that_works_in_place_does_not_reach_the_data():
+    (batch,) = batches_of(4)
+    given = batch.clone()
+    calibrate(nn.Sequential(nn.ReLU(inplace=True), nn.BatchNorm2d(3)), [batch])
+    assert torch.equal(batch, given)
+
+
 def test_a_model_without_running_statistics_gets_them_and_folds():
     torch.manual_seed(0)
     model = nn.Sequential(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import types
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -76,25 +77,31 @@ def _opened(session: Session, options: dict[str, Any]) -> Batches:
 
     from bntool.batches import open_batches
 
+    images = Path(options["data"]).is_dir()
+    like = _example(session, small=not images)
+    if images and like is not None:
+        session.voice.note(f"images are made {like.shapes()}: {like.origin} (--input sets another size)")
+        if options["mean"] is None and options["std"] is None:
+            session.voice.note("images are scaled to 0..1; --mean and --std if training normalised them")
     torch.manual_seed(session.seed)  # a loader that shuffles does so the same way every time
     return open_batches(
         options["data"],
         batch_size=options["batch_size"],
         limit=options["limit"],
-        like=_example(session),
+        like=like,
         mean=_numbers(options["mean"], "--mean"),
         std=_numbers(options["std"], "--std"),
     )
 
 
-def _example(session: Session) -> Inputs | None:
+def _example(session: Session, *, small: bool) -> Inputs | None:
     """What the model takes, as far as it is known: the data itself decides where it is not."""
     from bntool.observe.inference import observe_inferred
 
     if session.inputs is not None:
         return session.inputs
     try:
-        return observe_inferred(session.model).inputs
+        return observe_inferred(session.model, small=small).inputs
     except ObserveError:
         return None
 

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 @click.option("--export", "export_to", type=click.Choice(["onnx"]), help="Write it as ONNX too.")
 @click.option("--opset", type=int, help="ONNX opset (default: the lowest that works).")
 @click.option("--static-batch", is_flag=True, help="Fix the batch size in the ONNX file.")
+@click.option("--no-merge", is_flag=True, help="Leave parallel branches as they are.")
 @click.option("--require-all", is_flag=True, help="Fail (exit 4) if any BatchNorm that runs is kept.")
 @opt.pattern_options()
 @opt.output_options()
@@ -81,6 +82,7 @@ def _folded(session: Session, options: dict[str, Any]) -> SurgeryResult:
             session.observe(),
             include=options["include"] or ("*",),
             exclude=options["exclude"],
+            merge=not options["no_merge"],
         )
 
 

@@ -35,7 +35,7 @@ def command(**options: Any) -> int:
             voice.note(f"shapes are left out: {error.what}")
     with voice.progress("running the model once"):
         found = summarize(session.model, inputs, baseline=before)
-    voice.say(found.render())
+    voice.say(found.render(verbose=not options["quiet"]))
     voice.emit({"status": "ok", **found.to_dict()})
     return 0
 

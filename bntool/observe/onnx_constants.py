@@ -128,11 +128,11 @@ def to_torch(array: Any) -> Tensor | None:
             return None
 
 
-def to_onnx(tensor: Tensor, name: str) -> ir.Tensor:
+def to_onnx(tensor: Tensor, name: str, doc: str | None = None) -> ir.Tensor[Any]:
     """A torch tensor as an ONNX tensor of the same type."""
     array: Any = tensor.detach().cpu().contiguous()
     if array.dtype == torch.bfloat16:
         import ml_dtypes
 
-        return ir.Tensor(array.view(torch.int16).numpy().view(ml_dtypes.bfloat16), name=name)
-    return ir.Tensor(array.numpy(), name=name)
+        return ir.Tensor(array.view(torch.int16).numpy().view(ml_dtypes.bfloat16), name=name, doc_string=doc)
+    return ir.Tensor(array.numpy(), name=name, doc_string=doc)

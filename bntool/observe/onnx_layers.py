@@ -73,14 +73,14 @@ class Layer:
 
 @dataclasses.dataclass
 class Norm:
-    """A BatchNorm: for each call the data it reads, and the nodes it consists of in order.
+    """A BatchNorm: for each call its nodes in order, and which input of the first one is the data.
 
-    `parts` is set for one that was taken apart: its scale, its shift, and the axis of its channels.
+    `axis` is set for one that was taken apart: where its channels lie.
     """
 
     name: str
-    calls: list[tuple[ir.Value, list[ir.Node]]]
-    parts: tuple[Tensor, Tensor, int] | None = None
+    calls: list[tuple[list[ir.Node], int]]
+    axis: int | None = None
 
 
 def only_reader(value: ir.Value) -> ir.Node | None:
@@ -112,24 +112,29 @@ class Chain:
     """Elementwise nodes in a row, and what they compute together: scale and shift per channel."""
 
     nodes: list[ir.Node]
+    data: int
     scale: Tensor
     shift: Tensor
 
 
 def chain_behind(
-    value: ir.Value, axis: int, shape: tuple[int, ...], constants: Constants, is_free: Callable[[ir.Node], bool]
+    value: ir.Value,
+    axis: int,
+    shape: tuple[int, ...],
+    constants: Constants,
+    keeps_shape: Callable[[ir.Node], bool],
 ) -> Chain | None:
     """The BatchNorm in elementary ops that starts at `value`, whose channels lie along `axis`.
 
     There is one where some factor is a vector of the channels; scalars and summands alone are none.
     """
-    channels = shape[axis]
+    start, channels = value, shape[axis]
     scale, shift = (torch.ones(channels, dtype=torch.float64), torch.zeros(channels, dtype=torch.float64))
     nodes: list[ir.Node] = []
     by_channel = False
     while True:
         node = only_reader(value)
-        if node is None or node.op_type not in _CHAINED or not is_free(node):
+        if node is None or node.op_type not in _CHAINED or not keeps_shape(node):
             break
         first = node.inputs[0] is value
         factor = _per_channel(node.inputs[1 if first else 0], axis, shape, constants)
@@ -145,7 +150,9 @@ def chain_behind(
             scale, shift = (scale, shift - factor) if first else (-scale, factor - shift)
         nodes.append(node)
         value = node.outputs[0]
-    return Chain(nodes, scale, shift) if by_channel else None
+    if not by_channel:
+        return None
+    return Chain(nodes, 0 if nodes[0].inputs[0] is start else 1, scale, shift)
 
 
 def _per_channel(

@@ -156,7 +156,8 @@ class _Reader:
         if steps is None or any(self.shape(v) is None for v in seen):
             self._opaque(node)
             return
-        roles = [f"input_{i}" for i in steps.reads] if steps.steps[-1].kind == "concat" else ["input", "other"]
+        joins = steps.steps[-1].kind == "concat"
+        roles = [f"input_{i}" for i in steps.reads] if joins else ["input", "other"]
         reads = {role: self._value(v) for role, v in zip(roles, sources, strict=False) if v is not None}
         scope = self.labels[node]
         for step in steps.steps[:-1]:
@@ -210,7 +211,8 @@ class _Reader:
         name = self.known_layers.setdefault(call.alike(), self.labels[call.node])
         role = "conv" if call.node.op_type.startswith("Conv") else "linear"
         self.layers.setdefault(name, Layer(name, [])).calls.append(call)
-        module = self.graph.modules.setdefault(name, Module(name, call.node.op_type, role=role, plain_bias=True))
+        made = Module(name, call.node.op_type, role=role, plain_bias=True)
+        module = self.graph.modules.setdefault(name, made)
         module.calls += 1
         self.layers_of_weight.setdefault(call.weight, set()).add(name)
         return name
@@ -253,7 +255,7 @@ class _Reader:
             assert value is not None
             tensor = None if self.constants.is_dequantized(value) else self.constants.tensor(value)
             inputs[slot] = self._value(value) if tensor is None else self._store(f"{name}.{slot}", tensor)
-        self.norms.setdefault(name, Norm(name, [])).calls.append((source, [node]))
+        self.norms.setdefault(name, Norm(name, [])).calls.append(([node], 0))
         outputs = tuple(self._value(v) for v in node.outputs if v.name)
         self.graph.add_op("batch_norm", inputs, outputs, attrs=batch_norm_attrs(view), scope=name)
 
@@ -280,7 +282,7 @@ class _Reader:
         """A BatchNorm in elementary ops, as one op with a mean of 0 and a variance of 1."""
         source, chain, axis = self.chains[last]
         name = self.labels[chain.nodes[0]]
-        self.norms[name] = Norm(name, [(source, chain.nodes)], (chain.scale, chain.shift, axis))
+        self.norms[name] = Norm(name, [(chain.nodes, chain.data)], axis)
         kind = "+".join(node.op_type for node in chain.nodes)
         self.graph.modules[name] = Module(name, kind, role="norm", calls=1)
         inputs = {"input": self._value(source)}

@@ -20,7 +20,7 @@ Shape = tuple[int, ...]
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """One neutral op of a node: its kind, its attributes, and the shape of its result if more steps follow."""
+    """One neutral op of a node; `shape` is that of its result, where more steps follow."""
 
     kind: str
     attrs: dict[str, Any]
@@ -63,7 +63,7 @@ class NodeView:
         return self._shapes(self.node.outputs[index])
 
     def integers(self, index: int, attribute: str) -> tuple[list[int] | None, bool]:
-        """A list given as an attribute or as a constant input: the list (None if absent), and if it is known."""
+        """A list given as an attribute or a constant input (None if absent), and whether it is known."""
         if attribute in self.node.attributes:
             return list(self.attr(attribute)), True
         value = self.input(index)
@@ -277,7 +277,8 @@ def _resize(view: NodeView) -> Steps | None:
     if source is None or target is None or source[:2] != target[:2]:
         return None
     outside = view.attr("coordinate_transformation_mode", "") == "tf_crop_and_resize"
-    if outside or view.attr("antialias", 0) or view.attr("mode", "nearest") not in ("nearest", "linear", "cubic"):
+    known = view.attr("mode", "nearest") in ("nearest", "linear", "cubic")
+    if outside or not known or view.attr("antialias", 0):
         return None
     return _one("upsample", dims=view.dims)
 

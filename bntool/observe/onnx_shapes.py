@@ -21,7 +21,7 @@ _UNKNOWN = (1_009, 5_003)
 """Sizes that inference cannot tell are counted up from here, so that no two of them are taken for equal."""
 _SMALL = 1 << 10
 
-DTYPES = {
+DTYPES: dict[int, torch.dtype] = {
     onnx.TensorProto.FLOAT: torch.float32,
     onnx.TensorProto.DOUBLE: torch.float64,
     onnx.TensorProto.FLOAT16: torch.float16,

@@ -52,8 +52,13 @@ class Summary:
     def __str__(self) -> str:
         return self.render()
 
-    def render(self, width: int | None = None) -> str:
-        """The summary as plain text; `width` defaults to the terminal's, or 80 columns."""
+    def render(self, width: int | None = None, *, verbose: bool = True) -> str:
+        """The summary as plain text; `width` defaults to the terminal's, or 80 columns.
+
+        Without `verbose` only the totals.
+        """
+        if not verbose:
+            return "\n".join([self._title(), *self._totals()])
         parts = [self._title(), render(self._table(), width), "", *self._totals()]
         if self.notes:
             parts += ["", *(wrapped(f"note: {note}", width, indent=" " * 6) for note in self.notes)]

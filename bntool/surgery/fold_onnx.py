@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from bntool.affine import Pair, batch_norm_affine, evaluate
-from bntool.observe.onnx_constants import to_onnx
-from bntool.observe.onnx_layers import Call, Layer, Norm
+from bntool.observe.onnx_layers import Layer, Norm
 from bntool.observe.onnx_model import OnnxObservation
 from bntool.plan import Edit, Plan
 from bntool.surgery.onnx_wiring import Wiring
@@ -74,8 +73,8 @@ class _FoldWork:
         for name in {handle.rpartition(".")[0] for handle in self.norm_tensors} - set(self.removed):
             self._write_norm(self.norms[name])
         for name in self.removed:
-            for source, nodes in self.norms[name].calls:
-                self.wiring.take_out(source, nodes)
+            for nodes, data in self.norms[name].calls:
+                self.wiring.take_out(nodes, data)
         self.wiring.drop_unused()
 
     # -- numbers ----------------------------------------------------------------------------------------
@@ -110,19 +109,20 @@ class _FoldWork:
         stored_bias = self.graph.tensors.get(f"{layer.name}.bias")
         weight = stored_weight.double()
         bias = None if stored_bias is None else stored_bias.double()
-        alpha, beta = (float(first.node.attributes.get_float(n, 1.0) or 0.0) for n in ("alpha", "beta"))
+        alpha, beta = (_factor(first.node, n) for n in ("alpha", "beta"))
         if first.node.op_type == "Gemm":
+            # Both factors go into the numbers, so that the edit means what it says.
             weight = weight * alpha
             bias = bias if bias is None else bias * beta
+            for call in layer.calls:
+                call.node.attributes.pop("alpha", None)
+                call.node.attributes.pop("beta", None)
         for edit, pair in changes:
             weight, bias = edited(edit, weight, bias, pair)
         self._write_weight(layer, weight.to(stored_weight.dtype))
         if bias is not None:
             kept = stored_weight.dtype if stored_bias is None else stored_bias.dtype
             self._write_bias(layer, bias.to(kept))
-        for call in layer.calls:
-            for name in ("alpha", "beta"):
-                call.node.attributes.pop(name, None) if call.node.op_type == "Gemm" else None
 
     def _write_weight(self, layer: Layer, weight: Tensor) -> None:
         places = [(call.node, 1) for call in layer.calls]
@@ -145,22 +145,21 @@ class _FoldWork:
     def _write_norm(self, norm: Norm) -> None:
         """γ and β of a BatchNorm that stays; one that was taken apart becomes a Mul and an Add."""
         gamma, beta = (self.norm_tensors[f"{norm.name}.{slot}"] for slot in ("weight", "bias"))
-        if norm.parts is not None:
-            (source, nodes), axis = norm.calls[0], norm.parts[2]
-            shape = [1] * len(self._rank_of(norm.name))
-            shape[axis] = -1
-            self.wiring.rewrite_as_mul_add(source, nodes, gamma.reshape(shape), beta.reshape(shape))
+        op = next(op for op in self.graph.of_kind("batch_norm") if op.scope == norm.name)
+        if norm.axis is not None:
+            data = self.graph.input(op)
+            shape = [1] * len(data.shape)
+            shape[norm.axis] = -1
+            dtype = getattr(torch, data.dtype.removeprefix("torch."))
+            parts = (part.to(dtype).reshape(shape) for part in (gamma, beta))
+            self.wiring.rewrite_as_mul_add(*norm.calls[0], *parts)
             return
         for index, slot, tensor in ((1, "weight", gamma), (2, "bias", beta)):
-            places = [(nodes[0], index) for _, nodes in norm.calls]
+            places = [(nodes[0], index) for nodes, _ in norm.calls]
             old = places[0][0].inputs[index]
             assert old is not None
             kept = self.graph.tensors[f"{norm.name}.{slot}"].dtype
             self.wiring.store(old, places, tensor.to(kept))
-
-    def _rank_of(self, name: str) -> tuple[int, ...]:
-        op = next(op for op in self.graph.of_kind("batch_norm") if op.scope == name)
-        return self.graph.input(op).shape
 
 
 def _shaped_like(bias: Tensor, old: ir.Value) -> Tensor:
@@ -171,6 +170,11 @@ def _shaped_like(bias: Tensor, old: ir.Value) -> Tensor:
     elif old.shape is not None:
         rank = max(1, len(old.shape))
     return bias.reshape((1,) * (rank - 1) + tuple(bias.shape))
+
+
+def _factor(node: ir.Node, name: str) -> float:
+    found = node.attributes.get_float(name, 1.0)
+    return 1.0 if found is None else float(found)
 
 
 def _bias_name(weight: str) -> str:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import onnx_ir as ir
 from torch import Tensor
 
-from bntool.observe.onnx_constants import DTYPE_OF, to_onnx
+from bntool.observe.onnx_constants import to_onnx
 from bntool.observe.onnx_nodes import bodies_of
 
 Place = tuple[ir.Node, int]
@@ -18,8 +18,10 @@ class Wiring:
     """The main graph of a model under surgery."""
 
     def __init__(self, model: ir.Model) -> None:
-        self.model, self.graph = model, model.graph
-        self.taken = _names(model)
+        self.graph = model.graph
+        self.listed = (model.ir_version or 0) < 4
+        """Whether initializers are listed among the inputs, as the file format asked for then."""
+        self.taken = _names(model.graph)
         self.released: list[ir.Value] = []
 
     # -- tensors ----------------------------------------------------------------------------------------
@@ -27,26 +29,25 @@ class Wiring:
     def store(self, old: ir.Value, places: Iterable[Place], tensor: Tensor) -> None:
         """Put a tensor where `places` read `old`: in its stead where nobody else reads it, else beside it."""
         places = list(places)
-        own = all(tuple(use) in places for use in old.uses()) and not old.is_graph_output()
-        if own and old.name in self.graph.initializers and self.graph.initializers[old.name] is old:
-            old.const_value = to_onnx(tensor, old.name)
-            if old.shape is not None:
-                old.shape = ir.Shape(tuple(tensor.shape))
+        name = str(old.name)
+        own = all((use.node, use.idx) in places for use in old.uses()) and not old.is_graph_output()
+        if own and self.graph.initializers.get(name) is old:
+            doc = old.const_value.doc_string if old.const_value is not None else None
+            old.const_value = to_onnx(tensor, name, doc)
+            old.shape = ir.Shape(tuple(tensor.shape))
             return
-        value = self.new_initializer(f"{old.name}_folded", tensor)
+        value = self.new_initializer(f"{name}_folded", tensor)
         for node, index in places:
             node.replace_input_with(index, value)
         self.released.append(old)
 
     def new_initializer(self, name: str, tensor: Tensor) -> ir.Value:
-        name = self._free(name)
-        stored = to_onnx(tensor, name)
-        value = ir.Value(
-            name=name, shape=ir.Shape(tuple(tensor.shape)), type=ir.TensorType(stored.dtype), const_value=stored
-        )
+        stored = to_onnx(tensor, self._free(name))
+        shape = ir.Shape(tuple(tensor.shape))
+        value = ir.Value(name=stored.name, shape=shape, type=ir.TensorType(stored.dtype), const_value=stored)
         self.graph.register_initializer(value)
-        if (self.model.ir_version or 0) < 4:
-            self.graph.inputs.append(value)  # what the file format asked for then
+        if self.listed:
+            self.graph.inputs.append(value)
         return value
 
     def _free(self, name: str) -> str:
@@ -59,21 +60,84 @@ class Wiring:
 
     # -- nodes ------------------------------------------------------------------------------------------
 
-    def take_out(self, source: ir.Value, nodes: list[ir.Node]) -> None:
-        """Nodes in a row go: whoever read the last one's output reads `source`. Outputs keep their names."""
-        output = nodes[-1].outputs[0]
-        source = self._current(source, nodes[0])
+    def take_out(self, nodes: Sequence[ir.Node], data: int) -> None:
+        """Nodes in a row go: whoever read the last output now reads input `data` of the first.
+
+        An output of the model keeps its name.
+        """
+        source, output = nodes[0].inputs[data], nodes[-1].outputs[0]
+        assert source is not None
         if output.is_graph_output():
             if source.producer() is None or source.is_graph_output():
-                self._keep_as_identity(source, nodes)
+                self._insert_behind(nodes[-1], "Identity", [source], output)
+                self._remove(nodes)
                 return
-            name, kind, shape = output.name, output.type, output.shape
-            output.name = self._free(f"{name}_unfolded")
-            source.name, source.type, source.shape = name, kind, shape
+            name = str(output.name)
+            output.name = self._free(f"{name}_removed")
+            source.name, source.type, source.shape = name, output.type, output.shape
         output.replace_all_uses_with(source, replace_graph_outputs=True)
         self._remove(nodes)
 
-    def _current(self, source: ir.Value, first: ir.Node) -> ir.Value:
-        """What the first node reads now: what stood before it may have been taken out already."""
-        del source
-        raise NotImplementedError
+    def add_behind(self, node: ir.Node, bias: ir.Value) -> None:
+        """`node` + bias in place of what `node` gives; the sum takes over its name."""
+        product = node.outputs[0]
+        self._insert_behind(node, "Add", [product, bias], product)
+
+    def rewrite_as_mul_add(self, nodes: Sequence[ir.Node], data: int, scale: Tensor, shift: Tensor) -> None:
+        """Elementwise nodes in a row become one Mul and one Add."""
+        source, output = nodes[0].inputs[data], nodes[-1].outputs[0]
+        stem = nodes[0].name or str(output.name)
+        factor = self.new_initializer(f"{stem}_scale", scale)
+        summand = self.new_initializer(f"{stem}_shift", shift)
+        last = self._insert_behind(nodes[-1], "Mul", [source, factor], output)
+        self._insert_behind(last, "Add", [last.outputs[0], summand], last.outputs[0])
+        self._remove(nodes)
+
+    def _insert_behind(
+        self, node: ir.Node, op_type: str, inputs: list[ir.Value | None], output: ir.Value
+    ) -> ir.Node:
+        """A new node whose result replaces `output`, name and all; `output` itself gets another name."""
+        name = str(output.name)
+        output.name = self._free(f"{name}_before_{op_type.lower()}")
+        result = ir.Value(name=name, type=output.type, shape=output.shape)
+        output.replace_all_uses_with(result, replace_graph_outputs=True)
+        label = self._free(f"{node.name or name}_{op_type}")
+        made = ir.Node("", op_type, inputs, outputs=[result], name=label)
+        self.graph.insert_after(node, made)
+        return made
+
+    def _remove(self, nodes: Iterable[ir.Node]) -> None:
+        for node in reversed(list(nodes)):
+            self.released += [v for v in node.inputs if v is not None]
+            self.graph.remove(node, safe=True)
+
+    def drop_unused(self) -> None:
+        """Drop what only the removed nodes read: initializers, and constant nodes that nobody reads now."""
+        while self.released:
+            value = self.released.pop()
+            if value.uses() or value.is_graph_output():
+                continue
+            producer = value.producer()
+            if producer is not None:
+                if producer.graph is self.graph and not any(
+                    v.uses() or v.is_graph_output() for v in producer.outputs
+                ):
+                    self._remove([producer])
+            elif self.graph.initializers.get(str(value.name)) is value:
+                del self.graph.initializers[str(value.name)]
+                if value in self.graph.inputs:
+                    self.graph.inputs.remove(value)
+
+
+def _names(graph: ir.Graph) -> set[str]:
+    """Every name of a value or a node, in bodies too."""
+    names: set[str] = set()
+    graphs = [graph]
+    while graphs:
+        current = graphs.pop()
+        names.update(str(v.name) for v in (*current.inputs, *current.initializers.values()))
+        for node in current:
+            names.update(str(v.name) for v in node.outputs)
+            names.add(str(node.name))
+            graphs += bodies_of(node)
+    return names

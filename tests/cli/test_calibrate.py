@@ -90,6 +90,23 @@ def test_frozen_layers_are_read_back_frozen(folder, capsys):
     assert "1 of 1 BatchNorm layers folded" in out
 
 
+def test_a_folder_of_images(folder, capsys):
+    image = pytest.importorskip("PIL.Image")
+    (folder / "images").mkdir()
+    for i in range(3):
+        pixels = np.random.default_rng(i).integers(0, 256, (30, 40), dtype=np.uint8)
+        image.fromarray(pixels).save(folder / "images" / f"{i}.png")
+    torch.save(untracked(), "net.pt")
+    words = ["calibrate", "net.pt", "--data", "images", "--dry-run", "--json"]
+    plain = json.loads(said(capsys, words))
+    assert plain["layers"][0]["samples"] == 3 * 26 * 26
+    assert any("made 1x1x28x28" in note for note in plain["notes"])
+    assert any("--mean and --std" in note for note in plain["notes"])
+    sized = json.loads(said(capsys, [*words, "--input", "1x1x12x16", "--mean", "0.5", "--std", "0.25"]))
+    assert sized["layers"][0]["samples"] == 3 * 10 * 14
+    assert not any("--mean and --std" in note for note in sized["notes"])
+
+
 def test_weights_alone_cannot_hold_what_layers_do_not(folder, capsys):
     Path("net.py").write_text(
         "from torch import nn\n"

@@ -1,0 +1,114 @@
+"""Fold the BatchNorms of an ONNX file: open, observe, plan, apply, save."""
+
+from __future__ import annotations
+
+import dataclasses
+import glob
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+
+from bntool.files.atomic import require_writable
+from bntool.folding import plan_fold
+from bntool.observe.onnx_model import OnnxObservation, observe_onnx
+from bntool.onnx_files import open_onnx, save_onnx
+from bntool.plan import FoldSite, Plan, Skip
+from bntool.reasons import Reason
+from bntool.surgery.fold_onnx import OnnxCounts, apply_fold_onnx
+
+
+@dataclasses.dataclass(frozen=True)
+class OnnxFoldResult:
+    """The plan, what it changed in numbers, and the files written (None where nothing was)."""
+
+    plan: Plan
+    counts: OnnxCounts
+    path: Path | None = None
+    data_path: Path | None = None
+
+    @property
+    def modified(self) -> bool:
+        return bool(self.plan)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "plan": self.plan.to_dict(),
+            "counts": dataclasses.asdict(self.counts),
+            "path": str(self.path) if self.path else None,
+            "data_path": str(self.data_path) if self.data_path else None,
+        }
+
+
+def fold_onnx(
+    path: str | Path,
+    output: str | Path | None,
+    *,
+    include: Sequence[str] = ("*",),
+    exclude: Sequence[str] = (),
+    force: bool = False,
+) -> OnnxFoldResult:
+    """Fold every BatchNorm of an ONNX file that algebra allows, and write the result to `output`.
+
+    `include` and `exclude` match node names. Nothing is written where nothing folds, or where `output` is
+    None. Names, metadata, opset, order and external data stay as they are.
+
+    Raises:
+        LoadError: the file, or its external data, cannot be read or is not valid.
+        UsageError: `output` exists without `force`, is the input, or cannot be written.
+    """
+    file = open_onnx(path)
+    if output is not None:
+        require_writable(output, force=force, forbid=(file.path, *file.data_files))
+    plan, observed = plan_fold_onnx(file.model, include=include, exclude=exclude)
+    counts = apply_fold_onnx(observed, plan)
+    if output is None or not plan:
+        return OnnxFoldResult(plan, counts)
+    written, data = save_onnx(file, output, force=force)
+    return OnnxFoldResult(plan, counts, written, data)
+
+
+def plan_fold_onnx(
+    model: ir.Model, *, include: Sequence[str] = ("*",), exclude: Sequence[str] = ()
+) -> tuple[Plan, OnnxObservation]:
+    """A verdict for every BatchNorm of the model, and the observation it was planned on.
+
+    Where an axis has no fixed size, a fold counts only if it comes out the same for two sets of sizes.
+    """
+    observed = observe_onnx(model)
+    plan = plan_fold(observed.graph, include=include, exclude=exclude)
+    if observed.open:
+        other = observe_onnx(model, sizes=1)
+        unsettled: list[str] = []
+        while differing := _differing(
+            plan, plan_fold(other.graph, include=include, exclude=_without(exclude, unsettled))
+        ):
+            unsettled += differing
+            plan = plan_fold(observed.graph, include=include, exclude=_without(exclude, unsettled))
+        plan = _with_reasons(plan, unsettled, exclude)
+    hidden = [
+        Skip(name, Reason.FUNCTIONAL, f"{place}, which is left as it is") for name, place in observed.hidden
+    ]
+    sites = tuple(dataclasses.replace(site, level="graph") for site in plan.fold_sites)
+    return dataclasses.replace(plan, sites=sites, skips=(*plan.skips, *hidden)), observed
+
+
+def _without(exclude: Sequence[str], names: Sequence[str]) -> tuple[str, ...]:
+    return (*exclude, *(glob.escape(name) for name in names))
+
+
+def _differing(plan: Plan, other: Plan) -> list[str]:
+    """The BatchNorms that one plan folds and the other does not, or not alike."""
+    mine: dict[str, FoldSite] = {site.bn: site for site in plan.fold_sites}
+    theirs = {site.bn: site for site in other.fold_sites}
+    return [name for name in {**mine, **theirs} if mine.get(name) != theirs.get(name)]
+
+
+def _with_reasons(plan: Plan, unsettled: Sequence[str], exclude: Sequence[str]) -> Plan:
+    detail = "the fold would depend on the size of an axis that is not fixed"
+    skips = tuple(
+        Skip(skip.name, Reason.AXIS_MISMATCH, detail) if skip.name in unsettled else skip
+        for skip in plan.skips
+    )
+    return dataclasses.replace(plan, skips=skips, options={**plan.options, "exclude": list(exclude)})
