@@ -111,12 +111,12 @@ def identity(rank: int) -> Affine:
 
 
 def _broadcast(first: Tensor, second: Tensor) -> Pair:
-    both: Pair = torch.broadcast_tensors(first, second)  # type: ignore[no-untyped-call]
+    both: Pair = torch.broadcast_tensors(first, second)
     return both
 
 
 def _broadcast_shapes(shapes: Sequence[Sequence[int]]) -> Sequence[int]:
-    shape: torch.Size = torch.broadcast_shapes(*shapes)  # type: ignore[no-untyped-call]
+    shape: torch.Size = torch.broadcast_shapes(*shapes)
     return shape
 
 

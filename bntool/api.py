@@ -173,15 +173,20 @@ def in_float64(model: nn.Module, surgery: Callable[[nn.Module], nn.Module]) -> n
 
 def _worst(checks: Sequence[Check]) -> str:
     failed = next(check for check in checks if not check.passed)
-    return f"relative error {failed.relative:.2g}, allowed {failed.limit:.2g} ({failed.detail or failed.stage})"
+    return (
+        f"relative error {failed.relative:.2g}, allowed {failed.limit:.2g} ({failed.detail or failed.stage})"
+    )
 
 
 def _first_at_fault(model: nn.Module, plan: Plan, inputs: Inputs) -> str:
     """The first site whose fold changes the output in float64, found by bisection."""
+
     def agrees(sites: int) -> bool:
         part = dataclasses.replace(plan, sites=plan.sites[:sites])
         folded64 = in_float64(model, lambda wide: apply_fold(wide, part))
-        rows = check_surgery(model, apply_fold(model, part).eval(), [inputs], stage="fold", candidate64=folded64)
+        rows = check_surgery(
+            model, apply_fold(model, part).eval(), [inputs], stage="fold", candidate64=folded64
+        )
         return all(row.passed for row in rows)
 
     low, high = 0, len(plan.sites)
@@ -271,7 +276,9 @@ def summary(
     """
     inputs = None
     try:
-        inputs = _observed(model, example_inputs).inputs if example_inputs is None else Inputs.of(example_inputs)
+        inputs = (
+            _observed(model, example_inputs).inputs if example_inputs is None else Inputs.of(example_inputs)
+        )
     except Exception:
         if example_inputs is not None:
             raise
@@ -316,8 +323,10 @@ def verify(
     batches = seeded_batches(example)
     if isinstance(candidate, nn.Module):
         on = "cuda" if device == "auto" and torch.cuda.is_available() else device.replace("auto", "cpu")
-        return Comparison(tuple(check_surgery(reference, candidate, batches, stage="verify", device=on)))
-    return Comparison(tuple(check_onnx(reference, candidate, batches, device=device)))
+        rows = check_surgery(reference, candidate, batches, stage="verify", device=on, atol=atol, rtol=rtol)
+    else:
+        rows = check_onnx(reference, candidate, batches, device=device, atol=atol, rtol=rtol)
+    return Comparison(tuple(rows))
 
 
 def _observed(model: nn.Module, example_inputs: Any, *, small: bool = False) -> Observation:

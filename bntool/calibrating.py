@@ -20,6 +20,7 @@ from bntool.results import delta_lines
 from bntool.statistics import store
 from bntool.surgery.fold_modules import own_tensors
 from bntool.sweeping import Sweep, sweep
+from bntool.verdicts import Check
 
 Progress = Callable[[str], None]
 
@@ -61,6 +62,14 @@ class CalibrationResult:
     @property
     def status(self) -> str:
         return "ok"
+
+    @property
+    def plan(self) -> None:
+        """Only values changed: there is no plan to replay on a fresh model."""
+
+    @property
+    def checks(self) -> tuple[Check, ...]:
+        return ()
 
     @property
     def dead_channels(self) -> int:

@@ -67,7 +67,7 @@ def _capture_dynamic(model: nn.Module, inputs: Inputs) -> tuple[torch.export.Exp
         inputs if next(t for t in inputs.tensors().values() if t.dim()).shape[0] > 1 else inputs.rebatched(2)
     )
     axis = torch.export.Dim("batch")
-    shapes = torch.export.ShapesCollection()  # type: ignore[no-untyped-call]
+    shapes = torch.export.ShapesCollection()
     for tensor in sample.tensors().values():
         if tensor.dim():
             shapes[tensor] = {0: axis}

@@ -152,7 +152,9 @@ def _check_algebra(
         # Where a model narrows inside, one more digit of input moves the narrow rounding: own noise rules.
         limits = reference.limits
         detail = "in float64 the model narrows inside, so its own noise is the limit"
-    row = compare(reference.exact, outputs, limits, stage=stage, device="cpu", provider="torch", detail=detail)
+    row = compare(
+        reference.exact, outputs, limits, stage=stage, device="cpu", provider="torch", detail=detail
+    )
     return dataclasses.replace(row, precision="float64")
 
 

@@ -20,7 +20,9 @@ from bntool.observe.aten import ACTIVATIONS
 from bntool.plan import InsertSite, Plan, Skip
 from bntool.reasons import Reason
 
-_NORMS = frozenset({"batch_norm", "instance_norm", "group_norm", "layer_norm", "native_layer_norm", "rms_norm"})
+_NORMS = frozenset(
+    {"batch_norm", "instance_norm", "group_norm", "layer_norm", "native_layer_norm", "rms_norm"}
+)
 _STOCK = frozenset(
     f"torch.nn.modules.{name}"
     for name in (
@@ -182,7 +184,9 @@ class _Planner:
         if reader.kind not in ACTIVATIONS:
             raise _Refuse(Reason.NO_ACTIVATION, f"{reader.label} follows, not an activation")
         if "any" not in self.options.activations and reader.kind not in self.options.activations:
-            raise _Refuse(Reason.OTHER_ACTIVATION, f"{reader.kind} follows; --activation {reader.kind} takes it")
+            raise _Refuse(
+                Reason.OTHER_ACTIVATION, f"{reader.kind} follows; --activation {reader.kind} takes it"
+            )
         return reader
 
     def _require_not_normed(self, value: Value) -> None:
@@ -278,9 +282,7 @@ class _Planner:
                 bn = new_name(d.slot)
             else:
                 bn = _join(new_name(d.conv), "bn")
-            sites.append(
-                InsertSite(d.conv, d.activation, bn, d.channels, d.form, d.dims, d.kind, d.slot)
-            )
+            sites.append(InsertSite(d.conv, d.activation, bn, d.channels, d.form, d.dims, d.kind, d.slot))
         names = [n for first in self.graph.tensors for n in (first, *self.graph.aliases.get(first, ()))]
         key_map = {old: new_name(old) for old in names if new_name(old) != old}
         return Plan(
@@ -303,15 +305,16 @@ def sequential_names(
     names and the newcomer is called `<child>_bn`.
     """
     numbered = list(children) == [str(i) for i in range(len(children))]
+    renamed: dict[str, str] = {}
+    newcomers: dict[str, str] = {}
     if keep_keys or not numbered:
-        newcomers = {}
         for child in after:
             name = f"{child}_bn"
             while name in children or name in newcomers.values():
                 name += "_"
             newcomers[child] = name
-        return {}, newcomers
-    renamed, newcomers, index = {}, {}, 0
+        return renamed, newcomers
+    index = 0
     for child in children:
         renamed[child] = str(index)
         index += 1

@@ -78,7 +78,7 @@ def _suspects(sites: list[InsertSite]) -> list[InsertSite]:
 
 
 def _stands(graph: Graph, site: InsertSite, options: InsertOptions) -> bool:
-    """Whether the site's BatchNorm is the only reader of the layer and feeds the activation (or follows it)."""
+    """Whether the site's BatchNorm alone reads the layer, and feeds the activation (or follows it)."""
     ops = [op for op in graph.of_kind("batch_norm") if op.scope == site.bn]
     if len(ops) != 1:
         return False
@@ -107,7 +107,7 @@ def _same_to_the_last_bit(observation: Observation, again: Observation) -> Check
 
 
 def check_unchanged(original: nn.Module, modified: nn.Module, example: Inputs, *, full: bool) -> Check:
-    """Run both models in eval mode, with `full` on batches of 1, 2 and 3: equal to the last bit, or failed."""
+    """Run both models in eval mode, with `full` on batches of 1, 2 and 3: equal to the last bit or failed."""
     inputs = seeded_batches(example) if full else [example]
     before = Reference(original, inputs)
     after = TorchRunner(modified)
@@ -118,5 +118,3 @@ def _exactly(before: Sequence[Outputs], after: Sequence[Outputs]) -> Check:
     exact = {name: Limit(0.0, 0.0) for outputs in before for name in outputs}
     device = next((t.device.type for t in before[0].values()), "cpu")
     return compare(before, after, exact, stage="insert", device=device, provider="torch")
-
-

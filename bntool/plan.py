@@ -210,9 +210,7 @@ class Plan:
 
 def _fold_site(data: Mapping[str, Any]) -> FoldSite:
     edits = tuple(Edit(**{**e, "map": _tuples(e.get("map"))}) for e in data["edits"])
-    return FoldSite(
-        data["bn"], tuple(data["into"]), tuple(data["laws"]), edits, data.get("level", "module")
-    )
+    return FoldSite(data["bn"], tuple(data["into"]), tuple(data["laws"]), edits, data.get("level", "module"))
 
 
 def _tuples(value: Any) -> Any:

@@ -71,7 +71,9 @@ class Reference:
             )
         if not any(t.numel() for _, outputs in runs for t in outputs.values()):
             self._with_parts = True
-            self.notes.append("every output is empty on these inputs, so what the model's parts return is compared")
+            self.notes.append(
+                "every output is empty on these inputs, so what the model's parts return is compared"
+            )
             runner = TorchRunner(self._model, self._device, parts=True)
             runs = [(inputs, runner.run(inputs)) for inputs, _ in runs]
         self.notes += [f"the original cannot run {inputs.shapes()}, left out" for inputs, _ in refused]
@@ -141,7 +143,7 @@ def run_float64(
         torch.set_default_dtype(default)
 
 
-class _NarrowWatch(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class _NarrowWatch(TorchDispatchMode):
     """Notes the floating dtypes below float64 that ops produce."""
 
     def __init__(self) -> None:

@@ -105,13 +105,17 @@ def _fold_lines(plan: Plan, width: int | None, verbose: bool) -> list[str]:
     for reason, number in Counter(skip.reason for skip in plan.skips).most_common():
         first = next(skip for skip in plan.skips if skip.reason is reason)
         also = ", the first" if number > 1 else ""
-        lines.append(wrapped(f"kept {number} {reason}{also}: {first.name}: {first.detail}", width, indent="    "))
+        lines.append(
+            wrapped(f"kept {number} {reason}{also}: {first.name}: {first.detail}", width, indent="    ")
+        )
     return lines
 
 
 def _verdict(site: FoldSite) -> str:
     """Into what, and through which ops: a layer that takes in at once is not worth a word."""
-    way = [law for law in site.laws if law not in ("conv", "linear", "matmul", "batch_norm", "reparameterize")]
+    way = [
+        law for law in site.laws if law not in ("conv", "linear", "matmul", "batch_norm", "reparameterize")
+    ]
     through = f" through {', '.join(way)}" if way else ""
     return f"folded into {', '.join(site.into)}{through}"
 
@@ -133,13 +137,11 @@ def delta_lines(parameters: dict[str, dict[str, int]]) -> list[str]:
     def total(counts: dict[str, int]) -> int:
         return counts["trainable"] + counts["frozen"]
 
-    lines = [
-        f"parameters  {count(total(before))} -> {count(total(after))} "
-        f"({signed(delta['trainable'])} trainable, {signed(delta['frozen'])} frozen)"
-    ]
+    change = f"{signed(delta['trainable'])} trainable, {signed(delta['frozen'])} frozen"
     if delta["conv_bias"]:
-        lines[0] = lines[0][:-1] + f", of these {signed(delta['conv_bias'])} biases)"
-    lines.append(
-        f"buffers     {count(before['buffers'])} -> {count(after['buffers'])} ({signed(delta['buffers'])})"
-    )
-    return lines
+        change += f", of these {signed(delta['conv_bias'])} biases"
+    buffers = f"{count(before['buffers'])} -> {count(after['buffers'])} ({signed(delta['buffers'])})"
+    return [
+        f"parameters  {count(total(before))} -> {count(total(after))} ({change})",
+        f"buffers     {buffers}",
+    ]

@@ -61,7 +61,8 @@ class Comparison:
         for check in self.checks:
             verdict = "passed" if check.passed else "FAILED"
             figures = (f"{check.max_abs:.2g}", f"{check.relative:.2g}", f"{check.ratio:.2g}")
-            table.add_row(f"{check.stage} {check.precision}".strip(), check.device, check.provider, verdict, *figures, f"{check.limit:.2g}")
+            stage = f"{check.stage} {check.precision}".strip()
+            table.add_row(stage, check.device, check.provider, verdict, *figures, f"{check.limit:.2g}")
         text = io.StringIO()
         console = Console(file=text, width=110)
         console.print(table if self.checks else "nothing was compared")

@@ -22,10 +22,10 @@ FLOORS: dict[str, tuple[int, str]] = {
     "surgery": (4, "surgery"),
     "checking": (4, "comparing reference checking runtime doctor"),
     "exporting": (4, "exporting capturing onnx_cleaning"),
-    "statistics": (5, "statistics batches"),
+    "statistics": (5, "statistics moments sweeping batches arrays images"),
     "proved": (5, "insertion module_folding"),
     "report": (5, "report"),
-    "api": (6, "results api"),
+    "api": (6, "results api calibrating"),
     "cli": (7, "bntool __main__ cli"),
 }
 """Room -> its floor, and the files and folders it holds; `bntool` is the package's own `__init__`."""

@@ -61,11 +61,7 @@ def test_zoo(entry: Entry) -> None:
         assert_same(run(model, inputs), run(folded, inputs))
 
 
-REPLAYED = [
-    pytest.param(e, id=e.name)
-    for e in ZOO
-    if FOLDED in e.verdicts.values()
-]
+REPLAYED = [pytest.param(e, id=e.name) for e in ZOO if FOLDED in e.verdicts.values()]
 
 
 @pytest.mark.parametrize("entry", REPLAYED)

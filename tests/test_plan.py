@@ -116,9 +116,3 @@ def test_another_model_is_refused_with_the_first_difference(
         INSERT.require_signature(signature, "app.Other")
     assert "app.Net" in caught.value.what
     assert caught.value.where == "app.Other"
-
-
-@pytest.mark.parametrize("text", ["[]", "3", '"plan"', '{"schema_version": 1, "action": "melt"}'])
-def test_a_document_that_is_no_plan_is_refused(text):
-    with pytest.raises(PlanError):
-        Plan.from_json(text)

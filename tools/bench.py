@@ -145,7 +145,10 @@ def main() -> None:
         torch.set_num_threads(os.cpu_count() or 1)
     print(f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}, medians in seconds")
     page = help_page(chosen.repetitions)
-    print(f"\nbntool --help {page['help']:.3f}, import torch {page['import_torch']:.2f}: ratio {page['ratio']:.3f}")
+    print(
+        f"\nbntool --help {page['help']:.3f}, "
+        f"import torch {page['import_torch']:.2f}: ratio {page['ratio']:.3f}"
+    )
     rows = folds(chosen.repetitions)
     print("\nfold in process, unchecked: observe, plan, apply, a new model")
     print(f"{'net':14}{'fold':>8}{'forward':>9}{'copy':>8}{'ratio':>8}{'fx.fuse':>9}{'ratio':>8}")

@@ -143,13 +143,18 @@ def in_own_process(name: str, limit: float) -> dict[str, Any]:
     if child == 0:
         os.close(read)
         warnings.simplefilter("ignore")
-        sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - the process ends with it
+        sys.stdout = sys.stderr = Path(os.devnull).open("w")  # noqa: SIM115 - ends with the process
         try:
             row = examine(name)
         except BaseException as error:  # noqa: BLE001 - the row is the report
             last = traceback.extract_tb(error.__traceback__)[-1]
             where = f"{Path(last.filename).name}:{last.lineno}"
-            row = {"model": name, "status": "failed", "error": f"{type(error).__name__}: {error}"[:500], "at": where}
+            row = {
+                "model": name,
+                "status": "failed",
+                "error": f"{type(error).__name__}: {error}"[:500],
+                "at": where,
+            }
         with os.fdopen(write, "w") as pipe:
             pipe.write(json.dumps(row))
         os._exit(0)
@@ -179,6 +184,7 @@ def write_page(results: dict[str, dict[str, Any]]) -> None:
     good = [row for row in rows if row["status"] == "ok"]
     with_bn = [row for row in good if row["bn_total"]]
     total, folded = (sum(row[key] for row in with_bn) for key in ("bn_total", "folded"))
+    share = 100 * folded / max(total, 1)
     kept: collections.Counter[str] = collections.Counter()
     for row in with_bn:
         kept.update(row["kept"])
@@ -192,8 +198,7 @@ def write_page(results: dict[str, dict[str, Any]]) -> None:
         "`coverage.jsonl`, one line a model, which has every figure.",
         "",
         f"- models run: {len(good)} of {len(rows)} tried",
-        f"- with BatchNorm: {len(with_bn)}; BatchNorm layers: {total:,}; folded: {folded:,} "
-        f"({100 * folded / max(total, 1):.1f} %)",
+        f"- with BatchNorm: {len(with_bn)}; BatchNorm layers: {total:,}; folded: {folded:,} ({share:.1f} %)",
         f"- kept, by reason: {', '.join(f'{n:,} {reason}' for reason, n in kept.most_common()) or 'none'}",
     ]
     if ratios:
@@ -212,7 +217,11 @@ def write_page(results: dict[str, dict[str, Any]]) -> None:
             f"folded back, the weights differ by at most {max(row['round_trip'] for row in sites):.1e}"
         )
     rest = [row for row in rows if row["status"] != "ok"]
-    lines += ["", "| model | BN | folded | kept | error / noise | float64 | seconds to fold |", "|---|---|---|---|---|---|---|"]
+    lines += [
+        "",
+        "| model | BN | folded | kept | error / noise | float64 | seconds to fold |",
+        "|---|---|---|---|---|---|---|",
+    ]
     for row in with_bn:
         reasons = ", ".join(f"{n} {reason}" for reason, n in row["kept"].items())
         lines.append(
@@ -242,7 +251,10 @@ def sweep(names: Iterable[str], minutes: float, limit: float) -> None:
         results[name] = row
         with RESULTS.open("a") as file:
             file.write(json.dumps(row) + "\n")
-        print(f"{len(results):5} {row['status']:10} {name} {row.get('folded', '')}/{row.get('bn_total', '')}", flush=True)
+        print(
+            f"{len(results):5} {row['status']:10} {name} {row.get('folded', '')}/{row.get('bn_total', '')}",
+            flush=True,
+        )
     write_page(results)
 
 
@@ -251,7 +263,9 @@ def main() -> None:
     parser.add_argument("names", nargs="*", help="models (default: all)")
     parser.add_argument("--minutes", type=float, default=600, help="stop after this long")
     parser.add_argument("--limit", type=float, default=120, help="seconds for one model")
-    parser.add_argument("--again", action="store_true", help="forget the rows that are not ok, and run them again")
+    parser.add_argument(
+        "--again", action="store_true", help="forget the rows that are not ok, and run them again"
+    )
     chosen = parser.parse_args()
     if chosen.again:
         kept = [row for row in read_results().values() if row["status"] == "ok"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import types
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -52,14 +51,7 @@ def command(**options: Any) -> int:
         result = calibrate(session.model, batches, freeze=options["freeze"], progress=step)
     voice.say(result.render(verbose=not options["quiet"]))
     if path is not None:
-        # Only values changed: there is no plan to replay on a fresh model.
-        written: Any = types.SimpleNamespace(
-            model=result.model,
-            plan=types.SimpleNamespace(to_dict=dict),
-            parameters=result.parameters,
-            checks=(),
-        )
-        write_model(session, "calibrate", written, path, options["force"])
+        write_model(session, "calibrate", result, path, options["force"])
         voice.say(f"wrote       {path}")
     voice.emit(
         {

@@ -3,15 +3,31 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from bntool.files.atomic import require_writable
 from bntool.files.memory import Record, remember
 from bntool.files.sidecar import make_document, output_name, sidecar_path, write_sidecar
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from bntool.cli.session import Session
-    from bntool.results import SurgeryResult
+    from bntool.plan import Plan
+    from bntool.verdicts import Check
+
+
+class Result(Protocol):
+    """What a command made: a model, the counts before and after, the plan it followed, and its checks."""
+
+    @property
+    def model(self) -> nn.Module: ...
+    @property
+    def parameters(self) -> dict[str, dict[str, int]]: ...
+    @property
+    def plan(self) -> Plan | None: ...
+    @property
+    def checks(self) -> tuple[Check, ...]: ...
 
 
 def chosen_output(session: Session, action: Any, output: str | None, force: bool) -> Path:
@@ -26,7 +42,7 @@ def chosen_output(session: Session, action: Any, output: str | None, force: bool
     return path
 
 
-def write_model(session: Session, command: str, result: SurgeryResult, path: Path, force: bool) -> None:
+def write_model(session: Session, command: str, result: Result, path: Path, force: bool) -> None:
     """Save the model as the kind of file it came from, and the side file; remember both for this folder."""
     from bntool.files.saving import allow_entries_of, save_model
 
@@ -40,7 +56,7 @@ def write_model(session: Session, command: str, result: SurgeryResult, path: Pat
         arch=loaded.arch,
         weights=loaded.weights,
         key=loaded.key,
-        plan=result.plan.to_dict(),
+        plan=result.plan.to_dict() if result.plan is not None else None,
         parameters=result.parameters,
         checks=[check.to_dict() for check in result.checks],
     )

@@ -22,7 +22,7 @@ from bntool.files.pickled_calls import PARTIAL, shown
 from bntool.files.scripts import import_path, import_script, script_of
 
 _LAYER_PACKAGES = ("torch.nn.modules", "torchvision.models", "torchvision.ops", "timm.models", "timm.layers")
-_OWN_LAYERS = "bntool.layers"
+_OWN_LAYERS = ("bntool.layers", "bntool.frozen")
 # Reviewed one by one: plain holders of data and pure functions that honest model files refer to.
 _HELPERS = frozenset(
     {
@@ -53,7 +53,7 @@ def builtin_allowance(name: str) -> Any | None:
     module, _, attribute = name.rpartition(".")
     if name in _HELPERS:
         return _find(module, attribute)
-    own = module == _OWN_LAYERS or module.startswith(_OWN_LAYERS + ".")
+    own = module in _OWN_LAYERS
     if not own and not any(module == p or module.startswith(p + ".") for p in _LAYER_PACKAGES):
         return None
     found = _find(module, attribute)

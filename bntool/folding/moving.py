@@ -148,9 +148,7 @@ class Mover:
     def _read_elsewhere(self, value: Value, reader: int) -> Refused:
         producer = self.graph.producer(value)
         what = producer.label if producer else "the value"
-        return Refused(
-            Reason.OUTPUT_USED_ELSEWHERE, f"{what} is also read by {self.graph.ops[reader].label}"
-        )
+        return Refused(Reason.OUTPUT_USED_ELSEWHERE, f"{what} is also read by {self.graph.ops[reader].label}")
 
     def _downstream(self, norm: Norm, maps: dict[int, Affine], way: Way) -> None:
         """Carry the map over the BatchNorm's outputs on through every reader."""

@@ -6,6 +6,7 @@ import dataclasses
 import fnmatch
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -106,7 +107,7 @@ def _matches(name: str, patterns: Iterable[str]) -> bool:
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 
-def _what_is_bad(tensors: Mapping[str, Tensor | None]) -> str:
+def _what_is_bad(tensors: Mapping[Any, Tensor | None]) -> str:
     """The first tensor that holds what no BatchNorm may hold, and at which channel."""
     for role, tensor in tensors.items():
         if tensor is None:

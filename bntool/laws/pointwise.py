@@ -58,9 +58,7 @@ class Addition:
         if not demand.has_shift:
             return dict.fromkeys(roles, demand)
         taker = context.choose(len(roles))
-        return {
-            role: demand if i == taker else demand.then("scale_part") for i, role in enumerate(roles)
-        }
+        return {role: demand if i == taker else demand.then("scale_part") for i, role in enumerate(roles)}
 
     @staticmethod
     def down(context: Context, op: Op, maps: Maps) -> list[Affine]:

@@ -222,8 +222,10 @@ class Concat:
         maps: Maps = {}
         start = 0
         for role, size in zip(roles, sizes, strict=True):
-            part = demand if demand.scale.shape[axis] == 1 else demand.then(
-                "slice", axis, start, start + size, 1
+            part = (
+                demand
+                if demand.scale.shape[axis] == 1
+                else demand.then("slice", axis, start, start + size, 1)
             )
             start += size
             if context.graph.input(op, role).constant and not part.is_identity:

@@ -30,7 +30,9 @@ SHAPE_ONLY: dict[str, tuple[str, ...]] = {
 
 _RESHAPES = """view reshape flatten unflatten squeeze unsqueeze reshape_as view_as _unsafe_view
 squeeze_ unsqueeze_ _reshape_alias""".split()
-_IDENTITIES = "contiguous clone detach detach_ alias lift_fresh to _to_copy type_as feature_dropout dropout".split()
+_IDENTITIES = (
+    "contiguous clone detach detach_ alias lift_fresh to _to_copy type_as feature_dropout dropout".split()
+)
 _UPSAMPLES = """upsample_nearest1d upsample_nearest2d upsample_nearest3d upsample_linear1d upsample_bilinear2d
 upsample_trilinear3d upsample_bicubic2d _upsample_nearest_exact1d _upsample_nearest_exact2d
 _upsample_nearest_exact3d _upsample_bilinear2d_aa _upsample_bicubic2d_aa""".split()
@@ -218,7 +220,7 @@ _TABLE: dict[str, Callable[[Bound], Translation]] = {
     "clamp": _clamp,
     "clip": _clamp,
     "clamp_min": lambda b: _clamp({"min": b.get("min")}),
-    "constant_pad_nd": lambda b: _pad(b),
+    "constant_pad_nd": _pad,
     "pad": _pad,
     "dropout": _dropout,
     "feature_dropout": _dropout,

@@ -8,7 +8,6 @@ surgery starts from one, so that only the layers that change get new tensors.
 from __future__ import annotations
 
 import copy
-import functools
 from collections import OrderedDict
 from collections.abc import Iterator
 from typing import Any
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from bntool.errors import ObserveError
+from bntool.observe.modules import once_per_class
 
 _EMPTY = (dict, set, list, OrderedDict)
 _FLAT = (int, float, str, bool, bytes, type(None), torch.dtype, torch.device, torch.Size, type)
@@ -33,7 +33,7 @@ def structural_copy(model: nn.Module) -> nn.Module:
     """
     memo: dict[int, Any] = {}
     modules = list(model.modules())
-    plain = [m for m in modules if _is_plain_class(type(m))]
+    plain = [m for m in modules if _copies_plainly(type(m))]
     for module in modules:
         for tensor in own_tensors(module):
             memo[id(tensor)] = tensor
@@ -48,8 +48,8 @@ def structural_copy(model: nn.Module) -> nn.Module:
     return _copied_module(model, memo)
 
 
-@functools.cache
-def _is_plain_class(cls: type[nn.Module]) -> bool:
+@once_per_class
+def _copies_plainly(cls: type) -> bool:
     """Whether the class leaves copying to Python, so that copying its `__dict__` copies it all."""
     custom = ("__deepcopy__", "__copy__", "__reduce__", "__reduce_ex__", "__getstate__")
     kept = all(getattr(cls, name, None) is getattr(nn.Module, name, None) for name in custom)

@@ -115,7 +115,7 @@ class _Frame:
     start: int
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _schema_of(func: Any) -> tuple[str, tuple[str, ...], frozenset[str], bool]:
     """Operator name, argument names, the arguments it writes to, and whether it draws random numbers."""
     arguments = func._schema.arguments
@@ -126,7 +126,7 @@ def _schema_of(func: Any) -> tuple[str, tuple[str, ...], frozenset[str], bool]:
 
 class _DispatchMode(TorchDispatchMode):
     def __init__(self, recorder: _Recorder) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.recorder = recorder
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -213,7 +213,7 @@ class _Recorder:
         if info.hooked:
             self._watch(args, name)
 
-    def leave(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+    def leave(self, module: nn.Module, _: Any, kwargs: Any, output: Any) -> None:
         name = self.names.get(id(module))
         if name is None:
             self._watch_original(module, (kwargs, output))
@@ -334,7 +334,7 @@ class _Recorder:
             # any Python number from here on may have been read from the data
             constant = constant and bool(inputs)
             attrs = {k: None if k == "number" else v for k, v in attrs.items()}
-        made = outs if not targets else targets
+        made = targets or outs
         values = []
         for tensor in made:
             value = self.graph.add_value(tuple(tensor.shape), constant=constant, dtype=str(tensor.dtype))
@@ -403,7 +403,9 @@ class _Recorder:
         for role in ("weight", "bias", "running_mean", "running_var"):
             inputs[role] = self._value_of(getattr(frame.module, role))
         attrs = {"eps": float(getattr(frame.module, "eps", 0.0)), "training": False, "axis": 1}
-        return self.graph.add_op("batch_norm", inputs, outputs, attrs=attrs, scope=frame.name, call=frame.call)
+        return self.graph.add_op(
+            "batch_norm", inputs, outputs, attrs=attrs, scope=frame.name, call=frame.call
+        )
 
     # -- the end ----------------------------------------------------------------------------------------
 

@@ -44,7 +44,9 @@ def guesses(model: nn.Module, *, small: bool = False) -> Iterator[Inputs]:
     """Inputs worth trying, the likeliest first. All are seeded."""
     package = type(model).__module__
     if package.startswith("torchvision.models.detection"):
-        yield Inputs(([_random(3, 320, 320)],), origin="inferred: one 3x320x320 image (torchvision detection)")
+        yield Inputs(
+            ([_random(3, 320, 320)],), origin="inferred: one 3x320x320 image (torchvision detection)"
+        )
         return
     if package.startswith("torchvision.models.optical_flow"):
         pair = (_random(1, 3, 128, 128), _random(1, 3, 128, 128))

@@ -84,7 +84,7 @@ def require_materialised(model: nn.Module) -> None:
 @contextlib.contextmanager
 def random_state_kept() -> Iterator[None]:
     """Put back the random state of PyTorch (CPU, and CUDA where it is in use), Python and NumPy."""
-    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()  # type: ignore[no-untyped-call]
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
     python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002  what models use
     try:
         with torch.random.fork_rng(devices):

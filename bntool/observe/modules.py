@@ -1,4 +1,4 @@
-"""What planners must know of a module's class, told by class name so that no optional package is imported."""
+"""What planners must know of a module's class, told by name so that no optional package is imported."""
 
 from __future__ import annotations
 
@@ -9,7 +9,13 @@ from typing import TypeVar
 import torch
 from torch import nn
 
-_PLAIN_BIAS_OWNERS = ("torch.nn.modules.conv.", "torch.nn.modules.linear.", "timm.layers.", "torchvision.ops.", "bntool.layers.")
+_PLAIN_BIAS_OWNERS = (
+    "torch.nn.modules.conv.",
+    "torch.nn.modules.linear.",
+    "timm.layers.",
+    "torchvision.ops.",
+    "bntool.layers.",
+)
 """Packages whose convolution and linear forwards hand `self.bias` to the operator."""
 
 _FUNCTIONAL_BN = {
@@ -29,7 +35,7 @@ _KNOWN_BN = {**_FUNCTIONAL_BN, **_DECOMPOSED_BN}
 _Answer = TypeVar("_Answer")
 
 
-def _once_per_class(ask: Callable[[type], _Answer]) -> Callable[[type], _Answer]:
+def once_per_class(ask: Callable[[type], _Answer]) -> Callable[[type], _Answer]:
     """Remember the answer for each class."""
     known: dict[type, _Answer] = {}
 
@@ -54,32 +60,32 @@ def forward_owner(cls: type) -> str:
     return ""
 
 
-@_once_per_class
+@once_per_class
 def is_batch_norm_class(cls: type) -> bool:
     """Whether the class is a BatchNorm by inheritance, whatever its forward does."""
     names = {class_name(base) for base in cls.__mro__}
     return issubclass(cls, nn.modules.batchnorm._BatchNorm) or not names.isdisjoint(_KNOWN_BN)
 
 
-@_once_per_class
+@once_per_class
 def has_known_forward(cls: type) -> bool:
     """Whether the BatchNorm's forward is one we know: the norm, then at most its own activation."""
     return forward_owner(cls) in _KNOWN_BN
 
 
-@_once_per_class
+@once_per_class
 def is_decomposed(cls: type) -> bool:
     """Whether the forward computes the norm from elementary ops instead of one batch_norm."""
     return forward_owner(cls) in _DECOMPOSED_BN
 
 
-@_once_per_class
+@once_per_class
 def has_activation(cls: type) -> bool:
     """Whether the forward applies dropout and an activation of its own after the norm."""
     return _KNOWN_BN.get(forward_owner(cls), False)
 
 
-@_once_per_class
+@once_per_class
 def role_of(cls: type) -> str:
     """The role of a module class, as `graph.Module.role` names it."""
     if issubclass(cls, torch.jit.ScriptModule):
@@ -99,7 +105,7 @@ def role_of(cls: type) -> str:
     return ""
 
 
-@_once_per_class
+@once_per_class
 def uses_plain_bias(cls: type) -> bool:
     """Whether the forward of a convolution or linear class is known to use `self.bias`."""
     return forward_owner(cls).startswith(_PLAIN_BIAS_OWNERS)
