@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from bntool.checking import check_onnx, check_surgery, seeded_batches
+from bntool.collecting import paused
 from bntool.errors import CheckFailed, PlanError, UsageError
 from bntool.exporting import ExportResult
 from bntool.exporting import export_onnx as _export_onnx
@@ -80,6 +81,7 @@ def insert(
     return result if share else _on_its_own(result, model)
 
 
+@paused()
 def insert_with(model: nn.Module, observation: Observation, options: InsertOptions) -> SurgeryResult:
     """`insert` on a model already observed; the result shares its untouched tensors with `model`."""
     plan, modified, check = insert_observed(model, observation, options)
@@ -115,6 +117,7 @@ def fold(
     return result if share else _on_its_own(result, model)
 
 
+@paused()
 def fold_observed(
     model: nn.Module,
     observation: Observation,

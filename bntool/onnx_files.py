@@ -164,7 +164,7 @@ def _write(model: ir.Model, draft: Path, moving: list[tuple[Any, Callable[[Any],
 
 
 def _check(path: Path, proto: onnx.ModelProto, has_data: bool) -> None:
-    """ONNX's own check, but for one thing: runtimes take outputs of which no shape is told, and so does this."""
+    """ONNX's own check, but that an output needs no shape: runtimes take it without one."""
     told = [info.type.tensor_type for info in proto.graph.output if info.type.HasField("tensor_type")]
     untold = [tensor for tensor in told if not tensor.HasField("shape")]
     if not untold:

@@ -47,6 +47,7 @@ class Mover:
         self.gone = gone
         self._choices: list[int] = []
         self._widths: list[int] = []
+        self._last = 0
 
     def find_way(self, norm: Norm, up: dict[int, Affine], down: dict[int, Affine]) -> Way:
         """Move `up` demands and carry `down` maps; tries the ways to hand out shifts until one holds."""
@@ -85,16 +86,13 @@ class Mover:
         """Turn demands on the BatchNorm's inputs into demands on ever earlier values."""
         demands: dict[int, dict[tuple[int, str], Affine]] = {}
         heap: list[int] = []
-        last = max(op.id for op in norm.ops)
+        self._last = max(op.id for op in norm.ops)
 
         def demand(value: Value, edge: tuple[int, str], affine: Affine) -> None:
             if value.producer is None:
                 what = "a constant" if value.constant else "the model's input"
                 raise Refused(Reason.REACHES_INPUT, f"it is read straight from {what}")
-            for reader, _ in value.readers:
-                # what runs after the BatchNorm asks for nothing: no need to go on to find that out
-                if reader > last and self.graph.ops[reader].kind not in _PARTIAL:
-                    raise self._read_elsewhere(value, reader)
+            self.require_nothing_later(value)
             if value.id not in demands:
                 demands[value.id] = {}
             if -value.producer not in heap:
@@ -118,6 +116,12 @@ class Mover:
                 if not affine.is_identity:
                     demand(self.graph.input(op, role), (op.id, role), affine)
             self._passed(op, way)
+
+    def require_nothing_later(self, value: Value) -> None:
+        """What runs after the BatchNorm asks for nothing: no need to go on to find that out."""
+        for reader, _ in value.readers:
+            if reader > self._last and self.graph.ops[reader].kind not in _PARTIAL:
+                raise self._read_elsewhere(value, reader)
 
     def _agreed(self, value: Value, asked: dict[tuple[int, str], Affine]) -> Affine:
         """The one map that every reader of a value agrees on."""

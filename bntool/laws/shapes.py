@@ -228,8 +228,10 @@ class Concat:
                 else demand.then("slice", axis, start, start + size, 1)
             )
             start += size
-            if context.graph.input(op, role).constant and not part.is_identity:
-                raise Refused(Reason.MIXED_BRANCHES, f"a part of {op.label} is a constant")
+            if not part.is_identity:
+                if context.graph.input(op, role).constant:
+                    raise Refused(Reason.MIXED_BRANCHES, f"a part of {op.label} is a constant")
+                context.require_nothing_later(context.graph.input(op, role))
             maps[role] = part
         return maps
 

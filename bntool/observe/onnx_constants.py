@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -23,13 +24,14 @@ _NO_NUMPY = {"bfloat16": (np.int16, torch.bfloat16)}
 
 
 class Constants:
-    """The constant values of a graph, computed when they are asked for.
+    """The constant values of a graph, computed when they are asked for; `types` are the types of its values.
 
     An initializer that is also a graph input is a default that the caller may replace, from IR version 4
     on: it is no constant.
     """
 
-    def __init__(self, model: ir.Model) -> None:
+    def __init__(self, model: ir.Model, types: Mapping[str, int]) -> None:
+        self.types = types
         self.version = model.opset_imports.get("", 1)
         self.replaceable: set[int] = set()
         if (model.ir_version or 0) >= 4:
@@ -43,7 +45,9 @@ class Constants:
         }
         for node in model.graph:
             folds = node.domain in ("", "ai.onnx") and node.op_type in (*_FOLDABLE, "DequantizeLinear")
-            if folds and all(v is None or id(v) in self.ids for v in node.inputs):
+            # Of the second operand of CastLike only the type is read.
+            read = node.inputs[:1] if node.op_type == "CastLike" else node.inputs
+            if folds and all(v is None or id(v) in self.ids for v in read):
                 self.ids.update(id(v) for v in node.outputs)
 
     def __contains__(self, value: ir.Value | None) -> bool:
@@ -82,16 +86,21 @@ class Constants:
         return None if array is None else [int(n) for n in np.asarray(array).reshape(-1)]
 
     def _compute(self, node: ir.Node) -> None:
-        feed = {}
-        for value in node.inputs:
-            if value is not None:
-                array = self.array(value)
-                feed[str(value.name)] = array
         results: list[Any] = [None] * len(node.outputs)
-        if all(array is not None for array in feed.values()) and node.op_type != "DequantizeLinear":
-            results = _evaluate(node, feed, self.version) or results
+        if node.op_type == "CastLike":
+            results = [self._cast_like(node)]
+        elif node.op_type != "DequantizeLinear":
+            feed = {str(value.name): self.array(value) for value in node.inputs if value is not None}
+            if all(array is not None for array in feed.values()):
+                results = _evaluate(node, feed, self.version) or results
         for value, result in zip(node.outputs, results, strict=True):
             self.known[id(value)] = result
+
+
+    def _cast_like(self, node: ir.Node) -> Any:
+        array, like = self.array(node.inputs[0]), node.inputs[1]
+        code = self.types.get(str(like.name)) if like is not None else None
+        return None if array is None or code is None else array.astype(ir.DataType(code).numpy())
 
 
 def _evaluate(node: ir.Node, feed: dict[str, Any], version: int) -> list[Any] | None:

@@ -3,31 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from typing import Any
 
 import onnx_ir as ir
 import torch
-from torch import Tensor
 
 from bntool.graph import Graph, Module
 from bntool.observe.onnx_constants import Constants
 from bntool.observe.onnx_layers import LINEAR_OPS, Call, Chain, Layer, Norm, bias_add, chain_behind
 from bntool.observe.onnx_nodes import captured_by, hidden_norms, is_standard, labels_of, opaque_kind
-from bntool.observe.onnx_ops import (
-    SHAPE_READERS,
-    NodeView,
-    Step,
-    batch_norm_attrs,
-    is_linear,
-    linear_step,
-    translate,
-)
+from bntool.observe.onnx_ops import SHAPE_READERS, translate
 from bntool.observe.onnx_shapes import infer
+from bntool.observe.onnx_values import Values
+from bntool.observe.onnx_view import NodeView, Step, batch_norm_attrs, is_linear, linear_step
 
-_MAX_OPERAND = 1 << 16
-"""A constant of more elements is no factor per channel; its numbers are not read."""
 _NORM_ROLES = ("weight", "bias", "running_mean", "running_var")
 
 
@@ -70,11 +60,10 @@ class _Reader:
         self.model = model
         self.graph = Graph()
         self.graph.model_class = f"ONNX graph {model.graph.name or ''}".rstrip()
-        self.constants = Constants(model)
         self.shapes = infer(model, sizes)
+        self.constants = Constants(model, self.shapes.types)
         self.labels = labels_of(model)
-        self.values: dict[ir.Value, int] = {}
-        self.stored: dict[str, int] = {}
+        self.values = Values(self.graph, self.shapes, self.constants)
         self.layers: dict[str, Layer] = {}
         self.norms: dict[str, Norm] = {}
         self.known_layers: dict[tuple[Any, ...], str] = {}
@@ -86,7 +75,8 @@ class _Reader:
 
     def read(self) -> None:
         for value in self.model.graph.inputs:
-            self._value(value)
+            if value not in self.constants:
+                self.values.of(value)
         for node in self.model.graph:
             if node in self.chains:
                 self._chain(node)
@@ -97,43 +87,12 @@ class _Reader:
         for weight, names in self.layers_of_weight.items():
             if len(names) > 1:
                 # Layers that read one weight each in its own way cannot share its edit.
-                self._block(self.values[weight])
+                self.values.block(self.values.of(weight))
         for value in self.model.graph.outputs:
-            if value in self.values:
-                self.graph.values[self.values[value]].is_output = True
-
-    # -- values -----------------------------------------------------------------------------------------
+            self.graph.values[self.values.of(value)].is_output = True
 
     def shape(self, value: ir.Value | None) -> tuple[int, ...] | None:
-        return None if value is None else self.shapes.sizes.get(str(value.name))
-
-    def _value(self, value: ir.Value) -> int:
-        """The neutral value; a constant keeps its numbers where a law may ask for them."""
-        if value in self.values:
-            return self.values[value]
-        shape, constant = self.shape(value), value in self.constants
-        tensor = None
-        if constant and math.prod(shape or ()) <= _MAX_OPERAND and not self.constants.is_dequantized(value):
-            tensor = self.constants.tensor(value)
-            shape = shape if tensor is None else tuple(tensor.shape)
-        dtype = self.shapes.dtypes.get(str(value.name), "")
-        made = self.graph.add_value(shape or (), constant=constant, dtype=dtype)
-        self.values[value] = made.id
-        if tensor is not None:
-            self.graph.constants[made.id] = tensor
-        return made.id
-
-    def _store(self, handle: str, tensor: Tensor) -> int:
-        """The value of a tensor that a fold may change."""
-        if handle not in self.stored:
-            self.graph.tensors[handle] = tensor
-            dtype = str(tensor.dtype)
-            made = self.graph.add_value(tuple(tensor.shape), handle=handle, constant=True, dtype=dtype)
-            self.stored[handle] = made.id
-        return self.stored[handle]
-
-    def _block(self, value: int) -> None:
-        self.graph.add_op("another layer", {"input": value}, (), attrs={})
+        return self.shapes.of(value)
 
     # -- ops --------------------------------------------------------------------------------------------
 
@@ -158,11 +117,11 @@ class _Reader:
             return
         joins = steps.steps[-1].kind == "concat"
         roles = [f"input_{i}" for i in steps.reads] if joins else ["input", "other"]
-        reads = {role: self._value(v) for role, v in zip(roles, sources, strict=False) if v is not None}
+        reads = {role: self.values.of(v) for role, v in zip(roles, sources, strict=False) if v is not None}
         scope = self.labels[node]
         for step in steps.steps[:-1]:
             reads = {"input": self._step(step, reads, scope)}
-        outputs = tuple(self._value(v) for v in node.outputs if v.name)
+        outputs = tuple(self.values.of(v) for v in node.outputs if v.name)
         self.graph.add_op(steps.steps[-1].kind, reads, outputs, attrs=steps.steps[-1].attrs, scope=scope)
 
     def _step(self, step: Step, reads: dict[str, int], scope: str) -> int:
@@ -177,8 +136,8 @@ class _Reader:
         reads: dict[str, int] = {}
         if not (is_standard(node) and node.op_type in SHAPE_READERS):
             read = dict.fromkeys(v for v in (*node.inputs, *captured_by(node)) if v is not None)
-            reads = {f"input_{i}": self._value(v) for i, v in enumerate(read)}
-        outputs = tuple(self._value(v) for v in node.outputs if v.name)
+            reads = {f"input_{i}": self.values.of(v) for i, v in enumerate(read)}
+        outputs = tuple(self.values.of(v) for v in node.outputs if v.name)
         self.graph.add_op(opaque_kind(node), reads, outputs, attrs={}, scope=self.labels[node])
 
     # -- linear layers ----------------------------------------------------------------------------------
@@ -197,14 +156,14 @@ class _Reader:
         name = self._layer(call)
         source = view.input(0)
         assert source is not None
-        inputs = {"input": self._value(source), "weight": self._weight(call, name)}
+        inputs = {"input": self.values.of(source), "weight": self._weight(call, name)}
         if call.node.op_type == "Gemm" and view.attr("transA", 0):
             turn = Step("permute", {"dims": (1, 0)}, tuple(reversed(self.shape(source) or ())))
             inputs["input"] = self._step(turn, {"input": inputs["input"]}, self.labels[call.node])
         if call.bias is not None:
             inputs["bias"] = self._bias(call, name)
         step = linear_step(view)
-        self.graph.add_op(step.kind, inputs, (self._value(call.output),), attrs=step.attrs, scope=name)
+        self.graph.add_op(step.kind, inputs, (self.values.of(call.output),), attrs=step.attrs, scope=name)
         self._look_for_chain(call.output, conv=step.kind == "conv")
 
     def _layer(self, call: Call) -> str:
@@ -218,15 +177,10 @@ class _Reader:
         return name
 
     def _weight(self, call: Call, name: str) -> int:
-        known = self.values.get(call.weight)
         tensor = self.constants.tensor(call.weight)
-        if tensor is None or (known is not None and self.graph.values[known].handle):
-            return self._value(call.weight)
-        made = self._store(f"{name}.weight", tensor)
-        self.values[call.weight] = made
-        if known is not None:
-            self._block(made)
-        return made
+        if tensor is None:
+            return self.values.of(call.weight)
+        return self.values.store_weight(call.weight, f"{name}.weight", tensor)
 
     def _bias(self, call: Call, name: str) -> int:
         """Biases are short: each layer has one of its own, also where the file keeps one for several."""
@@ -234,29 +188,33 @@ class _Reader:
         assert bias is not None
         tensor = self.constants.tensor(bias)
         if tensor is None or self.constants.is_dequantized(bias):
-            return self._value(bias)
+            return self.values.of(bias)
         if call.node.op_type == "Gemm":
             tensor = tensor.reshape(-1).expand((self.shape(call.output) or ())[-1])
-        return self._store(f"{name}.bias", tensor.reshape(-1))
+        return self.values.store(f"{name}.bias", tensor.reshape(-1))
 
     # -- BatchNorms -------------------------------------------------------------------------------------
 
     def _norm(self, view: NodeView) -> None:
         node, source = view.node, view.input(0)
         assert source is not None
-        data = self._value(source)
+        data = self.values.of(source)
         name = self._norm_name(node, data)
-        known_form = len(self.shape(source) or ()) >= 2 and bool(view.attr("spatial", 1))
-        role = "norm" if known_form else "custom_norm"
+        role = "norm" if view.attr("spatial", 1) else "custom_norm"
         module = self.graph.modules.setdefault(name, Module(name, node.op_type, role=role))
         module.calls += 1
         inputs = {"input": data}
         for slot, value in zip(_NORM_ROLES, node.inputs[1:], strict=False):
             assert value is not None
             tensor = None if self.constants.is_dequantized(value) else self.constants.tensor(value)
-            inputs[slot] = self._value(value) if tensor is None else self._store(f"{name}.{slot}", tensor)
+            stored = None if tensor is None else self.values.store(f"{name}.{slot}", tensor)
+            inputs[slot] = self.values.of(value) if stored is None else stored
         self.norms.setdefault(name, Norm(name, [])).calls.append(([node], 0))
-        outputs = tuple(self._value(v) for v in node.outputs if v.name)
+        outputs = tuple(self.values.of(v) for v in node.outputs if v.name)
+        if self.shape(source) is None:
+            # Every op around it is then opaque; the verdict must come from them.
+            for shapeless in (data, outputs[0]):
+                self.graph.values[shapeless].shape = (1, *self.graph.values[inputs["running_var"]].shape)
         self.graph.add_op("batch_norm", inputs, outputs, attrs=batch_norm_attrs(view), scope=name)
 
     def _norm_name(self, node: ir.Node, data: int) -> str:
@@ -285,9 +243,9 @@ class _Reader:
         self.norms[name] = Norm(name, [(chain.nodes, chain.data)], axis)
         kind = "+".join(node.op_type for node in chain.nodes)
         self.graph.modules[name] = Module(name, kind, role="norm", calls=1)
-        inputs = {"input": self._value(source)}
+        inputs = {"input": self.values.of(source)}
         zero, one = torch.zeros_like(chain.scale), torch.ones_like(chain.scale)
         for slot, tensor in zip(_NORM_ROLES, (chain.scale, chain.shift, zero, one), strict=True):
-            inputs[slot] = self._store(f"{name}.{slot}", tensor)
+            inputs[slot] = self.values.store(f"{name}.{slot}", tensor)
         attrs = {"eps": 0.0, "training": False, "axis": axis}
-        self.graph.add_op("batch_norm", inputs, (self._value(last.outputs[0]),), attrs=attrs, scope=name)
+        self.graph.add_op("batch_norm", inputs, (self.values.of(last.outputs[0]),), attrs=attrs, scope=name)

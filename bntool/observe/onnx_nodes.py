@@ -50,7 +50,7 @@ def captured_by(node: ir.Node) -> list[ir.Value]:
     while graphs:
         graph = graphs.pop()
         inside.update((*graph.inputs, *graph.initializers.values()))
-        read += graph.outputs
+        read.extend(graph.outputs)
         for inner in graph:
             inside.update(inner.outputs)
             read += [v for v in inner.inputs if v is not None]

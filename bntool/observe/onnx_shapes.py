@@ -32,11 +32,23 @@ DTYPES: dict[int, torch.dtype] = {
 
 @dataclasses.dataclass
 class Shapes:
-    """Shape and type of every value of the main graph, by name; `open` tells whether any size was made up."""
+    """Shape and type (ONNX's code) of every value of the main graph, by name.
+
+    `open` tells whether any size was made up.
+    """
 
     sizes: dict[str, tuple[int, ...]]
-    dtypes: dict[str, str]
+    types: dict[str, int]
     open: bool
+
+    def of(self, value: ir.Value | None) -> tuple[int, ...] | None:
+        return None if value is None else self.sizes.get(str(value.name))
+
+    def dtype(self, name: str) -> str:
+        """`torch.float32` for the floating types that a fold can pass, else ONNX's own name."""
+        code = self.types.get(name, onnx.TensorProto.UNDEFINED)
+        own = onnx.TensorProto.DataType.Name(code).lower()
+        return str(DTYPES.get(code, own.replace("float", "small_float")))
 
 
 def infer(model: ir.Model, which: int = 0) -> Shapes:
@@ -52,14 +64,9 @@ def infer(model: ir.Model, which: int = 0) -> Shapes:
         _read(info, shapes, table)
     for tensor in graph.initializer:
         shapes.sizes[tensor.name] = tuple(tensor.dims)
-        shapes.dtypes[tensor.name] = dtype_name(tensor.data_type)
+        shapes.types[tensor.name] = tensor.data_type
     shapes.open = table.used
     return shapes
-
-
-def dtype_name(code: int) -> str:
-    """`torch.float32` for the floating types that a fold can pass, else ONNX's own name."""
-    return str(DTYPES.get(code, onnx.TensorProto.DataType.Name(code).lower().replace("float", "small_float")))
 
 
 class _Sizes:
@@ -204,7 +211,7 @@ def _with_computed_shapes(skeleton: onnx.ModelProto) -> onnx.ModelProto:
 def _read(info: onnx.ValueInfoProto, shapes: Shapes, table: _Sizes) -> None:
     tensor = info.type.tensor_type
     if tensor.elem_type:
-        shapes.dtypes[info.name] = dtype_name(tensor.elem_type)
+        shapes.types[info.name] = tensor.elem_type
     if tensor.HasField("shape"):
         shapes.sizes[info.name] = tuple(
             dim.dim_value if dim.HasField("dim_value") else table.of_result(dim.dim_param)

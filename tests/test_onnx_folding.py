@@ -1,0 +1,106 @@
+"""Folding an ONNX file: options, results, and plans that may not rely on a size that is not fixed."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import onnx
+import onnx_ir as ir
+import pytest
+
+from bntool import onnx_folding
+from bntool.folding import plan_fold
+from bntool.onnx_folding import fold_onnx, plan_fold_onnx
+from bntool.plan import Plan
+from bntool.reasons import Reason
+from tests.onnx_zoo import ONNX_ZOO
+
+ZOO = {net.name: net for net in ONNX_ZOO}
+
+
+def saved(tmp_path: Path, name: str) -> Path:
+    path = tmp_path / "model.onnx"
+    onnx.save(ZOO[name].model(), path)
+    return path
+
+
+def test_include_and_exclude_match_node_names(tmp_path: Path) -> None:
+    path = saved(tmp_path, "several_in_turn")
+    plans = [
+        fold_onnx(path, None, include=("b*",)).plan,
+        fold_onnx(path, None, exclude=("y",)).plan,
+    ]
+    for plan in plans:
+        assert [site.bn for site in plan.fold_sites] == ["b1"]
+        assert [(skip.name, skip.reason) for skip in plan.skips] == [("y", Reason.EXCLUDED)]
+
+
+def test_without_an_output_nothing_is_written(tmp_path: Path) -> None:
+    result = fold_onnx(saved(tmp_path, "conv"), None)
+    assert result.modified
+    assert result.path is None
+    assert [p.name for p in tmp_path.iterdir()] == ["model.onnx"]
+
+
+def test_where_nothing_folds_nothing_is_written(tmp_path: Path) -> None:
+    result = fold_onnx(saved(tmp_path, "through_sigmoid"), tmp_path / "out.onnx")
+    assert not result.modified
+    assert result.path is None
+    assert not (tmp_path / "out.onnx").exists()
+
+
+def test_the_result_counts_and_goes_to_json(tmp_path: Path) -> None:
+    result = fold_onnx(saved(tmp_path, "conv"), tmp_path / "out.onnx")
+    document = json.loads(json.dumps(result.to_dict()))
+    # 4 · 6 numbers of the BatchNorm go, a bias of 6 comes.
+    assert document["counts"] == {
+        "nodes_before": 2,
+        "nodes_after": 1,
+        "numbers_before": 6 * 4 * 9 + 24,
+        "numbers_after": 6 * 4 * 9 + 6,
+    }
+    assert document["path"] == str(tmp_path / "out.onnx")
+    assert Plan.from_dict(document["plan"]).to_dict() == result.plan.to_dict()
+    (site,) = result.plan.fold_sites
+    assert (site.bn, site.into, site.level) == ("y", ("c",), "graph")
+
+
+def test_folding_a_folded_file_finds_nothing(tmp_path: Path) -> None:
+    fold_onnx(saved(tmp_path, "several_in_turn"), tmp_path / "once.onnx")
+    again = fold_onnx(tmp_path / "once.onnx", tmp_path / "twice.onnx")
+    assert (again.plan.sites, again.plan.skips) == ((), ())
+
+
+def test_a_fold_that_needs_a_made_up_size_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the plans under two sets of sizes differ, the BatchNorm stays, and the others fold."""
+    calls = []
+
+    def plan_as_if_sizes_mattered(graph: object, *, include: object, exclude: object) -> Plan:
+        plan = plan_fold(graph, include=include, exclude=exclude)  # type: ignore[arg-type]
+        calls.append(graph)
+        if len({id(g) for g in calls}) > 1 and graph is not calls[0]:
+            sites = tuple(
+                dataclasses.replace(site, into=("elsewhere",)) if site.bn == "b1" else site
+                for site in plan.fold_sites
+            )
+            plan = dataclasses.replace(plan, sites=sites)
+        return plan
+
+    monkeypatch.setattr(onnx_folding, "plan_fold", plan_as_if_sizes_mattered)
+    proto = ZOO["several_in_turn"].model()
+    proto.graph.input[0].type.tensor_type.shape.dim[0].dim_param = "N"
+    plan, _ = plan_fold_onnx(ir.from_proto(proto))
+    assert [site.bn for site in plan.fold_sites] == ["y"]
+    assert [(skip.name, skip.reason) for skip in plan.skips] == [("b1", Reason.AXIS_MISMATCH)]
+    assert "not fixed" in plan.skips[0].detail
+    assert plan.options["exclude"] == []
+
+
+def test_a_name_with_a_pattern_in_it_is_a_name() -> None:
+    proto = ZOO["conv"].model()
+    proto.graph.node[1].name = "layer[0]*"
+    plan, _ = plan_fold_onnx(ir.from_proto(proto))
+    assert [site.bn for site in plan.fold_sites] == ["layer[0]*"]
+    assert onnx_folding._without((), ["layer[0]*"]) == ("layer[[]0][*]",)
