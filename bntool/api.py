@@ -37,6 +37,7 @@ CheckLevel = Literal["full", "fast", "none"]
 Progress = Callable[[str], None]
 
 
+@paused()
 def insert(
     model: nn.Module,
     example_inputs: Any = None,
@@ -81,13 +82,13 @@ def insert(
     return result if share else _on_its_own(result, model)
 
 
-@paused()
 def insert_with(model: nn.Module, observation: Observation, options: InsertOptions) -> SurgeryResult:
     """`insert` on a model already observed; the result shares its untouched tensors with `model`."""
     plan, modified, check = insert_observed(model, observation, options)
     return _result(model, modified, plan, observation.inputs, (check,) if check else ())
 
 
+@paused()
 def fold(
     model: nn.Module,
     example_inputs: Any = None,
@@ -117,7 +118,6 @@ def fold(
     return result if share else _on_its_own(result, model)
 
 
-@paused()
 def fold_observed(
     model: nn.Module,
     observation: Observation,

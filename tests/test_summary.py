@@ -11,6 +11,7 @@ from torch.nn.utils.parametrizations import weight_norm
 
 from bntool.inputs import Inputs
 from bntool.report import parameter_delta, parameters_of, summarize
+from bntool.report.counting import Counts, owned_by_module, total_counts
 from bntool.report.summary import Summary
 from samples.seed_network import seed_network
 
@@ -340,3 +341,12 @@ def test_torchscript_is_counted_by_its_own_class_and_its_shapes_are_said_to_be_m
     assert [(x.type, x.counts.trainable) for x in summary.layers] == [("Linear", 8), ("ReLU", 0)]
     assert summary.layers[1].output_shape == (1, 2)
     assert note_layers(summary, "TorchScript") == ["0"]
+
+
+@pytest.mark.parametrize("name", ["resnet18", "googlenet"])
+def test_the_total_is_what_the_modules_add_up_to(name: str) -> None:
+    torchvision = pytest.importorskip("torchvision")
+    options = {"init_weights": False} if name == "googlenet" else {}
+    model = torchvision.models.get_model(name, **options)
+    model.fc.weight.requires_grad_(False)
+    assert total_counts(model) == sum((o.counts for o in owned_by_module(model).values()), Counts())

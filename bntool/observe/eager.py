@@ -20,7 +20,6 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import TensorWeakRef
 
-from bntool.collecting import paused
 from bntool.errors import ObserveError
 from bntool.graph import Graph, Module, Op, Value
 from bntool.inputs import Inputs, named_tensors
@@ -51,7 +50,6 @@ class Observation:
     output: Any
 
 
-@paused()
 def observe(model: nn.Module, inputs: Inputs) -> Observation:
     """Run `model` once in eval mode and return its dataflow graph.
 

@@ -76,8 +76,23 @@ def owned_by_module(model: nn.Module) -> dict[str, Owned]:
 
 
 def total_counts(model: nn.Module) -> Counts:
-    """The sum over the whole model."""
-    return sum((owned.counts for owned in owned_by_module(model).values()), Counts())
+    """The sum over the whole model: what `owned_by_module` adds up to, without the names."""
+    seen: set[object] = set()
+    trainable = frozen = buffers = size = 0
+    for module in model.modules():
+        for _, tensor, is_parameter in _own_tensors(module):
+            if is_lazy(tensor) or (identity := _identity(tensor)) in seen:
+                continue
+            seen.add(identity)
+            elements = tensor.numel()
+            size += elements * tensor.element_size()
+            if not is_parameter:
+                buffers += elements
+            elif tensor.requires_grad:
+                trainable += elements
+            else:
+                frozen += elements
+    return Counts(trainable, frozen, buffers, size)
 
 
 def parameters_of(model: nn.Module) -> dict[str, int]:
@@ -105,10 +120,12 @@ def _bias_elements(model: nn.Module) -> int:
 
 def _own_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor, bool]]:
     # Each alias of one tensor within a module is listed: the second is then reported as tied.
-    for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
-        yield name, parameter, True
-    for name, buffer in module.named_buffers(recurse=False, remove_duplicate=False):
-        yield name, buffer, False
+    for name, parameter in module._parameters.items():
+        if parameter is not None:
+            yield name, parameter, True
+    for name, buffer in module._buffers.items():
+        if buffer is not None:
+            yield name, buffer, False
 
 
 def _count(tensor: Tensor, is_parameter: bool) -> Counts:

@@ -60,10 +60,7 @@ def _scaled(weight: Tensor, factors: Tensor) -> Tensor:
     One float64 buffer serves all chunks: three times as fast as a new one for each.
     """
     out = torch.empty_like(weight)
-    if weight.numel() <= _CHUNK or weight.shape[0] == 1:
-        out.copy_(weight.double() * factors)
-        return out
-    step = max(1, _CHUNK * weight.shape[0] // weight.numel())
+    step = min(weight.shape[0], max(1, _CHUNK * weight.shape[0] // max(weight.numel(), 1)))
     per_row = factors.shape[0] == weight.shape[0]
     buffer = torch.empty((step, *weight.shape[1:]), dtype=torch.float64, device=weight.device)
     for start in range(0, weight.shape[0], step):
