@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from bntool.folding import plan_fold
+from bntool.errors import ObserveError
+from bntool.folding import plan_fold, plan_on_all
+from bntool.inputs import Inputs
 from bntool.observe.eager import Observation, observe
 from bntool.observe.modules import signature_of
 from bntool.plan import Edit, FoldSite, Plan
@@ -41,7 +45,7 @@ def plan_module_fold(
     With `merge`, blocks that bring their own re-parameterisation are merged first, on a copy, and the rest
     is planned on what they leave.
     """
-    plan = plan_fold(observation.graph, include=include, exclude=exclude)
+    plan = _settled(model, observation, include, exclude)
     sites: list[FoldSite] = []
     merged = model
     # a block that has merged its branches may hold blocks that still can
@@ -50,10 +54,46 @@ def plan_module_fold(
         merged = apply_fold(model, dataclasses.replace(plan, sites=tuple(sites), skips=()))
     if not sites:
         return plan
-    again = plan_fold(observe(merged, observation.inputs).graph, include=include, exclude=exclude)
+    again = _settled(merged, observe(merged, observation.inputs), include, exclude)
     return dataclasses.replace(
         again, sites=(*sites, *again.sites), signature=signature_of(model), model_class=plan.model_class
     )
+
+
+def _settled(
+    model: nn.Module, observation: Observation, include: Sequence[str], exclude: Sequence[str]
+) -> Plan:
+    """The plan of an observation; where a fold leads through a reshape, of a second observation too."""
+    plan = plan_fold(observation.graph, include=include, exclude=exclude)
+    if not any("reshape" in site.laws for site in plan.fold_sites):
+        return plan
+    for inputs in _other_sizes(observation.inputs):
+        try:
+            second = observe(model, inputs).graph
+        except ObserveError:
+            continue  # the model takes no such input, so its axes have no such size
+        return plan_on_all([observation.graph, second], include=include, exclude=exclude)
+    return plan
+
+
+def _other_sizes(inputs: Inputs) -> Iterator[Inputs]:
+    """The inputs with other sizes: a larger batch and larger images; else a larger batch alone."""
+
+    def larger(tensor: Tensor, spatial: int) -> Tensor:
+        if tensor.dim() < 2:
+            return tensor
+        image = (n + spatial if i > 1 else n for i, n in enumerate(tensor.shape) if i)
+        shape = (tensor.shape[0] + 1, *image)
+        if tensor.is_floating_point():
+            return torch.linspace(-1, 1, math.prod(shape), dtype=tensor.dtype, device=tensor.device).reshape(
+                shape
+            )
+        return tensor.reshape(-1)[
+            torch.arange(math.prod(shape), device=tensor.device) % tensor.numel()
+        ].reshape(shape)
+
+    for spatial in (32, 0):
+        yield inputs.map(lambda tensor, spatial=spatial: larger(tensor, spatial))
 
 
 def _fit(blocks: list[Block], plan: Plan) -> list[Block]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import glob
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,10 +10,10 @@ from typing import Any
 import onnx_ir as ir
 
 from bntool.files.atomic import require_writable
-from bntool.folding import plan_fold
+from bntool.folding import plan_on_all
 from bntool.observe.onnx_model import OnnxObservation, observe_onnx
 from bntool.onnx_files import open_onnx, save_onnx
-from bntool.plan import FoldSite, Plan, Skip
+from bntool.plan import Plan, Skip
 from bntool.reasons import Reason
 from bntool.surgery.fold_onnx import OnnxCounts, apply_fold_onnx
 
@@ -77,38 +76,10 @@ def plan_fold_onnx(
     Where an axis has no fixed size, a fold counts only if it comes out the same for two sets of sizes.
     """
     observed = observe_onnx(model)
-    plan = plan_fold(observed.graph, include=include, exclude=exclude)
-    if observed.open:
-        other = observe_onnx(model, sizes=1)
-        unsettled: list[str] = []
-        while differing := _differing(
-            plan, plan_fold(other.graph, include=include, exclude=_without(exclude, unsettled))
-        ):
-            unsettled += differing
-            plan = plan_fold(observed.graph, include=include, exclude=_without(exclude, unsettled))
-        plan = _with_reasons(plan, unsettled, exclude)
+    graphs = [observed.graph, *([observe_onnx(model, sizes=1).graph] if observed.open else [])]
+    plan = plan_on_all(graphs, include=include, exclude=exclude)
     hidden = [
         Skip(name, Reason.FUNCTIONAL, f"{place}, which is left as it is") for name, place in observed.hidden
     ]
     sites = tuple(dataclasses.replace(site, level="graph") for site in plan.fold_sites)
     return dataclasses.replace(plan, sites=sites, skips=(*plan.skips, *hidden)), observed
-
-
-def _without(exclude: Sequence[str], names: Sequence[str]) -> tuple[str, ...]:
-    return (*exclude, *(glob.escape(name) for name in names))
-
-
-def _differing(plan: Plan, other: Plan) -> list[str]:
-    """The BatchNorms that one plan folds and the other does not, or not alike."""
-    mine: dict[str, FoldSite] = {site.bn: site for site in plan.fold_sites}
-    theirs = {site.bn: site for site in other.fold_sites}
-    return [name for name in {**mine, **theirs} if mine.get(name) != theirs.get(name)]
-
-
-def _with_reasons(plan: Plan, unsettled: Sequence[str], exclude: Sequence[str]) -> Plan:
-    detail = "the fold would depend on the size of an axis that is not fixed"
-    skips = tuple(
-        Skip(skip.name, Reason.AXIS_MISMATCH, detail) if skip.name in unsettled else skip
-        for skip in plan.skips
-    )
-    return dataclasses.replace(plan, skips=skips, options={**plan.options, "exclude": list(exclude)})

@@ -1,0 +1,47 @@
+"""A plan that holds for several observations of one model, made on inputs of different sizes.
+
+One observation knows one set of sizes. A reshape can look as if it kept the channel axis where an axis
+happens to be 1 and mix it elsewhere: such a fold counts only if it comes out the same on every observation.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import glob
+from collections.abc import Sequence
+
+from bntool.folding.planner import plan_fold
+from bntool.graph import Graph
+from bntool.plan import FoldSite, Plan, Skip
+from bntool.reasons import Reason
+
+_DETAIL = "the fold would depend on the size of an axis that is not fixed"
+
+
+def plan_on_all(
+    graphs: Sequence[Graph], *, include: Sequence[str] = ("*",), exclude: Sequence[str] = ()
+) -> Plan:
+    """The plan of the first graph, without the folds that do not come out alike on all of them."""
+    unsettled: set[str] = set()
+    while True:
+        without = (*exclude, *(glob.escape(name) for name in sorted(unsettled)))
+        plan, *others = (plan_fold(graph, include=include, exclude=without) for graph in graphs)
+        differing = {name for other in others for name in _differing(plan, other)}
+        if not differing:
+            return _with_reasons(plan, unsettled, exclude)
+        unsettled |= differing
+
+
+def _differing(plan: Plan, other: Plan) -> list[str]:
+    """The BatchNorms that one plan folds and the other does not, or not alike."""
+    mine: dict[str, FoldSite] = {site.bn: site for site in plan.fold_sites}
+    theirs = {site.bn: site for site in other.fold_sites}
+    return [name for name in {**mine, **theirs} if mine.get(name) != theirs.get(name)]
+
+
+def _with_reasons(plan: Plan, unsettled: set[str], exclude: Sequence[str]) -> Plan:
+    skips = tuple(
+        Skip(skip.name, Reason.AXIS_MISMATCH, _DETAIL) if skip.name in unsettled else skip
+        for skip in plan.skips
+    )
+    return dataclasses.replace(plan, skips=skips, options={**plan.options, "exclude": list(exclude)})

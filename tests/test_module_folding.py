@@ -1,0 +1,94 @@
+"""Folding a module: what one set of sizes cannot tell, and blocks that merge their own branches."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import bntool
+from bntool.reasons import Reason
+
+
+class RowsOfPixels(nn.Module):
+    """Takes (N, C, H, W) for (N, H·W, C) without a permutation: true only while H = W = 1."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3, stride=64, padding=1)
+        self.bn = nn.BatchNorm1d(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv(x)
+        rows = y.reshape(y.shape[0], -1, 4).reshape(-1, 4)
+        return self.bn(rows)
+
+
+class Flat(nn.Module):
+    """A flatten behind a global pool keeps the channels, whatever the image."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+        self.bn = nn.BatchNorm1d(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.bn(torch.flatten(nn.functional.adaptive_avg_pool2d(self.conv(x), 1), 1))
+
+
+def randomised(model: nn.Module) -> nn.Module:
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for norm in model.modules():
+            if isinstance(norm, nn.modules.batchnorm._BatchNorm):
+                n = norm.num_features
+                norm.running_mean.copy_(torch.randn(n, generator=generator))
+                norm.running_var.copy_(torch.rand(n, generator=generator) + 0.5)
+                norm.weight.copy_(torch.randn(n, generator=generator))
+                norm.bias.copy_(torch.randn(n, generator=generator))
+    return model.eval()
+
+
+def same(model: nn.Module, folded: nn.Module, image: Tensor) -> bool:
+    """In float64, where the layers of these nets leave about 1e-15."""
+    with torch.no_grad():
+        expected, got = model(image.double()), folded(image.double())
+    return bool((expected - got).abs().max() <= 1e-12 * expected.abs().max())
+
+
+def test_a_reshape_that_keeps_the_channels_only_at_one_size_is_no_way():
+    model = randomised(RowsOfPixels()).double()
+    result = bntool.fold(model, torch.randn(1, 3, 64, 64, dtype=torch.float64))
+    assert [skip.reason for skip in result.skips] == [Reason.AXIS_MISMATCH]
+    assert same(model, result.model, torch.randn(2, 3, 192, 192))
+
+
+def test_a_flatten_behind_a_global_pool_is_one():
+    model = randomised(Flat()).double()
+    result = bntool.fold(model)
+    assert [site.bn for site in result.sites] == ["bn"]
+    assert same(model, result.model, torch.randn(3, 3, 40, 56))
+
+
+@pytest.mark.parametrize("name", ["repvgg_a0", "mobileone_s0"])
+def test_blocks_merge_their_own_branches(name):
+    timm = pytest.importorskip("timm")
+    model = randomised(timm.create_model(name, num_classes=10))
+    result = bntool.fold(model, torch.randn(1, 3, 64, 64))
+    assert not result.skips
+    convolutions = [
+        sum(isinstance(m, nn.Conv2d) for m in net.modules())
+        for net in (result.model, timm.utils.reparameterize_model(model))
+    ]
+    assert convolutions[0] <= convolutions[1]
+    replayed = bntool.apply(model, bntool.Plan.from_json(result.plan.to_json()))
+    state = result.model.state_dict()
+    assert all(torch.equal(tensor, state[key]) for key, tensor in replayed.model.state_dict().items())
+
+
+def test_without_merging_the_branches_stay_and_say_why():
+    timm = pytest.importorskip("timm")
+    model = randomised(timm.create_model("repvgg_a0", num_classes=10))
+    result = bntool.fold(model, torch.randn(1, 3, 64, 64), merge=False, check="none")
+    assert {skip.reason for skip in result.skips} == {Reason.OUTPUT_USED_ELSEWHERE}
+    assert len(result.skips) == 17
