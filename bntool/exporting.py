@@ -38,7 +38,10 @@ SINGLE_FILE_LIMIT = int(1.8 * 2**30)
 
 @dataclasses.dataclass(frozen=True)
 class ExportResult:
-    """The file written: `nodes` counts its ops, `data_path` is the second file of a large model."""
+    """The file written: `nodes` counts its ops, `data_path` is the second file of a large model.
+
+    `folded` maps BatchNormalization nodes that were folded in the graph itself to the layers they went into.
+    """
 
     path: Path
     opset: int
@@ -48,6 +51,7 @@ class ExportResult:
     notes: tuple[str, ...]
     input_names: tuple[str, ...]
     output_names: tuple[str, ...]
+    folded: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         data = dataclasses.asdict(self)

@@ -245,3 +245,18 @@ def _require_data(path: Path, tensor: onnx.TensorProto) -> Path:
 def _first_line(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0] if lines else type(error).__name__
+
+
+def move_onnx(path: Path, data: Path | None, target: Path) -> None:
+    """Move a written model, and its data file, into place in the same folder's file system.
+
+    The model comes last: it is the file that names the other. Raises `UsageError` where that fails.
+    """
+    try:
+        if data is not None:
+            data.replace(target.with_name(data.name))
+        path.replace(target)
+    except OSError as error:
+        raise UsageError(
+            f"cannot write {target}: {error.strerror or error}", next_step="name another -o OUTPUT"
+        ) from error

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import glob
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
 
+from bntool.exporting import ExportResult
 from bntool.files.atomic import require_writable
 from bntool.folding import plan_on_all
 from bntool.observe.onnx_model import OnnxObservation, observe_onnx
-from bntool.onnx_files import open_onnx, save_onnx
+from bntool.onnx_cleaning import census
+from bntool.onnx_files import move_onnx, open_onnx, save_onnx
 from bntool.plan import Plan, Skip
 from bntool.reasons import Reason
 from bntool.surgery.fold_onnx import OnnxCounts, apply_fold_onnx
@@ -66,6 +70,28 @@ def fold_onnx(
         return OnnxFoldResult(plan, counts)
     written, data = save_onnx(file, output, force=force)
     return OnnxFoldResult(plan, counts, written, data)
+
+
+def fold_exported(export: ExportResult, keep: Sequence[str] = ()) -> ExportResult:
+    """Fold what a module tree cannot express, in the file just exported: functional BatchNorms, for one.
+
+    `keep` names the BatchNorms of the module that must stay; their nodes are named `name/Op`.
+    """
+    if not export.nodes.get("BatchNormalization"):
+        return export
+    file = open_onnx(export.path)
+    plan, observed = plan_fold_onnx(file.model, exclude=[f"{glob.escape(name)}/*" for name in keep])
+    if not plan:
+        return export
+    apply_fold_onnx(observed, plan)
+    folded = {site.bn: site.into for site in plan.fold_sites}
+    file.model.metadata_props["bntool_folded_in_graph"] = ",".join(folded)
+    with tempfile.TemporaryDirectory(dir=export.path.parent, prefix=".fold.") as folder:
+        written, data = save_onnx(file, Path(folder) / export.path.name)
+        move_onnx(written, data, export.path)
+    nodes = dict(sorted(census(file.model).items()))
+    data_path = export.path.with_name(data.name) if data is not None else None
+    return dataclasses.replace(export, nodes=nodes, folded=folded, data_path=data_path)
 
 
 def plan_fold_onnx(

@@ -69,7 +69,7 @@ class SurgeryResult:
 
     def render(self, width: int | None = None, *, verbose: bool = True) -> str:
         """The verdicts as a table, then the totals and the parameter delta."""
-        draw = _insert_lines if self.plan.action == "insert" else _fold_lines
+        draw = _insert_lines if self.plan.action == "insert" else fold_lines
         return "\n".join([*draw(self.plan, width, verbose), "", *delta_lines(self.parameters)])
 
 
@@ -95,7 +95,7 @@ def _insert_lines(plan: Plan, width: int | None, verbose: bool) -> list[str]:
     return lines
 
 
-def _fold_lines(plan: Plan, width: int | None, verbose: bool) -> list[str]:
+def fold_lines(plan: Plan, width: int | None, verbose: bool) -> list[str]:
     """A line for each BatchNorm, then what is kept by reason, each with its first layer as an example."""
     columns = (Column("BatchNorm", flexible=True), Column("Verdict", flexible=True))
     rows = [[site.bn or "(root)", _verdict(site)] for site in plan.fold_sites]

@@ -20,7 +20,7 @@ FLOORS: dict[str, tuple[int, str]] = {
     "laws": (2, "laws"),
     "planners": (3, "inserting folding"),
     "surgery": (4, "surgery"),
-    "checking": (4, "comparing reference checking runtime doctor"),
+    "checking": (4, "comparing reference checking onnx_checking runtime doctor"),
     "exporting": (4, "exporting capturing onnx_cleaning onnx_files"),
     "statistics": (5, "statistics moments sweeping batches arrays images"),
     "proved": (5, "insertion module_folding onnx_folding"),

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from bntool.cli import options as opt
+from bntool.cli.onnx_file import fold_onnx_file, is_onnx
 from bntool.cli.session import Session, Voice, open_session
 from bntool.errors import BntoolError, NothingToDo, StateError
 from bntool.reasons import Reason
@@ -35,6 +36,8 @@ def command(**options: Any) -> int:
     a verdict; what is kept is kept for a reason (bntool explain CODE).
     """
     voice = Voice(options["as_json"], options["quiet"], options["verbose"])
+    if is_onnx(options["model"]):
+        return fold_onnx_file(voice, options)
     session = open_session(voice, options)
     from bntool.cli import serving, writing
     from bntool.files.sidecar import output_name
@@ -47,12 +50,14 @@ def command(**options: Any) -> int:
             onnx = serving.chosen_onnx(output_name(path, "export"), session, options["force"])
     result = _folded(session, options)
     voice.say(result.render(verbose=not options["quiet"]))
-    refusal = _refusal(result, session, options["require_all"])
+    refusal = _refusal(result, session, options)
     if refusal is not None:
         voice.fail(refusal, {**result.to_dict(), "output": None, "onnx": None})
     reference = serving.reference_of(session, options)
     result = serving.check_folded(session, result, reference, options)
     with serving.exported(session, result, reference, onnx, options) as (result, export):
+        if export is not None and options["require_all"]:
+            _require_no_node(export.nodes.get("BatchNormalization", 0), session)
         if path is not None:
             writing.write_model(session, "fold", result, path, options["force"])
     voice.say()
@@ -86,7 +91,16 @@ def _folded(session: Session, options: dict[str, Any]) -> SurgeryResult:
         )
 
 
-def _refusal(result: SurgeryResult, session: Session, require_all: bool) -> BntoolError | None:
+def _require_no_node(count: int, session: Session) -> None:
+    if count:
+        raise NothingToDo(
+            f"--require-all: the ONNX graph keeps {count} BatchNormalization nodes",
+            where=session.loaded.reference,
+            next_step="bntool fold without --require-all says why each stays",
+        )
+
+
+def _refusal(result: SurgeryResult, session: Session, options: dict[str, Any]) -> BntoolError | None:
     """Why this result is not worth writing, if it is not."""
     where = session.loaded.reference
     bad = [s for s in result.skips if s.reason is Reason.BAD_STATISTICS]
@@ -97,10 +111,12 @@ def _refusal(result: SurgeryResult, session: Session, require_all: bool) -> Bnto
             where=where,
             next_step=f"train or calibrate the model again, or leave it out with --exclude {bad[0].name}",
         )
-    if not result.sites:
+    # a functional BatchNorm is no part of the module tree; the exported graph can still fold it
+    in_graph = {Reason.FUNCTIONAL} if options["export_to"] else set()
+    kept = [s for s in result.skips if s.reason not in {Reason.NOT_OBSERVED, *in_graph}]
+    if not result.sites and not any(skip.reason in in_graph for skip in result.skips):
         return _nothing_to_fold(result, where)
-    kept = [s for s in result.skips if s.reason is not Reason.NOT_OBSERVED]
-    if require_all and kept:
+    if options["require_all"] and kept:
         return NothingToDo(
             f"--require-all: {len(kept)} of {len(result.sites) + len(kept)} BatchNorm layers stay, "
             f"the first is {kept[0].name} [{kept[0].reason}]",

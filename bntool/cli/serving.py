@@ -147,6 +147,8 @@ def exported(
 
 def _export(session: Session, result: SurgeryResult, path: Path, options: dict[str, Any]) -> ExportResult:
     from bntool.exporting import export_onnx
+    from bntool.onnx_folding import fold_exported
+    from bntool.reasons import Reason
 
     metadata = {
         "bntool_version": __version__,
@@ -163,6 +165,11 @@ def _export(session: Session, result: SurgeryResult, path: Path, options: dict[s
             dynamic_batch=not options["static_batch"],
             metadata={k: v for k, v in metadata.items() if v},
         )
+        if options.get("export_to"):
+            keep = [skip.name for skip in result.skips if skip.reason is Reason.EXCLUDED]
+            export = fold_exported(export, keep)
+    for name, layers in export.folded.items():
+        session.voice.note(f"{name} is folded in the ONNX graph, into {', '.join(layers)}")
     for note in export.notes:
         session.voice.note(note)
     return export

@@ -55,6 +55,11 @@ class OrtRunner:
     def provider(self) -> str:
         return self._provider
 
+    @property
+    def signature(self) -> list[tuple[str, str, list[int | str | None]]]:
+        """Name, type and axes of every input; an axis that the file leaves open is a name or None."""
+        return [(i.name, i.type, list(i.shape)) for i in self._session.get_inputs()]
+
     def accepts(self, inputs: Inputs) -> bool:
         """Whether every fixed axis of the file's inputs has the length that these inputs have."""
         fed = self._by_name(inputs)
