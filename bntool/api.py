@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,6 +29,7 @@ from bntool.reference import Reference
 from bntool.report.counting import parameter_delta
 from bntool.report.summary import Summary, summarize
 from bntool.results import SurgeryResult
+from bntool.statistics import measure, set_preserving
 from bntool.surgery.fold_modules import apply_fold, own_tensors
 from bntool.surgery.insert_modules import apply_insert
 from bntool.verdicts import Check, Comparison
@@ -44,7 +45,8 @@ def insert(
     *,
     activations: Sequence[str] = ("relu",),
     position: Literal["before", "after"] = "before",
-    init: Literal["identity", "default"] = "identity",
+    init: Literal["identity", "calibrate", "default"] = "identity",
+    data: Iterable[Any] | None = None,
     affine: bool = True,
     eps: float = 1e-5,
     momentum: float = 0.1,
@@ -57,9 +59,11 @@ def insert(
 ) -> SurgeryResult:
     """Insert BatchNorm between convolutions and their activations; what the model computes stays.
 
-    With `init="identity"` the eval output is the same to the last bit, proved by running both. The
-    result's model is new; `share=True` lets it share the untouched tensors with `model`. Without
-    `example_inputs` they are inferred from the first layer.
+    With `init="identity"` the eval output is the same to the last bit, proved by running both.
+    `"calibrate"` measures each site on the batches of `data` and keeps eval outputs within rounding, and
+    the first training step close; `"default"` is PyTorch's own, for training from scratch. The result's
+    model is new; `share=True` lets it share the untouched tensors with `model`. Without `example_inputs`
+    they are inferred from the first layer.
 
     Raises:
         ObserveError: the model does not run on the inputs.
@@ -78,7 +82,11 @@ def insert(
         init=init,
         sync=sync,
     )
+    if (init == "calibrate") != (data is not None):
+        raise UsageError('init="calibrate" and data go together', next_step="pass both, or neither of them")
     result = insert_with(model, _observed(model, example_inputs, small=True), options)
+    if data is not None and result.modified:
+        result = measured_insert(model, result, data)
     return result if share else _on_its_own(result, model)
 
 
@@ -86,6 +94,29 @@ def insert_with(model: nn.Module, observation: Observation, options: InsertOptio
     """`insert` on a model already observed; the result shares its untouched tensors with `model`."""
     plan, modified, check = insert_observed(model, observation, options)
     return _result(model, modified, plan, observation.inputs, (check,) if check else ())
+
+
+def measured_insert(model: nn.Module, result: SurgeryResult, batches: Iterable[Any]) -> SurgeryResult:
+    """Give the BatchNorms just inserted the statistics of what they read, and the affine that undoes them.
+
+    Eval outputs stay within rounding, which is checked; the first training step stays close, since each
+    BatchNorm then normalises by what it undoes. A site that the data does not reach stays an identity.
+    """
+    sites = list(result.plan.insert_sites)
+    found = measure(result.model, [site.bn for site in sites], batches)
+    for name, (mean, variance) in found.items():
+        set_preserving(result.model.get_submodule(name), mean, variance)
+    eps = float(result.plan.options["eps"])
+    dead = {name: int((variance < eps).sum()) for name, (_, variance) in found.items()}
+    notes = [f"{name}: {count} channels hardly vary (σ² < ε)" for name, count in dead.items() if count]
+    notes += [
+        f"{site.bn}: not reached by the data, left an identity" for site in sites if site.bn not in found
+    ]
+    checks = result.checks
+    if result.inputs is not None:
+        checks = tuple(check_surgery(model, result.model, [result.inputs], stage="insert"))
+    plan = dataclasses.replace(result.plan, notes=(*result.plan.notes, *notes))
+    return dataclasses.replace(result, plan=plan, checks=checks)
 
 
 @paused()

@@ -54,13 +54,14 @@ class InsertOptions:
     affine: bool = True
     eps: float = 1e-5
     momentum: float = 0.1
-    init: Literal["identity", "default"] = "identity"
+    init: Literal["identity", "calibrate", "default"] = "identity"
     sync: bool = False
     banned: Mapping[str, frozenset[str]] = dataclasses.field(default_factory=dict)
 
     def validate(self) -> None:
         """Raise `UsageError` for an unknown activation or option, or a number out of range."""
-        for option, allowed in (("position", ("before", "after")), ("init", ("identity", "default"))):
+        choices = {"position": ("before", "after"), "init": ("identity", "calibrate", "default")}
+        for option, allowed in choices.items():
             if getattr(self, option) not in allowed:
                 raise UsageError(f"{option} is {' or '.join(allowed)}, not {getattr(self, option)!r}")
         for option in ("activations", "include", "exclude"):

@@ -62,7 +62,7 @@ def _broken_sites(
         return misplaced, None
     if _without_sites(again.graph, plan) != _outline(observation.graph):
         return _suspects(sites), None
-    if options.init != "identity":
+    if options.init == "default":
         return [], None
     check = _same_to_the_last_bit(observation, again)
     return ([] if check.passed else _suspects(sites)), check

@@ -2,32 +2,19 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from bntool.cli import options as opt
+from bntool.cli.data import opened_data
 from bntool.cli.session import Session, Voice, open_session
-from bntool.errors import ObserveError, UsageError
-
-if TYPE_CHECKING:
-    from bntool.batches import Batches
-    from bntool.inputs import Inputs
+from bntool.errors import UsageError
 
 
 @click.command("calibrate", short_help="Recompute running statistics from data.")
 @opt.model_options()
-@click.option(
-    "--data",
-    required=True,
-    metavar="DATA",
-    help="An .npy, .npz or .pt file, a folder of images, or pkg.mod:loader.",
-)
-@click.option("--batch-size", type=int, default=32, show_default=True, help="Samples in a batch.")
-@click.option("--batches", "limit", type=int, metavar="N", help="At most N batches (default: all).")
-@click.option("--mean", metavar="R,G,B", help="Mean of each channel, taken off images in 0..1.")
-@click.option("--std", metavar="R,G,B", help="Standard deviation of each channel of images in 0..1.")
+@opt.data_options(required=True)
 @click.option("--freeze", is_flag=True, help="Keep BatchNorm frozen through model.train().")
 @opt.output_options()
 @opt.common_options()
@@ -46,7 +33,7 @@ def command(**options: Any) -> int:
     if not options["dry_run"]:
         path = chosen_output(session, "calibrate", options["output"], options["force"])
         _require_storable(session, options["freeze"])
-    batches = _opened(session, options)
+    batches = opened_data(session, options)
     with voice.progress("calibrating") as step:
         result = calibrate(session.model, batches, freeze=options["freeze"], progress=step)
     voice.say(result.render(verbose=not options["quiet"]))
@@ -62,51 +49,6 @@ def command(**options: Any) -> int:
         }
     )
     return 0
-
-
-def _opened(session: Session, options: dict[str, Any]) -> Batches:
-    import torch
-
-    from bntool.batches import open_batches
-
-    images = Path(options["data"]).is_dir()
-    like = _example(session, small=not images)
-    if images and like is not None:
-        session.voice.note(f"images are made {like.shapes()}: {like.origin} (--input sets another size)")
-        if options["mean"] is None and options["std"] is None:
-            session.voice.note("images are scaled to 0..1; --mean and --std if training normalised them")
-    torch.manual_seed(session.seed)  # a loader that shuffles does so the same way every time
-    return open_batches(
-        options["data"],
-        batch_size=options["batch_size"],
-        limit=options["limit"],
-        like=like,
-        mean=_numbers(options["mean"], "--mean"),
-        std=_numbers(options["std"], "--std"),
-    )
-
-
-def _example(session: Session, *, small: bool) -> Inputs | None:
-    """What the model takes, as far as it is known: the data itself decides where it is not."""
-    from bntool.observe.inference import observe_inferred
-
-    if session.inputs is not None:
-        return session.inputs
-    try:
-        return observe_inferred(session.model, small=small).inputs
-    except ObserveError:
-        return None
-
-
-def _numbers(text: str | None, option: str) -> list[float] | None:
-    if text is None:
-        return None
-    try:
-        return [float(part) for part in text.split(",")]
-    except ValueError as error:
-        raise UsageError(
-            f"{option} {text} is not a list of numbers", next_step=f"write it as {option} 0.485,0.456,0.406"
-        ) from error
 
 
 def _require_storable(session: Session, freeze: bool) -> None:

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from bntool.cli import options as opt
+from bntool.cli.data import opened_data
 from bntool.cli.session import Session, Voice, open_session
-from bntool.errors import CheckFailed, NothingToDo, PlanError
+from bntool.errors import CheckFailed, NothingToDo, PlanError, UsageError
 from bntool.reasons import Reason
 
 if TYPE_CHECKING:
@@ -27,11 +28,13 @@ if TYPE_CHECKING:
 @click.option("--position", type=click.Choice(["before", "after"]), default="before", show_default=True)
 @click.option(
     "--init",
-    type=click.Choice(["identity", "default"]),
+    type=click.Choice(["identity", "calibrate", "default"]),
     default="identity",
     show_default=True,
-    help="identity keeps the eval output to the last bit; default is PyTorch's own, to train from scratch.",
+    help="identity keeps the eval output to the last bit; calibrate measures --data and keeps the first "
+    "training step close too; default is PyTorch's own, to train from scratch.",
 )
+@opt.data_options(required=False)
 @click.option("--no-affine", is_flag=True, help="BatchNorm without γ and β.")
 @click.option("--eps", type=float, default=1e-5, show_default=True)
 @click.option("--momentum", type=float, default=0.1, show_default=True)
@@ -72,10 +75,13 @@ def command(**options: Any) -> int:
         raise CheckFailed("the output of the new model differs", next_step="please report this model")
     for note in result.plan.notes:
         voice.note(note)
-    if result.checks:
+    if len(result.checks) == 1 and not result.checks[0].limit:
         check = result.checks[0]
         inputs = f"{check.batches} {'inputs' if check.batches > 1 else 'input'}"
         voice.say(f"output      unchanged to the last bit ({check.device}, {inputs}, eval mode)")
+    elif result.checks:
+        ratio = max(check.ratio for check in result.checks)
+        voice.say(f"output      unchanged within rounding: {ratio:.2f} x the model's own noise, eval mode")
     if path is not None:
         write_model(session, "insert", result, path, options["force"])
         voice.say(f"wrote       {path}")
@@ -111,7 +117,14 @@ def _inserted(session: Session, options: dict[str, Any]) -> SurgeryResult:
                 sync=options["sync"],
             )
             chosen.validate()
+            if (options["data"] is not None) != (chosen.init == "calibrate"):
+                raise UsageError(
+                    "--data and --init calibrate go together", next_step="give both, or neither of them"
+                )
             result = api.insert_with(session.model, session.observe(), chosen)
+            if result.modified and options["data"] is not None:
+                step("measuring")
+                return api.measured_insert(session.model, result, opened_data(session, options))
         keeps = result.plan.options.get("init") == "identity"
         if result.modified and keeps and options["check"] != "none":
             step("running both models")

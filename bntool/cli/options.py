@@ -131,3 +131,19 @@ def common_options() -> Decorator:
         click.option("-v", "--verbose", is_flag=True, help="Every layer."),
         click.option("--debug", is_flag=True, help="Show the traceback of an error."),
     )
+
+
+def data_options(*, required: bool) -> Decorator:
+    """Where data comes from, and how it is cut and scaled."""
+    return _all(
+        click.option(
+            "--data",
+            required=required,
+            metavar="DATA",
+            help="An .npy, .npz or .pt file, a folder of images, or pkg.mod:loader.",
+        ),
+        click.option("--batch-size", type=int, default=32, show_default=True, help="Samples in a batch."),
+        click.option("--batches", "limit", type=int, metavar="N", help="At most N batches (default: all)."),
+        click.option("--mean", metavar="R,G,B", help="Mean of each channel, taken off images in 0..1."),
+        click.option("--std", metavar="R,G,B", help="Standard deviation of each channel of images in 0..1."),
+    )

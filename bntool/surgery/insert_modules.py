@@ -54,7 +54,8 @@ def new_norm(layer: nn.Module, site: InsertSite, options: Mapping[str, Any]) -> 
     """The BatchNorm of a site, on the layer's device and in its type and mode.
 
     `identity`: γ = 1, β = 0, μ = 0 and σ² = 1 − ε, so that in eval mode (x − μ)/√(σ² + ε)·γ + β is x
-    to the last bit. `default`: PyTorch's own initial values, for training from scratch.
+    to the last bit. `calibrate` starts so too, to be measured. `default`: PyTorch's own initial values,
+    for training from scratch.
     """
     weight = layer.weight
     assert isinstance(weight, Tensor)
@@ -67,7 +68,7 @@ def new_norm(layer: nn.Module, site: InsertSite, options: Mapping[str, Any]) -> 
         device=weight.device,
         dtype=weight.dtype,
     )
-    if options["init"] == "identity" and norm.running_var is not None:
+    if options["init"] != "default" and norm.running_var is not None:
         with torch.no_grad():
             norm.running_var.fill_(1.0 - norm.eps)
     norm.train(layer.training)

@@ -1,0 +1,59 @@
+"""Open the data that a command was given with `--data`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bntool.cli.session import Session
+from bntool.errors import ObserveError, UsageError
+
+if TYPE_CHECKING:
+    from bntool.batches import Batches
+    from bntool.inputs import Inputs
+
+
+def opened_data(session: Session, options: dict[str, Any]) -> Batches:
+    """The batches of `--data`, made to fit what the model takes."""
+    import torch
+
+    from bntool.batches import open_batches
+
+    images = Path(options["data"]).is_dir()
+    like = _example(session, small=not images)
+    if images and like is not None:
+        session.voice.note(f"images are made {like.shapes()}: {like.origin} (--input sets another size)")
+        if options["mean"] is None and options["std"] is None:
+            session.voice.note("images are scaled to 0..1; --mean and --std if training normalised them")
+    torch.manual_seed(session.seed)  # a loader that shuffles does so the same way every time
+    return open_batches(
+        options["data"],
+        batch_size=options["batch_size"],
+        limit=options["limit"],
+        like=like,
+        mean=_numbers(options["mean"], "--mean"),
+        std=_numbers(options["std"], "--std"),
+    )
+
+
+def _example(session: Session, *, small: bool) -> Inputs | None:
+    """What the model takes, as far as it is known: the data itself decides where it is not."""
+    from bntool.observe.inference import observe_inferred
+
+    if session.inputs is not None:
+        return session.inputs
+    try:
+        return observe_inferred(session.model, small=small).inputs
+    except ObserveError:
+        return None
+
+
+def _numbers(text: str | None, option: str) -> list[float] | None:
+    if text is None:
+        return None
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError as error:
+        raise UsageError(
+            f"{option} {text} is not a list of numbers", next_step=f"write it as {option} 0.485,0.456,0.406"
+        ) from error
