@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -19,12 +18,13 @@ from bntool.exporting import export_onnx as _export_onnx
 from bntool.inputs import Inputs
 from bntool.inserting import InsertOptions
 from bntool.inserting import plan_insert as _plan_insert
-from bntool.insertion import insert_observed
+from bntool.insertion import check_unchanged, insert_observed
 from bntool.module_folding import plan_module_fold
 from bntool.observe.eager import Observation, observe
 from bntool.observe.inference import observe_inferred
 from bntool.observe.modules import class_name, signature_of
 from bntool.plan import Plan
+from bntool.proving import check_fold, proved_fold, reference_elsewhere
 from bntool.reference import Reference
 from bntool.report.counting import parameter_delta
 from bntool.report.summary import Summary, summarize
@@ -93,7 +93,7 @@ def insert(
 def insert_with(model: nn.Module, observation: Observation, options: InsertOptions) -> SurgeryResult:
     """`insert` on a model already observed; the result shares its untouched tensors with `model`."""
     plan, modified, check = insert_observed(model, observation, options)
-    return _result(model, modified, plan, observation.inputs, (check,) if check else ())
+    return as_result(model, modified, plan, observation.inputs, (check,) if check else ())
 
 
 def measured_insert(model: nn.Module, result: SurgeryResult, batches: Iterable[Any]) -> SurgeryResult:
@@ -132,20 +132,25 @@ def fold(
 ) -> SurgeryResult:
     """Fold every BatchNorm that algebra allows into the weights beside it, for inference in eval mode.
 
-    `check="fast"` runs the model before and after on the example inputs, in its own precision and in
-    float64; `full` on several seeded batches; `none` trusts the plan. `merge` lets blocks that bring
-    their own re-parameterisation merge their branches. The result's model is new and in
-    eval mode; `share=True` lets it share the untouched tensors with `model`.
+    `check="fast"` runs the model before and after on the example inputs in its own precision, and in
+    float64 on inputs of other sizes and one sample more; `full` on several seeded batches too; `none`
+    trusts the plan. What does not stand up is not folded (reason `not-proved`). `merge` lets blocks that
+    bring their own re-parameterisation merge their branches. The result's model is new and in eval mode;
+    `share=True` lets it share the untouched tensors with `model`.
 
     Raises:
         CheckFailed: the folded model does not compute the same; the first BatchNorm at fault is named.
         ObserveError: the model does not run on the inputs.
     """
+    if check not in ("full", "fast", "none"):
+        raise UsageError(f"check is {check!r}", next_step='use "full", "fast" or "none"')
     observation = _observed(model, example_inputs, small=True)
-    result = fold_observed(model, observation, include=include, exclude=exclude, merge=merge)
-    if check != "none" and result.modified:
+    if check == "none":
+        result = fold_observed(model, observation, include=include, exclude=exclude, merge=merge)
+    else:
         inputs = [observation.inputs] if check == "fast" else seeded_batches(observation.inputs)
-        result = with_checks(result, check_fold(model, result.model, result.plan, Reference(model, inputs)))
+        reference = Reference(model, inputs)
+        result = fold_proved(model, observation, reference, include=include, exclude=exclude, merge=merge)
     return result if share else _on_its_own(result, model)
 
 
@@ -158,81 +163,17 @@ def fold_observed(
     merge: bool = True,
 ) -> SurgeryResult:
     """`fold` on a model already observed, unchecked; the result shares its untouched tensors with `model`."""
-    plan = plan_module_fold(model, observation, include=include, exclude=exclude, merge=merge)
-    return _result(model, apply_fold(model, plan).eval(), plan, observation.inputs)
+    plan = plan_module_fold(model, observation, include=include, exclude=exclude, merge=merge, thorough=False)
+    return as_result(model, apply_fold(model, plan).eval(), plan, observation.inputs)
 
 
-def check_fold(
-    model: nn.Module,
-    folded: nn.Module,
-    plan: Plan,
-    reference: Reference,
-    *,
-    device: str = "cpu",
-    progress: Progress | None = None,
-    atol: float | None = None,
-    rtol: float | None = None,
-) -> list[Check]:
-    """Run both models: once as they are, once with the fold redone in float64. Raises `CheckFailed`."""
-    folded64 = in_float64(model, lambda wide: apply_fold(wide, plan))
-    checks = check_surgery(
-        model,
-        folded,
-        reference.inputs,
-        stage="fold",
-        candidate64=folded64,
-        device=device,
-        progress=progress,
-        reference=reference,
-        atol=atol,
-        rtol=rtol,
-    )
-    if not all(check.passed for check in checks):
-        raise CheckFailed(
-            f"the folded model differs from the original: {_worst(checks)}",
-            where=_first_at_fault(model, plan, reference.inputs[0]),
-            next_step="leave that BatchNorm out with --exclude, and please report it",
-        )
-    return checks
-
-
-def in_float64(model: nn.Module, surgery: Callable[[nn.Module], nn.Module]) -> nn.Module | None:
-    """`surgery` on a float64 copy of the model; None where the model has no float64 copy."""
-    try:
-        wide = copy.deepcopy(model).double()
-    except Exception:  # noqa: BLE001 - a class may refuse to be copied in its own way
-        return None
-    return surgery(wide)
-
-
-def _worst(checks: Sequence[Check]) -> str:
-    failed = next(check for check in checks if not check.passed)
-    return (
-        f"relative error {failed.relative:.2g}, allowed {failed.limit:.2g} ({failed.detail or failed.stage})"
-    )
-
-
-def _first_at_fault(model: nn.Module, plan: Plan, inputs: Inputs) -> str:
-    """The first site whose fold changes the output in float64, found by bisection."""
-
-    def agrees(sites: int) -> bool:
-        part = dataclasses.replace(plan, sites=plan.sites[:sites])
-        folded64 = in_float64(model, lambda wide: apply_fold(wide, part))
-        rows = check_surgery(
-            model, apply_fold(model, part).eval(), [inputs], stage="fold", candidate64=folded64
-        )
-        return all(row.passed for row in rows)
-
-    low, high = 0, len(plan.sites)
-    try:
-        if agrees(high):
-            return ""
-        while high - low > 1:
-            middle = (low + high) // 2
-            low, high = (middle, high) if agrees(middle) else (low, middle)
-    except CheckFailed:
-        return ""
-    return next(iter(plan.fold_sites)).bn if high == 0 else list(plan.fold_sites)[high - 1].bn
+def fold_proved(
+    model: nn.Module, observation: Observation, reference: Reference, **options: Any
+) -> SurgeryResult:
+    """`fold` on a model already observed, proved against `reference` and on inputs of other sizes."""
+    proved = proved_fold(model, observation, reference, **options)
+    result = as_result(model, proved.model, proved.plan, observation.inputs)
+    return with_checks(result, proved.checks)
 
 
 def plan_insert(model: nn.Module, example_inputs: Any = None, **options: Any) -> Plan:
@@ -258,23 +199,47 @@ def plan_fold(
     return plan_module_fold(model, observation, include=include, exclude=exclude, merge=merge)
 
 
-def apply(model: nn.Module, plan: Plan | str | Path, *, share: bool = False) -> SurgeryResult:
-    """Replay a plan on a fresh model of the same architecture.
+def apply(
+    model: nn.Module,
+    plan: Plan | str | Path,
+    example_inputs: Any = None,
+    *,
+    check: CheckLevel = "fast",
+    share: bool = False,
+) -> SurgeryResult:
+    """Replay a plan on a fresh model of the same architecture, and check what it did there.
+
+    A fold plan rests on signs, paddings and hooks of the model it was made for; so a replayed fold is
+    checked like a new one, unless `check="none"`. An insertion with `init="identity"` is held to the bit.
 
     Raises:
         PlanError: the plan was made for another model; the first difference is named.
+        CheckFailed: the plan does not hold on this model.
     """
     if not isinstance(plan, Plan):
         plan = read_plan(plan)
     plan.require_signature(signature_of(model), class_name(type(model)))
-    work = apply_insert if plan.action == "insert" else apply_fold
-    result = _result(model, work(model, plan), plan, None)
+    if plan.action == "insert":
+        result = as_result(model, apply_insert(model, plan), plan, None)
+        if check != "none" and plan and plan.options.get("init") == "identity":
+            inputs = _observed(model, example_inputs, small=True).inputs
+            row = check_unchanged(model, result.model, inputs, full=check == "full")
+            if not row.passed:
+                raise CheckFailed("the replayed insertion changes the output", next_step="make a new plan")
+            result = with_checks(result, [row])
+    else:
+        result = as_result(model, apply_fold(model, plan), plan, None)
+        if check != "none" and plan:
+            inputs = _observed(model, example_inputs, small=True).inputs
+            reference = Reference(model, [inputs] if check == "fast" else seeded_batches(inputs))
+            elsewhere = reference_elsewhere(model, inputs)
+            result = with_checks(result, check_fold(model, result.model, plan, reference, elsewhere))
     return result if share else _on_its_own(result, model)
 
 
 def unchanged(model: nn.Module) -> SurgeryResult:
     """The result of doing nothing, for what only exports and checks."""
-    return _result(model, model, Plan("fold", (), ()), None)
+    return as_result(model, model, Plan("fold", (), ()), None)
 
 
 def with_checks(result: SurgeryResult, checks: Sequence[Check]) -> SurgeryResult:
@@ -374,7 +339,7 @@ def _observed(model: nn.Module, example_inputs: Any, *, small: bool = False) -> 
     return observe(model, Inputs.of(example_inputs))
 
 
-def _result(
+def as_result(
     before: nn.Module, after: nn.Module, plan: Plan, inputs: Inputs | None, checks: tuple[Check, ...] = ()
 ) -> SurgeryResult:
     return SurgeryResult(after, plan, parameter_delta(before, after), checks, inputs)

@@ -37,11 +37,13 @@ def check_surgery(
     device: str = "cpu",
     progress: Progress | None = None,
     reference: Reference | None = None,
+    elsewhere: Reference | None = None,
     atol: float | None = None,
     rtol: float | None = None,
 ) -> list[Check]:
     """Compare a model before and after surgery, both in eval mode: a row in its own precision, and with
-    `candidate64` (the surgery redone on the model in float64) a second row that proves the algebra.
+    `candidate64` (the surgery redone on the model in float64) a second row that proves the algebra, on the
+    inputs of `elsewhere` where that is given.
 
     Raises `CheckFailed` when there is nothing to compare or the candidate does not run.
     """
@@ -51,7 +53,7 @@ def check_surgery(
     say("running the candidate")
     got: list[dict[str, Tensor]] = _run_all(runner, reference.inputs, stage)
     expected, limits = reference.outputs, reference.limits
-    algebra = _check_algebra(reference, candidate64, stage, say)
+    algebra = _check_algebra(elsewhere or reference, candidate64, stage, say)
     unsure = _left_to_algebra(expected, got, limits) if algebra is not None else {}
     if algebra is not None and unsure.keys() >= limits.keys():
         reasons = "; ".join(f"{name}: {why}" for name, why in unsure.items())

@@ -448,3 +448,20 @@ _add(
     """,
     "Fold the model in float32 and cast the result, or look at the channel that has collapsed.",
 )
+_add(
+    Reason.NOT_PROVED,
+    "the fold did not stand up to the proof",
+    "By the laws it is exact on what was seen, yet the folded model computes something else, or does not "
+    "run, on another input. forward may branch on sizes or numbers, or read attributes of the layer that "
+    "is gone.",
+    """
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.bn = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)
+        def forward(self, x):
+            return self.bn(self.conv(x)) * self.bn.num_features
+    model = Net()
+    """,
+    "Give the input sizes you serve with --input, and keep forward free of attributes of the BatchNorm.",
+)

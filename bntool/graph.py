@@ -93,6 +93,7 @@ class Graph:
         self.aliases: dict[str, list[str]] = {}
         self.constants: dict[int, Tensor] = {}
         self.model_class = ""
+        self.reads_numbers = False
 
     def add_value(self, shape: tuple[int, ...], **fields: Any) -> Value:
         value = Value(len(self.values), shape, **fields)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import math
+import functools
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -39,13 +39,15 @@ def plan_module_fold(
     include: Sequence[str] = ("*",),
     exclude: Sequence[str] = (),
     merge: bool = True,
+    thorough: bool = True,
 ) -> Plan:
     """The fold plan of a module already observed.
 
     With `merge`, blocks that bring their own re-parameterisation are merged first, on a copy, and the rest
-    is planned on what they leave.
+    is planned on what they leave. With `thorough` the model is observed a second time, on inputs of other
+    sizes, and a fold counts only if it comes out the same; else only where it leads through a reshape.
     """
-    plan = _settled(model, observation, include, exclude)
+    plan = _settled(model, observation, include, exclude, thorough)
     sites: list[FoldSite] = []
     merged = model
     # a block that has merged its branches may hold blocks that still can
@@ -54,20 +56,24 @@ def plan_module_fold(
         merged = apply_fold(model, dataclasses.replace(plan, sites=tuple(sites), skips=()))
     if not sites:
         return plan
-    again = _settled(merged, observe(merged, observation.inputs), include, exclude)
+    again = _settled(merged, observe(merged, observation.inputs), include, exclude, thorough)
     return dataclasses.replace(
         again, sites=(*sites, *again.sites), signature=signature_of(model), model_class=plan.model_class
     )
 
 
 def _settled(
-    model: nn.Module, observation: Observation, include: Sequence[str], exclude: Sequence[str]
+    model: nn.Module,
+    observation: Observation,
+    include: Sequence[str],
+    exclude: Sequence[str],
+    thorough: bool,
 ) -> Plan:
-    """The plan of an observation; where a fold leads through a reshape, of a second observation too."""
+    """The plan of an observation, and of a second one too where that is asked for or needed."""
     plan = plan_fold(observation.graph, include=include, exclude=exclude)
-    if not any("reshape" in site.laws for site in plan.fold_sites):
+    if not plan or not (thorough or any("reshape" in site.laws for site in plan.fold_sites)):
         return plan
-    for inputs in _other_sizes(observation.inputs):
+    for inputs in other_sizes(observation.inputs):
         try:
             second = observe(model, inputs).graph
         except ObserveError:
@@ -76,24 +82,25 @@ def _settled(
     return plan
 
 
-def _other_sizes(inputs: Inputs) -> Iterator[Inputs]:
-    """The inputs with other sizes: a larger batch and larger images; else a larger batch alone."""
+def other_sizes(inputs: Inputs) -> Iterator[Inputs]:
+    """Inputs like these of other sizes, the most telling first: seeded values, one sample more.
 
-    def larger(tensor: Tensor, spatial: int) -> Tensor:
-        if tensor.dim() < 2:
-            return tensor
-        image = (n + spatial if i > 1 else n for i, n in enumerate(tensor.shape) if i)
-        shape = (tensor.shape[0] + 1, *image)
-        if tensor.is_floating_point():
-            return torch.linspace(-1, 1, math.prod(shape), dtype=tensor.dtype, device=tensor.device).reshape(
-                shape
-            )
-        return tensor.reshape(-1)[
-            torch.arange(math.prod(shape), device=tensor.device) % tensor.numel()
-        ].reshape(shape)
+    An image of odd sides, then one larger by 32 (many models take only such), then the old sides.
+    """
+    for spatial in (33, 32, 0):
+        generator = torch.Generator().manual_seed(spatial)
+        yield inputs.map(functools.partial(_larger, spatial=spatial, generator=generator))
 
-    for spatial in (32, 0):
-        yield inputs.map(lambda tensor, spatial=spatial: larger(tensor, spatial))
+
+def _larger(tensor: Tensor, spatial: int, generator: torch.Generator) -> Tensor:
+    if tensor.dim() < 2:
+        return tensor
+    image = (n + spatial if tensor.dim() > 3 else n for n in tensor.shape[2:])
+    shape = (tensor.shape[0] + 1, tensor.shape[1], *image)
+    if not tensor.is_floating_point():
+        index = torch.randint(tensor.numel(), shape, generator=generator)
+        return tensor.cpu().reshape(-1)[index].to(tensor.device)
+    return torch.randn(shape, generator=generator).to(tensor)
 
 
 def _fit(blocks: list[Block], plan: Plan) -> list[Block]:

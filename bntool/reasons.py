@@ -42,6 +42,8 @@ class Reason(str, enum.Enum):
     WEIGHT_COMPUTED = "weight-computed"
     QUANTIZED = "quantized"
     OVERFLOW = "overflow"
+    # folding: the proof
+    NOT_PROVED = "not-proved"
 
     def __str__(self) -> str:
         return self.value

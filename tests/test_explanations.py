@@ -16,7 +16,9 @@ from bntool.folding import plan_fold
 from bntool.inserting import InsertOptions
 from bntool.insertion import insert_observed
 from bntool.observe.inference import observe_inferred
+from bntool.proving import proved_fold
 from bntool.reasons import Reason
+from bntool.reference import Reference
 from tools.make_reasons import document
 
 EXCLUDING = {Reason.EXCLUDED: ("*",)}
@@ -52,7 +54,11 @@ def _reasons_given(model: nn.Module, exclude: tuple[str, ...]) -> set[Reason]:
     seen = observe_inferred(model, small=True)
     inserted, _, _ = insert_observed(model, seen, InsertOptions(exclude=exclude))
     folded = plan_fold(seen.graph, exclude=exclude)
-    return {skip.reason for skip in (*inserted.skips, *folded.skips)}
+    given = {skip.reason for skip in (*inserted.skips, *folded.skips)}
+    if folded.sites:
+        proved = proved_fold(model, seen, Reference(model, [seen.inputs]), exclude=exclude)
+        given |= {skip.reason for skip in proved.plan.skips}
+    return given
 
 
 def test_every_reason_is_explained_in_order() -> None:

@@ -354,7 +354,7 @@ def test_sync_makes_sync_batchnorms() -> None:
         ({"activations": "relu"}, "not one string"),
         ({"include": "conv1"}, "not one string"),
         ({"position": "middle"}, "before or after"),
-        ({"init": "zeros"}, "identity or default"),
+        ({"init": "zeros"}, "identity or calibrate or default"),
         ({"eps": 0.0}, "between 0 and 1"),
         ({"eps": float("nan")}, "between 0 and 1"),
     ],

@@ -80,23 +80,29 @@ def examine(name: str) -> dict[str, Any]:
     row["seconds_observe"] = round(time.perf_counter() - start, 3)
     row["ops"] = len(observation.graph.ops)
     start = time.perf_counter()
-    result = api.fold_observed(model, observation)
+    from bntool.module_folding import plan_module_fold
+    from bntool.surgery.fold_modules import apply_fold
+
+    plan = plan_module_fold(model, observation)
+    result = api.as_result(model, apply_fold(model, plan).eval(), plan, observation.inputs)
     row["seconds_fold"] = round(time.perf_counter() - start, 3)
     row["bn_total"] = len(result.sites) + len(result.skips)
     row["folded"] = len(result.sites)
     row["kept"] = dict(collections.Counter(skip.reason.value for skip in result.skips))
     if result.sites:
-        row.update(_checked(api, model, result, observation.inputs))
+        row.update(_checked(model, result, observation.inputs))
     row.update(_inserted(api, model, observation))
     row["peak_gb"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2)
     del torch
     return {"status": "ok", **row}
 
 
-def _checked(api: Any, model: Any, result: Any, inputs: Any) -> dict[str, Any]:
+def _checked(model: Any, result: Any, inputs: Any) -> dict[str, Any]:
+    from bntool.proving import check_fold, reference_elsewhere
     from bntool.reference import Reference
 
-    checks = api.check_fold(model, result.model, result.plan, Reference(model, [inputs]))
+    elsewhere = reference_elsewhere(model, inputs)
+    checks = check_fold(model, result.model, result.plan, Reference(model, [inputs]), elsewhere)
     own = next((c for c in checks if not c.precision), None)
     exact = next((c for c in checks if c.precision), None)
     row: dict[str, Any] = {}

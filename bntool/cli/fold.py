@@ -49,12 +49,16 @@ def command(**options: Any) -> int:
         if options["export_to"]:
             onnx = serving.chosen_onnx(output_name(path, "export"), session, options["force"])
     result = _folded(session, options)
-    voice.say(result.render(verbose=not options["quiet"]))
     refusal = _refusal(result, session, options)
+    reference = serving.reference_of(session, options)
+    if reference is None:
+        voice.note("not verified (--check none)")
+    elif refusal is None:
+        result = serving.proved(session, reference, options)
+        refusal = _refusal(result, session, options)
+    voice.say(result.render(verbose=not options["quiet"]))
     if refusal is not None:
         voice.fail(refusal, {**result.to_dict(), "output": None, "onnx": None})
-    reference = serving.reference_of(session, options)
-    result = serving.check_folded(session, result, reference, options)
     with serving.exported(session, result, reference, onnx, options) as (result, export):
         if export is not None and options["require_all"]:
             _require_no_node(export.nodes.get("BatchNormalization", 0), session)

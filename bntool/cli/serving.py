@@ -82,27 +82,23 @@ def torch_device(device: str) -> str:
     return device
 
 
-def check_folded(
-    session: Session, result: SurgeryResult, reference: Reference | None, options: dict[str, Any]
-) -> SurgeryResult:
-    """The fold stage: torch against torch."""
+def proved(session: Session, reference: Reference, options: dict[str, Any]) -> SurgeryResult:
+    """The fold, proved: torch against torch, and in float64 on inputs of other sizes."""
     from bntool import api
 
-    if reference is None:
-        session.voice.note("not verified (--check none)")
-        return result
-    with session.voice.progress("checking the fold") as step:
-        checks = api.check_fold(
+    with session.voice.progress("proving the fold") as step:
+        return api.fold_proved(
             session.model,
-            result.model,
-            result.plan,
+            session.observe(),
             reference,
+            include=options["include"] or ("*",),
+            exclude=options["exclude"],
+            merge=not options["no_merge"],
             device=torch_device(options["device"]),
             progress=step,
             atol=options["atol"],
             rtol=options["rtol"],
         )
-    return api.with_checks(result, checks)
 
 
 @contextlib.contextmanager

@@ -52,8 +52,11 @@ class Claims:
         tensor = self.graph.tensors[weight.handle]
         if not tensor.is_floating_point():
             raise Refused(Reason.QUANTIZED, f"the weight of {op.label} is {tensor.dtype}")
-        self._require_own(weight, take, way)
         owner = weight.handle.rpartition(".")[0]
+        module = self.graph.modules.get(owner)
+        if module is not None and module.role == "scripted":
+            raise Refused(Reason.SCRIPTED, f"{op.label} belongs to a TorchScript module")
+        self._require_own(weight, take, way)
         bias = ""
         if "bias" in op.inputs:
             bias = self.graph.input(op, "bias").handle

@@ -15,6 +15,9 @@ from bntool.graph import Graph
 from bntool.laws import Refused
 from bntool.plan import FoldSite, Plan, Skip
 
+_READS_NUMBERS = (
+    "forward reads numbers from its data: only the branches that the example input took were seen"
+)
 _MAX_PASSES = 4
 """A fold can open the way for a BatchNorm that was kept before; passes end when nothing changes."""
 
@@ -67,6 +70,7 @@ class _Planner:
             model_class=self.graph.model_class,
             signature=self.graph.signature(),
             options={"include": list(self.include), "exclude": list(self.exclude)},
+            notes=(_READS_NUMBERS,) if self.graph.reads_numbers else (),
         )
 
     def _fold(self, norm: Norm) -> FoldSite:

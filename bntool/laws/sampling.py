@@ -149,9 +149,8 @@ def _padded(context: Context, op: Op, affine: Affine) -> Affine:
     affine = constant_over(along(affine, rank, op.label), axes, op.label)
     if op.attrs["mode"] != "constant":
         return affine
-    crops_only = all(p <= 0 for p in pads)
-    if not crops_only:
-        if op.attrs["value"] != 0.0:
-            raise Refused(Reason.SHIFT_AT_PADDING, f"{op.label} pads with {op.attrs['value']}")
-        no_shift(affine, Reason.SHIFT_AT_PADDING, f"{op.label} pads with zeros, which have no shift")
+    # amounts of zero or less may come from the size of the image: at another size they pad
+    if op.attrs["value"] != 0.0:
+        raise Refused(Reason.SHIFT_AT_PADDING, f"{op.label} pads with {op.attrs['value']}")
+    no_shift(affine, Reason.SHIFT_AT_PADDING, f"{op.label} pads with zeros, which have no shift")
     return affine

@@ -59,7 +59,9 @@ def _copies_plainly(cls: type) -> bool:
 def _copied_state(module: nn.Module, memo: dict[int, Any]) -> dict[str, Any]:
     state: dict[str, Any] = {}
     for key, value in module.__dict__.items():
-        if key in ("_parameters", "_buffers"):
+        if key == "_compiled_call_impl":
+            state[key] = None  # it is bound to the original, and would run that
+        elif key in ("_parameters", "_buffers"):
             state[key] = dict(value)
         elif key == "_modules":
             state[key] = {

@@ -1,7 +1,8 @@
 """Observe an eager `nn.Module`: one real forward in eval mode under a dispatch mode and module hooks.
 
-Under `inference_mode` composite operators stay whole (`linear`, `batch_norm`, `flatten`), which is what
-the laws want; on a structural copy nothing it leaves behind reaches the user's model.
+Below autograd composite operators stay whole (`linear`, `batch_norm`, `flatten`), which is what the laws
+want. `inference_mode` would do that too, but a tensor that a forward keeps in a global (a cached grid) would
+then be one that training refuses. The rest that a forward leaves behind stays on a structural copy.
 """
 
 from __future__ import annotations
@@ -77,7 +78,9 @@ def observe(model: nn.Module, inputs: Inputs) -> Observation:
 def _forward(run: nn.Module, inputs: Inputs, recorder: _Recorder) -> Any:
     with contextlib.ExitStack() as stack:
         stack.enter_context(random_state_kept())
-        stack.enter_context(torch.inference_mode())
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(torch._C._AutoDispatchBelowAutograd())
         stack.enter_context(recorder.hooks())
         stack.enter_context(_DispatchMode(recorder))
         try:
@@ -329,7 +332,7 @@ class _Recorder:
             inputs = {"input" if role == "input" else "weight": value for role, value in inputs.items()}
         constant = not draws and all(self.graph.values[v].constant for v in inputs.values())
         if name in ("item", "_local_scalar_dense") and not constant:
-            self.numbers_from_data = True
+            self.numbers_from_data = self.graph.reads_numbers = True
         if self.numbers_from_data:
             # any Python number from here on may have been read from the data
             constant = constant and bool(inputs)

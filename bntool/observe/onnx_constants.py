@@ -96,7 +96,6 @@ class Constants:
         for value, result in zip(node.outputs, results, strict=True):
             self.known[id(value)] = result
 
-
     def _cast_like(self, node: ir.Node) -> Any:
         array, like = self.array(node.inputs[0]), node.inputs[1]
         code = self.types.get(str(like.name)) if like is not None else None

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from bntool.affine import Pair, batch_norm_affine, evaluate
-from bntool.errors import InvariantError
+from bntool.errors import InvariantError, StateError
 from bntool.layers import NORMED
 from bntool.observe.copying import structural_copy
 from bntool.plan import Edit, Plan
@@ -114,6 +114,11 @@ class _FoldWork:
             self._tensor(f"{name}.bias" if name else "bias"),
             *self._statistics(name),
         )
+        if not bool(torch.isfinite(pair[0] + pair[1]).all()):
+            raise StateError(
+                f"the statistics of BatchNorm {name} are not finite, or its variance is negative",
+                next_step="make a new plan for these weights: it says which channel",
+            )
         return pair
 
     def _statistics(self, name: str) -> tuple[Tensor, Tensor, float]:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from bntool import api
+from bntool import proving
 from tests.cli import nets
 from tests.cli.conftest import Said, Shell, contents
 
@@ -104,7 +104,7 @@ def test_an_output_of_nothing_but_nan_proves_nothing(refused: Shell) -> None:
 
 def _corrupting(layer: str) -> Callable[..., nn.Module]:
     """`apply_fold` with one weight of `layer` wrong."""
-    honest: Any = api.apply_fold
+    honest: Any = proving.apply_fold
 
     def apply_fold(model: nn.Module, plan: Any) -> nn.Module:
         folded = honest(model, plan)
@@ -117,18 +117,27 @@ def _corrupting(layer: str) -> Callable[..., nn.Module]:
 
 
 @pytest.mark.parametrize("layer", ["1", "4"])
-def test_a_wrong_fold_names_the_batchnorm_and_writes_nothing(
-    refused: Shell, monkeypatch: pytest.MonkeyPatch, layer: str
+def test_a_fold_that_comes_out_wrong_is_not_done(
+    bntool: Shell, monkeypatch: pytest.MonkeyPatch, layer: str
 ) -> None:
     nets.save(nets.normalised(), "model.pt")
-    monkeypatch.setattr(api, "apply_fold", _corrupting(layer))
+    monkeypatch.setattr(proving, "apply_fold", _corrupting(layer))
+    document = bntool("fold", "model.pt", *nets.INPUT, "--json").document
+    assert [(skip["bn"], skip["reason"]) for skip in document["skips"]] == [(layer, "not-proved")]
+    assert "differs from the original" in document["skips"][0]["detail"]
+    assert document["bn_folded"] == 1
+    assert all(check["passed"] for check in document["checks"])
+
+
+def test_a_fold_that_nothing_can_prove_is_a_failed_check(
+    refused: Shell, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nets.save(nets.normalised(), "model.pt")
+    monkeypatch.setattr(proving, "apply_fold", _corrupting("1"))
+    monkeypatch.setattr(proving, "first_at_fault", lambda *_: "")
     for form in ([], ["--json"]):
         words = ["fold", "model.pt", *nets.INPUT, "--export", "onnx", *form]
-        said = refused(*words, code=1, says="differs from the original")
-        where = (
-            said.document["error"]["where"] if form else said.err.splitlines()[1].removeprefix("  where: ")
-        )
-        assert where == layer
+        refused(*words, code=1, says="differs from the original")
 
 
 def test_a_dry_run_writes_nothing_and_remembers_nothing(bntool: Shell, folder: Path) -> None:

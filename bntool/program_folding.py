@@ -1,0 +1,145 @@
+"""Fold the BatchNorms of an `ExportedProgram`: observe, plan, apply, check."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+
+from bntool.checking import check_surgery, seeded_batches
+from bntool.errors import CheckFailed, UsageError
+from bntool.folding import plan_on_all
+from bntool.inputs import Inputs
+from bntool.observe.exported_program import ProgramObservation, observe_program
+from bntool.observe.program_sizes import Sizes
+from bntool.plan import Plan, Skip
+from bntool.reasons import Reason
+from bntool.surgery.fold_program import apply_fold_program
+from bntool.verdicts import Check
+
+
+@dataclasses.dataclass(frozen=True)
+class ProgramFoldResult:
+    """The new program, the plan behind it, and what the check found."""
+
+    program: ExportedProgram
+    plan: Plan
+    checks: tuple[Check, ...] = ()
+
+    @property
+    def modified(self) -> bool:
+        return bool(self.plan)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"plan": self.plan.to_dict(), "checks": [check.to_dict() for check in self.checks]}
+
+
+def fold_program(
+    program: ExportedProgram,
+    *,
+    example_inputs: Any = None,
+    include: Sequence[str] = ("*",),
+    exclude: Sequence[str] = (),
+    check: Literal["full", "fast", "none"] = "fast",
+) -> ProgramFoldResult:
+    """Fold every BatchNorm of an exported program that algebra allows, functional ones too.
+
+    The result's program is new, and the argument is not changed. `check="fast"` runs both on the example
+    inputs that the program keeps (seeded ones of its shapes where it keeps none), in their own precision and,
+    where the program runs in it, in float64; `full` on several batch sizes.
+
+    Raises:
+        CheckFailed: the folded program does not compute the same.
+    """
+    if not isinstance(program, ExportedProgram):
+        raise UsageError(
+            f"the program is a {type(program).__name__}, not an ExportedProgram",
+            next_step="make one with torch.export.export, or fold an nn.Module with bntool.fold",
+        )
+    plan, observed = plan_fold_program(program, include=include, exclude=exclude)
+    folded = apply_fold_program(observed, plan)
+    if check == "none" or not plan:
+        return ProgramFoldResult(folded, plan)
+    inputs = Inputs.of(example_inputs) if example_inputs is not None else example_inputs_of(program)
+    batches = [inputs] if check == "fast" else [inputs, *seeded_batches(inputs)]
+    return ProgramFoldResult(folded, plan, tuple(_checked(observed, folded, plan, batches)))
+
+
+def plan_fold_program(
+    program: ExportedProgram, *, include: Sequence[str] = ("*",), exclude: Sequence[str] = ()
+) -> tuple[Plan, ProgramObservation]:
+    """A verdict for every BatchNorm of the program, and the observation it was planned on.
+
+    Where an axis has no fixed size, a fold counts only if it comes out the same for two sets of sizes.
+    """
+    observed = observe_program(program)
+    graphs = [observed.graph, *([observe_program(program, sizes=1).graph] if observed.open else [])]
+    plan = plan_on_all(graphs, include=include, exclude=exclude)
+    hidden = [
+        Skip(name, Reason.FUNCTIONAL, f"{place}, which is left as it is") for name, place in observed.hidden
+    ]
+    sites = tuple(dataclasses.replace(site, level="graph") for site in plan.fold_sites)
+    return dataclasses.replace(plan, sites=sites, skips=(*plan.skips, *hidden)), observed
+
+
+def example_inputs_of(program: ExportedProgram, seed: int = 0) -> Inputs:
+    """The example inputs that a program keeps, else seeded ones of the shapes it was exported with."""
+    if program.example_inputs is not None:
+        args, kwargs = program.example_inputs
+        return Inputs(tuple(args), dict(kwargs), origin="the example that the program keeps")
+    generator = torch.Generator().manual_seed(seed)
+    sizes = Sizes(program, 0)
+    user_inputs = {str(name) for name in program.graph_signature.user_inputs}
+    drawn = []
+    for node in program.graph.nodes:
+        value = node.meta.get("val")
+        if node.op != "placeholder" or node.name not in user_inputs:
+            continue
+        if not isinstance(value, Tensor):
+            drawn.append(sizes.number(value))
+        elif value.is_floating_point():
+            drawn.append(torch.randn(sizes.shape(value), generator=generator).to(value.dtype))
+        else:
+            drawn.append(torch.randint(0, 2, sizes.shape(value), generator=generator).to(value.dtype))
+    spec = program.call_spec.in_spec
+    if spec is None:
+        return Inputs(tuple(drawn))
+    args, kwargs = torch.utils._pytree.tree_unflatten(drawn, spec)
+    return Inputs(tuple(args), dict(kwargs), origin="the shapes that the program declares")
+
+
+def _checked(
+    observed: ProgramObservation, folded: ExportedProgram, plan: Plan, batches: Sequence[Inputs]
+) -> list[Check]:
+    nothing = dataclasses.replace(plan, sites=())
+    checks = check_surgery(
+        _runnable(apply_fold_program(observed, nothing)),
+        _runnable(folded),
+        batches,
+        stage="fold",
+        candidate64=_runnable(apply_fold_program(observed, plan, wide=True)),
+    )
+    if not all(check.passed for check in checks):
+        failed = next(check for check in checks if not check.passed)
+        raise CheckFailed(
+            f"the folded program differs from the original: relative error {failed.relative:.2g}, "
+            f"allowed {failed.limit:.2g}",
+            where=f"{failed.stage} {failed.precision}".strip(),
+            next_step="leave a BatchNorm out with exclude=, and please report it",
+        )
+    return checks
+
+
+def _runnable(program: ExportedProgram) -> nn.Module:
+    """The program as a module without what it asserts of types, so that it runs in float64 too."""
+    module = program.module()
+    assert isinstance(module, torch.fx.GraphModule)
+    for node in list(module.graph.nodes):
+        if node.target is torch.ops.aten._assert_tensor_metadata.default:
+            module.graph.erase_node(node)
+    module.recompile()
+    return module

@@ -1,0 +1,162 @@
+"""Apply a fold plan to an `ExportedProgram`: a copy with new numbers in it and without the BatchNorms."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.export import ExportedProgram
+from torch.fx import Node
+
+from bntool.affine import Pair, batch_norm_affine, evaluate
+from bntool.errors import InvariantError
+from bntool.graph import Op
+from bntool.observe.exported_program import ProgramObservation
+from bntool.plan import Edit, Plan
+from bntool.surgery.program_graph import ProgramCopy
+from bntool.surgery.tensors import edited, edited_norm
+
+_PRODUCTS = frozenset({"mm", "matmul"})
+"""Operators without a place for a bias."""
+
+
+def apply_fold_program(observed: ProgramObservation, plan: Plan, *, wide: bool = False) -> ExportedProgram:
+    """A copy of the observed program with every site of a fold plan carried out.
+
+    Arithmetic is float64 with one cast to the stored type. Tensors that only a removed BatchNorm read go; a
+    bias that was not there becomes a parameter. The argument is not changed, and the copy shares no tensor
+    with it. With `wide` the copy holds all its tensors in float64, before anything is folded.
+    """
+    copied = ProgramCopy(observed.program)
+    if wide:
+        copied.widen()
+    with torch.no_grad():
+        work = _FoldWork(observed, copied)
+        for site in plan.fold_sites:
+            for edit in site.edits:
+                work.carry_out(edit)
+        work.write()
+    return copied.finish()
+
+
+class _FoldWork:
+    def __init__(self, observed: ProgramObservation, copied: ProgramCopy) -> None:
+        self.observed, self.copied = observed, copied
+        self.tensors: dict[str, Tensor] = {}
+        self.made_for: dict[str, Edit] = {}
+        self.removed: list[str] = []
+        self.norms: dict[str, Op] = {}
+        for op in observed.graph.of_kind("batch_norm"):
+            self.norms.setdefault(op.scope, op)
+
+    def carry_out(self, edit: Edit) -> None:
+        if edit.kind == "remove":
+            self.removed.append(edit.layer)
+            return
+        assert edit.map is not None
+        pair = evaluate(edit.map, self._leaf)
+        weight = self._tensor(edit.weight)
+        bias = self._tensor(edit.bias) if edit.bias else None
+        if weight is None:
+            raise InvariantError(f"the plan edits {edit.weight}, which the program does not have")
+        if edit.layout == "norm":
+            assert bias is not None
+            _, _, mean, variance = self._norm_tensors(edit.layer)
+            assert mean is not None and variance is not None
+            new = edited_norm(edit, weight, bias, mean, variance, self._eps(edit.layer), pair)
+            self.tensors[edit.weight], self.tensors[edit.bias] = new
+            return
+        if edit.bias and edit.bias not in self.observed.names:
+            self.made_for[edit.bias] = edit
+        self.tensors[edit.weight], new_bias = edited(edit, weight, bias, pair)
+        if new_bias is not None and edit.bias:
+            self.tensors[edit.bias] = new_bias
+
+    # -- numbers ----------------------------------------------------------------------------------------
+
+    def _leaf(self, kind: str, name: str) -> Any:
+        if kind == "tensor":
+            return self._tensor(name)
+        gamma, beta, mean, variance = self._norm_tensors(name)
+        assert mean is not None and variance is not None
+        pair: Pair = batch_norm_affine(gamma, beta, mean, variance, self._eps(name))
+        return pair
+
+    def _norm_tensors(self, name: str) -> list[Tensor | None]:
+        op, graph = self.norms[name], self.observed.graph
+        roles = ("weight", "bias", "running_mean", "running_var")
+        return [self._tensor(graph.input(op, r).handle) if r in op.inputs else None for r in roles]
+
+    def _eps(self, name: str) -> float:
+        return float(self.norms[name].attrs["eps"])
+
+    def _tensor(self, handle: str) -> Tensor | None:
+        """A tensor as the edits so far have left it."""
+        if handle in self.tensors:
+            return self.tensors[handle]
+        names = self.observed.names.get(handle)
+        return self.copied.tensor(names[0]).detach() if names else None
+
+    # -- writing ----------------------------------------------------------------------------------------
+
+    def write(self) -> None:
+        for handle, tensor in self.tensors.items():
+            names = self.observed.names.get(handle)
+            if names:
+                self.copied.set_tensor(names, tensor)
+            else:
+                self._create_bias(self.made_for[handle], tensor)
+        dropped: set[str] = set()
+        for name in self.removed:
+            for label in self.observed.norms[name]:
+                self._take_out(self.copied.nodes[label])
+            dropped |= self._names_of_norm(name)
+        self.copied.drop_unread(dropped)
+
+    def _names_of_norm(self, name: str) -> set[str]:
+        """The stored tensors that a BatchNorm brought, its count of batches among them."""
+        graph, op = self.observed.graph, self.norms[name]
+        names: set[str] = set()
+        for role in ("weight", "bias", "running_mean", "running_var"):
+            if role in op.inputs:
+                names.update(self.observed.names[graph.input(op, role).handle])
+        counters = {f"{n.removesuffix('running_mean')}num_batches_tracked" for n in names if "running_mean" in n}
+        return names | counters
+
+    def _take_out(self, node: Node) -> None:
+        source = node.args[0]
+        assert isinstance(source, Node)
+        if not isinstance(node.meta.get("val"), tuple | list):
+            self.copied.replace(node, source)
+            return
+        for part in list(node.users):
+            if part.args[1] == 0:
+                self.copied.replace(part, source)
+            else:
+                self.copied.graph.erase_node(part)
+        self.copied.graph.erase_node(node)
+
+    def _create_bias(self, edit: Edit, bias: Tensor) -> None:
+        """A bias that was not there, for every call of the layer."""
+        weight = self.observed.names[edit.weight][0]
+        stem = weight.removesuffix("weight")
+        name = self.copied.free_name(f"{stem}bias" if stem != weight else f"{weight}_bias")
+        parameter = self.copied.add_parameter(name, bias, weight)
+        for label in self.observed.layers[edit.layer]:
+            self._give_bias(self.copied.nodes[label], parameter)
+
+    def _give_bias(self, call: Node, parameter: Node) -> None:
+        assert isinstance(call.target, torch._ops.OpOverload)
+        names = [argument.name for argument in call.target._schema.arguments]
+        if call.target._schema.name.split("::")[-1] not in _PRODUCTS:
+            given = [*call.args, *([None] * (names.index("bias") + 1 - len(call.args)))]
+            given[names.index("bias")] = parameter
+            call.args = tuple(given)
+            call.kwargs = {key: value for key, value in call.kwargs.items() if key != "bias"}
+            return
+        with self.copied.graph.inserting_after(call):
+            added = self.copied.graph.call_function(torch.ops.aten.add.Tensor, (call, parameter))
+        added.meta.update(call.meta)
+        call.replace_all_uses_with(added, delete_user_cb=lambda user: user is not added)
+        self.copied.signature.replace_all_uses(call.name, added.name)

@@ -1,0 +1,147 @@
+"""A copy of an exported program to work on: nodes by name, tensors by name, and what goes or comes with them."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+from torch.export.graph_signature import InputKind, InputSpec, TensorArgument
+from torch.fx import Node
+
+
+class ProgramCopy:
+    """The parts of a new program; nothing of the given one changes, and no tensor is shared with it.
+
+    Tensors tied to each other stay tied.
+    """
+
+    def __init__(self, program: ExportedProgram) -> None:
+        self._given = program
+        self.graph_module = copy.deepcopy(program.graph_module)
+        self.graph = self.graph_module.graph
+        self.nodes: dict[str, Node] = {node.name: node for node in self.graph.nodes}
+        self.signature = copy.deepcopy(program.graph_signature)
+        self.calls = copy.deepcopy(program.module_call_graph)
+        tensors = {"state": program.state_dict, "constants": program.constants}
+        with torch.no_grad():
+            owned = copy.deepcopy(tensors, _detached(tensors))
+        self.state, self.constants = owned["state"], owned["constants"]
+
+    def finish(self) -> ExportedProgram:
+        """The program as it now stands, validated."""
+        self.graph.lint()
+        self.graph_module.recompile()
+        return ExportedProgram(
+            root=self.graph_module,
+            graph=self.graph,
+            graph_signature=self.signature,
+            state_dict=self.state,
+            range_constraints=dict(self._given.range_constraints),
+            module_call_graph=self.calls,
+            example_inputs=self._given.example_inputs,
+            constants=self.constants,
+            verifiers=self._given.verifiers,
+        )
+
+    # -- tensors ----------------------------------------------------------------------------------------
+
+    def tensor(self, name: str) -> Tensor:
+        found = self.state.get(name, self.constants.get(name))
+        assert isinstance(found, Tensor)
+        return found
+
+    def set_tensor(self, names: Iterable[str], tensor: Tensor) -> None:
+        """Put a tensor under every name that one tensor has; also where no placeholder stands for it."""
+        old = self.tensor(next(iter(names)))
+        new: Tensor = tensor
+        if isinstance(old, nn.Parameter):
+            new = nn.Parameter(tensor, requires_grad=old.requires_grad)
+        for store in (self.state, self.constants):
+            for name, held in list(store.items()):
+                if held is old or name in names:
+                    store[name] = new
+
+    def widen(self) -> None:
+        """Every floating-point tensor in float64; tied tensors stay tied."""
+        done: dict[int, Tensor] = {}
+        for store in (self.state, self.constants):
+            for name, held in list(store.items()):
+                if isinstance(held, Tensor) and held.is_floating_point():
+                    if id(held) not in done:
+                        wide = held.detach().double()
+                        done[id(held)] = nn.Parameter(wide) if isinstance(held, nn.Parameter) else wide
+                    store[name] = done[id(held)]
+
+    def add_parameter(self, name: str, tensor: Tensor, like: str) -> Node:
+        """A new parameter with its placeholder, behind those there are; it trains where `like` does."""
+        position = sum(1 for spec in self.signature.input_specs if spec.kind == InputKind.PARAMETER)
+        placeholders = [node for node in self.graph.nodes if node.op == "placeholder"]
+        old = self.tensor(like)
+        self.state[name] = nn.Parameter(tensor, requires_grad=old.requires_grad)
+        label = "p_" + name.replace(".", "_")
+        source = next(node for node in placeholders if self._target_of(node) == like)
+        if position < len(placeholders):
+            place = self.graph.inserting_before(placeholders[position])
+        else:
+            place = self.graph.inserting_after(placeholders[-1])
+        with place:
+            node = self.graph.placeholder(label)
+        node.meta["val"] = source.meta["val"].new_empty(tuple(tensor.shape))
+        spec = InputSpec(InputKind.PARAMETER, TensorArgument(node.name), name)
+        self.signature.input_specs.insert(position, spec)
+        return node
+
+    def free_name(self, wanted: str) -> str:
+        taken = {*self.state, *self.constants, *(spec.target for spec in self.signature.input_specs)}
+        name, number = wanted, 0
+        while name in taken:
+            number += 1
+            name = f"{wanted}_{number}"
+        return name
+
+    def _target_of(self, node: Node) -> str | None:
+        return next((s.target for s in self.signature.input_specs if _name(s) == node.name), None)
+
+    # -- nodes ------------------------------------------------------------------------------------------
+
+    def replace(self, node: Node, other: Node) -> None:
+        """Let every reader of `node`, the outputs too, read `other`; `node` goes."""
+        node.replace_all_uses_with(other)
+        self.signature.replace_all_uses(node.name, other.name)
+        for entry in self.calls:
+            if entry.signature is not None:
+                for argument in (*entry.signature.inputs, *entry.signature.outputs):
+                    if getattr(argument, "name", None) == node.name:
+                        argument.name = other.name  # type: ignore[union-attr]
+        self.graph.erase_node(node)
+
+    def drop_unread(self, names: Iterable[str]) -> None:
+        """Take away stored tensors, of these, that nothing reads any more."""
+        gone = set(names)
+        for node in [n for n in self.graph.nodes if n.op == "placeholder" and not n.users]:
+            spec = next(s for s in self.signature.input_specs if _name(s) == node.name)
+            if spec.target not in gone or spec.kind == InputKind.USER_INPUT:
+                continue
+            self.signature.input_specs.remove(spec)
+            self.graph.erase_node(node)
+            if all(other.target != spec.target for other in self.signature.input_specs):
+                self.state.pop(spec.target, None)
+                self.constants.pop(spec.target, None)
+
+
+def _name(spec: InputSpec) -> str:
+    return str(getattr(spec.arg, "name", ""))
+
+
+def _detached(tensors: dict[str, Any]) -> dict[int, Any]:
+    """What a deep copy must not try: tensors that autograd made, which refuse to be copied."""
+    memo: dict[int, Any] = {}
+    for store in tensors.values():
+        for held in store.values():
+            if isinstance(held, Tensor) and not held.is_leaf:
+                memo[id(held)] = held.detach().clone()
+    return memo
