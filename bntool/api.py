@@ -38,6 +38,7 @@ CheckLevel = Literal["full", "fast", "none"]
 Progress = Callable[[str], None]
 
 
+@torch.inference_mode(False)
 @paused()
 def insert(
     model: nn.Module,
@@ -119,6 +120,7 @@ def measured_insert(model: nn.Module, result: SurgeryResult, batches: Iterable[A
     return dataclasses.replace(result, plan=plan, checks=checks)
 
 
+@torch.inference_mode(False)
 @paused()
 def fold(
     model: nn.Module,
@@ -199,6 +201,7 @@ def plan_fold(
     return plan_module_fold(model, observation, include=include, exclude=exclude, merge=merge)
 
 
+@torch.inference_mode(False)
 def apply(
     model: nn.Module,
     plan: Plan | str | Path,

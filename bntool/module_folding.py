@@ -85,22 +85,27 @@ def _settled(
 def other_sizes(inputs: Inputs) -> Iterator[Inputs]:
     """Inputs like these of other sizes, the most telling first: seeded values, one sample more.
 
-    An image of odd sides, then one larger by 32 (many models take only such), then the old sides.
+    Longer by 33, so that even sides become odd; by 32, since many models take only such; a sequence
+    (N, L, F) longer along L; then the old sides. The values spread more widely, so that a number read from
+    them is another one.
     """
-    for spatial in (33, 32, 0):
-        generator = torch.Generator().manual_seed(spatial)
-        yield inputs.map(functools.partial(_larger, spatial=spatial, generator=generator))
+    for first_axis, more in ((2, 33), (2, 32), (1, 33), (2, 0)):
+        generator = torch.Generator().manual_seed(more)
+        yield inputs.map(functools.partial(_larger, first_axis=first_axis, more=more, generator=generator))
 
 
-def _larger(tensor: Tensor, spatial: int, generator: torch.Generator) -> Tensor:
+def _larger(tensor: Tensor, first_axis: int, more: int, generator: torch.Generator) -> Tensor:
+    """One sample more, and every axis from `first_axis` on longer (only that one, of a sequence)."""
     if tensor.dim() < 2:
         return tensor
-    image = (n + spatial if tensor.dim() > 3 else n for n in tensor.shape[2:])
-    shape = (tensor.shape[0] + 1, tensor.shape[1], *image)
+    shape = [tensor.shape[0] + 1, *tensor.shape[1:]]
+    if tensor.dim() > 2:
+        for axis in range(first_axis, 2 if first_axis == 1 else tensor.dim()):
+            shape[axis] += more
     if not tensor.is_floating_point():
         index = torch.randint(tensor.numel(), shape, generator=generator)
         return tensor.cpu().reshape(-1)[index].to(tensor.device)
-    return torch.randn(shape, generator=generator).to(tensor)
+    return (2.5 * torch.randn(shape, generator=generator) + 0.5).to(tensor)
 
 
 def _fit(blocks: list[Block], plan: Plan) -> list[Block]:

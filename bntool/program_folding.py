@@ -13,7 +13,7 @@ from torch.export import ExportedProgram
 from bntool.checking import check_surgery, seeded_batches
 from bntool.errors import CheckFailed, UsageError
 from bntool.folding import plan_on_all
-from bntool.inputs import Inputs
+from bntool.inputs import Inputs, map_tensors
 from bntool.observe.exported_program import ProgramObservation, observe_program
 from bntool.observe.program_sizes import Sizes
 from bntool.plan import Plan, Skip
@@ -94,7 +94,7 @@ def example_inputs_of(program: ExportedProgram, seed: int = 0) -> Inputs:
     generator = torch.Generator().manual_seed(seed)
     sizes = Sizes(program, 0)
     user_inputs = {str(name) for name in program.graph_signature.user_inputs}
-    drawn = []
+    drawn: list[Any] = []
     for node in program.graph.nodes:
         value = node.meta.get("val")
         if node.op != "placeholder" or node.name not in user_inputs:
@@ -117,11 +117,11 @@ def _checked(
 ) -> list[Check]:
     nothing = dataclasses.replace(plan, sites=())
     checks = check_surgery(
-        _runnable(apply_fold_program(observed, nothing)),
-        _runnable(folded),
+        _Runnable(apply_fold_program(observed, nothing)),
+        _Runnable(folded),
         batches,
         stage="fold",
-        candidate64=_runnable(apply_fold_program(observed, plan, wide=True)),
+        candidate64=_Runnable(apply_fold_program(observed, plan, wide=True)),
     )
     if not all(check.passed for check in checks):
         failed = next(check for check in checks if not check.passed)
@@ -134,12 +134,26 @@ def _checked(
     return checks
 
 
-def _runnable(program: ExportedProgram) -> nn.Module:
-    """The program as a module without what it asserts of types, so that it runs in float64 too."""
-    module = program.module()
-    assert isinstance(module, torch.fx.GraphModule)
-    for node in list(module.graph.nodes):
-        if node.target is torch.ops.aten._assert_tensor_metadata.default:
-            module.graph.erase_node(node)
-    module.recompile()
-    return module
+class _Runnable(nn.Module):
+    """A program as a module that runs alike every time: on copies of its inputs, its buffers put back.
+
+    It asserts nothing of types, so that it runs in float64 too.
+    """
+
+    def __init__(self, program: ExportedProgram) -> None:
+        super().__init__()
+        module = program.module()
+        assert isinstance(module, torch.fx.GraphModule)
+        for node in list(module.graph.nodes):
+            if node.target is torch.ops.aten._assert_tensor_metadata.default:
+                module.graph.erase_node(node)
+        module.recompile()
+        self.program = module
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        before = [(buffer, buffer.clone()) for buffer in self.program.buffers()]
+        try:
+            return self.program(*map_tensors(args, torch.clone), **map_tensors(kwargs, torch.clone))
+        finally:
+            for buffer, numbers in before:
+                buffer.copy_(numbers)

@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import functools
 import gc
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -78,6 +79,7 @@ def observe(model: nn.Module, inputs: Inputs) -> Observation:
 def _forward(run: nn.Module, inputs: Inputs, recorder: _Recorder) -> Any:
     with contextlib.ExitStack() as stack:
         stack.enter_context(random_state_kept())
+        stack.enter_context(_room_to_nest())
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.no_grad())
         stack.enter_context(torch._C._AutoDispatchBelowAutograd())
@@ -93,6 +95,17 @@ def _forward(run: nn.Module, inputs: Inputs, recorder: _Recorder) -> Any:
                 where=recorder.where(),
                 next_step="give the right shape with --input 1x3x224x224 (example_inputs= in Python)",
             ) from error
+
+
+@contextlib.contextmanager
+def _room_to_nest() -> Iterator[None]:
+    """Hooks and the dispatch mode add frames of their own to every nested module."""
+    limit = sys.getrecursionlimit()
+    sys.setrecursionlimit(2 * limit)
+    try:
+        yield
+    finally:
+        sys.setrecursionlimit(limit)
 
 
 def _drops(module: nn.Module) -> bool:

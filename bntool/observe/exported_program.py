@@ -13,16 +13,19 @@ from torch.fx import GraphModule, Node
 
 from bntool.graph import Graph, Module
 from bntool.observe.aten import SHAPE_ONLY, translate
-from bntool.observe.leftovers import undeclared_writes
-from bntool.observe.program_calls import (
-    LinearCall,
-    Stored,
+from bntool.observe.program_calls import LinearCall, Stored, layer_names, linear_calls
+from bntool.observe.program_memory import Memory, nodes_in
+from bntool.observe.program_nodes import (
     arguments_of,
-    layer_names,
-    linear_calls,
+    draws,
+    has_tensor,
+    in_batch_norm_module,
+    operands_of,
     operator_of,
+    scope_of,
+    sharing,
+    written_by,
 )
-from bntool.observe.program_memory import Memory, nodes_in, shared_with
 from bntool.observe.program_sizes import Sizes
 
 _SMALL_CONSTANT = 1 << 16
@@ -40,7 +43,10 @@ _ALWAYS_TRAINING = frozenset({"_batch_norm_with_update", "_batch_norm_with_updat
 _METADATA_READERS = frozenset(
     "sym_size sym_stride sym_numel sym_storage_offset _assert_tensor_metadata".split()
 )
-_RENAMED = {"lift_fresh_copy": "lift_fresh"}
+_RENAMED = {
+    "lift_fresh_copy": "lift_fresh",
+    **{f"_adaptive_avg_pool{d}d": f"adaptive_avg_pool{d}d" for d in (2, 3)},
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +82,7 @@ def observe_program(program: ExportedProgram, sizes: int = 0) -> ProgramObservat
         {reader.handle(name): tuple(names) for name, names in reader.stored.names_of.items()},
         {name: tuple(nodes) for name, nodes in reader.layers.items()},
         {name: tuple(nodes) for name, nodes in reader.norms.items()},
-        (*reader.left, *_hidden_norms(program)),
+        tuple(_hidden_norms(program)),
         reader.sizes.open,
     )
 
@@ -107,7 +113,6 @@ class _Reader:
         self.turned = {node for call in self.calls.values() for node in call.turned}
         self.order = {node: i for i, node in enumerate(program.graph.nodes)}
         self.written: set[str] = set()
-        self.left: list[tuple[str, str]] = []
 
     def read(self) -> None:
         self._find_written()
@@ -139,8 +144,8 @@ class _Reader:
         for node in self.program.graph.nodes:
             name = operator_of(node)
             bound = arguments_of(node) if name else {}
-            memory.add(node, *_sharing(name, node, bound))
-            for argument in _written(node, name, bound) if name else ():
+            memory.add(node, *sharing(name, node, bound))
+            for argument in written_by(node, name, bound) if name else ():
                 for target in nodes_in([bound.get(argument)]):
                     mutated.update(self.stored.name(storage) for storage in memory.storages(target))
         self.written = {name for name, names in self.stored.names_of.items() if mutated & {name, *names}}
@@ -204,11 +209,11 @@ class _Reader:
             return
         elif name:
             self._operator(node, name)
-        elif any(self._values_of(source) for source in node.all_input_nodes) or _has_tensor(node):
+        elif any(self._values_of(source) for source in node.all_input_nodes) or has_tensor(node):
             self._opaque(node, str(node.target))
 
     def _linear(self, call: LinearCall) -> None:
-        bound = self._numbers(arguments_of(call.node))
+        bound = self._numbers(arguments_of(call.node)) if call.kind == "conv" else {}
         operands = (call.input, call.weight, *([call.bias] if call.bias is not None else []))
         if bound is None or any(source not in self.values for source in operands):
             self._opaque(call.node, operator_of(call.node))
@@ -223,17 +228,14 @@ class _Reader:
             role = "conv" if kind == "conv" else "linear"
             module = Module(layer, operator_of(call.node), role=role, plain_bias=True)
             self.graph.modules.setdefault(layer, module).calls += 1
-        self._add(call.node, kind, inputs, attrs, layer or _scope(call.node))
+        self._add(call.node, kind, inputs, attrs, layer or scope_of(call.node))
 
     def _is_layer(self, node: Node) -> bool:
-        """Not one that standardises a weight, nor one whose saved statistics are read as well."""
+        """Not one that standardises a weight, nor an InstanceNorm taken apart."""
         source = arguments_of(node)["input"]
         if source not in self.values or self.graph.values[self.values[source]].constant:
             return False
-        if operator_of(node) != "batch_norm" and any(user.users for user in node.users if user.args[1] != 0):
-            self.left.append((node.name, "what it saves for training is read"))
-            return False
-        return True
+        return isinstance(arguments_of(node).get("running_mean"), Node) or in_batch_norm_module(node)
 
     def _norm(self, node: Node, operator: str) -> None:
         bound = arguments_of(node)
@@ -243,34 +245,46 @@ class _Reader:
         operands = {r: bound.get(r) for r in ("input", *_NORM_ROLES)}
         inputs = {role: self.values[n] for role, n in operands.items() if isinstance(n, Node)}
         name = self._norm_name(node, inputs, attrs)
+        value = node.meta["val"]
+        several = isinstance(value, tuple | list)
+        made = self._new(value[0] if several else value)
+        self.graph.add_op(kind, inputs, (made,), attrs=attrs, scope=name)
+        self.memory.add(node, [])
+        if not several:
+            self.values[node] = made
+        elif any(user.users for user in node.users if user.args[1] != 0):
+            # what it saves is read: one whose node cannot go, whatever stands around it
+            self.graph.modules[name] = Module(
+                name, operator, role="norm" if attrs["training"] else "custom_norm"
+            )
+            saved = {i: self._new(v) for i, v in enumerate(value) if i and isinstance(v, Tensor)}
+            self.graph.add_op(
+                operator, {"input": inputs["input"]}, tuple(saved.values()), attrs={}, scope=name
+            )
+            self.parts[node] = {0: made, **saved}
+        else:
+            self.parts[node] = {0: made}
         self.norms.setdefault(name, []).append(node.name)
         self.graph.modules.setdefault(name, Module(name, operator, role="norm")).calls += 1
-        value = node.meta["val"]
-        made = self._new(value[0] if isinstance(value, tuple | list) else value)
-        self.graph.add_op("batch_norm", inputs, (made,), attrs=attrs, scope=name)
-        self.memory.add(node, [])
-        if isinstance(value, tuple | list):
-            self.parts[node] = {0: made}
-        else:
-            self.values[node] = made
 
     def _norm_name(self, node: Node, inputs: dict[str, int], attrs: dict[str, Any]) -> str:
         """The module's name, where the statistics are that module's and no other call differs."""
-        scope = _scope(node)
         mean = inputs.get("running_mean")
         handle = self.graph.values[mean].handle if mean is not None else ""
-        if not scope or (handle and handle != f"{scope}.running_mean") or scope in self.layers:
+        scope, (owner, _, slot) = scope_of(node), handle.rpartition(".")
+        name = owner if slot == "running_mean" and in_batch_norm_module(node) else scope
+        if not name or (handle and owner != name) or name in self.layers:
             return node.name
         for op in self.graph.of_kind("batch_norm"):
             same = all(op.inputs.get(role) == inputs.get(role) for role in _NORM_ROLES)
-            if op.scope == scope and not (same and op.attrs == attrs):
+            if op.scope == name and not (same and op.attrs == attrs):
                 return node.name
-        return scope
+        return name
 
     def _operator(self, node: Node, name: str) -> None:
         bound = self._numbers(arguments_of(node))
         unread = SHAPE_ONLY.get(name, ())
-        operands = dict(_roles(bound or {}))
+        operands = dict(operands_of(bound or {}))
         if bound is None or any(s not in self.values for r, s in operands.items() if r not in unread):
             self._opaque(node, name)
             return
@@ -278,7 +292,7 @@ class _Reader:
         inputs = {role: self.values[s] for role, s in operands.items() if role not in unread}
         if kind == "matmul":
             inputs = {"input" if role == "input" else "weight": value for role, value in inputs.items()}
-        self._add(node, kind, inputs, attrs, _scope(node))
+        self._add(node, kind, inputs, attrs, scope_of(node))
 
     def _opaque(self, node: Node, kind: str) -> None:
         """An op that no law covers: whatever it reads must not change."""
@@ -307,11 +321,11 @@ class _Reader:
     def _add(self, node: Node, kind: str, inputs: dict[str, int], attrs: dict[str, Any], scope: str) -> None:
         name = operator_of(node)
         bound = arguments_of(node) if name else {}
-        targets = [n for a in _written(node, name, bound) for n in nodes_in([bound.get(a)])] if name else []
+        targets = [n for a in written_by(node, name, bound) for n in nodes_in([bound.get(a)])] if name else []
         made = self._results(node, targets, inputs)
         values = tuple(value for value in made.values())
         self.graph.add_op(kind, inputs, values, attrs=attrs, scope=scope, inplace=bool(targets))
-        self.memory.add(node, *_sharing(name, node, bound))
+        self.memory.add(node, *sharing(name, node, bound))
         if isinstance(node.meta.get("val"), tuple | list):
             self.parts[node] = made
         elif made:
@@ -332,13 +346,13 @@ class _Reader:
         return made
 
     def _is_fixed(self, node: Node, inputs: Mapping[str, int]) -> bool:
-        return not _draws(node) and all(self.graph.values[value].constant for value in inputs.values())
+        return not draws(node) and all(self.graph.values[value].constant for value in inputs.values())
 
     def _computed(self, node: Node) -> Tensor | None:
         """The numbers of a small constant, computed by the operator itself."""
         value = node.meta.get("val")
         small = isinstance(value, Tensor) and all(isinstance(n, int) for n in value.shape)
-        if not (small and operator_of(node)) or _draws(node) or value.numel() > _SMALL_CONSTANT:  # type: ignore[union-attr]
+        if not (small and operator_of(node)) or draws(node) or value.numel() > _SMALL_CONSTANT:  # type: ignore[union-attr]
             return None
         known: dict[Node, Tensor] = {}
         for source in node.all_input_nodes:
@@ -377,41 +391,3 @@ class _Reader:
         for weight, found in ways.items():
             if len(found) > 1:
                 self.graph.add_op("another layer", {"input": weight}, (), attrs={})
-
-
-def _sharing(name: str, node: Node, bound: dict[str, Any]) -> tuple[list[Node], bool]:
-    return shared_with(name, node.target, bound) if name else (list(node.all_input_nodes), False)
-
-
-def _written(node: Node, name: str, bound: dict[str, Any]) -> list[str]:
-    """The arguments that a call writes to."""
-    schema = node.target._schema  # type: ignore[union-attr]
-    declared = (a.name for a in schema.arguments if a.alias_info is not None and a.alias_info.is_write)
-    return [*declared, *undeclared_writes(name, bound)]
-
-
-def _draws(node: Node) -> bool:
-    return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
-
-
-def _roles(bound: dict[str, Any]) -> Iterator[tuple[str, Node]]:
-    for name, item in bound.items():
-        role = "input" if name == "self" else name
-        if isinstance(item, Node):
-            yield role, item
-        elif isinstance(item, tuple | list):
-            yield from ((f"{role}_{i}", entry) for i, entry in enumerate(item) if isinstance(entry, Node))
-
-
-def _has_tensor(node: Node) -> bool:
-    value = node.meta.get("val")
-    values = value if isinstance(value, tuple | list) else (value,)
-    return any(isinstance(v, Tensor) for v in values)
-
-
-def _scope(node: Node) -> str:
-    """The innermost module that the node was traced in, as the model names it."""
-    stack = node.meta.get("nn_module_stack") or {}
-    innermost = list(stack.values())[-1] if stack else ("",)
-    name = innermost[0] if isinstance(innermost, tuple | list) else ""
-    return "" if name.startswith("_empty") else name.partition("@")[0]

@@ -6,10 +6,11 @@ import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.export import ExportedProgram
 from torch.fx import Node
+
+from bntool.observe.program_nodes import arguments_of, operator_of
 
 _CONVS = frozenset(
     """conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d convolution""".split()
@@ -75,21 +76,6 @@ def _place(tensor: Tensor) -> Any:
     return storage, tensor.storage_offset(), tuple(tensor.shape), tensor.stride(), tensor.dtype
 
 
-def operator_of(node: Node) -> str:
-    """The ATen operator that a node calls, without its overload; empty for anything else."""
-    if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
-        return ""
-    namespace, _, name = node.target._schema.name.partition("::")
-    return name if namespace == "aten" else ""
-
-
-def arguments_of(node: Node) -> dict[str, Any]:
-    """The arguments of a call by their names in the schema."""
-    assert isinstance(node.target, torch._ops.OpOverload)
-    names = (argument.name for argument in node.target._schema.arguments)
-    return {**dict(zip(names, node.args, strict=False)), **node.kwargs}
-
-
 def linear_calls(program: ExportedProgram, stored: Stored) -> dict[Node, LinearCall]:
     """Every call of a convolution, and every product with a matrix that is stored."""
     calls = (_call(node, stored) for node in program.graph.nodes)
@@ -132,7 +118,7 @@ def _swaps(node: Node) -> bool:
     bound = arguments_of(node)
     if "dims" in bound:
         return [d % 2 for d in bound["dims"]] == [1, 0]
-    return bound.get("dim0", 0) % 2 != bound.get("dim1", 1) % 2
+    return bool(bound.get("dim0", 0) % 2 != bound.get("dim1", 1) % 2)
 
 
 def _turned_for_it_alone(call: LinearCall, found: Mapping[Node, LinearCall]) -> bool:

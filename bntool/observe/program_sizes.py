@@ -40,7 +40,7 @@ class Sizes:
         if not isinstance(value, torch.SymInt | torch.SymFloat | torch.SymBool):
             return None
         expression = value.node.expr
-        free = getattr(expression, "free_symbols", frozenset())
+        free: frozenset[Any] = getattr(expression, "free_symbols", frozenset())
         if not isinstance(value, torch.SymInt) and any(s not in self._numbers for s in free):
             return None
         result = expression.subs({symbol: self._numbers.get(symbol, _NO_HINT) for symbol in free})

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 from typing import Any
 
 import torch
@@ -15,6 +17,7 @@ from bntool.plan import Edit, Plan
 from bntool.surgery.reparameterising import reparameterised
 from bntool.surgery.tensors import edited, edited_norm
 
+_TENSOR_SLOTS = frozenset({"_parameters", "_buffers", "_modules"})
 _STOCK_OF = {normed: stock for stock, normed in NORMED.items()}
 
 
@@ -62,7 +65,27 @@ def own_tensors(folded: nn.Module, original: nn.Module) -> nn.Module:
                 if id(tensor) not in made:
                     made[id(tensor)] = _clone(tensor)
                 slots[name] = made[id(tensor)]  # type: ignore[assignment]
+    _own_attributes(folded, made)
     return folded
+
+
+def _own_attributes(folded: nn.Module, made: dict[int, Tensor]) -> None:
+    """Tensors in plain attributes, lists and the like: tied ones stay tied to their new selves."""
+    memo: dict[int, Any] = {**made, **{id(module): module for module in folded.modules()}}
+    for module in folded.modules():
+        for key, value in module.__dict__.items():
+            if key not in _TENSOR_SLOTS and _holds_tensor(value):
+                # what Python cannot copy (a tensor that autograd made) stays shared
+                with contextlib.suppress(Exception):
+                    module.__dict__[key] = copy.deepcopy(value, memo)
+
+
+def _holds_tensor(value: Any) -> bool:
+    if isinstance(value, dict):
+        return any(map(_holds_tensor, value.values()))
+    if isinstance(value, list | tuple | set):
+        return any(map(_holds_tensor, value))
+    return isinstance(value, Tensor)
 
 
 def _clone(tensor: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from bntool.affine import Pair, batch_norm_affine, evaluate
 from bntool.errors import InvariantError
 from bntool.graph import Op
 from bntool.observe.exported_program import ProgramObservation
+from bntool.observe.program_nodes import arguments_of, operator_of
 from bntool.plan import Edit, Plan
 from bntool.surgery.program_graph import ProgramCopy
 from bntool.surgery.tensors import edited, edited_norm
@@ -121,11 +122,11 @@ class _FoldWork:
         for role in ("weight", "bias", "running_mean", "running_var"):
             if role in op.inputs:
                 names.update(self.observed.names[graph.input(op, role).handle])
-        counters = {f"{n.removesuffix('running_mean')}num_batches_tracked" for n in names if "running_mean" in n}
-        return names | counters
+        stems = (name.removesuffix("running_mean") for name in names if name.endswith("running_mean"))
+        return names | {f"{stem}num_batches_tracked" for stem in stems}
 
     def _take_out(self, node: Node) -> None:
-        source = node.args[0]
+        source = arguments_of(node)["input"]
         assert isinstance(source, Node)
         if not isinstance(node.meta.get("val"), tuple | list):
             self.copied.replace(node, source)
@@ -149,14 +150,10 @@ class _FoldWork:
     def _give_bias(self, call: Node, parameter: Node) -> None:
         assert isinstance(call.target, torch._ops.OpOverload)
         names = [argument.name for argument in call.target._schema.arguments]
-        if call.target._schema.name.split("::")[-1] not in _PRODUCTS:
+        if operator_of(call) not in _PRODUCTS:
             given = [*call.args, *([None] * (names.index("bias") + 1 - len(call.args)))]
             given[names.index("bias")] = parameter
             call.args = tuple(given)
             call.kwargs = {key: value for key, value in call.kwargs.items() if key != "bias"}
             return
-        with self.copied.graph.inserting_after(call):
-            added = self.copied.graph.call_function(torch.ops.aten.add.Tensor, (call, parameter))
-        added.meta.update(call.meta)
-        call.replace_all_uses_with(added, delete_user_cb=lambda user: user is not added)
-        self.copied.signature.replace_all_uses(call.name, added.name)
+        self.copied.add_behind(call, parameter)

@@ -1,4 +1,4 @@
-"""A copy of an exported program to work on: nodes by name, tensors by name, and what goes or comes with them."""
+"""A copy of an exported program to work on: its nodes and tensors by name, and what comes or goes."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ class ProgramCopy:
         else:
             place = self.graph.inserting_after(placeholders[-1])
         with place:
-            node = self.graph.placeholder(label)
+            node: Node = self.graph.placeholder(label)
         node.meta["val"] = source.meta["val"].new_empty(tuple(tensor.shape))
         spec = InputSpec(InputKind.PARAMETER, TensorArgument(node.name), name)
         self.signature.input_specs.insert(position, spec)
@@ -111,13 +111,24 @@ class ProgramCopy:
     def replace(self, node: Node, other: Node) -> None:
         """Let every reader of `node`, the outputs too, read `other`; `node` goes."""
         node.replace_all_uses_with(other)
+        self._rename(node, other)
+        self.graph.erase_node(node)
+
+    def add_behind(self, node: Node, parameter: Node) -> None:
+        """Add a parameter to what a node computes, for every reader of it, the outputs too."""
+        with self.graph.inserting_after(node):
+            added = self.graph.call_function(torch.ops.aten.add.Tensor, (node, parameter))
+        added.meta.update(node.meta)
+        node.replace_all_uses_with(added, delete_user_cb=lambda user: user is not added)
+        self._rename(node, added)
+
+    def _rename(self, node: Node, other: Node) -> None:
         self.signature.replace_all_uses(node.name, other.name)
         for entry in self.calls:
             if entry.signature is not None:
                 for argument in (*entry.signature.inputs, *entry.signature.outputs):
                     if getattr(argument, "name", None) == node.name:
-                        argument.name = other.name  # type: ignore[union-attr]
-        self.graph.erase_node(node)
+                        argument.name = other.name
 
     def drop_unread(self, names: Iterable[str]) -> None:
         """Take away stored tensors, of these, that nothing reads any more."""
