@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
+from torch.export import ExportedProgram
 
 from bntool.checking import check_onnx, check_surgery, seeded_batches
 from bntool.collecting import paused
@@ -24,6 +25,7 @@ from bntool.observe.eager import Observation, observe
 from bntool.observe.inference import observe_inferred
 from bntool.observe.modules import class_name, signature_of
 from bntool.plan import Plan
+from bntool.program_folding import ProgramFoldResult, fold_program
 from bntool.proving import check_fold, proved_fold, reference_elsewhere
 from bntool.reference import Reference
 from bntool.report.counting import parameter_delta
@@ -123,7 +125,7 @@ def measured_insert(model: nn.Module, result: SurgeryResult, batches: Iterable[A
 @torch.inference_mode(False)
 @paused()
 def fold(
-    model: nn.Module,
+    model: nn.Module | ExportedProgram,
     example_inputs: Any = None,
     *,
     include: Sequence[str] = ("*",),
@@ -131,7 +133,7 @@ def fold(
     merge: bool = True,
     check: CheckLevel = "fast",
     share: bool = False,
-) -> SurgeryResult:
+) -> SurgeryResult | ProgramFoldResult:
     """Fold every BatchNorm that algebra allows into the weights beside it, for inference in eval mode.
 
     `check="fast"` runs the model before and after on the example inputs in its own precision, and in
@@ -146,6 +148,10 @@ def fold(
     """
     if check not in ("full", "fast", "none"):
         raise UsageError(f"check is {check!r}", next_step='use "full", "fast" or "none"')
+    if isinstance(model, ExportedProgram):
+        return fold_program(
+            model, example_inputs=example_inputs, include=include, exclude=exclude, check=check
+        )
     observation = _observed(model, example_inputs, small=True)
     if check == "none":
         result = fold_observed(model, observation, include=include, exclude=exclude, merge=merge)

@@ -175,5 +175,5 @@ def test_parts_that_cannot_be_observed_say_so() -> None:
     compiled[0] = torch.compile(compiled[0])
     with pytest.raises(ObserveError, match=r"torch\.compile"):
         bntool.fold(compiled)
-    with pytest.raises(ObserveError, match="meta device"):
+    with pytest.raises(StateError, match="meta device"):
         bntool.fold(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)).to("meta"))

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from bntool.affine import Affine, compose
+from bntool.errors import StateError
 from bntool.folding.claims import Claims
 from bntool.folding.moving import Mover, Way
 from bntool.folding.norms import Norm, find_norms, why_unfit
@@ -24,6 +25,12 @@ _MAX_PASSES = 4
 
 def plan_fold(graph: Graph, *, include: Sequence[str] = ("*",), exclude: Sequence[str] = ()) -> Plan:
     """Give every BatchNorm of the graph a verdict: a site with its edits, or a skip with its reason."""
+    if any(tensor.is_meta for tensor in graph.tensors.values()):
+        raise StateError(
+            "the model is on the meta device: it has no numbers to fold",
+            where=graph.model_class,
+            next_step="load its weights on a real device first",
+        )
     with torch.no_grad():
         return _Planner(graph, include, exclude).plan()
 

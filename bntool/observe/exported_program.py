@@ -363,7 +363,7 @@ class _Reader:
                 return None
             known[source] = constant
         arguments = torch.fx.node.map_arg((node.args, dict(node.kwargs)), lambda n: known[n])
-        result = node.target(*arguments[0], **arguments[1])  # type: ignore[operator, index]
+        result = node.target(*arguments[0], **arguments[1])  # type: ignore[operator]
         return result if isinstance(result, Tensor) else None
 
     def _overwrite(self, node: Node, target: Node, value: int) -> None:

@@ -70,7 +70,7 @@ def undeclared_writes(name: str, bound: dict[str, Any]) -> tuple[str, ...]:
 
 
 def require_materialised(model: nn.Module) -> None:
-    """Refuse a model that cannot be observed: a lazy, compiled or numberless part.
+    """Refuse a model that cannot be observed: a lazy or a compiled part.
 
     A forward would give a lazy layer its shape, in the user's own tensors.
     """
@@ -80,12 +80,6 @@ def require_materialised(model: nn.Module) -> None:
                 "a part of the model is compiled by torch.compile, and hides its layers",
                 where=module_name,
                 next_step=f"put the original back: model.{module_name} = model.{module_name}._orig_mod",
-            )
-        if any(t is not None and t.is_meta for t in module._parameters.values()):
-            raise ObserveError(
-                "the model is on the meta device: it has no numbers",
-                where=module_name or type(module).__name__,
-                next_step="load its weights on a real device first",
             )
         for tensor in (*module._parameters.values(), *module._buffers.values()):
             if tensor is not None and is_lazy(tensor):

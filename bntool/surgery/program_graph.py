@@ -23,6 +23,8 @@ class ProgramCopy:
         self._given = program
         self.graph_module = copy.deepcopy(program.graph_module)
         self.graph = self.graph_module.graph
+        for given, copied in zip(program.graph.nodes, self.graph.nodes, strict=True):
+            copied.name = given.name  # torch.fx renames what is named like a builtin (`input`)
         self.nodes: dict[str, Node] = {node.name: node for node in self.graph.nodes}
         self.signature = copy.deepcopy(program.graph_signature)
         self.calls = copy.deepcopy(program.module_call_graph)

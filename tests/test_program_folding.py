@@ -1,0 +1,137 @@
+"""Every program of the zoo gets exactly its verdicts, computes what it did, and is left untouched."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import pytest
+import torch
+import torchvision
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+
+import bntool
+from bntool.errors import UsageError
+from bntool.plan import Plan
+from bntool.program_folding import ProgramFoldResult, example_inputs_of, fold_program
+from bntool.reasons import Reason
+from tests.fold_zoo import FOLDED, bn, conv, enliven
+from tests.program_zoo import BATCH, PROGRAM_ZOO, ProgramNet, decomposed, exported
+
+EPS = torch.finfo(torch.float32).eps
+
+
+def verdicts_of(plan: Plan) -> dict[str, Any]:
+    found: dict[str, Any] = {site.bn: FOLDED for site in plan.fold_sites}
+    found.update({skip.name: skip.reason for skip in plan.skips})
+    return found
+
+
+def norm_nodes(program: ExportedProgram) -> list[str]:
+    return [node.name for node in program.graph.nodes if "batch_norm" in str(node.target)]
+
+
+def saved_and_loaded(program: ExportedProgram) -> ExportedProgram:
+    file = io.BytesIO()
+    torch.export.save(program, file)
+    file.seek(0)
+    return torch.export.load(file)
+
+
+def outputs(program: ExportedProgram, inputs: tuple[Tensor, ...]) -> list[Tensor]:
+    with torch.no_grad():
+        found = program.module()(*(x.clone() for x in inputs))
+    return list(found) if isinstance(found, tuple) else [found]
+
+
+@pytest.mark.parametrize("taken_apart", [False, True], ids=["whole", "decomposed"])
+@pytest.mark.parametrize("net", PROGRAM_ZOO, ids=lambda net: net.name)
+def test_zoo(net: ProgramNet, taken_apart: bool) -> None:
+    program = decomposed(net.program()) if taken_apart else net.program()
+    state = {name: tensor.clone() for name, tensor in program.state_dict.items()}
+    code = program.graph_module.code
+    result = fold_program(program)
+    nodes = [str(n) for n in norm_nodes(program)]
+    expected = {(nodes[0] if name == "batch_norm" else name): v for name, v in net.verdicts.items()}
+    assert verdicts_of(result.plan) == expected
+    assert program.graph_module.code == code
+    assert all(torch.equal(program.state_dict[name], tensor) for name, tensor in state.items())
+    if result.modified:
+        assert [check.precision for check in result.checks] == ["", "float64"]
+        assert all(check.passed for check in result.checks)
+    if set(expected.values()) == {FOLDED}:
+        assert norm_nodes(result.program) == []
+        assert not any("running" in name or "num_batches" in name for name in result.program.state_dict)
+    again = saved_and_loaded(result.program)
+    for mine, loaded in zip(outputs(result.program, net.inputs()), outputs(again, net.inputs()), strict=True):
+        assert torch.equal(mine, loaded)
+
+
+def test_another_batch_than_the_exported_one() -> None:
+    net = next(n for n in PROGRAM_ZOO if n.name == "channel_shuffle_by_views")
+    program = net.program()
+    folded = fold_program(program).program
+    x = (torch.randn(5, 4, 8, 8, generator=torch.Generator().manual_seed(2)),)
+    before, after = outputs(program, x)[0], outputs(folded, x)[0]
+    # two roundings of a weight and of 36 products in each sum
+    assert float((before - after).abs().max()) <= 2 * 36 * EPS * float(before.abs().max())
+
+
+@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v3_small", "shufflenet_v2_x0_5"])
+def test_torchvision(name: str) -> None:
+    torch.manual_seed(0)
+    model = enliven(getattr(torchvision.models, name)(weights=None).eval())
+    total = sum(isinstance(module, nn.BatchNorm2d) for module in model.modules())
+    program = exported(model, (torch.randn(2, 3, 64, 64),), BATCH)
+    result = fold_program(program, check="full")
+    assert len(result.plan.sites) == total
+    assert not result.plan.skips
+    assert all(check.passed for check in result.checks)
+    assert max(check.batches for check in result.checks) >= 3
+    assert len(norm_nodes(program)) == total
+    again = saved_and_loaded(result.program)
+    x = (torch.randn(3, 3, 64, 64),)
+    assert torch.equal(outputs(again, x)[0], outputs(result.program, x)[0])
+    assert verdicts_of(fold_program(again).plan) == {}
+
+
+def test_include_and_exclude_match_names() -> None:
+    net = next(n for n in PROGRAM_ZOO if n.name == "two_halves")
+    plan = fold_program(net.program(), include=("a",), check="none").plan
+    assert verdicts_of(plan) == {"a": FOLDED, "b": Reason.EXCLUDED}
+
+
+def test_the_public_fold_takes_a_program() -> None:
+    result = bntool.fold(PROGRAM_ZOO[0].program())
+    assert isinstance(result, ProgramFoldResult)
+    assert norm_nodes(result.program) == []
+
+
+def test_a_module_is_refused() -> None:
+    with pytest.raises(UsageError, match="not an ExportedProgram"):
+        fold_program(nn.Conv2d(1, 1, 1))  # type: ignore[arg-type]
+
+
+def test_inputs_are_made_where_the_program_keeps_none() -> None:
+    program = exported(enliven(nn.Sequential(conv(), bn()).eval()), (torch.randn(2, 4, 8, 8),), BATCH)
+    program.example_inputs = None
+    assert example_inputs_of(program).shapes() == "2x4x8x8"
+    assert all(check.passed for check in fold_program(program).checks)
+
+
+def test_a_norm_inside_a_body_is_named_and_left() -> None:
+    class Branching(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.bn = conv(), bn()
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.conv(x)
+            out: Tensor = torch.cond(x.sum() > 0, lambda v: self.bn(v), lambda v: v.clone(), (y,))
+            return out
+
+    program = exported(enliven(Branching().eval()), (torch.randn(2, 4, 8, 8),))
+    result = fold_program(program)
+    assert not result.modified
+    assert [skip.reason for skip in result.plan.skips] == [Reason.FUNCTIONAL]
