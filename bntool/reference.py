@@ -33,6 +33,7 @@ class Reference:
         *,
         device: str = "cpu",
         progress: Progress | None = None,
+        parts: bool = False,
     ) -> None:
         self._model = model
         self._given = list(inputs_list)
@@ -40,7 +41,7 @@ class Reference:
         self._progress = progress or (lambda text: None)
         self.notes: list[str] = []
         self.narrowed: set[torch.dtype] = set()
-        self._with_parts = False
+        self._with_parts = parts
         self.layers = sum(1 for module in model.modules() if not any(module.children()))
         self.eps = _coarsest_eps(model)
 
@@ -51,7 +52,7 @@ class Reference:
 
     @functools.cached_property
     def _own_runs(self) -> list[tuple[Inputs, dict[str, Tensor]]]:
-        runner = TorchRunner(self._model, self._device)
+        runner = TorchRunner(self._model, self._device, parts=self._with_parts)
         runs: list[tuple[Inputs, dict[str, Tensor]]] = []
         refused: list[tuple[Inputs, Exception]] = []
         for inputs in self._given:
@@ -69,7 +70,7 @@ class Reference:
                 where=refused[0][0].shapes() if refused else "",
                 next_step="pass an input it accepts with --input NAME:SHAPE or --inputs FILE",
             )
-        if not any(t.numel() for _, outputs in runs for t in outputs.values()):
+        if not self._with_parts and not any(t.numel() for _, outputs in runs for t in outputs.values()):
             self._with_parts = True
             self.notes.append(
                 "every output is empty on these inputs, so what the model's parts return is compared"
@@ -123,6 +124,14 @@ class Reference:
             for outputs in self.own
             for name, t in outputs.items()
         }
+
+    def decidable(self) -> Reference:
+        """This reference, or one that holds the model's parts too, where rounding decides every output."""
+        if self._with_parts or not all(limit.undecidable for limit in self.limits.values()):
+            return self
+        found = Reference(self._model, self.inputs, device=self._device, progress=self._progress, parts=True)
+        found.notes.append("rounding decides every output, so what the model's parts return is compared")
+        return found
 
     @property
     def detail(self) -> str:

@@ -270,7 +270,7 @@ PROGRAM_ZOO = [
     ),
     ProgramNet(
         "counted_factor",
-        {"bn": Reason.UNKNOWN_OP},
+        {"bn": Reason.NONLINEAR},
         lambda m, x: m.bn(m.count(m.conv(x))),
         lambda: {"conv": conv(), "count": Counting(), "bn": bn()},
     ),
@@ -283,7 +283,7 @@ PROGRAM_ZOO = [
     ProgramNet(
         "channels_mixed_with_the_batch",
         {"bn": Reason.AXIS_MISMATCH},
-        lambda m, x: m.bn(m.conv(x).transpose(0, 1).reshape(-1, 6, 6, 6)),
+        lambda m, x: m.bn(m.conv(x).transpose(0, 1).reshape(x.shape[0], 6, 6, 6)),
         lambda: {"conv": conv(), "bn": bn()},
         dynamic=BATCH,
     ),
