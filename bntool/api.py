@@ -140,7 +140,8 @@ def fold(
     float64 on inputs of other sizes and one sample more; `full` on several seeded batches too; `none`
     trusts the plan. What does not stand up is not folded (reason `not-proved`). `merge` lets blocks that
     bring their own re-parameterisation merge their branches. The result's model is new and in eval mode;
-    `share=True` lets it share the untouched tensors with `model`.
+    `share=True` lets it share the untouched tensors with `model`. An `ExportedProgram`
+    is folded as a graph, functional BatchNorms too, and gives a `ProgramFoldResult`.
 
     Raises:
         CheckFailed: the folded model does not compute the same; the first BatchNorm at fault is named.

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from bntool.reasons import Reason
-from tests.fold_zoo import FOLDED, Net, Verdict, bn, conv, enliven, straight
+from tests.fold_zoo import FOLDED, Net, Verdict, bn, conv, enliven, let, straight
 
 
 @dataclasses.dataclass(frozen=True)
@@ -209,7 +209,7 @@ PROGRAM_ZOO = [
     ProgramNet(
         "channel_shuffle_by_views",
         ONE,
-        lambda m, x: let_shuffle(m, m.conv(x)),
+        lambda m, x: shuffled(m, m.conv(x)),
         lambda: {"conv": conv(), "bn": bn()},
         dynamic=BATCH,
     ),
@@ -222,13 +222,13 @@ PROGRAM_ZOO = [
     ProgramNet(
         "conv_read_twice",
         {"bn": Reason.OUTPUT_USED_ELSEWHERE},
-        lambda m, x: (lambda y: m.bn(y) + y.sigmoid())(m.conv(x)),
+        lambda m, x: let(lambda y: m.bn(y) + y.sigmoid(), m.conv(x)),
         lambda: {"conv": conv(), "bn": bn()},
     ),
     ProgramNet(
         "conv_returned",
         {"bn": Reason.REACHES_OUTPUT},
-        lambda m, x: (lambda y: (m.bn(y), y))(m.conv(x)),
+        lambda m, x: let(lambda y: (m.bn(y), y), m.conv(x)),
         lambda: {"conv": conv(), "bn": bn()},
     ),
     ProgramNet(
@@ -285,12 +285,11 @@ PROGRAM_ZOO = [
         {"bn": Reason.AXIS_MISMATCH},
         lambda m, x: m.bn(m.conv(x).transpose(0, 1).reshape(x.shape[0], 6, 6, 6)),
         lambda: {"conv": conv(), "bn": bn()},
-        dynamic=BATCH,
     ),
 ]
 
 
-def let_shuffle(m: Any, y: Tensor) -> Tensor:
+def shuffled(m: Any, y: Tensor) -> Tensor:
     n, c, h, w = y.shape
     out: Tensor = m.bn(y.view(n, 2, c // 2, h, w).transpose(1, 2).reshape(n, c, h, w))
     return out

@@ -128,7 +128,7 @@ def test_a_norm_inside_a_body_is_named_and_left() -> None:
 
         def forward(self, x: Tensor) -> Tensor:
             y = self.conv(x)
-            out: Tensor = torch.cond(x.sum() > 0, lambda v: self.bn(v), lambda v: v.clone(), (y,))
+            out: Tensor = torch.cond(x.sum() > 0, self.bn, torch.clone, (y,))
             return out
 
     program = exported(enliven(Branching().eval()), (torch.randn(2, 4, 8, 8),))
