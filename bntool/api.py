@@ -32,7 +32,7 @@ from bntool.report.counting import parameter_delta
 from bntool.report.summary import Summary, summarize
 from bntool.results import SurgeryResult
 from bntool.statistics import measure, set_preserving
-from bntool.surgery.fold_modules import apply_fold, own_tensors
+from bntool.surgery.fold_modules import apply_fold, with_own_tensors
 from bntool.surgery.insert_modules import apply_insert
 from bntool.verdicts import Check, Comparison
 
@@ -357,4 +357,4 @@ def as_result(
 
 def _on_its_own(result: SurgeryResult, original: nn.Module) -> SurgeryResult:
     """The result with a model that shares no tensor with the original."""
-    return dataclasses.replace(result, model=own_tensors(result.model, original))
+    return dataclasses.replace(result, model=with_own_tensors(result.model, original))

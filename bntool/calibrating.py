@@ -18,7 +18,7 @@ from bntool.report.counting import parameter_delta
 from bntool.report.tables import Column, Table, count, render, wrapped
 from bntool.results import delta_lines
 from bntool.statistics import store
-from bntool.surgery.fold_modules import own_tensors
+from bntool.surgery.fold_modules import with_own_tensors
 from bntool.sweeping import Sweep, sweep
 from bntool.verdicts import Check
 
@@ -165,7 +165,7 @@ def calibrate(
     if not found.layers:
         raise NothingToDo("the data reaches no BatchNorm", where=names[0])
     kept += [(name, "the data does not reach it") for name in names if name not in found.layers]
-    calibrated = own_tensors(structural_copy(model), model)
+    calibrated = with_own_tensors(structural_copy(model), model)
     layers = _stored(calibrated, names, found, reset)
     if freeze:
         for layer in layers:

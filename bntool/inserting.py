@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import fnmatch
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
 from bntool.errors import UsageError
 from bntool.graph import Graph, Module, Op, Value
 from bntool.observe.aten import ACTIVATIONS
+from bntool.patterns import chosen
 from bntool.plan import InsertSite, Plan, Skip
 from bntool.reasons import Reason
 
@@ -149,7 +149,7 @@ class _Planner:
     def _draft(self, name: str, ops: Sequence[Op]) -> _Draft:
         op = ops[0]
         module = self.graph.modules.get(name)
-        if not _matches(name, self.options.include) or _matches(name, self.options.exclude):
+        if not chosen(name, self.options.include, self.options.exclude):
             raise _Refuse(Reason.EXCLUDED, "left out by --include/--exclude")
         if module is None or module.role not in ("conv", "linear") or op.scope != name:
             raise _Refuse(Reason.NOT_A_MODULE, "a function call inside forward, not a layer of its own")
@@ -335,7 +335,3 @@ def _adjacent(children: Sequence[str], first: str, second: str) -> bool:
 
 def _join(parent: str, child: str) -> str:
     return f"{parent}.{child}" if parent else child
-
-
-def _matches(name: str, patterns: Sequence[str]) -> bool:
-    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)

@@ -13,7 +13,7 @@ import pytest
 PACKAGE = Path(__file__).resolve().parents[1] / "bntool"
 
 FLOORS: dict[str, tuple[int, str]] = {
-    "words": (0, "errors reasons explanations plan verdicts"),
+    "words": (0, "errors reasons explanations patterns plan verdicts"),
     "graph": (1, "inputs graph affine layers frozen collecting"),
     "observe": (2, "observe"),
     "files": (2, "files"),

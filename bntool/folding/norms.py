@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import fnmatch
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +13,7 @@ from torch import Tensor
 from bntool.affine import Affine, batch_norm_affine
 from bntool.graph import Graph, Op
 from bntool.laws import Refused
+from bntool.patterns import chosen
 from bntool.reasons import Reason
 
 
@@ -57,7 +57,7 @@ def why_unfit(
 ) -> Refused | None:
     """Why this BatchNorm cannot go, whatever stands around it; else reads its affine map."""
     module = graph.modules.get(norm.name)
-    if not _matches(norm.name, include) or _matches(norm.name, exclude):
+    if not chosen(norm.name, include, exclude):
         return Refused(Reason.EXCLUDED, "left out by --include/--exclude")
     if not norm.ops:
         return Refused(Reason.NOT_OBSERVED, "it did not run on the example input")
@@ -101,10 +101,6 @@ def _read_affine(norm: Norm, op: Op, graph: Graph, norm_of: dict[int, Norm]) -> 
         return Refused(Reason.BAD_STATISTICS, _what_is_bad(tensors))
     norm.affine = Affine(scale, shift, ("bn", norm.name))
     return None
-
-
-def _matches(name: str, patterns: Iterable[str]) -> bool:
-    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def _what_is_bad(tensors: Mapping[Any, Tensor | None]) -> str:

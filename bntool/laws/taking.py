@@ -87,31 +87,21 @@ def _border_free(context: Context, op: Op) -> bool:
 
 def rows(layout: str, weight: Tensor, groups: int, channels: Tensor, side: str) -> Tensor:
     """Per-channel factors shaped to multiply a weight of `layout` along its output or input axis."""
-    kernel = (1,) * (weight.dim() - 2)
-    out = side == "output"
     if layout == "norm":
         return channels
     if layout == "matmul":
-        return channels.reshape(1, -1) if out else channels.reshape(-1, 1)
-    if layout in ("conv", "linear"):
-        if out:
-            return channels.reshape(-1, 1, *kernel)
-        # input channel j of group g sits at weight[rows of g, j]
-        per_group = channels.reshape(groups, 1, -1)
-        per_row = per_group.expand(groups, weight.shape[0] // groups, -1)
-        if groups == 1:
-            return channels.reshape(1, -1, *kernel)
-        return per_row.reshape(weight.shape[0], -1, *kernel)
-    if layout == "transposed":
-        if not out:
-            return channels.reshape(-1, 1, *kernel)
-        # output channel j of group g sits at weight[rows of g, j]
-        per_group = channels.reshape(groups, 1, -1)
-        per_row = per_group.expand(groups, weight.shape[0] // groups, -1)
-        if groups == 1:
-            return channels.reshape(1, -1, *kernel)
-        return per_row.reshape(weight.shape[0], -1, *kernel)
-    raise ValueError(f"unknown weight layout {layout!r}")
+        return channels.reshape(1, -1) if side == "output" else channels.reshape(-1, 1)
+    if layout not in ("conv", "linear", "transposed"):
+        raise ValueError(f"unknown weight layout {layout!r}")
+    kernel = (1,) * (weight.dim() - 2)
+    if (side == "output") == (layout != "transposed"):
+        return channels.reshape(-1, 1, *kernel)
+    if groups == 1:
+        return channels.reshape(1, -1, *kernel)
+    # the other axis counts channels within a group: channel j of group g stands at weight[rows of g, j]
+    per_group = channels.reshape(groups, 1, -1)
+    per_row = per_group.expand(groups, weight.shape[0] // groups, -1)
+    return per_row.reshape(weight.shape[0], -1, *kernel)
 
 
 def bias_from_input_shift(layout: str, weight: Tensor, groups: int, shift: Tensor) -> Tensor:
@@ -123,18 +113,7 @@ def bias_from_input_shift(layout: str, weight: Tensor, groups: int, shift: Tenso
     if layout == "matmul":
         return shift @ weight
     taps = weight.reshape(*weight.shape[:2], -1).sum(-1)
-    if layout in ("conv", "linear"):
-        per_group = taps.reshape(groups, -1, taps.shape[1])
-        return (per_group @ shift.reshape(groups, -1, 1)).reshape(-1)
     per_group = taps.reshape(groups, -1, taps.shape[1])
-    return (shift.reshape(groups, 1, -1) @ per_group).reshape(-1)
-
-
-__all__ = [
-    "TAKERS",
-    "bias_from_input_shift",
-    "input_map",
-    "layout_of",
-    "output_demand",
-    "rows",
-]
+    if layout == "transposed":
+        return (shift.reshape(groups, 1, -1) @ per_group).reshape(-1)
+    return (per_group @ shift.reshape(groups, -1, 1)).reshape(-1)

@@ -35,7 +35,7 @@ def structural_copy(model: nn.Module) -> nn.Module:
     modules = list(model.modules())
     plain = [m for m in modules if _copies_plainly(type(m))]
     for module in modules:
-        for tensor in own_tensors(module):
+        for tensor in tensors_of(module):
             memo[id(tensor)] = tensor
         for value in module.__dict__.values():
             if isinstance(value, dict | list | tuple | set) and value:
@@ -93,7 +93,7 @@ def _copied_module(child: nn.Module, memo: dict[int, Any]) -> nn.Module:
         ) from error
 
 
-def own_tensors(module: nn.Module) -> list[Tensor]:
+def tensors_of(module: nn.Module) -> list[Tensor]:
     """Parameters, buffers and plain attributes of one module that are tensors."""
     found: list[Tensor] = []
     for value in (*module._parameters.values(), *module._buffers.values(), *module.__dict__.values()):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from bntool.errors import ObserveError
-from bntool.observe.copying import own_tensors
+from bntool.observe.copying import tensors_of
 
 _UNDECLARED = frozenset({"batch_norm", "native_batch_norm", "cudnn_batch_norm", "instance_norm"})
 """Operators that update running statistics although their schema says they write nothing."""
@@ -30,7 +30,7 @@ class Kept:
         self.copies: dict[int, tuple[Tensor, Tensor]] = {}
         seen: set[int] = set()
         for module in model.modules():
-            for tensor in own_tensors(module):
+            for tensor in tensors_of(module):
                 storage = storage_of(tensor)
                 if storage is not None and id(tensor) not in seen:
                     seen.add(id(tensor))

@@ -15,6 +15,7 @@ from bntool.layers import NORMED
 from bntool.observe.copying import structural_copy
 from bntool.plan import Edit, Plan
 from bntool.surgery.reparameterising import reparameterised
+from bntool.surgery.replacing import replace_everywhere
 from bntool.surgery.tensors import edited, edited_norm
 
 _TENSOR_SLOTS = frozenset({"_parameters", "_buffers", "_modules"})
@@ -24,7 +25,7 @@ _STOCK_OF = {normed: stock for stock, normed in NORMED.items()}
 def apply_fold(model: nn.Module, plan: Plan) -> nn.Module:
     """A copy of `model` with every site of a fold plan carried out.
 
-    Untouched layers share their tensors with `model`; `own_tensors` gives the copy its own. The
+    Untouched layers share their tensors with `model`; `with_own_tensors` gives the copy its own. The
     argument is not changed. Parameters keep `requires_grad`, type, device and memory format.
     """
     copied = structural_copy(model)
@@ -42,15 +43,7 @@ def apply_fold(model: nn.Module, plan: Plan) -> nn.Module:
     return work.model
 
 
-def replace_everywhere(root: nn.Module, old: nn.Module, new: nn.Module) -> None:
-    """Put `new` into every slot that holds `old`: a module may be registered under several names."""
-    for parent in list(root.modules()):
-        for name, child in list(parent._modules.items()):
-            if child is old:
-                parent._modules[name] = new
-
-
-def own_tensors(folded: nn.Module, original: nn.Module) -> nn.Module:
+def with_own_tensors(folded: nn.Module, original: nn.Module) -> nn.Module:
     """Give every parameter and buffer that `folded` still shares with `original` its own memory.
 
     Tensors tied to each other stay tied.

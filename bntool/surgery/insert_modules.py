@@ -13,6 +13,7 @@ from bntool.inserting import sequential_names
 from bntool.layers import NORMED
 from bntool.observe.copying import structural_copy
 from bntool.plan import InsertSite, Plan
+from bntool.surgery.replacing import replace_everywhere
 
 _NORMS: dict[int, type[nn.modules.batchnorm._BatchNorm]] = {
     1: nn.BatchNorm1d,
@@ -32,15 +33,15 @@ def apply_insert(model: nn.Module, plan: Plan) -> nn.Module:
     for site in plan.insert_sites:
         norm = new_norm(modules[site.conv], site, plan.options)
         if site.form == "identity":
-            _replace_everywhere(copy, modules[site.slot], norm)
+            replace_everywhere(copy, modules[site.slot], norm)
         elif site.form == "wrap":
             act = modules[site.slot]
             pair = (act, norm) if plan.options.get("position") == "after" else (norm, act)
             wrapped = nn.Sequential(*pair)
             wrapped.training = act.training
-            _replace_everywhere(copy, act, wrapped)
+            replace_everywhere(copy, act, wrapped)
         elif site.form == "subclass":
-            _replace_everywhere(copy, modules[site.conv], _holding(modules[site.conv], norm))
+            replace_everywhere(copy, modules[site.conv], _holding(modules[site.conv], norm))
         else:
             after = site.activation if plan.options.get("position") == "after" else site.conv
             newcomers.setdefault(site.slot, {})[after.rpartition(".")[2]] = norm
@@ -73,14 +74,6 @@ def new_norm(layer: nn.Module, site: InsertSite, options: Mapping[str, Any]) -> 
             norm.running_var.fill_(1.0 - norm.eps)
     norm.train(layer.training)
     return norm
-
-
-def _replace_everywhere(root: nn.Module, old: nn.Module, new: nn.Module) -> None:
-    """In every slot that holds `old`: a module may be registered under several names."""
-    for parent in list(root.modules()):
-        for name, child in list(parent._modules.items()):
-            if child is old:
-                parent._modules[name] = new
 
 
 def _holding(layer: nn.Module, norm: nn.Module) -> nn.Module:
