@@ -35,8 +35,8 @@ gold: setup ## write the golden files anew; read the diff afterwards
 bench: setup ## measure time and memory
 	$(BIN)/python tools/bench.py
 
-zoo: setup ## the slow tests over torchvision and timm models
-	$(BIN)/python -m pytest -m slow
+zoo: setup ## fold and insert over every torchvision and timm model; goes on where it stopped
+	$(BIN)/python tools/zoo.py
 
 gpu-check: setup ## verify on the NVIDIA GPU and write docs/gpu.md
 	$(BIN)/python tools/gpu_check.py
