@@ -40,9 +40,10 @@ if TYPE_CHECKING:
     from bntool.files.loading import Loaded, load
     from bntool.plan import Edit, FoldSite, InsertSite, Plan, Skip
     from bntool.reasons import Reason
+    from bntool.report.checks import Comparison
     from bntool.report.summary import Summary
     from bntool.results import SurgeryResult
-    from bntool.verdicts import Check, Comparison
+    from bntool.verdicts import Check
 
 _HOMES = {
     "api": """apply convert_state_dict export_onnx fold insert plan_fold plan_insert read_plan summary
@@ -54,9 +55,10 @@ _HOMES = {
     "files.loading": "Loaded load",
     "plan": "Edit FoldSite InsertSite Plan Skip",
     "reasons": "Reason",
+    "report.checks": "Comparison",
     "report.summary": "Summary",
     "results": "SurgeryResult",
-    "verdicts": "Check Comparison",
+    "verdicts": "Check",
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names.split()}
 

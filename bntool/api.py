@@ -28,13 +28,14 @@ from bntool.plan import Plan
 from bntool.program_folding import ProgramFoldResult, fold_program
 from bntool.proving import check_fold, proved_fold, reference_elsewhere
 from bntool.reference import Reference
+from bntool.report.checks import Comparison
 from bntool.report.counting import parameter_delta
 from bntool.report.summary import Summary, summarize
 from bntool.results import SurgeryResult
 from bntool.statistics import measure, set_preserving
 from bntool.surgery.fold_modules import apply_fold, with_own_tensors
 from bntool.surgery.insert_modules import apply_insert
-from bntool.verdicts import Check, Comparison
+from bntool.verdicts import Check
 
 CheckLevel = Literal["full", "fast", "none"]
 Progress = Callable[[str], None]

@@ -12,7 +12,7 @@ from bntool.errors import CheckFailed, DeviceError, ExportError
 from bntool.exporting import export_onnx
 from bntool.inputs import Inputs
 from bntool.reference import Reference
-from bntool.verdicts import Comparison
+from bntool.report.checks import Comparison
 
 
 def randomised(model: nn.Module) -> nn.Module:

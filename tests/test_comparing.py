@@ -9,7 +9,8 @@ from torch import Tensor
 
 from bntool.comparing import K_NOISE, Limit, compare, difference, noise_limits, rounding_term
 from bntool.errors import CheckFailed
-from bntool.verdicts import Check, Comparison
+from bntool.report.checks import Comparison
+from bntool.verdicts import Check
 
 EPS = torch.finfo(torch.float32).eps
 LAYERS = 20

@@ -29,6 +29,7 @@ def command(**options: Any) -> int:
     from bntool import api
     from bntool.cli import serving
     from bntool.files.sidecar import output_name
+    from bntool.report.checks import checks_text
 
     serving.require_device(options["device"], onnx_too=True)
     source = session.loaded.path or session.loaded.reference
@@ -40,7 +41,7 @@ def command(**options: Any) -> int:
     with serving.exported(session, result, reference, target, options) as (result, export):
         if export is None:
             raise InvariantError("a target was given, and nothing was exported")
-    voice.say(serving.checks_text(result.checks))
+    voice.say(checks_text(result.checks))
     voice.say(f"wrote       {serving.export_text(export)}")
     voice.emit(
         {

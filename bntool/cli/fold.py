@@ -41,6 +41,7 @@ def command(**options: Any) -> int:
     session = open_session(voice, options)
     from bntool.cli import serving, writing
     from bntool.files.sidecar import output_name
+    from bntool.report.checks import checks_text
 
     serving.require_device(options["device"], torch_too=True, onnx_too=bool(options["export_to"]))
     path = onnx = None
@@ -65,7 +66,7 @@ def command(**options: Any) -> int:
         if path is not None:
             writing.write_model(session, "fold", result, path, options["force"])
     voice.say()
-    voice.say(serving.checks_text(result.checks))
+    voice.say(checks_text(result.checks))
     if path is not None:
         voice.say(f"wrote       {path}")
     if export is not None:

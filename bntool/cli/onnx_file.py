@@ -27,6 +27,7 @@ def fold_onnx_file(voice: Voice, options: dict[str, Any]) -> int:
     from bntool.cli import serving
     from bntool.onnx_files import move_onnx
     from bntool.onnx_folding import fold_onnx
+    from bntool.report.checks import checks_text
     from bntool.results import fold_lines
 
     source = Path(options["model"])
@@ -52,7 +53,7 @@ def fold_onnx_file(voice: Voice, options: dict[str, Any]) -> int:
     voice.say(f"nodes       {counts.nodes_before:,} -> {counts.nodes_after:,}")
     voice.say(f"numbers     {counts.numbers_before:,} -> {counts.numbers_after:,}")
     voice.say()
-    voice.say(serving.checks_text(checks))
+    voice.say(checks_text(checks))
     if not options["dry_run"]:
         voice.say(f"wrote       {target}")
     plan = result.plan.to_dict()

@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +14,8 @@ from bntool import __version__
 from bntool.cli.session import Session
 from bntool.errors import CheckFailed, DeviceError, UsageError
 from bntool.files.atomic import require_writable
-from bntool.report.tables import Column, Table, render, size
+from bntool.report.checks import checks_text
+from bntool.report.tables import size
 
 if TYPE_CHECKING:
     from bntool.exporting import ExportResult
@@ -204,43 +205,6 @@ def _check_onnx(
             next_step="see the table above; nothing was written",
         )
     return checks
-
-
-def checks_text(checks: Sequence[Check]) -> str:
-    """The checks as a table that fits 80 columns, with the remarks below."""
-    columns = (
-        Column("Check"),
-        Column("Ran on", flexible=True),
-        Column("Verdict"),
-        Column("Max |d|", number=True),
-        Column("Relative", number=True),
-        Column("x noise", number=True),
-        Column("Limit", number=True),
-    )
-    rows = [
-        [
-            f"{check.stage} {check.precision}".strip(),
-            _ran_on(check),
-            "passed" if check.passed else "FAILED",
-            f"{check.max_abs:.1e}",
-            f"{check.relative:.1e}",
-            f"{check.ratio:.2f}",
-            f"{check.limit:.1e}",
-        ]
-        for check in checks
-    ]
-    if not rows:
-        return "nothing was verified"
-    details = dict.fromkeys(f"{check.stage}: {check.detail}" for check in checks if check.detail)
-    return "\n".join([render(Table(columns, rows)), *details])
-
-
-def _ran_on(check: Check) -> str:
-    """`torch on cpu`, `ONNX Runtime CPU`, `ONNX Runtime CUDA on cuda:0 (…)`: as the session tells."""
-    if not check.provider.endswith("ExecutionProvider"):
-        return f"{check.provider} on {check.device}"
-    kind = check.provider.removesuffix("ExecutionProvider")
-    return f"ONNX Runtime {kind}" + ("" if kind.lower() == check.device else f" on {check.device}")
 
 
 def export_text(export: ExportResult) -> str:

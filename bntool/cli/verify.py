@@ -31,6 +31,7 @@ def command(candidate: str, **options: Any) -> int:
     is_onnx = _is_onnx(candidate)
     session = open_session(voice, options)
     from bntool.cli import serving
+    from bntool.report.checks import checks_text
 
     serving.require_device(options["device"], torch_too=not is_onnx, onnx_too=is_onnx)
     other = None if is_onnx else session.load_other(candidate, options)
@@ -38,7 +39,7 @@ def command(candidate: str, **options: Any) -> int:
     reference = serving.reference_with(session, full=options["check"] == "full")
     with voice.progress("comparing") as step:
         checks = _compared(session, other or Path(candidate), reference, options, step)
-    voice.say(serving.checks_text(checks))
+    voice.say(checks_text(checks))
     document = {"status": "ok", "checks": [check.to_dict() for check in checks]}
     failed = next((check for check in checks if not check.passed), None)
     if failed is not None:

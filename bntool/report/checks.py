@@ -1,0 +1,63 @@
+"""Checks as a table, and the comparison that holds several."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+from bntool.report.tables import Column, Table, render
+from bntool.verdicts import Check
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """Several checks; true when there is at least one and all passed. Prints itself as a table."""
+
+    checks: tuple[Check, ...]
+
+    def __bool__(self) -> bool:
+        return bool(self.checks) and all(check.passed for check in self.checks)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"passed": bool(self), "checks": [check.to_dict() for check in self.checks]}
+
+    def __str__(self) -> str:
+        return checks_text(self.checks)
+
+
+def checks_text(checks: Sequence[Check]) -> str:
+    """The checks as a table that fits 80 columns, with the remarks below."""
+    columns = (
+        Column("Check"),
+        Column("Ran on", flexible=True),
+        Column("Verdict"),
+        Column("Max |d|", number=True),
+        Column("Relative", number=True),
+        Column("x noise", number=True),
+        Column("Limit", number=True),
+    )
+    rows = [
+        [
+            f"{check.stage} {check.precision}".strip(),
+            _ran_on(check),
+            "passed" if check.passed else "FAILED",
+            f"{check.max_abs:.1e}",
+            f"{check.relative:.1e}",
+            f"{check.ratio:.2f}",
+            f"{check.limit:.1e}",
+        ]
+        for check in checks
+    ]
+    if not rows:
+        return "nothing was verified"
+    details = dict.fromkeys(f"{check.stage}: {check.detail}" for check in checks if check.detail)
+    return "\n".join([render(Table(columns, rows)), *details])
+
+
+def _ran_on(check: Check) -> str:
+    """`torch on cpu`, `ONNX Runtime CPU`, `ONNX Runtime CUDA on cuda:0 (…)`: as the session tells."""
+    if not check.provider.endswith("ExecutionProvider"):
+        return f"{check.provider} on {check.device}"
+    kind = check.provider.removesuffix("ExecutionProvider")
+    return f"ONNX Runtime {kind}" + ("" if kind.lower() == check.device else f" on {check.device}")
