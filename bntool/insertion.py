@@ -6,6 +6,8 @@ Where a form broke the model (code that indexes a Sequential, say) the site take
 from __future__ import annotations
 
 import dataclasses
+import inspect
+import re
 from collections.abc import Sequence
 
 from torch import nn
@@ -35,17 +37,41 @@ def insert_observed(
     notes: list[str] = []
     while True:
         plan = plan_insert(observation.graph, options)
+        indexed = [s for s in plan.insert_sites if s.form == "sequential" and _is_indexed(model, s.slot)]
+        if indexed:
+            options = _without(options, indexed)
+            continue
         modified = apply_insert(model, plan)
         if not plan:
             return plan, modified, None
         broken, check = _broken_sites(plan, observation, modified, options)
         if not broken:
             return dataclasses.replace(plan, notes=tuple(notes)), modified, check
-        banned = dict(options.banned)
-        for site in broken:
-            banned[site.conv] = banned.get(site.conv, frozenset()) | {site.form}
-            notes.append(f"{site.conv}: form {site.form} changed the model; the next form was tried")
-        options = dataclasses.replace(options, banned=banned)
+        notes += [f"{s.conv}: form {s.form} changed the model; the next form was tried" for s in broken]
+        options = _without(options, broken)
+
+
+def _without(options: InsertOptions, sites: Sequence[InsertSite]) -> InsertOptions:
+    """The options with the form of these sites banned for their layers."""
+    banned = dict(options.banned)
+    for site in sites:
+        banned[site.conv] = banned.get(site.conv, frozenset()) | {site.form}
+    return dataclasses.replace(options, banned=banned)
+
+
+def _is_indexed(model: nn.Module, sequential: str) -> bool:
+    """Whether the code of the class that owns a Sequential takes its children by number.
+
+    It may do so where the example input does not lead, in training for one: a sibling would shift them.
+    """
+    owner, _, child = sequential.rpartition(".")
+    if not child.isidentifier():
+        return False
+    try:
+        source = inspect.getsource(type(model.get_submodule(owner)))
+    except (OSError, TypeError):
+        return False  # a class typed into an interpreter has no source; what ran was observed
+    return re.search(rf"\.{child}\s*\[", source) is not None
 
 
 def _broken_sites(

@@ -458,3 +458,26 @@ def test_a_plan_says_where_the_newcomer_stands() -> None:
 def test_a_number_out_of_range_is_refused(options):
     with pytest.raises(UsageError, match="must lie between"):
         InsertOptions(**options).validate()
+
+
+class IndexedInTraining(nn.Module):
+    """Takes a child of its Sequential by number where the example input, in eval mode, does not lead."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.features = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.ReLU())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.features[2](self.features[0](x)) if self.training else self.features(x)
+
+
+def test_a_sequential_that_code_indexes_keeps_its_numbers() -> None:
+    model = IndexedInTraining()
+    plan, inserted, check = insert_observed(
+        model, observe(model, Inputs.of(torch.randn(1, 3, 8, 8))), InsertOptions()
+    )
+    assert {site.form for site in plan.insert_sites} == {"wrap"}
+    assert check is not None
+    assert check.passed
+    image = torch.randn(2, 3, 8, 8)
+    assert torch.equal(model.train()(image), inserted.train()(image))
