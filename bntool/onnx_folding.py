@@ -13,12 +13,11 @@ import onnx_ir as ir
 
 from bntool.exporting import ExportResult
 from bntool.files.atomic import require_writable
-from bntool.folding import plan_on_all
+from bntool.folding import at_graph_level, plan_on_all
 from bntool.observe.onnx_model import OnnxObservation, observe_onnx
 from bntool.onnx_cleaning import census
 from bntool.onnx_files import move_onnx, open_onnx, save_onnx
-from bntool.plan import Plan, Skip
-from bntool.reasons import Reason
+from bntool.plan import Plan
 from bntool.surgery.fold_onnx import OnnxCounts, apply_fold_onnx
 
 
@@ -104,8 +103,4 @@ def plan_fold_onnx(
     observed = observe_onnx(model)
     graphs = [observed.graph, *([observe_onnx(model, sizes=1).graph] if observed.open else [])]
     plan = plan_on_all(graphs, include=include, exclude=exclude)
-    hidden = [
-        Skip(name, Reason.FUNCTIONAL, f"{place}, which is left as it is") for name, place in observed.hidden
-    ]
-    sites = tuple(dataclasses.replace(site, level="graph") for site in plan.fold_sites)
-    return dataclasses.replace(plan, sites=sites, skips=(*plan.skips, *hidden)), observed
+    return at_graph_level(plan, observed.hidden), observed

@@ -12,12 +12,11 @@ from torch.export import ExportedProgram
 
 from bntool.checking import check_surgery, seeded_batches
 from bntool.errors import CheckFailed, UsageError
-from bntool.folding import plan_on_all
+from bntool.folding import at_graph_level, plan_on_all
 from bntool.inputs import Inputs, map_tensors
 from bntool.observe.exported_program import ProgramObservation, observe_program
 from bntool.observe.program_sizes import Sizes
-from bntool.plan import Plan, Skip
-from bntool.reasons import Reason
+from bntool.plan import Plan
 from bntool.surgery.fold_program import apply_fold_program
 from bntool.verdicts import Check
 
@@ -79,11 +78,7 @@ def plan_fold_program(
     observed = observe_program(program)
     graphs = [observed.graph, *([observe_program(program, sizes=1).graph] if observed.open else [])]
     plan = plan_on_all(graphs, include=include, exclude=exclude)
-    hidden = [
-        Skip(name, Reason.FUNCTIONAL, f"{place}, which is left as it is") for name, place in observed.hidden
-    ]
-    sites = tuple(dataclasses.replace(site, level="graph") for site in plan.fold_sites)
-    return dataclasses.replace(plan, sites=sites, skips=(*plan.skips, *hidden)), observed
+    return at_graph_level(plan, observed.hidden), observed
 
 
 def example_inputs_of(program: ExportedProgram, seed: int = 0) -> Inputs:

@@ -99,6 +99,7 @@ class Session:
     earlier_plans: list[Plan] = dataclasses.field(default_factory=list)
     baseline: str = ""
     baseline_options: dict[str, Any] = dataclasses.field(default_factory=dict)
+    _observation: Observation | None = None
 
     @property
     def model(self) -> nn.Module:
@@ -138,16 +139,17 @@ class Session:
         return loaded.model
 
     def observe(self) -> Observation:
-        """Observe the model on the given inputs, else on inferred ones, which are said."""
+        """Observe the model, once, on the given inputs, else on inferred ones, which are said."""
         from bntool.observe.eager import observe
         from bntool.observe.inference import observe_inferred
 
-        if self.inputs is not None:
-            return observe(self.model, self.inputs)
-        observation = observe_inferred(self.model)
-        self.inputs = observation.inputs
-        self.voice.note(f"example input: {observation.inputs.origin} (--input sets another)")
-        return observation
+        if self._observation is None and self.inputs is not None:
+            self._observation = observe(self.model, self.inputs)
+        elif self._observation is None:
+            self._observation = observe_inferred(self.model)
+            self.inputs = self._observation.inputs
+            self.voice.note(f"example input: {self.inputs.origin} (--input sets another)")
+        return self._observation
 
     def shapes(self) -> tuple[str, ...]:
         """The example inputs as `--input` takes them, where it can."""

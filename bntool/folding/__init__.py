@@ -5,7 +5,7 @@ shift the other. A way counts only where every step of it is exact; otherwise th
 reason. The planner reads numbers and touches nothing; `surgery` carries the plan out.
 """
 
-from bntool.folding.agreement import plan_on_all
+from bntool.folding.agreement import at_graph_level, plan_on_all
 from bntool.folding.planner import plan_fold
 
-__all__ = ["plan_fold", "plan_on_all"]
+__all__ = ["at_graph_level", "plan_fold", "plan_on_all"]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import glob
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from bntool.folding.planner import plan_fold
 from bntool.graph import Graph
@@ -30,6 +30,16 @@ def plan_on_all(
         if not differing:
             return _with_reasons(plan, unsettled, exclude)
         unsettled |= differing
+
+
+def at_graph_level(plan: Plan, hidden: Iterable[tuple[str, str]]) -> Plan:
+    """A plan for a graph of its own, with a skip for every BatchNorm in a body that is left alone.
+
+    `hidden` gives each one's name and where it stands.
+    """
+    left = [Skip(name, Reason.FUNCTIONAL, f"{place}, which is left as it is") for name, place in hidden]
+    sites = tuple(dataclasses.replace(site, level="graph") for site in plan.fold_sites)
+    return dataclasses.replace(plan, sites=sites, skips=(*plan.skips, *left))
 
 
 def _differing(plan: Plan, other: Plan) -> list[str]:
