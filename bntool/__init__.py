@@ -13,7 +13,6 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from bntool.api import (
         apply,
-        convert_state_dict,
         export_onnx,
         fold,
         insert,
@@ -25,6 +24,7 @@ if TYPE_CHECKING:
     )
     from bntool.batches import open_batches
     from bntool.calibrating import CalibrationResult, calibrate
+    from bntool.converting import convert_state_dict
     from bntool.errors import (
         BntoolError,
         CheckFailed,
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
         UsageError,
     )
     from bntool.files.loading import Loaded, load
-    from bntool.plan import Edit, FoldSite, InsertSite, Plan, Skip
+    from bntool.plan import DroppedBias, Edit, FoldSite, InsertSite, Plan, Skip
     from bntool.reasons import Reason
     from bntool.report.checks import Comparison
     from bntool.report.summary import Summary
@@ -46,14 +46,14 @@ if TYPE_CHECKING:
     from bntool.verdicts import Check
 
 _HOMES = {
-    "api": """apply convert_state_dict export_onnx fold insert plan_fold plan_insert read_plan summary
-        verify""",
+    "api": "apply export_onnx fold insert plan_fold plan_insert read_plan summary verify",
     "batches": "open_batches",
     "calibrating": "CalibrationResult calibrate",
+    "converting": "convert_state_dict",
     "errors": """BntoolError CheckFailed DeviceError ExportError LoadError NothingToDo ObserveError PlanError
         StateError UsageError""",
     "files.loading": "Loaded load",
-    "plan": "Edit FoldSite InsertSite Plan Skip",
+    "plan": "DroppedBias Edit FoldSite InsertSite Plan Skip",
     "reasons": "Reason",
     "report.checks": "Comparison",
     "report.summary": "Summary",
@@ -69,6 +69,7 @@ __all__ = [
     "CheckFailed",
     "Comparison",
     "DeviceError",
+    "DroppedBias",
     "Edit",
     "ExportError",
     "FoldSite",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -13,11 +14,11 @@ from torch.export import ExportedProgram
 
 from bntool.checking import check_onnx, check_surgery, seeded_batches
 from bntool.collecting import paused
-from bntool.errors import CheckFailed, PlanError, UsageError
+from bntool.errors import BntoolError, CheckFailed, PlanError, UsageError
 from bntool.exporting import ExportResult
 from bntool.exporting import export_onnx as _export_onnx
 from bntool.inputs import Inputs
-from bntool.inserting import InsertOptions
+from bntool.inserting import InsertOptions, redundant_biases
 from bntool.inserting import plan_insert as _plan_insert
 from bntool.insertion import check_unchanged, insert_observed
 from bntool.module_folding import plan_module_fold
@@ -54,20 +55,30 @@ def insert(
     affine: bool = True,
     eps: float = 1e-5,
     momentum: float = 0.1,
+    drop_bias: bool = False,
     linear: bool = False,
+    pooling: bool = False,
+    per_call: bool = False,
     sync: bool = False,
     include: Sequence[str] = ("*",),
     exclude: Sequence[str] = (),
+    every: int = 1,
+    skip_last: bool = False,
     keep_keys: bool = False,
+    portable: bool = False,
     share: bool = False,
 ) -> SurgeryResult:
     """Insert BatchNorm between convolutions and their activations; what the model computes stays.
 
     With `init="identity"` the eval output is the same to the last bit, proved by running both.
     `"calibrate"` measures each site on the batches of `data` and keeps eval outputs within rounding, and
-    the first training step close; `"default"` is PyTorch's own, for training from scratch. The result's
-    model is new; `share=True` lets it share the untouched tensors with `model`. Without `example_inputs`
-    they are inferred from the first layer.
+    the first training step close; `"default"` is PyTorch's own, for training from scratch. `drop_bias`
+    moves every bias that a BatchNorm follows into its running mean, exact in both modes up to rounding.
+    `pooling` lets a pooling layer stand between convolution and activation; `per_call` gives a layer that
+    runs several times a BatchNorm for each call; `every` and `skip_last` choose among the sites;
+    `portable` puts no class of bntool's own into the model. The result's model is new; `share=True` lets
+    it share the untouched tensors with `model`. Without `example_inputs` they are inferred from the first
+    layer.
 
     Raises:
         ObserveError: the model does not run on the inputs.
@@ -77,9 +88,15 @@ def insert(
         activations=tuple(activations),
         position=position,
         linear=linear,
+        pooling=pooling,
+        per_call=per_call,
         include=tuple(include),
         exclude=tuple(exclude),
+        every=every,
+        skip_last=skip_last,
         keep_keys=keep_keys,
+        portable=portable,
+        drop_bias=drop_bias,
         affine=affine,
         eps=eps,
         momentum=momentum,
@@ -95,9 +112,32 @@ def insert(
 
 
 def insert_with(model: nn.Module, observation: Observation, options: InsertOptions) -> SurgeryResult:
-    """`insert` on a model already observed; the result shares its untouched tensors with `model`."""
+    """`insert` on a model already observed; the result shares its untouched tensors with `model`.
+
+    Raises `CheckFailed` where a bias moved and the eval output is not the same within rounding.
+    """
     plan, modified, check = insert_observed(model, observation, options)
-    return as_result(model, modified, plan, observation.inputs, (check,) if check else ())
+    result = as_result(model, modified, plan, observation.inputs, (check,) if check else ())
+    if plan.dropped and options.init == "identity":
+        return with_checks(result, check_insert(model, result.model, plan, observation.inputs))
+    return result
+
+
+def check_insert(
+    model: nn.Module, modified: nn.Module, plan: Plan, inputs: Inputs, *, full: bool = False
+) -> list[Check]:
+    """The insertion held to what it promises: to the last bit, or within rounding where numbers moved.
+
+    Raises `CheckFailed` where it is not so.
+    """
+    if plan.options.get("init") == "identity" and not plan.dropped:
+        rows = [check_unchanged(model, modified, inputs, full=full)]
+    else:
+        batches = seeded_batches(inputs) if full else [inputs]
+        rows = check_surgery(model, modified, batches, stage="insert")
+    if not all(row.passed for row in rows):
+        raise CheckFailed("the insertion changes the output", next_step="please report this model")
+    return rows
 
 
 def measured_insert(model: nn.Module, result: SurgeryResult, batches: Iterable[Any]) -> SurgeryResult:
@@ -106,16 +146,14 @@ def measured_insert(model: nn.Module, result: SurgeryResult, batches: Iterable[A
     Eval outputs stay within rounding, which is checked; the first training step stays close, since each
     BatchNorm then normalises by what it undoes. A site that the data does not reach stays an identity.
     """
-    sites = list(result.plan.insert_sites)
-    found = measure(result.model, [site.bn for site in sites], batches)
+    names = [name for site in result.plan.insert_sites for name in site.norms]
+    found = measure(result.model, names, batches)
     for name, (mean, variance) in found.items():
         set_preserving(result.model.get_submodule(name), mean, variance)
     eps = float(result.plan.options["eps"])
     dead = {name: int((variance < eps).sum()) for name, (_, variance) in found.items()}
     notes = [f"{name}: {count} channels hardly vary (σ² < ε)" for name, count in dead.items() if count]
-    notes += [
-        f"{site.bn}: not reached by the data, left an identity" for site in sites if site.bn not in found
-    ]
+    notes += [f"{name}: not reached by the data, left an identity" for name in names if name not in found]
     checks = result.checks
     if result.inputs is not None:
         checks = tuple(check_surgery(model, result.model, [result.inputs], stage="insert"))
@@ -232,12 +270,10 @@ def apply(
     plan.require_signature(signature_of(model), class_name(type(model)))
     if plan.action == "insert":
         result = as_result(model, apply_insert(model, plan), plan, None)
-        if check != "none" and plan and plan.options.get("init") == "identity":
+        if check != "none" and plan and plan.options.get("init") != "default":
             inputs = _observed(model, example_inputs, small=True).inputs
-            row = check_unchanged(model, result.model, inputs, full=check == "full")
-            if not row.passed:
-                raise CheckFailed("the replayed insertion changes the output", next_step="make a new plan")
-            result = with_checks(result, [row])
+            rows = check_insert(model, result.model, plan, inputs, full=check == "full")
+            result = with_checks(result, rows)
     else:
         result = as_result(model, apply_fold(model, plan), plan, None)
         if check != "none" and plan:
@@ -272,11 +308,6 @@ def read_plan(path: str | Path) -> Plan:
     return Plan.from_dict(data)
 
 
-def convert_state_dict(state: dict[str, Any], plan: Plan) -> dict[str, Any]:
-    """A state_dict from before an insertion, under the names that the model has after it."""
-    return {plan.key_map.get(name, name): tensor for name, tensor in state.items()}
-
-
 def summary(
     model: nn.Module, example_inputs: Any = None, *, baseline: nn.Module | Summary | None = None
 ) -> Summary:
@@ -284,15 +315,13 @@ def summary(
 
     Without `example_inputs` they are inferred; where that fails the shapes stay blank.
     """
-    inputs = None
-    try:
-        inputs = (
-            _observed(model, example_inputs).inputs if example_inputs is None else Inputs.of(example_inputs)
-        )
-    except Exception:
-        if example_inputs is not None:
-            raise
-    return summarize(model, inputs, baseline=baseline)
+    inputs = None if example_inputs is None else Inputs.of(example_inputs)
+    idle: list[str] = []
+    with contextlib.suppress(BntoolError):
+        observation = _observed(model, example_inputs)
+        inputs = observation.inputs
+        idle = [dropped.conv for dropped in redundant_biases(observation.graph)]
+    return summarize(model, inputs, baseline=baseline, idle_biases=idle)
 
 
 def export_onnx(

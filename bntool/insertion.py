@@ -15,9 +15,9 @@ from torch import nn
 from bntool.checking import seeded_batches
 from bntool.comparing import Limit, Outputs, compare
 from bntool.errors import ObserveError
-from bntool.graph import Graph
+from bntool.graph import Graph, Op
 from bntool.inputs import Inputs, outputs_of
-from bntool.inserting import InsertOptions, plan_insert
+from bntool.inserting import InsertOptions, activation_behind, layer_before, plan_insert
 from bntool.observe.eager import Observation, observe
 from bntool.plan import InsertSite, Plan
 from bntool.reference import Reference
@@ -32,7 +32,7 @@ def insert_observed(
     """Plan, apply and observe again until every site holds.
 
     Returns the plan, the new model, and with `init="identity"` the check that the eval output is the
-    same to the last bit (None where there is no site).
+    same to the last bit (None where there is no site, or a bias moves, which rounds anew).
     """
     notes: list[str] = []
     while True:
@@ -88,7 +88,7 @@ def _broken_sites(
         return misplaced, None
     if _without_sites(again.graph, plan) != _outline(observation.graph):
         return _suspects(sites), None
-    if options.init == "default":
+    if options.init == "default" or plan.dropped:
         return [], None
     check = _same_to_the_last_bit(observation, again)
     return ([] if check.passed else _suspects(sites)), check
@@ -96,7 +96,7 @@ def _broken_sites(
 
 def _suspects(sites: list[InsertSite]) -> list[InsertSite]:
     """Where the fault cannot be told: the sites of the most intrusive form in use that can be given up."""
-    for form in ("sequential", "wrap", "identity", "subclass"):
+    for form in ("sequential", "wrap", "identity", "pair", "subclass"):
         chosen = [site for site in sites if site.form == form]
         if chosen:
             return chosen
@@ -104,17 +104,19 @@ def _suspects(sites: list[InsertSite]) -> list[InsertSite]:
 
 
 def _stands(graph: Graph, site: InsertSite, options: InsertOptions) -> bool:
-    """Whether the site's BatchNorm alone reads the layer, and feeds the activation (or follows it)."""
-    ops = [op for op in graph.of_kind("batch_norm") if op.scope == site.bn]
-    if len(ops) != 1:
-        return False
-    before = graph.producer(graph.input(ops[0]))
-    if before is None or len(graph.input(ops[0]).readers) != 1:
+    """Whether the site's BatchNorms alone read the layer, and feed the activation (or follow it)."""
+    found = [[op for op in graph.of_kind("batch_norm") if op.scope == name] for name in site.norms]
+    return all(len(ops) == 1 and _between(graph, ops[0], site, options) for ops in found)
+
+
+def _between(graph: Graph, norm: Op, site: InsertSite, options: InsertOptions) -> bool:
+    before = layer_before(graph, graph.input(norm), pooling=options.pooling)
+    if before is None:
         return False
     if options.position == "after":
         return before.kind == site.activation_kind
-    readers = [graph.ops[reader].kind for reader, _ in graph.output(ops[0]).readers]
-    return before.kind in ("conv", "linear") and readers == [site.activation_kind]
+    after = activation_behind(graph, graph.output(norm), pooling=options.pooling)
+    return before.kind in ("conv", "linear") and after == site.activation_kind
 
 
 def _outline(graph: Graph) -> list[tuple[str, tuple[tuple[int, ...], ...]]]:
@@ -123,7 +125,7 @@ def _outline(graph: Graph) -> list[tuple[str, tuple[tuple[int, ...], ...]]]:
 
 
 def _without_sites(graph: Graph, plan: Plan) -> list[tuple[str, tuple[tuple[int, ...], ...]]]:
-    names = {site.bn for site in plan.insert_sites}
+    names = {name for site in plan.insert_sites for name in site.norms}
     kept = [op.kind != "batch_norm" or op.scope not in names for op in graph.ops]
     return [line for line, keep in zip(_outline(graph), kept, strict=True) if keep]
 

@@ -1,11 +1,13 @@
-"""The module classes bntool itself puts into a model: a convolution that holds its BatchNorm.
+"""The module classes bntool itself puts into a model, where no stock arrangement fits.
 
-Used only where no stock arrangement fits (form `subclass`). The layer keeps its weight, bias and
-attributes under their old names, so that old checkpoints load with `strict=True`.
+A convolution that holds its BatchNorm (form `subclass`) keeps its weight, bias and attributes under their
+old names, so that old checkpoints load with `strict=True`. A layer that runs several times in a forward
+gets a BatchNorm for each of its calls.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor, nn
@@ -69,3 +71,49 @@ NORMED: dict[type[nn.Module], type[nn.Module]] = {
     nn.Linear: LinearBN,
 }
 """The stock class -> the class that holds a BatchNorm."""
+
+
+class BatchNormPerCall(nn.ModuleList):
+    """As many BatchNorms as the layer before it has calls in one forward; the i-th call goes to the i-th.
+
+    Every forward of the whole model must make all of these calls: `count_calls_anew` lets each begin with the
+    first, so that one that was cut short by an error does not shift those after it.
+    """
+
+    def __init__(self, norms: Iterable[nn.Module]) -> None:
+        super().__init__(norms)
+        self.call = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.call >= len(self):
+            raise RuntimeError(
+                f"a layer ran more than {len(self)} times in one forward; it has no BatchNorm for more calls"
+            )
+        norm = self[self.call]
+        self.call += 1
+        out: Tensor = norm(x)
+        return out
+
+
+class StartOfForward:
+    """A forward pre-hook of the whole model: the next call of every layer is its first."""
+
+    __slots__ = ()
+
+    def __call__(self, model: nn.Module, _args: Any) -> None:
+        for module in model.modules():
+            if isinstance(module, BatchNormPerCall):
+                module.call = 0
+
+
+def count_calls_anew(model: nn.Module) -> None:
+    """Let the calls of repeated layers be counted from the start of each forward of `model`."""
+    if not any(isinstance(hook, StartOfForward) for hook in model._forward_pre_hooks.values()):
+        model.register_forward_pre_hook(StartOfForward())
+
+
+def has_foreign_hook(hooks: Any) -> bool:
+    """Whether one of a module's registries of hooks (or None) holds a hook that is not bntool's own."""
+    if not hooks:
+        return False
+    return not isinstance(hooks, dict) or any(type(hook) is not StartOfForward for hook in hooks.values())

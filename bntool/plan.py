@@ -24,21 +24,44 @@ class InsertSite:
     """A convolution (or linear layer) whose output gets a new BatchNorm.
 
     `form` says how the module tree takes it in: `identity` (an `nn.Identity` slot), `sequential`
-    (a sibling in an `nn.Sequential`), `wrap` (activation -> Sequential(bn, activation)), or
-    `subclass` (a convolution that holds its BatchNorm as a child).
+    (a sibling in an `nn.Sequential`), `wrap` (activation -> Sequential(bn, activation)), `subclass` (a
+    convolution that holds its BatchNorm as a child), or `pair` (convolution -> Sequential(convolution, bn)).
+    A layer that runs several times has a BatchNorm for each of its `calls`, the children of `bn`.
     """
 
     conv: str
     activation: str
     bn: str
     channels: int
-    form: Literal["identity", "sequential", "wrap", "subclass"]
+    form: Literal["identity", "sequential", "wrap", "subclass", "pair"]
     dims: int
     activation_kind: str = ""
     slot: str = ""
+    calls: int = 1
+
+    @property
+    def norms(self) -> tuple[str, ...]:
+        """The BatchNorm of each call."""
+        return (self.bn,) if self.calls == 1 else tuple(f"{self.bn}.{i}" for i in range(self.calls))
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
+
+
+@dataclasses.dataclass(frozen=True)
+class DroppedBias:
+    """A bias that moves into the running mean of the BatchNorms behind its layer: μ' = μ − b.
+
+    `conv` and `bias` are names in the model as it was, `norms` in the model as it will be.
+    """
+
+    conv: str
+    bias: str
+    norms: tuple[str, ...]
+    channels: int
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**dataclasses.asdict(self), "norms": list(self.norms)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,7 +125,7 @@ class Plan:
 
     `signature` maps every tensor of the model it was made for to its shape, so that a plan for
     another model is refused with the first difference named. `key_map` maps old state_dict keys to
-    new ones where they differ.
+    new ones where they differ. `dropped` are the biases that an insertion moves into running means.
     """
 
     action: Literal["insert", "fold"]
@@ -113,9 +136,10 @@ class Plan:
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     key_map: Mapping[str, str] = dataclasses.field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    dropped: tuple[DroppedBias, ...] = ()
 
     def __bool__(self) -> bool:
-        return bool(self.sites)
+        return bool(self.sites or self.dropped)
 
     @property
     def insert_sites(self) -> Iterator[InsertSite]:
@@ -137,6 +161,7 @@ class Plan:
             "skips": [s.to_dict(skip_key) for s in self.skips],
             "key_map": dict(self.key_map),
             "notes": list(self.notes),
+            "dropped_biases": [d.to_dict() for d in self.dropped],
         }
 
     @classmethod
@@ -172,6 +197,9 @@ class Plan:
                 options=data.get("options", {}),
                 key_map=data.get("key_map", {}),
                 notes=tuple(data.get("notes", ())),
+                dropped=tuple(
+                    DroppedBias(**{**d, "norms": tuple(d["norms"])}) for d in data.get("dropped_biases", ())
+                ),
             )
         except (KeyError, TypeError, ValueError) as error:
             raise PlanError(f"this plan is damaged: {error}") from error

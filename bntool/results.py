@@ -58,6 +58,7 @@ class SurgeryResult:
         if self.plan.action == "insert":
             document["check"] = checks[0] if checks else None
             document["key_map"] = plan["key_map"]
+            document["dropped_biases"] = plan["dropped_biases"]
         else:
             document["bn_total"] = len(self.plan.sites) + len(self.plan.skips)
             document["bn_folded"] = len(self.plan.sites)
@@ -86,13 +87,22 @@ def _insert_lines(plan: Plan, width: int | None, verbose: bool) -> list[str]:
         Column("Form"),
     )
     rows = [
-        [s.conv or "(root)", s.activation_kind, s.bn, count(s.channels), s.form] for s in plan.insert_sites
+        [s.conv or "(root)", s.activation_kind, _newcomers(s), count(s.channels), s.form]
+        for s in plan.insert_sites
     ]
     lines = [render(Table(columns, rows), width)] if rows and verbose else []
     lines += _skip_lines(plan.skips, width, "not cut", verbose)
-    channels = sum(s.channels for s in plan.insert_sites)
-    lines += ["", f"{len(rows)} BatchNorm layers inserted over {count(channels)} channels"]
+    number = sum(s.calls for s in plan.insert_sites)
+    channels = sum(s.channels * s.calls for s in plan.insert_sites)
+    lines += ["", f"{number} BatchNorm layers inserted over {count(channels)} channels"]
+    if plan.dropped:
+        moved = ", ".join(dropped.bias for dropped in plan.dropped)
+        lines.append(wrapped(f"{len(plan.dropped)} biases moved into running means: {moved}", width))
     return lines
+
+
+def _newcomers(site: InsertSite) -> str:
+    return site.bn if site.calls == 1 else f"{site.bn}.0-{site.calls - 1}"
 
 
 def fold_lines(plan: Plan, width: int | None, verbose: bool) -> list[str]:

@@ -31,7 +31,8 @@ def measure(
 def set_preserving(layer: nn.Module, mean: Tensor, variance: Tensor) -> None:
     """Give a BatchNorm these statistics, and the γ and β with which it hands its input on unchanged.
 
-    μ and σ² are stored, γ = √(σ² + ε) from the stored σ², β = the stored μ. In eval mode y = x up to
+    μ and σ² are stored, γ = √(σ² + ε) from the stored σ², β = the stored μ, and what the layer added to
+    its input before (β − μ, a bias it took over) it still adds. In eval mode y = x up to
     rounding. In train mode y = x too on a batch that has these statistics, which needs the population
     variance (`measure` gives it). In place. Raises `UsageError` for a layer without γ, β or running
     statistics, `StateError` for statistics that are not finite or negative.
@@ -45,10 +46,11 @@ def set_preserving(layer: nn.Module, mean: Tensor, variance: Tensor) -> None:
             )
     _require_good(type(layer).__name__, mean, variance, norm.running_var.dtype)
     with torch.no_grad():
+        added = norm.bias.double() - norm.running_mean.double()
         norm.running_mean.copy_(mean)
         norm.running_var.copy_(variance)
         norm.weight.copy_((norm.running_var.double() + norm.eps).sqrt())
-        norm.bias.copy_(norm.running_mean)
+        norm.bias.copy_(norm.running_mean.double() + added)
 
 
 def store(layer: nn.Module, name: str, seen: Seen, *, reset: bool = True) -> Moments:

@@ -9,6 +9,7 @@ import torchinfo
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
+import bntool
 from bntool.inputs import Inputs
 from bntool.report import parameter_delta, parameters_of, summarize
 from bntool.report.counting import Counts, owned_by_module, total_counts
@@ -63,7 +64,7 @@ def test_the_sample_network_prints_as_agreed(golden: Golden) -> None:
 
 
 def test_frozen_layers_notes_and_the_change_since_a_baseline_print_as_agreed(golden: Golden) -> None:
-    summary = summarize(with_batchnorm(), image(1, 3, 8, 8), baseline=without_batchnorm())
+    summary = bntool.summary(with_batchnorm(), image(1, 3, 8, 8), baseline=without_batchnorm())
     assert_columns_add_up(summary)
     golden("summary_batchnorm.txt", summary.render(80))
 
@@ -282,11 +283,12 @@ def test_statistics_that_saw_no_batch_are_named() -> None:
 
 
 def test_a_bias_before_a_batchnorm_is_named_only_where_it_has_no_effect() -> None:
-    assert note_layers(summarize(with_batchnorm()), "bias without effect") == ["0", "3"]
+    given = image(1, 3, 8, 8)
+    assert note_layers(bntool.summary(with_batchnorm(), given), "bias without effect") == ["0", "3"]
     apart = nn.Sequential(nn.Conv2d(3, 3, 1), nn.ReLU(), nn.BatchNorm2d(3))
     unbiased = nn.Sequential(nn.Conv2d(3, 3, 1, bias=False), nn.BatchNorm2d(3))
-    assert not note_layers(summarize(apart), "bias without effect")
-    assert not note_layers(summarize(unbiased), "bias without effect")
+    assert not note_layers(bntool.summary(apart, given), "bias without effect")
+    assert not note_layers(bntool.summary(unbiased, given), "bias without effect")
 
 
 # The change since a baseline

@@ -13,6 +13,7 @@ from bntool.errors import CheckFailed, NothingToDo, PlanError, UsageError
 from bntool.reasons import Reason
 
 if TYPE_CHECKING:
+    from bntool.inserting import InsertOptions
     from bntool.plan import Plan
     from bntool.results import SurgeryResult
 
@@ -38,9 +39,21 @@ if TYPE_CHECKING:
 @click.option("--no-affine", is_flag=True, help="BatchNorm without γ and β.")
 @click.option("--eps", type=float, default=1e-5, show_default=True)
 @click.option("--momentum", type=float, default=0.1, show_default=True)
+@click.option("--drop-bias", is_flag=True, help="Move a bias that a BatchNorm follows into its running mean.")
 @click.option("--linear", is_flag=True, help="After linear layers too.")
+@click.option("--pooling", is_flag=True, help="Where a pooling layer stands before the activation too.")
+@click.option("--per-call", is_flag=True, help="A layer that runs several times gets one for each call.")
+@click.option("--every", type=int, default=1, metavar="N", help="Only every N-th site, the first included.")
+@click.option("--skip-last", is_flag=True, help="Leave the last site out.")
+@click.option(
+    "--sites",
+    metavar="FILE",
+    callback=opt.not_empty,
+    help="Only the layers that a JSON or TOML file lists.",
+)
 @click.option("--sync", is_flag=True, help="SyncBatchNorm, for training on several GPUs.")
 @click.option("--keep-keys", is_flag=True, help="Name newcomers 0_bn, so that no old key moves.")
+@click.option("--portable", is_flag=True, help="No class of bntool's own in the model.")
 @click.option(
     "--plan",
     "plan_file",
@@ -95,27 +108,13 @@ def command(**options: Any) -> int:
 
 def _inserted(session: Session, options: dict[str, Any]) -> SurgeryResult:
     from bntool import api
-    from bntool.inserting import InsertOptions
-    from bntool.insertion import check_unchanged
 
     with session.voice.progress("inserting") as step:
         if options["plan_file"]:
             result = api.apply(session.model, _insert_plan(options["plan_file"]), share=True)
             session.observe()
         else:
-            chosen = InsertOptions(
-                activations=options["activation"] or ("relu",),
-                position=options["position"],
-                linear=options["linear"],
-                include=options["include"] or ("*",),
-                exclude=options["exclude"],
-                keep_keys=options["keep_keys"],
-                affine=not options["no_affine"],
-                eps=options["eps"],
-                momentum=options["momentum"],
-                init=options["init"],
-                sync=options["sync"],
-            )
+            chosen = _chosen(options)
             chosen.validate()
             if (options["data"] is not None) != (chosen.init == "calibrate"):
                 raise UsageError(
@@ -129,9 +128,29 @@ def _inserted(session: Session, options: dict[str, Any]) -> SurgeryResult:
         if result.modified and keeps and options["check"] != "none":
             step("running both models")
             full = options["check"] == "full"
-            check = check_unchanged(session.model, result.model, session.example, full=full)
-            result = api.with_checks(result, [check])
+            rows = api.check_insert(session.model, result.model, result.plan, session.example, full=full)
+            result = api.with_checks(result, rows)
     return result
+
+
+def _chosen(options: dict[str, Any]) -> InsertOptions:
+    """What the command line asks for, in the planner's words."""
+    from bntool.cli.site_list import read_site_list
+    from bntool.inserting import InsertOptions
+
+    if options["sites"] and options["include"]:
+        raise UsageError("--sites and --include both say where", next_step="give one of them")
+    listed = read_site_list(options["sites"]) if options["sites"] else ()
+    plain = (
+        "position linear pooling exclude every skip_last per_call keep_keys portable drop_bias eps momentum "
+        "init sync"
+    )
+    return InsertOptions(
+        activations=options["activation"] or ("relu",),
+        include=listed or options["include"] or ("*",),
+        affine=not options["no_affine"],
+        **{name: options[name] for name in plain.split()},
+    )
 
 
 def _insert_plan(path: str) -> Plan:

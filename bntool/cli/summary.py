@@ -21,20 +21,23 @@ def command(**options: Any) -> int:
     """Show a model's layers, shapes and exact counts; after insert or fold, the difference too."""
     voice = Voice(options["as_json"], options["quiet"], options["verbose"])
     session = open_session(voice, options)
+    from bntool.inserting import redundant_biases
     from bntool.report.summary import summarize
 
     before = _baseline(session, options)
-    inputs = session.inputs
-    if options["inputs"]:
-        # Shapes that the user gave must fit; those from elsewhere may fail, which the summary says.
-        session.observe()
-    elif inputs is None:
+    inputs, idle = session.inputs, []
+    with voice.progress("running the model"):
         try:
-            inputs = session.observe().inputs
+            observation = session.observe()
+            inputs = observation.inputs
+            idle = [dropped.conv for dropped in redundant_biases(observation.graph)]
         except BntoolError as error:
-            voice.note(f"shapes are left out: {error.what}")
-    with voice.progress("running the model once"):
-        found = summarize(session.model, inputs, baseline=before)
+            # Shapes that the user gave must fit; those from elsewhere may fail, which the summary says.
+            if options["inputs"]:
+                raise
+            if inputs is None:
+                voice.note(f"shapes are left out: {error.what}")
+        found = summarize(session.model, inputs, baseline=before, idle_biases=idle)
     voice.say(found.render(verbose=not options["quiet"]))
     voice.emit({"status": "ok", **found.to_dict()})
     return 0

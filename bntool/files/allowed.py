@@ -37,6 +37,7 @@ _HELPERS = frozenset(
         "torch.nn.functional.relu",
         "torch.nn.functional.gelu",
         "torch._C._nn.gelu",
+        "bntool.layers.StartOfForward",
     }
 )
 _STANDARD_DATA = frozenset({"argparse.Namespace"})

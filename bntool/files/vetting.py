@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from bntool.files.pickled_calls import shown
+from bntool.layers import has_foreign_hook
 
 _LEAVES = (str, bytes, bytearray, int, float, complex, type, types.FunctionType, types.BuiltinFunctionType)
 _REGISTRIES = {"_parameters": nn.Parameter, "_buffers": Tensor, "_modules": nn.Module}
@@ -67,7 +68,9 @@ def _hidden_methods(value: Any, attributes: Mapping[Any, Any]) -> Iterator[str]:
 def _module(module: nn.Module, attributes: Mapping[Any, Any]) -> Iterator[str]:
     kind = type(module).__name__
     for name, attribute in attributes.items():
-        if str(name).endswith(("_hooks", "_hooks_with_kwargs", "_hooks_always_called")) and attribute:
+        if str(name).endswith(("_hooks", "_hooks_with_kwargs", "_hooks_always_called")) and has_foreign_hook(
+            attribute
+        ):
             yield f"brings hooks for a {kind} ({shown(name)})"
     # Called in place of forward when it is set.
     if attributes.get("_compiled_call_impl") is not None:

@@ -25,6 +25,7 @@ from torch.utils.weak import TensorWeakRef
 from bntool.errors import ObserveError
 from bntool.graph import Graph, Module, Op, Value
 from bntool.inputs import Inputs, named_tensors
+from bntool.layers import has_foreign_hook
 from bntool.observe.aten import SHAPE_ONLY, translate
 from bntool.observe.copying import structural_copy
 from bntool.observe.leftovers import (
@@ -189,7 +190,7 @@ class _Recorder:
                 children=tuple(child for child, _ in module._modules.items()),
                 own_tensors=len(module._parameters) + len(module._buffers),
                 plain_bias=uses_plain_bias(type(module)) and "forward" not in vars(module),
-                hooked=any(getattr(module, hooks, None) for hooks in _HOOKS),
+                hooked=any(has_foreign_hook(getattr(module, hooks, None)) for hooks in _HOOKS),
                 left_in_train=module.training and not original.training,
             )
 

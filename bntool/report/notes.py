@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
-from itertools import pairwise
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import is_lazy
 
 from bntool.report.counting import Owned
@@ -38,7 +35,7 @@ class Note:
 
 
 def notes_on_state(model: nn.Module, owned: Mapping[str, Owned]) -> list[Note]:
-    """Remarks that need no forward pass: bad or unused statistics, idle biases, sharing."""
+    """Remarks that need no forward pass: bad or unused statistics, sharing."""
     modules = list(model.named_modules())
     bad = [name for name, module in modules if _statistics_are_bad(module)]
     unused = [name for name, module in modules if _saw_no_batch(module)]
@@ -50,11 +47,16 @@ def notes_on_state(model: nn.Module, owned: Mapping[str, Owned]) -> list[Note]:
     return _present(
         ("running statistics are not finite or negative", bad),
         ("statistics have seen no batch yet (num_batches_tracked is 0)", unused),
-        ("bias without effect, the BatchNorm that follows takes it out", list(_idle_biases(modules))),
         ("tied, counted at the first place", tied),
         ("shared module, counted at the first place", list(_shared_modules(model))),
         ("parameters not initialised yet", [name for name, own in owned.items() if own.uninitialized]),
     )
+
+
+def note_on_biases(layers: Sequence[str]) -> list[Note]:
+    """The remark on layers whose bias the BatchNorm that follows takes out again."""
+    text = "bias without effect, the BatchNorm that follows takes it out (insert --drop-bias moves it)"
+    return _present((text, list(layers)))
 
 
 def notes_on_calls(modules: Mapping[str, nn.Module], calls: Mapping[str, Call]) -> list[Note]:
@@ -92,16 +94,6 @@ def _statistics_are_bad(module: nn.Module) -> bool:
 def _saw_no_batch(module: nn.Module) -> bool:
     tracked = getattr(module, "num_batches_tracked", None)
     return _statistics(module) is not None and isinstance(tracked, Tensor) and int(tracked) == 0
-
-
-def _idle_biases(modules: list[tuple[str, nn.Module]]) -> Iterator[str]:
-    for name, module in modules:
-        if type(module) is not nn.Sequential:
-            continue
-        for (key, layer), (_, following) in pairwise(module._modules.items()):
-            takes_bias = isinstance(layer, _ConvNd | nn.Linear) and isinstance(layer.bias, Tensor)
-            if takes_bias and isinstance(following, _BatchNorm):
-                yield f"{name}.{key}" if name else key
 
 
 def _shared_modules(model: nn.Module) -> Iterator[str]:

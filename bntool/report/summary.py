@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -12,7 +12,7 @@ from bntool.inputs import Inputs
 from bntool.report.counting import Counts, Owned, owned_by_module
 from bntool.report.delta import Delta, compare_layers
 from bntool.report.layers import Layer
-from bntool.report.notes import Note, notes_on_calls, notes_on_state
+from bntool.report.notes import Note, note_on_biases, notes_on_calls, notes_on_state
 from bntool.report.shapes import Call, Calls, observe_calls
 from bntool.report.tables import Column, Table, count, render, size, wrapped
 
@@ -86,14 +86,19 @@ class Summary:
 
 
 def summarize(
-    model: nn.Module, inputs: Inputs | None = None, *, baseline: nn.Module | Summary | None = None
+    model: nn.Module,
+    inputs: Inputs | None = None,
+    *,
+    baseline: nn.Module | Summary | None = None,
+    idle_biases: Sequence[str] = (),
 ) -> Summary:
     """Summarise a model; with `inputs` also the shapes of one forward pass in eval mode.
 
     A row for each module that has no children or holds tensors of its own, in definition order.
     Tensors and modules that stand in several places count once, at the first. The model, its modes
     and the random state stay as they are. A forward pass that fails becomes a note. With a
-    `baseline` the summary also tells what was added, removed and changed since.
+    `baseline` the summary also tells what was added, removed and changed since. `idle_biases` names the
+    layers whose bias a BatchNorm takes out again (`inserting.redundant_biases`).
     """
     modules = dict(model.named_modules())
     owned = owned_by_module(model)
@@ -102,7 +107,7 @@ def summarize(
         for name, module in modules.items()
         if owned[name].counts or owned[name].tied or not any(True for _ in module.children())
     ]
-    notes = notes_on_state(model, owned)
+    notes = [*notes_on_state(model, owned), *note_on_biases(idle_biases)]
     calls = Calls({})
     if inputs is not None:
         inputs = Inputs.of(inputs)

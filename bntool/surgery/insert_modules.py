@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from bntool.errors import InvariantError
 from bntool.inserting import sequential_names
-from bntool.layers import NORMED
+from bntool.layers import NORMED, BatchNormPerCall, count_calls_anew
 from bntool.observe.copying import structural_copy
 from bntool.plan import InsertSite, Plan
 from bntool.surgery.replacing import replace_everywhere
@@ -31,24 +31,54 @@ def apply_insert(model: nn.Module, plan: Plan) -> nn.Module:
     modules = dict(copy.named_modules(remove_duplicate=False))
     newcomers: dict[str, dict[str, nn.Module]] = {}
     for site in plan.insert_sites:
-        norm = new_norm(modules[site.conv], site, plan.options)
+        norm = _newcomer(modules[site.conv], site, plan.options)
         if site.form == "identity":
             replace_everywhere(copy, modules[site.slot], norm)
         elif site.form == "wrap":
             act = modules[site.slot]
-            pair = (act, norm) if plan.options.get("position") == "after" else (norm, act)
-            wrapped = nn.Sequential(*pair)
+            after = plan.options.get("position") == "after"
+            wrapped = nn.Sequential(*((act, norm) if after else (norm, act)))
             wrapped.training = act.training
             replace_everywhere(copy, act, wrapped)
         elif site.form == "subclass":
             replace_everywhere(copy, modules[site.conv], _holding(modules[site.conv], norm))
+        elif site.form == "pair":
+            layer = modules[site.conv]
+            pair = nn.Sequential(layer, norm)
+            pair.training = layer.training
+            replace_everywhere(copy, layer, pair)
         else:
-            after = site.activation if plan.options.get("position") == "after" else site.conv
-            newcomers.setdefault(site.slot, {})[after.rpartition(".")[2]] = norm
+            child = site.activation if plan.options.get("position") == "after" else site.conv
+            newcomers.setdefault(site.slot, {})[child.rpartition(".")[2]] = norm
     for parent, group in newcomers.items():
         _add_siblings(modules[parent], group, bool(plan.options.get("keep_keys")))
     _require_names(copy, plan)
+    for dropped in plan.dropped:
+        _move_bias(modules[dropped.conv], [copy.get_submodule(name) for name in dropped.norms])
+    if any(site.calls > 1 for site in plan.insert_sites):
+        count_calls_anew(copy)
     return copy
+
+
+def _newcomer(layer: nn.Module, site: InsertSite, options: Mapping[str, Any]) -> nn.Module:
+    """The BatchNorm of a site; one for each call where the layer runs several times."""
+    if site.calls == 1:
+        return new_norm(layer, site, options)
+    norms = BatchNormPerCall([new_norm(layer, site, options) for _ in range(site.calls)])
+    norms.training = layer.training
+    return norms
+
+
+def _move_bias(layer: nn.Module, norms: Sequence[nn.Module]) -> None:
+    """BN(W·x + b) as BN'(W·x): the running mean loses b, in float64 and rounded once."""
+    bias = layer.bias
+    assert isinstance(bias, Tensor)
+    layer.register_parameter("bias", None)
+    for norm in norms:
+        mean = norm.running_mean
+        if isinstance(mean, Tensor):  # else the mean of each batch takes the bias away
+            moved = (mean.double() - bias.detach().double()).to(mean.dtype)
+            norm._buffers["running_mean"] = moved
 
 
 def new_norm(layer: nn.Module, site: InsertSite, options: Mapping[str, Any]) -> nn.Module:
@@ -98,6 +128,6 @@ def _add_siblings(parent: nn.Module, after: Mapping[str, nn.Module], keep_keys: 
 
 def _require_names(model: nn.Module, plan: Plan) -> None:
     modules = dict(model.named_modules(remove_duplicate=False))
-    for site in plan.insert_sites:
-        if not isinstance(modules.get(site.bn), nn.modules.batchnorm._BatchNorm):
-            raise InvariantError(f"the plan put a BatchNorm at {site.bn}, but it is not there")
+    for name in (name for site in plan.insert_sites for name in site.norms):
+        if not isinstance(modules.get(name), nn.modules.batchnorm._BatchNorm):
+            raise InvariantError(f"the plan put a BatchNorm at {name}, but it is not there")

@@ -126,16 +126,16 @@ def test_the_plan_in_the_side_file_can_be_replayed(bntool: Shell, refused: Shell
 
 
 def test_a_check_that_differs_writes_nothing(refused: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
-    from bntool import insertion
+    from bntool import api
 
     def corrupted(*args: object, **options: object) -> object:
         check = honest(*args, **options)
         return type(check)(**{**vars(check), "passed": False})
 
-    honest = insertion.check_unchanged
+    honest = api.check_unchanged
     nets.save(nets.plain(), "model.pt")
-    monkeypatch.setattr(insertion, "check_unchanged", corrupted)
-    refused("insert", "model.pt", code=1, says="differs")
+    monkeypatch.setattr(api, "check_unchanged", corrupted)
+    refused("insert", "model.pt", code=1, says="changes the output")
 
 
 def test_quiet_shows_totals_alone(bntool: Shell) -> None:
@@ -153,3 +153,19 @@ def test_a_reference_is_written_into_this_folder(bntool: Shell) -> None:
     assert said.document["output"] == "Net_bn.pt"
     assert Path("Net_bn.pt").is_file()
     assert bntool("summary").code == 0
+
+
+def test_a_site_list_names_the_layers(bntool: Shell, refused: Shell) -> None:
+    nets.save(nets.plain(), "model.pt")
+    Path("sites.json").write_text('["0"]')
+    Path("sites.toml").write_text('sites = ["0"]')
+    for name in ("sites.json", "sites.toml"):
+        document = bntool("insert", "model.pt", "--sites", name, *nets.INPUT, "--dry-run", "--json").document
+        assert [site["conv"] for site in document["sites"]] == ["0"]
+    Path("sites.json").write_text('["00"]')
+    refused(
+        "insert", "model.pt", "--sites", "sites.json", *nets.INPUT, code=2, says="no layer is called '00'"
+    )
+    refused("insert", "model.pt", "--sites", "none.json", code=2, says="cannot read a list of sites")
+    Path("sites.json").write_text("{}")
+    refused("insert", "model.pt", "--sites", "sites.json", *nets.INPUT, code=2, says="no list of layer names")

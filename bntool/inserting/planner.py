@@ -1,0 +1,257 @@
+"""A verdict for every layer: a site in the least intrusive form that fits, or a skip with its reason."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+from bntool.graph import Graph, Module, Op, Value
+from bntool.inserting.biases import own_bias, redundant_biases, untouched
+from bntool.inserting.names import Rename, name_newcomers
+from bntool.inserting.options import InsertOptions
+from bntool.inserting.places import Draft, Form, passes
+from bntool.observe.aten import ACTIVATIONS
+from bntool.patterns import chosen, require_matches
+from bntool.plan import DroppedBias, InsertSite, Plan, Skip
+from bntool.reasons import Reason
+
+_NORMS = frozenset(
+    {"batch_norm", "instance_norm", "group_norm", "layer_norm", "native_layer_norm", "rms_norm"}
+)
+_STOCK = frozenset(
+    f"torch.nn.modules.{name}"
+    for name in (
+        *(f"conv.Conv{d}d" for d in (1, 2, 3)),
+        *(f"conv.ConvTranspose{d}d" for d in (1, 2, 3)),
+        "linear.Linear",
+    )
+)
+"""Layers of exactly these classes can become the subclass that holds a BatchNorm."""
+
+
+def plan_insert(graph: Graph, options: InsertOptions) -> Plan:
+    """Give every convolution (and linear layer, on request) a verdict: a site or a skip."""
+    options.validate()
+    return _Planner(graph, options).plan()
+
+
+class _Refuse(Exception):
+    def __init__(self, reason: Reason, detail: str) -> None:
+        self.reason, self.detail = reason, detail
+
+
+class _Planner:
+    def __init__(self, graph: Graph, options: InsertOptions) -> None:
+        self.graph = graph
+        self.options = options
+        self.by_layer: dict[str, list[Op]] = {}
+        for op in graph.of_kind("conv", "linear"):
+            if not graph.input(op).constant:
+                self.by_layer.setdefault(self._owner(op), []).append(op)
+
+    def _owner(self, op: Op) -> str:
+        """The module whose layer this op is: the layer that runs it, else the owner of the weight."""
+        module = self.graph.modules.get(op.scope)
+        if module is not None and module.role in ("conv", "linear"):
+            return op.scope
+        handle = self.graph.input(op, "weight").handle
+        return handle.rpartition(".")[0] if handle else op.scope
+
+    def plan(self) -> Plan:
+        layers = {name for name, m in self.graph.modules.items() if m.role in ("conv", "linear")}
+        for globs in (self.options.include, self.options.exclude):
+            require_matches(globs, layers | set(self.by_layer), "layer")
+        drafts, skips = self._verdicts()
+        drafts, left_out = self._wanted(drafts)
+        names, rename = name_newcomers(self.graph, drafts, self.options)
+        sites = [
+            InsertSite(d.conv, d.activation, name, d.channels, d.form, d.dims, d.kind, d.slot, d.calls)
+            for d, name in zip(drafts, names, strict=True)
+        ]
+        handles = [n for first in self.graph.tensors for n in (first, *self.graph.aliases.get(first, ()))]
+        return Plan(
+            action="insert",
+            sites=tuple(sites),
+            skips=(*skips, *left_out),
+            model_class=self.graph.model_class,
+            signature=self.graph.signature(),
+            options=self.options.to_dict(),
+            key_map={old: rename(old) for old in handles if rename(old) != old},
+            dropped=tuple(self._dropped(drafts, sites, rename)) if self.options.drop_bias else (),
+        )
+
+    def _verdicts(self) -> tuple[list[Draft], list[Skip]]:
+        drafts, skips = [], []
+        wanted = {"conv", "linear"} if self.options.linear else {"conv"}
+        for name, ops in self.by_layer.items():
+            if ops[0].kind not in wanted:
+                continue
+            try:
+                drafts.append(self._draft(name, ops))
+            except _Refuse as refusal:
+                skips.append(Skip(name or "(root)", refusal.reason, refusal.detail))
+        for name, module in self.graph.modules.items():
+            if module.role in wanted and name not in self.by_layer:
+                skips.append(Skip(name, Reason.NOT_OBSERVED, "it did not run on the example input"))
+        return drafts, skips
+
+    def _wanted(self, drafts: list[Draft]) -> tuple[list[Draft], list[Skip]]:
+        """The sites that are left by --skip-last and --every, and a skip for each of the others."""
+        last = len(drafts) - 1 if self.options.skip_last else len(drafts)
+        kept = [draft for i, draft in enumerate(drafts) if i < last and i % self.options.every == 0]
+        left_out = [
+            Skip(d.conv, Reason.EXCLUDED, "the last site, left out" if i == last else "left out by every")
+            for i, d in enumerate(drafts)
+            if d not in kept
+        ]
+        return kept, left_out
+
+    def _dropped(
+        self, drafts: Sequence[Draft], sites: Sequence[InsertSite], rename: Rename
+    ) -> list[DroppedBias]:
+        found = [
+            dataclasses.replace(old, norms=tuple(rename(norm) for norm in old.norms))
+            for old in redundant_biases(self.graph)
+            if chosen(old.conv, self.options.include, self.options.exclude)
+        ]
+        for draft, site in zip(drafts, sites, strict=True):
+            if draft.direct and (bias := own_bias(self.graph, self.by_layer[draft.conv])):
+                found.append(DroppedBias(draft.conv, bias, site.norms, draft.channels))
+        return found
+
+    # -- one layer --------------------------------------------------------------------------------------
+
+    def _draft(self, name: str, ops: Sequence[Op]) -> Draft:
+        module = self.graph.modules.get(name)
+        if not chosen(name, self.options.include, self.options.exclude):
+            raise _Refuse(Reason.EXCLUDED, "left out by --include/--exclude")
+        if module is None or module.role not in ("conv", "linear") or ops[0].scope != name:
+            raise _Refuse(Reason.NOT_A_MODULE, "a function call inside forward, not a layer of its own")
+        if max(len(ops), module.calls) > 1:
+            self._require_per_call(ops, module)
+        found = [self._activation(op) for op in ops]
+        activations = [activation for activation, _ in found]
+        values = ops if self.options.position == "before" else activations
+        shapes = {self.graph.output(op).shape for op in values}
+        for activation in activations if self.options.position == "after" else ():
+            self._require_not_normed(self.graph.output(activation))
+            self._require_unseen(self.graph.output(activation))
+        dims = ops[0].attrs.get("dims", 1)
+        rank = dims + 2 if ops[0].kind == "conv" else 2
+        for shape in shapes:
+            if len(shape) != rank:
+                raise _Refuse(
+                    Reason.AXIS_MISMATCH, f"its output has {len(shape)} axes; BatchNorm needs {rank}"
+                )
+        value = self.graph.output(values[0])
+        form, slot, child = self._form(name, module, activations, value)
+        behind_layer = form in ("sequential", "subclass", "pair") and self.options.position == "before"
+        straight = all(
+            not between and untouched(self.graph, self.graph.output(op))
+            for op, (_, between) in zip(ops, found, strict=True)
+        )
+        return Draft(
+            name, activations[0].scope, activations[0].kind, value.shape[1], dims, form, slot, child,
+            calls=len(ops), direct=behind_layer or straight,
+        )  # fmt: skip
+
+    def _require_per_call(self, ops: Sequence[Op], module: Module) -> None:
+        count = max(len(ops), module.calls)
+        if not self.options.per_call:
+            raise _Refuse(
+                Reason.CALLED_MORE_THAN_ONCE,
+                f"it runs {count} times; one BN would mix them (--per-call gives each call its own)",
+            )
+        if len(ops) != module.calls:
+            raise _Refuse(Reason.CALLED_MORE_THAN_ONCE, f"its weight is also read outside its {count} calls")
+
+    def _activation(self, op: Op) -> tuple[Op, int]:
+        """The one activation that reads the layer's output, and how many ops stand between."""
+        value = self.graph.output(op)
+        between = 0
+        while True:
+            readers = [self.graph.ops[r] for r, _ in value.readers]
+            self._require_not_normed(value)
+            self._require_unseen(value)
+            if not readers:
+                raise _Refuse(Reason.NO_ACTIVATION, "nothing reads its output")
+            if len(readers) > 1:
+                others = ", ".join(r.label for r in readers[:3])
+                raise _Refuse(Reason.OUTPUT_USED_ELSEWHERE, f"its output is read by {others}")
+            reader = readers[0]
+            if reader.kind in ACTIVATIONS:
+                break
+            if not passes(reader, pooling=self.options.pooling):
+                raise _Refuse(Reason.NO_ACTIVATION, f"{reader.label} follows, not an activation")
+            value = self.graph.output(reader)
+            between += 1
+        if "any" not in self.options.activations and reader.kind not in self.options.activations:
+            raise _Refuse(
+                Reason.OTHER_ACTIVATION, f"{reader.kind} follows; --activation {reader.kind} takes it"
+            )
+        return reader, between
+
+    def _require_not_normed(self, value: Value) -> None:
+        readers = [self.graph.ops[r] for r, _ in value.readers]
+        if len(readers) == 1 and readers[0].kind in _NORMS:
+            raise _Refuse(Reason.ALREADY_NORMALISED, f"{readers[0].label} follows")
+
+    def _require_unseen(self, value: Value) -> None:
+        if value.is_output:
+            raise _Refuse(Reason.NO_ACTIVATION, "its output is returned by the model")
+        if value.escapes:
+            raise _Refuse(Reason.OUTPUT_ESCAPES, "its output is kept beyond the forward")
+        if value.watched:
+            raise _Refuse(Reason.HOOKED, f"a hook on {value.watched[0]} sees its output")
+
+    # -- the form ---------------------------------------------------------------------------------------
+
+    def _form(
+        self, name: str, layer: Module, activations: Sequence[Op], value: Value
+    ) -> tuple[Form, str, str]:
+        """The first form that fits and is not banned: (form, slot, child it comes after)."""
+        banned = self.options.banned.get(name, frozenset())
+        act = self._activation_module(activations)
+        after = self.options.position == "after"
+        if "identity" not in banned and layer.calls == 1:
+            for slot in value.through:
+                info = self.graph.modules[slot]
+                if info.role == "identity" and info.calls == 1 and not info.hooked:
+                    return "identity", slot, ""
+        if "sequential" not in banned and act is not None:
+            parent, _, child = name.rpartition(".")
+            act_parent, _, act_child = act.name.rpartition(".")
+            info_parent = self.graph.modules.get(parent)
+            if (
+                info_parent is not None
+                and parent == act_parent
+                and info_parent.role == "sequential"
+                and info_parent.calls == layer.calls
+                and _in_order(info_parent.children, child, act_child)
+            ):
+                return "sequential", parent, act_child if after else child
+        if "wrap" not in banned and act is not None and act.own_tensors == 0 and not act.hooked:
+            return "wrap", act.name, ""
+        own_class: Form = "pair" if self.options.portable else "subclass"
+        if own_class not in banned and not after and layer.kind in _STOCK:
+            return own_class, name, ""
+        if layer.kind not in _STOCK and not after:
+            raise _Refuse(Reason.CUSTOM_FORWARD, f"{layer.kind} has a forward of its own")
+        if after:
+            raise _Refuse(Reason.NOT_A_MODULE, "its activation is a function call; nothing can follow it")
+        raise _Refuse(Reason.FORM_BROKE_MODEL, "every form that fits changed what the model computes")
+
+    def _activation_module(self, activations: Sequence[Op]) -> Module | None:
+        """The module that is nothing but these activations, call by call; None for a function call."""
+        scope = activations[0].scope
+        module = self.graph.modules.get(scope)
+        if module is None or module.calls != len(activations) or not scope:
+            return None
+        if module.whole != [[activation.id] for activation in activations] or module.role or module.children:
+            return None
+        return module
+
+
+def _in_order(children: Sequence[str], first: str, second: str) -> bool:
+    """Whether a Sequential runs `first` before `second`; what stands between keeps the channels."""
+    return first in children and second in list(children)[list(children).index(first) + 1 :]
