@@ -46,7 +46,7 @@ def insert_observed(
             return plan, modified, None
         broken, check = _broken_sites(plan, observation, modified, options)
         if not broken:
-            return dataclasses.replace(plan, notes=tuple(notes)), modified, check
+            return dataclasses.replace(plan, notes=(*plan.notes, *notes)), modified, check
         notes += [f"{s.conv}: form {s.form} changed the model; the next form was tried" for s in broken]
         options = _without(options, broken)
 

@@ -20,7 +20,8 @@ _POOLING = frozenset({"max_pool", "avg_pool", "adaptive_avg_pool"})
 class Draft:
     """A site before the names are settled: `slot` gets a new child behind `after_child` (`sequential`).
 
-    `direct` says that the newcomer reads exactly what the layer put out, in train mode too.
+    `direct` says that the newcomer reads exactly what the layer put out, in train mode too; `lone`, that it
+    sees one value per channel of each sample.
     """
 
     conv: str
@@ -33,6 +34,7 @@ class Draft:
     after_child: str = ""
     calls: int = 1
     direct: bool = True
+    lone: bool = False
 
 
 def passes(op: Op, *, pooling: bool) -> bool:

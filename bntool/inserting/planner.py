@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 
 from bntool.graph import Graph, Module, Op, Value
 from bntool.inserting.biases import own_bias, redundant_biases, untouched
@@ -77,8 +78,18 @@ class _Planner:
             signature=self.graph.signature(),
             options=self.options.to_dict(),
             key_map={old: rename(old) for old in handles if rename(old) != old},
+            notes=tuple(self._warnings(drafts)),
             dropped=tuple(self._dropped(drafts, sites, rename)) if self.options.drop_bias else (),
         )
+
+    def _warnings(self, drafts: Sequence[Draft]) -> Iterator[str]:
+        lone = [draft.conv for draft in drafts if draft.lone]
+        if lone:
+            named = ", ".join(lone[:3]) + (f" and {len(lone) - 3} more" if len(lone) > 3 else "")
+            yield (
+                f"one value per channel of each sample behind {named} (1x1 maps, or a linear layer): "
+                "a training batch needs two samples or more"
+            )
 
     def _verdicts(self) -> tuple[list[Draft], list[Skip]]:
         drafts, skips = [], []
@@ -151,9 +162,18 @@ class _Planner:
             for op, (_, between) in zip(ops, found, strict=True)
         )
         return Draft(
-            name, activations[0].scope, activations[0].kind, value.shape[1], dims, form, slot, child,
-            calls=len(ops), direct=behind_layer or straight,
-        )  # fmt: skip
+            name,
+            activations[0].scope,
+            activations[0].kind,
+            value.shape[1],
+            dims,
+            form,
+            slot,
+            child,
+            calls=len(ops),
+            direct=behind_layer or straight,
+            lone=any(math.prod(shape[2:]) == 1 for shape in shapes),
+        )
 
     def _require_per_call(self, ops: Sequence[Op], module: Module) -> None:
         count = max(len(ops), module.calls)

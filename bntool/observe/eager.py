@@ -217,6 +217,8 @@ class _Recorder:
         finally:
             before.remove()
             after.remove()
+            # torch's handle forgets this registry; what stays there makes torch.compile warn for ever after
+            nn.modules.module._global_forward_hooks_with_kwargs.pop(after.id, None)
 
     def enter(self, module: nn.Module, args: Any) -> None:
         name = self.names.get(id(module))
