@@ -119,10 +119,13 @@ def _inserted(api: Any, model: Any, observation: Any) -> dict[str, Any]:
     import torch
 
     from bntool.inserting import InsertOptions
+    from tools.fx_pairs import disagreements
 
     result = api.insert_with(model, observation, InsertOptions(activations=("any",)))
+    wrong = disagreements(model, result.plan)
+    second: dict[str, Any] = {"fx": "cannot trace" if wrong is None else wrong or "agrees"}
     if not result.modified:
-        return {"sites": 0}
+        return {"sites": 0, **second}
     back = api.fold(result.model, observation.inputs, check="none", merge=False)
     old = {result.plan.key_map.get(k, k): t for k, t in model.state_dict().items()}
     new = back.model.state_dict()
@@ -139,6 +142,7 @@ def _inserted(api: Any, model: Any, observation: Any) -> dict[str, Any]:
         "forms": dict(collections.Counter(site.form for site in result.plan.insert_sites)),
         "insert_exact": all(check.passed for check in result.checks),
         "round_trip": worst,
+        **second,
     }
 
 
@@ -221,6 +225,13 @@ def write_page(results: dict[str, dict[str, Any]]) -> None:
             f"- insertion (any activation): {count:,} sites in {len(sites)} models, "
             f"{'all equal to the last bit' if not unequal else 'not equal: ' + ', '.join(unequal)}; "
             f"folded back, the weights differ by at most {max(row['round_trip'] for row in sites):.1e}"
+        )
+    traced = [row for row in good if row.get("fx", "cannot trace") != "cannot trace"]
+    if traced:
+        differ = [row["model"] for row in traced if row["fx"] != "agrees"]
+        lines.append(
+            f"- pairs of convolution and activation against torch.fx, where it traces: {len(traced)} models, "
+            f"{'all agree' if not differ else 'different: ' + ', '.join(differ)}"
         )
     rest = [row for row in rows if row["status"] != "ok"]
     lines += [

@@ -1,0 +1,98 @@
+"""Pairs of convolution and activation as torch.fx sees them: a second tracer beside the planner."""
+
+from __future__ import annotations
+
+import warnings
+
+from torch import fx, nn
+
+from bntool.plan import Plan
+from bntool.reasons import Reason
+
+_MODULES = {
+    "silu": "SiLU Swish SwishMe",
+    "gelu": "GELU GELUTanh QuickGELU",
+    "relu": "ReLU",
+    "relu6": "ReLU6",
+    "hardswish": "Hardswish HardSwish HardSwishMe HardSwishJit",
+    "hardsigmoid": "Hardsigmoid HardSigmoid",
+    "sigmoid": "Sigmoid",
+    "tanh": "Tanh",
+    "leaky_relu": "LeakyReLU",
+    "elu": "ELU",
+    "selu": "SELU",
+    "celu": "CELU",
+    "mish": "Mish",
+    "prelu": "PReLU",
+    "softplus": "Softplus",
+}
+_KIND_OF = {name: kind for kind, names in _MODULES.items() for name in names.split()}
+_THROUGH = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
+_STRUCTURAL = frozenset(
+    {
+        Reason.NO_ACTIVATION,
+        Reason.OTHER_ACTIVATION,
+        Reason.OUTPUT_USED_ELSEWHERE,
+        Reason.CALLED_MORE_THAN_ONCE,
+        Reason.ALREADY_NORMALISED,
+        Reason.NOT_OBSERVED,
+    }
+)
+"""Skips that say there is no such pair; all others say that the pair must be left alone."""
+
+
+class _Leaves(fx.Tracer):
+    """Every module without children is one node."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return not any(True for _ in m.children()) or super().is_leaf_module(m, module_qualified_name)
+
+
+def pairs(model: nn.Module) -> dict[str, str] | None:
+    """Convolutions that one activation alone follows, with its kind; None where fx fails."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            graph = _Leaves().trace(model)
+    except Exception:  # noqa: BLE001 - tracing runs the model's own code, which fails in its own ways
+        return None
+    modules = dict(model.named_modules())
+    calls: dict[str, list[fx.Node]] = {}
+    for node in graph.nodes:
+        if node.op == "call_module" and isinstance(modules[str(node.target)], nn.modules.conv._ConvNd):
+            calls.setdefault(str(node.target), []).append(node)
+    found = {name: _activation(nodes[0], modules) for name, nodes in calls.items() if len(nodes) == 1}
+    return {name: kind for name, kind in found.items() if kind}
+
+
+def _activation(node: fx.Node, modules: dict[str, nn.Module]) -> str:
+    while len(node.users) == 1:
+        (user,) = node.users
+        if user.op == "call_module":
+            module = modules[str(user.target)]
+            if isinstance(module, _THROUGH):
+                node = user
+                continue
+            return _KIND_OF.get(type(module).__name__, "")
+        return _called(user) if user.op in ("call_function", "call_method") else ""
+    return ""
+
+
+def _called(node: fx.Node) -> str:
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    bare = str(name).rstrip("_")
+    return bare if bare in _MODULES else ""
+
+
+def disagreements(model: nn.Module, plan: Plan) -> list[str] | None:
+    """Where the plan (any activation) and torch.fx see different pairs; None where fx cannot trace."""
+    seen = pairs(model)
+    if seen is None:
+        return None
+    sites = {site.conv: site.activation_kind for site in plan.insert_sites}
+    denied = {skip.name for skip in plan.skips if skip.reason in _STRUCTURAL}
+    wrong = [f"{name}: fx sees {kind}, the plan none" for name, kind in seen.items() if name in denied]
+    for name, kind in sites.items():
+        if kind in _MODULES and seen.get(name) != kind:
+            wrong.append(f"{name}: the plan sees {kind}, fx {seen.get(name) or 'none'}")
+    return wrong
