@@ -25,7 +25,8 @@ class InsertSite:
 
     `form` says how the module tree takes it in: `identity` (an `nn.Identity` slot), `sequential`
     (a sibling in an `nn.Sequential`), `wrap` (activation -> Sequential(bn, activation)), `subclass` (a
-    convolution that holds its BatchNorm as a child), or `pair` (convolution -> Sequential(convolution, bn)).
+    convolution that holds its BatchNorm as a child), `pair` (convolution -> Sequential(convolution, bn)), or
+    `node` (a node of a graph that has no module tree).
     A layer that runs several times has a BatchNorm for each of its `calls`, the children of `bn`.
     """
 
@@ -33,7 +34,7 @@ class InsertSite:
     activation: str
     bn: str
     channels: int
-    form: Literal["identity", "sequential", "wrap", "subclass", "pair"]
+    form: Literal["identity", "sequential", "wrap", "subclass", "pair", "node"]
     dims: int
     activation_kind: str = ""
     slot: str = ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -28,6 +29,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if not torch.cuda.is_available():
         for item in needing_gpu:
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+@pytest.fixture(scope="session")
+def mnist_root() -> Path:
+    """The folder of MNIST/raw: $BNTOOL_DATA, else `data` in the project, else `shared/data` beside it."""
+    project = Path(__file__).resolve().parents[1]
+    given = os.environ.get("BNTOOL_DATA")
+    places = [Path(given)] if given else [project / "data", project.parent / "shared" / "data"]
+    for place in places:
+        if (place / "MNIST" / "raw" / "train-images-idx3-ubyte").is_file():
+            return place
+    pytest.skip("MNIST is not here: set BNTOOL_DATA to the folder that holds MNIST/raw")
 
 
 @pytest.fixture

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import importlib
 from itertools import pairwise
 from pathlib import Path
 
+import pytest
 import torch
 from torch import nn
 
@@ -18,6 +20,23 @@ def test_the_network_has_the_agreed_size_and_output() -> None:
     assert output.shape == (3, 10)
     # Ten float32 exponentials are added: a few roundings of 2**-24 each.
     assert torch.allclose(output.exp().sum(1), torch.ones(3), rtol=0, atol=16 * 2**-24)
+
+
+@pytest.mark.timeout(300)
+def test_a_trained_network_keeps_its_accuracy_to_the_last_image(
+    mnist_root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(MODEL.parent))
+    insert_then_train = importlib.import_module("insert_then_train")
+    held_out = insert_then_train.mnist_tensors(mnist_root, train=False)
+    images, _ = insert_then_train.mnist_tensors(mnist_root, train=True)
+    figures = {
+        name: round(insert_then_train.accuracy(model, *held_out) * 10_000)
+        for name, model in insert_then_train.versions(images).items()
+    }
+    assert len(figures) == 3
+    assert set(figures.values()) == {figures["as it is"]}
+    assert figures["as it is"] > 9800
 
 
 def test_seven_convolutions_are_followed_by_a_relu_and_the_last_is_not() -> None:

@@ -10,13 +10,14 @@ from bntool.inserting.biases import redundant_biases
 from bntool.inserting.names import sequential_names
 from bntool.inserting.options import InsertOptions
 from bntool.inserting.places import activation_behind, layer_before
-from bntool.inserting.planner import plan_insert
+from bntool.inserting.planner import plan_insert, plan_insert_nodes
 
 __all__ = [
     "InsertOptions",
     "activation_behind",
     "layer_before",
     "plan_insert",
+    "plan_insert_nodes",
     "redundant_biases",
     "sequential_names",
 ]

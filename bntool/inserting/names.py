@@ -47,6 +47,8 @@ def name_newcomers(graph: Graph, drafts: Sequence[Draft], options: InsertOptions
             return _join(rename(draft.slot), "1" if options.position == "after" else "0")
         if draft.form == "identity":
             return rename(draft.slot)
+        if draft.form == "node":
+            return f"{draft.conv}_bn"
         return _join(rename(draft.conv), "1" if draft.form == "pair" else "bn")
 
     return [newcomer(draft) for draft in drafts], rename

@@ -8,7 +8,7 @@ from typing import Literal
 from bntool.graph import Graph, Op, Value
 from bntool.observe.aten import ACTIVATIONS
 
-Form = Literal["identity", "sequential", "wrap", "subclass", "pair"]
+Form = Literal["identity", "sequential", "wrap", "subclass", "pair", "node"]
 
 _THROUGH = frozenset({"identity", "dropout"})
 """Ops that keep every number, in eval mode at least."""

@@ -6,6 +6,7 @@ import dataclasses
 import math
 from collections.abc import Iterator, Sequence
 
+from bntool.errors import UsageError
 from bntool.graph import Graph, Module, Op, Value
 from bntool.inserting.biases import own_bias, redundant_biases, untouched
 from bntool.inserting.names import Rename, name_newcomers
@@ -31,9 +32,21 @@ _STOCK = frozenset(
 
 
 def plan_insert(graph: Graph, options: InsertOptions) -> Plan:
-    """Give every convolution (and linear layer, on request) a verdict: a site or a skip."""
+    """Give every convolution (and linear layer, on request) of a module tree a verdict: a site or a skip."""
     options.validate()
     return _Planner(graph, options).plan()
+
+
+def plan_insert_nodes(graph: Graph, options: InsertOptions) -> Plan:
+    """The same for a graph without a module tree, such as an ONNX model: every newcomer is a node.
+
+    Raises `UsageError` for options that only a module tree can carry out.
+    """
+    options.validate()
+    for name in ("keep_keys", "portable", "sync", "drop_bias"):
+        if getattr(options, name):
+            raise UsageError(f"{name.replace('_', '-')} is for modules; a graph has none")
+    return _Planner(graph, options, tree=False).plan()
 
 
 class _Refuse(Exception):
@@ -42,9 +55,10 @@ class _Refuse(Exception):
 
 
 class _Planner:
-    def __init__(self, graph: Graph, options: InsertOptions) -> None:
+    def __init__(self, graph: Graph, options: InsertOptions, *, tree: bool = True) -> None:
         self.graph = graph
         self.options = options
+        self.tree = tree
         self.by_layer: dict[str, list[Op]] = {}
         for op in graph.of_kind("conv", "linear"):
             if not graph.input(op).constant:
@@ -230,6 +244,8 @@ class _Planner:
         self, name: str, layer: Module, activations: Sequence[Op], value: Value
     ) -> tuple[Form, str, str]:
         """The first form that fits and is not banned: (form, slot, child it comes after)."""
+        if not self.tree:
+            return "node", name, ""
         banned = self.options.banned.get(name, frozenset())
         act = self._activation_module(activations)
         after = self.options.position == "after"

@@ -29,8 +29,12 @@ class Call:
     add: ir.Node | None = None
 
     @property
+    def last(self) -> ir.Node:
+        return self.add or self.node
+
+    @property
     def output(self) -> ir.Value:
-        return (self.add or self.node).outputs[0]
+        return self.last.outputs[0]
 
     @property
     def weight(self) -> ir.Value:

@@ -83,6 +83,17 @@ class Wiring:
         product = node.outputs[0]
         self._insert_behind(node, "Add", [product, bias], product)
 
+    def batch_norm_behind(self, node: ir.Node, name: str, tensors: Sequence[Tensor], eps: float) -> None:
+        """A BatchNormalization (γ, β, μ, σ², each (C,)) reads what `node` gives; it takes over the name."""
+        stored = [
+            self.new_initializer(f"{name}.{role}", tensor)
+            for role, tensor in zip(("weight", "bias", "running_mean", "running_var"), tensors, strict=True)
+        ]
+        output = node.outputs[0]
+        made = self._insert_behind(node, "BatchNormalization", [output, *stored], output)
+        made.name = self._free(name)
+        made.attributes.add(ir.AttrFloat32("epsilon", eps))
+
     def rewrite_as_mul_add(self, nodes: Sequence[ir.Node], data: int, scale: Tensor, shift: Tensor) -> None:
         """Elementwise nodes in a row become one Mul and one Add."""
         source, output = nodes[0].inputs[data], nodes[-1].outputs[0]
