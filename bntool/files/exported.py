@@ -33,7 +33,6 @@ from bntool.files.vetting import complaints
 _MODEL = "models/model.json"
 _OLD_PROGRAM = "serialized_exported_program.json"
 _OLD_PICKLES = ("serialized_state_dict.pt", "serialized_constants.pt", "serialized_example_inputs.pt")
-_LOGGERS = ("torch.export", "torch._export", "torch.fx")
 _loading = threading.Lock()
 
 
@@ -136,7 +135,9 @@ def _quiet() -> Iterator[list[BaseException]]:
     """Nothing of torch's log or warnings reaches the terminal; yields the errors that it logs."""
     errors: list[BaseException] = []
     handler = _Keep(errors)
-    loggers = [logging.getLogger(name) for name in _LOGGERS]
+    # torch gives handlers of their own to dozens of its loggers; the others pass on to these.
+    known = [logging.getLogger(n) for n in list(logging.root.manager.loggerDict) if n.startswith("torch.")]
+    loggers = [logging.getLogger("torch"), *(logger for logger in known if logger.handlers)]
     propagated = [logger.propagate for logger in loggers]
     handlers = [list(logger.handlers) for logger in loggers]
     with warnings.catch_warnings():

@@ -58,7 +58,7 @@ class Loaded:
         if isinstance(self.model, nn.Module):
             return self.model
         raise UsageError(
-            f"{self.reference} is an exported program (.pt2), and bntool does not do this to a program yet",
+            f"{self.reference} is an exported program (.pt2); bntool does not do this to one yet",
             next_step="bntool fold (with --export onnx), summary and verify take it; for the rest torch.save "
             "the nn.Module that it was exported from",
         )
@@ -82,9 +82,9 @@ def load(
 ) -> Loaded:
     """Load a model from a file or a reference, on the CPU, in the mode it was saved in.
 
-    `ref`: a file of `torch.save`, `torch.export.save` or safetensors, `torchvision:NAME`, `timm:NAME`, `pkg.mod:factory` or
-    `path/file.py:Class`. `arch` is such a reference for a file that holds only weights, `weights` a file
-    for a reference, `key` the entry of a checkpoint that holds them. `allow` names classes of whole
+    `ref`: a file of `torch.save`, `torch.export.save` or safetensors, `torchvision:NAME`, `timm:NAME`,
+    `pkg.mod:factory` or `path/file.py:Class`. `arch` is such a reference for a file that holds only weights,
+    `weights` a file for a reference, `key` the entry of a checkpoint that holds them. `allow` names classes of whole
     pickled models; no code of a file is run without `trust_pickle`. `prepare` is applied to the model of
     `arch` before its weights go in.
 
