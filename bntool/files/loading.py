@@ -84,9 +84,9 @@ def load(
 
     `ref`: a file of `torch.save`, `torch.export.save` or safetensors, `torchvision:NAME`, `timm:NAME`,
     `pkg.mod:factory` or `path/file.py:Class`. `arch` is such a reference for a file that holds only weights,
-    `weights` a file for a reference, `key` the entry of a checkpoint that holds them. `allow` names classes of whole
-    pickled models; no code of a file is run without `trust_pickle`. `prepare` is applied to the model of
-    `arch` before its weights go in.
+    `weights` a file for a reference, `key` the entry of a checkpoint that holds them. `allow` names classes
+    of whole pickled models; no code of a file is run without `trust_pickle`. `prepare` is applied to the
+    model of `arch` before its weights go in.
 
     Raises `LoadError` for what cannot be loaded, `UsageError` for options that do not fit together.
     """

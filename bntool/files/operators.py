@@ -28,7 +28,7 @@ _SCALARS = frozenset(
     + [f"math.{n}" for n in "trunc ceil floor sqrt".split()]
 )  # fmt: skip
 # aten.from_file makes a file, aten.save writes one.
-_FILE_ARGUMENTS = frozenset({"filename", "path"})
+_FILE_ARGUMENT = "filename"
 
 
 class UnknownOperator(ValueError):
@@ -61,5 +61,5 @@ def check_operator(target: object) -> None:
     found = getattr(getattr(getattr(torch.ops, namespace), name, None), overload, None)
     if not isinstance(found, torch._ops.OpOverload):
         raise UnknownOperator(f"{namespace}.{name}.{overload}")
-    if any(argument.name in _FILE_ARGUMENTS for argument in found._schema.arguments):
+    if any(argument.name == _FILE_ARGUMENT for argument in found._schema.arguments):
         raise Unsafe(f"calls {namespace}.{name}, which reads or writes files")

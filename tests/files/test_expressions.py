@@ -27,8 +27,10 @@ GUARDS = [
 NO_SIZES = [
     "", "exec('1')", "__import__('os')", "s0.__class__", "(1).real", "[s0 for s0 in 1]", "lambda: 1", "s0[0]",
     "Symbol('a b')", "Symbol('__x__')(1)", "Symbol('s0', commutative=exec('1'))", "Function('f')(s0)",
-    "eval", "E", "'a'", "s0 if s1 else s2", "9**9**9**9", "(s0**2)**(3**4)", "2**1000000", "2**(64*64*64)",
-    "LShift(Integer(1), Integer(100000))", "1" * 30, "s0 # s1", "f'{s0}'", "s0; s1", "Max(*s0)", "s0\n+1",
+    "eval", "E", "'a'", "s0 if s1 else s2", "9**9**9**9", "(s0**2)**(3**4)", "2**1000000",
+    "2**(64*64*64)",
+    "LShift(Integer(1), Integer(100000))", "1" * 30, "s0 # s1", "f'{s0}'", "s0; s1", "Max(*s0)",
+    "s0\n+1",
     "s0 @ s1", "(s0 := 1)", "Integer('1')", "Float('exec', precision=53)", "Pow(1, 2, evaluate=exec)", "0j",
     "(" * 300 + "s0" + ")" * 300, "-" * 9000 + "1",
 ]  # fmt: skip
