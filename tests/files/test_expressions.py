@@ -36,7 +36,8 @@ NO_SIZES = [
 ]  # fmt: skip
 NO_GUARDS = [
     "True or exec('1')", "open('x', 'w')", "torch.os.system('x')", "L['x'].__class__", "L.x", "math.os",
-    "L['''a'b''']", 'L["a"]', "L['x'].size(exec)", "L['x'].tofile()", "math.floor(*L)", "L['x'].size().size()",
+    "L['''a'b''']", 'L["a"]', "L['x'].size(exec)", "L['x'].tofile()", "math.floor(*L)",
+    "L['x'].size().size()",
     "x", "L[L]", "L['x'][0:1]", "L['a' + 'b']",
 ]  # fmt: skip
 
