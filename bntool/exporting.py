@@ -83,13 +83,60 @@ def export_onnx(
     subject = _eval_copy(model)
     with silent():
         program, batch_symbol, capture_notes = capture(subject, inputs, dynamic_batch)
+    names = _tensor_names(subject)
+    return _exported(
+        program,
+        inputs,
+        target,
+        opset=opset or least_opset(subject),
+        names=names,
+        batch_symbol=batch_symbol,
+        notes=notes + capture_notes,
+        metadata=metadata,
+    )
+
+
+def export_program(
+    program: torch.export.ExportedProgram,
+    example_inputs: Any,
+    path: str | Path,
+    *,
+    opset: int | None = None,
+    metadata: Mapping[str, str] | None = None,
+) -> ExportResult:
+    """Write an exported program as an ONNX file, its axes dynamic where the program's are.
+
+    Otherwise as `export_onnx`.
+    """
+    return _exported(
+        program,
+        Inputs.of(example_inputs),
+        Path(path),
+        opset=opset,
+        names={name: name for name in (*program.state_dict, *program.constants)},
+        batch_symbol="",
+        notes=[],
+        metadata=metadata,
+    )
+
+
+def _exported(
+    program: torch.export.ExportedProgram,
+    inputs: Inputs,
+    target: Path,
+    *,
+    opset: int | None,
+    names: Mapping[str, str],
+    batch_symbol: str,
+    notes: list[str],
+    metadata: Mapping[str, str] | None,
+) -> ExportResult:
+    with silent():
         refuse_batch_statistics(program)
-        converted = convert(program, opset or least_opset(subject))
+        converted = convert(program, opset)
         onnx_model = converted.model
         _require_every_batch_norm(onnx_model, converted.exported_program)
-        names = _tensor_names(subject)
         clean(onnx_model, names)
-    notes += capture_notes
     rename_initializers(onnx_model, {n: first for n, first in names.items() if n != first})
     if batch_symbol:
         name_batch_axis(onnx_model, batch_symbol)

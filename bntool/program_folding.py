@@ -112,11 +112,11 @@ def _checked(
 ) -> list[Check]:
     nothing = dataclasses.replace(plan, sites=())
     checks = check_surgery(
-        _Runnable(apply_fold_program(observed, nothing)),
-        _Runnable(folded),
+        RunnableProgram(apply_fold_program(observed, nothing)),
+        RunnableProgram(folded),
         batches,
         stage="fold",
-        candidate64=_Runnable(apply_fold_program(observed, plan, wide=True)),
+        candidate64=RunnableProgram(apply_fold_program(observed, plan, wide=True)),
     )
     if not all(check.passed for check in checks):
         failed = next(check for check in checks if not check.passed)
@@ -129,7 +129,7 @@ def _checked(
     return checks
 
 
-class _Runnable(nn.Module):
+class RunnableProgram(nn.Module):
     """A program as a module that runs alike every time: on copies of its inputs, its buffers put back.
 
     It asserts nothing of types, so that it runs in float64 too.

@@ -39,6 +39,10 @@ def command(**options: Any) -> int:
     if is_onnx(options["model"]):
         return fold_onnx_file(voice, options)
     session = open_session(voice, options)
+    if session.program is not None:
+        from bntool.cli.program_file import fold_program_file
+
+        return fold_program_file(session, session.program, options)
     from bntool.cli import serving, writing
     from bntool.files.sidecar import output_name
     from bntool.report.checks import checks_text

@@ -15,6 +15,7 @@ from bntool.reasons import Reason
 
 if TYPE_CHECKING:
     from bntool.onnx_folding import OnnxFoldResult
+    from bntool.plan import Plan
     from bntool.verdicts import Check
 
 
@@ -44,7 +45,7 @@ def fold_onnx_file(voice: Voice, options: dict[str, Any]) -> int:
                 exclude=options["exclude"],
             )
         voice.say("\n".join(fold_lines(result.plan, None, not options["quiet"])))
-        _require(result, source, options["require_all"])
+        require_folded(result.plan, source, options["require_all"])
         checks = _checked(voice, source, result, options)
         if not options["dry_run"] and result.path is not None:
             move_onnx(result.path, result.data_path, target)
@@ -79,8 +80,9 @@ def _folder(target: Path, options: dict[str, Any]) -> Path | None:
     return None if options["dry_run"] else target.resolve().parent
 
 
-def _require(result: OnnxFoldResult, source: Path, require_all: bool) -> None:
-    skips = result.plan.skips
+def require_folded(plan: Plan, source: Path, require_all: bool) -> None:
+    """Raise what keeps a plan of a graph's own from being worth an output."""
+    skips = plan.skips
     bad = next((skip for skip in skips if skip.reason is Reason.BAD_STATISTICS), None)
     if bad is not None:
         raise StateError(
@@ -88,7 +90,7 @@ def _require(result: OnnxFoldResult, source: Path, require_all: bool) -> None:
             where=str(source),
             next_step=f"export the model again, or leave it out with --exclude {bad.name}",
         )
-    if not result.modified or (require_all and skips):
+    if not plan or (require_all and skips):
         what = f"{len(skips)} BatchNorm layers stay" if skips else "the file has no BatchNorm"
         first = f"bntool explain {skips[0].reason}" if skips else "there is nothing to do for this file"
         raise NothingToDo(what, where=str(source), next_step=first)

@@ -20,6 +20,7 @@ from bntool.errors import BntoolError, InvariantError
 
 if TYPE_CHECKING:
     from torch import nn
+    from torch.export import ExportedProgram
 
     from bntool.files.loading import Loaded
     from bntool.files.memory import Record
@@ -103,7 +104,14 @@ class Session:
 
     @property
     def model(self) -> nn.Module:
-        return self.loaded.model
+        return self.loaded.module
+
+    @property
+    def program(self) -> ExportedProgram | None:
+        """The exported program that a .pt2 file holds; None for every other model."""
+        from torch.export import ExportedProgram
+
+        return self.loaded.model if isinstance(self.loaded.model, ExportedProgram) else None
 
     @property
     def example(self) -> Inputs:
@@ -117,7 +125,7 @@ class Session:
         """The model's file as an absolute path, or its reference."""
         return str(self.loaded.path.resolve()) if self.loaded.path else self.loaded.reference
 
-    def load_other(self, name: str, options: dict[str, Any]) -> nn.Module:
+    def load_other(self, name: str, options: dict[str, Any]) -> nn.Module | ExportedProgram:
         """A second model that the user names; what was allowed for the first holds for it too."""
         from bntool.files.references import is_reference
 
@@ -131,7 +139,7 @@ class Session:
 
     def load_recorded(
         self, name: str, *, allow: tuple[str, ...] = (), trust_pickle: bool = False, **options: Any
-    ) -> nn.Module:
+    ) -> nn.Module | ExportedProgram:
         """A second model, with no more trust than was granted for that very file."""
         loaded, _ = load_granted(
             name, self.record, allow=allow, trust_pickle=trust_pickle, voice=self.voice, **options
@@ -188,7 +196,7 @@ def open_session(voice: Voice, options: dict[str, Any]) -> Session:
         voice.note(text)
     shapes = tuple(options.get("inputs") or ()) or (ours.input_shapes if ours else ())
     seed = int(options.get("seed") or 0)
-    inputs = parse_inputs(shapes, loaded.model, seed) if shapes else loaded.example_inputs
+    inputs = parse_inputs(shapes, loaded.module, seed) if shapes else loaded.example_inputs
     session = Session(voice, loaded, inputs, seed, record, plans)
     if ours is not None and ours.source:
         session.baseline = ours.source

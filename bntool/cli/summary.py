@@ -21,6 +21,10 @@ def command(**options: Any) -> int:
     """Show a model's layers, shapes and exact counts; after insert or fold, the difference too."""
     voice = Voice(options["as_json"], options["quiet"], options["verbose"])
     session = open_session(voice, options)
+    if session.program is not None:
+        from bntool.cli.program_file import summarize_program_file
+
+        return summarize_program_file(session, session.program, options)
     from bntool.inserting import redundant_biases
     from bntool.report.summary import summarize
 

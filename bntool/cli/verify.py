@@ -31,11 +31,15 @@ def command(candidate: str, **options: Any) -> int:
     is_onnx = _is_onnx(candidate)
     session = open_session(voice, options)
     from bntool.cli import serving
+    from bntool.cli.program_file import runnable, with_runnable_program
     from bntool.report.checks import checks_text
 
+    if session.program is not None:
+        session = with_runnable_program(session, session.program, options)
     serving.require_device(options["device"], torch_too=not is_onnx, onnx_too=is_onnx)
-    other = None if is_onnx else session.load_other(candidate, options)
-    session.observe()
+    other = None if is_onnx else runnable(session.load_other(candidate, options), options)
+    if session.loaded.kind != "program":
+        session.observe()
     reference = serving.reference_with(session, full=options["check"] == "full")
     with voice.progress("comparing") as step:
         checks = _compared(session, other or Path(candidate), reference, options, step)

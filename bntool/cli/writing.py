@@ -11,6 +11,7 @@ from bntool.files.sidecar import make_document, output_name, sidecar_path, write
 
 if TYPE_CHECKING:
     from torch import nn
+    from torch.export import ExportedProgram
 
     from bntool.cli.session import Session
     from bntool.plan import Plan
@@ -21,7 +22,7 @@ class Result(Protocol):
     """What a command made: a model, the counts before and after, the plan it followed, and its checks."""
 
     @property
-    def model(self) -> nn.Module: ...
+    def model(self) -> nn.Module | ExportedProgram: ...
     @property
     def parameters(self) -> dict[str, dict[str, int]]: ...
     @property

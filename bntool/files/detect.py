@@ -51,8 +51,11 @@ _DESCRIBED: dict[Kind, tuple[str, str]] = {
     Kind.TORCH_LEGACY: ("a PyTorch file of the format before 1.6", ""),
     Kind.TAR: ("a tar archive (PyTorch's format before 0.1.10, which cannot be read safely)", _RESAVE),
     Kind.TORCHSCRIPT: ("a TorchScript archive", "torch.save the nn.Module it was made from"),
-    Kind.PT2: ("an exported program (.pt2)", "torch.save the nn.Module it was exported from"),
-    Kind.PT2_AOTI: ("a compiled AOTInductor package", "torch.save the nn.Module it was compiled from"),
+    Kind.PT2: ("an exported program (.pt2)", "name it as the MODEL itself, without --arch or --weights"),
+    Kind.PT2_AOTI: (
+        "a compiled AOTInductor package: machine code, in which nothing can be folded",
+        "fold the program that it was compiled from (torch.export.save), and compile the result",
+    ),
     Kind.SAFETENSORS: ("a safetensors file", ""),
     Kind.ONNX: ("an ONNX model", "torch.save the nn.Module it was exported from"),
     Kind.EMPTY: ("an empty file", "download or save it again"),

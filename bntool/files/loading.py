@@ -10,17 +10,19 @@ from pathlib import Path
 from typing import Any, Literal
 
 from torch import nn
+from torch.export import ExportedProgram
 
 from bntool.errors import InvariantError, LoadError, UsageError
 from bntool.files.atomic import sha256_of
 from bntool.files.detect import FileKind, Kind, detect
+from bntool.files.exported import read_exported
 from bntool.files.pickled_calls import shown
 from bntool.files.pickles import read_pickled
 from bntool.files.references import build, is_reference, recorded_inputs
 from bntool.files.weights import Found, StateDict, fill, find_weights, with_prefix
 from bntool.inputs import Inputs
 
-LoadedKind = Literal["module", "state_dict", "checkpoint", "safetensors", "reference"]
+LoadedKind = Literal["module", "state_dict", "checkpoint", "safetensors", "program", "reference"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,12 +30,13 @@ class Loaded:
     """A model and where it came from.
 
     `kind` says what the input was and so what an output is saved as: a whole `module`, a bare
-    `state_dict`, a `checkpoint` with either inside, `safetensors`, or a `reference` to code.
+    `state_dict`, a `checkpoint` with either inside, `safetensors`, an exported `program` (then the model
+    is an `ExportedProgram`), or a `reference` to code.
     `source_hash` is the sha256 of the file that was read (MODEL, or `weights`), empty for none.
     `wrapped_in` is what the file held around the weights, to save the same way.
     """
 
-    model: nn.Module
+    model: nn.Module | ExportedProgram
     reference: str
     kind: LoadedKind
     path: Path | None = None
@@ -48,6 +51,17 @@ class Loaded:
     state_dict: StateDict | None = None
     wrapped_in: Found | None = None
     metadata: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+    @property
+    def module(self) -> nn.Module:
+        """The model where it is an `nn.Module`; `UsageError` for an exported program."""
+        if isinstance(self.model, nn.Module):
+            return self.model
+        raise UsageError(
+            f"{self.reference} is an exported program (.pt2); bntool does not do this to one yet",
+            next_step="bntool fold (with --export onnx), summary and verify take it; for the rest torch.save "
+            "the nn.Module that it was exported from",
+        )
 
     @property
     def files(self) -> tuple[Path, ...]:
@@ -68,11 +82,11 @@ def load(
 ) -> Loaded:
     """Load a model from a file or a reference, on the CPU, in the mode it was saved in.
 
-    `ref`: a file of `torch.save` or safetensors, `torchvision:NAME`, `timm:NAME`, `pkg.mod:factory` or
-    `path/file.py:Class`. `arch` is such a reference for a file that holds only weights, `weights` a file
-    for a reference, `key` the entry of a checkpoint that holds them. `allow` names classes of whole
-    pickled models; no code of a file is run without `trust_pickle`. `prepare` is applied to the model of
-    `arch` before its weights go in.
+    `ref`: a file of `torch.save`, `torch.export.save` or safetensors, `torchvision:NAME`, `timm:NAME`,
+    `pkg.mod:factory` or `path/file.py:Class`. `arch` is such a reference for a file that holds only weights,
+    `weights` a file for a reference, `key` the entry of a checkpoint that holds them. `allow` names classes
+    of whole pickled models; no code of a file is run without `trust_pickle`. `prepare` is applied to the
+    model of `arch` before its weights go in.
 
     Raises `LoadError` for what cannot be loaded, `UsageError` for options that do not fit together.
     """
@@ -110,6 +124,8 @@ def _from_file(
     options: _Reading,
     prepare: Callable[[nn.Module], nn.Module] | None,
 ) -> Loaded:
+    if path.is_file() and detect(path).kind is Kind.PT2:
+        return _program(path, ref, arch, options)
     found, kind, metadata = _read(path, options)
     common: dict[str, Any] = {
         "reference": ref,
@@ -157,6 +173,19 @@ def _from_file(
         example_inputs=recorded_inputs(model),
         state_dict=_weights_of(found),
         **{**common, "wrapped_in": found},
+    )
+
+
+def _program(path: Path, ref: str, arch: str | None, options: _Reading) -> Loaded:
+    return Loaded(
+        model=read_exported(path, trust_pickle=options.trust_pickle),
+        reference=ref,
+        kind="program",
+        path=path,
+        source_hash=sha256_of(path),
+        allow=options.allow,
+        trust_pickle=options.trust_pickle,
+        notes=(f"--arch {arch} was not needed: the file holds a whole program",) if arch else (),
     )
 
 
@@ -248,7 +277,7 @@ def _fill(model: nn.Module, found: Found, arch: str, path: Path) -> Found:
 
 
 def _not_loadable(path: Path, kind: FileKind) -> LoadError:
-    not_yet = kind.kind in (Kind.TORCHSCRIPT, Kind.PT2, Kind.PT2_AOTI, Kind.ONNX)
+    not_yet = kind.kind in (Kind.TORCHSCRIPT, Kind.ONNX)
     source = kind.kind is Kind.TEXT and path.suffix == ".py"
     return LoadError(
         f"{path.name} is {kind.description}" + ("; bntool does not load that kind yet" if not_yet else ""),

@@ -27,7 +27,7 @@ _ITEM_BYTES = {
 }  # fmt: skip
 _STORAGE = re.compile(r"torch\.(?:cuda\.|storage\.)?(\w+)Storage")
 # An expanded view may be larger than its storage; past this it can only be meant to exhaust memory.
-_MAX_EXPANSION_BYTES = 1 << 28
+MAX_EXPANSION_BYTES = 1 << 28
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,7 +91,7 @@ def _tensor(args: tuple[Any, ...]) -> str | None:
     if (last + 1) * item > storage.nbytes:
         return "makes a tensor that reaches past the end of its data"
     nbytes = math.prod(size) * item
-    if nbytes > max(storage.nbytes, _MAX_EXPANSION_BYTES):
+    if nbytes > max(storage.nbytes, MAX_EXPANSION_BYTES):
         return f"makes a tensor of {nbytes} bytes from {storage.nbytes} bytes of data"
     return None
 

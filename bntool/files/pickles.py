@@ -13,8 +13,6 @@ import io
 import pickle
 import threading
 import types
-import zipfile
-import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -23,6 +21,7 @@ import torch
 
 from bntool.errors import LoadError, UsageError
 from bntool.files.allowed import builtin_allowance, can_be_allowed, only_these, user_allowance
+from bntool.files.archives import Records, Source, Unsafe, check_archive
 from bntool.files.detect import FileKind, Kind
 from bntool.files.opcodes import DamagedPickle, DryRun
 from bntool.files.pickled_calls import (
@@ -57,7 +56,8 @@ def read_pickled(
     hostile, or needs classes that neither bntool nor `allow` knows.
     """
     if kind.kind is Kind.TORCH_ZIP:
-        _check_archive(path)
+        with _as_load_error(path):
+            check_archive(path)
     if trust_pickle:
         return _load_trusting(path, user_allowance(allow))
     runs = _dry_runs(path, kind)
@@ -71,51 +71,48 @@ def read_pickled(
     return loaded
 
 
+def check_plain_data(content: bytes) -> frozenset[str]:
+    """Every string in what `torch.save` wrote, when it holds tensors and plain data and nothing else.
+
+    Such bytes do the same in every unpickler, `weights_only` or not. Raises `Unsafe` for anything else.
+    """
+    if not content.startswith(b"PK\x03\x04"):
+        raise Unsafe("is no zip archive of torch.save")
+    check_archive(io.BytesIO(content))
+    # torch.load takes an archive with this member for TorchScript.
+    if "constants.pkl" in Records(io.BytesIO(content)).sizes:
+        raise Unsafe("is a TorchScript archive")
+    run = _dry_run_zip(io.BytesIO(content))
+    unknown, known = _unknown([run], {})
+    needed = sorted({*unknown, *known})
+    if needed:
+        raise Unsafe(f"refers to {_listed(needed)}, and only tensors and plain data are expected there")
+    called = sorted(run.called - _CALLS)
+    if run.problems or called:
+        raise Unsafe(run.problems[0] if run.problems else f"calls {shown(called[0])}")
+    return frozenset(run.strings)
+
+
 def unknown_globals(path: Path, kind: FileKind) -> tuple[str, ...]:
     """The names a file of `torch.save` refers to that bntool does not know by itself, sorted."""
     return tuple(sorted(_unknown(_dry_runs(path, kind), {})[0]))
 
 
-def _check_archive(path: Path) -> None:
-    """Refuse what torch's reader would let pass: doubled or packed members, and flipped bits."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            members = archive.infolist()
-            if len({m.filename.casefold() for m in members}) != len(members):
-                raise _refused(path, "holds two members of the same name")
-            for member in members:
-                if member.compress_type != zipfile.ZIP_STORED or member.flag_bits & 1:
-                    raise _refused(path, "holds packed or encrypted members, which torch.save never writes")
-            bad = archive.testzip()
-    except (zipfile.BadZipFile, OSError, EOFError, ValueError, NotImplementedError, zlib.error) as error:
-        raise _damaged(path, error) from error
-    if bad is not None:
-        raise _damaged(path, f"the checksum of {shown(bad)} does not match")
-
-
 def _dry_runs(path: Path, kind: FileKind) -> list[DryRun]:
-    try:
-        return _dry_run_zip(path) if kind.kind is Kind.TORCH_ZIP else _dry_run_legacy(path)
-    except (DamagedPickle, RuntimeError, OSError, KeyError, zipfile.BadZipFile) as error:
-        raise _damaged(path, error) from error
+    with _as_load_error(path):
+        return [_dry_run_zip(path)] if kind.kind is Kind.TORCH_ZIP else _dry_run_legacy(path)
 
 
-def _dry_run_zip(path: Path) -> list[DryRun]:
-    # The very bytes torch will unpickle, whatever another zip reader makes of the archive.
-    reader = torch._C.PyTorchFileReader(str(path))
-    structure = reader.get_record("data.pkl")
-    with zipfile.ZipFile(path) as archive:
-        root = archive.namelist()[0].split("/")[0]
-        sizes = {m.filename: m.file_size for m in archive.infolist()}
-        if archive.read(f"{root}/data.pkl") != structure:
-            raise _refused(path, "reads differently to different readers")
+def _dry_run_zip(source: Source) -> DryRun:
+    records = Records(source)
+    structure = records.read("data.pkl")
     if len(structure) > _MAX_STRUCTURE_BYTES:
-        raise _refused(path, "has a structure too large for a model")
+        raise Unsafe("has a structure too large for a model")
     run = DryRun().run(io.BytesIO(structure))
     for key, storage in run.storages.items():
-        if sizes.get(f"{root}/data/{key}", -1) < storage.nbytes:
+        if records.sizes.get(f"data/{key}", -1) < storage.nbytes:
             raise DamagedPickle(f"the data of tensor {shown(key)} is missing or cut short")
-    return [run]
+    return run
 
 
 def _dry_run_legacy(path: Path) -> list[DryRun]:
@@ -182,6 +179,8 @@ def _as_load_error(path: Path) -> Iterator[None]:
         yield
     except (LoadError, UsageError):
         raise
+    except Unsafe as error:
+        raise _refused(path, str(error)) from error
     except Exception as error:
         raise _damaged(path, error) from error
 

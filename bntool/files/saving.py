@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import pickle
 import types
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.export import ExportedProgram
 
 from bntool.errors import UsageError
 from bntool.files.allowed import allow_entries_for
@@ -20,7 +22,9 @@ from bntool.files.pickles import unknown_globals
 from bntool.files.weights import StateDict, with_prefix
 
 
-def save_model(loaded: Loaded, model: nn.Module, output: str | Path, *, force: bool = False) -> str:
+def save_model(
+    loaded: Loaded, model: nn.Module | ExportedProgram, output: str | Path, *, force: bool = False
+) -> str:
     """Write `model` to `output` as the kind of file that `loaded` came from; return its sha256.
 
     The same model gives the same bytes. The optimizer state of a checkpoint is copied as it was. Raises
@@ -28,7 +32,12 @@ def save_model(loaded: Loaded, model: nn.Module, output: str | Path, *, force: b
     """
     output = Path(output)
     require_fitting_name(loaded, output)
-    if loaded.kind == "safetensors":
+    if isinstance(model, ExportedProgram):
+        content = _program_bytes(model)
+
+        def write(temporary: Path) -> None:
+            temporary.write_bytes(content)
+    elif loaded.kind == "safetensors":
         prefix = loaded.wrapped_in.prefix if loaded.wrapped_in else ""
         tensors = _distinct(with_prefix(_weights(model), prefix))
 
@@ -46,12 +55,13 @@ def save_model(loaded: Loaded, model: nn.Module, output: str | Path, *, force: b
 
 def require_fitting_name(loaded: Loaded, output: Path) -> None:
     """Raise `UsageError` for an output whose ending promises another kind of file than will be written."""
-    safetensors = loaded.kind == "safetensors"
-    others = (".onnx", ".pt2", *((".pt", ".pth") if safetensors else (".safetensors",)))
-    if output.suffix in others:
+    endings: tuple[str, ...] = (".pt", ".pth")
+    if loaded.kind in ("safetensors", "program"):
+        endings = (".safetensors",) if loaded.kind == "safetensors" else (".pt2",)
+    if output.suffix in {".onnx", ".pt2", ".pt", ".pth", ".safetensors"} - set(endings):
         raise UsageError(
             f"{output.name}: the output is saved as the same kind as the input ({loaded.kind})",
-            next_step=f"name it {output.stem}{'.safetensors' if safetensors else '.pt'}",
+            next_step=f"name it {output.stem}{endings[0]}",
         )
 
 
@@ -106,6 +116,13 @@ def _distinct(state: StateDict) -> StateDict:
         alone = tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes
         kept[name] = tensor if alone else tensor.clone(memory_format=torch.contiguous_format)
     return kept
+
+
+def _program_bytes(program: ExportedProgram) -> bytes:
+    # In memory: torch's writer aborts the whole process when a disk is full.
+    content = io.BytesIO()
+    torch.export.save(program, content)
+    return content.getvalue()
 
 
 def _write_safetensors(tensors: StateDict, metadata: dict[str, str], path: Path) -> None:

@@ -1,0 +1,182 @@
+"""The commands on a .pt2 file: the same engine, on the program's own graph."""
+
+from __future__ import annotations
+
+import dataclasses
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bntool import __version__
+from bntool.cli.session import Session
+from bntool.errors import CheckFailed, DeviceError, UsageError
+
+if TYPE_CHECKING:
+    from torch import nn
+    from torch.export import ExportedProgram
+
+    from bntool.exporting import ExportResult
+    from bntool.plan import Plan
+    from bntool.verdicts import Check
+
+
+@dataclasses.dataclass(frozen=True)
+class _Folded:
+    model: ExportedProgram
+    plan: Plan
+    parameters: dict[str, dict[str, int]]
+    checks: tuple[Check, ...]
+
+
+def fold_program_file(session: Session, program: ExportedProgram, options: dict[str, Any]) -> int:
+    """Fold a program, run it beside the original, and only then write it; with `--export onnx` both files."""
+    from bntool.cli import serving, writing
+    from bntool.cli.onnx_file import require_folded
+    from bntool.files.sidecar import output_name
+    from bntool.onnx_files import move_onnx
+    from bntool.program_folding import RunnableProgram, fold_program
+    from bntool.report.checks import checks_text
+    from bntool.report.counting import parameter_delta
+    from bntool.results import delta_lines, fold_lines
+
+    voice = session.voice
+    _require_cpu(options)
+    path = onnx = export = None
+    if not options["dry_run"]:
+        path = writing.chosen_output(session, "fold", options["output"], options["force"])
+        if options["export_to"]:
+            onnx = serving.chosen_onnx(output_name(path, "export"), session, options["force"])
+    with voice.progress(f"folding {session.loaded.reference}"):
+        result = fold_program(
+            program,
+            include=options["include"] or ("*",),
+            exclude=options["exclude"],
+            check=options["check"],
+        )
+    voice.say("\n".join(fold_lines(result.plan, None, not options["quiet"])))
+    require_folded(result.plan, Path(session.loaded.reference), options["require_all"])
+    if options["check"] == "none":
+        voice.note("not verified (--check none)")
+    parameters = parameter_delta(RunnableProgram(program), RunnableProgram(result.program))
+    folded = _Folded(result.program, result.plan, parameters, result.checks)
+    if path is not None:
+        with tempfile.TemporaryDirectory(dir=path.resolve().parent, prefix=".fold.") as folder:
+            if onnx is not None:
+                export, checks = _exported(session, folded, Path(folder) / onnx.name, options)
+                folded = dataclasses.replace(folded, checks=(*folded.checks, *checks))
+            writing.write_model(session, "fold", folded, path, options["force"])
+            if export is not None and onnx is not None:
+                move_onnx(export.path, export.data_path, onnx)
+                data = onnx.with_name(export.data_path.name) if export.data_path else None
+                export = dataclasses.replace(export, path=onnx, data_path=data)
+    voice.say()
+    voice.say("\n".join(delta_lines(parameters)))
+    voice.say()
+    voice.say(checks_text(folded.checks))
+    if path is not None:
+        voice.say(f"wrote       {path}")
+    if export is not None:
+        voice.say(f"wrote       {serving.export_text(export)}")
+    plan = result.plan.to_dict()
+    voice.emit(
+        {
+            "status": "ok",
+            "output": str(path) if path else None,
+            "onnx": str(onnx) if onnx else None,
+            "export": export.to_dict() if export else None,
+            "sites": [{k: v for k, v in site.items() if k != "edits"} for site in plan["sites"]],
+            "skips": plan["skips"],
+            "bn_total": len(plan["sites"]) + len(plan["skips"]),
+            "bn_folded": len(plan["sites"]),
+            "parameters": parameters,
+            "checks": [check.to_dict() for check in folded.checks],
+            "dry_run": options["dry_run"],
+        }
+    )
+    return 0
+
+
+def summarize_program_file(session: Session, program: ExportedProgram, options: dict[str, Any]) -> int:
+    """Every parameter and buffer by qualified name, and how many BatchNorms there are."""
+    from bntool.report.program_summary import summarize_program
+
+    if options["baseline"]:
+        raise UsageError(
+            "--baseline compares nn.Modules, and this is an exported program",
+            next_step="run bntool summary on each of the two files",
+        )
+    found = summarize_program(program)
+    session.voice.say(found.render(verbose=not options["quiet"]))
+    session.voice.emit({"status": "ok", **found.to_dict()})
+    return 0
+
+
+def with_runnable_program(session: Session, program: ExportedProgram, options: dict[str, Any]) -> Session:
+    """The session with the program as a module that runs, on the example inputs of the program."""
+    from bntool.program_folding import example_inputs_of
+
+    loaded = dataclasses.replace(session.loaded, model=runnable(program, options))
+    return dataclasses.replace(session, loaded=loaded, inputs=example_inputs_of(program, session.seed))
+
+
+def runnable(model: nn.Module | ExportedProgram, options: dict[str, Any]) -> nn.Module:
+    """The model itself, or a program as a module that runs."""
+    from torch.export import ExportedProgram
+
+    from bntool.program_folding import RunnableProgram
+
+    if not isinstance(model, ExportedProgram):
+        return model
+    _require_cpu(options)
+    return RunnableProgram(model)
+
+
+def _require_cpu(options: dict[str, Any]) -> None:
+    """A program names the device that it runs on in its own graph, and is loaded for the CPU."""
+    if options["device"] not in ("auto", "cpu"):
+        raise DeviceError(
+            f"an exported program is checked on the CPU, and --device {options['device']} was asked for",
+            next_step="leave --device out; bntool verify FILE.onnx checks its ONNX file on CUDA",
+        )
+    options["device"] = "cpu"
+
+
+def _exported(
+    session: Session, folded: _Folded, path: Path, options: dict[str, Any]
+) -> tuple[ExportResult, list[Check]]:
+    from bntool.checking import check_onnx, seeded_batches
+    from bntool.exporting import export_program
+    from bntool.onnx_folding import fold_exported
+    from bntool.program_folding import RunnableProgram, example_inputs_of
+    from bntool.reasons import Reason
+
+    metadata = {"bntool_version": __version__, "bntool_source_sha256": session.loaded.source_hash}
+    inputs = example_inputs_of(folded.model, session.seed)
+    with session.voice.progress("exporting to ONNX"):
+        keep = [skip.name for skip in folded.plan.skips if skip.reason is Reason.EXCLUDED]
+        export = export_program(folded.model, inputs, path, opset=options["opset"], metadata=metadata)
+        export = fold_exported(export, keep)
+    for note in export.notes:
+        session.voice.note(note)
+    if options["check"] == "none":
+        return export, []
+    batches = [inputs] if options["check"] == "fast" else [inputs, *seeded_batches(inputs)]
+    with session.voice.progress("verifying the ONNX file") as step:
+        checks = check_onnx(
+            RunnableProgram(folded.model),
+            path,
+            batches,
+            device=options["device"],
+            progress=step,
+            atol=options["atol"],
+            rtol=options["rtol"],
+        )
+    failed = next((check for check in checks if not check.passed), None)
+    if failed is not None:
+        raise CheckFailed(
+            f"the {failed.stage} stage differs: "
+            f"relative error {failed.relative:.2g}, allowed {failed.limit:.2g}",
+            where=f"output {failed.worst[0]} on {failed.provider} ({failed.device})",
+            next_step="nothing was written; leave BatchNorms out with --exclude to find the one at fault",
+        )
+    return export, checks

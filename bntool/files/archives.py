@@ -1,0 +1,79 @@
+"""What must hold of a zip archive before any part of it is read as a model: one meaning, whole, unpacked."""
+
+from __future__ import annotations
+
+import re
+import zipfile
+import zlib
+from pathlib import Path
+from typing import BinaryIO
+
+import torch
+
+from bntool.files.pickled_calls import shown
+
+Source = Path | BinaryIO
+
+_UPWARD = re.compile(r"(^|/)\.{1,2}(/|$)|^/|\\|^[A-Za-z]:")
+
+
+class Unsafe(ValueError):
+    """What no honest file holds, in words that follow `it`."""
+
+
+class Damaged(ValueError):
+    """The file is cut short or its bytes have changed."""
+
+
+def check_archive(source: Source) -> None:
+    """Refuse what torch's reader would let pass: doubled or packed members, and flipped bits.
+
+    Raises `Unsafe` or `Damaged`. torch reads the first of two members of one name, Python the last; torch
+    unpacks without a limit, and checks no CRC.
+    """
+    try:
+        with zipfile.ZipFile(source) as archive:
+            members = archive.infolist()
+            if len({m.filename.casefold() for m in members}) != len(members):
+                raise Unsafe("holds two members of the same name")
+            for member in members:
+                if member.compress_type != zipfile.ZIP_STORED or member.flag_bits & 1:
+                    raise Unsafe("holds packed or encrypted members, which torch.save never writes")
+                if _UPWARD.search(member.filename) or not member.filename.isprintable():
+                    raise Unsafe(f"has a member whose name leads out of it: {shown(member.filename)}")
+            bad = archive.testzip()
+    except (zipfile.BadZipFile, OSError, EOFError, NotImplementedError, zlib.error) as error:
+        raise Damaged(str(error) or type(error).__name__) from error
+    if bad is not None:
+        raise Damaged(f"the checksum of {shown(bad)} does not match")
+
+
+class Records:
+    """The members of an archive with one root folder, as torch's reader and Python's both see them."""
+
+    def __init__(self, source: Source) -> None:
+        # The very bytes torch will read, whatever another zip reader makes of the archive.
+        if not isinstance(source, Path):
+            # torch takes the place it finds the file at for its beginning.
+            source.seek(0)
+        self._reader = torch._C.PyTorchFileReader(str(source) if isinstance(source, Path) else source)
+        self._source = source
+        with zipfile.ZipFile(source) as archive:
+            names = archive.namelist()
+            root = names[0].split("/")[0] + "/" if names else ""
+            if any(not name.startswith(root) for name in names):
+                raise Unsafe("has members outside its one folder")
+            self._root = root
+            self.sizes = {m.filename[len(root) :]: m.file_size for m in archive.infolist()}
+        if set(self._reader.get_all_records()) != set(self.sizes):
+            raise Unsafe("reads differently to different readers")
+
+    def read(self, name: str) -> bytes:
+        """A member's bytes; `Damaged` where it is missing, `Unsafe` where two readers disagree on it."""
+        if name not in self.sizes:
+            raise Damaged(f"{shown(name)} is missing")
+        content = bytes(self._reader.get_record(name))
+        with zipfile.ZipFile(self._source) as archive:
+            if archive.read(self._root + name) != content:
+                raise Unsafe("reads differently to different readers")
+        return content
