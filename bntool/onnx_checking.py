@@ -63,6 +63,17 @@ def check_onnx_fold(
     return rows
 
 
+def check_onnx_unchanged(before: str | Path, after: str | Path, inputs_list: Sequence[Inputs]) -> Check:
+    """Two files that compute the same to the last bit, with ONNX Runtime's optimisations off."""
+    reference, candidate = (OrtRunner(path, "cpu", optimize=False) for path in (before, after))
+    fits = [inputs for inputs in inputs_list if reference.accepts(inputs)]
+    expected, got = ([runner.run(inputs) for inputs in fits] for runner in (reference, candidate))
+    limits = {name: Limit(0.0, 0.0) for outputs in expected for name in outputs}
+    return compare(
+        expected, got, limits, stage="insert", device=candidate.device, provider=candidate.provider
+    )
+
+
 def _limit(tensor: torch.Tensor, layers: int) -> Limit:
     if not tensor.is_floating_point():
         return Limit(0.0, 0.0)

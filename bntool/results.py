@@ -70,7 +70,7 @@ class SurgeryResult:
 
     def render(self, width: int | None = None, *, verbose: bool = True) -> str:
         """The verdicts as a table, then the totals and the parameter delta."""
-        draw = _insert_lines if self.plan.action == "insert" else fold_lines
+        draw = insert_lines if self.plan.action == "insert" else fold_lines
         return "\n".join([*draw(self.plan, width, verbose), "", *delta_lines(self.parameters)])
 
 
@@ -78,7 +78,8 @@ def _public(site: dict[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in site.items() if k != "edits"}
 
 
-def _insert_lines(plan: Plan, width: int | None, verbose: bool) -> list[str]:
+def insert_lines(plan: Plan, width: int | None, verbose: bool) -> list[str]:
+    """A line for each new BatchNorm, then the layers that were not cut, and the totals."""
     columns = (
         Column("Layer", flexible=True),
         Column("Activation", flexible=True),

@@ -8,6 +8,8 @@ import click
 
 from bntool.cli import options as opt
 from bntool.cli.data import opened_data
+from bntool.cli.onnx_file import is_onnx
+from bntool.cli.onnx_insert import insert_onnx_file
 from bntool.cli.session import Session, Voice, open_session
 from bntool.errors import CheckFailed, NothingToDo, PlanError, UsageError
 from bntool.reasons import Reason
@@ -68,10 +70,12 @@ if TYPE_CHECKING:
 def command(**options: Any) -> int:
     """Put BatchNorm between convolutions and their activations; the model's output stays the same.
 
-    MODEL is a file (.pt, .pth, .safetensors), torchvision:NAME, timm:NAME, pkg.mod:factory or
+    MODEL is a file (.pt, .pth, .safetensors, .onnx), torchvision:NAME, timm:NAME, pkg.mod:factory or
     path/file.py:Class. Writes NAME_bn beside it; the input is never touched.
     """
     voice = Voice(options["as_json"], options["quiet"], options["verbose"])
+    if is_onnx(options["model"]):
+        return insert_onnx_file(voice, options, _chosen(options))
     session = open_session(voice, options)
     from bntool.cli.writing import chosen_output, write_model
 

@@ -1,0 +1,88 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import onnx
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import bntool
+from bntool.errors import UsageError
+from bntool.inserting import InsertOptions
+from bntool.onnx_checking import check_onnx_unchanged, example_inputs_of
+from bntool.onnx_folding import fold_onnx
+from bntool.onnx_insertion import insert_onnx
+from bntool.reasons import Reason
+
+
+class Net(nn.Module):
+    """Two sites, a layer read twice, one that runs twice, and a head without activation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.one, self.two = nn.Conv2d(3, 4, 3), nn.ConvTranspose2d(4, 5, 3, groups=1)
+        self.read_twice, self.shared = nn.Conv2d(5, 5, 1), nn.Conv2d(5, 5, 1)
+        self.head = nn.Conv2d(5, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.relu(self.two(F.relu(self.one(x))))
+        z = self.read_twice(y)
+        z = F.relu(z) + z
+        z = F.relu(self.shared(F.relu(self.shared(z))))
+        out: Tensor = self.head(z)
+        return out
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("onnx") / "net.onnx"
+    return bntool.export_onnx(Net().eval(), (torch.randn(1, 3, 8, 8),), path)
+
+
+def test_nodes_stand_between_convolution_and_activation_and_change_nothing(
+    exported: Path, tmp_path: Path
+) -> None:
+    result = insert_onnx(exported, tmp_path / "bn.onnx")
+    assert [site.channels for site in result.plan.insert_sites] == [4, 5]
+    assert {skip.reason for skip in result.plan.skips} == {
+        Reason.OUTPUT_USED_ELSEWHERE,
+        Reason.CALLED_MORE_THAN_ONCE,
+        Reason.NO_ACTIVATION,
+    }
+    model = onnx.load(tmp_path / "bn.onnx")
+    onnx.checker.check_model(model)
+    made = {out: node.op_type for node in model.graph.node for out in node.output}
+    norms = [node for node in model.graph.node if node.op_type == "BatchNormalization"]
+    assert [made[node.input[0]] for node in norms] == ["Conv", "ConvTranspose"]
+    readers = [node.op_type for norm in norms for node in model.graph.node if norm.output[0] in node.input]
+    assert readers == ["Relu", "Relu"]
+    inputs = [example_inputs_of(exported, batch) for batch in (1, 3)]
+    assert check_onnx_unchanged(exported, tmp_path / "bn.onnx", inputs).passed
+
+
+def test_each_call_gets_its_own_where_asked(exported: Path, tmp_path: Path) -> None:
+    result = insert_onnx(exported, tmp_path / "bn.onnx", InsertOptions(per_call=True))
+    assert [site.calls for site in result.plan.insert_sites] == [1, 1, 2]
+    assert check_onnx_unchanged(exported, tmp_path / "bn.onnx", [example_inputs_of(exported)]).passed
+
+
+def test_what_was_inserted_folds_away_to_the_same_numbers(exported: Path, tmp_path: Path) -> None:
+    insert_onnx(exported, tmp_path / "bn.onnx")
+    assert not insert_onnx(tmp_path / "bn.onnx", None).modified
+    folded = fold_onnx(tmp_path / "bn.onnx", tmp_path / "folded.onnx")
+    assert len(folded.plan.sites) == 2 and not folded.plan.skips
+    before, after = (
+        {t.name: onnx.numpy_helper.to_array(t) for t in onnx.load(path).graph.initializer}
+        for path in (exported, tmp_path / "folded.onnx")
+    )
+    for name, array in before.items():
+        # scale and shift are 1 and 0 up to the rounding of σ² = 1 − ε: one rounding of each weight
+        assert abs(array - after[name]).max() <= 2**-23 * abs(array).max()
+
+
+def test_options_that_need_modules_are_refused(exported: Path) -> None:
+    with pytest.raises(UsageError, match="keep-keys is for modules"):
+        insert_onnx(exported, None, InsertOptions(keep_keys=True))
