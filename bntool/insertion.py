@@ -25,6 +25,8 @@ from bntool.runtime.torch_runner import TorchRunner
 from bntool.surgery.insert_modules import apply_insert
 from bntool.verdicts import Check
 
+Outline = list[tuple[str, tuple[tuple[int, ...], ...]]]
+
 
 def insert_observed(
     model: nn.Module, observation: Observation, options: InsertOptions
@@ -83,10 +85,10 @@ def _broken_sites(
         again = observe(modified, observation.inputs)
     except ObserveError:
         return _suspects(sites), None
-    misplaced = [site for site in sites if not _stands(again.graph, site, options)]
+    misplaced = [site for site in sites if not stands(again.graph, site, options)]
     if misplaced:
         return misplaced, None
-    if _without_sites(again.graph, plan) != _outline(observation.graph):
+    if outline(again.graph, without=sites) != outline(observation.graph):
         return _suspects(sites), None
     if options.init == "default" or plan.dropped:
         return [], None
@@ -103,7 +105,7 @@ def _suspects(sites: list[InsertSite]) -> list[InsertSite]:
     return sites
 
 
-def _stands(graph: Graph, site: InsertSite, options: InsertOptions) -> bool:
+def stands(graph: Graph, site: InsertSite, options: InsertOptions) -> bool:
     """Whether the site's BatchNorms alone read the layer, and feed the activation (or follow it)."""
     found = [[op for op in graph.of_kind("batch_norm") if op.scope == name] for name in site.norms]
     return all(len(ops) == 1 and _between(graph, ops[0], site, options) for ops in found)
@@ -119,19 +121,18 @@ def _between(graph: Graph, norm: Op, site: InsertSite, options: InsertOptions) -
     return before.kind in ("conv", "linear") and after == site.activation_kind
 
 
-def _outline(graph: Graph) -> list[tuple[str, tuple[tuple[int, ...], ...]]]:
-    """Every op in order: its kind and the shapes it made."""
-    return [(op.kind, tuple(graph.values[v].shape for v in op.outputs)) for op in graph.ops]
-
-
-def _without_sites(graph: Graph, plan: Plan) -> list[tuple[str, tuple[tuple[int, ...], ...]]]:
-    names = {name for site in plan.insert_sites for name in site.norms}
-    kept = [op.kind != "batch_norm" or op.scope not in names for op in graph.ops]
-    return [line for line, keep in zip(_outline(graph), kept, strict=True) if keep]
+def outline(graph: Graph, *, without: Sequence[InsertSite] = ()) -> Outline:
+    """Every op in order: its kind and the shapes it made; the BatchNorms of the given sites left out."""
+    names = {name for site in without for name in site.norms}
+    return [
+        (op.kind, tuple(graph.values[v].shape for v in op.outputs))
+        for op in graph.ops
+        if op.kind != "batch_norm" or op.scope not in names
+    ]
 
 
 def _same_to_the_last_bit(observation: Observation, again: Observation) -> Check:
-    return _exactly([outputs_of(observation.output)], [outputs_of(again.output)])
+    return exactly([outputs_of(observation.output)], [outputs_of(again.output)])
 
 
 def check_unchanged(original: nn.Module, modified: nn.Module, example: Inputs, *, full: bool) -> Check:
@@ -139,10 +140,10 @@ def check_unchanged(original: nn.Module, modified: nn.Module, example: Inputs, *
     inputs = seeded_batches(example) if full else [example]
     before = Reference(original, inputs)
     after = TorchRunner(modified)
-    return _exactly(before.own, [after.run(i) for i in before.inputs])
+    return exactly(before.own, [after.run(i) for i in before.inputs])
 
 
-def _exactly(before: Sequence[Outputs], after: Sequence[Outputs]) -> Check:
+def exactly(before: Sequence[Outputs], after: Sequence[Outputs]) -> Check:
     exact = {name: Limit(0.0, 0.0) for outputs in before for name in outputs}
     device = next((t.device.type for t in before[0].values()), "cpu")
     return compare(before, after, exact, stage="insert", device=device, provider="torch")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import importlib
 import importlib.util
@@ -39,6 +40,8 @@ def import_script(path: Path) -> types.ModuleType:
     path = path.resolve()
     if not path.is_file():
         raise LoadError(f"no such file: {path}", next_step="check the name and the folder")
+    if (path.parent / "__init__.py").is_file() and _imports_its_neighbours(path):
+        return _import_of_package(path)
     name = path.stem
     if name in _scripts and _scripts[name] == path and name in sys.modules:
         return sys.modules[name]
@@ -65,6 +68,36 @@ def import_script(path: Path) -> types.ModuleType:
         if previous is not None:
             sys.modules[name] = previous
         raise _raised(path.name, error) from error
+    _scripts[name] = path
+    return module
+
+
+def _imports_its_neighbours(path: Path) -> bool:
+    """Whether the file has relative imports, which work in a package alone."""
+    try:
+        tree = ast.parse(path.read_bytes())
+    except (SyntaxError, ValueError):
+        return False  # importing it says what is wrong
+    return any(isinstance(node, ast.ImportFrom) and node.level > 0 for node in ast.walk(tree))
+
+
+def _import_of_package(path: Path) -> types.ModuleType:
+    """Import a file that stands in a package as part of it, so that its relative imports work."""
+    root, parts = path.parent, [path.stem]
+    while (root / "__init__.py").is_file():
+        root, parts = root.parent, [root.name, *parts]
+    name = ".".join(parts)
+    try:
+        with running_user_code(root, first=True):
+            module = importlib.import_module(name)
+    except Exception as error:
+        raise _raised(path.name, error) from error
+    if _file_of(module) != path:
+        raise LoadError(
+            f"{path.name} cannot be imported: another {name} comes first",
+            where=str(_file_of(module)),
+            next_step="rename the package, or take the other one off PYTHONPATH",
+        )
     _scripts[name] = path
     return module
 
