@@ -25,6 +25,7 @@ FLOORS: dict[str, tuple[int, str]] = {
     "statistics": (5, "statistics moments sweeping batches arrays images"),
     "proved": (5, "insertion converting module_folding proving onnx_folding program_folding onnx_insertion"),
     "report": (5, "report"),
+    "source": (6, "source"),
     "api": (6, "results api calibrating"),
     "cli": (7, "bntool __main__ cli"),
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -11,6 +12,7 @@ from bntool.cli.data import opened_data
 from bntool.cli.onnx_file import is_onnx
 from bntool.cli.onnx_insert import insert_onnx_file
 from bntool.cli.session import Session, Voice, open_session
+from bntool.cli.source import require_fitting, rewritten, show_source, tell_refusals, write_source
 from bntool.errors import CheckFailed, NothingToDo, PlanError, UsageError
 from bntool.reasons import Reason
 
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
     from bntool.inserting import InsertOptions
     from bntool.plan import Plan
     from bntool.results import SurgeryResult
+    from bntool.source.rewriting import Rewritten
 
 
 @click.command("insert", short_help="Put BatchNorm between convolutions and their activations.")
@@ -63,6 +66,8 @@ if TYPE_CHECKING:
     callback=opt.not_empty,
     help="Replay a plan instead of making one.",
 )
+@click.option("--source", is_flag=True, help="Edit the class in file.py:Class; shows the diff.")
+@click.option("--in-place", is_flag=True, help="With --source: write the file itself.")
 @opt.pattern_options()
 @opt.output_options()
 @opt.check_option()
@@ -72,21 +77,32 @@ def command(**options: Any) -> int:
 
     MODEL is a file (.pt, .pth, .safetensors, .onnx), torchvision:NAME, timm:NAME, pkg.mod:factory or
     path/file.py:Class. Writes NAME_bn beside it; the input is never touched.
+    With --source the class itself gets the layers, in Python.
     """
     voice = Voice(options["as_json"], options["quiet"], options["verbose"])
+    require_fitting(options)
     if is_onnx(options["model"]):
         return insert_onnx_file(voice, options, _chosen(options))
     session = open_session(voice, options)
     from bntool.cli.writing import chosen_output, write_model
 
     path = None
-    if not options["dry_run"]:
+    if not options["dry_run"] and not options["source"]:
         path = chosen_output(session, "insert", options["output"], options["force"])
     result = _inserted(session, options)
     if not result.modified:
         for skip in result.skips:
             voice.say(f"not cut: {skip.name} [{skip.reason}] {skip.detail}")
         voice.fail(_no_site(session, result), {**result.to_dict(), "output": None})
+    document: dict[str, Any] = {}
+    if options["source"]:
+        source = rewritten(session, result, options)
+        if not source.refusals:
+            return _done_in_source(voice, source, result, options)
+        tell_refusals(voice, source)
+        document["source"] = source.to_dict()
+        if not options["dry_run"] and (options["output"] or options["in_place"]):
+            path = chosen_output(session, "insert", None, options["force"])
     voice.say(result.render(verbose=not options["quiet"]))
     if result.checks and not all(check.passed for check in result.checks):
         raise CheckFailed("the output of the new model differs", next_step="please report this model")
@@ -106,7 +122,20 @@ def command(**options: Any) -> int:
             moved = len(result.plan.key_map)
             voice.say(f"            {moved} keys moved; the map is in {path.name}.bntool.json")
     voice.note("build the optimizer after the insertion, so that it trains the new layers")
-    voice.emit({**result.to_dict(), "output": str(path) if path else None, "dry_run": options["dry_run"]})
+    document |= {**result.to_dict(), "output": str(path) if path else None, "dry_run": options["dry_run"]}
+    voice.emit(document)
+    return 0
+
+
+def _done_in_source(voice: Voice, source: Rewritten, result: SurgeryResult, options: dict[str, Any]) -> int:
+    """Show and write the new source; the document holds its names, not those of a changed module."""
+    show_source(voice, source, result)
+    output = write_source(voice, source, options)
+    checks = (source.check,) if source.check is not None else ()
+    named = dataclasses.replace(result, plan=source.plan, checks=checks).to_dict()
+    for site in named["sites"]:
+        site["form"] = "source"
+    voice.emit({**named, "output": output, "dry_run": options["dry_run"], "source": source.to_dict()})
     return 0
 
 

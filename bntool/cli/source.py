@@ -1,0 +1,143 @@
+"""`bntool insert --source`: what it needs, what it shows, what it writes."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bntool.errors import UsageError
+
+if TYPE_CHECKING:
+    from bntool.cli.session import Session, Voice
+    from bntool.results import SurgeryResult
+    from bntool.source.rewriting import Rewritten
+
+_SCRIPT = re.compile(r"(?P<path>.+\.py):[A-Za-z_][\w.]*")
+
+
+def require_fitting(options: dict[str, Any]) -> None:
+    """`UsageError` where `--source` was given with what it cannot serve, before anything is loaded."""
+    if options["in_place"] and not options["source"]:
+        raise UsageError(
+            "--in-place is for --source", next_step="bntool insert net.py:Net --source --in-place"
+        )
+    if not options["source"]:
+        return
+    script = _SCRIPT.fullmatch(options["model"] or "")
+    if script is None:
+        raise UsageError(
+            f"--source edits the class in a Python file; {options['model'] or 'no MODEL'} names none",
+            next_step="bntool insert path/net.py:Net --source",
+        )
+    against = {
+        "--position after": options["position"] == "after",
+        "--keep-keys": options["keep_keys"],
+        "--drop-bias": options["drop_bias"],
+        "--per-call": options["per_call"],
+        "--data": options["data"] is not None,
+        "--init calibrate": options["init"] == "calibrate",
+        "--plan": options["plan_file"] is not None,
+    }
+    for option, given in against.items():
+        if given:
+            raise UsageError(f"--source and {option} do not go together", next_step="leave one of them out")
+    output = options["output"]
+    if output is not None and options["in_place"]:
+        raise UsageError("-o and --in-place exclude each other", next_step="drop one of them")
+    if output is not None and not output.endswith(".py"):
+        raise UsageError(f"--source writes Python; {output} is no .py file", next_step="-o new.py")
+    if output is not None and not options["dry_run"]:
+        from bntool.files.atomic import require_writable
+
+        require_writable(output, force=options["force"], forbid=[script["path"]])
+
+
+def rewritten(session: Session, result: SurgeryResult, options: dict[str, Any]) -> Rewritten:
+    """The source with the sites of the result's plan in it, proved; or why that is not safe."""
+    from bntool.source.rewriting import rewrite
+
+    with session.voice.progress("proving the new source"):
+        return rewrite(
+            session.loaded.reference,
+            session.model,
+            session.observe(),
+            result.plan,
+            full=options["check"] == "full",
+            output=options["output"] or "",
+        )
+
+
+def tell_refusals(voice: Voice, source: Rewritten) -> None:
+    """Each line that is not safe to edit, and what is done instead."""
+    for refusal in source.refusals:
+        voice.tell(f"unsafe: {source.path}:{refusal.line}: {refusal.conv}: {refusal.why}")
+    voice.tell("the source stays as it is; the model is changed instead (--exclude LAYER leaves a layer out)")
+
+
+def show_source(voice: Voice, source: Rewritten, result: SurgeryResult) -> None:
+    """The diff, then every new layer with the line it goes to."""
+    from bntool.report.tables import Column, Table, count, render
+    from bntool.results import delta_lines
+
+    _show_diff(voice, source.diff)
+    if voice.quiet:
+        return
+    columns = (
+        Column("Layer", flexible=True),
+        Column("Activation", flexible=True),
+        Column("New BatchNorm", flexible=True),
+        Column("Channels", number=True),
+        Column("Line", number=True),
+    )
+    sites = list(source.plan.insert_sites)
+    rows = [[s.conv, s.activation_kind, s.bn, count(s.channels), str(source.lines[s.conv])] for s in sites]
+    voice.say()
+    voice.say(render(Table(columns, rows)))
+    for skip in result.skips:
+        voice.say(f"not cut: {skip.name} [{skip.reason}] {skip.detail}")
+    voice.say()
+    for line in delta_lines(result.parameters):
+        voice.say(line)
+    if source.check is not None:
+        inputs = f"{source.check.batches} {'inputs' if source.check.batches > 1 else 'input'}"
+        voice.say(f"proved      imported, old weights loaded, output the same to the last bit ({inputs})")
+    if source.plan.key_map:
+        voice.note(f"{len(source.plan.key_map)} keys of old checkpoints moved; --json lists them as key_map")
+
+
+def write_source(voice: Voice, source: Rewritten, options: dict[str, Any]) -> str | None:
+    """Write the new source where the user said so; the path, or None."""
+    from bntool.files.atomic import write_atomically
+
+    if options["dry_run"] or not (options["output"] or options["in_place"]):
+        voice.note("nothing is written; -o FILE or --in-place writes the source")
+        return None
+    if source.path.read_bytes() != source.before:
+        raise UsageError(f"{source.path} has changed meanwhile", next_step="run it again")
+    target = source.path if options["in_place"] else Path(options["output"])
+    write_atomically(
+        target, lambda path: _write(path, source.after), force=options["force"] or options["in_place"]
+    )
+    voice.say(f"wrote       {target}")
+    return str(target)
+
+
+def _write(path: Path, content: bytes) -> None:
+    path.write_bytes(content)
+
+
+def _show_diff(voice: Voice, diff: str) -> None:
+    if voice.as_json:
+        return
+    if not sys.stdout.isatty():
+        voice.say(diff.removesuffix("\n"))
+        return
+    from rich.console import Console
+    from rich.text import Text
+
+    styles = {"+": "green", "-": "red", "@": "cyan"}
+    console = Console(soft_wrap=True, highlight=False)
+    for line in diff.splitlines():
+        console.print(Text(line, style=styles.get(line[:1], "")))
