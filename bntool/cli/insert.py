@@ -103,6 +103,8 @@ def command(**options: Any) -> int:
         document["source"] = source.to_dict()
         if not options["dry_run"] and (options["output"] or options["in_place"]):
             path = chosen_output(session, "insert", None, options["force"])
+        else:
+            voice.note("nothing is written; -o FILE or --in-place writes the changed model")
     voice.say(result.render(verbose=not options["quiet"]))
     if result.checks and not all(check.passed for check in result.checks):
         raise CheckFailed("the output of the new model differs", next_step="please report this model")

@@ -115,6 +115,7 @@ def test_an_unsafe_source_falls_back_to_the_module(bntool: Shell, script: Path) 
     (site,) = shown["source"]["sites"]
     assert (site["conv"], site["line"], site["verdict"]) == ("second", 15, "unsafe")
     assert shown["source"]["diff"] == ""
+    assert any(note.startswith("nothing is written") for note in shown["notes"])
 
 
 def test_what_cannot_be_proved_is_not_written(
