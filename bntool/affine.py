@@ -212,6 +212,16 @@ def _after_add(scale: Tensor, shift: Tensor, constant: Tensor, factor: float) ->
     return _broadcast(scale, shift + c - scale * c)
 
 
+def _times(scale: Tensor, shift: Tensor, by: Tensor, power: int) -> Pair:
+    """c·(s·x + t), or with a power of −1 the quotient."""
+    return _broadcast(scale * by**power, shift * by**power)
+
+
+def _plus(scale: Tensor, shift: Tensor, constant: Tensor, factor: float) -> Pair:
+    """s·x + t + f·c."""
+    return _broadcast(scale, shift + factor * constant)
+
+
 PRIMITIVES: dict[str, Callable[..., Pair]] = {
     "place": _place,
     "scale_part": _scale_part,
@@ -227,6 +237,8 @@ PRIMITIVES: dict[str, Callable[..., Pair]] = {
     "multiply_shift": _multiply_shift,
     "before_add": _before_add,
     "after_add": _after_add,
+    "times": _times,
+    "plus": _plus,
 }
 
 

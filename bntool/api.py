@@ -178,7 +178,8 @@ def fold(
     `check="fast"` runs the model before and after on the example inputs in its own precision, and in
     float64 on inputs of other sizes and one sample more; `full` on several seeded batches too; `none`
     trusts the plan. What does not stand up is not folded (reason `not-proved`). `merge` lets blocks that
-    bring their own re-parameterisation merge their branches. The result's model is new and in eval mode;
+    bring their own re-parameterisation merge their branches; those of a program merge by law. The result's
+    model is new and in eval mode;
     `share=True` lets it share the untouched tensors with `model`. An `ExportedProgram`
     is folded as a graph, functional BatchNorms too, and gives a `ProgramFoldResult`.
 
@@ -190,7 +191,12 @@ def fold(
         raise UsageError(f"check is {check!r}", next_step='use "full", "fast" or "none"')
     if isinstance(model, ExportedProgram):
         return fold_program(
-            model, example_inputs=example_inputs, include=include, exclude=exclude, check=check
+            model,
+            example_inputs=example_inputs,
+            include=include,
+            exclude=exclude,
+            merge=merge,
+            check=check,
         )
     observation = _observed(model, example_inputs, small=True)
     if check == "none":

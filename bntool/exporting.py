@@ -40,7 +40,8 @@ SINGLE_FILE_LIMIT = int(1.8 * 2**30)
 class ExportResult:
     """The file written: `nodes` counts its ops, `data_path` is the second file of a large model.
 
-    `folded` maps BatchNormalization nodes that were folded in the graph itself to the layers they went into.
+    `folded` maps BatchNormalization nodes that were folded in the graph itself to the layers they went into,
+    `merged` convolutions to the parallel ones that they now are.
     """
 
     path: Path
@@ -52,6 +53,7 @@ class ExportResult:
     input_names: tuple[str, ...]
     output_names: tuple[str, ...]
     folded: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+    merged: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         data = dataclasses.asdict(self)

@@ -22,7 +22,8 @@ class Value:
 
     `handle` is the qualified name of a parameter or buffer. `constant` means it does not depend on
     the model's input. `watched` names the hooked modules that see it, `through` the modules that
-    handed it on unchanged. `escapes` means it was still alive after the forward, yet no output.
+    handed it on unchanged. `escapes` means it was still alive after the forward, yet no output. `name` is
+    what a front end's own graph calls it.
     """
 
     id: int
@@ -36,6 +37,7 @@ class Value:
     watched: list[str] = dataclasses.field(default_factory=list)
     through: list[str] = dataclasses.field(default_factory=list)
     dtype: str = ""
+    name: str = ""
 
 
 @dataclasses.dataclass(slots=True)

@@ -49,11 +49,13 @@ def fold_onnx(
     *,
     include: Sequence[str] = ("*",),
     exclude: Sequence[str] = (),
+    merge: bool = True,
     force: bool = False,
 ) -> OnnxFoldResult:
     """Fold every BatchNorm of an ONNX file that algebra allows, and write the result to `output`.
 
-    `include` and `exclude` match node names. Nothing is written where nothing folds, or where `output` is
+    `include` and `exclude` match node names. With `merge`, parallel branches that are one convolution become
+    one. Nothing is written where nothing folds, or where `output` is
     None. Names, metadata, opset, order and external data stay as they are.
 
     Raises:
@@ -63,7 +65,7 @@ def fold_onnx(
     file = open_onnx(path)
     if output is not None:
         require_writable(output, force=force, forbid=(file.path, *file.data_files))
-    plan, observed = plan_fold_onnx(file.model, include=include, exclude=exclude)
+    plan, observed = plan_fold_onnx(file.model, include=include, exclude=exclude, merge=merge)
     counts = apply_fold_onnx(observed, plan)
     if output is None or not plan:
         return OnnxFoldResult(plan, counts)
@@ -71,30 +73,49 @@ def fold_onnx(
     return OnnxFoldResult(plan, counts, written, data)
 
 
-def fold_exported(export: ExportResult, keep: Sequence[str] = ()) -> ExportResult:
+def fold_exported(export: ExportResult, keep: Sequence[str] = (), *, merge: bool = True) -> ExportResult:
     """Fold what a module tree cannot express, in the file just exported: functional BatchNorms, for one.
 
-    `keep` names the BatchNorms of the module that must stay; their nodes are named `name/Op`.
+    With `merge`, parallel branches that are one convolution become one. `keep` names the BatchNorms of the
+    module that must stay; their nodes are named `name/Op`.
     """
-    if not export.nodes.get("BatchNormalization"):
+    has_norms = bool(export.nodes.get("BatchNormalization"))
+    if not has_norms and not (merge and export.nodes.get("Conv", 0) > 1):
         return export
     file = open_onnx(export.path)
-    plan, observed = plan_fold_onnx(file.model, exclude=[f"{glob.escape(name)}/*" for name in keep])
+    if not has_norms and not _has_parallel_convolutions(file.model):
+        return export
+    excluded = [f"{glob.escape(name)}/*" for name in keep]
+    plan, observed = plan_fold_onnx(file.model, exclude=excluded, merge=merge)
     if not plan:
         return export
     apply_fold_onnx(observed, plan)
     folded = {site.bn: site.into for site in plan.fold_sites}
-    file.model.metadata_props["bntool_folded_in_graph"] = ",".join(folded)
+    merged = {m.layer: tuple(b.layer for b in m.branches if b.layer) for m in plan.merges}
+    if folded:
+        file.model.metadata_props["bntool_folded_in_graph"] = ",".join(folded)
+    if merged:
+        file.model.metadata_props["bntool_merged_in_graph"] = ",".join(merged)
     with tempfile.TemporaryDirectory(dir=export.path.parent, prefix=".fold.") as folder:
         written, data = save_onnx(file, Path(folder) / export.path.name)
         move_onnx(written, data, export.path)
     nodes = dict(sorted(census(file.model).items()))
     data_path = export.path.with_name(data.name) if data is not None else None
-    return dataclasses.replace(export, nodes=nodes, folded=folded, data_path=data_path)
+    return dataclasses.replace(export, nodes=nodes, folded=folded, merged=merged, data_path=data_path)
+
+
+def _has_parallel_convolutions(model: ir.Model) -> bool:
+    """Whether two convolutions read one value: without a BatchNorm, only such can merge."""
+    sources = [node.inputs[0] for node in model.graph if node.op_type == "Conv"]
+    return len(set(sources)) < len(sources)
 
 
 def plan_fold_onnx(
-    model: ir.Model, *, include: Sequence[str] = ("*",), exclude: Sequence[str] = ()
+    model: ir.Model,
+    *,
+    include: Sequence[str] = ("*",),
+    exclude: Sequence[str] = (),
+    merge: bool = True,
 ) -> tuple[Plan, OnnxObservation]:
     """A verdict for every BatchNorm of the model, and the observation it was planned on.
 
@@ -102,5 +123,5 @@ def plan_fold_onnx(
     """
     observed = observe_onnx(model)
     graphs = [observed.graph, *([observe_onnx(model, sizes=1).graph] if observed.open else [])]
-    plan = plan_on_all(graphs, include=include, exclude=exclude)
+    plan = plan_on_all(graphs, include=include, exclude=exclude, merge=merge)
     return at_graph_level(plan, observed.hidden), observed

@@ -109,6 +109,46 @@ class FoldSite:
 
 
 @dataclasses.dataclass(frozen=True)
+class Window:
+    """How a convolution looks at its input, axis by axis; `before` and `after` count the zeros it pads."""
+
+    kernel: tuple[int, ...]
+    stride: tuple[int, ...]
+    dilation: tuple[int, ...]
+    before: tuple[int, ...]
+    after: tuple[int, ...]
+    groups: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Branch:
+    """A branch of a sum: a convolution, or without a `layer` the value itself, and the map behind it."""
+
+    layer: str
+    weight: str
+    bias: str
+    map: Expr
+    window: Window
+
+
+@dataclasses.dataclass(frozen=True)
+class Merge:
+    """Parallel branches over one value that become one convolution, `layer`, of the given window.
+
+    `norms` are the BatchNorms that go with it. `values` are the graph's own names of the values that go;
+    readers of the last one read the convolution instead.
+    """
+
+    layer: str
+    weight: str
+    bias: str
+    window: Window
+    branches: tuple[Branch, ...]
+    norms: tuple[str, ...]
+    values: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
 class Skip:
     """A place that is not cut, and the reason."""
 
@@ -127,6 +167,7 @@ class Plan:
     `signature` maps every tensor of the model it was made for to its shape, so that a plan for
     another model is refused with the first difference named. `key_map` maps old state_dict keys to
     new ones where they differ. `dropped` are the biases that an insertion moves into running means.
+    `merges` come after the edits of the sites; a BatchNorm that goes with one has a site without edits.
     """
 
     action: Literal["insert", "fold"]
@@ -138,9 +179,10 @@ class Plan:
     key_map: Mapping[str, str] = dataclasses.field(default_factory=dict)
     notes: tuple[str, ...] = ()
     dropped: tuple[DroppedBias, ...] = ()
+    merges: tuple[Merge, ...] = ()
 
     def __bool__(self) -> bool:
-        return bool(self.sites or self.dropped)
+        return bool(self.sites or self.dropped or self.merges)
 
     @property
     def insert_sites(self) -> Iterator[InsertSite]:
@@ -163,6 +205,7 @@ class Plan:
             "key_map": dict(self.key_map),
             "notes": list(self.notes),
             "dropped_biases": [d.to_dict() for d in self.dropped],
+            "merges": [dataclasses.asdict(m) for m in self.merges],
         }
 
     @classmethod
@@ -201,6 +244,7 @@ class Plan:
                 dropped=tuple(
                     DroppedBias(**{**d, "norms": tuple(d["norms"])}) for d in data.get("dropped_biases", ())
                 ),
+                merges=tuple(_merge(m) for m in data.get("merges", ())),
             )
         except (KeyError, TypeError, ValueError) as error:
             raise PlanError(f"this plan is damaged: {error}") from error
@@ -240,6 +284,18 @@ class Plan:
 def _fold_site(data: Mapping[str, Any]) -> FoldSite:
     edits = tuple(Edit(**{**e, "map": _tuples(e.get("map"))}) for e in data["edits"])
     return FoldSite(data["bn"], tuple(data["into"]), tuple(data["laws"]), edits, data.get("level", "module"))
+
+
+def _merge(data: Mapping[str, Any]) -> Merge:
+    branches = tuple(
+        Branch(**{**b, "map": _tuples(b["map"]), "window": _window(b["window"])}) for b in data["branches"]
+    )
+    names = {key: tuple(data[key]) for key in ("norms", "values")}
+    return Merge(**{**data, **names, "branches": branches, "window": _window(data["window"])})
+
+
+def _window(data: Mapping[str, Any]) -> Window:
+    return Window(**{key: _tuples(value) for key, value in data.items()})
 
 
 def _tuples(value: Any) -> Any:

@@ -43,10 +43,13 @@ def fold_program(
     example_inputs: Any = None,
     include: Sequence[str] = ("*",),
     exclude: Sequence[str] = (),
+    merge: bool = True,
     check: Literal["full", "fast", "none"] = "fast",
 ) -> ProgramFoldResult:
     """Fold every BatchNorm of an exported program that algebra allows, functional ones too.
 
+    With `merge`, parallel branches that are one convolution become one; where the check does not bear that
+    out, they stay, and a note says so.
     The result's program is new, and the argument is not changed. `check="fast"` runs both on the example
     inputs that the program keeps (seeded ones of its shapes where it keeps none), in their own precision and,
     where the program runs in it, in float64; `full` on several batch sizes.
@@ -59,17 +62,36 @@ def fold_program(
             f"the program is a {type(program).__name__}, not an ExportedProgram",
             next_step="make one with torch.export.export, or fold an nn.Module with bntool.fold",
         )
-    plan, observed = plan_fold_program(program, include=include, exclude=exclude)
+    plan, observed = plan_fold_program(program, include=include, exclude=exclude, merge=merge)
     folded = apply_fold_program(observed, plan)
     if check == "none" or not plan:
         return ProgramFoldResult(folded, plan)
     inputs = Inputs.of(example_inputs) if example_inputs is not None else example_inputs_of(program)
     batches = [inputs] if check == "fast" else [inputs, *seeded_batches(inputs)]
-    return ProgramFoldResult(folded, plan, tuple(_checked(observed, folded, plan, batches)))
+    try:
+        return ProgramFoldResult(folded, plan, tuple(_checked(observed, folded, plan, batches)))
+    except CheckFailed as failure:
+        if not plan.merges:
+            raise
+        again = fold_program(
+            program,
+            example_inputs=example_inputs,
+            include=include,
+            exclude=exclude,
+            merge=False,
+            check=check,
+        )
+        note = f"parallel branches are left as they are: {failure.what}"
+        plan = dataclasses.replace(again.plan, notes=(*again.plan.notes, note))
+        return dataclasses.replace(again, plan=plan)
 
 
 def plan_fold_program(
-    program: ExportedProgram, *, include: Sequence[str] = ("*",), exclude: Sequence[str] = ()
+    program: ExportedProgram,
+    *,
+    include: Sequence[str] = ("*",),
+    exclude: Sequence[str] = (),
+    merge: bool = True,
 ) -> tuple[Plan, ProgramObservation]:
     """A verdict for every BatchNorm of the program, and the observation it was planned on.
 
@@ -77,7 +99,7 @@ def plan_fold_program(
     """
     observed = observe_program(program)
     graphs = [observed.graph, *([observe_program(program, sizes=1).graph] if observed.open else [])]
-    plan = plan_on_all(graphs, include=include, exclude=exclude)
+    plan = plan_on_all(graphs, include=include, exclude=exclude, merge=merge)
     return at_graph_level(plan, observed.hidden), observed
 
 
@@ -110,7 +132,7 @@ def example_inputs_of(program: ExportedProgram, seed: int = 0) -> Inputs:
 def _checked(
     observed: ProgramObservation, folded: ExportedProgram, plan: Plan, batches: Sequence[Inputs]
 ) -> list[Check]:
-    nothing = dataclasses.replace(plan, sites=())
+    nothing = dataclasses.replace(plan, sites=(), merges=())
     checks = check_surgery(
         RunnableProgram(apply_fold_program(observed, nothing)),
         RunnableProgram(folded),

@@ -113,11 +113,17 @@ def fold_lines(plan: Plan, width: int | None, verbose: bool) -> list[str]:
     rows += [[skip.name, f"kept: {skip.reason}"] for skip in plan.skips]
     lines = [render(Table(columns, rows), width)] if rows and verbose else []
     lines += ["", f"{len(plan.sites)} of {len(rows)} BatchNorm layers folded"]
+    if plan.merges:
+        first = plan.merges[0]
+        lines.append(
+            f"{len(plan.merges)} sums of parallel branches merged, the first: "
+            f"{len(first.branches)} branches into {first.layer}"
+        )
     for reason, number in Counter(skip.reason for skip in plan.skips).most_common():
-        first = next(skip for skip in plan.skips if skip.reason is reason)
+        example = next(skip for skip in plan.skips if skip.reason is reason)
         also = ", the first" if number > 1 else ""
         lines.append(
-            wrapped(f"kept {number} {reason}{also}: {first.name}: {first.detail}", width, indent="    ")
+            wrapped(f"kept {number} {reason}{also}: {example.name}: {example.detail}", width, indent="    ")
         )
     return lines
 

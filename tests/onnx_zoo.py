@@ -426,9 +426,10 @@ zoo(
 zoo(
     "conv_read_twice",
     {"b": Reason.OUTPUT_USED_ELSEWHERE},
-    "c = Conv(x, w)\nb = BN(c)\ny = Add(b, c)",
+    "c = Conv(x, w)\nb = BN(c)\nr = Relu(c)\ny = Add(b, r)",
     {"w": W, "b": 6},
 )
+zoo("conv_read_twice_in_a_sum", {"b": FOLDED}, "c = Conv(x, w)\nb = BN(c)\ny = Add(b, c)", {"w": W, "b": 6})
 zoo(
     "conv_is_output",
     {"y": Reason.REACHES_OUTPUT},
@@ -631,4 +632,64 @@ zoo(
     "c = Conv(x, w)\nr = Reshape(c, s)\ny = BN(r)",
     {"w": W, "y": 6, "s": ints(6, 6, -1)},
     inputs={"x": ("N", 4, 8, 8)},
+)
+
+# -- parallel branches over one value -------------------------------------------------------------------
+
+Q = (4, 4, 3, 3)
+P = (4, 4, 1, 1)
+IN_ALL = {"b": FOLDED, "d": FOLDED, "i": FOLDED}
+REPVGG = f"a = Conv{SAME}(x, w)\nb = BN(a)\nc = Conv(x, v)\nd = BN(c)\ni = BN(x)\ne = Add(b, d)\n"
+NUMBERS = {"w": Q, "v": P, "b": 4, "d": 4, "i": 4}
+
+zoo("merge_repvgg", IN_ALL, f"{REPVGG}f = Add(e, i)\ny = Relu(f)", NUMBERS)
+zoo("merge_at_the_output", IN_ALL, f"{REPVGG}y = Add(i, e)", NUMBERS)
+zoo("merge_open_sizes", IN_ALL, f"{REPVGG}y = Add(i, e)", NUMBERS, inputs={"x": ("N", 4, "H", "W")})
+zoo("merge_difference", IN_ALL, f"{REPVGG}y = Sub(i, e)", NUMBERS)
+zoo("merge_difference_turned", IN_ALL, f"{REPVGG}f = Sub(e, i)\ny = Sub(z, f)", {**NUMBERS, "z": (4, 1, 1)})
+zoo(
+    "merge_grouped",
+    IN_ALL,
+    f"{REPVGG.replace('Conv<', 'Conv<group=2, ').replace('Conv(', 'Conv<group=4>(')}y = Add(e, i)",
+    {**NUMBERS, "w": (4, 2, 3, 3), "v": (4, 1, 1, 1)},
+)
+zoo(
+    "merge_padded_on_one_side",
+    {"b": FOLDED},
+    "a = Conv<pads=[1,0,0,1]>(x, w)\nb = BN(a)\nc = Conv<pads=[0,0,1,1]>(x, v)\n"
+    "e = Conv<pads=[1,1,1,1]>(x, u)\nf = Add(b, c)\ny = Add(f, e)",
+    {"w": (5, 4, 2, 2), "v": (5, 4, 2, 2), "u": (5, 4, 3, 3), "b": 5},
+)
+zoo(
+    "merge_into_a_wider_window",
+    {"b": FOLDED},
+    "a = Conv<pads=[0,1]>(x, w)\nb = BN(a)\nc = Conv<pads=[1,0]>(x, v)\ny = Add(b, c)",
+    {"w": (5, 4, 2), "v": (5, 4, 2), "b": 5},
+    inputs={"x": (2, 4, 9)},
+)
+zoo(
+    "merge_same_upper",
+    IN_ALL,
+    f"{REPVGG.replace(SAME, '<auto_pad=' + chr(34) + 'SAME_UPPER' + chr(34) + '>')}y = Add(i, e)",
+    NUMBERS,
+)
+zoo(
+    "merge_3d",
+    {"i": FOLDED},
+    "a = Conv<pads=[1,1,1,1,1,1]>(x, w)\ni = BN(x)\ny = Add(a, i)",
+    {"w": (4, 4, 3, 3, 3), "i": 4},
+    inputs={"x": (2, 4, 4, 5, 4)},
+)
+zoo(
+    "merge_after_a_fold",
+    {"b": FOLDED},
+    "a = Conv(x, v)\nb = BN(a)\nd = Conv(x, u)\ny = Add(b, d)",
+    {"v": P, "u": P, "b": 4},
+)
+zoo(
+    "branch_is_output_too",
+    {"i": Reason.REACHES_INPUT},
+    f"a = Conv{SAME}(x, w)\ni = BN(x)\ny = Add(a, i)",
+    {"w": Q, "i": 4},
+    outputs=("y", "a"),
 )

@@ -120,8 +120,11 @@ def _refusal(result: SurgeryResult, session: Session, options: dict[str, Any]) -
             where=where,
             next_step=f"train or calibrate the model again, or leave it out with --exclude {bad[0].name}",
         )
-    # a functional BatchNorm is no part of the module tree; the exported graph can still fold it
+    # a functional BatchNorm is no part of the module tree; the exported graph can still fold it, and merge
+    # the one of an identity branch, whose input others read
     in_graph = {Reason.FUNCTIONAL} if options["export_to"] else set()
+    if options["export_to"] and not options["no_merge"]:
+        in_graph |= {Reason.OUTPUT_USED_ELSEWHERE, Reason.REACHES_INPUT}
     kept = [s for s in result.skips if s.reason not in {Reason.NOT_OBSERVED, *in_graph}]
     if not result.sites and not any(skip.reason in in_graph for skip in result.skips):
         return _nothing_to_fold(result, where)

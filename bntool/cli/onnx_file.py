@@ -27,9 +27,7 @@ def fold_onnx_file(voice: Voice, options: dict[str, Any]) -> int:
     """Fold an ONNX file, compare it with the original in ONNX Runtime, and only then put it into place."""
     from bntool.cli import serving
     from bntool.onnx_files import move_onnx
-    from bntool.onnx_folding import fold_onnx
     from bntool.report.checks import checks_text
-    from bntool.results import fold_lines
 
     source = Path(options["model"])
     serving.require_device(options["device"], torch_too=False, onnx_too=True)
@@ -37,16 +35,16 @@ def fold_onnx_file(voice: Voice, options: dict[str, Any]) -> int:
     if not options["dry_run"]:
         require_writable(target, force=options["force"], forbid=(source,))
     with tempfile.TemporaryDirectory(dir=_folder(target, options), prefix=".fold.") as folder:
-        with voice.progress(f"folding {source.name}"):
-            result = fold_onnx(
-                source,
-                Path(folder) / target.name,
-                include=options["include"] or ("*",),
-                exclude=options["exclude"],
-            )
-        voice.say("\n".join(fold_lines(result.plan, None, not options["quiet"])))
-        require_folded(result.plan, source, options["require_all"])
-        checks = _checked(voice, source, result, options)
+        merge = not options["no_merge"]
+        result = _folded(voice, source, Path(folder) / target.name, options, merge)
+        try:
+            checks = _checked(voice, source, result, options)
+        except CheckFailed as failure:
+            if not result.plan.merges:
+                raise
+            voice.note(f"parallel branches are left as they are: {failure.what}")
+            result = _folded(voice, source, Path(folder) / target.name, options, False)
+            checks = _checked(voice, source, result, options)
         if not options["dry_run"] and result.path is not None:
             move_onnx(result.path, result.data_path, target)
     counts = result.counts
@@ -65,6 +63,10 @@ def fold_onnx_file(voice: Voice, options: dict[str, Any]) -> int:
             "onnx": None if options["dry_run"] else str(target),
             "sites": [{k: v for k, v in site.items() if k != "edits"} for site in plan["sites"]],
             "skips": plan["skips"],
+            "merges": [
+                {"into": m.layer, "branches": [b.layer or "identity" for b in m.branches]}
+                for m in result.plan.merges
+            ],
             "bn_total": len(plan["sites"]) + len(plan["skips"]),
             "bn_folded": len(plan["sites"]),
             "parameters": result.to_dict()["counts"],
@@ -73,6 +75,24 @@ def fold_onnx_file(voice: Voice, options: dict[str, Any]) -> int:
         }
     )
     return 0
+
+
+def _folded(voice: Voice, source: Path, target: Path, options: dict[str, Any], merge: bool) -> OnnxFoldResult:
+    from bntool.onnx_folding import fold_onnx
+    from bntool.results import fold_lines
+
+    with voice.progress(f"folding {source.name}"):
+        result = fold_onnx(
+            source,
+            target,
+            include=options["include"] or ("*",),
+            exclude=options["exclude"],
+            merge=merge,
+            force=True,
+        )
+    voice.say("\n".join(fold_lines(result.plan, None, not options["quiet"])))
+    require_folded(result.plan, source, options["require_all"])
+    return result
 
 
 def _folder(target: Path, options: dict[str, Any]) -> Path | None:

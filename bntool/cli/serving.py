@@ -124,8 +124,15 @@ def exported(
             f"cannot write beside {target}: {error.strerror}", next_step="name another -o OUTPUT"
         ) from error
     try:
-        export = _export(session, result, folder / target.name, options)
-        checks = _check_onnx(session, result, reference, export.path, options)
+        export = _export(session, result, folder / target.name, options, not options.get("no_merge", True))
+        try:
+            checks = _check_onnx(session, result, reference, export.path, options)
+        except CheckFailed as failure:
+            if not export.merged:
+                raise
+            session.voice.note(f"parallel branches are left as they are: {failure.what}")
+            export = _export(session, result, folder / target.name, options, False)
+            checks = _check_onnx(session, result, reference, export.path, options)
         from bntool import api
 
         result = api.with_checks(result, [*result.checks, *checks])
@@ -142,7 +149,9 @@ def exported(
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _export(session: Session, result: SurgeryResult, path: Path, options: dict[str, Any]) -> ExportResult:
+def _export(
+    session: Session, result: SurgeryResult, path: Path, options: dict[str, Any], merge: bool
+) -> ExportResult:
     from bntool.exporting import export_onnx
     from bntool.onnx_folding import fold_exported
     from bntool.reasons import Reason
@@ -164,9 +173,15 @@ def _export(session: Session, result: SurgeryResult, path: Path, options: dict[s
         )
         if options.get("export_to"):
             keep = [skip.name for skip in result.skips if skip.reason is Reason.EXCLUDED]
-            export = fold_exported(export, keep)
+            export = fold_exported(export, keep, merge=merge)
     for name, layers in export.folded.items():
         session.voice.note(f"{name} is folded in the ONNX graph, into {', '.join(layers)}")
+    if export.merged:
+        first, branches = next(iter(export.merged.items()))
+        session.voice.note(
+            f"{len(export.merged)} convolutions of the ONNX graph are merged branches, "
+            f"the first: {first} of {len(branches)} parallel convolutions"
+        )
     for note in export.notes:
         session.voice.note(note)
     return export

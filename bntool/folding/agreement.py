@@ -19,13 +19,23 @@ _DETAIL = "the fold would depend on the size of an axis that is not fixed"
 
 
 def plan_on_all(
-    graphs: Sequence[Graph], *, include: Sequence[str] = ("*",), exclude: Sequence[str] = ()
+    graphs: Sequence[Graph],
+    *,
+    include: Sequence[str] = ("*",),
+    exclude: Sequence[str] = (),
+    merge: bool = False,
 ) -> Plan:
-    """The plan of the first graph, without the folds that do not come out alike on all of them."""
+    """The plan of the first graph, without the folds that do not come out alike on all of them.
+
+    Where the merges do not come out alike, there are none.
+    """
     unsettled: set[str] = set()
     while True:
         without = (*exclude, *(glob.escape(name) for name in sorted(unsettled)))
-        plan, *others = (plan_fold(graph, include=include, exclude=without) for graph in graphs)
+        plan, *others = (plan_fold(graph, include=include, exclude=without, merge=merge) for graph in graphs)
+        if any(other.merges != plan.merges for other in others):
+            merge = False
+            continue
         differing = {name for other in others for name in _differing(plan, other)}
         if not differing:
             return _with_reasons(plan, unsettled, exclude)

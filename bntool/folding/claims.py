@@ -126,11 +126,10 @@ class Claims:
         if stored.dtype != torch.float16:
             return
         scale, shift = take.vector.scale.to(stored.device), take.vector.shift.to(stored.device)
-        weight = self._half(edit.weight, stored)
+        weight = self.half(edit.weight)
         after = {edit.weight: weight * rows(edit.layout, weight, edit.groups, scale, take.side)}
         if edit.bias:
-            none = torch.zeros((), device=stored.device)
-            bias = self._half(edit.bias, self.graph.tensors.get(edit.bias, none))
+            bias = self.half(edit.bias).to(stored.device)
             if take.side == "output":
                 after[edit.bias] = scale * bias + shift
             else:
@@ -143,9 +142,15 @@ class Claims:
             )
         self._asked_halves.update(after)
 
-    def _half(self, handle: str, stored: Tensor) -> Tensor:
-        """A float16 tensor as the folds so far have left it, in float64."""
+    def half(self, handle: str) -> Tensor:
+        """A float16 tensor as the folds so far have left it, in float64; zero where there is none."""
+        stored = self.graph.tensors.get(handle, torch.zeros(()))
         return self._halves.get(handle, stored.detach().double())
+
+    def made_bias(self, layer: str) -> str:
+        """The handle of the bias that a fold makes for a layer; empty where none does."""
+        handle = f"{layer}.bias".lstrip(".")
+        return handle if handle in self._created_bias else ""
 
     def commit(self, edits: list[Edit]) -> None:
         """Make these edits part of what later ones see."""

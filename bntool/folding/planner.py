@@ -9,6 +9,7 @@ import torch
 from bntool.affine import Affine, compose
 from bntool.errors import StateError
 from bntool.folding.claims import Claims
+from bntool.folding.merging import find_merges
 from bntool.folding.moving import Mover, Way
 from bntool.folding.norms import Norm, find_norms, why_unfit
 from bntool.folding.overwriting import require_no_overwriting
@@ -23,8 +24,13 @@ _MAX_PASSES = 4
 """A fold can open the way for a BatchNorm that was kept before; passes end when nothing changes."""
 
 
-def plan_fold(graph: Graph, *, include: Sequence[str] = ("*",), exclude: Sequence[str] = ()) -> Plan:
-    """Give every BatchNorm of the graph a verdict: a site with its edits, or a skip with its reason."""
+def plan_fold(
+    graph: Graph, *, include: Sequence[str] = ("*",), exclude: Sequence[str] = (), merge: bool = False
+) -> Plan:
+    """Give every BatchNorm of the graph a verdict: a site with its edits, or a skip with its reason.
+
+    With `merge`, parallel branches that are one convolution become one, and take BatchNorms with them.
+    """
     if any(tensor.is_meta for tensor in graph.tensors.values()):
         raise StateError(
             "the model is on the meta device: it has no numbers to fold",
@@ -32,7 +38,7 @@ def plan_fold(graph: Graph, *, include: Sequence[str] = ("*",), exclude: Sequenc
             next_step="load its weights on a real device first",
         )
     with torch.no_grad():
-        return _Planner(graph, include, exclude).plan()
+        return _Planner(graph, include, exclude).plan(merge)
 
 
 class _Planner:
@@ -47,7 +53,7 @@ class _Planner:
         self.mover = Mover(graph, self.gone)
         self.claims = Claims(graph, self.norm_of)
 
-    def plan(self) -> Plan:
+    def plan(self, merge: bool) -> Plan:
         sites: list[FoldSite] = []
         skips: dict[str, Skip] = {}
         waiting = []
@@ -69,6 +75,12 @@ class _Planner:
             if len(kept) == len(waiting):
                 break
             waiting = kept
+        single = {norm.ops[0].id: norm for norm in waiting if len(norm.ops) == 1 and norm.name in skips}
+        merges = find_merges(self.mover, self.claims, self.gone, single) if merge else []
+        for found in merges:
+            for name in found.norms:
+                del skips[name]
+                sites.append(FoldSite(name, (found.layer,), ("merge",), ()))
         order = {norm.name: i for i, norm in enumerate(self.norms)}
         return Plan(
             action="fold",
@@ -78,6 +90,7 @@ class _Planner:
             signature=self.graph.signature(),
             options={"include": list(self.include), "exclude": list(self.exclude)},
             notes=(_READS_NUMBERS,) if self.graph.reads_numbers else (),
+            merges=tuple(merges),
         )
 
     def _fold(self, norm: Norm) -> FoldSite:

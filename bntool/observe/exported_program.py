@@ -199,6 +199,7 @@ class _Reader:
             source, index = node.args[0], node.args[1]
             if index in self.parts.get(source, {}):
                 self.values[node] = self.parts[source][index]  # type: ignore[index]
+                self.graph.values[self.values[node]].name = node.name
                 self.memory.add(node, [source])
                 return
         if node in self.calls:
@@ -252,6 +253,7 @@ class _Reader:
         self.memory.add(node, [])
         if not several:
             self.values[node] = made
+            self.graph.values[made].name = node.name
         elif any(user.users for user in node.users if user.args[1] != 0):
             # what it saves is read: one whose node cannot go, whatever stands around it
             self.graph.modules[name] = Module(
@@ -330,6 +332,7 @@ class _Reader:
             self.parts[node] = made
         elif made:
             self.values[node] = made[0]
+            self.graph.values[made[0]].name = node.name
         for target, value in zip(targets, values, strict=False):
             self._overwrite(node, target, value)
 

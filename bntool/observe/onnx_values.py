@@ -33,7 +33,8 @@ class Values:
             tensor = self.constants.tensor(value)
             shape = shape if tensor is None else tuple(tensor.shape)
         dtype = self.shapes.dtype(str(value.name))
-        made = self.graph.add_value(shape or (), constant=constant, dtype=dtype)
+        name = str(value.name)
+        made = self.graph.add_value(shape or (), constant=constant, dtype=dtype, name=name)
         self.ids[value] = made.id
         if tensor is not None:
             self.graph.constants[made.id] = tensor

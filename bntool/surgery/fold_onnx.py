@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import onnx_ir as ir
@@ -13,7 +13,8 @@ from torch import Tensor
 from bntool.affine import Pair, batch_norm_affine, evaluate
 from bntool.observe.onnx_layers import Layer, Norm
 from bntool.observe.onnx_model import OnnxObservation
-from bntool.plan import Edit, Plan
+from bntool.plan import Edit, Merge, Plan, Window
+from bntool.surgery.merging import merged
 from bntool.surgery.onnx_wiring import Wiring
 from bntool.surgery.tensors import edited, edited_norm
 
@@ -38,7 +39,7 @@ def apply_fold_onnx(observed: OnnxObservation, plan: Plan) -> OnnxCounts:
     with torch.no_grad():
         work = _FoldWork(observed)
         edits = [edit for site in plan.fold_sites for edit in site.edits]
-        work.carry_out(edits)
+        work.carry_out(edits, plan.merges)
     after = _count(observed.model)
     return OnnxCounts(before[0], after[0], before[1], after[1])
 
@@ -56,8 +57,11 @@ class _FoldWork:
         self.norm_tensors: dict[str, Tensor] = {}
         self.removed: list[str] = []
         self.layer_edits: dict[str, list[tuple[Edit, Pair]]] = {}
+        self.held: dict[str, Tensor] = {}
 
-    def carry_out(self, edits: Iterable[Edit]) -> None:
+    def carry_out(self, edits: Iterable[Edit], merges: Sequence[Merge]) -> None:
+        merging = {branch.layer for merge in merges for branch in merge.branches}
+        values = {str(v.name): v for node in self.wiring.graph for v in node.outputs} if merges else {}
         for edit in edits:
             if edit.kind == "remove":
                 self.removed.append(edit.layer)
@@ -69,12 +73,20 @@ class _FoldWork:
             else:
                 self.layer_edits.setdefault(edit.layer, []).append((edit, pair))
         for name, changes in self.layer_edits.items():
-            self._write_layer(self.layers[name], changes)
+            weight, bias = self._edited(self.layers[name], changes)
+            if name in merging:
+                self.held[f"{name}.weight"] = weight
+                if bias is not None:
+                    self.held[f"{name}.bias"] = bias
+            else:
+                self._write_layer(self.layers[name], weight, bias)
         for name in {handle.rpartition(".")[0] for handle in self.norm_tensors} - set(self.removed):
             self._write_norm(self.norms[name])
         for name in self.removed:
             for nodes, data in self.norms[name].calls:
                 self.wiring.take_out(nodes, data)
+        for merge in merges:
+            self._merge(merge, values[merge.values[-1]])
         self.wiring.drop_unused()
 
     # -- numbers ----------------------------------------------------------------------------------------
@@ -102,8 +114,8 @@ class _FoldWork:
 
     # -- writing ----------------------------------------------------------------------------------------
 
-    def _write_layer(self, layer: Layer, changes: list[tuple[Edit, Pair]]) -> None:
-        """All edits of one layer in turn, in float64, then one cast."""
+    def _edited(self, layer: Layer, changes: list[tuple[Edit, Pair]]) -> tuple[Tensor, Tensor | None]:
+        """Weight and bias after all edits of one layer in turn, in float64."""
         first = layer.calls[0]
         stored_weight = self.graph.tensors[f"{layer.name}.weight"]
         stored_bias = self.graph.tensors.get(f"{layer.name}.bias")
@@ -119,6 +131,12 @@ class _FoldWork:
                 call.node.attributes.pop("beta", None)
         for edit, pair in changes:
             weight, bias = edited(edit, weight, bias, pair)
+        return weight, bias
+
+    def _write_layer(self, layer: Layer, weight: Tensor, bias: Tensor | None) -> None:
+        """New numbers for a layer, in one cast to the type of the old ones."""
+        stored_weight = self.graph.tensors[f"{layer.name}.weight"]
+        stored_bias = self.graph.tensors.get(f"{layer.name}.bias")
         self._write_weight(layer, weight.to(stored_weight.dtype))
         if bias is not None:
             kept = stored_weight.dtype if stored_bias is None else stored_bias.dtype
@@ -142,6 +160,19 @@ class _FoldWork:
                 call.node.resize_inputs(3)
                 call.node.replace_input_with(2, value)
 
+    def _merge(self, merge: Merge, output: ir.Value) -> None:
+        """One convolution in the place of parallel branches; what then nobody reads goes with the rest."""
+        layer = self.layers[merge.layer]
+        self._write_layer(layer, *merged(merge, self._tensor, self._leaf))
+        (call,) = layer.calls
+        if any(b.weight == merge.weight and b.window != merge.window for b in merge.branches):
+            _set_window(call.node, merge.window)
+        self.wiring.put_instead(call.output, output)
+
+    def _tensor(self, handle: str) -> Tensor | None:
+        """A layer's tensor as its edits have left it, before it is rounded."""
+        return self.held.get(handle, self.graph.tensors.get(handle))
+
     def _write_norm(self, norm: Norm) -> None:
         """γ and β of a BatchNorm that stays; one that was taken apart becomes a Mul and an Add."""
         gamma, beta = (self.norm_tensors[f"{norm.name}.{slot}"] for slot in ("weight", "bias"))
@@ -160,6 +191,17 @@ class _FoldWork:
             assert old is not None
             kept = self.graph.tensors[f"{norm.name}.{slot}"].dtype
             self.wiring.store(old, places, tensor.to(kept))
+
+
+def _set_window(node: ir.Node, window: Window) -> None:
+    node.attributes.pop("auto_pad", None)
+    for name, numbers in (
+        ("kernel_shape", window.kernel),
+        ("dilations", window.dilation),
+        ("pads", (*window.before, *window.after)),
+    ):
+        node.attributes[name] = ir.AttrInt64s(name, numbers)
+    node.attributes["group"] = ir.AttrInt64("group", window.groups)
 
 
 def _shaped_like(bias: Tensor, old: ir.Value) -> Tensor:

@@ -14,7 +14,8 @@ from bntool.errors import InvariantError
 from bntool.graph import Op
 from bntool.observe.exported_program import ProgramObservation
 from bntool.observe.program_nodes import arguments_of, operator_of
-from bntool.plan import Edit, Plan
+from bntool.plan import Edit, Merge, Plan, Window
+from bntool.surgery.merging import cast_like, merged
 from bntool.surgery.program_graph import ProgramCopy
 from bntool.surgery.tensors import edited, edited_norm
 
@@ -33,7 +34,7 @@ def apply_fold_program(observed: ProgramObservation, plan: Plan, *, wide: bool =
     if wide:
         copied.widen()
     with torch.no_grad():
-        work = _FoldWork(observed, copied)
+        work = _FoldWork(observed, copied, plan.merges)
         for site in plan.fold_sites:
             for edit in site.edits:
                 work.carry_out(edit)
@@ -42,10 +43,11 @@ def apply_fold_program(observed: ProgramObservation, plan: Plan, *, wide: bool =
 
 
 class _FoldWork:
-    def __init__(self, observed: ProgramObservation, copied: ProgramCopy) -> None:
-        self.observed, self.copied = observed, copied
+    def __init__(self, observed: ProgramObservation, copied: ProgramCopy, merges: tuple[Merge, ...]) -> None:
+        self.observed, self.copied, self.merges = observed, copied, merges
+        self.merging = {h for merge in merges for b in merge.branches for h in (b.weight, b.bias) if h}
         self.tensors: dict[str, Tensor] = {}
-        self.made_for: dict[str, Edit] = {}
+        self.made_for: dict[str, Edit | Merge] = {}
         self.removed: list[str] = []
         self.norms: dict[str, Op] = {}
         for op in observed.graph.of_kind("batch_norm"):
@@ -97,11 +99,16 @@ class _FoldWork:
         if handle in self.tensors:
             return self.tensors[handle]
         names = self.observed.names.get(handle)
-        return self.copied.tensor(names[0]).detach() if names else None
+        if not names:
+            return None
+        stored = self.copied.tensor(names[0]).detach()
+        # what is yet to be merged is rounded only then
+        return stored.double() if handle in self.merging else stored
 
     # -- writing ----------------------------------------------------------------------------------------
 
     def write(self) -> None:
+        self._merge_numbers()
         for handle, tensor in self.tensors.items():
             names = self.observed.names.get(handle)
             if names:
@@ -113,7 +120,46 @@ class _FoldWork:
             for label in self.observed.norms[name]:
                 self._take_out(self.copied.nodes[label])
             dropped |= self._names_of_norm(name)
+        for merge in self.merges:
+            dropped |= self._merge_nodes(merge)
         self.copied.drop_unread(dropped)
+
+    def _merge_numbers(self) -> None:
+        made = {merge: merged(merge, self._tensor, self._leaf) for merge in self.merges}
+        for handle in self.merging & self.tensors.keys():
+            del self.tensors[handle]
+        for merge, (weight, bias) in made.items():
+            stored = self.copied.tensor(self.observed.names[merge.weight][0])
+            self.tensors[merge.weight] = cast_like(weight, stored)
+            if bias is not None:
+                self.tensors[merge.bias] = cast_like(bias, stored)
+                if merge.bias not in self.observed.names:
+                    self.made_for[merge.bias] = merge
+
+    def _merge_nodes(self, merge: Merge) -> set[str]:
+        """One convolution in the place of parallel branches; the stored tensors that went with them."""
+        (label,) = self.observed.layers[merge.layer]
+        call = self.copied.nodes[label]
+        weight = self.tensors[merge.weight]
+        if any(b.weight == merge.weight and b.window != merge.window for b in merge.branches):
+            self._set_window(call, merge.window, weight)
+        self.copied.hand_over([self.copied.nodes[name] for name in merge.values], call)
+        names = {
+            n for b in merge.branches for h in (b.weight, b.bias) for n in self.observed.names.get(h, ())
+        }
+        return names.union(*(self._names_of_norm(name) for name in merge.norms))
+
+    def _set_window(self, call: Node, window: Window, weight: Tensor) -> None:
+        """Other arguments for a convolution, all of them by position, and the new shape of its weight."""
+        bound = arguments_of(call)
+        bound.update(padding=list(window.before), dilation=list(window.dilation), groups=window.groups)
+        if isinstance(call.target, torch._ops.OpOverload) and call.target._overloadname == "padding":
+            call.target = call.target.overloadpacket.default
+        assert isinstance(call.target, torch._ops.OpOverload)
+        arguments = call.target._schema.arguments
+        call.args = tuple(bound.get(argument.name, argument.default_value) for argument in arguments)
+        call.kwargs = {}
+        bound["weight"].meta["val"] = bound["weight"].meta["val"].new_empty(tuple(weight.shape))
 
     def _names_of_norm(self, name: str) -> set[str]:
         """The stored tensors that a BatchNorm brought, its count of batches among them."""
@@ -138,7 +184,7 @@ class _FoldWork:
                 self.copied.graph.erase_node(part)
         self.copied.graph.erase_node(node)
 
-    def _create_bias(self, edit: Edit, bias: Tensor) -> None:
+    def _create_bias(self, edit: Edit | Merge, bias: Tensor) -> None:
         """A bias that was not there, for every call of the layer."""
         weight = self.observed.names[edit.weight][0]
         stem = weight.removesuffix("weight")

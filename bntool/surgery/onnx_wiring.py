@@ -67,16 +67,24 @@ class Wiring:
         """
         source, output = nodes[0].inputs[data], nodes[-1].outputs[0]
         assert source is not None
+        if output.is_graph_output() and (source.producer() is None or source.is_graph_output()):
+            self._insert_behind(nodes[-1], "Identity", [source], output)
+            self._remove(nodes)
+            return
+        self.put_instead(source, output)
+        self._remove(nodes)
+
+    def put_instead(self, source: ir.Value, output: ir.Value) -> None:
+        """Whoever read `output` now reads `source`, which a node gives.
+
+        An output of the model keeps its name.
+        """
         if output.is_graph_output():
-            if source.producer() is None or source.is_graph_output():
-                self._insert_behind(nodes[-1], "Identity", [source], output)
-                self._remove(nodes)
-                return
             name = str(output.name)
             output.name = self._free(f"{name}_removed")
             source.name, source.type, source.shape = name, output.type, output.shape
         output.replace_all_uses_with(source, replace_graph_outputs=True)
-        self._remove(nodes)
+        self.released.append(output)
 
     def add_behind(self, node: ir.Node, bias: ir.Value) -> None:
         """`node` + bias in place of what `node` gives; the sum takes over its name."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+import operator
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -115,6 +116,24 @@ class ProgramCopy:
         node.replace_all_uses_with(other)
         self._rename(node, other)
         self.graph.erase_node(node)
+
+    def hand_over(self, nodes: Sequence[Node], heir: Node) -> None:
+        """Whoever else reads what `nodes` give, the outputs too, reads `heir`; the nodes go.
+
+        They stand in the order in which they run, and the last one is what the others are for.
+        """
+        going = set(nodes)
+        for node in nodes:
+            node.replace_all_uses_with(heir, delete_user_cb=lambda user: user not in going)
+            self._rename(node, heir)
+        for node in reversed(nodes):
+            whole = node.args[0] if node.target is operator.getitem else None
+            self.graph.erase_node(node)
+            if isinstance(whole, Node):
+                # a BatchNorm gives more than its result, which nobody reads of one that may go
+                for part in list(whole.users):
+                    self.graph.erase_node(part)
+                self.graph.erase_node(whole)
 
     def add_behind(self, node: Node, parameter: Node) -> None:
         """Add a parameter to what a node computes, for every reader of it, the outputs too."""
