@@ -100,7 +100,7 @@ ONE = {
     "repvgg in groups": (repvgg, lambda: repvgg_parts(groups=2)),
     "repvgg, same padding": (repvgg, lambda: {**repvgg_parts(), "dense": with_bn(3, padding="same")}),
     "mobileone": (mobileone, mobileone_parts),
-    "functional": (functional_norm, repvgg_parts),
+    "functional": (functional_norm, lambda: {"dense": with_bn(3), "itself": nn.BatchNorm2d(C)}),
     "asymmetric": (asymmetric, asymmetric_parts),
     "without a BatchNorm": (repvgg, plain_parts),
     "strided": (
@@ -200,14 +200,16 @@ def agree(one: ExportedProgram, other: ExportedProgram, limit: float) -> None:
         assert float((a - b).abs().max()) <= limit * float(a.abs().max())
 
 
-@pytest.mark.parametrize("apart", [False, True], ids=["whole", "decomposed"])
-@pytest.mark.parametrize("name", ONE)
+@pytest.mark.parametrize(
+    ("name", "apart"),
+    [*((name, False) for name in ONE), *((name, True) for name in ("repvgg", "mobileone", "norm behind"))],
+)
 def test_the_branches_of_a_block_become_one_convolution(name: str, apart: bool) -> None:
     program = program_of(*ONE[name])
     program = decomposed(program) if apart else program
     plan, observed = plan_fold_program(program)
     merged = apply_fold_program(observed, Plan.from_json(plan.to_json()))
-    assert (calls(merged, "conv"), calls(merged, "norm"), calls(merged, "add")) == (1, 0, 0)
+    assert (calls(merged, "conv"), calls(merged, "norm"), calls(merged, "aten.add")) == (1, 0, 0)
     assert not plan.skips
     assert {site.level for site in plan.fold_sites} <= {"graph"}
     assert len(merged.state_dict) <= 2
@@ -284,6 +286,21 @@ def test_a_merge_that_the_check_does_not_bear_out_is_left_out(monkeypatch: pytes
     assert len(result.plan.sites) == 2
     assert "it differs" in result.plan.notes[-1]
     assert all(check.passed for check in result.checks)
+
+
+@pytest.mark.parametrize("name", ["repvgg_a0", "fastvit_t8"])
+def test_the_law_does_as_well_as_a_models_own_method(name: str) -> None:
+    """No block's own method is used here; timm's count is what its methods leave."""
+    timm = pytest.importorskip("timm")
+    model = enliven(timm.create_model(name, num_classes=10).eval())
+    x = (torch.randn(1, 3, 64, 64),)
+    own = timm.utils.reparameterize_model(model)
+    most = sum(isinstance(m, nn.Conv2d) for m in own.modules())
+    result = fold_program(exported(model, x))
+    assert calls(result.program, "conv") <= most
+    assert calls(result.program, "norm") == 0
+    assert result.plan.merges
+    assert [check.passed for check in result.checks] == [True, True]
 
 
 # -- ONNX -----------------------------------------------------------------------------------------------

@@ -80,7 +80,8 @@ class _FoldWork:
                     self.held[f"{name}.bias"] = bias
             else:
                 self._write_layer(self.layers[name], weight, bias)
-        for name in {handle.rpartition(".")[0] for handle in self.norm_tensors} - set(self.removed):
+        going = {*self.removed, *(name for merge in merges for name in merge.norms)}
+        for name in {handle.rpartition(".")[0] for handle in self.norm_tensors} - going:
             self._write_norm(self.norms[name])
         for name in self.removed:
             for nodes, data in self.norms[name].calls:

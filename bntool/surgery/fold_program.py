@@ -143,10 +143,7 @@ class _FoldWork:
         weight = self.tensors[merge.weight]
         if any(b.weight == merge.weight and b.window != merge.window for b in merge.branches):
             self._set_window(call, merge.window, weight)
-        self.copied.hand_over([self.copied.nodes[name] for name in merge.values], call)
-        names = {
-            n for b in merge.branches for h in (b.weight, b.bias) for n in self.observed.names.get(h, ())
-        }
+        names = self.copied.hand_over([self.copied.nodes[name] for name in merge.values], call)
         return names.union(*(self._names_of_norm(name) for name in merge.norms))
 
     def _set_window(self, call: Node, window: Window, weight: Tensor) -> None:

@@ -117,12 +117,14 @@ class ProgramCopy:
         self._rename(node, other)
         self.graph.erase_node(node)
 
-    def hand_over(self, nodes: Sequence[Node], heir: Node) -> None:
+    def hand_over(self, nodes: Sequence[Node], heir: Node) -> set[str]:
         """Whoever else reads what `nodes` give, the outputs too, reads `heir`; the nodes go.
 
-        They stand in the order in which they run, and the last one is what the others are for.
+        They stand in the order in which they run, and the last one is what the others are for. Returns the
+        names of the stored tensors that they read.
         """
         going = set(nodes)
+        stored = {self._target_of(source) for node in nodes for source in node.all_input_nodes}
         for node in nodes:
             node.replace_all_uses_with(heir, delete_user_cb=lambda user: user not in going)
             self._rename(node, heir)
@@ -134,6 +136,7 @@ class ProgramCopy:
                 for part in list(whole.users):
                     self.graph.erase_node(part)
                 self.graph.erase_node(whole)
+        return {name for name in stored if name}
 
     def add_behind(self, node: Node, parameter: Node) -> None:
         """Add a parameter to what a node computes, for every reader of it, the outputs too."""

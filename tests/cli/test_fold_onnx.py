@@ -32,6 +32,26 @@ class Net(nn.Module):
         return self.last(x).mean((2, 3))
 """
 
+BRANCHING = """
+import torch
+from torch import nn
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.dense = nn.Sequential(nn.Conv2d(3, 3, 3, padding=1, bias=False), nn.BatchNorm2d(3))
+        self.point = nn.Sequential(nn.Conv2d(3, 3, 1, bias=False), nn.BatchNorm2d(3))
+        self.itself = nn.BatchNorm2d(3)
+        for norm in (self.dense[1], self.point[1], self.itself):
+            nn.init.uniform_(norm.running_mean, -1, 1)
+            nn.init.uniform_(norm.running_var, 0.5, 1.5)
+
+    def forward(self, images):
+        return torch.relu(self.dense(images) + self.point(images) + self.itself(images))
+"""
+
 
 def op_types(path: str) -> list[str]:
     return [node.op_type for node in onnx.load(path).graph.node]
@@ -108,3 +128,45 @@ def test_what_is_excluded_stays_in_the_exported_graph(bntool: Shell) -> None:
     assert len(names) > 1
     assert bntool("fold", "model.pt", "--export", "onnx", "--exclude", names[0], *nets.INPUT).code == 0
     assert op_types("model_folded.onnx").count("BatchNormalization") == 1
+
+
+@pytest.mark.parametrize("words", [(), ("--require-all",)])
+def test_parallel_branches_merge_in_the_exported_graph(
+    bntool: Shell, folder: Path, words: tuple[str, ...]
+) -> None:
+    (folder / "net.py").write_text(BRANCHING)
+    document = bntool("fold", "net.py:Net", "--export", "onnx", "--json", *nets.INPUT, *words).document
+    assert op_types("Net_folded.onnx") == ["Conv", "Relu"]
+    assert document["export"]["merged"] == {"dense.0/Conv": ["dense.0/Conv", "point.0/Conv"]}
+    assert list(document["export"]["folded"].values()) == [["dense.0/Conv"]]
+    assert all(check["passed"] for check in document["checks"])
+
+
+def test_no_merge_leaves_the_branches(bntool: Shell, refused: Callable[..., object], folder: Path) -> None:
+    (folder / "net.py").write_text(BRANCHING)
+    assert bntool("fold", "net.py:Net", "--export", "onnx", "--no-merge", *nets.INPUT).code == 0
+    assert op_types("Net_folded.onnx").count("Conv") == 2
+    assert op_types("Net_folded.onnx").count("BatchNormalization") == 1
+    refused("fold", "Net_folded.onnx", "--no-merge", code=4, says="stay")
+    document = bntool("fold", "Net_folded.onnx", "-o", "one.onnx", "--json").document
+    assert op_types("one.onnx") == ["Conv", "Relu"]
+    (merge,) = document["merges"]
+    assert merge["branches"].count("identity") == 1
+
+
+def test_a_merge_that_fails_its_check_is_left_out(
+    bntool: Shell, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The numbers of a merge are spoilt: the branches stay, the BatchNorms still go, and a note says so."""
+    from bntool.surgery import fold_onnx
+
+    spoilt = fold_onnx.merged
+    monkeypatch.setattr(fold_onnx, "merged", lambda *given: (2 * spoilt(*given)[0], spoilt(*given)[1]))
+    (folder / "net.py").write_text(BRANCHING)
+    said = bntool("fold", "net.py:Net", "--export", "onnx", *nets.INPUT)
+    assert said.code == 0
+    assert "branches are left as they are" in said.out + said.err
+    assert op_types("Net_folded.onnx").count("Conv") == 2
+    said = bntool("fold", "Net_folded.onnx", "-o", "again.onnx")
+    assert said.code == 4
+    assert not (folder / "again.onnx").exists()
