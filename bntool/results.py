@@ -128,6 +128,14 @@ def fold_lines(plan: Plan, width: int | None, verbose: bool) -> list[str]:
     return lines
 
 
+def merges_of(plan: Plan) -> list[dict[str, Any]]:
+    """What merged into which convolution, as the document that `--json` prints."""
+    return [
+        {"into": merge.layer, "branches": [branch.layer or "identity" for branch in merge.branches]}
+        for merge in plan.merges
+    ]
+
+
 def _verdict(site: FoldSite) -> str:
     """Into what, and through which ops: a layer that takes in at once is not worth a word."""
     way = [

@@ -28,6 +28,7 @@ def fold_onnx_file(voice: Voice, options: dict[str, Any]) -> int:
     from bntool.cli import serving
     from bntool.onnx_files import move_onnx
     from bntool.report.checks import checks_text
+    from bntool.results import merges_of
 
     source = Path(options["model"])
     serving.require_device(options["device"], torch_too=False, onnx_too=True)
@@ -63,10 +64,7 @@ def fold_onnx_file(voice: Voice, options: dict[str, Any]) -> int:
             "onnx": None if options["dry_run"] else str(target),
             "sites": [{k: v for k, v in site.items() if k != "edits"} for site in plan["sites"]],
             "skips": plan["skips"],
-            "merges": [
-                {"into": m.layer, "branches": [b.layer or "identity" for b in m.branches]}
-                for m in result.plan.merges
-            ],
+            "merges": merges_of(result.plan),
             "bn_total": len(plan["sites"]) + len(plan["skips"]),
             "bn_folded": len(plan["sites"]),
             "parameters": result.to_dict()["counts"],

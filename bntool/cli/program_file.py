@@ -37,7 +37,7 @@ def fold_program_file(session: Session, program: ExportedProgram, options: dict[
     from bntool.program_folding import RunnableProgram, fold_program
     from bntool.report.checks import checks_text
     from bntool.report.counting import parameter_delta
-    from bntool.results import delta_lines, fold_lines
+    from bntool.results import delta_lines, fold_lines, merges_of
 
     voice = session.voice
     _require_cpu(options)
@@ -51,8 +51,11 @@ def fold_program_file(session: Session, program: ExportedProgram, options: dict[
             program,
             include=options["include"] or ("*",),
             exclude=options["exclude"],
+            merge=not options["no_merge"],
             check=options["check"],
         )
+    for note in result.plan.notes:
+        voice.note(note)
     voice.say("\n".join(fold_lines(result.plan, None, not options["quiet"])))
     require_folded(result.plan, Path(session.loaded.reference), options["require_all"])
     if options["check"] == "none":
@@ -86,6 +89,7 @@ def fold_program_file(session: Session, program: ExportedProgram, options: dict[
             "export": export.to_dict() if export else None,
             "sites": [{k: v for k, v in site.items() if k != "edits"} for site in plan["sites"]],
             "skips": plan["skips"],
+            "merges": merges_of(result.plan),
             "bn_total": len(plan["sites"]) + len(plan["skips"]),
             "bn_folded": len(plan["sites"]),
             "parameters": parameters,
