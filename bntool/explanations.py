@@ -351,7 +351,7 @@ _add(
     Reason.MIXED_BRANCHES,
     "the branches that meet here cannot all take their part",
     """Where branches are added or joined, each must take the scale and one of them the shift. A branch that
-    is a constant, a difference, or a weighted sum does not allow that.""",
+    is a constant, or that carries another scale, does not allow that.""",
     """
     class Model(nn.Module):
         def __init__(self):
@@ -446,7 +446,8 @@ _add(
     nn.init.constant_(model[0].weight, 100.0)
     nn.init.constant_(model[1].weight, 6e4)
     """,
-    "Fold the model in float32 and cast the result, or look at the channel that has collapsed.",
+    "Fold with --dtype float32 (in Python: bntool.fold(model.float())), or look at the channel that has "
+    "collapsed.",
 )
 _add(
     Reason.NOT_PROVED,

@@ -113,7 +113,9 @@ class Reference:
     @functools.cached_property
     def limits(self) -> dict[str, Limit]:
         if self.exact is not None:
-            return noise_limits(self.exact, self.own, self.layers, self.eps)
+            # a narrow cast rounds alike in both runs, so that their difference does not show its noise
+            eps = max((self.eps, *(torch.finfo(dtype).eps for dtype in self.narrowed)))
+            return noise_limits(self.exact, self.own, self.layers, eps)
         # Without float64 the noise is not measured: reference and candidate each carry a walk of
         # eps/2 * sqrt(layers), and the candidate may draw K_NOISE times that, as it may of a measured one.
         noise = rounding_term(self.eps, self.layers) / 2

@@ -698,8 +698,26 @@ zoo(
 )
 zoo(
     "difference_of_two_convs",
-    {"bn": Reason.MIXED_BRANCHES},
+    {"bn": FOLDED},
     lambda m, x: m.bn(m.c(x) - m.d(x)),
+    lambda: {"c": conv(), "d": conv(), "bn": bn()},
+)
+zoo(
+    "weighed_sum_whose_first_branch_takes_no_shift",
+    {"bn": FOLDED},
+    lambda m, x: m.bn(torch.sub(m.c(x).relu(), m.d(x), alpha=0.3)),
+    lambda: {"c": conv(), "d": conv(), "bn": bn()},
+)
+zoo(
+    "shift_past_a_weight_read_from_the_data",
+    {"bn": FOLDED},
+    lambda m, x: m.bn(torch.add(m.c(x), m.d(x), alpha=x.abs().max().item())),
+    lambda: {"c": conv(), "d": conv(), "bn": bn()},
+)
+zoo(
+    "shift_through_a_weight_read_from_the_data",
+    {"bn": Reason.UNKNOWN_OP},
+    lambda m, x: m.bn(torch.add(m.c(x).relu(), m.d(x), alpha=x.abs().max().item())),
     lambda: {"c": conv(), "d": conv(), "bn": bn()},
 )
 zoo("add_with_itself", {"bn": Reason.OUTPUT_USED_ELSEWHERE}, *through(lambda m, y: y + y))
@@ -726,6 +744,7 @@ zoo(
     *through(lambda m, y: 2.0 + y - m.k, k=lambda: nn.Parameter(torch.arange(6.0).view(6, 1, 1))),
 )
 zoo("constant_subtracted_from", {"bn": FOLDED}, *through(lambda m, y: -y + 1))
+zoo("subtracted_from_a_number", {"bn": FOLDED}, *through(lambda m, y: 1.5 - y))
 zoo(
     "spatial_constant_added",
     {"bn": Reason.AXIS_MISMATCH},

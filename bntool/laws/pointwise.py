@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from bntool.affine import Affine, add, identity
+import torch
+
+from bntool.affine import Affine, Constant, add, identity
 from bntool.graph import Op
 from bntool.laws.base import (
     Context,
@@ -39,41 +41,40 @@ def _homogeneous(context: Context, op: Op, affine: Affine) -> Affine:
     return affine
 
 
-@law("add", "sub")
+@law("add", "sub", "rsub")
 class Addition:
-    """A sum of branches: upstream the scale goes to each and the shift to one; a constant stays."""
+    """a + α·b, and a − α·b or b − α·a likewise: upstream the scale goes to each branch and the shift to one,
+    divided by that branch's weight; a constant stays."""
 
     @staticmethod
     def up(context: Context, op: Op, demands: list[Affine]) -> Maps:
         roles, rank = _operands(context, op)
         demand = along(demands[0], rank, op.label)
-        if len(roles) == 1:
-            role = roles[0]
-            _require_full(context, op, role)
-            return {role: _around_constant(context, op, role, demand, "before_add")}
-        if op.attrs["alpha"] != 1.0 or op.kind == "sub":
-            no_shift(demand, Reason.MIXED_BRANCHES, f"{op.label} weighs its branches")
         for role in roles:
             _require_full(context, op, role)
+        if len(roles) == 1 and demand.has_scale:
+            constant = constant_operand(context, op, roles[0])
+            demand = demand.then_constant("before_add", constant, _weight_of_constant(op, roles[0]))
         if not demand.has_shift:
             return dict.fromkeys(roles, demand)
-        taker = context.choose(len(roles))
-        return {role: demand if i == taker else demand.then("scale_part") for i, role in enumerate(roles)}
+        taker = context.choose(len(roles)) if len(roles) > 1 else 0
+        return {
+            role: _unweighed(op, role, demand) if i == taker else demand.then("scale_part")
+            for i, role in enumerate(roles)
+        }
 
     @staticmethod
     def down(context: Context, op: Op, maps: Maps) -> list[Affine]:
         roles, rank = _operands(context, op)
-        if len(roles) == 1:
-            role = roles[0]
-            _require_full(context, op, role)
-            affine = along(maps[role], rank, op.label)
-            return [_around_constant(context, op, role, affine, "after_add")]
         for role in roles:
             _require_full(context, op, role)
-        if op.attrs["alpha"] != 1.0 or op.kind == "sub":
-            raise Refused(Reason.MIXED_BRANCHES, f"{op.label} weighs its branches")
-        first, second = (along(maps.get(role, identity(rank)), rank, op.label) for role in roles)
-        joined = add(first, second)
+        carried = [_weighed(op, role, along(maps.get(role, identity(rank)), rank, op.label)) for role in roles]
+        if len(roles) == 1:
+            if not carried[0].has_scale:
+                return carried
+            constant = constant_operand(context, op, roles[0])
+            return [carried[0].then_constant("after_add", constant, _weight_of_constant(op, roles[0]))]
+        joined = add(*carried)
         if joined is None:
             raise Refused(Reason.MIXED_BRANCHES, f"the branches of {op.label} carry different scales")
         return [joined]
@@ -125,12 +126,33 @@ def _require_full(context: Context, op: Op, role: str) -> None:
         raise Refused(Reason.AXIS_MISMATCH, f"an operand of {op.label} is broadcast")
 
 
-def _around_constant(context: Context, op: Op, role: str, affine: Affine, step: str) -> Affine:
-    """Move a map around `x + c`. A pure shift passes as it is; a scale adds its part of c."""
-    if role != "input" and (op.kind == "sub" or op.attrs["alpha"] != 1.0):
-        raise Refused(Reason.MIXED_BRANCHES, f"{op.label} weighs the operand that depends on the data")
-    if not affine.has_scale:
-        return affine
-    sign = -1.0 if op.kind == "sub" else 1.0
-    factor = sign * op.attrs["alpha"] if role == "input" else 1.0
-    return affine.then_constant(step, constant_operand(context, op, role), factor)
+def _weight(op: Op, role: str) -> float:
+    """What the sum multiplies an operand by: the second of `add` and `sub`, the first of `rsub`, by ±α."""
+    if (role == "input") != (op.kind == "rsub"):
+        return 1.0
+    if op.attrs["alpha"] is None:
+        raise Refused(Reason.UNKNOWN_OP, f"the weight in {op.label} may have been read from the data")
+    alpha = float(op.attrs["alpha"])
+    return alpha if op.kind == "add" else -alpha
+
+
+def _weight_of_constant(op: Op, role: str) -> float:
+    """The weight of the operand beside `role`."""
+    return _weight(op, "other" if role == "input" else "input")
+
+
+def _unweighed(op: Op, role: str, demand: Affine) -> Affine:
+    """What an operand must become for its weighed self to meet the demand."""
+    weight = _weight(op, role)
+    if weight == 0.0:
+        raise Refused(Reason.ZERO_SCALE, f"{op.label} weighs a branch by zero, which swallows a shift")
+    return demand if weight == 1.0 else demand.then_constant("divide_shift", _number(weight, demand.rank))
+
+
+def _weighed(op: Op, role: str, affine: Affine) -> Affine:
+    weight = _weight(op, role)
+    return affine if weight == 1.0 else affine.then_constant("multiply_shift", _number(weight, affine.rank))
+
+
+def _number(value: float, rank: int) -> Constant:
+    return Constant.of(torch.tensor(value, dtype=torch.float64), "", rank)

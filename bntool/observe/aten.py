@@ -206,6 +206,7 @@ _TABLE: dict[str, Callable[[Bound], Translation]] = {
     "native_channel_shuffle": lambda b: ("channel_shuffle", {"groups": b["groups"]}),
     "add": _binary("add"),
     "sub": _binary("sub"),
+    "rsub": _binary("rsub"),
     "mul": _binary("mul"),
     "multiply": _binary("mul"),
     "div": _binary("div"),

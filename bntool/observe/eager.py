@@ -352,7 +352,8 @@ class _Recorder:
         if self.numbers_from_data:
             # any Python number from here on may have been read from the data
             constant = constant and bool(inputs)
-            attrs = {k: None if k == "number" else v for k, v in attrs.items()}
+            unsure = {"number"} if attrs.get("alpha") == 1.0 else {"number", "alpha"}
+            attrs = {k: None if k in unsure else v for k, v in attrs.items()}
         made = targets or outs
         values = []
         for tensor in made:

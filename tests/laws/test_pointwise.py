@@ -78,14 +78,25 @@ def test_constant_subtracted(fill: Numbers, shape: tuple[int, ...], seed: int, s
 
 
 @few
-@given(numbers, st.sampled_from(CONSTANTS), st.integers(0, 99))
-def test_subtracted_from_a_constant_is_exact_or_kept(
-    fill: Numbers, shape: tuple[int, ...], seed: int
-) -> None:
+@given(numbers, st.sampled_from(CONSTANTS), st.integers(0, 99), st.sampled_from(["sub", "weighed", "number"]))
+def test_subtracted_from_a_constant(fill: Numbers, shape: tuple[int, ...], seed: int, how: str) -> None:
     c = data(*shape, seed=seed)
-    both_ways(lambda x: torch.sub(c, x), fill)
-    both_ways(lambda x: torch.add(c, x, alpha=-0.7), fill)
-    both_ways(lambda x: 1.5 - x, fill)
+    step = {
+        "sub": lambda x: torch.sub(c, x, alpha=2.5),
+        "weighed": lambda x: torch.add(c, x, alpha=-0.7),
+        "number": lambda x: 1.5 - x,
+    }[how]
+    up, down = both_ways(step, fill)
+    assert up is None
+    assert down is None
+
+
+@few
+@given(numbers)
+def test_a_weight_of_zero_swallows_a_shift(fill: Numbers) -> None:
+    step = lambda x: torch.add(torch.ones(()), x, alpha=0.0)  # noqa: E731
+    model = Chain(nn.Conv2d(4, 4, 1), step, fill.fill(nn.BatchNorm2d(4)))
+    assert verdict(model, data(2, 4, 5, 3)) is Reason.ZERO_SCALE
 
 
 @few
@@ -152,9 +163,9 @@ def test_sum_of_branches(fill: Numbers) -> None:
     x = data(2, 4, 5, 3)
     assert verdict(Summed(torch.add, fill), x) is None
     assert verdict(Summed(torch.add, fill, second=False), x) is Reason.REACHES_INPUT
-    assert verdict(Summed(lambda a, b: a - b, fill), x) is (Reason.MIXED_BRANCHES if fill.shift else None)
-    weighed = verdict(Summed(lambda a, b: torch.add(a, b, alpha=0.5), fill), x)
-    assert weighed is (Reason.MIXED_BRANCHES if fill.shift else None)
+    assert verdict(Summed(lambda a, b: a - b, fill), x) is None
+    assert verdict(Summed(lambda a, b: torch.add(a, b, alpha=0.5), fill), x) is None
+    assert verdict(Summed(lambda a, b: torch.sub(b, a, alpha=-2.0), fill), x) is None
     assert verdict(Summed(torch.mul, fill), x) is Reason.NONLINEAR
 
 
@@ -167,6 +178,22 @@ def test_shift_finds_the_branch_that_can_take_it(fill: Numbers) -> None:
     kept = (Reason.NEGATIVE_SCALE, Reason.NONLINEAR) if fill.has_negative else (None,)
     assert first in kept
     assert second in kept
+
+
+@few
+@given(numbers, st.sampled_from([1.0, -1.0, 0.25]))
+def test_shift_finds_the_branch_it_reaches_through_a_weight(fill: Numbers, alpha: float) -> None:
+    """The first branch ends in a ReLU, so the shift goes to the second, divided by that branch's weight."""
+    found = verdict(Summed(lambda a, b: torch.sub(a.relu(), b, alpha=alpha), fill), data(2, 4, 5, 3))
+    assert found in ((Reason.NEGATIVE_SCALE, Reason.NONLINEAR) if fill.has_negative else (None,))
+
+
+@few
+@given(numbers, st.sampled_from([1.0, 0.5, -3.0]))
+def test_weighed_branches_downstream(fill: Numbers, alpha: float) -> None:
+    """BN(x) − α·BN(x) carries (1 − α)·t."""
+    twice = Chain(fill.fill(nn.BatchNorm2d(4)), lambda y: torch.sub(y, y, alpha=alpha), nn.Conv2d(4, 3, 2))
+    assert verdict(twice, data(2, 4, 5, 3)) is None
 
 
 @few
