@@ -7,9 +7,11 @@ Weights are named by handle (qualified name); an op's `kind` is bntool's own wor
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import Tensor
 
 Edge = tuple[int, str]
@@ -130,6 +132,12 @@ class Graph:
     def constant(self, value: Value) -> Tensor | None:
         """The numbers of a constant value, where they are known."""
         return self.tensors.get(value.handle) if value.handle else self.constants.get(value.id)
+
+    @functools.cached_property
+    def coarsest(self) -> float:
+        """The machine epsilon of the model's coarsest floating type; that of float32 where it has none."""
+        types = {t.dtype for t in self.tensors.values() if t.is_floating_point()} or {torch.float32}
+        return max(torch.finfo(dtype).eps for dtype in types)
 
     def of_kind(self, *kinds: str) -> Iterator[Op]:
         return (op for op in self.ops if op.kind in kinds)

@@ -788,6 +788,20 @@ zoo(
     {"bn": Reason.NONLINEAR},
     *through(lambda m, y: (y * 4).to(torch.int32).to(y.dtype)),
 )
+zoo("rounded_to_float16", {"bn": Reason.NONLINEAR}, *through(lambda m, y: y.half().to(y.dtype)))
+zoo(
+    "rounded_to_float32_in_a_float32_net",
+    {"bn": FOLDED},
+    *through(lambda m, y: y.double().float()),
+    dtype=torch.float32,
+)
+zoo(
+    "computed_in_float32_in_a_float16_net",
+    {"bn": FOLDED},
+    lambda m, x: m.bn(F.avg_pool2d(m.conv(x).float(), 2).half()),
+    pair,
+    dtype=torch.float16,
+)
 zoo(
     "permuted",
     {"bn": FOLDED},

@@ -177,3 +177,21 @@ def test_parts_that_cannot_be_observed_say_so() -> None:
         bntool.fold(compiled)
     with pytest.raises(StateError, match="meta device"):
         bntool.fold(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)).to("meta"))
+
+
+def test_a_norm_of_other_channels_is_named_with_both_numbers() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.BatchNorm2d(7)).eval()
+    with pytest.raises(ObserveError, match="7 channels and is given 8") as failure:
+        bntool.fold(model, torch.randn(1, 3, 16, 16))
+    assert failure.value.where == "2"
+
+
+def test_a_forward_that_differentiates_is_no_question_of_the_input() -> None:
+    def slope(net: ConvNorm, x: Tensor) -> Tensor:
+        with torch.enable_grad():
+            z = x.detach().requires_grad_()
+            found: Tensor = torch.autograd.grad(net.bn(net.conv(z)).sum(), z)[0]
+        return found
+
+    with pytest.raises(ObserveError, match="differentiates"):
+        bntool.fold(randomised(ConvNorm(slope)), torch.randn(1, 3, 16, 16, dtype=torch.float64))

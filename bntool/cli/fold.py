@@ -9,7 +9,7 @@ import click
 from bntool.cli import options as opt
 from bntool.cli.onnx_file import fold_onnx_file, is_onnx
 from bntool.cli.session import Session, Voice, open_session
-from bntool.errors import BntoolError, NothingToDo, StateError
+from bntool.errors import BntoolError, NothingToDo, StateError, UsageError
 from bntool.reasons import Reason
 
 if TYPE_CHECKING:
@@ -23,6 +23,11 @@ if TYPE_CHECKING:
 @click.option("--static-batch", is_flag=True, help="Fix the batch size in the ONNX file.")
 @click.option("--no-merge", is_flag=True, help="Leave parallel branches as they are.")
 @click.option("--require-all", is_flag=True, help="Fail (exit 4) if any BatchNorm that runs is kept.")
+@click.option(
+    "--dtype",
+    type=click.Choice(["float32"]),
+    help="Cast the model first, where float16 cannot hold the folded weights.",
+)
 @opt.pattern_options()
 @opt.output_options()
 @opt.device_option()
@@ -37,12 +42,16 @@ def command(**options: Any) -> int:
     """
     voice = Voice(options["as_json"], options["quiet"], options["verbose"])
     if is_onnx(options["model"]):
+        _require_own_types(options, "an ONNX file")
         return fold_onnx_file(voice, options)
     session = open_session(voice, options)
     if session.program is not None:
         from bntool.cli.program_file import fold_program_file
 
+        _require_own_types(options, "an exported program")
         return fold_program_file(session, session.program, options)
+    if options["dtype"]:
+        session.cast(options["dtype"])
     from bntool.cli import serving, writing
     from bntool.files.sidecar import output_name
     from bntool.report.checks import checks_text
@@ -85,6 +94,16 @@ def command(**options: Any) -> int:
         }
     )
     return 0
+
+
+def _require_own_types(options: dict[str, Any], kind: str) -> None:
+    """A graph names the type of every value in it: it cannot be cast as a module can."""
+    if options["dtype"]:
+        raise UsageError(
+            f"--dtype is for PyTorch modules: {kind} keeps its types",
+            where=options["model"] or "",
+            next_step="fold the PyTorch model with --dtype, and --export onnx",
+        )
 
 
 def _folded(session: Session, options: dict[str, Any]) -> SurgeryResult:

@@ -125,6 +125,15 @@ class Session:
         """The model's file as an absolute path, or its reference."""
         return str(self.loaded.path.resolve()) if self.loaded.path else self.loaded.reference
 
+    def cast(self, dtype: str) -> None:
+        """Go on in another floating type; the model was loaded for this command alone."""
+        import torch
+
+        wanted = getattr(torch, dtype)
+        self.loaded = dataclasses.replace(self.loaded, model=self.model.to(wanted))
+        if self.inputs is not None:
+            self.inputs = self.inputs.map(lambda t: t.to(wanted) if t.is_floating_point() else t)
+
     def load_other(self, name: str, options: dict[str, Any]) -> nn.Module | ExportedProgram:
         """A second model that the user names; what was allowed for the first holds for it too."""
         from bntool.files.references import is_reference

@@ -68,7 +68,9 @@ class Addition:
         roles, rank = _operands(context, op)
         for role in roles:
             _require_full(context, op, role)
-        carried = [_weighed(op, role, along(maps.get(role, identity(rank)), rank, op.label)) for role in roles]
+        carried = [
+            _weighed(op, role, along(maps.get(role, identity(rank)), rank, op.label)) for role in roles
+        ]
         if len(roles) == 1:
             if not carried[0].has_scale:
                 return carried

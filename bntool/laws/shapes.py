@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
+
 from bntool.affine import Affine, concat, identity
 from bntool.graph import Op
 from bntool.laws.base import Context, Maps, Refused, along, constant_over, law, only_input
@@ -12,7 +14,7 @@ from bntool.reasons import Reason
 
 @law("identity")
 class Identity:
-    """Copies, casts between floating types, eval dropout: the map passes as it is."""
+    """Copies, eval dropout, casts to a floating type no coarser than the weights: the map passes as it is."""
 
     @staticmethod
     def up(context: Context, op: Op, demands: list[Affine]) -> Maps:
@@ -28,8 +30,12 @@ class Identity:
 def _require_floating(context: Context, op: Op) -> None:
     """A cast to integers rounds, and one to complex numbers is no law's business."""
     for value in (only_input(context, op), context.graph.output(op)):
-        if not value.dtype.removeprefix("torch.").startswith(("float", "bfloat")):
+        name = value.dtype.removeprefix("torch.")
+        if not name.startswith(("float", "bfloat")):
             raise Refused(Reason.NONLINEAR, f"{op.label} casts to {value.dtype}")
+        if torch.finfo(getattr(torch, name)).eps > context.graph.coarsest:
+            what = f"{op.label} rounds to {name}, more coarsely than the weights"
+            raise Refused(Reason.NONLINEAR, what)
 
 
 @law("reshape")

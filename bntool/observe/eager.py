@@ -94,7 +94,7 @@ def _forward(run: nn.Module, inputs: Inputs, recorder: _Recorder) -> Any:
             raise ObserveError(
                 f"the model failed on an example input of {inputs.shapes()}: {_first_line(error)}",
                 where=recorder.where(),
-                next_step="give the right shape with --input 1x3x224x224 (example_inputs= in Python)",
+                next_step=recorder.what_to_do(error),
             ) from error
 
 
@@ -266,6 +266,19 @@ class _Recorder:
 
     def where(self) -> str:
         return self.frames[-1].name if self.frames else ""
+
+    def what_to_do(self, error: Exception) -> str:
+        """The way out of a forward that raised: mostly another shape, but not where a layer cannot fit any."""
+        frame = self.frames[-1] if self.frames else None
+        known = self.graph.modules[frame.name] if frame is not None else None
+        channels = getattr(frame.module, "num_features", None) if frame is not None else None
+        if known is not None and known.role.startswith("norm") and known.inputs[-1] is not None:
+            shape = self.graph.values[known.inputs[-1]].shape
+            if len(shape) > 1 and channels not in (None, shape[1]):
+                return f"this BatchNorm has {channels} channels and is given {shape[1]}: mend the model"
+        if "does not require grad" in str(error):
+            return "its forward differentiates: fold the layers below that, bntool.fold(model.part, inputs)"
+        return "give the right shape with --input 1x3x224x224 (example_inputs= in Python)"
 
     def _first_value(self, structure: Any) -> int | None:
         for item in structure:

@@ -51,6 +51,33 @@ def test_what_is_kept_has_a_reason(bntool: Shell, refused: Shell) -> None:
     assert "1 of 2 BatchNorm layers folded" in said.out
 
 
+def test_what_float16_cannot_hold_is_folded_in_float32_on_request(bntool: Shell, refused: Shell) -> None:
+    model = nets.normalised()[:2].half()
+    with torch.no_grad():
+        model[0].weight.fill_(10.0)
+        model[1].weight.fill_(6e4)
+        model[1].running_var.fill_(100.0 * 100.0)
+        model[1].weight[0] = 6.5e4
+        model[1].running_var[0] = 1.0
+    nets.save(model, "model.pt")
+    said = refused("fold", "model.pt", *nets.INPUT, code=4, says="bntool explain overflow")
+    assert "reaches" in said.out
+    assert not Path("model_folded.pt").exists()
+    document = bntool("fold", "model.pt", *nets.INPUT, "--dtype", "float32", "--json").document
+    assert (document["bn_folded"], document["skips"]) == (1, [])
+    assert all(check["passed"] for check in document["checks"])
+    folded = torch.load("model_folded.pt", weights_only=False)
+    assert {p.dtype for p in folded.parameters()} == {torch.float32}
+    assert float(folded[0].weight.detach().abs().max()) > 65504
+    assert {p.dtype for p in torch.load("model.pt", weights_only=False).parameters()} == {torch.float16}
+
+
+def test_an_onnx_file_keeps_its_types(bntool: Shell, refused: Shell) -> None:
+    nets.save(nets.normalised(), "model.pt")
+    assert bntool("export", "model.pt", *nets.INPUT).code == 0
+    refused("fold", "model.onnx", "--dtype", "float32", code=2, says="--dtype")
+
+
 def test_twice_in_a_row_there_is_nothing_left(bntool: Shell, refused: Shell) -> None:
     nets.save(nets.normalised(), "model.pt")
     assert bntool("fold", "model.pt", *nets.INPUT).code == 0
