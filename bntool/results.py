@@ -137,12 +137,13 @@ def merges_of(plan: Plan) -> list[dict[str, Any]]:
 
 
 def _verdict(site: FoldSite) -> str:
-    """Into what, and through which ops: a layer that takes in at once is not worth a word."""
+    """Into what, and through which ops: a layer that takes in at once is not worth a word, nor a module."""
     way = [
         law for law in site.laws if law not in ("conv", "linear", "matmul", "batch_norm", "reparameterize")
     ]
     through = f" through {', '.join(way)}" if way else ""
-    return f"folded into {', '.join(site.into)}{through}"
+    where = " in the graph" if site.level == "graph" else ""
+    return f"folded into {', '.join(site.into)}{through}{where}"
 
 
 def _skip_lines(skips: tuple[Skip, ...], width: int | None, verb: str, verbose: bool) -> list[str]:

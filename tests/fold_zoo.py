@@ -1066,3 +1066,11 @@ zoo(
     dtype=torch.float16,
     tweak=lambda m: [(b.weight.fill_(1e3), b.running_var.fill_(1.0)) for b in (m.first, m.second)],
 )
+zoo(
+    "half_overflow_downstream",
+    {"bn": Reason.OVERFLOW},
+    lambda m, x: m.out(m.bn(x.tanh())),
+    lambda: {"bn": bn(4), "out": conv(4, 6)},
+    dtype=torch.float16,
+    tweak=lambda m: (m.bn.weight.fill_(6e4), m.out.weight.fill_(10.0), m.bn.running_var.fill_(1.0)),
+)

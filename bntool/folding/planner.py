@@ -16,6 +16,7 @@ from bntool.folding.overwriting import require_no_overwriting
 from bntool.graph import Graph
 from bntool.laws import Refused
 from bntool.plan import FoldSite, Plan, Skip
+from bntool.reasons import Reason
 
 _READS_NUMBERS = (
     "forward reads numbers from its data: only the branches that the example input took were seen"
@@ -119,6 +120,8 @@ class _Planner:
             laws = tuple(dict.fromkeys(way.laws + (["split"] if name == "split" else [])))
             layers = tuple(dict.fromkeys(e.layer for e in edits if e.kind != "remove"))
             return FoldSite(norm.name, layers, laws, tuple(edits))
+        # what algebra allows and the storage type forbids comes first: another type mends it
+        refusals.sort(key=lambda refusal: refusal[1].reason is not Reason.OVERFLOW)
         first = refusals[0][1]
         detail = "; ".join(f"{name}: {r.detail}" for name, r in refusals[:2])
         raise Refused(first.reason, detail)

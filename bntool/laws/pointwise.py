@@ -44,7 +44,8 @@ def _homogeneous(context: Context, op: Op, affine: Affine) -> Affine:
 @law("add", "sub", "rsub")
 class Addition:
     """a + α·b, and a − α·b or b − α·a likewise: upstream the scale goes to each branch and the shift to one,
-    divided by that branch's weight; a constant stays."""
+    divided by that branch's weight; a constant stays.
+    """
 
     @staticmethod
     def up(context: Context, op: Op, demands: list[Affine]) -> Maps:

@@ -268,7 +268,7 @@ class _Recorder:
         return self.frames[-1].name if self.frames else ""
 
     def what_to_do(self, error: Exception) -> str:
-        """The way out of a forward that raised: mostly another shape, but not where a layer cannot fit any."""
+        """The way out of a forward that raised: another shape, but not where a layer cannot fit any."""
         frame = self.frames[-1] if self.frames else None
         known = self.graph.modules[frame.name] if frame is not None else None
         channels = getattr(frame.module, "num_features", None) if frame is not None else None
