@@ -112,12 +112,11 @@ class Reference:
 
     @functools.cached_property
     def limits(self) -> dict[str, Limit]:
-        if self.exact is not None:
-            # a narrow cast rounds alike in both runs, so that their difference does not show its noise
-            eps = max((self.eps, *(torch.finfo(dtype).eps for dtype in self.narrowed)))
-            return noise_limits(self.exact, self.own, self.layers, eps)
-        # Without float64 the noise is not measured: reference and candidate each carry a walk of
-        # eps/2 * sqrt(layers), and the candidate may draw K_NOISE times that, as it may of a measured one.
+        if self.exact is not None and self.eps > torch.finfo(torch.float64).eps:
+            return noise_limits(self.exact, self.own, self.layers, self.eps)
+        # Without float64, or where the model itself is in float64, no noise is measured: reference and
+        # candidate each carry a walk of eps/2 * sqrt(layers), and the candidate may draw K_NOISE times that,
+        # as it may of a measured one.
         noise = rounding_term(self.eps, self.layers) / 2
         limit = Limit(noise, K_NOISE * noise + 2 * noise)
         exact = Limit(0.0, 0.0)

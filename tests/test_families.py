@@ -53,9 +53,9 @@ FAMILIES: dict[str, tuple[int, list[Kept]]] = {
             pre_activated(r"features\.norm5", 1, "is also read by concat"),
         ],
     ),
-    # The sum that a norm reads goes on as the shortcut, past it or past the norm of the block before. At a stage's
-    # head and at the end a shift could go up into one branch, but a scale of both signs passes no ReLU. The very
-    # first norm alone reads a value of its own, a maximum, which a negative γ would turn into a minimum.
+    # The sum that a norm reads goes on as the shortcut, past it or past the norm of the block before. At a
+    # stage's head and at the end a shift could go up into one branch, but a scale of both signs passes no
+    # ReLU. The very first norm alone reads a value of its own, a maximum, which a negative γ would turn over.
     "timm:resnetv2_50": (
         32,
         [
@@ -181,8 +181,8 @@ class Crepe(nn.Module):
 @pytest.mark.parametrize("by_hand", [True, False])
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
 def test_crepe(by_hand: bool) -> None:
-    """Up stands the ReLU. Down, a negative γ turns the maximum over; with γ > 0 scale and shift pass it, and the
-    next padding stops the shift, whoever pads. Behind the last stands only the classifier: it folds."""
+    """Up stands the ReLU. Down, a negative γ turns the maximum over; with γ > 0 scale and shift pass it, and
+    the next padding stops the shift, whoever pads. Behind the last stands only the classifier: it folds."""
     sound = torch.randn(2, 1, 128, generator=torch.Generator().manual_seed(0))
     model = Crepe(by_hand).eval()
     positive(model)

@@ -72,10 +72,13 @@ def test_what_float16_cannot_hold_is_folded_in_float32_on_request(bntool: Shell,
     assert {p.dtype for p in torch.load("model.pt", weights_only=False).parameters()} == {torch.float16}
 
 
-def test_an_onnx_file_keeps_its_types(bntool: Shell, refused: Shell) -> None:
+def test_a_graph_keeps_its_types(bntool: Shell, refused: Shell) -> None:
     nets.save(nets.normalised(), "model.pt")
     assert bntool("export", "model.pt", *nets.INPUT).code == 0
     refused("fold", "model.onnx", "--dtype", "float32", code=2, says="--dtype")
+    torch.export.save(torch.export.export(nets.normalised(), (torch.randn(1, 3, 12, 12),)), "model.pt2")
+    refused("fold", "model.pt2", "--dtype", "float32", code=2, says="--dtype")
+    assert not Path("model_folded.pt2").exists()
 
 
 def test_twice_in_a_row_there_is_nothing_left(bntool: Shell, refused: Shell) -> None:
