@@ -170,6 +170,7 @@ def fold(
     include: Sequence[str] = ("*",),
     exclude: Sequence[str] = (),
     merge: bool = True,
+    unshare: bool = False,
     check: CheckLevel = "fast",
     share: bool = False,
 ) -> SurgeryResult | ProgramFoldResult:
@@ -178,10 +179,11 @@ def fold(
     `check="fast"` runs the model before and after on the example inputs in its own precision, and in
     float64 on inputs of other sizes and one sample more; `full` on several seeded batches too; `none`
     trusts the plan. What does not stand up is not folded (reason `not-proved`). `merge` lets blocks that
-    bring their own re-parameterisation merge their branches; those of a program merge by law. The result's
-    model is new and in eval mode;
-    `share=True` lets it share the untouched tensors with `model`. An `ExportedProgram`
-    is folded as a graph, functional BatchNorms too, and gives a `ProgramFoldResult`.
+    bring their own re-parameterisation merge their branches; those of a program merge by law. `unshare`
+    clones a layer whose weight others use too for each call site that needs it changed;
+    `result.plan.unshared` says what that adds. The result's model is new and in eval mode; `share=True` lets
+    it share the untouched tensors with `model`. An `ExportedProgram` is folded as a graph, functional
+    BatchNorms too, and gives a `ProgramFoldResult`.
 
     Raises:
         CheckFailed: the folded model does not compute the same; the first BatchNorm at fault is named.
@@ -196,15 +198,16 @@ def fold(
             include=include,
             exclude=exclude,
             merge=merge,
+            unshare=unshare,
             check=check,
         )
     observation = _observed(model, example_inputs, small=True)
+    options: dict[str, Any] = {"include": include, "exclude": exclude, "merge": merge, "unshare": unshare}
     if check == "none":
-        result = fold_observed(model, observation, include=include, exclude=exclude, merge=merge)
+        result = fold_observed(model, observation, **options)
     else:
         inputs = [observation.inputs] if check == "fast" else seeded_batches(observation.inputs)
-        reference = Reference(model, inputs)
-        result = fold_proved(model, observation, reference, include=include, exclude=exclude, merge=merge)
+        result = fold_proved(model, observation, Reference(model, inputs), **options)
     return result if share else _on_its_own(result, model)
 
 
@@ -215,9 +218,12 @@ def fold_observed(
     include: Sequence[str] = ("*",),
     exclude: Sequence[str] = (),
     merge: bool = True,
+    unshare: bool = False,
 ) -> SurgeryResult:
     """`fold` on a model already observed, unchecked; the result shares its untouched tensors with `model`."""
-    plan = plan_module_fold(model, observation, include=include, exclude=exclude, merge=merge, thorough=False)
+    plan = plan_module_fold(
+        model, observation, include=include, exclude=exclude, merge=merge, thorough=False, unshare=unshare
+    )
     return as_result(model, apply_fold(model, plan).eval(), plan, observation.inputs)
 
 
@@ -247,10 +253,13 @@ def plan_fold(
     include: Sequence[str] = ("*",),
     exclude: Sequence[str] = (),
     merge: bool = True,
+    unshare: bool = False,
 ) -> Plan:
     """What `fold` would do, with nothing changed."""
     observation = _observed(model, example_inputs, small=True)
-    return plan_module_fold(model, observation, include=include, exclude=exclude, merge=merge)
+    return plan_module_fold(
+        model, observation, include=include, exclude=exclude, merge=merge, unshare=unshare
+    )
 
 
 @torch.inference_mode(False)

@@ -124,7 +124,8 @@ _add(
             return F.relu(self.conv(F.relu(self.conv(x))))
     model = Model()
     """,
-    "Give each place a layer of its own.",
+    """For a fold, `bntool fold --unshare` clones the layer for each call; where one attribute is called
+    twice, in the exported graph (`--unshare --export onnx`). Else give each place a layer of its own.""",
 )
 _add(
     Reason.NOT_OBSERVED,
@@ -407,7 +408,7 @@ _add(
             return torch.relu(self.bn(self.a(x))) + self.b(x)
     model = Model()
     """,
-    "Give the layer its own copy: b.weight = nn.Parameter(b.weight.detach().clone()).",
+    "Let each have its own: bntool fold --unshare clones the weight and says what that adds.",
 )
 _add(
     Reason.WEIGHT_COMPUTED,

@@ -31,6 +31,7 @@ from bntool.onnx_cleaning import (
     rename_initializers,
     rename_values,
 )
+from bntool.plan import Unshared
 
 # A protobuf message ends at 2 GiB; the graph itself and the names need room beside the weights.
 SINGLE_FILE_LIMIT = int(1.8 * 2**30)
@@ -41,7 +42,8 @@ class ExportResult:
     """The file written: `nodes` counts its ops, `data_path` is the second file of a large model.
 
     `folded` maps BatchNormalization nodes that were folded in the graph itself to the layers they went into,
-    `merged` convolutions to the parallel ones that they now are.
+    `merged` convolutions to the parallel ones that they now are; `unshared` says what the clones made for
+    that add.
     """
 
     path: Path
@@ -54,6 +56,7 @@ class ExportResult:
     output_names: tuple[str, ...]
     folded: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
     merged: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+    unshared: Unshared = dataclasses.field(default_factory=Unshared)
 
     def to_dict(self) -> dict[str, Any]:
         data = dataclasses.asdict(self)

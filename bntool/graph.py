@@ -44,7 +44,11 @@ class Value:
 
 @dataclasses.dataclass(slots=True)
 class Op:
-    """One operation that ran. `inputs` maps roles to value ids; `scope` is the innermost module."""
+    """One operation that ran. `inputs` maps roles to value ids; `scope` is the innermost module.
+
+    `place` tells apart the call sites of one scope that can each be given tensors of their own: the other
+    names of a module that has several, or the node of a graph. Empty where that is the scope itself.
+    """
 
     id: int
     kind: str
@@ -54,6 +58,7 @@ class Op:
     scope: str = ""
     call: int = 0
     inplace: bool = False
+    place: str = ""
 
     @property
     def label(self) -> str:
@@ -87,7 +92,11 @@ class Module:
 
 
 class Graph:
-    """Ops, values and modules of one forward, and the tensors behind the handles."""
+    """Ops, values and modules of one forward, and the tensors behind the handles.
+
+    `rewirable` says that every reading of a stored tensor is an edge of its own, as in an ONNX graph; else a
+    tensor is read through the attribute of a module.
+    """
 
     def __init__(self) -> None:
         self.ops: list[Op] = []
@@ -98,6 +107,7 @@ class Graph:
         self.constants: dict[int, Tensor] = {}
         self.model_class = ""
         self.reads_numbers = False
+        self.rewirable = False
 
     def add_value(self, shape: tuple[int, ...], **fields: Any) -> Value:
         value = Value(len(self.values), shape, **fields)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections import Counter
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +14,7 @@ from torch import Tensor, nn
 from bntool.errors import ObserveError
 from bntool.folding import plan_fold, plan_on_all
 from bntool.inputs import Inputs
+from bntool.observe.copying import is_separable
 from bntool.observe.eager import Observation, observe
 from bntool.observe.modules import signature_of
 from bntool.plan import Edit, FoldSite, Plan
@@ -40,14 +43,19 @@ def plan_module_fold(
     exclude: Sequence[str] = (),
     merge: bool = True,
     thorough: bool = True,
+    unshare: bool = False,
 ) -> Plan:
     """The fold plan of a module already observed.
 
     With `merge`, blocks that bring their own re-parameterisation are merged first, on a copy, and the rest
     is planned on what they leave. With `thorough` the model is observed a second time, on inputs of other
-    sizes, and a fold counts only if it comes out the same; else only where it leads through a reshape.
+    sizes, and a fold counts only if it comes out the same; else only where it leads through a reshape. With
+    `unshare` a layer is cloned for each call site that needs it changed.
     """
-    plan = _settled(model, observation, include, exclude, thorough)
+    choice = _Choice(tuple(include), tuple(exclude), unshare)
+    if unshare and _has_layers_of_several_names(model):
+        observation = observe(model, observation.inputs, apart=True)
+    plan = _settled(model, observation, choice, thorough)
     sites: list[FoldSite] = []
     merged = model
     # a block that has merged its branches may hold blocks that still can
@@ -56,29 +64,38 @@ def plan_module_fold(
         merged = apply_fold(model, dataclasses.replace(plan, sites=tuple(sites), skips=()))
     if not sites:
         return plan
-    again = _settled(merged, observe(merged, observation.inputs), include, exclude, thorough)
+    again = _settled(merged, observe(merged, observation.inputs, apart=unshare), choice, thorough)
     return dataclasses.replace(
         again, sites=(*sites, *again.sites), signature=signature_of(model), model_class=plan.model_class
     )
 
 
-def _settled(
-    model: nn.Module,
-    observation: Observation,
-    include: Sequence[str],
-    exclude: Sequence[str],
-    thorough: bool,
-) -> Plan:
+@dataclasses.dataclass(frozen=True)
+class _Choice:
+    """Which BatchNorms may go, and at what price."""
+
+    include: tuple[str, ...]
+    exclude: tuple[str, ...]
+    unshare: bool
+
+
+def _has_layers_of_several_names(model: nn.Module) -> bool:
+    names = Counter(id(module) for _, module in model.named_modules(remove_duplicate=False))
+    return any(names[id(module)] > 1 and is_separable(module) for module in model.modules())
+
+
+def _settled(model: nn.Module, observation: Observation, choice: _Choice, thorough: bool) -> Plan:
     """The plan of an observation, and of a second one too where that is asked for or needed."""
-    plan = plan_fold(observation.graph, include=include, exclude=exclude)
+    options: dict[str, Any] = dataclasses.asdict(choice)
+    plan = plan_fold(observation.graph, **options)
     if not plan or not (thorough or any("reshape" in site.laws for site in plan.fold_sites)):
         return plan
     for inputs in other_sizes(observation.inputs):
         try:
-            second = observe(model, inputs).graph
+            second = observe(model, inputs, apart=choice.unshare).graph
         except ObserveError:
             continue  # the model takes no such input, so its axes have no such size
-        return plan_on_all([observation.graph, second], include=include, exclude=exclude)
+        return plan_on_all([observation.graph, second], **options)
     return plan
 
 

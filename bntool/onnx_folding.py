@@ -38,6 +38,7 @@ class OnnxFoldResult:
         return {
             "plan": self.plan.to_dict(),
             "counts": dataclasses.asdict(self.counts),
+            "unshared": self.plan.unshared.to_dict(),
             "path": str(self.path) if self.path else None,
             "data_path": str(self.data_path) if self.data_path else None,
         }
@@ -50,13 +51,15 @@ def fold_onnx(
     include: Sequence[str] = ("*",),
     exclude: Sequence[str] = (),
     merge: bool = True,
+    unshare: bool = False,
     force: bool = False,
 ) -> OnnxFoldResult:
     """Fold every BatchNorm of an ONNX file that algebra allows, and write the result to `output`.
 
     `include` and `exclude` match node names. With `merge`, parallel branches that are one convolution become
-    one. Nothing is written where nothing folds, or where `output` is
-    None. Names, metadata, opset, order and external data stay as they are.
+    one. With `unshare` a node that shares its weight with another gets an initializer of its own, where it
+    needs one; `plan.unshared` says what that adds. Nothing is written where nothing folds, or where `output`
+    is None. Names, metadata, opset, order and external data stay as they are.
 
     Raises:
         LoadError: the file, or its external data, cannot be read or is not valid.
@@ -65,7 +68,9 @@ def fold_onnx(
     file = open_onnx(path)
     if output is not None:
         require_writable(output, force=force, forbid=(file.path, *file.data_files))
-    plan, observed = plan_fold_onnx(file.model, include=include, exclude=exclude, merge=merge)
+    plan, observed = plan_fold_onnx(
+        file.model, include=include, exclude=exclude, merge=merge, unshare=unshare
+    )
     counts = apply_fold_onnx(observed, plan)
     if output is None or not plan:
         return OnnxFoldResult(plan, counts)
@@ -73,11 +78,15 @@ def fold_onnx(
     return OnnxFoldResult(plan, counts, written, data)
 
 
-def fold_exported(export: ExportResult, keep: Sequence[str] = (), *, merge: bool = True) -> ExportResult:
-    """Fold what a module tree cannot express, in the file just exported: functional BatchNorms, for one.
+def fold_exported(
+    export: ExportResult, keep: Sequence[str] = (), *, merge: bool = True, unshare: bool = False
+) -> ExportResult:
+    """Fold what a module tree cannot express, in the file just exported.
 
-    With `merge`, parallel branches that are one convolution become one. `keep` names the BatchNorms of the
-    module that must stay; their nodes are named `name/Op`.
+
+    That is functional BatchNorms; with `merge`, parallel branches that are one convolution; with `unshare`, a
+    layer that one place calls several times. `keep` names the BatchNorms of the module that must stay; their
+    nodes are named `name/Op`.
     """
     has_norms = bool(export.nodes.get("BatchNormalization"))
     if not has_norms and not (merge and export.nodes.get("Conv", 0) > 1):
@@ -86,7 +95,7 @@ def fold_exported(export: ExportResult, keep: Sequence[str] = (), *, merge: bool
     if not has_norms and not _has_parallel_convolutions(file.model):
         return export
     excluded = [f"{glob.escape(name)}/*" for name in keep]
-    plan, observed = plan_fold_onnx(file.model, exclude=excluded, merge=merge)
+    plan, observed = plan_fold_onnx(file.model, exclude=excluded, merge=merge, unshare=unshare)
     if not plan:
         return export
     apply_fold_onnx(observed, plan)
@@ -101,7 +110,9 @@ def fold_exported(export: ExportResult, keep: Sequence[str] = (), *, merge: bool
         move_onnx(written, data, export.path)
     nodes = dict(sorted(census(file.model).items()))
     data_path = export.path.with_name(data.name) if data is not None else None
-    return dataclasses.replace(export, nodes=nodes, folded=folded, merged=merged, data_path=data_path)
+    return dataclasses.replace(
+        export, nodes=nodes, folded=folded, merged=merged, data_path=data_path, unshared=plan.unshared
+    )
 
 
 def _has_parallel_convolutions(model: ir.Model) -> bool:
@@ -116,6 +127,7 @@ def plan_fold_onnx(
     include: Sequence[str] = ("*",),
     exclude: Sequence[str] = (),
     merge: bool = True,
+    unshare: bool = False,
 ) -> tuple[Plan, OnnxObservation]:
     """A verdict for every BatchNorm of the model, and the observation it was planned on.
 
@@ -123,5 +135,5 @@ def plan_fold_onnx(
     """
     observed = observe_onnx(model)
     graphs = [observed.graph, *([observe_onnx(model, sizes=1).graph] if observed.open else [])]
-    plan = plan_on_all(graphs, include=include, exclude=exclude, merge=merge)
+    plan = plan_on_all(graphs, include=include, exclude=exclude, merge=merge, unshare=unshare)
     return at_graph_level(plan, observed.hidden), observed

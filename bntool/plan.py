@@ -67,14 +67,16 @@ class DroppedBias:
 
 @dataclasses.dataclass(frozen=True)
 class Edit:
-    """One change in a fold: `scale_output`, `scale_input`, `remove` (the BN itself), or `reparameterize`.
+    """One change in a fold: `scale_output`, `scale_input`, `remove` (the BN itself), and what goes before.
 
     `reparameterize` lets a block merge its own branches by its `method`, before any other edit.
-    `layer` is the qualified name of the layer; `weight` and `bias` are tensor handles (qualified
-    names); `layout` and `groups` say how the weight's axes are laid out; `map` is the affine map.
+    `unshare` gives the call site `layer` a `weight` and a `bias` of its own, where they are named; it costs
+    `parameters` elements and `bytes`. In any other edit `layer` is the qualified name of the layer; `weight`
+    and `bias` are tensor handles (qualified names); `layout` and `groups` say how the weight's axes are laid
+    out; `map` is the affine map.
     """
 
-    kind: Literal["scale_output", "scale_input", "remove", "reparameterize"]
+    kind: Literal["scale_output", "scale_input", "remove", "reparameterize", "unshare"]
     layer: str
     map: Expr | None = None
     weight: str = ""
@@ -82,10 +84,24 @@ class Edit:
     layout: str = ""
     groups: int = 1
     method: str = ""
+    parameters: int = 0
+    bytes: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         fields = dataclasses.asdict(self).items()
-        return {k: v for k, v in fields if v not in (None, "") or k == "layer"}
+        return {k: v for k, v in fields if v not in (None, "", 0) or k == "layer"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Unshared:
+    """The layers that got tensors of their own, and what that adds to the model."""
+
+    layers: tuple[str, ...] = ()
+    parameters: int = 0
+    bytes: int = 0
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**dataclasses.asdict(self), "layers": list(self.layers)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -191,6 +207,13 @@ class Plan:
     @property
     def fold_sites(self) -> Iterator[FoldSite]:
         return (s for s in self.sites if isinstance(s, FoldSite))
+
+    @property
+    def unshared(self) -> Unshared:
+        """What the clones of shared layers cost, all sites together."""
+        clones = [edit for site in self.fold_sites for edit in site.edits if edit.kind == "unshare"]
+        layers = tuple(dict.fromkeys(edit.layer for edit in clones))
+        return Unshared(layers, sum(edit.parameters for edit in clones), sum(edit.bytes for edit in clones))
 
     def to_dict(self) -> dict[str, Any]:
         skip_key = "bn" if self.action == "fold" else "name"

@@ -34,7 +34,11 @@ class ProgramFoldResult:
         return bool(self.plan)
 
     def to_dict(self) -> dict[str, Any]:
-        return {"plan": self.plan.to_dict(), "checks": [check.to_dict() for check in self.checks]}
+        return {
+            "plan": self.plan.to_dict(),
+            "unshared": self.plan.unshared.to_dict(),
+            "checks": [check.to_dict() for check in self.checks],
+        }
 
 
 def fold_program(
@@ -44,6 +48,7 @@ def fold_program(
     include: Sequence[str] = ("*",),
     exclude: Sequence[str] = (),
     merge: bool = True,
+    unshare: bool = False,
     check: Literal["full", "fast", "none"] = "fast",
 ) -> ProgramFoldResult:
     """Fold every BatchNorm of an exported program that algebra allows, functional ones too.
@@ -52,7 +57,8 @@ def fold_program(
     out, they stay, and a note says so.
     The result's program is new, and the argument is not changed. `check="fast"` runs both on the example
     inputs that the program keeps (seeded ones of its shapes where it keeps none), in their own precision and,
-    where the program runs in it, in float64; `full` on several batch sizes.
+    where the program runs in it, in float64; `full` on several batch sizes. With `unshare` a call that shares
+    its weight with another gets a parameter of its own, where it needs one.
 
     Raises:
         CheckFailed: the folded program does not compute the same.
@@ -62,7 +68,9 @@ def fold_program(
             f"the program is a {type(program).__name__}, not an ExportedProgram",
             next_step="make one with torch.export.export, or fold an nn.Module with bntool.fold",
         )
-    plan, observed = plan_fold_program(program, include=include, exclude=exclude, merge=merge)
+    plan, observed = plan_fold_program(
+        program, include=include, exclude=exclude, merge=merge, unshare=unshare
+    )
     folded = apply_fold_program(observed, plan)
     if check == "none" or not plan:
         return ProgramFoldResult(folded, plan)
@@ -79,6 +87,7 @@ def fold_program(
             include=include,
             exclude=exclude,
             merge=False,
+            unshare=unshare,
             check=check,
         )
         note = f"parallel branches are left as they are: {failure.what}"
@@ -92,6 +101,7 @@ def plan_fold_program(
     include: Sequence[str] = ("*",),
     exclude: Sequence[str] = (),
     merge: bool = True,
+    unshare: bool = False,
 ) -> tuple[Plan, ProgramObservation]:
     """A verdict for every BatchNorm of the program, and the observation it was planned on.
 
@@ -99,7 +109,7 @@ def plan_fold_program(
     """
     observed = observe_program(program)
     graphs = [observed.graph, *([observe_program(program, sizes=1).graph] if observed.open else [])]
-    plan = plan_on_all(graphs, include=include, exclude=exclude, merge=merge)
+    plan = plan_on_all(graphs, include=include, exclude=exclude, merge=merge, unshare=unshare)
     return at_graph_level(plan, observed.hidden), observed
 
 

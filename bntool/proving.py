@@ -45,6 +45,7 @@ def proved_fold(
     include: Sequence[str] = ("*",),
     exclude: Sequence[str] = (),
     merge: bool = True,
+    unshare: bool = False,
     device: str = "cpu",
     progress: Progress | None = None,
     atol: float | None = None,
@@ -58,7 +59,9 @@ def proved_fold(
     elsewhere: Reference | None = None
     while True:
         without = (*exclude, *(glob.escape(name) for name in unproved))
-        plan = plan_module_fold(model, observation, include=include, exclude=without, merge=merge)
+        plan = plan_module_fold(
+            model, observation, include=include, exclude=without, merge=merge, unshare=unshare
+        )
         folded = apply_fold(model, plan).eval()
         if not plan:
             return Proved(_with_skips(plan, unproved, exclude), folded, ())

@@ -9,8 +9,8 @@ from typing import Any
 from torch import nn
 
 from bntool.inputs import Inputs
-from bntool.plan import FoldSite, InsertSite, Plan, Skip
-from bntool.report.tables import Column, Table, count, render, signed, wrapped
+from bntool.plan import FoldSite, InsertSite, Plan, Skip, Unshared
+from bntool.report.tables import Column, Table, count, render, signed, size, wrapped
 from bntool.verdicts import Check
 
 
@@ -62,6 +62,7 @@ class SurgeryResult:
         else:
             document["bn_total"] = len(self.plan.sites) + len(self.plan.skips)
             document["bn_folded"] = len(self.plan.sites)
+            document["unshared"] = self.plan.unshared.to_dict()
             document["checks"] = checks
         return document
 
@@ -119,6 +120,8 @@ def fold_lines(plan: Plan, width: int | None, verbose: bool) -> list[str]:
             f"{len(plan.merges)} sums of parallel branches merged, the first: "
             f"{len(first.branches)} branches into {first.layer}"
         )
+    if plan.unshared.layers:
+        lines.append(unshared_text(plan.unshared))
     for reason, number in Counter(skip.reason for skip in plan.skips).most_common():
         example = next(skip for skip in plan.skips if skip.reason is reason)
         also = ", the first" if number > 1 else ""
@@ -134,6 +137,12 @@ def merges_of(plan: Plan) -> list[dict[str, Any]]:
         {"into": merge.layer, "branches": [branch.layer or "identity" for branch in merge.branches]}
         for merge in plan.merges
     ]
+
+
+def unshared_text(unshared: Unshared) -> str:
+    """What the clones of shared layers add, on one line."""
+    layers = "1 layer" if len(unshared.layers) == 1 else f"{count(len(unshared.layers))} layers"
+    return f"unshared {layers}: {signed(unshared.parameters)} parameters, +{size(unshared.bytes)}"
 
 
 def _verdict(site: FoldSite) -> str:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 @click.option("--opset", type=int, help="ONNX opset (default: the lowest that works).")
 @click.option("--static-batch", is_flag=True, help="Fix the batch size in the ONNX file.")
 @click.option("--no-merge", is_flag=True, help="Leave parallel branches as they are.")
+@click.option("--unshare", is_flag=True, help="Clone a shared layer for each call that needs it changed.")
 @click.option("--require-all", is_flag=True, help="Fail (exit 4) if any BatchNorm that runs is kept.")
 @click.option(
     "--dtype",
@@ -87,6 +88,8 @@ def command(**options: Any) -> int:
     voice.emit(
         {
             **result.to_dict(),
+            # what the graph alone folded is something done too
+            **({"status": "ok"} if export and export.folded else {}),
             "output": str(path) if path else None,
             "onnx": str(onnx) if onnx else None,
             "export": export.to_dict() if export else None,
@@ -116,6 +119,7 @@ def _folded(session: Session, options: dict[str, Any]) -> SurgeryResult:
             include=options["include"] or ("*",),
             exclude=options["exclude"],
             merge=not options["no_merge"],
+            unshare=options["unshare"],
         )
 
 
@@ -139,11 +143,14 @@ def _refusal(result: SurgeryResult, session: Session, options: dict[str, Any]) -
             where=where,
             next_step=f"train or calibrate the model again, or leave it out with --exclude {bad[0].name}",
         )
-    # a functional BatchNorm is no part of the module tree; the exported graph can still fold it, and merge
-    # the one of an identity branch, whose input others read
+    # what a module tree cannot express the exported graph may: a functional BatchNorm is no part of the
+    # tree, the one of an identity branch reads what others read, and a layer that is called twice from one
+    # place cannot be two
     in_graph = {Reason.FUNCTIONAL} if options["export_to"] else set()
     if options["export_to"] and not options["no_merge"]:
         in_graph |= {Reason.OUTPUT_USED_ELSEWHERE, Reason.REACHES_INPUT}
+    if options["export_to"] and options["unshare"]:
+        in_graph |= {Reason.CALLED_MORE_THAN_ONCE, Reason.WEIGHT_SHARED}
     kept = [s for s in result.skips if s.reason not in {Reason.NOT_OBSERVED, *in_graph}]
     if not result.sites and not any(skip.reason in in_graph for skip in result.skips):
         return _nothing_to_fold(result, where)

@@ -67,6 +67,7 @@ def fold_onnx_file(voice: Voice, options: dict[str, Any]) -> int:
             "merges": merges_of(result.plan),
             "bn_total": len(plan["sites"]) + len(plan["skips"]),
             "bn_folded": len(plan["sites"]),
+            "unshared": result.plan.unshared.to_dict(),
             "parameters": result.to_dict()["counts"],
             "checks": [check.to_dict() for check in checks],
             "dry_run": options["dry_run"],
@@ -86,6 +87,7 @@ def _folded(voice: Voice, source: Path, target: Path, options: dict[str, Any], m
             include=options["include"] or ("*",),
             exclude=options["exclude"],
             merge=merge,
+            unshare=options["unshare"],
             force=True,
         )
     voice.say("\n".join(fold_lines(result.plan, None, not options["quiet"])))

@@ -52,6 +52,7 @@ def fold_program_file(session: Session, program: ExportedProgram, options: dict[
             include=options["include"] or ("*",),
             exclude=options["exclude"],
             merge=not options["no_merge"],
+            unshare=options["unshare"],
             check=options["check"],
         )
     for note in result.plan.notes:
@@ -92,6 +93,7 @@ def fold_program_file(session: Session, program: ExportedProgram, options: dict[
             "merges": merges_of(result.plan),
             "bn_total": len(plan["sites"]) + len(plan["skips"]),
             "bn_folded": len(plan["sites"]),
+            "unshared": result.plan.unshared.to_dict(),
             "parameters": parameters,
             "checks": [check.to_dict() for check in folded.checks],
             "dry_run": options["dry_run"],
@@ -159,7 +161,7 @@ def _exported(
     with session.voice.progress("exporting to ONNX"):
         keep = [skip.name for skip in folded.plan.skips if skip.reason is Reason.EXCLUDED]
         export = export_program(folded.model, inputs, path, opset=options["opset"], metadata=metadata)
-        export = fold_exported(export, keep)
+        export = fold_exported(export, keep, unshare=options["unshare"])
     for note in export.notes:
         session.voice.note(note)
     if options["check"] == "none":

@@ -95,6 +95,7 @@ def proved(session: Session, reference: Reference, options: dict[str, Any]) -> S
             include=options["include"] or ("*",),
             exclude=options["exclude"],
             merge=not options["no_merge"],
+            unshare=options["unshare"],
             device=torch_device(options["device"]),
             progress=step,
             atol=options["atol"],
@@ -155,6 +156,7 @@ def _export(
     from bntool.exporting import export_onnx
     from bntool.onnx_folding import fold_exported
     from bntool.reasons import Reason
+    from bntool.results import unshared_text
 
     metadata = {
         "bntool_version": __version__,
@@ -173,7 +175,7 @@ def _export(
         )
         if options.get("export_to"):
             keep = [skip.name for skip in result.skips if skip.reason is Reason.EXCLUDED]
-            export = fold_exported(export, keep, merge=merge)
+            export = fold_exported(export, keep, merge=merge, unshare=options["unshare"])
     for name, layers in export.folded.items():
         session.voice.note(f"{name} is folded in the ONNX graph, into {', '.join(layers)}")
     if export.merged:
@@ -182,6 +184,8 @@ def _export(
             f"{len(export.merged)} convolutions of the ONNX graph are merged branches, "
             f"the first: {first} of {len(branches)} parallel convolutions"
         )
+    if export.unshared.layers:
+        session.voice.note(f"{unshared_text(export.unshared)}, in the ONNX graph")
     for note in export.notes:
         session.voice.note(note)
     return export

@@ -24,6 +24,7 @@ def plan_on_all(
     include: Sequence[str] = ("*",),
     exclude: Sequence[str] = (),
     merge: bool = False,
+    unshare: bool = False,
 ) -> Plan:
     """The plan of the first graph, without the folds that do not come out alike on all of them.
 
@@ -32,7 +33,10 @@ def plan_on_all(
     unsettled: set[str] = set()
     while True:
         without = (*exclude, *(glob.escape(name) for name in sorted(unsettled)))
-        plan, *others = (plan_fold(graph, include=include, exclude=without, merge=merge) for graph in graphs)
+        plan, *others = (
+            plan_fold(graph, include=include, exclude=without, merge=merge, unshare=unshare)
+            for graph in graphs
+        )
         if any(other.merges != plan.merges for other in others):
             merge = False
             continue

@@ -2,43 +2,65 @@
 
 from __future__ import annotations
 
-from typing import Literal
+import dataclasses
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from bntool.folding.moving import Take, Way
 from bntool.folding.norms import Norm
-from bntool.graph import Graph, Op, Value
+from bntool.folding.sharing import Sharing
+from bntool.graph import Graph, Op
 from bntool.laws import Refused
-from bntool.laws.taking import bias_from_input_shift, layout_of, rows
+from bntool.laws.taking import bias_from_input_shift, channel_axis, layout_of, rows
 from bntool.plan import Edit
 from bntool.reasons import Reason
 
 _Side = Literal["scale_output", "scale_input"]
 
 
+@dataclasses.dataclass
+class _State:
+    """What a plan changes: who reads what, biases that it creates, float16 tensors as they then are."""
+
+    sharing: Sharing
+    created_bias: set[str] = dataclasses.field(default_factory=set)
+    halves: dict[str, Tensor] = dataclasses.field(default_factory=dict)
+
+    def copy(self) -> _State:
+        return _State(self.sharing.copy(), set(self.created_bias), dict(self.halves))
+
+
 class Claims:
-    """Which weights the plan so far changes: biases that it creates, float16 tensors as they stand."""
+    """Which weights the plan so far changes; what is asked for last counts once it is committed."""
 
     def __init__(self, graph: Graph, norm_of: dict[int, Norm]) -> None:
         self.graph = graph
         self.norm_of = norm_of
-        self._created_bias: set[str] = set()
-        self._halves: dict[str, Tensor] = {}
-        self._asked_halves: dict[str, Tensor] = {}
+        self._settled = _State(Sharing(graph))
+        self._before = self._asked = self._settled
+        self._unshare = False
+        self._clones: dict[str, Edit] = {}
 
-    def edits(self, norm: Norm, way: Way) -> list[Edit]:
+    def edits(self, norm: Norm, way: Way, *, unshare: bool = False) -> list[Edit]:
+        """The edits that carry a way out; refused where a layer must not change.
+
+        With `unshare`, a call whose weight or bias others read in another way gets its own first.
+        """
+        self._before, self._asked = self._settled.copy(), self._settled.copy()
+        self._unshare, self._clones = unshare, {}
         edits: dict[tuple[str, str], Edit] = {}
-        self._asked_halves = {}
         for take in way.takes:
             edit = self._edit(take, way)
             known = edits.setdefault((edit.weight, take.side), edit)
-            if known.bias != edit.bias or any(
-                edit.bias and e.bias == edit.bias and e.weight != edit.weight for e in edits.values()
-            ):
+            if dataclasses.replace(known, map=edit.map) != edit:
                 raise Refused(Reason.WEIGHT_SHARED, f"layers beside {take.op.label} share a weight or a bias")
-        return [*edits.values(), Edit("remove", norm.name)]
+        return [*self._clones.values(), *edits.values(), Edit("remove", norm.name)]
+
+    def commit(self) -> None:
+        """Make the edits asked for last part of what later ones see."""
+        self._settled = self._asked
 
     def _edit(self, take: Take, way: Way) -> Edit:
         """The edit of one layer, after everything that forbids changing its weight."""
@@ -52,33 +74,44 @@ class Claims:
         tensor = self.graph.tensors[weight.handle]
         if not tensor.is_floating_point():
             raise Refused(Reason.QUANTIZED, f"the weight of {op.label} is {tensor.dtype}")
-        owner = weight.handle.rpartition(".")[0]
-        module = self.graph.modules.get(owner)
+        module = self.graph.modules.get(weight.handle.rpartition(".")[0])
         if module is not None and module.role == "scripted":
             raise Refused(Reason.SCRIPTED, f"{op.label} belongs to a TorchScript module")
-        self._require_own(weight, take, way)
+        self._require_own("weight", take, way)
         bias = ""
         if "bias" in op.inputs:
-            bias = self.graph.input(op, "bias").handle
-            if not bias:
+            if not self.graph.input(op, "bias").handle:
                 raise Refused(Reason.WEIGHT_COMPUTED, f"the bias of {op.label} is computed, not stored")
             if take.side == "output" or vector.has_shift:
-                self._require_own(self.graph.input(op, "bias"), take, way)
-        elif vector.has_shift or f"{owner}.bias".lstrip(".") in self._created_bias:
-            self._require_bias_slot(op, weight, owner)
-            bias = f"{owner}.bias" if owner else "bias"
+                self._require_own("bias", take, way)
+            bias = self._asked.sharing.handle(op, "bias")
+        elif vector.has_shift or self._bias_name(op) in self._before.created_bias:
+            self._require_bias_slot(take, way)
+            bias = self._bias_name(op)
+            self._asked.created_bias.add(bias)
+        handle = self._asked.sharing.handle(op, "weight")
         groups = op.attrs.get("groups", 1)
-        edit = Edit(kind, owner, vector.expr, weight.handle, bias, layout_of(op), groups)
+        edit = Edit(kind, _owner(handle), vector.expr, handle, bias, layout_of(op), groups)
         self._require_range(edit, take)
         return edit
 
-    def _require_bias_slot(self, op: Op, weight: Value, owner: str) -> None:
+    def _bias_name(self, op: Op) -> str:
+        return _bias_beside(self._asked.sharing.handle(op, "weight"))
+
+    def _require_bias_slot(self, take: Take, way: Way) -> None:
         """A bias may be created only where the call that reads the weight will read it too."""
-        module = self.graph.modules.get(owner)
-        if module is not None and module.plain_bias and op.scope == owner:
-            return
-        if len(weight.readers) > 1:
-            raise Refused(Reason.WEIGHT_SHARED, f"{weight.handle} is shared, and {op.label} has no bias")
+        op, sharing = take.op, self._asked.sharing
+        module, owner = self.graph.modules.get(op.scope), _owner(sharing.handle(op, "weight"))
+        if module is not None and module.plain_bias:
+            same = owner == op.scope and not sharing.is_apart(op.scope)
+            if self.graph.rewirable or same or owner == (op.place or op.scope):
+                return
+            if self._unshare:
+                self._give_own("weight", take, way)
+                return
+        if len(sharing.readers(op, "weight")) > 1:
+            handle = sharing.handle(op, "weight")
+            raise Refused(Reason.WEIGHT_SHARED, f"{handle} is shared, and {op.label} has no bias")
         raise Refused(Reason.CUSTOM_FORWARD, f"{op.label} has no bias, and its own forward may not use one")
 
     def _norm_edit(self, take: Take, kind: _Side, way: Way) -> Edit:
@@ -91,45 +124,92 @@ class Claims:
         if len(handles) != 2 or not all(handles):
             raise Refused(Reason.CUSTOM_FORWARD, f"{take.op.label} has no γ and β to take it in")
         for role in ("weight", "bias"):
-            self._require_own(self.graph.input(take.op, role), take, way)
+            self._require_own(role, take, way)
         return Edit(kind, norm.name, take.vector.expr, handles[0], handles[1], "norm")
 
-    def _require_own(self, weight: Value, take: Take, way: Way) -> None:
-        """Every call that reads the weight must ask for the same change."""
-        same = [
-            t
-            for t in way.takes
-            if t.side == take.side and t.vector.equals(take.vector) and weight.id in t.op.inputs.values()
-        ]
-        taking = {t.op.id for t in same}
-        for reader, _ in weight.readers:
-            if reader in taking:
-                continue
-            other = self.graph.ops[reader]
-            if other.scope == take.op.scope:
-                raise Refused(
-                    Reason.CALLED_MORE_THAN_ONCE,
-                    f"{take.op.label} runs {len(weight.readers)} times, not always with this BatchNorm",
-                )
-            raise Refused(Reason.WEIGHT_SHARED, f"{other.label} shares {weight.handle}")
-        owner = weight.handle.rpartition(".")[0]
-        same_module = {owner, *self.graph.aliases.get(owner, ())}
-        for alias in self.graph.aliases.get(weight.handle, ()):
-            other_owner = alias.rpartition(".")[0]
-            module = self.graph.modules.get(other_owner)
-            if other_owner not in same_module and module is not None and module.calls == 0:
-                raise Refused(Reason.WEIGHT_SHARED, f"{alias} is {weight.handle}, and did not run")
+    # -- sharing ----------------------------------------------------------------------------------------
+
+    def _require_own(self, role: str, take: Take, way: Way) -> None:
+        """Every call that reads the tensor must ask for the same change, or be parted from it."""
+        op, sharing = take.op, self._asked.sharing
+        readers, agreed = sharing.readers(op, role), self._agreed(role, take, way)
+        others = [self.graph.ops[edge[0]] for edge in readers if edge not in agreed]
+        idle = sharing.idle(op, role)
+        if not others and not idle:
+            return
+        if self._unshare and op.kind != "batch_norm":
+            self._give_own(role, take, way)
+            return
+        handle = sharing.handle(op, role)
+        if not others:
+            raise Refused(Reason.WEIGHT_SHARED, f"{idle} is {handle}, and did not run")
+        if others[0].scope == op.scope:
+            often = f"{op.label} runs {len(readers)} times"
+            raise Refused(Reason.CALLED_MORE_THAN_ONCE, f"{often}, not always with this BatchNorm")
+        raise Refused(Reason.WEIGHT_SHARED, f"{others[0].label} shares {handle}")
+
+    def _agreed(self, role: str, take: Take, way: Way) -> set[tuple[int, str]]:
+        """The readings by layers that one edit serves: they ask for the same, and read alike."""
+        return {
+            (other.op.id, role)
+            for other in way.takes
+            if role in other.op.inputs
+            and other.side == take.side
+            and self._reading(other.op) == self._reading(take.op)
+            and other.vector.equals(take.vector)
+        }
+
+    def _reading(self, op: Op) -> tuple[Any, ...]:
+        """What two calls must have in common to share an edit: tensors, layout, groups.
+
+        The settings of a call in a graph (the factors of a Gemm) belong to its layer.
+        """
+        sharing = self._asked.sharing
+        layer = op.scope if self.graph.rewirable else ""
+        settings = layout_of(op), op.attrs.get("groups", 1), layer
+        return sharing.handle(op, "weight"), sharing.handle(op, "bias"), *settings
+
+    def _give_own(self, role: str, take: Take, way: Way) -> None:
+        """Clone a tensor for this call site, with all that the plan has done to it."""
+        op, sharing = take.op, self._asked.sharing
+        readers, before = sharing.readers(op, role), sharing.handle(op, role)
+        made = role == "weight" and self._bias_name(op) in self._before.created_bias
+        slot = sharing.give_own(op, role, self._agreed(role, take, way))
+        # where the clone took over the name, the others now go by another
+        names = {slot, *(sharing.handle(self.graph.ops[edge[0]], edge[1]) for edge in readers)}
+        for state in (self._before, self._asked):
+            if before in state.halves:
+                state.halves.update(dict.fromkeys(names, state.halves[before]))
+            if made:
+                state.created_bias.update(map(_bias_beside, names))
+        tensor = self.graph.tensors[self.graph.input(op, role).handle]
+        place = _owner(slot)
+        clone = self._clones.get(place, Edit("unshare", place))
+        sizes = {role: tensor.numel()}
+        if made:
+            shape = self.graph.output(op).shape
+            sizes["bias"] = shape[channel_axis(op, len(shape))]
+        self._clones[place] = dataclasses.replace(
+            clone,
+            weight=slot if role == "weight" else clone.weight,
+            bias=_bias_beside(slot) if made else slot if role == "bias" else clone.bias,
+            parameters=clone.parameters + sum(sizes.values()),
+            bytes=clone.bytes + sum(sizes.values()) * tensor.element_size(),
+        )
+
+    # -- range ------------------------------------------------------------------------------------------
 
     def _require_range(self, edit: Edit, take: Take) -> None:
         """Refuse a folded weight or bias that its own type cannot hold (float16 ends at 65,504)."""
-        stored = self.graph.tensors[edit.weight]
+        stored = self.graph.tensors[self.graph.input(take.op, "weight").handle]
         if stored.dtype != torch.float16:
             return
         scale, shift = take.vector.scale.to(stored.device), take.vector.shift.to(stored.device)
-        weight = self.half(edit.weight)
+        weight = self._half(edit.weight, self.graph.input(take.op, "weight").handle)
         after = {edit.weight: weight * rows(edit.layout, weight, edit.groups, scale, take.side)}
         if edit.bias:
-            bias = self.half(edit.bias).to(stored.device)
+            held = self.graph.input(take.op, "bias").handle if "bias" in take.op.inputs else ""
+            bias = self._half(edit.bias, held).to(stored.device)
             if take.side == "output":
                 after[edit.bias] = scale * bias + shift
             else:
@@ -140,19 +220,26 @@ class Claims:
             raise Refused(
                 Reason.OVERFLOW, f"the folded weight of {take.op.label} reaches {peak:.3g}, beyond {limit:g}"
             )
-        self._asked_halves.update(after)
+        self._asked.halves.update(after)
 
     def half(self, handle: str) -> Tensor:
         """A float16 tensor as the folds so far have left it, in float64; zero where there is none."""
-        stored = self.graph.tensors.get(handle, torch.zeros(()))
-        return self._halves.get(handle, stored.detach().double())
+        return self._half(handle, handle)
+
+    def _half(self, handle: str, held: str) -> Tensor:
+        """The same for a call that reads `handle` now, and read `held` before any was unshared."""
+        stored = self.graph.tensors.get(held, torch.zeros(()))
+        return self._before.halves.get(handle, stored.detach().double())
 
     def made_bias(self, layer: str) -> str:
         """The handle of the bias that a fold makes for a layer; empty where none does."""
         handle = f"{layer}.bias".lstrip(".")
-        return handle if handle in self._created_bias else ""
+        return handle if handle in self._settled.created_bias else ""
 
-    def commit(self, edits: list[Edit]) -> None:
-        """Make these edits part of what later ones see."""
-        self._halves.update(self._asked_halves)
-        self._created_bias.update(e.bias for e in edits if e.bias and e.bias not in self.graph.tensors)
+
+def _owner(handle: str) -> str:
+    return handle.rpartition(".")[0]
+
+
+def _bias_beside(weight: str) -> str:
+    return f"{_owner(weight)}.bias".lstrip(".")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 
 import torch
@@ -26,11 +27,18 @@ _MAX_PASSES = 4
 
 
 def plan_fold(
-    graph: Graph, *, include: Sequence[str] = ("*",), exclude: Sequence[str] = (), merge: bool = False
+    graph: Graph,
+    *,
+    include: Sequence[str] = ("*",),
+    exclude: Sequence[str] = (),
+    merge: bool = False,
+    unshare: bool = False,
 ) -> Plan:
     """Give every BatchNorm of the graph a verdict: a site with its edits, or a skip with its reason.
 
-    With `merge`, parallel branches that are one convolution become one, and take BatchNorms with them.
+    With `merge`, parallel branches that are one convolution become one, and take BatchNorms with them. With
+    `unshare`, a call that needs a change of a weight which others read gets a weight of its own, where the
+    BatchNorm can go in no other way.
     """
     if any(tensor.is_meta for tensor in graph.tensors.values()):
         raise StateError(
@@ -39,15 +47,15 @@ def plan_fold(
             next_step="load its weights on a real device first",
         )
     with torch.no_grad():
-        return _Planner(graph, include, exclude).plan(merge)
+        return _Planner(graph, include, exclude, unshare).plan(merge)
 
 
 class _Planner:
     """Holds what the plan so far has changed."""
 
-    def __init__(self, graph: Graph, include: Sequence[str], exclude: Sequence[str]) -> None:
+    def __init__(self, graph: Graph, include: Sequence[str], exclude: Sequence[str], unshare: bool) -> None:
         self.graph = graph
-        self.include, self.exclude = tuple(include), tuple(exclude)
+        self.include, self.exclude, self.unshare = tuple(include), tuple(exclude), unshare
         self.norms = find_norms(graph)
         self.norm_of = {op.id: norm for norm in self.norms for op in norm.ops}
         self.gone: set[int] = set()
@@ -64,18 +72,20 @@ class _Planner:
                 waiting.append(norm)
             else:
                 skips[norm.name] = Skip(norm.name, refusal.reason, refusal.detail)
-        for _ in range(_MAX_PASSES):
-            kept = []
-            for norm in waiting:
-                try:
-                    sites.append(self._fold(norm))
-                    skips.pop(norm.name, None)
-                except Refused as refusal:
-                    skips[norm.name] = Skip(norm.name, refusal.reason, refusal.detail)
-                    kept.append(norm)
-            if len(kept) == len(waiting):
-                break
-            waiting = kept
+        # a clone costs memory: only for what is left when every fold without one is done
+        for unshare in (False, True) if self.unshare else (False,):
+            for _ in range(_MAX_PASSES):
+                kept = []
+                for norm in waiting:
+                    try:
+                        sites.append(self._folded(norm, unshare))
+                        skips.pop(norm.name, None)
+                    except Refused as refusal:
+                        skips[norm.name] = Skip(norm.name, refusal.reason, refusal.detail)
+                        kept.append(norm)
+                if len(kept) == len(waiting):
+                    break
+                waiting = kept
         single = {norm.ops[0].id: norm for norm in waiting if len(norm.ops) == 1 and norm.name in skips}
         merges = find_merges(self.mover, self.claims, self.gone, single) if merge else []
         for found in merges:
@@ -89,12 +99,23 @@ class _Planner:
             skips=tuple(sorted(skips.values(), key=lambda s: order[s.name])),
             model_class=self.graph.model_class,
             signature=self.graph.signature(),
-            options={"include": list(self.include), "exclude": list(self.exclude)},
+            options={
+                "include": list(self.include),
+                "exclude": list(self.exclude),
+                **({"unshare": True} if self.unshare else {}),
+            },
             notes=(_READS_NUMBERS,) if self.graph.reads_numbers else (),
             merges=tuple(merges),
         )
 
-    def _fold(self, norm: Norm) -> FoldSite:
+    def _folded(self, norm: Norm, unshare: bool) -> FoldSite:
+        """The site of this BatchNorm, without a clone where an earlier one has made that possible."""
+        if unshare:
+            with contextlib.suppress(Refused):
+                return self._fold(norm, False)
+        return self._fold(norm, unshare)
+
+    def _fold(self, norm: Norm, unshare: bool) -> FoldSite:
         """The site of this BatchNorm by the first exact way; refused where there is none."""
         placed = {op.id: norm.placed(self.graph, op) for op in norm.ops}
         refusals: list[tuple[str, Refused]] = []
@@ -109,16 +130,16 @@ class _Planner:
         for name, up, down in ways:
             try:
                 way = self.mover.find_way(norm, up, down)
-                edits = self.claims.edits(norm, way)
+                edits = self.claims.edits(norm, way, unshare=unshare)
                 for op in norm.ops:
                     require_no_overwriting(op, self.graph, self.gone)
             except Refused as refusal:
                 refusals.append((name, refusal))
                 continue
             self._commit(norm, way)
-            self.claims.commit(edits)
+            self.claims.commit()
             laws = tuple(dict.fromkeys(way.laws + (["split"] if name == "split" else [])))
-            layers = tuple(dict.fromkeys(e.layer for e in edits if e.kind != "remove"))
+            layers = tuple(dict.fromkeys(e.layer for e in edits if e.kind not in ("remove", "unshare")))
             return FoldSite(norm.name, layers, laws, tuple(edits))
         # what algebra allows and the storage type forbids comes first: another type mends it
         refusals.sort(key=lambda refusal: refusal[1].reason is not Reason.OVERFLOW)

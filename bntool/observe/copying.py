@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from bntool.errors import ObserveError
-from bntool.observe.modules import once_per_class
+from bntool.observe.modules import is_batch_norm_class, once_per_class
 
 _EMPTY = (dict, set, list, OrderedDict)
 _FLAT = (int, float, str, bool, bytes, type(None), torch.dtype, torch.device, torch.Size, type)
@@ -91,6 +91,57 @@ def _copied_module(child: nn.Module, memo: dict[int, Any]) -> nn.Module:
             where=type(child).__name__,
             next_step="make copy.deepcopy(model) work",
         ) from error
+
+
+def is_separable(module: nn.Module) -> bool:
+    """Whether a layer registered under several names is one that can take a fold in."""
+    own = module._parameters or module._buffers
+    return bool(own) and _is_plain(module) and not is_batch_norm_class(type(module))
+
+
+def take_apart(root: nn.Module, layer: nn.Module) -> dict[int, nn.Module]:
+    """Give every name of a layer under `root` a module of its own; they share tensors and children.
+
+    Modules on the way that have several names are parted too. Where one cannot be, the name stays with the
+    others. Changes the tree; returns for each copy, by identity, what it was made from.
+    """
+    names = [name for name, module in root.named_modules(remove_duplicate=False) if module is layer]
+    copies: dict[int, nn.Module] = {}
+    for name in names[1:]:
+        copies.update(_parted(root, name))
+    return copies
+
+
+def _parted(root: nn.Module, name: str) -> dict[int, nn.Module]:
+    holders: dict[int, int] = {}
+    for holder in root.modules():
+        for child in holder._modules.values():
+            holders[id(child)] = holders.get(id(child), 0) + 1
+    parts = name.split(".")
+    way = [root.get_submodule(".".join(parts[: i + 1])) for i in range(len(parts))]
+    # the children of a copy are held by what it was made from as well
+    start = next((i for i, module in enumerate(way) if holders[id(module)] > 1), len(way))
+    if not all(map(_is_plain, way[start:])):
+        return {}
+    made: dict[int, nn.Module] = {}
+    parent = way[start - 1] if start else root
+    for part, module in zip(parts[start:], way[start:], strict=True):
+        parent._modules[part] = parent = fresh = _shallow(module)
+        made[id(fresh)] = module
+    return made
+
+
+def _is_plain(module: nn.Module) -> bool:
+    return _copies_plainly(type(module)) and "forward" not in vars(module)
+
+
+def _shallow(module: nn.Module) -> nn.Module:
+    copied: nn.Module = object.__new__(type(module))
+    copied.__dict__.update(module.__dict__)
+    for slots in ("_parameters", "_buffers", "_modules"):
+        copied.__dict__[slots] = dict(module.__dict__[slots])
+    copied.__dict__["_compiled_call_impl"] = None
+    return copied
 
 
 def tensors_of(module: nn.Module) -> list[Tensor]:

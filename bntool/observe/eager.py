@@ -27,7 +27,7 @@ from bntool.graph import Graph, Module, Op, Value
 from bntool.inputs import Inputs, named_tensors
 from bntool.layers import has_foreign_hook
 from bntool.observe.aten import SHAPE_ONLY, translate
-from bntool.observe.copying import structural_copy
+from bntool.observe.copying import is_separable, structural_copy, take_apart
 from bntool.observe.leftovers import (
     MARK,
     Kept,
@@ -53,18 +53,18 @@ class Observation:
     output: Any
 
 
-def observe(model: nn.Module, inputs: Inputs) -> Observation:
+def observe(model: nn.Module, inputs: Inputs, *, apart: bool = False) -> Observation:
     """Run `model` once in eval mode and return its dataflow graph.
 
     The model, its modes, its buffers and the random state stay as they were. Only the path that this
-    input takes is seen.
+    input takes is seen. With `apart`, ops tell under which of its names a layer was called (`Op.place`).
 
     Raises:
         ObserveError: the forward raised, with its last line; or a lazy layer has no shape yet.
     """
     require_materialised(model)
     run = structural_copy(model)
-    recorder = _Recorder(model, run)
+    recorder = _Recorder(model, run, _taken_apart(run) if apart else {})
     still_dropping = [] if run.training else [m for m in run.modules() if _drops(m)]
     run.eval()
     for module in still_dropping:
@@ -109,6 +109,14 @@ def _room_to_nest() -> Iterator[None]:
         sys.setrecursionlimit(limit)
 
 
+def _taken_apart(run: nn.Module) -> dict[int, nn.Module]:
+    copies: dict[int, nn.Module] = {}
+    for module in list(run.modules()):
+        if is_separable(module):
+            copies.update(take_apart(run, module))
+    return copies
+
+
 def _drops(module: nn.Module) -> bool:
     return isinstance(module, nn.modules.dropout._DropoutNd) and module.training
 
@@ -130,6 +138,7 @@ class _Frame:
     name: str
     call: int
     start: int
+    place: str
 
 
 @functools.cache
@@ -160,10 +169,11 @@ class _DispatchMode(TorchDispatchMode):
 class _Recorder:
     """Turns the calls that the dispatch mode and the module hooks see into a graph."""
 
-    def __init__(self, original: nn.Module, run: nn.Module) -> None:
+    def __init__(self, original: nn.Module, run: nn.Module, copies: dict[int, nn.Module]) -> None:
         self.graph = Graph()
         self.graph.model_class = class_name(type(original))
         self.names: dict[int, str] = {}
+        self.places: dict[int, str] = {}
         self.originals = {id(module) for module in original.modules()}
         self.frames: list[_Frame] = []
         self.inputs: dict[int, tuple[Tensor, int]] = {}
@@ -174,15 +184,19 @@ class _Recorder:
         self.bound: list[tuple[int, TensorWeakRef]] = []
         self.kept = Kept(run)
         self.numbers_from_data = False
-        self._register_modules(original, run)
+        self._register_modules(original, run, copies)
         self._register_tensors(run)
 
-    def _register_modules(self, original: nn.Module, run: nn.Module) -> None:
+    def _register_modules(self, original: nn.Module, run: nn.Module, copies: dict[int, nn.Module]) -> None:
+        families: dict[int, str] = {}
         for name, module in run.named_modules(remove_duplicate=False):
-            if id(module) in self.names:
-                self.graph.aliases.setdefault(self.names[id(module)], []).append(name)
+            first = families.setdefault(id(_first(module, copies)), name)
+            if id(module) not in self.names:
+                self.names[id(module)] = first
+                self.places[id(module)] = name if name != first else ""
+            if name != first:
+                self.graph.aliases.setdefault(first, []).append(name)
                 continue
-            self.names[id(module)] = name
             self.graph.modules[name] = Module(
                 name,
                 class_name(type(module)),
@@ -226,7 +240,8 @@ class _Recorder:
             self._watch_original(module, args)
             return
         info = self.graph.modules[name]
-        self.frames.append(_Frame(module, name, info.calls, len(self.graph.ops)))
+        place = self.places[id(module)]
+        self.frames.append(_Frame(module, name, info.calls, len(self.graph.ops), place))
         info.calls += 1
         info.inputs.append(self._first_value(args))
         if info.hooked:
@@ -384,6 +399,7 @@ class _Recorder:
             scope=frame.name if frame else "",
             call=frame.call if frame else 0,
             inplace=bool(targets),
+            place=frame.place if frame else "",
         )
         if frame is not None and kind == "add" and is_decomposed(type(frame.module)):
             op = self._collapse_norm(frame, op)
@@ -460,6 +476,13 @@ class _Recorder:
             tensor = reference()
             if tensor is not None and id(tensor) not in returned and tensor._bntool_value == value_id:
                 yield value_id
+
+
+def _first(module: nn.Module, copies: dict[int, nn.Module]) -> nn.Module:
+    """The module that was there before any copy was made; a copy may have been copied again."""
+    while id(module) in copies:
+        module = copies[id(module)]
+    return module
 
 
 def _roles(bound: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:

@@ -100,6 +100,7 @@ class _Reader:
         self.program = program
         self.graph = Graph()
         self.graph.model_class = "exported program"
+        self.graph.rewirable = True
         self.sizes = Sizes(program, sizes)
         self.stored = Stored(program)
         self.calls = linear_calls(program, self.stored)
@@ -223,13 +224,14 @@ class _Reader:
         if call.bias is not None:
             inputs["bias"] = self.values[call.bias]
         kind, attrs = translate(operator_of(call.node), bound) if call.kind == "conv" else (call.kind, {})
-        layer = self.layer_of.get(self.stored.name(call.weight))
+        layer, place = self.layer_of.get(self.stored.name(call.weight)), ""
         if layer is not None:
             self.layers.setdefault(layer, []).append(call.node.name)
             role = "conv" if kind == "conv" else "linear"
             module = Module(layer, operator_of(call.node), role=role, plain_bias=True)
             self.graph.modules.setdefault(layer, module).calls += 1
-        self._add(call.node, kind, inputs, attrs, layer or scope_of(call.node))
+            place = f"{layer}@{call.node.name}"
+        self._add(call.node, kind, inputs, attrs, layer or scope_of(call.node), place)
 
     def _is_layer(self, node: Node) -> bool:
         """Not one that standardises a weight, nor an InstanceNorm taken apart."""
@@ -320,13 +322,21 @@ class _Reader:
         except LookupError:
             return None
 
-    def _add(self, node: Node, kind: str, inputs: dict[str, int], attrs: dict[str, Any], scope: str) -> None:
+    def _add(
+        self,
+        node: Node,
+        kind: str,
+        inputs: dict[str, int],
+        attrs: dict[str, Any],
+        scope: str,
+        place: str = "",
+    ) -> None:
         name = operator_of(node)
         bound = arguments_of(node) if name else {}
         targets = [n for a in written_by(node, name, bound) for n in nodes_in([bound.get(a)])] if name else []
         made = self._results(node, targets, inputs)
         values = tuple(value for value in made.values())
-        self.graph.add_op(kind, inputs, values, attrs=attrs, scope=scope, inplace=bool(targets))
+        self.graph.add_op(kind, inputs, values, attrs=attrs, scope=scope, inplace=bool(targets), place=place)
         self.memory.add(node, *sharing(name, node, bound))
         if isinstance(node.meta.get("val"), tuple | list):
             self.parts[node] = made

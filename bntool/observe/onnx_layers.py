@@ -23,10 +23,11 @@ _CHAINED = frozenset({"Mul", "Add", "Sub", "Div"})
 
 @dataclasses.dataclass
 class Call:
-    """One run of a linear layer: its node, and the Add that holds the bias of a MatMul."""
+    """One run of a linear layer: its node, the Add that holds the bias of a MatMul, and the node's label."""
 
     node: ir.Node
     add: ir.Node | None = None
+    label: str = ""
 
     @property
     def last(self) -> ir.Node:

@@ -60,6 +60,7 @@ class _Reader:
         self.model = model
         self.graph = Graph()
         self.graph.model_class = f"ONNX graph {model.graph.name or ''}".rstrip()
+        self.graph.rewirable = True
         self.shapes = infer(model, sizes)
         self.constants = Constants(model, self.shapes.types)
         self.labels = labels_of(model)
@@ -68,7 +69,6 @@ class _Reader:
         self.norms: dict[str, Norm] = {}
         self.known_layers: dict[tuple[Any, ...], str] = {}
         self.known_norms: dict[tuple[Any, ...], str] = {}
-        self.layers_of_weight: dict[ir.Value, set[str]] = {}
         self.fused: dict[ir.Node, ir.Node] = {}
         self.chains: dict[ir.Node, tuple[ir.Value, Chain, int]] = {}
         self.swallowed: set[ir.Node] = set()
@@ -84,10 +84,6 @@ class _Reader:
                 self._linear(Call(self.fused[node], node))
             elif node not in self.swallowed and not all(v in self.constants for v in node.outputs):
                 self._node(node)
-        for weight, names in self.layers_of_weight.items():
-            if len(names) > 1:
-                # Layers that read one weight each in its own way cannot share its edit.
-                self.values.block(self.values.of(weight))
         for value in self.model.graph.outputs:
             self.graph.values[self.values.of(value)].is_output = True
 
@@ -163,17 +159,18 @@ class _Reader:
         if call.bias is not None:
             inputs["bias"] = self._bias(call, name)
         step = linear_step(view)
-        self.graph.add_op(step.kind, inputs, (self.values.of(call.output),), attrs=step.attrs, scope=name)
+        output = self.values.of(call.output)
+        self.graph.add_op(step.kind, inputs, (output,), attrs=step.attrs, scope=name, place=call.label)
         self._look_for_chain(call.output, conv=step.kind == "conv")
 
     def _layer(self, call: Call) -> str:
-        name = self.known_layers.setdefault(call.alike(), self.labels[call.node])
+        call.label = self.labels[call.node]
+        name = self.known_layers.setdefault(call.alike(), call.label)
         role = "conv" if call.node.op_type.startswith("Conv") else "linear"
         self.layers.setdefault(name, Layer(name, [])).calls.append(call)
         made = Module(name, call.node.op_type, role=role, plain_bias=True)
         module = self.graph.modules.setdefault(name, made)
         module.calls += 1
-        self.layers_of_weight.setdefault(call.weight, set()).add(name)
         return name
 
     def _weight(self, call: Call, name: str) -> int:

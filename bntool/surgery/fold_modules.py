@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from bntool.affine import Pair, batch_norm_affine, evaluate
 from bntool.errors import InvariantError, StateError
 from bntool.layers import NORMED
-from bntool.observe.copying import structural_copy
+from bntool.observe.copying import structural_copy, take_apart
 from bntool.plan import Edit, Plan
 from bntool.surgery.reparameterising import reparameterised
 from bntool.surgery.replacing import replace_everywhere
@@ -90,13 +90,16 @@ def _clone(tensor: Tensor) -> Tensor:
 
 
 class _FoldWork:
-    """Tensors by handle as the edits so far have left them, on the way to the copy's modules."""
+    """The numbers of every tensor as the edits so far have left them, on the way to the copy's modules.
+
+    Tensors are told by identity: a name can pass from a shared tensor to a clone of it.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.modules = dict(model.named_modules(remove_duplicate=False))
-        self.tensors: dict[str, Tensor] = {}
-        self.before: dict[str, Tensor] = {}
+        self.numbers: dict[int, tuple[Tensor, Tensor]] = {}
+        self.given: dict[str, Tensor] = {}
         self.removed: list[str] = []
 
     def carry_out(self, edit: Edit) -> None:
@@ -104,6 +107,9 @@ class _FoldWork:
             return
         if edit.kind == "remove":
             self.removed.append(edit.layer)
+            return
+        if edit.kind == "unshare":
+            self._unshare(edit)
             return
         assert edit.map is not None
         pair = evaluate(edit.map, self._leaf)
@@ -113,18 +119,33 @@ class _FoldWork:
             raise InvariantError(f"the plan edits {edit.weight}, which the model does not have")
         if edit.layout == "norm":
             assert bias is not None
-            self.tensors[edit.weight], self.tensors[edit.bias] = edited_norm(
-                edit, weight, bias, *self._statistics(edit.layer), pair
-            )
+            new_weight, new_bias = edited_norm(edit, weight, bias, *self._statistics(edit.layer), pair)
+            self._set(edit.weight, new_weight)
+            self._set(edit.bias, new_bias)
             return
-        new_weight, new_bias = edited(edit, weight, bias, pair)
-        self.tensors[edit.weight] = new_weight
-        if new_bias is not None and edit.bias:
-            self.tensors[edit.bias] = new_bias
+        changed, made = edited(edit, weight, bias, pair)
+        self._set(edit.weight, changed)
+        if made is not None and edit.bias:
+            self._set(edit.bias, made)
+
+    def _unshare(self, edit: Edit) -> None:
+        """Part a layer from its other names, and give it clones of the tensors that it shares."""
+        if take_apart(self.model, self.modules[edit.layer]):
+            self.modules = dict(self.model.named_modules(remove_duplicate=False))
+        for handle in filter(None, (edit.weight, edit.bias)):
+            shared = self._slot(handle)
+            if shared is None:
+                raise InvariantError(f"the plan clones {handle}, which the model does not have")
+            self.given.setdefault(handle, shared)
+            clone = _clone(shared)
+            if id(shared) in self.numbers:
+                self.numbers[id(clone)] = clone, self.numbers[id(shared)][1]
+            self._put(handle, clone)
 
     def _leaf(self, kind: str, name: str) -> Any:
         if kind == "tensor":
-            return self._tensor(name)
+            # a factor that a law read is no weight that a fold changes; a clone may have taken its name
+            return self.given.get(name, self._tensor(name))
         pair: Pair = batch_norm_affine(
             self._tensor(f"{name}.weight" if name else "weight"),
             self._tensor(f"{name}.bias" if name else "bias"),
@@ -141,13 +162,11 @@ class _FoldWork:
         module: Any = self.modules[name]
         return module.running_mean, module.running_var, float(module.eps)
 
+    # -- tensors ----------------------------------------------------------------------------------------
+
     def _tensor(self, handle: str) -> Tensor | None:
-        if handle in self.tensors:
-            return self.tensors[handle]
-        tensor = self._slot(handle)
-        if tensor is not None:
-            self.before[handle] = tensor
-        return tensor
+        held = self._slot(handle)
+        return held if held is None else self.numbers.get(id(held), (held, held))[1]
 
     def _slot(self, handle: str) -> Tensor | None:
         owner, _, slot = handle.rpartition(".")
@@ -155,38 +174,40 @@ class _FoldWork:
         found: Tensor | None = module._parameters.get(slot)
         return found if found is not None else module._buffers.get(slot)
 
+    def _put(self, handle: str, tensor: Tensor) -> None:
+        owner, _, slot = handle.rpartition(".")
+        module = self.modules[owner]
+        slots: dict[str, Any] = module._buffers if slot in module._buffers else module._parameters
+        slots[slot] = tensor
+
+    def _set(self, handle: str, numbers: Tensor) -> None:
+        """New numbers for the tensor of this name; a bias that was not there trains where the weight does."""
+        held = self._slot(handle)
+        if held is None:
+            weight = self.modules[handle.rpartition(".")[0]]._parameters.get("weight")
+            held = nn.Parameter(numbers, requires_grad=weight.requires_grad if weight is not None else True)
+            self._put(handle, held)
+        self.numbers[id(held)] = held, numbers
+
     # -- writing ----------------------------------------------------------------------------------------
 
     def write(self) -> None:
         """Put the new tensors into every slot that held the old one, and take the BatchNorms out."""
-        replaced = {id(self.before[h]): self._as_kind(h) for h in self.tensors if h in self.before}
+        replaced = {key: _as_kind(held, new) for key, (held, new) in self.numbers.items()}
         for module in self.model.modules():
             for slots in (module._parameters, module._buffers):
                 for name, tensor in slots.items():
                     if tensor is not None and id(tensor) in replaced:
                         slots[name] = replaced[id(tensor)]  # type: ignore[assignment]
-        for handle in self.tensors:
-            if handle not in self.before:
-                self._create(handle)
         for norm in {id(self.modules[name]): self.modules[name] for name in self.removed}.values():
             _become(norm, _what_remains(norm))
         for parent in list(self.model.modules()):
             _unwrap(parent)
 
-    def _as_kind(self, handle: str) -> Tensor:
-        """The new tensor as what the old one was: a parameter with its flag, or a buffer."""
-        old, new = self.before[handle], self.tensors[handle]
-        if isinstance(old, nn.Parameter):
-            return nn.Parameter(new, requires_grad=old.requires_grad)
-        return new
 
-    def _create(self, handle: str) -> None:
-        """A bias that was not there; it trains where the weight does."""
-        owner, _, slot = handle.rpartition(".")
-        module = self.modules[owner]
-        weight = module._parameters.get("weight")
-        trains = weight.requires_grad if weight is not None else True
-        module._parameters[slot] = nn.Parameter(self.tensors[handle], requires_grad=trains)
+def _as_kind(held: Tensor, new: Tensor) -> Tensor:
+    """The new tensor as what the old one was: a parameter with its flag, or a buffer."""
+    return nn.Parameter(new, requires_grad=held.requires_grad) if isinstance(held, nn.Parameter) else new
 
 
 def _become(module: nn.Module, other: nn.Module) -> None:

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from bntool.affine import Pair, batch_norm_affine, evaluate
-from bntool.observe.onnx_layers import Layer, Norm
+from bntool.observe.onnx_layers import Call, Norm
 from bntool.observe.onnx_model import OnnxObservation
 from bntool.plan import Edit, Merge, Plan, Window
 from bntool.surgery.merging import merged
-from bntool.surgery.onnx_wiring import Wiring
+from bntool.surgery.onnx_wiring import Place, Wiring
 from bntool.surgery.tensors import edited, edited_norm
 
 
@@ -33,7 +33,8 @@ def apply_fold_onnx(observed: OnnxObservation, plan: Plan) -> OnnxCounts:
     """Carry a fold plan out on the observed model itself.
 
     Arithmetic is float64 with one cast to the stored type. A tensor that only the layer reads is replaced
-    under its name; one that others read too stays, and the layer gets its own. Nothing else changes.
+    under its name; one that others read too stays, and the layer gets its own: `NAME_unshared` where the plan
+    clones it, else `NAME_folded`. Nothing else changes.
     """
     before = _count(observed.model)
     with torch.no_grad():
@@ -49,14 +50,24 @@ def _count(model: ir.Model) -> tuple[int, int]:
     return sum(1 for _ in model.graph), sum(t.size for t in tensors if t is not None)
 
 
+@dataclasses.dataclass
+class _Group:
+    """Calls that still share their tensors, and what the plan asks of these."""
+
+    calls: list[Call]
+    changes: list[tuple[Edit, Pair]] = dataclasses.field(default_factory=list)
+
+
 class _FoldWork:
     def __init__(self, observed: OnnxObservation) -> None:
-        self.graph, self.layers, self.norms = observed.graph, observed.layers, observed.norms
+        self.graph, self.norms = observed.graph, observed.norms
+        groups = [_Group(list(layer.calls)) for layer in observed.layers.values()]
+        self.groups = {call.label: group for group in groups for call in group.calls}
+        self.ops = {op.place: op for op in self.graph.ops if op.place}
         self.eps = {op.scope: float(op.attrs["eps"]) for op in self.graph.of_kind("batch_norm")}
         self.wiring = Wiring(observed.model)
         self.norm_tensors: dict[str, Tensor] = {}
         self.removed: list[str] = []
-        self.layer_edits: dict[str, list[tuple[Edit, Pair]]] = {}
         self.held: dict[str, Tensor] = {}
 
     def carry_out(self, edits: Iterable[Edit], merges: Sequence[Merge]) -> None:
@@ -66,20 +77,25 @@ class _FoldWork:
             if edit.kind == "remove":
                 self.removed.append(edit.layer)
                 continue
+            if edit.kind == "unshare":
+                self._unshare(edit)
+                continue
             assert edit.map is not None
             pair = evaluate(edit.map, self._leaf)
             if edit.layout == "norm":
                 self._edit_norm(edit, pair)
             else:
-                self.layer_edits.setdefault(edit.layer, []).append((edit, pair))
-        for name, changes in self.layer_edits.items():
-            weight, bias = self._edited(self.layers[name], changes)
-            if name in merging:
+                self.groups[edit.layer].changes.append((edit, pair))
+        for group in {id(group): group for group in self.groups.values()}.values():
+            if not group.changes:
+                continue
+            weight, bias = self._edited(group)
+            if (name := group.calls[0].label) in merging:
                 self.held[f"{name}.weight"] = weight
                 if bias is not None:
                     self.held[f"{name}.bias"] = bias
             else:
-                self._write_layer(self.layers[name], weight, bias)
+                self._write_layer(group, weight, bias)
         going = {*self.removed, *(name for merge in merges for name in merge.norms)}
         for name in {handle.rpartition(".")[0] for handle in self.norm_tensors} - going:
             self._write_norm(self.norms[name])
@@ -113,13 +129,35 @@ class _FoldWork:
             edit, gamma, beta, mean, variance, self.eps[edit.layer], pair
         )
 
+    # -- sharing ----------------------------------------------------------------------------------------
+
+    def _unshare(self, edit: Edit) -> None:
+        """One call leaves the others of its layer, with clones of the tensors that it shares."""
+        group = self.groups[edit.layer]
+        call = next(call for call in group.calls if call.label == edit.layer)
+        if len(group.calls) > 1:
+            group.calls.remove(call)
+            self.groups[edit.layer] = _Group([call], list(group.changes))
+        if edit.weight:
+            self._clone(call.weight, (call.node, 1), self._stored(call, "weight"))
+        if edit.bias and call.bias is not None:
+            shaped = _shaped_like(self._stored(call, "bias"), call.bias)
+            self._clone(call.bias, call.bias_place, shaped)
+
+    def _clone(self, old: ir.Value, place: Place, tensor: Tensor) -> None:
+        node, index = place
+        node.replace_input_with(index, self.wiring.new_initializer(f"{old.name}_unshared", tensor))
+
+    def _stored(self, call: Call, role: str) -> Tensor:
+        return self.graph.tensors[self.graph.input(self.ops[call.label], role).handle]
+
     # -- writing ----------------------------------------------------------------------------------------
 
-    def _edited(self, layer: Layer, changes: list[tuple[Edit, Pair]]) -> tuple[Tensor, Tensor | None]:
-        """Weight and bias after all edits of one layer in turn, in float64."""
-        first = layer.calls[0]
-        stored_weight = self.graph.tensors[f"{layer.name}.weight"]
-        stored_bias = self.graph.tensors.get(f"{layer.name}.bias")
+    def _edited(self, group: _Group) -> tuple[Tensor, Tensor | None]:
+        """Weight and bias after all edits of one layer, in float64; no bias where it stays as it is."""
+        first = group.calls[0]
+        stored_weight = self._stored(first, "weight")
+        stored_bias = None if first.bias is None else self._stored(first, "bias")
         weight = stored_weight.double()
         bias = None if stored_bias is None else stored_bias.double()
         alpha, beta = (_factor(first.node, n) for n in ("alpha", "beta"))
@@ -127,34 +165,32 @@ class _FoldWork:
             # Both factors go into the numbers, so that the edit means what it says.
             weight = weight * alpha
             bias = bias if bias is None else bias * beta
-            for call in layer.calls:
+            for call in group.calls:
                 call.node.attributes.pop("alpha", None)
                 call.node.attributes.pop("beta", None)
-        for edit, pair in changes:
+        before = bias if beta == 1 else None
+        for edit, pair in group.changes:
             weight, bias = edited(edit, weight, bias, pair)
-        return weight, bias
+        return weight, None if bias is before else bias
 
-    def _write_layer(self, layer: Layer, weight: Tensor, bias: Tensor | None) -> None:
+    def _write_layer(self, group: _Group, weight: Tensor, bias: Tensor | None) -> None:
         """New numbers for a layer, in one cast to the type of the old ones."""
-        stored_weight = self.graph.tensors[f"{layer.name}.weight"]
-        stored_bias = self.graph.tensors.get(f"{layer.name}.bias")
-        self._write_weight(layer, weight.to(stored_weight.dtype))
+        first = group.calls[0]
+        stored_weight = self._stored(first, "weight")
+        stored_bias = None if first.bias is None else self._stored(first, "bias")
+        self.wiring.store(first.weight, [(c.node, 1) for c in group.calls], weight.to(stored_weight.dtype))
         if bias is not None:
             kept = stored_weight.dtype if stored_bias is None else stored_bias.dtype
-            self._write_bias(layer, bias.to(kept))
+            self._write_bias(group.calls, bias.to(kept))
 
-    def _write_weight(self, layer: Layer, weight: Tensor) -> None:
-        places = [(call.node, 1) for call in layer.calls]
-        self.wiring.store(layer.calls[0].weight, places, weight)
-
-    def _write_bias(self, layer: Layer, bias: Tensor) -> None:
+    def _write_bias(self, calls: list[Call], bias: Tensor) -> None:
         """A bias where the old one stood, or a new one: the third input, or an Add behind a MatMul."""
-        old, weight = layer.calls[0].bias, layer.calls[0].weight
+        old, weight = calls[0].bias, calls[0].weight
         if old is not None:
-            self.wiring.store(old, [call.bias_place for call in layer.calls], _shaped_like(bias, old))
+            self.wiring.store(old, [call.bias_place for call in calls], _shaped_like(bias, old))
             return
         value = self.wiring.new_initializer(_bias_name(str(weight.name)), bias)
-        for call in layer.calls:
+        for call in calls:
             if call.node.op_type == "MatMul":
                 self.wiring.add_behind(call.node, value)
             else:
@@ -163,9 +199,9 @@ class _FoldWork:
 
     def _merge(self, merge: Merge, output: ir.Value) -> None:
         """One convolution in the place of parallel branches; what then nobody reads goes with the rest."""
-        layer = self.layers[merge.layer]
-        self._write_layer(layer, *merged(merge, self._tensor, self._leaf))
-        (call,) = layer.calls
+        group = self.groups[merge.layer]
+        self._write_layer(group, *merged(merge, self._tensor, self._leaf))
+        (call,) = group.calls
         if any(b.weight == merge.weight and b.window != merge.window for b in merge.branches):
             _set_window(call.node, merge.window)
         self.wiring.put_instead(call.output, output)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import torch
@@ -27,8 +28,9 @@ def apply_fold_program(observed: ProgramObservation, plan: Plan, *, wide: bool =
     """A copy of the observed program with every site of a fold plan carried out.
 
     Arithmetic is float64 with one cast to the stored type. Tensors that only a removed BatchNorm read go; a
-    bias that was not there becomes a parameter. The argument is not changed, and the copy shares no tensor
-    with it. With `wide` the copy holds all its tensors in float64, before anything is folded.
+    bias that was not there becomes a parameter, and so does the clone of a shared tensor. The argument is not
+    changed, and the copy shares no tensor with it. With `wide` the copy holds all its tensors in float64,
+    before anything is folded.
     """
     copied = ProgramCopy(observed.program)
     if wide:
@@ -48,6 +50,9 @@ class _FoldWork:
         self.merging = {h for merge in merges for b in merge.branches for h in (b.weight, b.bias) if h}
         self.tensors: dict[str, Tensor] = {}
         self.made_for: dict[str, Edit | Merge] = {}
+        self.names = dict(observed.names)
+        self.calls = {layer: list(labels) for layer, labels in observed.layers.items()}
+        self.places = {op.place: op for op in observed.graph.ops if op.place}
         self.removed: list[str] = []
         self.norms: dict[str, Op] = {}
         for op in observed.graph.of_kind("batch_norm"):
@@ -56,6 +61,9 @@ class _FoldWork:
     def carry_out(self, edit: Edit) -> None:
         if edit.kind == "remove":
             self.removed.append(edit.layer)
+            return
+        if edit.kind == "unshare":
+            self._unshare(edit)
             return
         assert edit.map is not None
         pair = evaluate(edit.map, self._leaf)
@@ -70,11 +78,36 @@ class _FoldWork:
             new = edited_norm(edit, weight, bias, mean, variance, self._eps(edit.layer), pair)
             self.tensors[edit.weight], self.tensors[edit.bias] = new
             return
-        if edit.bias and edit.bias not in self.observed.names:
+        if edit.bias and edit.bias not in self.names:
             self.made_for[edit.bias] = edit
         self.tensors[edit.weight], new_bias = edited(edit, weight, bias, pair)
         if new_bias is not None and edit.bias:
             self.tensors[edit.bias] = new_bias
+
+    # -- sharing ----------------------------------------------------------------------------------------
+
+    def _unshare(self, edit: Edit) -> None:
+        """One call leaves the others of its layer, with clones of the tensors that it shares."""
+        op = self.places[edit.layer]
+        label = edit.layer.removeprefix(f"{op.scope}@")
+        self.calls[op.scope].remove(label)
+        self.calls[edit.layer] = [label]
+        for role, new in (("weight", edit.weight), ("bias", edit.bias)):
+            if new and role in op.inputs:
+                self._clone(self.copied.nodes[label], self.observed.graph.input(op, role).handle, new)
+            elif new and (made := f"{op.scope}.bias") in self.tensors:
+                # a bias that an earlier edit has asked for
+                self.tensors[new] = self.tensors[made]
+                self.made_for[new] = dataclasses.replace(
+                    self.made_for[made], layer=edit.layer, weight=edit.weight
+                )
+
+    def _clone(self, call: Node, handle: str, new: str) -> None:
+        name = self.copied.give_own(call, self.names[handle])
+        self.names[handle] = tuple(known for known in self.names[handle] if known != name)
+        self.names[new] = (name,)
+        if handle in self.tensors:
+            self.tensors[new] = self.tensors[handle]
 
     # -- numbers ----------------------------------------------------------------------------------------
 
@@ -98,7 +131,7 @@ class _FoldWork:
         """A tensor as the edits so far have left it."""
         if handle in self.tensors:
             return self.tensors[handle]
-        names = self.observed.names.get(handle)
+        names = self.names.get(handle)
         if not names:
             return None
         stored = self.copied.tensor(names[0]).detach()
@@ -110,7 +143,7 @@ class _FoldWork:
     def write(self) -> None:
         self._merge_numbers()
         for handle, tensor in self.tensors.items():
-            names = self.observed.names.get(handle)
+            names = self.names.get(handle)
             if names:
                 self.copied.set_tensor(names, tensor)
             else:
@@ -183,11 +216,11 @@ class _FoldWork:
 
     def _create_bias(self, edit: Edit | Merge, bias: Tensor) -> None:
         """A bias that was not there, for every call of the layer."""
-        weight = self.observed.names[edit.weight][0]
+        weight = self.names[edit.weight][0]
         stem = weight.removesuffix("weight")
         name = self.copied.free_name(f"{stem}bias" if stem != weight else f"{weight}_bias")
         parameter = self.copied.add_parameter(name, bias, weight)
-        for label in self.observed.layers[edit.layer]:
+        for label in self.calls[edit.layer]:
             self._give_bias(self.copied.nodes[label], parameter)
 
     def _give_bias(self, call: Node, parameter: Node) -> None:

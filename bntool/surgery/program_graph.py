@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, InputSpec, TensorArgument
 from torch.fx import Node
+
+from bntool.observe.program_nodes import scope_of
 
 
 class ProgramCopy:
@@ -97,6 +99,50 @@ class ProgramCopy:
         spec = InputSpec(InputKind.PARAMETER, TensorArgument(node.name), name)
         self.signature.input_specs.insert(position, spec)
         return node
+
+    def give_own(self, call: Node, names: Collection[str]) -> str:
+        """Let one call read a clone of the stored tensor that has these names; the name of the clone.
+
+        That is the name of the call's own module, where the exporter left it without a reader.
+        """
+        source, turned = self._source_of(call, names)
+        name = str(self._target_of(source))
+        old, parameter = self.tensor(name), self._spare(call, names)
+        clone = old.detach().clone()
+        if parameter is None:
+            made = self.free_name(f"{name}_unshared")
+            parameter = self.add_parameter(made, clone, name)
+        else:
+            made = str(self._target_of(parameter))
+            own = nn.Parameter(clone, old.requires_grad) if isinstance(old, nn.Parameter) else clone
+            (self.state if made in self.state else self.constants)[made] = own
+        if turned is None:
+            call.replace_input_with(source, parameter)
+            return made
+        with self.graph.inserting_before(call):
+            turn = self.graph.node_copy(turned, lambda node: parameter if node is source else node)
+        call.replace_input_with(turned, turn)
+        return made
+
+    def _spare(self, call: Node, names: Collection[str]) -> Node | None:
+        """The placeholder of one of these names that belongs to the call's module and has no reader."""
+        scope = scope_of(call)
+        spare: list[Node] = [n for n in self.graph.nodes if n.op == "placeholder" and not n.users]
+        own = (n for n in spare if self._target_of(n) in names)
+        return next((n for n in own if str(self._target_of(n)).rpartition(".")[0] == scope), None)
+
+    def _source_of(self, call: Node, names: Collection[str]) -> tuple[Node, Node | None]:
+        """The placeholder of a stored tensor that a call reads, and the node that turns it on the way."""
+        for node in call.all_input_nodes:
+            if self._target_of(node) in names:
+                return node, None
+        turned = (node for node in call.all_input_nodes if node.op == "call_function")
+        return next(
+            (source, node)
+            for node in turned
+            for source in node.all_input_nodes
+            if self._target_of(source) in names
+        )
 
     def free_name(self, wanted: str) -> str:
         taken = {*self.state, *self.constants, *(spec.target for spec in self.signature.input_specs)}
