@@ -7,7 +7,7 @@ own float64 run, and no model runs twice on the same inputs.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -38,12 +38,14 @@ def check_surgery(
     progress: Progress | None = None,
     reference: Reference | None = None,
     elsewhere: Reference | None = None,
+    changed_parts: Collection[str] = (),
     atol: float | None = None,
     rtol: float | None = None,
 ) -> list[Check]:
     """Compare a model before and after surgery, both in eval mode: a row in its own precision, and with
     `candidate64` (the surgery redone on the model in float64) a second row that proves the algebra, on the
-    inputs of `elsewhere` where that is given.
+    inputs of `elsewhere` where that is given. `changed_parts` are children of the model that return something
+    else after the surgery, as they should: where parts are compared, they are left out.
 
     Raises `CheckFailed` when there is nothing to compare or the candidate does not run.
     """
@@ -53,9 +55,11 @@ def check_surgery(
     say = progress or (lambda text: None)
     runner = TorchRunner(candidate, device, parts=reference.parts)
     say("running the candidate")
-    got: list[dict[str, Tensor]] = _run_all(runner, reference.inputs, stage)
-    expected, limits = reference.outputs, reference.limits
-    algebra = _check_algebra(elsewhere or reference, candidate64, stage, say)
+    changed = changed_parts if reference.parts else ()
+    got = _without(_run_all(runner, reference.inputs, stage), changed)
+    expected, limits = _without(reference.outputs, changed), reference.limits
+    limits = {name: limit for name, limit in limits.items() if name.partition(".")[0] not in changed}
+    algebra = _check_algebra(elsewhere or reference, candidate64, stage, say, changed_parts)
     unsure = _left_to_algebra(expected, got, limits) if algebra is not None else {}
     if algebra is not None and unsure.keys() >= limits.keys():
         reasons = "; ".join(f"{name}: {why}" for name, why in unsure.items())
@@ -137,17 +141,28 @@ def seeded_batches(example: Inputs, batches: Sequence[int] = (1, 2, 3), seed: in
     return [example.map(_redraw(torch.Generator().manual_seed(seed + batch))) for batch in batches]
 
 
+def _without(runs: Sequence[Outputs], parts: Collection[str]) -> list[Outputs]:
+    """The outputs of each run, less what these children of the model returned."""
+    return [{n: t for n, t in outputs.items() if n.partition(".")[0] not in parts} for outputs in runs]
+
+
 def _check_algebra(
-    reference: Reference, candidate64: nn.Module | None, stage: str, say: Progress
+    reference: Reference,
+    candidate64: nn.Module | None,
+    stage: str,
+    say: Progress,
+    changed_parts: Collection[str],
 ) -> Check | None:
     if candidate64 is None or reference.exact is None:
         return None
     say("checking the algebra in float64")
     # One input settles algebra. The second, of two examples, also tells a batch axis from a channel axis.
     chosen = slice(1, 2) if len(reference.inputs) > 1 else slice(0, 1)
-    exact = reference.exact[chosen]
+    changed = changed_parts if reference.parts else ()
+    exact = _without(reference.exact[chosen], changed)
     try:
-        outputs, _ = run_float64(candidate64, reference.inputs[chosen], parts=reference.parts)
+        runs, _ = run_float64(candidate64, reference.inputs[chosen], parts=reference.parts)
+        outputs = _without(runs, changed)
     except BntoolError:
         raise
     except Exception as error:  # whatever a model's forward raises
@@ -158,8 +173,8 @@ def _check_algebra(
     if reference.narrowed:
         # Where a model narrows inside, one more digit of input moves the narrow rounding: own noise rules.
         # What rounding decides is then told by the parts that come before the decision.
-        limits = {name: limit for name, limit in reference.limits.items() if not limit.undecidable}
-        limits = limits or reference.limits
+        noisy = {name: reference.limits[name] for name in limits}
+        limits = {name: limit for name, limit in noisy.items() if not limit.undecidable} or noisy
         exact = [{n: t for n, t in one.items() if n in limits} for one in exact]
         outputs = [{n: t for n, t in one.items() if n in limits} for one in outputs]
         detail = "in float64 the model narrows inside, so its own noise is the limit"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import collections
+import glob
 import json
 import os
 import resource
@@ -126,7 +127,8 @@ def _inserted(api: Any, model: Any, observation: Any) -> dict[str, Any]:
     second: dict[str, Any] = {"fx": "cannot trace" if wrong is None else wrong or "agrees"}
     if not result.modified:
         return {"sites": 0, **second}
-    back = api.fold(result.model, observation.inputs, check="none", merge=False)
+    names = [glob.escape(name) for site in result.plan.insert_sites for name in site.norms]
+    back = api.fold(result.model, observation.inputs, include=names, check="none", merge=False)
     old = {result.plan.key_map.get(k, k): t for k, t in model.state_dict().items()}
     new = back.model.state_dict()
     inserted = {site.conv for site in result.plan.insert_sites}
