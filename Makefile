@@ -3,7 +3,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check lint gold bench zoo gpu-check
+.PHONY: help setup demo test check lint gold bench zoo large gpu-check
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  \1\t/' | expand -t 14
@@ -37,6 +37,9 @@ bench: setup ## measure time and memory
 
 zoo: setup ## fold and insert over every torchvision and timm model; goes on where it stopped
 	$(BIN)/python tools/zoo.py
+
+large: setup ## fold an ONNX model of more than 2 GB, with its time and peak memory
+	$(BIN)/python tools/large_onnx.py
 
 gpu-check: setup ## verify on the NVIDIA GPU and write docs/gpu.md
 	$(BIN)/python tools/gpu_check.py

@@ -185,6 +185,27 @@ def _embed(scale: Tensor, shift: Tensor, axis: int, size: int, start: int, stop:
     return both[0], both[1]
 
 
+def _take(scale: Tensor, shift: Tensor, axis: int, indices: Sequence[int]) -> Pair:
+    """The entries at `indices` along an axis, in that order."""
+    chosen = torch.tensor(tuple(indices), dtype=torch.int64)
+    return scale.index_select(axis, chosen), shift.index_select(axis, chosen)
+
+
+def _put(scale: Tensor, shift: Tensor, axis: int, size: int, indices: Sequence[int]) -> Pair:
+    """The entries at their places on an axis of `size`, the first for each; NaN, "nobody asks", elsewhere."""
+    both = []
+    for part in (scale, shift):
+        whole = torch.full(
+            [*part.shape[:axis], size, *part.shape[axis + 1 :]], torch.nan, dtype=torch.float64
+        )
+        for position in reversed(range(len(indices))):
+            asked = part.select(axis, position)
+            place = whole.select(axis, indices[position])
+            place.copy_(torch.where(torch.isnan(asked), place, asked))
+        both.append(whole)
+    return both[0], both[1]
+
+
 def _fill(scale: Tensor, shift: Tensor) -> Pair:
     """The identity where nobody asked for anything."""
     return torch.nan_to_num(scale, nan=1.0), torch.nan_to_num(shift, nan=0.0)
@@ -232,6 +253,8 @@ PRIMITIVES: dict[str, Callable[..., Pair]] = {
     "permute": _permute,
     "slice": _slice,
     "embed": _embed,
+    "take": _take,
+    "put": _put,
     "fill": _fill,
     "divide_shift": _divide_shift,
     "multiply_shift": _multiply_shift,

@@ -423,8 +423,8 @@ _add(
 )
 _add(
     Reason.QUANTIZED,
-    "the weight is not floating point",
-    "Integer and quantised weights have their scales elsewhere; a BatchNorm must be folded before that.",
+    "the weight, or an operator on the way, is not floating point",
+    "Quantised weights and operators have scales of their own; a BatchNorm must be folded before that.",
     """
     class Model(nn.Module):
         def __init__(self):

@@ -1,4 +1,4 @@
-"""Fold the BatchNorms of an ONNX file: open, observe, plan, apply, save."""
+"""Fold the BatchNorms of an ONNX file: open, observe, plan, apply, check, save."""
 
 from __future__ import annotations
 
@@ -7,18 +7,23 @@ import glob
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import onnx_ir as ir
 
+from bntool.errors import CheckFailed, StateError
 from bntool.exporting import ExportResult
 from bntool.files.atomic import require_writable
 from bntool.folding import at_graph_level, plan_on_all
 from bntool.observe.onnx_model import OnnxObservation, observe_onnx
+from bntool.onnx_checking import OnnxReference
 from bntool.onnx_cleaning import census
-from bntool.onnx_files import move_onnx, open_onnx, save_onnx
+from bntool.onnx_files import OnnxFile, move_onnx, open_onnx, save_onnx
 from bntool.plan import Plan
+from bntool.reasons import Reason
+from bntool.settling import settle
 from bntool.surgery.fold_onnx import OnnxCounts, apply_fold_onnx
+from bntool.verdicts import Check
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,6 +34,7 @@ class OnnxFoldResult:
     counts: OnnxCounts
     path: Path | None = None
     data_path: Path | None = None
+    checks: tuple[Check, ...] = ()
 
     @property
     def modified(self) -> bool:
@@ -41,6 +47,7 @@ class OnnxFoldResult:
             "unshared": self.plan.unshared.to_dict(),
             "path": str(self.path) if self.path else None,
             "data_path": str(self.data_path) if self.data_path else None,
+            "checks": [check.to_dict() for check in self.checks],
         }
 
 
@@ -52,30 +59,94 @@ def fold_onnx(
     exclude: Sequence[str] = (),
     merge: bool = True,
     unshare: bool = False,
+    check: Literal["full", "fast", "none"] = "fast",
+    device: str = "cpu",
+    seed: int = 0,
     force: bool = False,
 ) -> OnnxFoldResult:
     """Fold every BatchNorm of an ONNX file that algebra allows, and write the result to `output`.
 
     `include` and `exclude` match node names. With `merge`, parallel branches that are one convolution become
-    one. With `unshare` a node that shares its weight with another gets an initializer of its own, where it
-    needs one; `plan.unshared` says what that adds. Nothing is written where nothing folds, or where `output`
-    is None. Names, metadata, opset, order and external data stay as they are.
+    one; where the check does not bear that out, they stay, and a note says so. With `unshare` a node that
+    shares its weight with another gets an initializer of its own, where it needs one; `plan.unshared` says
+    what that adds. Nothing is written where nothing folds, or where `output` is None. Names, metadata, opset,
+    order and external data stay as they are. Both files run in ONNX Runtime on two inputs drawn from `seed`,
+    of different sizes where the file leaves axes open (`check="full"`: three); a BatchNorm whose fold does
+    not stand up stays, as `not-proved`.
 
     Raises:
         LoadError: the file, or its external data, cannot be read or is not valid.
         UsageError: `output` exists without `force`, is the input, or cannot be written.
+        StateError: a BatchNorm holds statistics such as NaN, so that nothing can be compared.
+        CheckFailed: the folded file does not compute the same, and no BatchNorm of it is at fault.
+        ExportError: ONNX Runtime cannot run the file as it was.
     """
-    file = open_onnx(path)
+    path = Path(path)
     if output is not None:
-        require_writable(output, force=force, forbid=(file.path, *file.data_files))
-    plan, observed = plan_fold_onnx(
-        file.model, include=include, exclude=exclude, merge=merge, unshare=unshare
-    )
-    counts = apply_fold_onnx(observed, plan)
-    if output is None or not plan:
-        return OnnxFoldResult(plan, counts)
-    written, data = save_onnx(file, output, force=force)
-    return OnnxFoldResult(plan, counts, written, data)
+        output = require_writable(output, force=force, forbid=(path, *open_onnx(path).data_files))
+    observed: list[tuple[OnnxFile, OnnxObservation]] = []
+    reference: list[OnnxReference] = []
+
+    def plan_without(names: Sequence[str], merges: bool) -> Plan:
+        file = open_onnx(path)
+        plan, seen = plan_fold_onnx(file.model, include=include, exclude=names, merge=merges, unshare=unshare)
+        observed[:] = [(file, seen)]
+        return plan
+
+    def proof(nodes: int) -> OnnxReference:
+        """The file's own runs, which are made once there is something to prove."""
+        if not reference:
+            count = 3 if check == "full" else 2
+            reference.append(OnnxReference(path, nodes, count=count, seed=seed))
+        return reference[0]
+
+    def carry_out(plan: Plan) -> OnnxFoldResult:
+        file, seen = observed.pop()
+        counts = apply_fold_onnx(seen, plan)
+        if not plan or (output is None and check == "none"):
+            return OnnxFoldResult(plan, counts)
+        written, data = save_onnx(file, Path(folder) / (output or path).name, force=True)
+        if check == "none":
+            return OnnxFoldResult(plan, counts, written, data)
+        require_good_statistics(plan, path)
+        checks = tuple(proof(counts.nodes_before).checks(written, device=device))
+        failed = next((row for row in checks if not row.passed), None)
+        if failed is not None:
+            raise CheckFailed(
+                f"the folded file differs: relative error {failed.relative:.2g}, allowed {failed.limit:.2g}",
+                where=f"output {failed.worst[0]} on {failed.provider} ({failed.stage})",
+                next_step="leave BatchNorms out with --exclude, and please report it",
+            )
+        return OnnxFoldResult(plan, counts, written, data, checks)
+
+    def agrees(part: Plan) -> bool:
+        file = open_onnx(path)
+        counts = apply_fold_onnx(observe_onnx(file.model), part)
+        written, _ = save_onnx(file, Path(folder) / "part.onnx", force=True)
+        return all(row.passed for row in proof(counts.nodes_before).checks(written, device=device))
+
+    beside = output.parent if output is not None else None
+    with tempfile.TemporaryDirectory(dir=beside, prefix=".fold.") as folder:
+        plan, result = settle(plan_without, carry_out, agrees, exclude, merge)
+        result = dataclasses.replace(result, plan=plan)
+        if output is None or result.path is None:
+            return dataclasses.replace(result, path=None, data_path=None)
+        data = output.with_name(f"{output.name}.data") if result.data_path is not None else None
+        if data is not None:
+            require_writable(data, force=force, forbid=open_onnx(path).data_files)
+        move_onnx(result.path, result.data_path, output)
+    return dataclasses.replace(result, path=output, data_path=data)
+
+
+def require_good_statistics(plan: Plan, path: Path) -> None:
+    """Raise `StateError`, naming the BatchNorm, where one holds statistics that no BatchNorm may hold."""
+    bad = next((skip for skip in plan.skips if skip.reason is Reason.BAD_STATISTICS), None)
+    if bad is not None:
+        raise StateError(
+            f"the statistics of BatchNorm {bad.name} are bad: {bad.detail}",
+            where=str(path),
+            next_step=f"export the model again, or leave it out with --exclude {bad.name}",
+        )
 
 
 def fold_exported(

@@ -17,7 +17,9 @@ from bntool.inputs import Inputs, map_tensors
 from bntool.observe.exported_program import ProgramObservation, observe_program
 from bntool.observe.program_sizes import Sizes
 from bntool.plan import Plan
-from bntool.surgery.fold_program import apply_fold_program
+from bntool.reference import Reference
+from bntool.settling import settle
+from bntool.surgery.fold_program import apply_fold_program, in_float64
 from bntool.verdicts import Check
 
 
@@ -56,43 +58,51 @@ def fold_program(
     With `merge`, parallel branches that are one convolution become one; where the check does not bear that
     out, they stay, and a note says so.
     The result's program is new, and the argument is not changed. `check="fast"` runs both on the example
-    inputs that the program keeps (seeded ones of its shapes where it keeps none), in their own precision and,
-    where the program runs in it, in float64; `full` on several batch sizes. With `unshare` a call that shares
-    its weight with another gets a parameter of its own, where it needs one.
+    inputs that the program keeps (seeded ones of its shapes where it keeps none) and on other sizes where the
+    program allows them, in their own precision and, where the program runs in it, in float64; `full` on
+    several batch sizes too. A BatchNorm whose fold does not stand up stays, as `not-proved`. With `unshare` a
+    call that shares its weight with another gets a parameter of its own, where it needs one.
 
     Raises:
-        CheckFailed: the folded program does not compute the same.
+        CheckFailed: the folded program does not compute the same, and no BatchNorm of it is at fault.
     """
     if not isinstance(program, ExportedProgram):
         raise UsageError(
             f"the program is a {type(program).__name__}, not an ExportedProgram",
             next_step="make one with torch.export.export, or fold an nn.Module with bntool.fold",
         )
-    plan, observed = plan_fold_program(
-        program, include=include, exclude=exclude, merge=merge, unshare=unshare
-    )
-    folded = apply_fold_program(observed, plan)
-    if check == "none" or not plan:
-        return ProgramFoldResult(folded, plan)
-    inputs = Inputs.of(example_inputs) if example_inputs is not None else example_inputs_of(program)
-    batches = [inputs] if check == "fast" else [inputs, *seeded_batches(inputs)]
-    try:
-        return ProgramFoldResult(folded, plan, tuple(_checked(observed, folded, plan, batches)))
-    except CheckFailed as failure:
-        if not plan.merges:
-            raise
-        again = fold_program(
-            program,
-            example_inputs=example_inputs,
-            include=include,
-            exclude=exclude,
-            merge=False,
-            unshare=unshare,
-            check=check,
-        )
-        note = f"parallel branches are left as they are: {failure.what}"
-        plan = dataclasses.replace(again.plan, notes=(*again.plan.notes, note))
-        return dataclasses.replace(again, plan=plan)
+    observed = observe_program(program)
+    prover: list[_Prover] = []
+
+    def plan_without(names: Sequence[str], merges: bool) -> Plan:
+        return _plan(observed, include, names, merges, unshare)
+
+    def proof() -> _Prover:
+        """The program's own runs, which are made once there is something to prove."""
+        if not prover:
+            prover.append(_Prover(observed, example_inputs, full=check == "full"))
+        return prover[0]
+
+    def carry_out(plan: Plan) -> tuple[ExportedProgram, tuple[Check, ...]]:
+        folded = apply_fold_program(observed, plan)
+        if check == "none" or not plan:
+            return folded, ()
+        checks = proof().checks(plan, folded)
+        failed = next((row for row in checks if not row.passed), None)
+        if failed is not None:
+            raise CheckFailed(
+                f"the folded program differs from the original: relative error {failed.relative:.2g}, "
+                f"allowed {failed.limit:.2g}",
+                where=f"{failed.stage} {failed.precision}".strip(),
+                next_step="leave a BatchNorm out with exclude=, and please report it",
+            )
+        return folded, tuple(checks)
+
+    def agrees(part: Plan) -> bool:
+        return all(row.passed for row in proof().checks(part, apply_fold_program(observed, part)))
+
+    plan, (folded, checks) = settle(plan_without, carry_out, agrees, exclude, merge)
+    return ProgramFoldResult(folded, plan, checks)
 
 
 def plan_fold_program(
@@ -108,9 +118,21 @@ def plan_fold_program(
     Where an axis has no fixed size, a fold counts only if it comes out the same for two sets of sizes.
     """
     observed = observe_program(program)
-    graphs = [observed.graph, *([observe_program(program, sizes=1).graph] if observed.open else [])]
-    plan = plan_on_all(graphs, include=include, exclude=exclude, merge=merge, unshare=unshare)
-    return at_graph_level(plan, observed.hidden), observed
+    return _plan(observed, include, exclude, merge, unshare), observed
+
+
+def _plan(
+    observed: ProgramObservation,
+    include: Sequence[str],
+    exclude: Sequence[str],
+    merge: bool,
+    unshare: bool,
+) -> Plan:
+    other = [observe_program(observed.program, sizes=1).graph] if observed.open else []
+    plan = plan_on_all(
+        [observed.graph, *other], include=include, exclude=exclude, merge=merge, unshare=unshare
+    )
+    return at_graph_level(plan, observed.hidden)
 
 
 def example_inputs_of(program: ExportedProgram, seed: int = 0) -> Inputs:
@@ -118,8 +140,13 @@ def example_inputs_of(program: ExportedProgram, seed: int = 0) -> Inputs:
     if program.example_inputs is not None:
         args, kwargs = program.example_inputs
         return Inputs(tuple(args), dict(kwargs), origin="the example that the program keeps")
+    return drawn_inputs(program, 0, seed)
+
+
+def drawn_inputs(program: ExportedProgram, which: int, seed: int = 0) -> Inputs:
+    """Seeded inputs of the shapes that a program declares, under one of the two sets of open sizes."""
     generator = torch.Generator().manual_seed(seed)
-    sizes = Sizes(program, 0)
+    sizes = Sizes(program, which)
     user_inputs = {str(name) for name in program.graph_signature.user_inputs}
     drawn: list[Any] = []
     for node in program.graph.nodes:
@@ -139,26 +166,43 @@ def example_inputs_of(program: ExportedProgram, seed: int = 0) -> Inputs:
     return Inputs(tuple(args), dict(kwargs), origin="the shapes that the program declares")
 
 
-def _checked(
-    observed: ProgramObservation, folded: ExportedProgram, plan: Plan, batches: Sequence[Inputs]
-) -> list[Check]:
-    nothing = dataclasses.replace(plan, sites=(), merges=())
-    checks = check_surgery(
-        RunnableProgram(apply_fold_program(observed, nothing)),
-        RunnableProgram(folded),
-        batches,
-        stage="fold",
-        candidate64=RunnableProgram(apply_fold_program(observed, plan, wide=True)),
-    )
-    if not all(check.passed for check in checks):
-        failed = next(check for check in checks if not check.passed)
-        raise CheckFailed(
-            f"the folded program differs from the original: relative error {failed.relative:.2g}, "
-            f"allowed {failed.limit:.2g}",
-            where=f"{failed.stage} {failed.precision}".strip(),
-            next_step="leave a BatchNorm out with exclude=, and please report it",
+class _Prover:
+    """What a fold of one program is held against: its own runs, in its own precision and in float64."""
+
+    def __init__(self, observed: ProgramObservation, example_inputs: Any, *, full: bool) -> None:
+        inputs = Inputs.of(example_inputs) if example_inputs is not None else None
+        first = inputs or example_inputs_of(observed.program)
+        others = seeded_batches(first) if full else []
+        if observed.open and inputs is None:
+            others.append(drawn_inputs(observed.program, 1))
+        self.original = RunnableProgram(observed.program)
+        self.reference = Reference(self.original, [first, *others])
+        self.wide = in_float64(observed.program)
+
+    def checks(self, plan: Plan, folded: ExportedProgram) -> list[Check]:
+        return check_surgery(
+            self.original,
+            RunnableProgram(folded),
+            self.reference.inputs,
+            stage="fold",
+            candidate64=RunnableProgram(self._folded_in_float64(plan)),
+            reference=self.reference,
         )
-    return checks
+
+    def _folded_in_float64(self, plan: Plan) -> ExportedProgram:
+        """The same fold planned and done again on the float64 program: constants differ in their digits."""
+        again, observed = plan_fold_program(
+            self.wide,
+            include=plan.options["include"],
+            exclude=plan.options["exclude"],
+            merge=bool(plan.merges),
+            unshare=bool(plan.options.get("unshare")),
+        )
+        names = [site.bn for site in plan.fold_sites]
+        sites = tuple(site for site in again.fold_sites if site.bn in names)
+        if [site.bn for site in sites] != names or len(again.merges) != len(plan.merges):
+            raise CheckFailed("the fold does not come out the same in float64")
+        return apply_fold_program(observed, dataclasses.replace(again, sites=sites))
 
 
 class RunnableProgram(nn.Module):

@@ -1,14 +1,9 @@
-"""Prove a fold by running it: in float64, on inputs of sizes that the plan has not seen.
-
-A fold that does not stand up is not done: the BatchNorm at fault is found by bisection, stays with the reason
-`not-proved`, and the rest is folded without it.
-"""
+"""Prove the fold of a module by running it: in float64, on inputs of sizes that the plan has not seen."""
 
 from __future__ import annotations
 
 import copy
 import dataclasses
-import glob
 from collections.abc import Callable, Sequence
 
 from torch import nn
@@ -18,14 +13,11 @@ from bntool.errors import BntoolError, CheckFailed
 from bntool.inputs import Inputs
 from bntool.module_folding import other_sizes, plan_module_fold
 from bntool.observe.eager import Observation
-from bntool.plan import Plan, Skip
-from bntool.reasons import Reason
+from bntool.plan import Plan
 from bntool.reference import Progress, Reference
+from bntool.settling import first_at_fault, settle
 from bntool.surgery.fold_modules import apply_fold
 from bntool.verdicts import Check
-
-_MOST_UNPROVED = 32
-"""Beyond this many BatchNorms at fault the model, not the fold, is what changes from run to run."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,35 +47,42 @@ def proved_fold(
 
     Raises `CheckFailed` when the float32 rows fail although float64 agrees.
     """
-    unproved: dict[str, Skip] = {}
-    elsewhere: Reference | None = None
-    while True:
-        without = (*exclude, *(glob.escape(name) for name in unproved))
-        plan = plan_module_fold(
-            model, observation, include=include, exclude=without, merge=merge, unshare=unshare
+    elsewhere: list[Reference | None] = []
+
+    def ground() -> Reference | None:
+        """The original on other sizes, which runs only once there is something to prove."""
+        if not elsewhere:
+            elsewhere.append(reference_elsewhere(model, observation.inputs))
+        return elsewhere[0]
+
+    def plan_without(names: Sequence[str], merges: bool) -> Plan:
+        return plan_module_fold(
+            model, observation, include=include, exclude=names, merge=merges, unshare=unshare
         )
+
+    def carry_out(plan: Plan) -> tuple[nn.Module, tuple[Check, ...]]:
         folded = apply_fold(model, plan).eval()
         if not plan:
-            return Proved(_with_skips(plan, unproved, exclude), folded, ())
-        elsewhere = elsewhere or reference_elsewhere(model, observation.inputs)
-        try:
-            checks = check_fold(
+            return folded, ()
+        return folded, tuple(
+            check_fold(
                 model,
                 folded,
                 plan,
                 reference,
-                elsewhere,
+                ground(),
                 device=device,
                 progress=progress,
                 atol=atol,
                 rtol=rtol,
             )
-            return Proved(_with_skips(plan, unproved, exclude), folded, tuple(checks))
-        except CheckFailed as failure:
-            name = first_at_fault(model, plan, elsewhere or reference)
-            if not name or len(unproved) == _MOST_UNPROVED:
-                raise
-            unproved[name] = Skip(name, Reason.NOT_PROVED, failure.what)
+        )
+
+    def agrees(part: Plan) -> bool:
+        return _agrees(model, part, ground() or reference)
+
+    plan, (folded, checks) = settle(plan_without, carry_out, agrees, exclude, merge)
+    return Proved(plan, folded, checks)
 
 
 def check_fold(
@@ -112,13 +111,14 @@ def check_fold(
         progress=progress,
         reference=reference,
         elsewhere=elsewhere,
+        changed_parts=_changed_parts(model, plan),
         atol=atol,
         rtol=rtol,
     )
     if not all(check.passed for check in checks):
         raise CheckFailed(
             f"the folded model differs from the original: {_worst(checks)}",
-            where=first_at_fault(model, plan, elsewhere or reference),
+            where=first_at_fault(plan, lambda part: _agrees(model, part, elsewhere or reference)),
             next_step="leave that BatchNorm out with --exclude, and please report it",
         )
     return checks
@@ -146,44 +146,31 @@ def in_float64(model: nn.Module, surgery: Callable[[nn.Module], nn.Module]) -> n
     return surgery(wide)
 
 
-def first_at_fault(model: nn.Module, plan: Plan, reference: Reference) -> str:
-    """The BatchNorm whose fold first makes the outputs differ, or the model fail; empty where none does.
+def _agrees(model: nn.Module, part: Plan, reference: Reference) -> bool:
+    """Whether a part of a fold stands up on the inputs of a reference."""
+    rows = check_surgery(
+        model,
+        apply_fold(model, part).eval(),
+        reference.inputs,
+        stage="fold",
+        candidate64=in_float64(model, lambda wide: apply_fold(wide, part)),
+        reference=reference,
+        changed_parts=_changed_parts(model, part),
+    )
+    return all(row.passed for row in rows)
 
-    Bisection over the sites in their order: it takes a fault that shows with the first sites to show with
-    more of them, which is so unless two faults cancel out.
-    """
-    sites = list(plan.fold_sites)
 
-    def agrees(count: int) -> bool:
-        part = dataclasses.replace(plan, sites=tuple(sites[:count]))
-        try:
-            rows = check_surgery(
-                model,
-                apply_fold(model, part).eval(),
-                reference.inputs,
-                stage="fold",
-                candidate64=in_float64(model, lambda wide: apply_fold(wide, part)),
-                reference=reference,
-            )
-        except CheckFailed:
-            return False
-        return all(row.passed for row in rows)
-
-    if agrees(len(sites)):
-        return ""
-    low, high = 0, len(sites)
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if agrees(middle) else (low, middle)
-    return sites[high - 1].bn
+def _changed_parts(model: nn.Module, plan: Plan) -> set[str]:
+    """The children of the model whose output a fold may change: all that no fold is wholly inside of."""
+    whole: set[str] = set()
+    crossed: set[str] = set()
+    for site in plan.fold_sites:
+        homes = {name.partition(".")[0] for name in (site.bn, *site.into)}
+        (whole if len(homes) == 1 else crossed).update(homes)
+    return {name for name, _ in model.named_children()} - (whole - crossed)
 
 
 def _worst(checks: Sequence[Check]) -> str:
     failed = next(check for check in checks if not check.passed)
     why = failed.detail or failed.stage
     return f"relative error {failed.relative:.2g}, allowed {failed.limit:.2g} ({why})"
-
-
-def _with_skips(plan: Plan, unproved: dict[str, Skip], exclude: Sequence[str]) -> Plan:
-    skips = tuple(unproved.get(skip.name, skip) for skip in plan.skips)
-    return dataclasses.replace(plan, skips=skips, options={**plan.options, "exclude": list(exclude)})

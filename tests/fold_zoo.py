@@ -825,7 +825,7 @@ zoo(
 zoo("unbatched", {"bn": FOLDED}, lambda m, x: m.bn(F.avg_pool2d(m.conv(x), 2).unsqueeze(0)), pair, (4, 8, 8))
 zoo(
     "expanded",
-    {"bn": Reason.NONLINEAR},
+    {"bn": FOLDED},
     *through(lambda m, y: y.mean((2, 3), keepdim=True).expand(-1, -1, 4, 4)),
 )
 zoo("many_shuffles", {"bn": FOLDED}, *through(lambda m, y: shuffled(y)))

@@ -299,6 +299,39 @@ zoo(
     inputs={"x": (3, 5), "z": (5, 6)},
 )
 
+for name, equation, first in (
+    ("channels_second", "bihw,oi->bohw", False),
+    ("matrix_first", "io,bihw->bohw", True),
+    ("channels_last", "bihw,io->bhwo", False),
+    ("ellipsis", "oi,bi...->b...o", True),
+):
+    operands = "w, x" if first else "x, w"
+    last = equation.endswith("o")
+    turn = "t = Transpose<perm=[0,3,1,2]>(c)" if last else "t = Identity(c)"
+    zoo(
+        f"einsum_{name}",
+        {"y": FOLDED},
+        f'c = Einsum<equation="{equation}">({operands})\n{turn}\ny = BN(t)',
+        {"w": (6, 4) if "oi" in equation else (4, 6), "y": 6},
+    )
+    zoo(
+        f"einsum_{name}_downstream",
+        {"n": FOLDED},
+        f's = Sigmoid(x)\nn = BN(s)\ny = Einsum<equation="{equation}">({operands.replace("x", "n")})',
+        {"w": (6, 4) if "oi" in equation else (4, 6), "n": 4},
+    )
+for name, equation in (
+    ("diagonal", "bchw,cc->bchw"),
+    ("batch", "bchw,bo->ochw"),
+    ("outer", "bchw,oi->bchwoi"),
+):
+    zoo(
+        f"einsum_{name}_is_no_layer",
+        {"n": Reason.REACHES_INPUT},
+        f'n = BN(x)\ny = Einsum<equation="{equation}">(n, w)',
+        {"w": (2, 4) if "bo" in equation else (4, 4), "n": 4},
+    )
+
 # -- through other ops --------------------------------------------------------------------------------
 
 
@@ -349,6 +382,27 @@ through(
 through(
     "gather_one", "q = Unsqueeze(c, ax)\np = Gather<axis=1>(q, i)", ax=ints(1), i=np.array(0, dtype=np.int64)
 )
+through("reduce_sum", "p = ReduceSum(c, ax)", ax=ints(2, 3))
+through("gather_in_another_order", "p = Gather<axis=1>(c, i)", i=ints(5, 0, -2, 1, 3, 2))
+through("gather_a_channel_twice", "p = Gather<axis=1>(c, i)", Reason.OUTPUT_USED_ELSEWHERE, i=ints(*[0] * 6))
+through(
+    "slice_backwards",
+    "p = Slice(c, start, stop, ax, step)",
+    start=ints(-1),
+    stop=ints(-100),
+    ax=ints(1),
+    step=ints(-1),
+)
+through("tile_of_the_image", "p = Tile(c, times)", times=ints(1, 1, 2, 1))
+through(
+    "tile_of_the_channels", "p = Tile(c, times)", Reason.AXIS_MISMATCH, channels=12, times=ints(1, 2, 1, 1)
+)
+through("expand", "g = GlobalAveragePool(c)\np = Expand(g, s)", s=ints(2, 6, 4, 4))
+through(
+    "sum_of_three", "d = Conv<pads=[1,1,1,1]>(x, v)\np = Sum(c, d, two)", v=(6, 4, 3, 3), two=np.array(2.0)
+)
+through("mean_of_two", "d = Conv<pads=[1,1,1,1]>(x, v)\np = Mean(c, d)", v=(6, 4, 3, 3))
+through("sum_of_one", "p = Sum(c)")
 through("mul_add_scalars", "m = Mul(c, two)\np = Add(three, m)", two=np.array(2.0), three=np.array(3.0))
 through("div_sub", "m = Div(c, two)\np = Sub(m, three)", two=np.array(2.0), three=np.array(3.0))
 through("neg", "p = Neg(c)")
@@ -547,6 +601,91 @@ zoo(
     "c = Conv(x, w)\nm = Mul(c, g)\nn = Add(m, h)\ny = BN(n)",
     {"w": W, "g": (6, 1, 1), "h": (1, 6, 1, 1), "y": 6},
 )
+COLUMN = (6, 1, 1)
+zoo(
+    "decomposed_behind_max_pool",
+    {"m": FOLDED},
+    "c = Conv(x, w)\np = MaxPool<kernel_shape=[2,2]>(c)\nm = Mul(p, g)\ny = Add(m, h)",
+    {"w": W, "g": np.linspace(0.5, 1.5, 6).reshape(COLUMN), "h": COLUMN},
+)
+zoo(
+    "decomposed_first",
+    {"d": FOLDED},
+    "i = Reciprocal(s)\nd = Sub(x, mean)\nn = Mul(d, i)\ny = Conv(n, w)",
+    {"w": W, "mean": (4, 1, 1), "s": np.linspace(0.5, 2, 4).reshape(4, 1, 1)},
+)
+zoo(
+    "decomposed_with_pow",
+    {"d": FOLDED},
+    "c = Conv(x, w)\ne = Add(var, eps)\ns = Pow(e, half)\nd = Sub(c, mean)\nq = Div(d, s)\ny = Relu(q)",
+    {
+        "w": W,
+        "mean": COLUMN,
+        "var": np.linspace(0.5, 2.5, 6).reshape(COLUMN),
+        "eps": np.array(1e-3),
+        "half": np.array(0.5),
+    },
+)
+zoo(
+    "decomposed_behind_relu",
+    {"m": Reason.NONLINEAR},
+    "c = Conv(x, w)\nr = Relu(c)\nm = Mul(r, g)\ny = Add(m, h)",
+    {"w": W, "g": COLUMN, "h": COLUMN},
+)
+zoo(
+    "decomposed_with_channels_last",
+    {"m": FOLDED},
+    "c = Conv(x, w)\nt = Transpose<perm=[0,2,3,1]>(c)\nm = Mul(t, g)\ny = Add(m, h)",
+    {"w": W, "g": (6,), "h": (6,)},
+)
+zoo(
+    "decomposed_without_a_spread",
+    {"m": Reason.BAD_STATISTICS},
+    "c = Conv(x, w)\nm = Sub(c, h)\ny = Div(m, g)",
+    {"w": W, "g": np.array([0.0, 1, 1, 1, 1, 1]).reshape(COLUMN), "h": COLUMN},
+)
+zoo(
+    "factor_and_summand_along_other_axes",
+    {},
+    "c = Conv(x, w)\nm = Mul(c, g)\ny = Add(m, h)",
+    {"w": W, "g": COLUMN, "h": (1, 1, 6)},
+)
+zoo(
+    "layer_scale_is_none",
+    {"b": FOLDED},
+    "c = Conv(x, w)\nb = BN(c)\ny = Mul(b, g)",
+    {"w": W, "b": 6, "g": COLUMN},
+)
+zoo(
+    "affine_of_a_layer_norm_is_none",
+    {},
+    "c = MatMul(x, w)\na = ReduceMean<axes=[-1]>(c)\nd = Sub(c, a)\nq = Mul(d, d)\n"
+    "v = ReduceMean<axes=[-1]>(q)\ne = Add(v, eps)\n"
+    "s = Sqrt(e)\nn = Div(d, s)\nm = Mul(n, g)\nb = Add(m, h)\ny = MatMul(b, u)",
+    {"w": (5, 6), "u": (6, 4), "eps": np.array(1e-5), "g": (6,), "h": (6,)},
+    inputs={"x": (2, 7, 5)},
+)
+zoo(
+    "affine_of_a_group_norm_is_none",
+    {},
+    "c = Conv(x, w)\nr = Reshape(c, s1)\ni = InstanceNormalization(r, o, z)\nb = Reshape(i, s2)\n"
+    "m = Mul(b, g)\ny = Add(m, h)",
+    {
+        "w": W,
+        "s1": ints(2, 2, -1),
+        "o": np.ones(2),
+        "z": np.zeros(2),
+        "s2": ints(2, 6, 6, 6),
+        "g": COLUMN,
+        "h": COLUMN,
+    },
+)
+zoo(
+    "behind_a_gate_is_one",
+    {"m": Reason.NONLINEAR},
+    "c = Conv(x, w)\np = GlobalAveragePool(c)\ns = Sigmoid(p)\nd = Mul(c, s)\nm = Mul(d, g)\ny = Add(m, h)",
+    {"w": W, "g": COLUMN, "h": COLUMN},
+)
 zoo(
     "scale_by_scalars_only",
     {},
@@ -593,6 +732,32 @@ zoo(
     "c = Conv(x, w)\ny = InstanceNormalization(c, g, h)",
     {"w": W, "g": (6,), "h": (6,)},
 )
+
+zoo(
+    "quantised_data",
+    {"y": Reason.QUANTIZED},
+    "c = Conv(x, w)\nq = QuantizeLinear(c, s, z)\nd = DequantizeLinear(q, s, z)\ny = BN(d)",
+    {"w": W, "s": np.array(0.1, dtype=np.float32), "z": np.array(0, dtype=np.int8), "y": 6},
+    has_reference=False,
+)
+for opset, ir_version in ((8, 3), (13, 7), (14, 7), (15, 8), (18, 8), (21, 10), (26, 12)):
+    zoo(
+        f"opset_{opset}",
+        {"y": FOLDED},
+        "c = Conv(x, w)\ny = BN(c)",
+        {"w": W, "y": 6},
+        opset=opset,
+        ir_version=ir_version,
+        has_reference=opset >= 14,
+    )
+for turned in range(4):
+    zoo(
+        f"gemm_transposed_{turned:02b}_without_its_bias",
+        {"y": FOLDED},
+        f"c = Gemm<transA={turned // 2}, transB={turned % 2}, alpha=0.5, beta=0.0>(x, w, b)\ny = BN(c)",
+        {"w": (6, 3 if turned // 2 else 5)[:: 1 if turned % 2 else -1], "b": (6,), "y": 6},
+        inputs=FLAT,
+    )
 
 # -- open axes ----------------------------------------------------------------------------------------
 

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
+from torchvision.ops import FrozenBatchNorm2d
 
 from bntool.reasons import Reason
 from tests.fold_zoo import FOLDED, Net, Verdict, bn, conv, enliven, let, straight
@@ -23,6 +24,7 @@ from tests.fold_zoo import FOLDED, Net, Verdict, bn, conv, enliven, let, straigh
 class ProgramNet:
     name: str
     verdicts: Mapping[str, Verdict]
+    """`batch_norm` and `~` stand for the one that bears the name of its node."""
     run: Callable[..., Any]
     parts: Callable[[], Mapping[str, Any]]
     shape: tuple[int, ...] = (2, 4, 8, 8)
@@ -113,6 +115,23 @@ class Counting(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         self.factor.add_(1)
         return x * self.factor
+
+
+def frozen(channels: int = 6) -> FrozenBatchNorm2d:
+    norm = FrozenBatchNorm2d(channels)
+    norm.weight.uniform_(0.5, 1.5)
+    norm.bias.normal_()
+    norm.running_mean.normal_()
+    norm.running_var.uniform_(0.5, 2)
+    return norm
+
+
+def written_out(m: Any, x: Tensor) -> Tensor:
+    """A BatchNorm as textbooks write it."""
+    column = (1, -1, 1, 1)
+    spread = (m.var.view(column) + 1e-3).sqrt()
+    normal = (x - m.mean.view(column)) / spread
+    return normal * m.gamma.view(column) + m.beta.view(column)
 
 
 def after(m: Any, x: Tensor) -> Tensor:
@@ -285,6 +304,72 @@ PROGRAM_ZOO = [
         {"bn": Reason.AXIS_MISMATCH},
         lambda m, x: m.bn(m.conv(x).transpose(0, 1).reshape(x.shape[0], 6, 6, 6)),
         lambda: {"conv": conv(), "bn": bn()},
+    ),
+    ProgramNet("frozen", ONE, straight, lambda: {"conv": conv(bias=False), "bn": frozen()}, dynamic=LARGE),
+    ProgramNet(
+        "frozen_behind_max_pool",
+        ONE,
+        lambda m, x: m.bn(F.max_pool2d(m.conv(x), 2)),
+        lambda: {"conv": conv(), "bn": frozen()},
+    ),
+    ProgramNet(
+        "frozen_first", ONE, after, lambda: {"bn": frozen(4), "conv": conv(bias=False)}, dynamic=BATCH
+    ),
+    ProgramNet(
+        "frozen_behind_relu",
+        {"bn": Reason.NONLINEAR},
+        lambda m, x: m.bn(m.conv(x).relu()),
+        lambda: {"conv": conv(), "bn": frozen()},
+    ),
+    ProgramNet(
+        "frozen_called_twice",
+        {"~": FOLDED, "bn": FOLDED},
+        lambda m, x: m.bn(m.c(x)).relu() + m.bn(m.d(x)).relu(),
+        lambda: {"c": conv(), "d": conv(), "bn": frozen()},
+    ),
+    ProgramNet(
+        "frozen_that_stays_takes_the_one_before",
+        {"bn": FOLDED, "stays": Reason.NONLINEAR},
+        lambda m, x: m.stays(m.bn(x.sigmoid())).sigmoid(),
+        lambda: {"bn": bn(4), "stays": frozen(4)},
+    ),
+    ProgramNet(
+        "written_out",
+        {"~": FOLDED},
+        lambda m, x: written_out(m, m.conv(x)),
+        lambda: {"conv": conv(bias=False), **stored()},
+        dynamic=LARGE,
+    ),
+    ProgramNet(
+        "written_out_and_read_within",
+        {},
+        lambda m, x: let(lambda y: y + m.beta.view(-1, 1, 1) + y, m.conv(x) * m.gamma.view(-1, 1, 1)),
+        lambda: {"conv": conv(), **stored()},
+    ),
+    ProgramNet(
+        "layer_scale_is_none",
+        {},
+        lambda m, x: m.conv(x) * m.gamma.view(-1, 1, 1),
+        lambda: {"conv": conv(), **stored()},
+    ),
+    ProgramNet(
+        "layer_norm_is_none",
+        {},
+        lambda m, x: m.norm(m.conv(x)),
+        lambda: {"conv": nn.Linear(8, 6), "norm": nn.LayerNorm(6)},
+    ),
+    ProgramNet(
+        "group_norm_is_none",
+        {},
+        lambda m, x: m.norm(m.conv(x)),
+        lambda: {"conv": conv(), "norm": nn.GroupNorm(2, 6)},
+        dynamic=BATCH,
+    ),
+    ProgramNet(
+        "instance_norm_is_none",
+        {},
+        lambda m, x: m.norm(m.conv(x)),
+        lambda: {"conv": conv(), "norm": nn.InstanceNorm2d(6, affine=True)},
     ),
 ]
 

@@ -23,7 +23,10 @@ FLOORS: dict[str, tuple[int, str]] = {
     "checking": (4, "comparing reference checking onnx_checking runtime doctor"),
     "exporting": (4, "exporting capturing onnx_cleaning onnx_files"),
     "statistics": (5, "statistics moments sweeping batches arrays images"),
-    "proved": (5, "insertion converting module_folding proving onnx_folding program_folding onnx_insertion"),
+    "proved": (
+        5,
+        "insertion converting module_folding proving settling onnx_folding program_folding onnx_insertion",
+    ),
     "report": (5, "report"),
     "source": (6, "source"),
     "api": (6, "results api calibrating"),

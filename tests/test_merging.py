@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.export import ExportedProgram
+from torchvision.ops import FrozenBatchNorm2d
 
 from bntool import program_folding
 from bntool.errors import CheckFailed
@@ -21,7 +22,7 @@ from bntool.onnx_folding import fold_onnx, plan_fold_onnx
 from bntool.plan import Plan
 from bntool.program_folding import fold_program, plan_fold_program
 from bntool.surgery.fold_onnx import apply_fold_onnx
-from bntool.surgery.fold_program import apply_fold_program
+from bntool.surgery.fold_program import apply_fold_program, in_float64
 from tests.fold_zoo import Net, enliven
 from tests.onnx_zoo import ONNX_ZOO
 from tests.program_zoo import BATCH, decomposed, exported
@@ -250,13 +251,28 @@ def test_blocks_in_a_row_merge_each_by_itself() -> None:
     assert calls(result.program, "conv") == 3
 
 
+def test_a_batch_norm_written_out_merges_with_the_rest() -> None:
+    """torchvision's frozen one, as arithmetic: its nodes and buffers go too."""
+    parts = {**repvgg_parts(), "itself": FrozenBatchNorm2d(C)}
+    parts["itself"].running_var.uniform_(0.5, 2)
+    parts["itself"].running_mean.normal_()
+    program = program_of(repvgg, lambda: parts)
+    result = fold_program(program)
+    assert (calls(result.program, "conv"), calls(result.program, "norm")) == (1, 0)
+    assert all(check.passed for check in result.checks)
+    assert set(result.program.state_dict) == {"dense.0.weight", "dense.0.bias"}
+    targets = [str(n.target) for n in result.program.graph.nodes if n.op == "call_function"]
+    assert targets == ["aten.conv2d.default", "aten.relu.default"]
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_the_sum_is_rounded_once(dtype: torch.dtype) -> None:
     """To the last bit what float64 gives from the stored numbers, cast once."""
     program = program_of(*ONE["repvgg"], dtype)
     plan, observed = plan_fold_program(program)
     merged = apply_fold_program(observed, plan).state_dict
-    wide = apply_fold_program(observed, plan, wide=True).state_dict
+    again, seen = plan_fold_program(in_float64(program))
+    wide = apply_fold_program(seen, again).state_dict
     assert merged["dense.0.weight"].dtype == dtype
     for name, tensor in merged.items():
         assert torch.equal(tensor, wide[name].to(dtype))
@@ -273,14 +289,14 @@ def test_a_sum_that_float16_cannot_hold_is_not_made() -> None:
 
 
 def test_a_merge_that_the_check_does_not_bear_out_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    checked = program_folding._checked
+    checks = program_folding._Prover.checks
 
-    def distrusting(observed: Any, folded: Any, plan: Plan, batches: Any) -> Any:
+    def distrusting(prover: Any, plan: Plan, folded: Any) -> Any:
         if plan.merges:
             raise CheckFailed("it differs")
-        return checked(observed, folded, plan, batches)
+        return checks(prover, plan, folded)
 
-    monkeypatch.setattr(program_folding, "_checked", distrusting)
+    monkeypatch.setattr(program_folding._Prover, "checks", distrusting)
     result = fold_program(program_of(*ONE["repvgg"]))
     assert result.plan.merges == ()
     assert len(result.plan.sites) == 2

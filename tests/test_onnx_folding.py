@@ -7,10 +7,13 @@ import glob
 import json
 from pathlib import Path
 
+import ml_dtypes
+import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
 
+from bntool.errors import CheckFailed
 from bntool.folding import agreement, plan_fold
 from bntool.onnx_folding import fold_onnx, plan_fold_onnx
 from bntool.plan import Plan
@@ -105,3 +108,55 @@ def test_a_name_with_a_pattern_in_it_is_a_name() -> None:
     assert [site.bn for site in plan.fold_sites] == ["layer[0]*"]
     plan, _ = plan_fold_onnx(ir.from_proto(proto), exclude=[glob.escape("layer[0]*")])
     assert [skip.reason for skip in plan.skips] == [Reason.EXCLUDED]
+
+
+def test_a_file_that_onnx_runtime_refuses_is_checked_by_the_reference(tmp_path: Path) -> None:
+    """ONNX Runtime has no float64 convolution on the CPU, and lags behind the newest opset."""
+    wide, newest = ZOO["conv"].model(np.float64), ZOO["conv"].model()
+    newest.opset_import[0].version = onnx.defs.onnx_opset_version()
+    for name, model in (("wide", wide), ("newest", newest)):
+        onnx.save(model, tmp_path / f"{name}.onnx")
+        result = fold_onnx(tmp_path / f"{name}.onnx", None)
+        assert [site.bn for site in result.plan.fold_sites] == ["y"]
+        assert {check.stage for check in result.checks} <= {"fold", "runtime"}
+        assert result.checks[0].passed
+    assert fold_onnx(tmp_path / "wide.onnx", None).checks[0].provider == "onnx.reference"
+
+
+def test_bfloat16_is_checked_too(tmp_path: Path) -> None:
+    proto = ZOO["conv"].model()
+    for tensor in proto.graph.initializer:
+        numbers = onnx.numpy_helper.to_array(tensor).astype(ml_dtypes.bfloat16)
+        tensor.CopyFrom(onnx.numpy_helper.from_array(numbers, tensor.name))
+    del proto.graph.value_info[:]
+    for info in (*proto.graph.input, *proto.graph.output):
+        info.type.tensor_type.elem_type = onnx.TensorProto.BFLOAT16
+    proto.opset_import[0].version = 22
+    onnx.save(proto, tmp_path / "model.onnx")
+    result = fold_onnx(tmp_path / "model.onnx", tmp_path / "out.onnx")
+    assert [check.passed for check in result.checks] == [True]
+    stored = {t.name: t.data_type for t in onnx.load(tmp_path / "out.onnx").graph.initializer}
+    assert set(stored.values()) == {onnx.TensorProto.BFLOAT16}
+
+
+@pytest.mark.parametrize("name", ["w", "y.weight"])
+def test_a_default_that_the_caller_may_replace_is_no_constant(tmp_path: Path, name: str) -> None:
+    """From IR version 4 on, an initializer that is also an input."""
+    proto = ZOO["conv"].model()
+    tensor = next(t for t in proto.graph.initializer if t.name == name)
+    proto.graph.input.append(onnx.helper.make_tensor_value_info(name, tensor.data_type, list(tensor.dims)))
+    onnx.save(proto, tmp_path / "model.onnx")
+    plan = fold_onnx(tmp_path / "model.onnx", tmp_path / "out.onnx").plan
+    assert [(skip.name, skip.reason) for skip in plan.skips] == [("y", Reason.WEIGHT_COMPUTED)]
+    assert not (tmp_path / "out.onnx").exists()
+
+
+def test_an_input_that_cannot_be_made_up_is_said(tmp_path: Path) -> None:
+    proto = ZOO["conv"].model()
+    text = onnx.helper.make_tensor_value_info("words", onnx.TensorProto.STRING, [1])
+    proto.graph.input.append(text)
+    onnx.save(proto, tmp_path / "model.onnx")
+    with pytest.raises(CheckFailed, match="words"):
+        fold_onnx(tmp_path / "model.onnx", tmp_path / "out.onnx")
+    assert [p.name for p in tmp_path.iterdir()] == ["model.onnx"]
+    assert fold_onnx(tmp_path / "model.onnx", tmp_path / "out.onnx", check="none").path is not None

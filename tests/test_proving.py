@@ -205,3 +205,30 @@ def test_the_noise_of_a_float64_model_is_derived_since_nothing_measures_it() -> 
     result = bntool.fold(model, torch.randn(1, 3, 32, 32, dtype=torch.float64))
     assert len(result.sites) == 2
     assert all(0 < check.relative < check.limit < 1e-9 for check in result.checks)
+
+
+class Chaotic(nn.Module):
+    """Rounding decides what comes out; the stem's BatchNorm stands beside it, those of the body inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.bn = nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)
+        self.body = nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), nn.ReLU())
+        self.head = nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.body(self.bn(self.stem(x)))
+        return torch.sin(1e12 * self.head(y.mean((2, 3))))
+
+
+def test_where_rounding_decides_the_output_only_parts_that_hold_a_whole_fold_are_compared() -> None:
+    torch.manual_seed(0)
+    model = Chaotic().eval()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.normal_()
+            module.running_var.uniform_(0.5, 2)
+    result = bntool.fold(model, torch.randn(1, 3, 6, 6))
+    assert [site.bn for site in result.plan.fold_sites] == ["bn", "body.1"]
+    assert all(check.passed for check in result.checks)
+    assert any("parts" in check.detail for check in result.checks)

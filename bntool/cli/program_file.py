@@ -159,7 +159,9 @@ def _exported(
     metadata = {"bntool_version": __version__, "bntool_source_sha256": session.loaded.source_hash}
     inputs = example_inputs_of(folded.model, session.seed)
     with session.voice.progress("exporting to ONNX"):
-        keep = [skip.name for skip in folded.plan.skips if skip.reason is Reason.EXCLUDED]
+        keep = [
+            skip.name for skip in folded.plan.skips if skip.reason in (Reason.EXCLUDED, Reason.NOT_PROVED)
+        ]
         export = export_program(folded.model, inputs, path, opset=options["opset"], metadata=metadata)
         export = fold_exported(export, keep, unshare=options["unshare"])
     for note in export.notes:

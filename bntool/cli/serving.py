@@ -174,7 +174,8 @@ def _export(
             metadata={k: v for k, v in metadata.items() if v},
         )
         if options.get("export_to"):
-            keep = [skip.name for skip in result.skips if skip.reason is Reason.EXCLUDED]
+            stay = (Reason.EXCLUDED, Reason.NOT_PROVED)
+            keep = [skip.name for skip in result.skips if skip.reason in stay]
             export = fold_exported(export, keep, merge=merge, unshare=options["unshare"])
     for name, layers in export.folded.items():
         session.voice.note(f"{name} is folded in the ONNX graph, into {', '.join(layers)}")

@@ -15,7 +15,7 @@ from bntool.reasons import Reason
 
 _MAX_ATTEMPTS = 16
 """How many ways to hand out shifts among summed branches are tried for one BatchNorm."""
-_PARTIAL = frozenset({"slice", "select"})
+_PARTIAL = frozenset({"slice", "select", "index_select"})
 """Readers that look at a part of a value only, and let the rest become anything."""
 
 

@@ -41,6 +41,28 @@ def _homogeneous(context: Context, op: Op, affine: Affine) -> Affine:
     return affine
 
 
+@law(
+    *"QuantizeLinear DequantizeLinear DynamicQuantizeLinear QLinearConv QLinearMatMul ConvInteger".split(),
+    *"MatMulInteger com.microsoft::QuantizeLinear com.microsoft::DequantizeLinear".split(),
+    *"quantize_per_tensor quantize_per_channel dequantize fake_quantize_per_tensor_affine".split(),
+    *(
+        f"quantized_decomposed.{what}quantize_per_{which}.default"
+        for what in ("", "de")
+        for which in ("tensor", "channel", "token")
+    ),
+)
+class Quantisation:
+    """To integers or from them, by scales of their own: left alone, in both directions."""
+
+    @staticmethod
+    def up(_context: Context, op: Op, _demands: list[Affine]) -> Maps:
+        raise Refused(Reason.QUANTIZED, f"{op.label} is quantised arithmetic")
+
+    @staticmethod
+    def down(_context: Context, op: Op, _maps: Maps) -> list[Affine]:
+        raise Refused(Reason.QUANTIZED, f"{op.label} is quantised arithmetic")
+
+
 @law("add", "sub", "rsub")
 class Addition:
     """a + α·b, and a − α·b or b − α·a likewise: upstream the scale goes to each branch and the shift to one,

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from bntool.affine import Affine
+import math
+
+import torch
+
+from bntool.affine import Affine, Constant
 from bntool.graph import Op
 from bntool.laws.base import (
     Context,
@@ -91,9 +95,12 @@ def _maximum(context: Context, op: Op, affine: Affine) -> Affine:
     return _spatial(context, op, affine, _pooled_dims(context, op))
 
 
-@law("mean", "amax")
+@law("mean", "amax", "sum")
 class Reduction:
-    """A mean over axes the map does not depend on; a maximum likewise, for s ≥ 0."""
+    """A mean over axes the map does not depend on; a maximum likewise, for s ≥ 0.
+
+    A sum of n elements is n times their mean: Σ(s·x + t) = s·Σx + n·t.
+    """
 
     @staticmethod
     def up(context: Context, op: Op, demands: list[Affine]) -> Maps:
@@ -107,7 +114,8 @@ class Reduction:
             for axis in axes:
                 shape.insert(axis, 1)
             demand = demand.then("reshape", tuple(demand.scale.shape), tuple(shape))
-        return {"input": constant_over(along(demand, rank, op.label), axes, op.label)}
+        demand = constant_over(along(demand, rank, op.label), axes, op.label)
+        return {"input": _counted(context, op, demand, axes, "divide_shift")}
 
     @staticmethod
     def down(context: Context, op: Op, maps: Maps) -> list[Affine]:
@@ -115,10 +123,21 @@ class Reduction:
         affine = constant_over(along(maps["input"], rank, op.label), axes, op.label)
         if op.kind == "amax":
             non_negative(affine, op.label)
+        affine = _counted(context, op, affine, axes, "multiply_shift")
         if op.attrs["keepdim"]:
             return [affine]
         shape = tuple(n for i, n in enumerate(affine.scale.shape) if i not in axes)
         return [affine.then("reshape", tuple(affine.scale.shape), shape)]
+
+
+def _counted(context: Context, op: Op, affine: Affine, axes: list[int], step: str) -> Affine:
+    """The map with its shift times, or divided by, the number of elements that a sum adds up."""
+    count = math.prod(context.graph.input(op).shape[axis] for axis in axes)
+    if op.kind != "sum" or not affine.has_shift:
+        return affine
+    if not count:
+        raise Refused(Reason.AXIS_MISMATCH, f"{op.label} adds up no elements")
+    return affine.then_constant(step, Constant.of(torch.tensor(float(count)), "", affine.rank))
 
 
 def _reduced(context: Context, op: Op) -> tuple[int, list[int]]:

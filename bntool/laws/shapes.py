@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from bntool.affine import Affine, concat, identity
+from bntool.affine import Affine, concat, identity, merge
 from bntool.graph import Op
 from bntool.laws.base import Context, Maps, Refused, along, constant_over, law, only_input
 from bntool.reasons import Reason
@@ -161,6 +161,74 @@ def _span(op: Op, shape: Sequence[int]) -> tuple[int, int, int, int]:
     axis = op.attrs["axis"] % len(shape)
     start, stop, step = slice(op.attrs["start"], op.attrs["stop"], op.attrs["step"]).indices(shape[axis])
     return axis, start, stop, step
+
+
+@law("index_select")
+class IndexSelect:
+    """Some entries of one axis, in an order that is known. Upstream, an entry that goes to several places
+    must be asked for one thing; one that goes nowhere is nobody's demand (NaN).
+    """
+
+    @staticmethod
+    def up(context: Context, op: Op, demands: list[Affine]) -> Maps:
+        shape, axis, indices = _picked(context, op)
+        demand = along(demands[0], len(shape), op.label)
+        if demand.scale.shape[axis] == 1:
+            widened = [*demand.scale.shape[:axis], len(indices), *demand.scale.shape[axis + 1 :]]
+            demand = demand.then("reshape", tuple(widened), tuple(widened))
+        asked = demand.then("put", axis, shape[axis], indices)
+        back = asked.then("take", axis, indices)
+        if merge(back, demand) is None:
+            raise Refused(Reason.OUTPUT_USED_ELSEWHERE, f"{op.label} picks one entry for several places")
+        return {"input": asked}
+
+    @staticmethod
+    def down(context: Context, op: Op, maps: Maps) -> list[Affine]:
+        shape, axis, indices = _picked(context, op)
+        affine = along(maps["input"], len(shape), op.label)
+        return [affine if affine.scale.shape[axis] == 1 else affine.then("take", axis, indices)]
+
+
+def _picked(context: Context, op: Op) -> tuple[tuple[int, ...], int, tuple[int, ...]]:
+    shape = context.graph.input(op).shape
+    axis = op.attrs["axis"] % len(shape)
+    indices = op.attrs.get("indices")
+    if indices is None:
+        value = context.graph.input(op, "index")
+        known = context.graph.constant(value) if value.constant else None
+        if known is None or known.dim() > 1:
+            raise Refused(Reason.UNKNOWN_OP, f"what {op.label} picks is not known")
+        indices = known.reshape(-1).tolist()
+    return shape, axis, tuple(int(i) % shape[axis] for i in indices)
+
+
+@law("expand", "repeat")
+class Repeat:
+    """expand, repeat, tile: copies along axes that the map does not depend on; new axes come first."""
+
+    @staticmethod
+    def up(context: Context, op: Op, demands: list[Affine]) -> Maps:
+        source, target, grown = _grown(context, op)
+        demand = constant_over(along(demands[0], len(target), op.label), grown, op.label)
+        new = len(target) - len(source)
+        shape = tuple(demand.scale.shape)
+        return {"input": demand.then("reshape", shape, shape[new:]) if new else demand}
+
+    @staticmethod
+    def down(context: Context, op: Op, maps: Maps) -> list[Affine]:
+        source, target, grown = _grown(context, op)
+        affine, new = along(maps["input"], len(source), op.label), len(target) - len(source)
+        affine = constant_over(affine, [axis - new for axis in grown if axis >= new], op.label)
+        shape = tuple(affine.scale.shape)
+        return [affine.then("reshape", shape, (1,) * new + shape) if new else affine]
+
+
+def _grown(context: Context, op: Op) -> tuple[tuple[int, ...], tuple[int, ...], list[int]]:
+    """Both shapes, and the axes of the result along which there are copies."""
+    source, target = context.graph.input(op).shape, context.graph.output(op).shape
+    new = len(target) - len(source)
+    aligned = (1,) * new + source
+    return source, target, [i for i in range(len(target)) if i < new or aligned[i] != target[i]]
 
 
 @law("select")

@@ -121,6 +121,11 @@ def _mean(b: Bound) -> Translation:
     return "mean", {"axes": b.get("dim"), "keepdim": bool(b.get("keepdim", False))}
 
 
+def _sum(b: Bound) -> Translation:
+    axes = b.get("dim")
+    return "sum", {"axes": (axes,) if isinstance(axes, int) else axes, "keepdim": bool(b.get("keepdim"))}
+
+
 def _amax(b: Bound) -> Translation:
     axes = b.get("dim")
     return "amax", {"axes": (axes,) if isinstance(axes, int) else axes, "keepdim": bool(b.get("keepdim"))}
@@ -200,6 +205,10 @@ _TABLE: dict[str, Callable[[Bound], Translation]] = {
     "concatenate": _axis("concat"),
     "mean": _mean,
     "amax": _amax,
+    "sum": _sum,
+    "index_select": lambda b: ("index_select", {"axis": b["dim"]}),
+    "expand_as": _fixed("expand"),
+    "tile": _fixed("repeat"),
     "pixel_shuffle": lambda b: ("pixel_shuffle", {"factor": b["upscale_factor"]}),
     "pixel_unshuffle": lambda b: ("pixel_unshuffle", {"factor": b["downscale_factor"]}),
     "channel_shuffle": lambda b: ("channel_shuffle", {"groups": b["groups"]}),

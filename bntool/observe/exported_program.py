@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.export import ExportedProgram
 from torch.fx import GraphModule, Node
 
-from bntool.graph import Graph, Module
+from bntool.graph import Graph, Module, Op
 from bntool.observe.aten import SHAPE_ONLY, translate
 from bntool.observe.program_calls import LinearCall, Stored, layer_names, linear_calls
 from bntool.observe.program_memory import Memory, nodes_in
@@ -27,6 +27,7 @@ from bntool.observe.program_nodes import (
     written_by,
 )
 from bntool.observe.program_sizes import Sizes
+from bntool.observe.taken_apart import TakenApart, norms_taken_apart, put_together
 
 _SMALL_CONSTANT = 1 << 16
 _NORM_ROLES = ("weight", "bias", "running_mean", "running_var")
@@ -54,7 +55,8 @@ class ProgramObservation:
     """The graph, and what its names stand for in the program.
 
     `names` maps the handle of a stored tensor to the names it has in the program. `layers` and `norms` name
-    the nodes of each linear layer and BatchNorm. `hidden` names every BatchNorm inside a body, and says
+    the nodes of each linear layer and BatchNorm, `apart` the BatchNorms written out as arithmetic, whose
+    nodes stand in a row. `hidden` names every BatchNorm inside a body, and says
     where. `open` tells whether some size is not fixed.
     """
 
@@ -63,6 +65,7 @@ class ProgramObservation:
     names: Mapping[str, tuple[str, ...]]
     layers: Mapping[str, tuple[str, ...]]
     norms: Mapping[str, tuple[str, ...]]
+    apart: Mapping[str, TakenApart]
     hidden: tuple[tuple[str, str], ...]
     open: bool
 
@@ -82,6 +85,7 @@ def observe_program(program: ExportedProgram, sizes: int = 0) -> ProgramObservat
         {reader.handle(name): tuple(names) for name, names in reader.stored.names_of.items()},
         {name: tuple(nodes) for name, nodes in reader.layers.items()},
         {name: tuple(nodes) for name, nodes in reader.norms.items()},
+        reader.apart,
         tuple(_hidden_norms(program)),
         reader.sizes.open,
     )
@@ -108,6 +112,8 @@ class _Reader:
         self.memory = Memory()
         self.layers: dict[str, list[str]] = {}
         self.norms: dict[str, list[str]] = {}
+        self.apart: dict[str, TakenApart] = {}
+        self.nodes: dict[int, Node] = {}
         self.values: dict[Node, int] = {}
         self.parts: dict[Node, dict[int, int]] = {}
         self.by_handle: dict[str, int] = {}
@@ -127,6 +133,7 @@ class _Reader:
             elif node not in self.turned:
                 self._call(node)
         self._block_mixed_layers()
+        self._put_norms_together()
 
     def handle(self, name: str) -> str:
         layer = self.layer_of.get(name)
@@ -336,7 +343,10 @@ class _Reader:
         targets = [n for a in written_by(node, name, bound) for n in nodes_in([bound.get(a)])] if name else []
         made = self._results(node, targets, inputs)
         values = tuple(value for value in made.values())
-        self.graph.add_op(kind, inputs, values, attrs=attrs, scope=scope, inplace=bool(targets), place=place)
+        op = self.graph.add_op(
+            kind, inputs, values, attrs=attrs, scope=scope, inplace=bool(targets), place=place
+        )
+        self.nodes[op.id] = node
         self.memory.add(node, *sharing(name, node, bound))
         if isinstance(node.meta.get("val"), tuple | list):
             self.parts[node] = made
@@ -404,3 +414,21 @@ class _Reader:
         for weight, found in ways.items():
             if len(found) > 1:
                 self.graph.add_op("another layer", {"input": weight}, (), attrs={})
+
+    def _put_norms_together(self) -> None:
+        """BatchNorms in elementary operators: a frozen layer's own arithmetic, or one that was decomposed."""
+
+        def is_node(op: Op) -> bool:
+            return op.id in self.nodes
+
+        for found in norms_taken_apart(self.graph, is_node):
+            nodes = [self.nodes[op.id] for op in found.ops]
+            name = self._name_of_apart(nodes)
+            self.norms[name], self.apart[name] = [node.name for node in nodes], found
+            put_together(self.graph, found, name, f"{nodes[0].name}/")
+
+    def _name_of_apart(self, nodes: list[Node]) -> str:
+        """That of the BatchNorm module that all of it was traced in, else of the first node."""
+        scope = scope_of(nodes[0])
+        alone = all(in_batch_norm_module(node) and scope_of(node) == scope for node in nodes)
+        return scope if scope and alone and scope not in self.graph.modules else nodes[0].name

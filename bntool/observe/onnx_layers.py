@@ -1,33 +1,35 @@
 """Which ONNX nodes are linear layers and BatchNorms, one or several nodes each, before any of it is a graph.
 
-A MatMul and the Add of its bias are one layer. Constant factors and summands per channel, right behind a
-linear layer, are one BatchNorm that an exporter has taken apart.
+A MatMul and the Add of its bias are one layer.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import onnx_ir as ir
-import torch
-from torch import Tensor
 
 from bntool.observe.onnx_constants import Constants
 
 LINEAR_OPS = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
-_CHAINED = frozenset({"Mul", "Add", "Sub", "Div"})
+PRODUCTS = frozenset({"MatMul", "Einsum"})
+"""Linear layers without a place for a bias."""
 
 
 @dataclasses.dataclass
 class Call:
-    """One run of a linear layer: its node, the Add that holds the bias of a MatMul, and the node's label."""
+    """One run of a linear layer: its node, the Add that holds the bias of a MatMul, and the node's label.
+
+    `weight_index` is the place of its weight among the node's inputs; `behind` counts the axes behind the
+    channels where a bias would be added to the result.
+    """
 
     node: ir.Node
     add: ir.Node | None = None
     label: str = ""
+    weight_index: int = 1
+    behind: int = 0
 
     @property
     def last(self) -> ir.Node:
@@ -39,7 +41,7 @@ class Call:
 
     @property
     def weight(self) -> ir.Value:
-        weight = self.node.inputs[1]
+        weight = self.node.inputs[self.weight_index]
         assert weight is not None
         return weight
 
@@ -53,7 +55,7 @@ class Call:
     @property
     def bias(self) -> ir.Value | None:
         node, index = self.bias_place
-        if self.node.op_type == "MatMul" and self.add is None:
+        if self.node.op_type in PRODUCTS and self.add is None:
             return None
         return node.inputs[index] if index < len(node.inputs) else None
 
@@ -62,10 +64,10 @@ class Call:
         node = self.node
         settings = tuple(
             (name, node.attributes[name].value)
-            for name in ("group", "transB", "alpha", "beta")
+            for name in ("group", "transB", "alpha", "beta", "equation")
             if name in node.attributes
         )
-        return node.op_type, settings, self.weight, self.bias
+        return node.op_type, settings, self.weight, self.bias, self.behind
 
 
 @dataclasses.dataclass
@@ -110,69 +112,3 @@ def bias_add(node: ir.Node, constants: Constants, features: int) -> ir.Node | No
     if array is None or array.size != features or (array.ndim and array.shape[-1] != features):
         return None
     return add
-
-
-@dataclasses.dataclass(frozen=True)
-class Chain:
-    """Elementwise nodes in a row, and what they compute together: scale and shift per channel."""
-
-    nodes: list[ir.Node]
-    data: int
-    scale: Tensor
-    shift: Tensor
-
-
-def chain_behind(
-    value: ir.Value,
-    axis: int,
-    shape: tuple[int, ...],
-    constants: Constants,
-    keeps_shape: Callable[[ir.Node], bool],
-) -> Chain | None:
-    """The BatchNorm in elementary ops that starts at `value`, whose channels lie along `axis`.
-
-    There is one where some factor is a vector of the channels; scalars and summands alone are none.
-    """
-    start, channels = value, shape[axis]
-    scale, shift = (torch.ones(channels, dtype=torch.float64), torch.zeros(channels, dtype=torch.float64))
-    nodes: list[ir.Node] = []
-    by_channel = False
-    while True:
-        node = only_reader(value)
-        if node is None or node.op_type not in _CHAINED or not keeps_shape(node):
-            break
-        first = node.inputs[0] is value
-        factor = _per_channel(node.inputs[1 if first else 0], axis, shape, constants)
-        if factor is None or (node.op_type == "Div" and not first):
-            break
-        if node.op_type in ("Mul", "Div"):
-            by_channel |= factor.numel() == channels and channels > 1
-            factor = factor if node.op_type == "Mul" else 1 / factor
-            scale, shift = scale * factor, shift * factor
-        elif node.op_type == "Add":
-            shift = shift + factor
-        else:
-            scale, shift = (scale, shift - factor) if first else (-scale, factor - shift)
-        nodes.append(node)
-        value = node.outputs[0]
-    if not by_channel:
-        return None
-    return Chain(nodes, 0 if nodes[0].inputs[0] is start else 1, scale, shift)
-
-
-def _per_channel(
-    value: ir.Value | None, axis: int, shape: tuple[int, ...], constants: Constants
-) -> Tensor | None:
-    """A constant operand as a float64 vector of channels, or of length one; None for anything else."""
-    array = constants.array(value) if value in constants else None
-    if array is None or array.ndim > len(shape) or not np.issubdtype(_real(array), np.floating):
-        return None
-    wide = (1,) * (len(shape) - array.ndim) + array.shape
-    if any(size != 1 for i, size in enumerate(wide) if i != axis) or wide[axis] not in (1, shape[axis]):
-        return None
-    return torch.from_numpy(array.astype(np.float64).reshape(-1).copy())
-
-
-def _real(array: Any) -> Any:
-    """The type of an array's numbers; bfloat16, which numpy does not count among the floats, is one."""
-    return np.dtype(np.float32) if array.dtype.name == "bfloat16" else array.dtype

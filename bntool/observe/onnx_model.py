@@ -7,16 +7,17 @@ from collections.abc import Mapping
 from typing import Any
 
 import onnx_ir as ir
-import torch
 
-from bntool.graph import Graph, Module
+from bntool.graph import Graph, Module, Op
 from bntool.observe.onnx_constants import Constants
-from bntool.observe.onnx_layers import LINEAR_OPS, Call, Chain, Layer, Norm, bias_add, chain_behind
+from bntool.observe.onnx_einsum import LinearEinsum, linear_einsum
+from bntool.observe.onnx_layers import LINEAR_OPS, Call, Layer, Norm, bias_add
 from bntool.observe.onnx_nodes import captured_by, hidden_norms, is_standard, labels_of, opaque_kind
 from bntool.observe.onnx_ops import SHAPE_READERS, translate
 from bntool.observe.onnx_shapes import infer
 from bntool.observe.onnx_values import Values
 from bntool.observe.onnx_view import NodeView, Step, batch_norm_attrs, is_linear, linear_step
+from bntool.observe.taken_apart import norms_taken_apart, put_together
 
 _NORM_ROLES = ("weight", "bias", "running_mean", "running_var")
 
@@ -70,22 +71,20 @@ class _Reader:
         self.known_layers: dict[tuple[Any, ...], str] = {}
         self.known_norms: dict[tuple[Any, ...], str] = {}
         self.fused: dict[ir.Node, ir.Node] = {}
-        self.chains: dict[ir.Node, tuple[ir.Value, Chain, int]] = {}
-        self.swallowed: set[ir.Node] = set()
+        self.nodes: dict[int, ir.Node] = {}
 
     def read(self) -> None:
         for value in self.model.graph.inputs:
             if value not in self.constants:
                 self.values.of(value)
         for node in self.model.graph:
-            if node in self.chains:
-                self._chain(node)
-            elif node in self.fused:
+            if node in self.fused:
                 self._linear(Call(self.fused[node], node))
-            elif node not in self.swallowed and not all(v in self.constants for v in node.outputs):
+            elif not all(v in self.constants for v in node.outputs):
                 self._node(node)
         for value in self.model.graph.outputs:
             self.graph.values[self.values.of(value)].is_output = True
+        self._put_norms_together()
 
     def shape(self, value: ir.Value | None) -> tuple[int, ...] | None:
         return self.shapes.of(value)
@@ -99,6 +98,8 @@ class _Reader:
         elif is_standard(node) and node.op_type in LINEAR_OPS and is_linear(view):
             if node.op_type != "MatMul" or not self._waits_for_its_bias(node):
                 self._linear(Call(node))
+        elif is_standard(node) and node.op_type == "Einsum" and (form := linear_einsum(view)) is not None:
+            self._linear(Call(node, weight_index=form.weight, behind=form.behind), form)
         else:
             self._translated(view)
 
@@ -107,7 +108,8 @@ class _Reader:
         steps = translate(view)
         sources = [view.input(i) for i in steps.reads] if steps is not None else []
         # Laws compare shapes: each value they see must have one.
-        seen = (*sources, *(v for v in node.outputs if v.name))
+        later = [view.input(s.other) for s in steps.steps if s.other is not None] if steps is not None else []
+        seen = (*sources, *later, *(v for v in node.outputs if v.name))
         if steps is None or any(self.shape(v) is None for v in seen):
             self._opaque(node)
             return
@@ -116,15 +118,22 @@ class _Reader:
         reads = {role: self.values.of(v) for role, v in zip(roles, sources, strict=False) if v is not None}
         scope = self.labels[node]
         for step in steps.steps[:-1]:
-            reads = {"input": self._step(step, reads, scope)}
+            reads = {"input": self._step(step, self._with_other(step, reads, view), scope)}
+        reads = self._with_other(steps.steps[-1], reads, view)
         outputs = tuple(self.values.of(v) for v in node.outputs if v.name)
-        self.graph.add_op(steps.steps[-1].kind, reads, outputs, attrs=steps.steps[-1].attrs, scope=scope)
+        op = self.graph.add_op(steps.steps[-1].kind, reads, outputs, attrs=steps.steps[-1].attrs, scope=scope)
+        if len(steps.steps) == 1:
+            self.nodes[op.id] = node
 
-    def _step(self, step: Step, reads: dict[str, int], scope: str) -> int:
+    def _with_other(self, step: Step, reads: dict[str, int], view: NodeView) -> dict[str, int]:
+        other = view.input(step.other) if step.other is not None else None
+        return reads if other is None else {**reads, "other": self.values.of(other)}
+
+    def _step(self, step: Step, reads: dict[str, int], scope: str, place: str = "") -> int:
         """One of several ops that a node stands for; its result has no name in the file."""
         source = self.graph.values[reads["input"]]
         made = self.graph.add_value(step.shape, dtype=source.dtype)
-        self.graph.add_op(step.kind, reads, (made.id,), attrs=step.attrs, scope=scope)
+        self.graph.add_op(step.kind, reads, (made.id,), attrs=step.attrs, scope=scope, place=place)
         return made.id
 
     def _opaque(self, node: ir.Node) -> None:
@@ -147,21 +156,27 @@ class _Reader:
         self.fused[add] = node
         return True
 
-    def _linear(self, call: Call) -> None:
+    def _linear(self, call: Call, form: LinearEinsum | None = None) -> None:
         view = NodeView(call.node, self.constants, self.shape)
-        name = self._layer(call)
-        source = view.input(0)
+        name, label = self._layer(call), self.labels[call.node]
+        source = view.input(1 - call.weight_index)
         assert source is not None
         inputs = {"input": self.values.of(source), "weight": self._weight(call, name)}
         if call.node.op_type == "Gemm" and view.attr("transA", 0):
             turn = Step("permute", {"dims": (1, 0)}, tuple(reversed(self.shape(source) or ())))
-            inputs["input"] = self._step(turn, {"input": inputs["input"]}, self.labels[call.node])
+            inputs["input"] = self._step(turn, {"input": inputs["input"]}, label)
         if call.bias is not None:
             inputs["bias"] = self._bias(call, name)
-        step = linear_step(view)
         output = self.values.of(call.output)
-        self.graph.add_op(step.kind, inputs, (output,), attrs=step.attrs, scope=name, place=call.label)
-        self._look_for_chain(call.output, conv=step.kind == "conv")
+        if form is None:
+            step = linear_step(view)
+            self.graph.add_op(step.kind, inputs, (output,), attrs=step.attrs, scope=name, place=call.label)
+            return
+        turn = Step("permute", {"dims": form.before}, form.turned)
+        inputs["input"] = self._step(turn, {"input": inputs["input"]}, label)
+        product = self._step(Step(form.kind, {}, form.product), inputs, name, place=call.label)
+        turned = {"dims": form.after}
+        self.graph.add_op("permute", {"input": product}, (output,), attrs=turned, scope=label)
 
     def _layer(self, call: Call) -> str:
         call.label = self.labels[call.node]
@@ -223,26 +238,14 @@ class _Reader:
         settings = tuple(sorted((name, str(a.value)) for name, a in node.attributes.items()))
         return self.known_norms.setdefault((producer.scope, settings, *node.inputs[1:]), label)
 
-    def _look_for_chain(self, value: ir.Value, *, conv: bool) -> None:
-        shape = self.shape(value)
-        if shape is None:
-            return
-        axis = 1 if conv else len(shape) - 1
-        found = chain_behind(value, axis, shape, self.constants, lambda n: self.shape(n.outputs[0]) == shape)
-        if found is not None:
-            self.chains[found.nodes[-1]] = (value, found, axis)
-            self.swallowed.update(found.nodes)
+    def _put_norms_together(self) -> None:
+        """BatchNorms in elementary operators; each op of theirs is one node."""
 
-    def _chain(self, last: ir.Node) -> None:
-        """A BatchNorm in elementary ops, as one op with a mean of 0 and a variance of 1."""
-        source, chain, axis = self.chains[last]
-        name = self.labels[chain.nodes[0]]
-        self.norms[name] = Norm(name, [(chain.nodes, chain.data)], axis)
-        kind = "+".join(node.op_type for node in chain.nodes)
-        self.graph.modules[name] = Module(name, kind, role="norm", calls=1)
-        inputs = {"input": self.values.of(source)}
-        zero, one = torch.zeros_like(chain.scale), torch.ones_like(chain.scale)
-        for slot, tensor in zip(_NORM_ROLES, (chain.scale, chain.shift, zero, one), strict=True):
-            inputs[slot] = self.values.store(f"{name}.{slot}", tensor)
-        attrs = {"eps": 0.0, "training": False, "axis": axis}
-        self.graph.add_op("batch_norm", inputs, (self.values.of(last.outputs[0]),), attrs=attrs, scope=name)
+        def is_node(op: Op) -> bool:
+            return op.id in self.nodes
+
+        for found in norms_taken_apart(self.graph, is_node):
+            nodes = [self.nodes[op.id] for op in found.ops]
+            name = self.labels[nodes[0]]
+            self.norms[name] = Norm(name, [(nodes, 0 if found.role == "input" else 1)], found.axis)
+            put_together(self.graph, found, name, f"{name}.")

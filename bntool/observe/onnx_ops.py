@@ -54,23 +54,32 @@ def _slice(view: NodeView) -> Steps | None:
         return None
     axes = list(range(len(starts))) if axes is None else axes
     steps = [1] * len(starts) if steps is None else steps
-    if not (known_starts and known_ends and known_axes and known_steps) or any(step < 1 for step in steps):
+    if not (known_starts and known_ends and known_axes and known_steps) or any(step == 0 for step in steps):
         return None
     made: list[Step] = []
     for axis, start, stop, step in zip(axes, starts, ends, steps, strict=True):
         axis %= len(shape)
-        length = len(range(*slice(start, stop, step).indices(shape[axis])))
-        shape = (*shape[:axis], length, *shape[axis + 1 :])
-        made.append(Step("slice", {"axis": axis, "start": start, "stop": stop, "step": step}, shape))
+        picked = range(*slice(start, stop, step).indices(shape[axis]))
+        if step < 0:
+            # An end before the first element is written as a large negative number; Python's is None.
+            picked = range(*slice(start, None if stop < -shape[axis] else stop, step).indices(shape[axis]))
+        shape = (*shape[:axis], len(picked), *shape[axis + 1 :])
+        if step > 0:
+            made.append(Step("slice", {"axis": axis, "start": start, "stop": stop, "step": step}, shape))
+        else:
+            made.append(Step("index_select", {"axis": axis, "indices": tuple(picked)}, shape))
     return Steps(tuple(made)) if made else _one("identity")
 
 
 def _gather(view: NodeView) -> Steps | None:
-    """A single index of an axis is a selection; anything more is not covered."""
+    """A single index of an axis, which goes, or a list of them, which stays in its place."""
     index = view.constants.array(view.input(1))
-    if index is None or index.ndim or view.shape() is None:
+    if index is None or index.ndim > 1 or view.shape() is None:
         return None
-    return _one("select", axis=view.attr("axis", 0), index=int(index))
+    axis = view.attr("axis", 0)
+    if not index.ndim:
+        return _one("select", axis=axis, index=int(index))
+    return _one("index_select", axis=axis, indices=tuple(int(i) for i in index))
 
 
 def _concat(view: NodeView) -> Steps:
@@ -158,7 +167,7 @@ def _resize(view: NodeView) -> Steps | None:
         return None
     outside = view.attr("coordinate_transformation_mode", "") == "tf_crop_and_resize"
     known = view.attr("mode", "nearest") in ("nearest", "linear", "cubic")
-    if outside or not known or view.attr("antialias", 0):
+    if outside or not known:
         return None
     return _one("upsample", dims=view.dims)
 
@@ -201,10 +210,18 @@ def _binary(kind: str) -> Translator:
 
 
 def _sum(view: NodeView) -> Steps | None:
+    """Sum and Mean of any number of inputs: additions in turn, and for the mean a division."""
     count = len(view.node.inputs)
-    if count == 1:
-        return _one("identity")
-    return Steps((Step("add", {"number": None, "alpha": 1.0}),), (0, 1)) if count == 2 else None
+    shapes = [view.shape(i) for i in range(count)]
+    if view.version < 8 or any(shape is None for shape in shapes):
+        return None  # without broadcasting, or without shapes
+    made: list[Step] = []
+    for i in range(1, count):
+        shape = tuple(np.broadcast_shapes(*(s for s in shapes[: i + 1] if s is not None)))
+        made.append(Step("add", {"number": None, "alpha": 1.0}, shape, other=i))
+    if view.node.op_type == "Mean" and count > 1:
+        made.append(Step("div", {"number": float(count), "alpha": 1.0}))
+    return Steps(tuple(made)) if made else _one("identity")
 
 
 def _clip(view: NodeView) -> Steps | None:
@@ -232,6 +249,9 @@ _TABLE: dict[str, Translator] = {
     "GlobalMaxPool": _global("amax"),
     "ReduceMean": _reduce("mean"),
     "ReduceMax": _reduce("amax"),
+    "ReduceSum": _reduce("sum"),
+    "Tile": _fixed("repeat"),
+    "Expand": _fixed("expand"),
     "Resize": _resize,
     "Upsample": _resize,
     "Pad": _pad,
@@ -240,6 +260,7 @@ _TABLE: dict[str, Translator] = {
     "Mul": _binary("mul"),
     "Div": _binary("div"),
     "Sum": _sum,
+    "Mean": _sum,
     "Neg": lambda view: _one("mul", number=-1.0, alpha=1.0),
     "Relu": _fixed("relu"),
     "Clip": _clip,

@@ -6,20 +6,28 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import onnx_ir as ir
 
 from bntool.observe.onnx_constants import Constants
 
 Shape = tuple[int, ...]
 
+_EPSILON = float(np.float32(1e-5))
+"""Attributes are float32, defaults too."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """One neutral op of a node; `shape` is that of its result, where more steps follow."""
+    """One neutral op of a node; `shape` is that of its result, where more steps follow.
+
+    `other` numbers the input of the node that a later step reads beside what the step before made.
+    """
 
     kind: str
     attrs: dict[str, Any]
     shape: Shape = ()
+    other: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,4 +131,4 @@ def batch_norm_attrs(view: NodeView) -> dict[str, Any]:
     training = bool(view.attr("training_mode", 0)) or (view.version < 7 and not view.attr("is_test", 0))
     if view.version < 14:
         training |= any(v.name for v in view.node.outputs[1:])
-    return {"eps": float(view.attr("epsilon", 1e-5)), "training": training, "axis": 1}
+    return {"eps": float(view.attr("epsilon", _EPSILON)), "training": training, "axis": 1}

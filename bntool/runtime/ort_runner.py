@@ -89,7 +89,15 @@ class OrtRunner:
                 where=str(self._path),
                 next_step="pass inputs of the shape it was exported for, or export again",
             ) from error
-        return {name: _to_tensor(v) for name, v in zip(self.output_names, values, strict=True)}
+        named = dict(zip(self.output_names, values, strict=True))
+        odd = [name for name, v in named.items() if not v.is_tensor() or "string" in v.data_type()]
+        if odd:
+            raise ExportError(
+                f"the output {odd[0]} is a {named[odd[0]].data_type()}, which cannot be compared",
+                where=str(self._path),
+                next_step="compare the model without that output",
+            )
+        return {name: _to_tensor(value) for name, value in named.items()}
 
     def _by_name(self, inputs: Inputs) -> dict[str, Tensor]:
         given = inputs.tensors()

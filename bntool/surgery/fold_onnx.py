@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from bntool.affine import Pair, batch_norm_affine, evaluate
-from bntool.observe.onnx_layers import Call, Norm
+from bntool.observe.onnx_layers import PRODUCTS, Call, Norm
 from bntool.observe.onnx_model import OnnxObservation
 from bntool.plan import Edit, Merge, Plan, Window
 from bntool.surgery.merging import merged
@@ -139,7 +139,7 @@ class _FoldWork:
             group.calls.remove(call)
             self.groups[edit.layer] = _Group([call], list(group.changes))
         if edit.weight:
-            self._clone(call.weight, (call.node, 1), self._stored(call, "weight"))
+            self._clone(call.weight, (call.node, call.weight_index), self._stored(call, "weight"))
         if edit.bias and call.bias is not None:
             shaped = _shaped_like(self._stored(call, "bias"), call.bias)
             self._clone(call.bias, call.bias_place, shaped)
@@ -178,20 +178,23 @@ class _FoldWork:
         first = group.calls[0]
         stored_weight = self._stored(first, "weight")
         stored_bias = None if first.bias is None else self._stored(first, "bias")
-        self.wiring.store(first.weight, [(c.node, 1) for c in group.calls], weight.to(stored_weight.dtype))
+        self.wiring.store(
+            first.weight, [(c.node, c.weight_index) for c in group.calls], weight.to(stored_weight.dtype)
+        )
         if bias is not None:
             kept = stored_weight.dtype if stored_bias is None else stored_bias.dtype
             self._write_bias(group.calls, bias.to(kept))
 
     def _write_bias(self, calls: list[Call], bias: Tensor) -> None:
-        """A bias where the old one stood, or a new one: the third input, or an Add behind a MatMul."""
+        """A bias where the old one stood, or a new one: the third input, or an Add behind a product."""
         old, weight = calls[0].bias, calls[0].weight
         if old is not None:
             self.wiring.store(old, [call.bias_place for call in calls], _shaped_like(bias, old))
             return
-        value = self.wiring.new_initializer(_bias_name(str(weight.name)), bias)
+        column = bias.reshape(-1, *[1] * calls[0].behind)
+        value = self.wiring.new_initializer(_bias_name(str(weight.name)), column)
         for call in calls:
-            if call.node.op_type == "MatMul":
+            if call.node.op_type in PRODUCTS:
                 self.wiring.add_behind(call.node, value)
             else:
                 call.node.resize_inputs(3)

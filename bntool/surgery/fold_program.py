@@ -24,23 +24,27 @@ _PRODUCTS = frozenset({"mm", "matmul"})
 """Operators without a place for a bias."""
 
 
-def apply_fold_program(observed: ProgramObservation, plan: Plan, *, wide: bool = False) -> ExportedProgram:
+def apply_fold_program(observed: ProgramObservation, plan: Plan) -> ExportedProgram:
     """A copy of the observed program with every site of a fold plan carried out.
 
     Arithmetic is float64 with one cast to the stored type. Tensors that only a removed BatchNorm read go; a
     bias that was not there becomes a parameter, and so does the clone of a shared tensor. The argument is not
-    changed, and the copy shares no tensor with it. With `wide` the copy holds all its tensors in float64,
-    before anything is folded.
+    changed, and the copy shares no tensor with it.
     """
     copied = ProgramCopy(observed.program)
-    if wide:
-        copied.widen()
     with torch.no_grad():
         work = _FoldWork(observed, copied, plan.merges)
         for site in plan.fold_sites:
             for edit in site.edits:
                 work.carry_out(edit)
         work.write()
+    return copied.finish()
+
+
+def in_float64(program: ExportedProgram) -> ExportedProgram:
+    """A copy of a program that holds and declares all its tensors in float64."""
+    copied = ProgramCopy(program)
+    copied.widen()
     return copied.finish()
 
 
@@ -133,7 +137,7 @@ class _FoldWork:
             return self.tensors[handle]
         names = self.names.get(handle)
         if not names:
-            return None
+            return self.observed.graph.tensors.get(handle)
         stored = self.copied.tensor(names[0]).detach()
         # what is yet to be merged is rounded only then
         return stored.double() if handle in self.merging else stored
@@ -146,13 +150,19 @@ class _FoldWork:
             names = self.names.get(handle)
             if names:
                 self.copied.set_tensor(names, tensor)
-            else:
+            elif handle in self.made_for:
                 self._create_bias(self.made_for[handle], tensor)
         dropped: set[str] = set()
         for name in self.removed:
+            if name in self.observed.apart:
+                dropped |= self.copied.take_out_run(*self._run(name))
+                continue
             for label in self.observed.norms[name]:
                 self._take_out(self.copied.nodes[label])
             dropped |= self._names_of_norm(name)
+        going = {*self.removed, *(name for merge in self.merges for name in merge.norms)}
+        for name in self.observed.apart.keys() - going:
+            dropped |= self._rewrite(name)
         for merge in self.merges:
             dropped |= self._merge_nodes(merge)
         self.copied.drop_unread(dropped)
@@ -176,8 +186,11 @@ class _FoldWork:
         weight = self.tensors[merge.weight]
         if any(b.weight == merge.weight and b.window != merge.window for b in merge.branches):
             self._set_window(call, merge.window, weight)
-        names = self.copied.hand_over([self.copied.nodes[name] for name in merge.values], call)
-        return names.union(*(self._names_of_norm(name) for name in merge.norms))
+        apart = [self.observed.norms[name] for name in merge.norms if name in self.observed.apart]
+        runs = {run[-1]: run for run in apart}
+        nodes = [self.copied.nodes[name] for value in merge.values for name in runs.get(value, (value,))]
+        names = self.copied.hand_over(nodes, call)
+        return names.union(*(self._names_of_norm(n) for n in merge.norms if n not in self.observed.apart))
 
     def _set_window(self, call: Node, window: Window, weight: Tensor) -> None:
         """Other arguments for a convolution, all of them by position, and the new shape of its weight."""
@@ -190,6 +203,29 @@ class _FoldWork:
         call.args = tuple(bound.get(argument.name, argument.default_value) for argument in arguments)
         call.kwargs = {}
         bound["weight"].meta["val"] = bound["weight"].meta["val"].new_empty(tuple(weight.shape))
+
+    def _run(self, name: str) -> tuple[list[Node], Node]:
+        """The nodes of a BatchNorm in elementary operators, and the data that the first one reads."""
+        nodes = [self.copied.nodes[label] for label in self.observed.norms[name]]
+        bound = arguments_of(nodes[0])
+        role = self.observed.apart[name].role
+        source = bound["self" if role == "input" and "self" in bound else role]
+        assert isinstance(source, Node)
+        return nodes, source
+
+    def _rewrite(self, name: str) -> set[str]:
+        """New numbers for a BatchNorm in elementary operators that stays: one product and one sum."""
+        op, graph = self.norms[name], self.observed.graph
+        handles = [graph.input(op, slot).handle for slot in ("weight", "bias")]
+        if not any(handle in self.tensors for handle in handles):
+            return set()
+        nodes, source = self._run(name)
+        shape = [1] * len(graph.input(op).shape)
+        shape[self.observed.apart[name].axis] = -1
+        dtype = source.meta["val"].dtype
+        tensors = [self._tensor(handle) for handle in handles]
+        scale, shift = (tensor.to(dtype).reshape(shape) for tensor in tensors if tensor is not None)
+        return self.copied.rewrite_as_mul_add(nodes, source, name, scale, shift)
 
     def _names_of_norm(self, name: str) -> set[str]:
         """The stored tensors that a BatchNorm brought, its count of batches among them."""

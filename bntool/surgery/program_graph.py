@@ -13,7 +13,15 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, InputSpec, TensorArgument
 from torch.fx import Node
 
+from bntool.inputs import map_tensors
 from bntool.observe.program_nodes import scope_of
+
+_BEFORE = {
+    InputKind.PARAMETER: (InputKind.PARAMETER,),
+    InputKind.CONSTANT_TENSOR: (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR),
+}
+"""The kinds of input that come before a new one of a kind."""
+_PREFIX = {InputKind.PARAMETER: "p_", InputKind.CONSTANT_TENSOR: "c_"}
 
 
 class ProgramCopy:
@@ -29,6 +37,7 @@ class ProgramCopy:
         for given, copied in zip(program.graph.nodes, self.graph.nodes, strict=True):
             copied.name = given.name  # torch.fx renames what is named like a builtin (`input`)
         self.nodes: dict[str, Node] = {node.name: node for node in self.graph.nodes}
+        self._operands = {node.name: node.all_input_nodes for node in self.graph.nodes}
         self.signature = copy.deepcopy(program.graph_signature)
         self.calls = copy.deepcopy(program.module_call_graph)
         tensors = {"state": program.state_dict, "constants": program.constants}
@@ -71,7 +80,7 @@ class ProgramCopy:
                     store[name] = new
 
     def widen(self) -> None:
-        """Every floating-point tensor in float64; tied tensors stay tied."""
+        """Every floating-point tensor in float64, as the nodes declare theirs; tied tensors stay tied."""
         done: dict[int, Tensor] = {}
         for store in (self.state, self.constants):
             for name, held in list(store.items()):
@@ -80,15 +89,27 @@ class ProgramCopy:
                         wide = held.detach().double()
                         done[id(held)] = nn.Parameter(wide) if isinstance(held, nn.Parameter) else wide
                     store[name] = done[id(held)]
+        for node in self.graph.nodes:
+            if "val" in node.meta:
+                node.meta["val"] = map_tensors(
+                    node.meta["val"], lambda t: t.double() if t.is_floating_point() else t
+                )
 
     def add_parameter(self, name: str, tensor: Tensor, like: str) -> Node:
         """A new parameter with its placeholder, behind those there are; it trains where `like` does."""
-        position = sum(1 for spec in self.signature.input_specs if spec.kind == InputKind.PARAMETER)
+        self.state[name] = nn.Parameter(tensor, requires_grad=self.tensor(like).requires_grad)
+        source = next(node for node in self.graph.nodes if self._target_of(node) == like)
+        return self._add_placeholder(InputKind.PARAMETER, name, tensor, source)
+
+    def add_constant(self, name: str, tensor: Tensor, like: Node) -> Node:
+        """A new constant with its placeholder, of the type of `like`."""
+        self.constants[name] = tensor
+        return self._add_placeholder(InputKind.CONSTANT_TENSOR, name, tensor, like)
+
+    def _add_placeholder(self, kind: InputKind, name: str, tensor: Tensor, source: Node) -> Node:
+        position = sum(1 for spec in self.signature.input_specs if spec.kind in _BEFORE[kind])
         placeholders = [node for node in self.graph.nodes if node.op == "placeholder"]
-        old = self.tensor(like)
-        self.state[name] = nn.Parameter(tensor, requires_grad=old.requires_grad)
-        label = "p_" + name.replace(".", "_")
-        source = next(node for node in placeholders if self._target_of(node) == like)
+        label = _PREFIX[kind] + name.replace(".", "_")
         if position < len(placeholders):
             place = self.graph.inserting_before(placeholders[position])
         else:
@@ -96,7 +117,7 @@ class ProgramCopy:
         with place:
             node: Node = self.graph.placeholder(label)
         node.meta["val"] = source.meta["val"].new_empty(tuple(tensor.shape))
-        spec = InputSpec(InputKind.PARAMETER, TensorArgument(node.name), name)
+        spec = InputSpec(kind, TensorArgument(node.name), name)
         self.signature.input_specs.insert(position, spec)
         return node
 
@@ -182,7 +203,7 @@ class ProgramCopy:
                 for part in list(whole.users):
                     self.graph.erase_node(part)
                 self.graph.erase_node(whole)
-        return {name for name in stored if name}
+        return {name for name in stored if name} | self._drop_unread_constants(nodes)
 
     def add_behind(self, node: Node, parameter: Node) -> None:
         """Add a parameter to what a node computes, for every reader of it, the outputs too."""
@@ -191,6 +212,43 @@ class ProgramCopy:
         added.meta.update(node.meta)
         node.replace_all_uses_with(added, delete_user_cb=lambda user: user is not added)
         self._rename(node, added)
+
+    def take_out_run(self, nodes: Sequence[Node], source: Node) -> set[str]:
+        """Nodes in a row go: whoever read the last one now reads `source`.
+
+        What only they read goes with them; returned are the stored tensors among it.
+        """
+        self.replace(nodes[-1], source)
+        for node in reversed(nodes[:-1]):
+            self.graph.erase_node(node)
+        return self._drop_unread_constants(nodes)
+
+    def rewrite_as_mul_add(
+        self, nodes: Sequence[Node], source: Node, name: str, scale: Tensor, shift: Tensor
+    ) -> set[str]:
+        """Elementwise nodes in a row become one product and one sum with new constants."""
+        factor = self.add_constant(self.free_name(f"{name}_scale"), scale, source)
+        summand = self.add_constant(self.free_name(f"{name}_shift"), shift, source)
+        with self.graph.inserting_after(nodes[-1]):
+            product = self.graph.call_function(torch.ops.aten.mul.Tensor, (source, factor))
+        with self.graph.inserting_after(product):
+            added = self.graph.call_function(torch.ops.aten.add.Tensor, (product, summand))
+        for made in (product, added):
+            made.meta.update(nodes[-1].meta)
+        return self.take_out_run(nodes, added)
+
+    def _drop_unread_constants(self, nodes: Iterable[Node]) -> set[str]:
+        """Drop the nodes that only removed ones read; returned are the stored tensors they came from."""
+        names: set[str] = set()
+        waiting = [operand for node in nodes for operand in self._operands.get(node.name, ())]
+        while waiting:
+            node = waiting.pop()
+            if node.op == "placeholder":
+                names.add(str(self._target_of(node)))
+            elif not node._erased and not node.users and not node.is_impure():
+                waiting += node.all_input_nodes
+                self.graph.erase_node(node)
+        return names
 
     def _rename(self, node: Node, other: Node) -> None:
         self.signature.replace_all_uses(node.name, other.name)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from bntool import proving
+from bntool import proving, settling
 from tests.cli import nets
 from tests.cli.conftest import Said, Shell, contents
 
@@ -164,7 +164,7 @@ def test_a_fold_that_nothing_can_prove_is_a_failed_check(
 ) -> None:
     nets.save(nets.normalised(), "model.pt")
     monkeypatch.setattr(proving, "apply_fold", _corrupting("1"))
-    monkeypatch.setattr(proving, "first_at_fault", lambda *_: "")
+    monkeypatch.setattr(settling, "first_at_fault", lambda *_: "")
     for form in ([], ["--json"]):
         words = ["fold", "model.pt", *nets.INPUT, "--export", "onnx", *form]
         refused(*words, code=1, says="differs from the original")

@@ -120,6 +120,17 @@ def test_mean_and_amax_over_space(fill: Numbers, axes: tuple[int, ...], largest:
 
 
 @few
+@given(numbers, st.sampled_from([(2, 3), (-1,), (2,), (0, 2)]), st.booleans())
+def test_sum_over_space(fill: Numbers, axes: tuple[int, ...], keepdim: bool) -> None:
+    """A shift is added up as often as there are elements."""
+    step = lambda x: x.sum(axes, keepdim=keepdim)  # noqa: E731
+    if keepdim:
+        assert both_ways(2, step, fill) == (None, None)
+    model = Chain(fill.fill(nn.BatchNorm2d(4)), lambda x: x.sum((2, 3)), nn.Linear(4, 3))
+    assert verdict(model, data(2, 4, 5, 6)) is None
+
+
+@few
 @given(numbers)
 def test_global_mean_then_linear(fill: Numbers) -> None:
     model = Chain(fill.fill(nn.BatchNorm2d(4)), lambda x: x.mean((-1, 2)), nn.Linear(4, 3))

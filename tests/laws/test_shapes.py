@@ -29,7 +29,9 @@ def shape_steps(draw: st.DrawFn, shape: tuple[int, ...], length: int) -> list[tu
     for _ in range(length):
         rank = x.dim()
         kind = draw(
-            st.sampled_from(["permute", "merge", "cut", "slice", "turn", "select", "unsqueeze", "transpose"])
+            st.sampled_from(
+                "permute merge cut slice turn select unsqueeze transpose pick repeat expand".split()
+            )
         )
         axis = draw(st.integers(0, rank - 1))
         if kind == "permute":
@@ -52,6 +54,13 @@ def shape_steps(draw: st.DrawFn, shape: tuple[int, ...], length: int) -> list[tu
             step = ("select", (axis, draw(st.integers(-x.shape[axis], x.shape[axis] - 1))))
         elif kind == "unsqueeze" and rank < 6:
             step = ("unsqueeze", axis)
+        elif kind == "pick":
+            places = st.lists(st.integers(0, x.shape[axis] - 1), min_size=1, max_size=4)
+            step = ("pick", (axis, draw(st.one_of(places, st.permutations(range(x.shape[axis]))))))
+        elif kind == "repeat" and x.numel() < 1000:
+            step = ("repeat", tuple(draw(st.lists(st.integers(1, 2), min_size=rank, max_size=rank))))
+        elif kind == "expand" and rank < 6:
+            step = ("expand", (draw(st.integers(1, 2)), *x.shape))
         else:
             step = ("transpose", (axis, 0))
         x = carried_out([step], x)
@@ -76,6 +85,12 @@ def carried_out(steps: list[tuple[str, Any]], x: Tensor) -> Tensor:
             x = x.select(*argument)
         elif kind == "unsqueeze":
             x = x.unsqueeze(argument)
+        elif kind == "pick":
+            x = x.index_select(argument[0], torch.tensor(argument[1]))
+        elif kind == "repeat":
+            x = x.repeat(argument)
+        elif kind == "expand":
+            x = x.expand(argument)
         else:
             x = x.transpose(*argument)
     return x
@@ -111,6 +126,38 @@ def test_any_chain_downstream(fill: Numbers, draw: st.DataObject) -> None:
     out = carried_out(steps, torch.empty(shape))
     model = Chain(fill.fill(nn.BatchNorm2d(4)), _Steps(steps, lambda x: x), nn.Linear(out.shape[-1], 3))
     folded_exactly(model, data(*shape, seed=fill.seed))
+
+
+@few
+@given(numbers, st.permutations(range(6)))
+def test_channels_in_another_order(fill: Numbers, order: list[int]) -> None:
+    picked = torch.tensor(order)
+    model = Chain(nn.Conv2d(4, 6, 1), lambda x: x.index_select(1, picked), fill.fill(nn.BatchNorm2d(6)))
+    assert verdict(model, data(2, 4, 3, 3)) is None
+    model = Chain(fill.fill(nn.BatchNorm2d(6)), lambda x: x.index_select(1, picked), nn.Conv2d(6, 4, 1))
+    assert verdict(model, data(2, 6, 3, 3)) is None
+
+
+@few
+@given(numbers)
+def test_a_channel_that_is_picked_twice(fill: Numbers) -> None:
+    """Upstream both places would have to ask for one thing; downstream each takes it along."""
+    picked = torch.tensor([0, 0, 3])
+    up = Chain(nn.Conv2d(4, 6, 1), lambda x: x.index_select(1, picked), fill.fill(nn.BatchNorm2d(3)))
+    down = Chain(fill.fill(nn.BatchNorm2d(6)), lambda x: x.index_select(1, picked), nn.Conv2d(3, 4, 1))
+    assert verdict(up, data(2, 4, 3, 3)) is Reason.OUTPUT_USED_ELSEWHERE
+    assert verdict(down, data(2, 6, 3, 3)) is None
+
+
+@few
+@given(numbers, st.sampled_from([(1, 1, 2, 3), (2, 1, 1, 1), (1, 2, 1, 1)]))
+def test_repeat(fill: Numbers, times: tuple[int, ...]) -> None:
+    """Copies of the image or the sample, not of the channels."""
+    model = Chain(nn.Conv2d(4, 6, 1), lambda x: x.repeat(times), fill.fill(nn.BatchNorm2d(6 * times[1])))
+    kept = verdict(model, data(2, 4, 3, 3))
+    assert kept is (None if times[1] == 1 else Reason.AXIS_MISMATCH)
+    down = Chain(fill.fill(nn.BatchNorm2d(4)), lambda x: x.repeat(times), nn.Conv2d(4 * times[1], 3, 1))
+    assert (verdict(down, data(2, 4, 3, 3)) is None) == (times[1] == 1)
 
 
 @few

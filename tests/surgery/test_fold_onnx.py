@@ -48,7 +48,7 @@ def run_exactly(model: onnx.ModelProto, feed: dict[str, Any]) -> dict[str, torch
     with np.errstate(all="ignore"):
         results = ReferenceEvaluator(model).run(None, feed)
     names = [output.name for output in model.graph.output]
-    return {n: torch.from_numpy(np.asarray(a)) for n, a in zip(names, results, strict=True)}
+    return {n: torch.from_numpy(np.array(a)) for n, a in zip(names, results, strict=True)}
 
 
 @pytest.mark.parametrize("net", ONNX_ZOO, ids=lambda net: net.name)

@@ -13,7 +13,7 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 
 from bntool.program_folding import fold_program, plan_fold_program
-from bntool.surgery.fold_program import apply_fold_program
+from bntool.surgery.fold_program import apply_fold_program, in_float64
 from tests.program_zoo import PROGRAM_ZOO, decomposed
 
 ZOO = {net.name: net for net in PROGRAM_ZOO}
@@ -80,9 +80,19 @@ def test_tied_weights_stay_tied() -> None:
 
 
 def test_wide_is_the_same_program_in_float64() -> None:
-    plan, observed = plan_fold_program(ZOO["conv_bn"].program())
-    wide = apply_fold_program(observed, plan, wide=True)
-    assert {tensor.dtype for tensor in wide.state_dict.values()} == {torch.float64}
+    program = ZOO["conv_bn"].program()
+    wide = in_float64(program)
+    floats = [tensor for tensor in wide.state_dict.values() if tensor.is_floating_point()]
+    assert {tensor.dtype for tensor in floats} == {torch.float64}
+    assert {node.meta["val"].dtype for node in wide.graph.nodes if node.op == "call_function"} == {
+        torch.float64
+    }
+    (x,) = ZOO["conv_bn"].inputs()
+    with torch.no_grad():
+        exact, own = wide.module()(x.double()), program.module()(x)
+    # one sum of 36 products, each rounded once
+    limit = 36 * torch.finfo(torch.float32).eps * float(exact.abs().max())
+    assert float((exact - own).abs().max()) <= limit
 
 
 @pytest.mark.parametrize("name", ["no_bias", "functional", "dynamic_batch", "linear"])
