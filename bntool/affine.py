@@ -12,6 +12,7 @@ weights: `evaluate(expr, leaf)` computes the same steps again from the model's o
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -39,7 +40,7 @@ class Constant:
     @classmethod
     def of(cls, tensor: Tensor, handle: str, rank: int) -> Constant:
         shape = (1,) * (rank - tensor.dim()) + tuple(tensor.shape)
-        numbers = tensor.detach().double().cpu().reshape(shape)
+        numbers = _numbers(tensor).reshape(shape)
         if handle:
             return cls(numbers, ("tensor", handle, shape))
         return cls(numbers, ("number", tuple(numbers.reshape(-1).tolist()), shape))
@@ -57,13 +58,18 @@ class Affine:
     def rank(self) -> int:
         return self.scale.dim()
 
-    @property
+    @functools.cached_property
     def has_shift(self) -> bool:
-        return bool((torch.nan_to_num(self.shift) != 0).any())
+        return bool(torch.nan_to_num(self.shift).count_nonzero())
 
-    @property
+    @functools.cached_property
     def has_scale(self) -> bool:
-        return bool((torch.nan_to_num(self.scale, nan=1.0) != 1).any())
+        return bool((torch.nan_to_num(self.scale, nan=1.0) - 1).count_nonzero())
+
+    @functools.cached_property
+    def is_partial(self) -> bool:
+        """Whether nobody asks for anything (NaN) somewhere."""
+        return bool((torch.isnan(self.scale) | torch.isnan(self.shift)).any())
 
     @property
     def is_identity(self) -> bool:
@@ -94,20 +100,28 @@ def batch_norm_affine(
 
     s = γ/√(σ²+ε), t = β − s·μ. `weight` None means γ = 1, `bias` None means β = 0.
     """
-    # maps are small and live on the CPU, wherever the model is
-    variance, mean = variance.detach().double().cpu(), mean.detach().double().cpu()
-    scale = (variance + eps).rsqrt()
+    scale = (_numbers(variance) + eps).rsqrt()
     if weight is not None:
-        scale = scale * weight.detach().double().cpu()
-    shift = -scale * mean
+        scale = scale * _numbers(weight)
+    shift = -scale * _numbers(mean)
     if bias is not None:
-        shift = shift + bias.detach().double().cpu()
+        shift = shift + _numbers(bias)
     return scale, shift
 
 
+def _numbers(tensor: Tensor) -> Tensor:
+    """In float64 on the CPU, wherever the model is: maps are small."""
+    return tensor.detach().to("cpu", torch.float64)
+
+
+@functools.cache
 def identity(rank: int) -> Affine:
-    one = torch.ones([1] * rank, dtype=torch.float64)
-    return Affine(one, torch.zeros_like(one), ("identity", rank))
+    return Affine(*_identity(rank), ("identity", rank))
+
+
+def _identity(rank: int) -> Pair:
+    one = torch.ones([1] * rank, dtype=torch.float64, device="cpu")
+    return one, torch.zeros_like(one)
 
 
 def _broadcast(first: Tensor, second: Tensor) -> Pair:
@@ -280,13 +294,16 @@ def _compose(outer: Pair, inner: Pair) -> Pair:
 
 def merge(first: Affine, second: Affine) -> Affine | None:
     """The map that both readers of a value agree on; None where they ask for different things."""
-    pairs = []
+    if first.equals(second):
+        return first
     for a, b in ((first.scale, second.scale), (first.shift, second.shift)):
-        a, b = _broadcast(a, b)
         if not bool((torch.isnan(a) | torch.isnan(b) | (a == b)).all()):
             return None
-        pairs.append(torch.where(torch.isnan(a), b, a))
-    return Affine(pairs[0], pairs[1], ("merge", first.expr, second.expr))
+    for either in (first, second):
+        if not either.is_partial:
+            return either
+    scale, shift = _merge((first.scale, first.shift), (second.scale, second.shift))
+    return Affine(scale, shift, ("merge", first.expr, second.expr))
 
 
 def _merge(first: Pair, second: Pair) -> Pair:
@@ -346,8 +363,7 @@ def evaluate(expr: Expr, leaf: Leaf) -> Pair:
         pair: Pair = leaf("bn", expr[1])
         return pair
     if name == "identity":
-        one = torch.ones([1] * expr[1], dtype=torch.float64)
-        return one, torch.zeros_like(one)
+        return _identity(expr[1])
     if name in _JOINS:
         return _JOINS[name](evaluate(expr[1], leaf), evaluate(expr[2], leaf))
     if name == "concat":
@@ -360,7 +376,7 @@ def evaluate(expr: Expr, leaf: Leaf) -> Pair:
 def _constant(value: Any, leaf: Leaf) -> Any:
     """A step's argument: a constant tensor by handle or by value, or a plain argument."""
     if isinstance(value, tuple) and value and value[0] == "tensor":
-        return leaf("tensor", value[1]).detach().double().cpu().reshape(value[2])
+        return _numbers(leaf("tensor", value[1])).reshape(value[2])
     if isinstance(value, tuple) and value and value[0] == "number":
         return torch.tensor(value[1], dtype=torch.float64).reshape(value[2])
     return value

@@ -126,8 +126,10 @@ class Graph:
     def drop_ops_from(self, start: int) -> None:
         """Forget the ops from id `start` on, as if they had never read anything."""
         for op in self.ops[start:]:
-            for role, value in op.inputs.items():
-                self.values[value].readers.remove((op.id, role))
+            for value in op.inputs.values():
+                readers = self.values[value].readers
+                while readers and readers[-1][0] >= start:  # readers stand in the order they ran
+                    readers.pop()
         del self.ops[start:]
 
     def producer(self, value: Value) -> Op | None:

@@ -95,7 +95,7 @@ def _settled(model: nn.Module, observation: Observation, choice: _Choice, thorou
             second = observe(model, inputs, apart=choice.unshare).graph
         except ObserveError:
             continue  # the model takes no such input, so its axes have no such size
-        return plan_on_all([observation.graph, second], **options)
+        return plan_on_all([observation.graph, second], first=plan, **options)
     return plan
 
 

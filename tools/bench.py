@@ -1,32 +1,39 @@
-"""Measure bntool against its yardsticks in one run, and print ratios: `make bench`.
+"""Measure bntool against its yardsticks in one run, and write docs/benchmarks.md: `make bench`.
 
-Times are medians over interleaved repetitions, so that a machine whose speed drifts slows both sides.
+Times are medians over interleaved repetitions, and a ratio is the median of the ratios round by round, so
+that a machine whose speed drifts slows both sides. Folds and forwards run on one thread and are measured in
+processor time, which what else runs on the machine hardly moves; commands by the clock.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
-import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 import torchvision
+from bench_page import page
+from bench_planning import growths
 from torch import nn
 
 import bntool
+from bntool.files.references import build
 
-NETS = ("resnet50", "vgg16_bn", "densenet121")
+NETS = """torchvision:resnet50 torchvision:vgg16_bn torchvision:resnet18 torchvision:wide_resnet50_2
+timm:repvgg_a2 timm:tf_efficientnet_b3 torchvision:densenet121 torchvision:efficientnet_b0
+torchvision:mobilenet_v2 torchvision:mobilenet_v3_small torchvision:shufflenet_v2_x1_0
+timm:regnetx_002 timm:ghostnet_100 timm:levit_128s""".split()
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "benchmarks.md"
+
 BARE_SCRIPT = """
 import sys, copy, warnings
 warnings.simplefilter("ignore")
@@ -57,16 +64,28 @@ def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
     return model.eval()
 
 
-def medians(functions: dict[str, Callable[[], Any]], repetitions: int) -> dict[str, float]:
-    """The median seconds of each, run in turn after one warm-up round."""
+def rounds(
+    functions: dict[str, Callable[[], Any]], repetitions: int, clock: Callable[[], float]
+) -> dict[str, list[float]]:
+    """The seconds of each, run in turn after one warm-up round."""
     times: dict[str, list[float]] = {name: [] for name in functions}
     for round_ in range(repetitions + 1):
         for name, function in functions.items():
-            start = time.perf_counter()
+            start = clock()
             function()
             if round_:
-                times[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values) for name, values in times.items()}
+                times[name].append(clock() - start)
+    return times
+
+
+def compared(
+    functions: dict[str, Callable[[], Any]], repetitions: int, clock: Callable[[], float] = time.perf_counter
+) -> dict[str, float]:
+    """The median of each, and the `ratio` of the first to the sum of the others."""
+    times = rounds(functions, repetitions, clock)
+    first, *others = times.values()
+    ratio = statistics.median(a / sum(b) for a, *b in zip(first, *others, strict=True))
+    return {**{name: statistics.median(values) for name, values in times.items()}, "ratio": ratio}
 
 
 def copy_of_weights(model: nn.Module) -> list[torch.Tensor]:
@@ -78,26 +97,28 @@ def forward(model: nn.Module, image: torch.Tensor) -> None:
         model(image)
 
 
-def folds(repetitions: int) -> list[dict[str, Any]]:
-    from torch.fx.experimental.optimization import fuse
+def usual_input(model: nn.Module) -> torch.Tensor:
+    """One image of the size the model is made for: what its configuration records, else 3x224x224."""
+    recorded = getattr(model, "pretrained_cfg", None) or {}
+    return torch.randn(1, *recorded.get("input_size", (3, 224, 224)))
 
-    rows = []
+
+def folds(repetitions: int) -> Iterator[dict[str, Any]]:
+    """One row for each net, as it is done."""
     for name in NETS:
-        model = randomise(torchvision.models.get_model(name))
-        image = torch.randn(1, 3, 224, 224)
-        found = medians(
+        model = randomise(build(name).model)
+        image = usual_input(model)
+        found = compared(
             {
                 "fold": lambda m=model: bntool.fold(m, check="none"),
                 "forward": lambda m=model, x=image: forward(m, x),
                 "copy": lambda m=model: copy_of_weights(m),
-                "fx_fuse": lambda m=model: fuse(m),
             },
             repetitions,
+            time.process_time,
         )
-        found["ratio_to_forward_and_copy"] = found["fold"] / (found["forward"] + found["copy"])
-        found["ratio_to_fx_fuse"] = found["fold"] / found["fx_fuse"]
-        rows.append({"net": name, **found})
-    return rows
+        parameters = sum(p.numel() for p in model.parameters())
+        yield {"net": name, "parameters": parameters, "size": "x".join(map(str, image.shape)), **found}
 
 
 def command(*words: str, folder: Path | None = None) -> Callable[[], None]:
@@ -109,14 +130,13 @@ def command(*words: str, folder: Path | None = None) -> Callable[[], None]:
 
 
 def help_page(repetitions: int) -> dict[str, float]:
-    found = medians(
+    return compared(
         {
-            "help": command(sys.executable, "-m", "bntool", "--help"),
-            "import_torch": command(sys.executable, "-c", "import torch"),
+            "bntool": command(sys.executable, "-m", "bntool", "--help"),
+            "yardstick": command(sys.executable, "-c", "import torch"),
         },
         repetitions,
     )
-    return {**found, "ratio": found["help"] / found["import_torch"]}
 
 
 def whole_command(repetitions: int) -> dict[str, float]:
@@ -125,45 +145,35 @@ def whole_command(repetitions: int) -> dict[str, float]:
         torch.save(randomise(torchvision.models.resnet50()), folder / "model.pt")
         (folder / "bare.py").write_text(BARE_SCRIPT)
         bntool_words = (sys.executable, "-m", "bntool", "fold", "model.pt", "--export", "onnx", "--force")
-        found = medians(
+        return compared(
             {
                 "bntool": command(*bntool_words, folder=folder),
-                "bare_script": command(sys.executable, "bare.py", "model.pt", "bare.onnx", folder=folder),
+                "yardstick": command(sys.executable, "bare.py", "model.pt", "bare.onnx", folder=folder),
             },
             repetitions,
         )
-    return {**found, "ratio": found["bntool"] / found["bare_script"]}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--repetitions", type=int, default=5)
-    parser.add_argument("--json", type=Path, help="write the figures here too")
+    parser.add_argument("--repetitions", type=int, default=9)
+    parser.add_argument("--only", choices=("folds", "growth"), help="print these figures; write no page")
     chosen = parser.parse_args()
     warnings.simplefilter("ignore")
-    with contextlib.suppress(RuntimeError):
-        torch.set_num_threads(os.cpu_count() or 1)
-    print(f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}, medians in seconds")
-    page = help_page(chosen.repetitions)
-    print(
-        f"\nbntool --help {page['help']:.3f}, "
-        f"import torch {page['import_torch']:.2f}: ratio {page['ratio']:.3f}"
-    )
-    rows = folds(chosen.repetitions)
-    print("\nfold in process, unchecked: observe, plan, apply, a new model")
-    print(f"{'net':14}{'fold':>8}{'forward':>9}{'copy':>8}{'ratio':>8}{'fx.fuse':>9}{'ratio':>8}")
-    for row in rows:
-        print(
-            f"{row['net']:14}{row['fold']:8.3f}{row['forward']:9.3f}{row['copy']:8.3f}"
-            f"{row['ratio_to_forward_and_copy']:8.2f}{row['fx_fuse']:9.3f}{row['ratio_to_fx_fuse']:8.2f}"
-        )
-    whole = whole_command(max(2, chosen.repetitions // 2))
-    print(
-        f"\nfold --export onnx on resnet50 {whole['bntool']:.1f}, a bare script {whole['bare_script']:.1f}: "
-        f"ratio {whole['ratio']:.2f}"
-    )
-    if chosen.json:
-        chosen.json.write_text(json.dumps({"help": page, "folds": rows, "whole_command": whole}, indent=1))
+    rows, grown = [], []
+    torch.set_num_threads(1)
+    if chosen.only != "growth":
+        for row in folds(chosen.repetitions):
+            print(f"{row['net']:34}{1000 * row['fold']:7.1f} ms{row['ratio']:7.2f}", flush=True)
+            rows.append(row)
+    if chosen.only != "folds":
+        for growth in growths():
+            print(f"{growth.net:34}{1e6 * growth.plan[-1] / growth.ops[-1]:7.1f} us{growth.exponent:7.2f}")
+            grown.append(growth)
+    if chosen.only is None:
+        help_, whole = help_page(chosen.repetitions), whole_command(max(2, chosen.repetitions // 3))
+        PAGE.write_text(page(rows, grown, help_, whole), encoding="utf-8")
+        print(f"wrote {PAGE}")
 
 
 if __name__ == "__main__":

@@ -25,20 +25,24 @@ def plan_on_all(
     exclude: Sequence[str] = (),
     merge: bool = False,
     unshare: bool = False,
+    first: Plan | None = None,
 ) -> Plan:
     """The plan of the first graph, without the folds that do not come out alike on all of them.
 
-    Where the merges do not come out alike, there are none.
+    Where the merges do not come out alike, there are none. `first` is that plan, where it has been made
+    already with these options.
     """
     unsettled: set[str] = set()
     while True:
         without = (*exclude, *(glob.escape(name) for name in sorted(unsettled)))
-        plan, *others = (
+        known = [first] if first is not None and not unsettled else []
+        made = (
             plan_fold(graph, include=include, exclude=without, merge=merge, unshare=unshare)
-            for graph in graphs
+            for graph in graphs[len(known) :]
         )
+        plan, *others = (*known, *made)
         if any(other.merges != plan.merges for other in others):
-            merge = False
+            merge, first = False, None
             continue
         differing = {name for other in others for name in _differing(plan, other)}
         if not differing:

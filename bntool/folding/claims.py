@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import ChainMap
 from typing import Any, Literal
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 from bntool.folding.moving import Take, Way
 from bntool.folding.norms import Norm
 from bntool.folding.sharing import Sharing
-from bntool.graph import Graph, Op
+from bntool.graph import Edge, Graph, Op
 from bntool.laws import Refused
 from bntool.laws.taking import bias_from_input_shift, channel_axis, layout_of, rows
 from bntool.plan import Edit
@@ -25,11 +26,18 @@ class _State:
     """What a plan changes: who reads what, biases that it creates, float16 tensors as they then are."""
 
     sharing: Sharing
-    created_bias: set[str] = dataclasses.field(default_factory=set)
-    halves: dict[str, Tensor] = dataclasses.field(default_factory=dict)
+    created_bias: ChainMap[str, None] = dataclasses.field(default_factory=ChainMap)
+    halves: ChainMap[str, Tensor] = dataclasses.field(default_factory=ChainMap)
 
-    def copy(self) -> _State:
-        return _State(self.sharing.copy(), set(self.created_bias), dict(self.halves))
+    def tried(self) -> _State:
+        """This state with room on top for changes that may not last."""
+        return _State(self.sharing.copy(), self.created_bias.new_child(), self.halves.new_child())
+
+    def settle(self, tried: _State) -> None:
+        """Take over what was changed on top."""
+        self.sharing = tried.sharing
+        self.created_bias.update(tried.created_bias.maps[0])
+        self.halves.update(tried.halves.maps[0])
 
 
 class Claims:
@@ -42,32 +50,35 @@ class Claims:
         self._before = self._asked = self._settled
         self._unshare = False
         self._clones: dict[str, Edit] = {}
+        self._takes: dict[tuple[str, int], Take] = {}
+        self._own: set[tuple[str, Edge]] = set()
 
     def edits(self, norm: Norm, way: Way, *, unshare: bool = False) -> list[Edit]:
         """The edits that carry a way out; refused where a layer must not change.
 
         With `unshare`, a call whose weight or bias others read in another way gets its own first.
         """
-        self._before, self._asked = self._settled.copy(), self._settled.copy()
+        self._before, self._asked = self._settled.tried(), self._settled.tried()
         self._unshare, self._clones = unshare, {}
+        self._takes, self._own = {(take.side, take.op.id): take for take in way.takes}, set()
         edits: dict[tuple[str, str], Edit] = {}
         for take in way.takes:
-            edit = self._edit(take, way)
+            edit = self._edit(take)
             known = edits.setdefault((edit.weight, take.side), edit)
-            if dataclasses.replace(known, map=edit.map) != edit:
+            if known is not edit and dataclasses.replace(known, map=edit.map) != edit:
                 raise Refused(Reason.WEIGHT_SHARED, f"layers beside {take.op.label} share a weight or a bias")
         return [*self._clones.values(), *edits.values(), Edit("remove", norm.name)]
 
     def commit(self) -> None:
         """Make the edits asked for last part of what later ones see."""
-        self._settled = self._asked
+        self._settled.settle(self._asked)
 
-    def _edit(self, take: Take, way: Way) -> Edit:
+    def _edit(self, take: Take) -> Edit:
         """The edit of one layer, after everything that forbids changing its weight."""
         op, vector = take.op, take.vector
         kind: _Side = "scale_output" if take.side == "output" else "scale_input"
         if op.kind == "batch_norm":
-            return self._norm_edit(take, kind, way)
+            return self._norm_edit(take, kind)
         weight = self.graph.input(op, "weight")
         if not weight.handle:
             raise Refused(Reason.WEIGHT_COMPUTED, f"the weight of {op.label} is computed, not stored")
@@ -77,18 +88,18 @@ class Claims:
         module = self.graph.modules.get(weight.handle.rpartition(".")[0])
         if module is not None and module.role == "scripted":
             raise Refused(Reason.SCRIPTED, f"{op.label} belongs to a TorchScript module")
-        self._require_own("weight", take, way)
+        self._require_own("weight", take)
         bias = ""
         if "bias" in op.inputs:
             if not self.graph.input(op, "bias").handle:
                 raise Refused(Reason.WEIGHT_COMPUTED, f"the bias of {op.label} is computed, not stored")
             if take.side == "output" or vector.has_shift:
-                self._require_own("bias", take, way)
+                self._require_own("bias", take)
             bias = self._asked.sharing.handle(op, "bias")
         elif vector.has_shift or self._bias_name(op) in self._before.created_bias:
-            self._require_bias_slot(take, way)
+            self._require_bias_slot(take)
             bias = self._bias_name(op)
-            self._asked.created_bias.add(bias)
+            self._asked.created_bias[bias] = None
         handle = self._asked.sharing.handle(op, "weight")
         groups = op.attrs.get("groups", 1)
         edit = Edit(kind, _owner(handle), vector.expr, handle, bias, layout_of(op), groups)
@@ -98,7 +109,7 @@ class Claims:
     def _bias_name(self, op: Op) -> str:
         return _bias_beside(self._asked.sharing.handle(op, "weight"))
 
-    def _require_bias_slot(self, take: Take, way: Way) -> None:
+    def _require_bias_slot(self, take: Take) -> None:
         """A bias may be created only where the call that reads the weight will read it too."""
         op, sharing = take.op, self._asked.sharing
         module, owner = self.graph.modules.get(op.scope), _owner(sharing.handle(op, "weight"))
@@ -107,14 +118,14 @@ class Claims:
             if self.graph.rewirable or same or owner == (op.place or op.scope):
                 return
             if self._unshare:
-                self._give_own("weight", take, way)
+                self._give_own("weight", take)
                 return
         if len(sharing.readers(op, "weight")) > 1:
             handle = sharing.handle(op, "weight")
             raise Refused(Reason.WEIGHT_SHARED, f"{handle} is shared, and {op.label} has no bias")
         raise Refused(Reason.CUSTOM_FORWARD, f"{op.label} has no bias, and its own forward may not use one")
 
-    def _norm_edit(self, take: Take, kind: _Side, way: Way) -> Edit:
+    def _norm_edit(self, take: Take, kind: _Side) -> Edit:
         """A BatchNorm that stays takes the map in: to its affine it is a depthwise 1×1 convolution."""
         norm = self.norm_of.get(take.op.id)
         module = self.graph.modules.get(norm.name) if norm else None
@@ -124,21 +135,25 @@ class Claims:
         if len(handles) != 2 or not all(handles):
             raise Refused(Reason.CUSTOM_FORWARD, f"{take.op.label} has no γ and β to take it in")
         for role in ("weight", "bias"):
-            self._require_own(role, take, way)
+            self._require_own(role, take)
         return Edit(kind, norm.name, take.vector.expr, handles[0], handles[1], "norm")
 
     # -- sharing ----------------------------------------------------------------------------------------
 
-    def _require_own(self, role: str, take: Take, way: Way) -> None:
+    def _require_own(self, role: str, take: Take) -> None:
         """Every call that reads the tensor must ask for the same change, or be parted from it."""
         op, sharing = take.op, self._asked.sharing
-        readers, agreed = sharing.readers(op, role), self._agreed(role, take, way)
+        if (take.side, (op.id, role)) in self._own:
+            return
+        readers, agreed = sharing.readers(op, role), self._agreed(role, take)
         others = [self.graph.ops[edge[0]] for edge in readers if edge not in agreed]
         idle = sharing.idle(op, role)
         if not others and not idle:
+            # what holds for this reading holds for all that agree with it
+            self._own.update((take.side, edge) for edge in agreed)
             return
         if self._unshare and op.kind != "batch_norm":
-            self._give_own(role, take, way)
+            self._give_own(role, take)
             return
         handle = sharing.handle(op, role)
         if not others:
@@ -148,16 +163,18 @@ class Claims:
             raise Refused(Reason.CALLED_MORE_THAN_ONCE, f"{often}, not always with this BatchNorm")
         raise Refused(Reason.WEIGHT_SHARED, f"{others[0].label} shares {handle}")
 
-    def _agreed(self, role: str, take: Take, way: Way) -> set[tuple[int, str]]:
+    def _agreed(self, role: str, take: Take) -> set[Edge]:
         """The readings by layers that one edit serves: they ask for the same, and read alike."""
-        return {
-            (other.op.id, role)
-            for other in way.takes
-            if role in other.op.inputs
-            and other.side == take.side
-            and self._reading(other.op) == self._reading(take.op)
-            and other.vector.equals(take.vector)
-        }
+        agreed = {(take.op.id, role)}
+        for edge in self._asked.sharing.readers(take.op, role):
+            other = self._takes.get((take.side, edge[0])) if edge[1] == role else None
+            if (
+                other is not None
+                and self._reading(other.op) == self._reading(take.op)
+                and other.vector.equals(take.vector)
+            ):
+                agreed.add(edge)
+        return agreed
 
     def _reading(self, op: Op) -> tuple[Any, ...]:
         """What two calls must have in common to share an edit: tensors, layout, groups.
@@ -169,19 +186,19 @@ class Claims:
         settings = layout_of(op), op.attrs.get("groups", 1), layer
         return sharing.handle(op, "weight"), sharing.handle(op, "bias"), *settings
 
-    def _give_own(self, role: str, take: Take, way: Way) -> None:
+    def _give_own(self, role: str, take: Take) -> None:
         """Clone a tensor for this call site, with all that the plan has done to it."""
         op, sharing = take.op, self._asked.sharing
         readers, before = sharing.readers(op, role), sharing.handle(op, role)
         made = role == "weight" and self._bias_name(op) in self._before.created_bias
-        slot = sharing.give_own(op, role, self._agreed(role, take, way))
+        slot = sharing.give_own(op, role, self._agreed(role, take))
         # where the clone took over the name, the others now go by another
         names = {slot, *(sharing.handle(self.graph.ops[edge[0]], edge[1]) for edge in readers)}
         for state in (self._before, self._asked):
             if before in state.halves:
                 state.halves.update(dict.fromkeys(names, state.halves[before]))
             if made:
-                state.created_bias.update(map(_bias_beside, names))
+                state.created_bias.update(dict.fromkeys(map(_bias_beside, names)))
         tensor = self.graph.tensors[self.graph.input(op, role).handle]
         place = _owner(slot)
         clone = self._clones.get(place, Edit("unshare", place))

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import heapq
+from collections.abc import Iterator
 
 from bntool.affine import Affine, identity, merge
 from bntool.folding.norms import Norm
-from bntool.graph import Graph, Op, Value
+from bntool.graph import Edge, Graph, Op, Value
 from bntool.laws import LAWS, Refused
 from bntool.laws.base import Down, Up
 from bntool.laws.taking import TAKERS, input_map, output_demand
@@ -34,6 +35,26 @@ class Way:
 
     takes: list[Take] = dataclasses.field(default_factory=list)
     laws: list[str] = dataclasses.field(default_factory=list)
+
+
+class _Agenda:
+    """Ops still to visit, by id, the first or the latest first. Ops join while others are taken."""
+
+    def __init__(self, *, latest_first: bool = False) -> None:
+        self._sign = -1 if latest_first else 1
+        self._heap: list[int] = []
+        self._waiting: set[int] = set()
+
+    def add(self, op: int) -> None:
+        if op not in self._waiting:
+            self._waiting.add(op)
+            heapq.heappush(self._heap, self._sign * op)
+
+    def __iter__(self) -> Iterator[int]:
+        while self._heap:
+            op = self._sign * heapq.heappop(self._heap)
+            self._waiting.remove(op)
+            yield op
 
 
 class Mover:
@@ -84,25 +105,22 @@ class Mover:
 
     def _upstream(self, norm: Norm, maps: dict[int, Affine], way: Way) -> None:
         """Turn demands on the BatchNorm's inputs into demands on ever earlier values."""
-        demands: dict[int, dict[tuple[int, str], Affine]] = {}
-        heap: list[int] = []
+        demands: dict[int, dict[Edge, Affine]] = {}
+        agenda = _Agenda(latest_first=True)
         self._last = max(op.id for op in norm.ops)
 
-        def demand(value: Value, edge: tuple[int, str], affine: Affine) -> None:
+        def demand(value: Value, edge: Edge, affine: Affine) -> None:
             if value.producer is None:
                 what = "a constant" if value.constant else "the model's input"
                 raise Refused(Reason.REACHES_INPUT, f"it is read straight from {what}")
             self.require_nothing_later(value)
-            if value.id not in demands:
-                demands[value.id] = {}
-            if -value.producer not in heap:
-                heapq.heappush(heap, -value.producer)
-            demands[value.id][edge] = affine
+            demands.setdefault(value.id, {})[edge] = affine
+            agenda.add(value.producer)
 
         for op in norm.ops:
             demand(self.graph.input(op), (op.id, "input"), maps[op.id])
-        while heap:
-            op = self.graph.ops[-heapq.heappop(heap)]
+        for number in agenda:
+            op = self.graph.ops[number]
             outputs = [self._agreed(self.graph.values[v], demands.get(v, {})) for v in op.outputs]
             if all(affine.is_identity for affine in outputs):
                 continue
@@ -123,7 +141,7 @@ class Mover:
             if reader > self._last and self.graph.ops[reader].kind not in _PARTIAL:
                 raise self._read_elsewhere(value, reader)
 
-    def _agreed(self, value: Value, asked: dict[tuple[int, str], Affine]) -> Affine:
+    def _agreed(self, value: Value, asked: dict[Edge, Affine]) -> Affine:
         """The one map that every reader of a value agrees on."""
         own = identity(len(value.shape))
         if not asked:
@@ -157,7 +175,7 @@ class Mover:
     def _downstream(self, norm: Norm, maps: dict[int, Affine], way: Way) -> None:
         """Carry the map over the BatchNorm's outputs on through every reader."""
         carried: dict[int, Affine] = {}
-        heap: list[int] = []
+        agenda = _Agenda()
 
         def carry(value: Value, affine: Affine) -> None:
             if affine.is_identity:
@@ -167,13 +185,12 @@ class Mover:
                 raise Refused(Reason.REACHES_OUTPUT, "nothing reads it")
             carried[value.id] = affine
             for reader, _ in value.readers:
-                if reader not in heap:
-                    heapq.heappush(heap, reader)
+                agenda.add(reader)
 
         for op in norm.ops:
             carry(self.graph.output(op), maps[op.id])
-        while heap:
-            op = self.graph.ops[heapq.heappop(heap)]
+        for number in agenda:
+            op = self.graph.ops[number]
             inputs = {role: carried[v] for role, v in op.inputs.items() if v in carried}
             if self._takes(op):
                 if set(inputs) != {"input"}:

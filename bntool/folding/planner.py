@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 
@@ -119,15 +119,7 @@ class _Planner:
         """The site of this BatchNorm by the first exact way; refused where there is none."""
         placed = {op.id: norm.placed(self.graph, op) for op in norm.ops}
         refusals: list[tuple[str, Refused]] = []
-        ways: list[tuple[str, dict[int, Affine], dict[int, Affine]]] = [("upstream", placed, {})]
-        ways.append(("downstream", {}, placed))
-        if norm.affine is not None and norm.affine.has_shift and norm.affine.has_scale:
-            scales = {i: m.then("scale_part") for i, m in placed.items()}
-            ways.append(("split", scales, {i: m.then("shift_part") for i, m in placed.items()}))
-            if bool((norm.affine.scale != 0).all()):
-                shifts = {i: m.then("unscaled_shift") for i, m in placed.items()}
-                ways.append(("split", shifts, scales))
-        for name, up, down in ways:
+        for name, up, down in self._directions(norm, placed):
             try:
                 way = self.mover.find_way(norm, up, down)
                 edits = self.claims.edits(norm, way, unshare=unshare)
@@ -146,6 +138,20 @@ class _Planner:
         first = refusals[0][1]
         detail = "; ".join(f"{name}: {r.detail}" for name, r in refusals[:2])
         raise Refused(first.reason, detail)
+
+    def _directions(
+        self, norm: Norm, placed: dict[int, Affine]
+    ) -> Iterator[tuple[str, dict[int, Affine], dict[int, Affine]]]:
+        """What moves upstream and what downstream, call by call, in the order to try."""
+        yield "upstream", placed, {}
+        yield "downstream", {}, placed
+        assert norm.affine is not None
+        if not (norm.affine.has_shift and norm.affine.has_scale):
+            return
+        scales = {i: m.then("scale_part") for i, m in placed.items()}
+        yield "split", scales, {i: m.then("shift_part") for i, m in placed.items()}
+        if bool((norm.affine.scale != 0).all()):
+            yield "split", {i: m.then("unscaled_shift") for i, m in placed.items()}, scales
 
     def _commit(self, norm: Norm, way: Way) -> None:
         """Make the fold part of what later BatchNorms see."""

@@ -18,8 +18,17 @@ from torch import Tensor, nn
 from bntool.errors import ObserveError
 from bntool.observe.modules import is_batch_norm_class, once_per_class
 
-_EMPTY = (dict, set, list, OrderedDict)
-_FLAT = (int, float, str, bool, bytes, type(None), torch.dtype, torch.device, torch.Size, type)
+_EMPTY = frozenset({dict, set, list, OrderedDict})
+_FLAT = frozenset({int, float, str, bool, bytes, type(None), torch.dtype, torch.device, torch.Size, type})
+"""Types of what cannot change, and refers to nothing that can."""
+_MAX_NESTING = 8
+"""Beyond this depth Python's own copying takes over: a list may hold itself."""
+
+
+def is_plain(value: Any) -> bool:
+    """Whether a value cannot change and holds nothing: a number, a word, an empty container."""
+    kind = type(value)
+    return kind in _FLAT or (kind in _EMPTY and not value)
 
 
 def structural_copy(model: nn.Module) -> nn.Module:
@@ -31,20 +40,24 @@ def structural_copy(model: nn.Module) -> nn.Module:
     Raises:
         ObserveError: a layer with a way of its own to be copied failed.
     """
-    memo: dict[int, Any] = {}
     modules = list(model.modules())
-    plain = [m for m in modules if _copies_plainly(type(m))]
+    memo: dict[int, Any] = {id(m): object.__new__(type(m)) for m in modules if _copies_plainly(type(m))}
+    deep: list[tuple[dict[str, Any], str]] = []
     for module in modules:
-        for tensor in tensors_of(module):
-            memo[id(tensor)] = tensor
-        for value in module.__dict__.values():
-            if isinstance(value, dict | list | tuple | set) and value:
-                for tensor in _made_by_autograd(value):
-                    memo[id(tensor)] = tensor
-    for module in plain:
-        memo[id(module)] = object.__new__(type(module))
-    for module in plain:
-        memo[id(module)].__dict__.update(_copied_state(module, memo))
+        if id(module) in memo:
+            deep += _copy_state(module, memo[id(module)].__dict__, memo)
+    reached = [model, *(child for m in modules if id(m) in memo for child in m._modules.values())]
+    foreign = [module for module in reached if module is not None and id(module) not in memo]
+    if deep or foreign:
+        inside = [vars(m) for child in foreign for m in child.modules()]
+        kept = [made for value in (*inside, *(s[k] for s, k in deep)) for made in _made_by_autograd(value)]
+        # Python's own copying hands on what the memo holds
+        memo.update((id(tensor), tensor) for m in modules for tensor in tensors_of(m))
+        memo.update((id(tensor), tensor) for tensor in kept)
+        for module in foreign:
+            _copied_module(module, memo)
+        for slots, key in deep:
+            slots[key] = _deep_copy(slots[key], memo)
     return _copied_module(model, memo)
 
 
@@ -56,27 +69,54 @@ def _copies_plainly(cls: type) -> bool:
     return kept and not issubclass(cls, torch.jit.ScriptModule)
 
 
-def _copied_state(module: nn.Module, memo: dict[int, Any]) -> dict[str, Any]:
-    state: dict[str, Any] = {}
+def _copy_state(
+    module: nn.Module, state: dict[str, Any], memo: dict[int, Any]
+) -> list[tuple[dict[str, Any], str]]:
+    """Fill `state` with what a copy of `module` holds; the slots that are left need a deep copy."""
+    deep: list[tuple[dict[str, Any], str]] = []
+    state.update(module.__dict__)
     for key, value in module.__dict__.items():
-        if key == "_compiled_call_impl":
-            state[key] = None  # it is bound to the original, and would run that
+        kind = type(value)
+        if kind in _FLAT or (kind is tuple and _FLAT.issuperset(map(type, value))):
+            continue
+        if kind in _EMPTY and not value:
+            state[key] = kind()
+        elif kind is list and _FLAT.issuperset(map(type, value)):
+            state[key] = memo.setdefault(id(value), list(value))
         elif key in ("_parameters", "_buffers"):
             state[key] = dict(value)
         elif key == "_modules":
-            state[key] = {
-                k: None if child is None else _copied_module(child, memo) for k, child in value.items()
-            }
-        elif isinstance(value, _FLAT) or (isinstance(value, tuple) and all(type(v) in _FLAT for v in value)):
-            state[key] = value
-        elif type(value) in _EMPTY and not value:
-            state[key] = type(value)()
-        else:
-            try:
-                state[key] = copy.deepcopy(value, memo)
-            except Exception:  # noqa: BLE001  any class may refuse, in its own way
-                state[key] = memo[id(value)] = value
-    return state
+            state[key] = children = dict(value)
+            for name, child in value.items():
+                if id(child) in memo:
+                    children[name] = memo[id(child)]
+                elif child is not None:
+                    deep.append((children, name))
+        elif key == "_compiled_call_impl":
+            state[key] = None  # it is bound to the original, and would run that
+        elif _holds_no_object(value):
+            state[key] = copy.deepcopy(value, memo)
+        elif not isinstance(value, Tensor):
+            deep.append((state, key))
+    return deep
+
+
+def _holds_no_object(value: Any, depth: int = 0) -> bool:
+    """Whether a container nests nothing but numbers, words and containers, like a configuration."""
+    kind = type(value)
+    if kind is dict:
+        value = (*value, *value.values())
+    elif kind not in (list, tuple, set):
+        return kind in _FLAT
+    return depth < _MAX_NESTING and all(_holds_no_object(item, depth + 1) for item in value)
+
+
+def _deep_copy(value: Any, memo: dict[int, Any]) -> Any:
+    try:
+        return copy.deepcopy(value, memo)
+    except Exception:  # noqa: BLE001  any class may refuse, in its own way
+        memo[id(value)] = value
+        return value
 
 
 def _copied_module(child: nn.Module, memo: dict[int, Any]) -> nn.Module:
@@ -146,21 +186,19 @@ def _shallow(module: nn.Module) -> nn.Module:
 
 def tensors_of(module: nn.Module) -> list[Tensor]:
     """Parameters, buffers and plain attributes of one module that are tensors."""
-    found: list[Tensor] = []
-    for value in (*module._parameters.values(), *module._buffers.values(), *module.__dict__.values()):
-        if isinstance(value, Tensor):
-            found.append(value)
-    return found
+    own = (module._parameters, module._buffers, module.__dict__)
+    return [value for slots in own for value in slots.values() if isinstance(value, Tensor)]
 
 
-def _made_by_autograd(value: Any) -> Iterator[Tensor]:
+def _made_by_autograd(value: Any, within: tuple[int, ...] = ()) -> Iterator[Tensor]:
     """Tensors in nested containers that Python refuses to copy: a training step kept them."""
     if isinstance(value, Tensor):
         if not value.is_leaf:
             yield value
-    elif isinstance(value, dict):
-        yield from _made_by_autograd(list(value.values()))
-    elif isinstance(value, list | tuple | set):
-        for item in value:
-            if not isinstance(item, _FLAT):
-                yield from _made_by_autograd(item)
+        return
+    if id(value) in within:
+        return  # it holds itself
+    if isinstance(value, dict | list | tuple | set):
+        for item in value.values() if isinstance(value, dict) else value:
+            if type(item) not in _FLAT:
+                yield from _made_by_autograd(item, (*within, id(value)))

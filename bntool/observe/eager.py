@@ -10,36 +10,24 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import gc
 import sys
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.weak import TensorWeakRef
 
 from bntool.errors import ObserveError
-from bntool.graph import Graph, Module, Op, Value
+from bntool.graph import Graph, Module, Op
 from bntool.inputs import Inputs, named_tensors
 from bntool.layers import has_foreign_hook
 from bntool.observe.aten import SHAPE_ONLY, translate
 from bntool.observe.copying import is_separable, structural_copy, take_apart
-from bntool.observe.leftovers import (
-    MARK,
-    Kept,
-    random_state_kept,
-    require_materialised,
-    storage_of,
-    undeclared_writes,
-)
+from bntool.observe.holding import SMALL_CONSTANT, Holders
+from bntool.observe.leftovers import random_state_kept, require_materialised, undeclared_writes
 from bntool.observe.modules import class_name, is_decomposed, role_of, uses_plain_bias
-
-_SMALL_CONSTANT = 1 << 16
-"""Constants made during the forward are kept up to this many elements, for laws that need numbers."""
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
@@ -64,16 +52,19 @@ def observe(model: nn.Module, inputs: Inputs, *, apart: bool = False) -> Observa
     """
     require_materialised(model)
     run = structural_copy(model)
-    recorder = _Recorder(model, run, _taken_apart(run) if apart else {})
-    still_dropping = [] if run.training else [m for m in run.modules() if _drops(m)]
-    run.eval()
-    for module in still_dropping:
-        module.train()  # Monte Carlo dropout: left on in a model in eval mode, it is what will run
+    copies = _taken_apart(run) if apart else {}
+    modules = list(run.named_modules(remove_duplicate=False))
+    recorder = _Recorder(model, modules, copies)
+    if any(module.training for _, module in modules):
+        still_dropping = [] if run.training else [m for _, m in modules if _drops(m)]
+        run.eval()
+        for module in still_dropping:
+            module.train()  # Monte Carlo dropout: left on in a model in eval mode, it is what will run
     try:
         output = _forward(run, inputs.map(torch.clone), recorder)
-        recorder.finish(output)
+        recorder.holders.finish(output)
     finally:
-        recorder.forget()
+        recorder.holders.forget()
     return Observation(recorder.graph, inputs, output)
 
 
@@ -88,7 +79,7 @@ def _forward(run: nn.Module, inputs: Inputs, recorder: _Recorder) -> Any:
         stack.enter_context(_DispatchMode(recorder))
         try:
             for tensor in inputs.tensors().values():
-                recorder.bind_input(tensor)
+                recorder.holders.hold_input(tensor)
             return run(*inputs.args, **inputs.kwargs)
         except Exception as error:
             raise ObserveError(
@@ -160,7 +151,8 @@ class _DispatchMode(TorchDispatchMode):
         bound = dict(zip(names, args, strict=False))
         if kwargs:
             bound.update(kwargs)
-        self.recorder.keep_what_is_overwritten(bound, (*written, *undeclared_writes(name, bound)))
+        for argument in (*written, *undeclared_writes(name, bound)):
+            self.recorder.holders.keep_before_write(_tensors_in(bound.get(argument)))
         out = func(*args, **(kwargs or {}))
         self.recorder.record(name, bound, written, draws, out)
         return out
@@ -169,27 +161,18 @@ class _DispatchMode(TorchDispatchMode):
 class _Recorder:
     """Turns the calls that the dispatch mode and the module hooks see into a graph."""
 
-    def __init__(self, original: nn.Module, run: nn.Module, copies: dict[int, nn.Module]) -> None:
+    def __init__(
+        self, original: nn.Module, run: list[tuple[str, nn.Module]], copies: dict[int, nn.Module]
+    ) -> None:
         self.graph = Graph()
         self.graph.model_class = class_name(type(original))
+        self.original = original
         self.names: dict[int, str] = {}
         self.places: dict[int, str] = {}
-        self.originals = {id(module) for module in original.modules()}
         self.frames: list[_Frame] = []
-        self.inputs: dict[int, tuple[Tensor, int]] = {}
-        self.handles: dict[Any, str] = {}
-        self.handle_values: dict[str, int] = {}
-        self.live: dict[int, list[TensorWeakRef]] = {}
-        self.storages: dict[int, StorageWeakRef] = {}
-        self.bound: list[tuple[int, TensorWeakRef]] = []
-        self.kept = Kept(run)
-        self.numbers_from_data = False
-        self._register_modules(original, run, copies)
-        self._register_tensors(run)
-
-    def _register_modules(self, original: nn.Module, run: nn.Module, copies: dict[int, nn.Module]) -> None:
+        self.holders = Holders(self.graph, run)
         families: dict[int, str] = {}
-        for name, module in run.named_modules(remove_duplicate=False):
+        for name, module in run:
             first = families.setdefault(id(_first(module, copies)), name)
             if id(module) not in self.names:
                 self.names[id(module)] = first
@@ -207,18 +190,6 @@ class _Recorder:
                 hooked=any(has_foreign_hook(getattr(module, hooks, None)) for hooks in _HOOKS),
                 left_in_train=module.training and not original.training,
             )
-
-    def _register_tensors(self, run: nn.Module) -> None:
-        first: dict[int, str] = {}
-        for group in (run.named_parameters, run.named_buffers):
-            for name, tensor in group(remove_duplicate=False):
-                if id(tensor) in first:
-                    self.graph.aliases.setdefault(first[id(tensor)], []).append(name)
-                    continue
-                first[id(tensor)] = name
-                self.graph.tensors[name] = tensor
-                self.handles[id(tensor)] = name
-                self.handles.setdefault(_place_in_memory(tensor), name)
 
     # -- modules ----------------------------------------------------------------------------------------
 
@@ -272,11 +243,11 @@ class _Recorder:
     def _watch(self, structure: Any, name: str) -> None:
         """A hook on `name` sees every tensor in `structure`."""
         for _, tensor in named_tensors(structure):
-            self.graph.values[self._value_of(tensor)].watched.append(name)
+            self.graph.values[self.holders.value_of(tensor)].watched.append(name)
 
     def _watch_original(self, module: nn.Module, structure: Any) -> None:
         """A closure that reaches the original's own layer does so in any copy: nothing moves past it."""
-        if id(module) in self.originals:
+        if any(module is own for own in self.original.modules()):
             self._watch(structure, f"{class_name(type(module))} (reached through a closure)")
 
     def where(self) -> str:
@@ -298,86 +269,30 @@ class _Recorder:
     def _first_value(self, structure: Any) -> int | None:
         for item in structure:
             if isinstance(item, Tensor):
-                return self._value_of(item)
+                return self.holders.value_of(item)
         return None
-
-    # -- tensors ----------------------------------------------------------------------------------------
-
-    def bind_input(self, tensor: Tensor) -> None:
-        value = self.graph.add_value(tuple(tensor.shape), dtype=str(tensor.dtype))
-        self.inputs[id(tensor)] = (tensor, value.id)
-
-    def _value_of(self, tensor: Tensor) -> int:
-        """The value a tensor holds now; a tensor never seen before is a constant."""
-        known = getattr(tensor, MARK, None)
-        if known is not None:
-            return int(known)
-        if id(tensor) in self.inputs:
-            return self.inputs[id(tensor)][1]
-        handle = self.handles.get(id(tensor)) or self.handles.get(_place_in_memory(tensor))
-        if handle is not None:
-            if handle not in self.handle_values:
-                value = self.graph.add_value(
-                    tuple(tensor.shape), handle=handle, constant=True, dtype=str(tensor.dtype)
-                )
-                self.handle_values[handle] = value.id
-            return self.handle_values[handle]
-        for other in self._aliases(tensor):
-            if _place_in_memory(other) == _place_in_memory(tensor):
-                return int(other._bntool_value)  # type: ignore[attr-defined]
-        value = self.graph.add_value(
-            tuple(tensor.shape), constant=not self.numbers_from_data, dtype=str(tensor.dtype)
-        )
-        if value.constant and tensor.numel() <= _SMALL_CONSTANT:
-            self.graph.constants[value.id] = tensor
-        self._bind(tensor, value)
-        return value.id
-
-    def _aliases(self, tensor: Tensor) -> list[Tensor]:
-        """Other live tensors that share the storage."""
-        storage = storage_of(tensor)
-        known = self.storages.get(storage) if storage is not None else None
-        if storage is None or known is None or known.expired():
-            return []
-        alive = [ref() for ref in self.live.get(storage, ())]
-        return [t for t in alive if t is not None and t is not tensor]
-
-    def _bind(self, tensor: Tensor, value: Value) -> None:
-        if id(tensor) in self.inputs:
-            self.inputs[id(tensor)] = (tensor, value.id)
-            return
-        tensor._bntool_value = value.id  # type: ignore[attr-defined]
-        try:
-            storage = tensor.untyped_storage()
-        except (RuntimeError, NotImplementedError):
-            return
-        known = self.storages.get(storage._cdata)
-        if known is None or known.expired():
-            self.storages[storage._cdata] = StorageWeakRef(storage)
-            self.live[storage._cdata] = []
-        reference = TensorWeakRef(tensor)
-        self.live[storage._cdata].append(reference)
-        self.bound.append((value.id, reference))
 
     # -- operations -------------------------------------------------------------------------------------
 
     def record(
         self, name: str, bound: dict[str, Any], written: frozenset[str], draws: bool, out: Any
     ) -> None:
-        unread = SHAPE_ONLY.get(name, ())
-        roles = {role: tensor for role, tensor in _roles(bound) if role not in unread}
+        graph, holders = self.graph, self.holders
+        operands = _operands(bound)
+        for unread in SHAPE_ONLY.get(name, ()):
+            operands.pop(unread, None)
         outs = list(_tensors_in(out))
-        inputs = {role: self._value_of(tensor) for role, tensor in roles.items()}
-        targets = [t for role, t in roles.items() if _written(role, written)]
-        if not targets and outs and all(_is_handed_on(o, roles) for o in outs):
+        inputs = {role: holders.value_of(tensor) for role, tensor in operands.items()}
+        targets = [t for role, t in operands.items() if _is_written(role, written)] if written else []
+        if not targets and outs and all(_is_handed_on(o, operands) for o in outs):
             return
         kind, attrs = translate(name, bound)
         if kind == "matmul":
             inputs = {"input" if role == "input" else "weight": value for role, value in inputs.items()}
-        constant = not draws and all(self.graph.values[v].constant for v in inputs.values())
+        constant = not draws and all(graph.values[v].constant for v in inputs.values())
         if name in ("item", "_local_scalar_dense") and not constant:
-            self.numbers_from_data = self.graph.reads_numbers = True
-        if self.numbers_from_data:
+            graph.reads_numbers = True
+        if graph.reads_numbers:
             # any Python number from here on may have been read from the data
             constant = constant and bool(inputs)
             unsure = {"number"} if attrs.get("alpha") == 1.0 else {"number", "alpha"}
@@ -385,16 +300,16 @@ class _Recorder:
         made = targets or outs
         values = []
         for tensor in made:
-            value = self.graph.add_value(tuple(tensor.shape), constant=constant, dtype=str(tensor.dtype))
-            if constant and tensor.numel() <= _SMALL_CONSTANT:
+            value = graph.add_value(tuple(tensor.shape), constant=constant, dtype=str(tensor.dtype)).id
+            if constant and tensor.numel() <= SMALL_CONSTANT:
                 # an own tensor that was written to is put back later
-                self.graph.constants[value.id] = tensor.clone() if targets else tensor
+                graph.constants[value] = tensor.clone() if targets else tensor
             values.append(value)
         frame = self.frames[-1] if self.frames else None
-        op = self.graph.add_op(
+        op = graph.add_op(
             kind,
             inputs,
-            tuple(v.id for v in values),
+            tuple(values),
             attrs=attrs,
             scope=frame.name if frame else "",
             call=frame.call if frame else 0,
@@ -402,80 +317,24 @@ class _Recorder:
             place=frame.place if frame else "",
         )
         if frame is not None and kind == "add" and is_decomposed(type(frame.module)):
-            op = self._collapse_norm(frame, op)
+            self._collapse_norm(frame, op)
+        hold = holders.overwrite if targets else holders.hold
         for tensor, value in zip(made, values, strict=True):
-            if targets:
-                self._overwrite(tensor, value)
-            self._bind(tensor, value)
+            hold(tensor, value)
 
-    def keep_what_is_overwritten(self, bound: dict[str, Any], written: tuple[str, ...]) -> None:
-        """Copy what is about to be written to: the user's own tensors, and constants already noted."""
-        for name in written:
-            targets = list(_tensors_in(bound.get(name)))
-            self.kept.before_write(targets)
-            for tensor in targets:
-                for other in (tensor, *self._aliases(tensor)):
-                    value = getattr(other, MARK, None)
-                    if value in self.graph.constants:
-                        self.graph.constants[value] = self.graph.constants[value].clone()
-
-    def forget(self) -> None:
-        """Take every mark off the tensors, and put back what the forward wrote to the user's own."""
-        for _, reference in self.bound:
-            tensor = reference()
-            if tensor is not None:
-                tensor.__dict__.pop(MARK, None)
-        self.kept.restore()
-
-    def _overwrite(self, tensor: Tensor, value: Value) -> None:
-        """An in-place write: every live view of the storage now holds something new."""
-        place = _place_in_memory(tensor)
-        own = [t for t in self.kept.sharing(tensor) if t is not tensor and not hasattr(t, MARK)]
-        for other in (*self._aliases(tensor), *own):
-            if _place_in_memory(other) == place:
-                other._bntool_value = value.id  # type: ignore[attr-defined]
-                continue
-            before = self._value_of(other)
-            mixed = self.graph.add_value(tuple(other.shape), dtype=str(other.dtype))
-            self.graph.add_op("overwritten_view", {"input": before, "other": value.id}, (mixed.id,), attrs={})
-            other._bntool_value = mixed.id  # type: ignore[attr-defined]
-
-    def _collapse_norm(self, frame: _Frame, last: Op) -> Op:
+    def _collapse_norm(self, frame: _Frame, last: Op) -> None:
         """A frozen norm computes x·scale + bias by elementary ops: record it as one batch_norm."""
         module = self.graph.modules[frame.name]
         source = module.inputs[-1]
         if source is None or self.graph.values[last.outputs[0]].constant:
-            return last
+            return
         outputs = last.outputs
         self.graph.drop_ops_from(frame.start)
         inputs = {"input": source}
         for role in ("weight", "bias", "running_mean", "running_var"):
-            inputs[role] = self._value_of(getattr(frame.module, role))
+            inputs[role] = self.holders.value_of(getattr(frame.module, role))
         attrs = {"eps": float(getattr(frame.module, "eps", 0.0)), "training": False, "axis": 1}
-        return self.graph.add_op(
-            "batch_norm", inputs, outputs, attrs=attrs, scope=frame.name, call=frame.call
-        )
-
-    # -- the end ----------------------------------------------------------------------------------------
-
-    def finish(self, output: Any) -> None:
-        returned = set()
-        for _, tensor in named_tensors(output):
-            self.graph.values[self._value_of(tensor)].is_output = True
-            returned.add(id(tensor))
-        if any(self._escaped(returned)):
-            gc.collect()
-        for value in self._escaped(returned):
-            self.graph.values[value].escapes = True
-
-    def _escaped(self, returned: set[int]) -> Iterator[int]:
-        for value_id, reference in self.bound:
-            value = self.graph.values[value_id]
-            if value.constant or value.is_output:
-                continue
-            tensor = reference()
-            if tensor is not None and id(tensor) not in returned and tensor._bntool_value == value_id:
-                yield value_id
+        self.graph.add_op("batch_norm", inputs, outputs, attrs=attrs, scope=frame.name, call=frame.call)
 
 
 def _first(module: nn.Module, copies: dict[int, nn.Module]) -> nn.Module:
@@ -485,27 +344,30 @@ def _first(module: nn.Module, copies: dict[int, nn.Module]) -> nn.Module:
     return module
 
 
-def _roles(bound: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
+def _operands(bound: dict[str, Any]) -> dict[str, Tensor]:
+    """The tensors among the arguments by role; those of a list are numbered."""
+    found: dict[str, Tensor] = {}
     for name, item in bound.items():
         role = "input" if name == "self" else name
         if isinstance(item, Tensor):
-            yield role, item
+            found[role] = item
         elif isinstance(item, list | tuple):
             for i, entry in enumerate(item):
                 if isinstance(entry, Tensor):
-                    yield f"{role}_{i}", entry
+                    found[f"{role}_{i}"] = entry
+    return found
 
 
-def _written(role: str, written: frozenset[str]) -> bool:
+def _is_written(role: str, written: frozenset[str]) -> bool:
     """Whether the operator writes to this operand, or to the list it stands in (`input_0`, `out_1`)."""
     stem, _, index = role.rpartition("_")
     name = stem if index.isdigit() else role
     return name in written or (name == "input" and "self" in written)
 
 
-def _is_handed_on(tensor: Tensor, roles: dict[str, Tensor]) -> bool:
+def _is_handed_on(tensor: Tensor, operands: dict[str, Tensor]) -> bool:
     """`contiguous`, `to` and eval dropout return their input itself."""
-    return any(tensor is source for source in roles.values())
+    return any(tensor is source for source in operands.values())
 
 
 def _tensors_in(out: Any) -> Iterator[Tensor]:
@@ -514,17 +376,3 @@ def _tensors_in(out: Any) -> Iterator[Tensor]:
     elif isinstance(out, list | tuple):
         for item in out:
             yield from _tensors_in(item)
-
-
-def _place_in_memory(tensor: Tensor) -> Any:
-    """What tells whether two tensor objects are the same memory seen the same way."""
-    try:
-        return (
-            tensor.untyped_storage()._cdata,
-            tensor.storage_offset(),
-            tuple(tensor.shape),
-            tensor.stride(),
-            tensor.dtype,
-        )
-    except (RuntimeError, NotImplementedError):
-        return id(tensor)

@@ -18,42 +18,35 @@ from bntool.observe.copying import tensors_of
 _UNDECLARED = frozenset({"batch_norm", "native_batch_norm", "cudnn_batch_norm", "instance_norm"})
 """Operators that update running statistics although their schema says they write nothing."""
 
-MARK = "_bntool_value"
-"""The attribute by which a tensor names the value it holds, for as long as the forward is observed."""
-
 
 class Kept:
     """The model's own tensors, and copies of those that the forward wrote to."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, modules: Iterable[nn.Module]) -> None:
         self.by_storage: dict[int, list[Tensor]] = {}
         self.copies: dict[int, tuple[Tensor, Tensor]] = {}
         seen: set[int] = set()
-        for module in model.modules():
+        for module in modules:
             for tensor in tensors_of(module):
-                storage = storage_of(tensor)
-                if storage is not None and id(tensor) not in seen:
-                    seen.add(id(tensor))
-                    self.by_storage.setdefault(storage, []).append(tensor)
+                if id(tensor) in seen or (storage := storage_of(tensor)) is None:
+                    continue
+                seen.add(id(tensor))
+                self.by_storage.setdefault(storage, []).append(tensor)
 
     def sharing(self, tensor: Tensor) -> list[Tensor]:
         """The model's own tensors in the same memory, the tensor itself included."""
         storage = storage_of(tensor)
         return self.by_storage.get(storage, []) if storage is not None else []
 
-    def before_write(self, targets: Iterable[Tensor]) -> None:
-        for target in targets:
-            for tensor in self.sharing(target):
-                if id(tensor) not in self.copies:
-                    self.copies[id(tensor)] = (tensor, tensor.clone())
+    def before_write(self, target: Tensor) -> None:
+        for tensor in self.sharing(target):
+            if id(tensor) not in self.copies:
+                self.copies[id(tensor)] = (tensor, tensor.clone())
 
     def restore(self) -> None:
         with torch.inference_mode():
             for tensor, copy in self.copies.values():
                 tensor.copy_(copy)
-        for tensors in self.by_storage.values():
-            for tensor in tensors:
-                tensor.__dict__.pop(MARK, None)
 
 
 def storage_of(tensor: Tensor) -> int | None:

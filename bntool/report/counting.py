@@ -77,7 +77,13 @@ def owned_by_module(model: nn.Module) -> dict[str, Owned]:
 
 def total_counts(model: nn.Module) -> Counts:
     """The sum over the whole model: what `owned_by_module` adds up to, without the names."""
+    return _recount(model)[0]
+
+
+def _recount(model: nn.Module) -> tuple[Counts, int]:
+    """The counts of the whole model, and the bias elements of its convolutions and linear layers."""
     seen: set[object] = set()
+    biases: dict[object, int] = {}
     trainable = frozen = buffers = size = 0
     for module in model.modules():
         for _, tensor, is_parameter in _own_tensors(module):
@@ -92,7 +98,9 @@ def total_counts(model: nn.Module) -> Counts:
                 trainable += elements
             else:
                 frozen += elements
-    return Counts(trainable, frozen, buffers, size)
+        if isinstance(module, _ConvNd | nn.Linear) and isinstance(module.bias, Tensor):
+            biases[_identity(module.bias)] = module.bias.numel()
+    return Counts(trainable, frozen, buffers, size), sum(biases.values())
 
 
 def parameters_of(model: nn.Module) -> dict[str, int]:
@@ -106,16 +114,9 @@ def parameter_delta(before: nn.Module, after: nn.Module) -> dict[str, dict[str, 
     `delta` also has `conv_bias`: the change in bias elements of convolutions and linear layers, which
     is part of `trainable` (or `frozen`) as well.
     """
-    counts = total_counts(before), total_counts(after)
-    delta = (counts[1] - counts[0]).to_dict()
-    delta["conv_bias"] = _bias_elements(after) - _bias_elements(before)
-    return {"before": counts[0].to_dict(), "after": counts[1].to_dict(), "delta": delta}
-
-
-def _bias_elements(model: nn.Module) -> int:
-    layers = (m for m in model.modules() if isinstance(m, _ConvNd | nn.Linear))
-    biases = {_identity(m.bias): m.bias.numel() for m in layers if isinstance(m.bias, Tensor)}
-    return sum(biases.values())
+    (old, old_biases), (new, new_biases) = _recount(before), _recount(after)
+    delta = {**(new - old).to_dict(), "conv_bias": new_biases - old_biases}
+    return {"before": old.to_dict(), "after": new.to_dict(), "delta": delta}
 
 
 def _own_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor, bool]]:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from bntool.affine import Pair, batch_norm_affine, evaluate
 from bntool.errors import InvariantError, StateError
 from bntool.layers import NORMED
-from bntool.observe.copying import structural_copy, take_apart
+from bntool.observe.copying import is_plain, structural_copy, take_apart
 from bntool.plan import Edit, Plan
 from bntool.surgery.reparameterising import reparameterised
 from bntool.surgery.replacing import replace_everywhere
@@ -48,26 +48,29 @@ def with_own_tensors(folded: nn.Module, original: nn.Module) -> nn.Module:
 
     Tensors tied to each other stay tied.
     """
-    shared = {id(t) for t in (*original.parameters(), *original.buffers())}
+    theirs = {
+        id(t) for m in original.modules() for slots in (m._parameters, m._buffers) for t in slots.values()
+    }
+    modules = list(folded.modules())
     made: dict[int, Tensor] = {}
-    for module in folded.modules():
+    for module in modules:
         for slots in (module._parameters, module._buffers):
             for name, tensor in slots.items():
-                if tensor is None or id(tensor) not in shared:
+                if tensor is None or id(tensor) not in theirs:
                     continue
                 if id(tensor) not in made:
                     made[id(tensor)] = _clone(tensor)
                 slots[name] = made[id(tensor)]  # type: ignore[assignment]
-    _own_attributes(folded, made)
+    _own_attributes(modules, made)
     return folded
 
 
-def _own_attributes(folded: nn.Module, made: dict[int, Tensor]) -> None:
+def _own_attributes(modules: list[nn.Module], made: dict[int, Tensor]) -> None:
     """Tensors in plain attributes, lists and the like: tied ones stay tied to their new selves."""
-    memo: dict[int, Any] = {**made, **{id(module): module for module in folded.modules()}}
-    for module in folded.modules():
+    memo: dict[int, Any] = {**made, **{id(module): module for module in modules}}
+    for module in modules:
         for key, value in module.__dict__.items():
-            if key not in _TENSOR_SLOTS and _holds_tensor(value):
+            if not is_plain(value) and key not in _TENSOR_SLOTS and _holds_tensor(value):
                 # what Python cannot copy (a tensor that autograd made) stays shared
                 with contextlib.suppress(Exception):
                     module.__dict__[key] = copy.deepcopy(value, memo)
@@ -75,9 +78,9 @@ def _own_attributes(folded: nn.Module, made: dict[int, Tensor]) -> None:
 
 def _holds_tensor(value: Any) -> bool:
     if isinstance(value, dict):
-        return any(map(_holds_tensor, value.values()))
+        value = list(value.values())
     if isinstance(value, list | tuple | set):
-        return any(map(_holds_tensor, value))
+        return bool(value) and any(map(_holds_tensor, value))
     return isinstance(value, Tensor)
 
 
@@ -101,6 +104,7 @@ class _FoldWork:
         self.numbers: dict[int, tuple[Tensor, Tensor]] = {}
         self.given: dict[str, Tensor] = {}
         self.removed: list[str] = []
+        self.pairs: dict[str, Pair] = {}
 
     def carry_out(self, edit: Edit) -> None:
         if edit.kind == "reparameterize":
@@ -122,6 +126,7 @@ class _FoldWork:
             new_weight, new_bias = edited_norm(edit, weight, bias, *self._statistics(edit.layer), pair)
             self._set(edit.weight, new_weight)
             self._set(edit.bias, new_bias)
+            self.pairs.clear()
             return
         changed, made = edited(edit, weight, bias, pair)
         self._set(edit.weight, changed)
@@ -146,6 +151,11 @@ class _FoldWork:
         if kind == "tensor":
             # a factor that a law read is no weight that a fold changes; a clone may have taken its name
             return self.given.get(name, self._tensor(name))
+        if name not in self.pairs:
+            self.pairs[name] = self._norm_pair(name)
+        return self.pairs[name]
+
+    def _norm_pair(self, name: str) -> Pair:
         pair: Pair = batch_norm_affine(
             self._tensor(f"{name}.weight" if name else "weight"),
             self._tensor(f"{name}.bias" if name else "bias"),
@@ -194,14 +204,14 @@ class _FoldWork:
     def write(self) -> None:
         """Put the new tensors into every slot that held the old one, and take the BatchNorms out."""
         replaced = {key: _as_kind(held, new) for key, (held, new) in self.numbers.items()}
-        for module in self.model.modules():
+        for module in self.modules.values():
             for slots in (module._parameters, module._buffers):
                 for name, tensor in slots.items():
-                    if tensor is not None and id(tensor) in replaced:
-                        slots[name] = replaced[id(tensor)]  # type: ignore[assignment]
+                    if id(tensor) in replaced:
+                        slots[name] = replaced[id(tensor)]
         for norm in {id(self.modules[name]): self.modules[name] for name in self.removed}.values():
             _become(norm, _what_remains(norm))
-        for parent in list(self.model.modules()):
+        for parent in self.modules.values():
             _unwrap(parent)
 
 

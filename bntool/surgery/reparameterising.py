@@ -14,7 +14,7 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-from bntool.observe.modules import is_batch_norm_class
+from bntool.observe.modules import is_batch_norm_class, once_per_class
 
 _METHODS = ("reparameterize", "switch_to_deploy")
 """Methods that change a block in place. timm's `fuse` returns a new block; see `_method_of`."""
@@ -37,7 +37,8 @@ def find_blocks(model: nn.Module) -> list[Block]:
     blocks: list[Block] = []
     for name, module in model.named_modules():
         method = _method_of(module) if name else ""
-        if not method or any(name.startswith(f"{block.name}.") for block in blocks):
+        # what a block holds comes right behind it
+        if not method or (blocks and name.startswith(f"{blocks[-1].name}.")):
             continue
         before = _norm_names(module)
         if not before:
@@ -78,15 +79,18 @@ def _call(block: nn.Module, method: str) -> nn.Module:
 
 def _method_of(module: nn.Module) -> str:
     """The method that merges this block's branches; empty where it has none."""
-    for method in _METHODS:
-        if callable(getattr(type(module), method, None)):
-            return method
-    # `fuse` is a common word: only timm's, and only where it merges several convolutions into one
-    convolutions = sum(isinstance(m, nn.Conv2d) for m in module.modules())
-    is_timms = type(module).__module__.startswith("timm.models.")
-    if is_timms and callable(getattr(type(module), "fuse", None)) and 2 <= convolutions <= 8:
-        return "fuse"
-    return ""
+    method = _method_offered(type(module))
+    if method == "fuse":
+        # a common word: only where it merges several convolutions into one
+        convolutions = sum(isinstance(m, nn.Conv2d) for m in module.modules())
+        return method if 2 <= convolutions <= 8 else ""
+    return method
+
+
+@once_per_class
+def _method_offered(cls: type) -> str:
+    methods = (*_METHODS, "fuse") if cls.__module__.startswith("timm.models.") else _METHODS
+    return next((method for method in methods if callable(getattr(cls, method, None))), "")
 
 
 def _norm_names(module: nn.Module) -> set[str]:

@@ -183,3 +183,24 @@ def test_a_scripted_submodule_comes_along() -> None:
 def test_a_copy_of_a_copy_is_a_copy() -> None:
     model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
     _require_shared(model, structural_copy(structural_copy(model)))
+
+
+def test_a_configuration_is_copied_and_what_refers_to_itself_too() -> None:
+    model = nn.Linear(2, 2)
+    model.config = {"size": (1, 2), "stages": [{"depth": 3}]}
+    model.same = model.config["stages"]
+    model.loop = [1]
+    model.loop.append(model.loop)
+    twin = structural_copy(model)
+    assert twin.config == model.config
+    assert twin.same is twin.config["stages"]
+    twin.same[0]["depth"] = 4
+    assert model.same[0]["depth"] == 3
+    assert twin.loop[1] is twin.loop
+    assert twin.loop is not model.loop
+
+
+def test_a_parameter_as_a_key_is_still_the_parameter() -> None:
+    model = nn.Linear(2, 2)
+    model.groups = {model.weight: "decay"}
+    assert next(iter(structural_copy(model).groups)) is model.weight

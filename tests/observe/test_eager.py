@@ -17,7 +17,7 @@ from bntool.errors import ObserveError
 from bntool.graph import Graph, Op
 from bntool.inputs import Inputs
 from bntool.observe.eager import Observation, observe
-from bntool.observe.leftovers import MARK
+from bntool.observe.holding import MARK
 
 X = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
@@ -343,6 +343,17 @@ def test_a_frozen_norm_is_one_op(package: str) -> None:
         assert all(graph.ops[reader].inputs[role] == value.id for reader, role in value.readers)
 
 
+def test_writing_to_a_view_of_the_input_changes_what_the_input_holds() -> None:
+    def forward(s: Any, x: Tensor) -> Tensor:
+        x[:, 1:].relu_()
+        return s.conv(x)
+
+    graph = look(Net(forward, conv=conv())).graph
+    source = graph.producer(graph.input(only(graph, "conv")))
+    assert source is not None
+    assert source.kind == "overwritten_view"
+
+
 # -- escapes --------------------------------------------------------------------------------------------
 
 _SEEN: list[Tensor] = []
@@ -358,6 +369,17 @@ def test_a_value_kept_on_self_escapes() -> None:
         return F.relu(s.cache)
 
     assert _escaping(look(Net(forward, conv=conv())).graph)
+
+
+def test_a_view_kept_on_self_escapes_with_what_is_written_to_it_later() -> None:
+    def forward(s: Any, x: Tensor) -> Tensor:
+        y = s.conv(x)
+        s.seen = y.view(-1)
+        y.relu_()
+        return y * 2
+
+    graph = look(Net(forward, conv=conv())).graph
+    assert graph.output(only(graph, "overwritten_view")).escapes
 
 
 def test_a_value_kept_in_a_global_escapes() -> None:

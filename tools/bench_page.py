@@ -1,0 +1,125 @@
+"""docs/benchmarks.md, from what `make bench` measured."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import platform
+import statistics
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import onnx
+import torch
+import torchvision
+from bench_planning import Growth
+
+LARGE = 10_000_000
+"""Parameters from which a net counts as large."""
+
+PAGE = """\
+# Benchmarks
+
+Written by `make bench`. {machine}.
+Both sides of a ratio are measured in one run, in turn; times are medians, and a ratio is the median of the
+ratios round by round. Folds and forwards run on one thread and are measured in processor time, which what
+else runs on the machine hardly moves; commands are measured by the clock.
+
+## Fold, without verification
+
+`bntool.fold(model, check="none")`: observe, plan, apply, a new model returned. The yardstick is what its user
+runs, one forward of the model on one image of its usual size, and one copy of all its weights. Where no
+example input is given and the model records none, bntool chooses a small image to observe on. Where folds
+lead through a reshape it observes twice, on two sizes.
+
+{folds}
+
+{summary}
+
+The time per layer and op is Python's, so small nets on large ratios are those of many small layers.
+
+## Growth with the number of ops
+
+Nets of four channels, made to measure: microseconds of processor time per op, and the exponent of the time to
+plan over the number of ops (1 is linear).
+
+{growth}
+
+## Commands
+
+{commands}
+"""
+
+
+def page(
+    rows: list[dict[str, Any]], grown: list[Growth], help_: dict[str, float], whole: dict[str, float]
+) -> str:
+    return PAGE.format(
+        machine=_machine(),
+        folds=_table(
+            ("net", "parameters", "fold, ms", "forward, ms", "on", "copy, ms", "ratio"),
+            (_fold_row(row) for row in sorted(rows, key=lambda row: -row["parameters"])),
+        ),
+        summary="\n".join(_summary(rows)),
+        growth=_table(
+            ("net", "ops", "observe", "plan", "apply", "exponent"),
+            (line for growth in grown for line in _growth_rows(growth)),
+        ),
+        commands=_table(
+            ("", "seconds", "yardstick", "seconds", "ratio"),
+            [
+                _command_row("`bntool --help`", "`import torch`", help_),
+                _command_row(
+                    "`bntool fold --export onnx` on resnet50, every check included",
+                    "a bare script: load, `torch.fx` fuse, export, one ONNX Runtime comparison",
+                    whole,
+                ),
+            ],
+        ),
+    )
+
+
+def _machine() -> str:
+    processor = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                processor = line.partition(":")[2].strip()
+    versions = f"torch {torch.__version__}, torchvision {torchvision.__version__}, onnx {onnx.__version__}"
+    return f"{processor}, {os.cpu_count()} cores, Python {platform.python_version()}, {versions}"
+
+
+def _table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    head = list(head)
+    return "\n".join(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows))
+
+
+def _fold_row(row: dict[str, Any]) -> list[str]:
+    fold, forward, copy = (f"{1000 * row[key]:.0f}" for key in ("fold", "forward", "copy"))
+    million = f"{row['parameters'] / 1e6:.1f} M"
+    return [row["net"], million, fold, forward, row["size"], copy, f"{row['ratio']:.2f}"]
+
+
+def _summary(rows: list[dict[str, Any]]) -> Iterable[str]:
+    large = [row["ratio"] for row in rows if row["parameters"] > LARGE]
+    small = [row["ratio"] for row in rows if row["parameters"] <= LARGE]
+    for ratios, what, limit in ((large, "above", 1.3), (small, "up to", 2.0)):
+        within = sum(ratio <= limit for ratio in ratios)
+        median, most = statistics.median(ratios), max(ratios)
+        yield (
+            f"- {len(ratios)} nets {what} 10 M parameters: median {median:.2f}, largest {most:.2f};"
+            f" {within} within {limit}."
+        )
+
+
+def _growth_rows(growth: Growth) -> Iterable[list[str]]:
+    figures = zip(growth.ops, growth.observe, growth.plan, growth.apply, strict=True)
+    for ops, *seconds in figures:
+        last = f"{growth.exponent:.2f}" if ops == growth.ops[-1] else ""
+        yield [growth.net, f"{ops:,}", *(f"{1e6 * s / ops:.0f}" for s in seconds), last]
+
+
+def _command_row(ours: str, yardstick: str, found: dict[str, float]) -> list[str]:
+    seconds = f"{found['bntool']:.2f}", f"{found['yardstick']:.2f}"
+    return [ours, seconds[0], yardstick, seconds[1], f"{found['ratio']:.2f}"]
