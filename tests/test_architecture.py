@@ -30,7 +30,8 @@ FLOORS: dict[str, tuple[int, str]] = {
     "report": (5, "report"),
     "source": (6, "source"),
     "api": (6, "results api calibrating"),
-    "cli": (7, "bntool __main__ cli"),
+    "experiment": (7, "experiment"),
+    "cli": (8, "bntool __main__ cli"),
 }
 """Room -> its floor, and the files and folders it holds; `bntool` is the package's own `__init__`."""
 
@@ -133,7 +134,7 @@ def test_importing_bntool_imports_no_torch() -> None:
 
 
 @pytest.mark.parametrize(
-    "command", ["--help", "--version", "insert --help", "fold --help", "explain nonlinear"]
+    "command", ["--help", "--version", "insert --help", "fold --help", "compare --help", "explain nonlinear"]
 )
 def test_help_imports_no_torch(command: str) -> None:
     loaded = _modules_after(

@@ -20,7 +20,7 @@ def opened_data(session: Session, options: dict[str, Any]) -> Batches:
     from bntool.batches import open_batches
 
     images = Path(options["data"]).is_dir()
-    like = _example(session, small=not images)
+    like = example_of(session, small=not images)
     if images and like is not None:
         session.voice.note(f"images are made {like.shapes()}: {like.origin} (--input sets another size)")
         if options["mean"] is None and options["std"] is None:
@@ -31,12 +31,12 @@ def opened_data(session: Session, options: dict[str, Any]) -> Batches:
         batch_size=options["batch_size"],
         limit=options["limit"],
         like=like,
-        mean=_numbers(options["mean"], "--mean"),
-        std=_numbers(options["std"], "--std"),
+        mean=numbers(options["mean"], "--mean"),
+        std=numbers(options["std"], "--std"),
     )
 
 
-def _example(session: Session, *, small: bool) -> Inputs | None:
+def example_of(session: Session, *, small: bool) -> Inputs | None:
     """What the model takes, as far as it is known: the data itself decides where it is not."""
     from bntool.observe.inference import observe_inferred
 
@@ -48,7 +48,8 @@ def _example(session: Session, *, small: bool) -> Inputs | None:
         return None
 
 
-def _numbers(text: str | None, option: str) -> list[float] | None:
+def numbers(text: str | None, option: str) -> list[float] | None:
+    """The numbers of an option's `a,b,c`; None where it was not given. `UsageError` for anything else."""
     if text is None:
         return None
     try:

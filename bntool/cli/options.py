@@ -28,7 +28,7 @@ def not_empty(ctx: click.Context, param: click.Parameter, value: str | None) -> 
     return value
 
 
-def _device(ctx: click.Context, param: click.Parameter, value: str) -> str:
+def device(ctx: click.Context, param: click.Parameter, value: str) -> str:
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", value):
         raise click.BadParameter(f"{value!r} is not auto, cpu or cuda", ctx, param)
     return value
@@ -71,7 +71,7 @@ def model_options() -> Decorator:
             default=0,
             show_default="0",
             metavar="N",
-            help="Seed of random example inputs.",
+            help="Seed of whatever is random.",
         ),
     )
 
@@ -110,7 +110,7 @@ def device_option() -> Decorator:
         "--device",
         default="auto",
         show_default=True,
-        callback=_device,
+        callback=device,
         metavar="auto|cpu|cuda",
         help="Where to verify. cuda that cannot run is an error.",
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -29,6 +30,16 @@ class Result(Protocol):
     def plan(self) -> Plan | None: ...
     @property
     def checks(self) -> tuple[Check, ...]: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Made:
+    """A model that was trained: its counts, and the insertion before it where there was one."""
+
+    model: nn.Module
+    parameters: dict[str, dict[str, int]]
+    plan: Plan | None
+    checks: tuple[Check, ...] = ()
 
 
 def chosen_output(session: Session, action: Any, output: str | None, force: bool) -> Path:

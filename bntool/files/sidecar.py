@@ -15,10 +15,16 @@ from bntool.errors import LoadError
 from bntool.files.atomic import sha256_of, write_atomically
 
 SCHEMA_VERSION = 1
-Action = Literal["insert", "fold", "calibrate", "export"]
+Action = Literal["insert", "fold", "calibrate", "compare", "export"]
 
 _MAX_BYTES = 1 << 26
-_ENDINGS: dict[str, str] = {"insert": "_bn", "fold": "_folded", "calibrate": "_calibrated", "export": ""}
+_ENDINGS: dict[str, str] = {
+    "insert": "_bn",
+    "fold": "_folded",
+    "calibrate": "_calibrated",
+    "compare": "_trained",
+    "export": "",
+}
 
 
 def output_name(source: str | Path, action: Action, *, suffix: str | None = None) -> Path:

@@ -1,0 +1,1 @@
+"""The same network trained with and without BatchNorm: settings, data, training, what is watched, plots."""
