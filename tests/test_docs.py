@@ -47,3 +47,19 @@ def test_every_link_leads_somewhere(page):
     for target in re.findall(r"\]\(([^)#]+)\)", prose):
         if not target.startswith("http"):
             assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+def test_the_tutorial_of_the_comparison_works_to_the_letter(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("matplotlib")
+    text = (ROOT / "docs" / "comparing.md").read_text(encoding="utf-8")
+    for block in _blocks(text, "python"):
+        name = re.match(r"# (\S+\.py)\n", block)
+        assert name, block
+        (tmp_path / name[1]).write_text(block, encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    commands = _commands(text)
+    assert len(commands) == 2
+    for words in commands:
+        assert run(words) == 0, f"bntool {' '.join(words)}\n{capsys.readouterr()}"
+    assert (tmp_path / "net_compare" / "net_bn_trained_folded.onnx").is_file()

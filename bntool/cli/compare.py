@@ -101,6 +101,8 @@ def command(**options: Any) -> int:
         voice.note(f"the same command goes on from the last checkpoint in {folder}")
         raise
     voice.say(found.render())
+    if session.inputs is None:  # what the next command in this folder runs the trained model on
+        session.inputs = data.example()
     files = [write_document(folder, found), *write_plots(found, folder)]
     files += _write_models(session, found, folder)
     for path in files:

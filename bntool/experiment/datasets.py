@@ -102,7 +102,7 @@ class Data:
     notes: tuple[str, ...] = ()
 
     def example(self) -> Inputs:
-        """The first two samples as model inputs."""
+        """The first two samples as model inputs: one has no variance."""
         inputs, _ = next(self.train.batches([torch.arange(min(2, len(self.train)))]))
         return Inputs((inputs,), origin=f"the first samples of {self.origin}")
 

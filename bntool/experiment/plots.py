@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from bntool.errors import LoadError
 from bntool.experiment.comparison import ARMS, TITLES, TrainingComparison
 from bntool.files.atomic import write_atomically
+from bntool.report.tables import shorten_middle
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -123,7 +124,7 @@ def distributions(found: TrainingComparison) -> Figure | None:
             axis.plot(steps, lines[2], color=colour, linewidth=1.0)
             axis.axhline(0, color="#666666", linewidth=0.5)
             axis.locator_params(axis="y", nbins=4)
-        grid[0][column].set_title(f"layer {layer or '(root)'}", loc="left")
+        grid[0][column].set_title(shorten_middle(layer or "(root)", 13), loc="left")
         if dead:
             for arm in ARMS:
                 steps, shares = _points(found, arm, layer, "dead")
@@ -136,7 +137,7 @@ def distributions(found: TrainingComparison) -> Figure | None:
     if dead:
         grid[2][0].set_ylabel("dead channels, %")
     _steps_axis(found, grid[-1])
-    _keyed(figure, "band: 1 to 99 %, quartiles, median")
+    _keyed(figure, "what each layer's activation reads: 1 to 99 %, quartiles, median")
     return figure
 
 
@@ -159,10 +160,10 @@ def gradients(found: TrainingComparison) -> Figure | None:
             axis.fill_between(steps, low, high, color=_COLOURS[arm], alpha=0.25, linewidth=0)
             axis.plot(steps, middle, color=_COLOURS[arm], linewidth=1.0)
         axis.set_yscale("log")
-        axis.set_title(f"layer {layer or '(root)'}", loc="left")
+        axis.set_title(shorten_middle(layer or "(root)", 13), loc="left")
     grid[0].set_ylabel("norm of the gradient")
     _steps_axis(found, grid)
-    _keyed(figure, "median and quartiles of nine records")
+    _keyed(figure, "gradient of each layer's weight: median and quartiles of nine records")
     return figure
 
 

@@ -172,7 +172,7 @@ class _Run:
 
 
 def batch_bounds(length: int, batch_size: int) -> list[tuple[int, int]]:
-    """Where each batch begins and ends; a last sample by itself joins the batch before: it has no variance."""
+    """Where each batch begins and ends; a last sample by itself joins those before: it has no variance."""
     starts = list(range(0, length, batch_size))
     if len(starts) > 1 and length - starts[-1] == 1:
         starts.pop()
