@@ -25,7 +25,8 @@ FLOORS: dict[str, tuple[int, str]] = {
     "statistics": (5, "statistics moments sweeping batches arrays images"),
     "proved": (
         5,
-        "insertion converting module_folding proving settling onnx_folding program_folding onnx_insertion",
+        """insertion converting module_folding proving settling onnx_folding program_folding onnx_insertion
+        program_insertion""",
     ),
     "report": (5, "report"),
     "source": (6, "source"),

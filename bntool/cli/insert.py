@@ -84,6 +84,10 @@ def command(**options: Any) -> int:
     if is_onnx(options["model"]):
         return insert_onnx_file(voice, options, _chosen(options))
     session = open_session(voice, options)
+    if session.program is not None:
+        from bntool.cli.program_file import insert_program_file
+
+        return insert_program_file(session, session.program, options, _chosen(options))
     from bntool.cli.writing import chosen_output, write_model
 
     path = None

@@ -9,19 +9,20 @@ from typing import TYPE_CHECKING, Any
 
 from bntool import __version__
 from bntool.cli.session import Session
-from bntool.errors import CheckFailed, DeviceError, UsageError
+from bntool.errors import CheckFailed, DeviceError, NothingToDo, UsageError
 
 if TYPE_CHECKING:
     from torch import nn
     from torch.export import ExportedProgram
 
     from bntool.exporting import ExportResult
+    from bntool.inserting import InsertOptions
     from bntool.plan import Plan
     from bntool.verdicts import Check
 
 
 @dataclasses.dataclass(frozen=True)
-class _Folded:
+class _Changed:
     model: ExportedProgram
     plan: Plan
     parameters: dict[str, dict[str, int]]
@@ -62,7 +63,7 @@ def fold_program_file(session: Session, program: ExportedProgram, options: dict[
     if options["check"] == "none":
         voice.note("not verified (--check none)")
     parameters = parameter_delta(RunnableProgram(program), RunnableProgram(result.program))
-    folded = _Folded(result.program, result.plan, parameters, result.checks)
+    folded = _Changed(result.program, result.plan, parameters, result.checks)
     if path is not None:
         with tempfile.TemporaryDirectory(dir=path.resolve().parent, prefix=".fold.") as folder:
             if onnx is not None:
@@ -96,6 +97,56 @@ def fold_program_file(session: Session, program: ExportedProgram, options: dict[
             "unshared": result.plan.unshared.to_dict(),
             "parameters": parameters,
             "checks": [check.to_dict() for check in folded.checks],
+            "dry_run": options["dry_run"],
+        }
+    )
+    return 0
+
+
+def insert_program_file(
+    session: Session, program: ExportedProgram, options: dict[str, Any], chosen: InsertOptions
+) -> int:
+    """Insert identity BatchNorms into a program, held to the last bit, and only then write it."""
+    from bntool.cli import writing
+    from bntool.program_folding import RunnableProgram
+    from bntool.program_insertion import insert_program
+    from bntool.report.counting import parameter_delta
+    from bntool.results import delta_lines, insert_lines
+
+    voice = session.voice
+    if options["plan_file"] or options["source"]:
+        raise UsageError("--plan and --source are for modules, and this is an exported program")
+    path = None
+    if not options["dry_run"]:
+        path = writing.chosen_output(session, "insert", options["output"], options["force"])
+    with voice.progress(f"inserting into {session.loaded.reference}"):
+        result = insert_program(program, chosen)
+    voice.say("\n".join(insert_lines(result.plan, None, not options["quiet"])))
+    if not result.modified:
+        first = result.plan.skips[0].reason if result.plan.skips else None
+        raise NothingToDo(
+            f"no place for a BatchNorm among {len(result.plan.skips)} layers",
+            where=session.loaded.reference,
+            next_step=f"bntool explain {first}" if first else "name another MODEL",
+        )
+    parameters = parameter_delta(RunnableProgram(program), RunnableProgram(result.program))
+    inserted = _Changed(result.program, result.plan, parameters, result.checks)
+    if path is not None:
+        writing.write_model(session, "insert", inserted, path, options["force"])
+    voice.say()
+    voice.say("\n".join(delta_lines(parameters)))
+    voice.say("output      unchanged to the last bit (cpu, 1 input, eval mode)")
+    if path is not None:
+        voice.say(f"wrote       {path}")
+    plan = result.plan.to_dict()
+    voice.emit(
+        {
+            "status": "ok",
+            "output": str(path) if path else None,
+            "sites": plan["sites"],
+            "skips": plan["skips"],
+            "parameters": parameters,
+            "check": result.checks[0].to_dict(),
             "dry_run": options["dry_run"],
         }
     )
@@ -148,7 +199,7 @@ def _require_cpu(options: dict[str, Any]) -> None:
 
 
 def _exported(
-    session: Session, folded: _Folded, path: Path, options: dict[str, Any]
+    session: Session, folded: _Changed, path: Path, options: dict[str, Any]
 ) -> tuple[ExportResult, list[Check]]:
     from bntool.checking import check_onnx, seeded_batches
     from bntool.exporting import export_program

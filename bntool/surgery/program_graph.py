@@ -18,10 +18,11 @@ from bntool.observe.program_nodes import scope_of
 
 _BEFORE = {
     InputKind.PARAMETER: (InputKind.PARAMETER,),
+    InputKind.BUFFER: (InputKind.PARAMETER, InputKind.BUFFER),
     InputKind.CONSTANT_TENSOR: (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR),
 }
 """The kinds of input that come before a new one of a kind."""
-_PREFIX = {InputKind.PARAMETER: "p_", InputKind.CONSTANT_TENSOR: "c_"}
+_PREFIX = {InputKind.PARAMETER: "p_", InputKind.BUFFER: "b_", InputKind.CONSTANT_TENSOR: "c_"}
 
 
 class ProgramCopy:
@@ -101,6 +102,12 @@ class ProgramCopy:
         source = next(node for node in self.graph.nodes if self._target_of(node) == like)
         return self._add_placeholder(InputKind.PARAMETER, name, tensor, source)
 
+    def add_buffer(self, name: str, tensor: Tensor, like: str) -> Node:
+        """A new buffer with its placeholder, behind those there are."""
+        self.state[name] = tensor
+        source = next(node for node in self.graph.nodes if self._target_of(node) == like)
+        return self._add_placeholder(InputKind.BUFFER, name, tensor, source)
+
     def add_constant(self, name: str, tensor: Tensor, like: Node) -> Node:
         """A new constant with its placeholder, of the type of `like`."""
         self.constants[name] = tensor
@@ -117,7 +124,8 @@ class ProgramCopy:
         with place:
             node: Node = self.graph.placeholder(label)
         node.meta["val"] = source.meta["val"].new_empty(tuple(tensor.shape))
-        spec = InputSpec(kind, TensorArgument(node.name), name)
+        persistent = True if kind is InputKind.BUFFER else None
+        spec = InputSpec(kind, TensorArgument(node.name), name, persistent)
         self.signature.input_specs.insert(position, spec)
         return node
 
@@ -207,8 +215,12 @@ class ProgramCopy:
 
     def add_behind(self, node: Node, parameter: Node) -> None:
         """Add a parameter to what a node computes, for every reader of it, the outputs too."""
+        self.call_behind(node, torch.ops.aten.add.Tensor, (parameter,))
+
+    def call_behind(self, node: Node, operator: Any, arguments: tuple[Any, ...]) -> None:
+        """An operator takes what a node computes first, then `arguments`; every reader reads its result."""
         with self.graph.inserting_after(node):
-            added = self.graph.call_function(torch.ops.aten.add.Tensor, (node, parameter))
+            added = self.graph.call_function(operator, (node, *arguments))
         added.meta.update(node.meta)
         node.replace_all_uses_with(added, delete_user_cb=lambda user: user is not added)
         self._rename(node, added)

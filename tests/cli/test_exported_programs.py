@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import bntool as package
+from tests.cli import nets
 from tests.cli.conftest import Said, Shell
 from tests.hostile_programs import (
     ARCHIVES,
@@ -182,11 +183,22 @@ def test_a_dry_run_writes_nothing_and_force_is_needed_to_replace(
     assert bntool("fold", "model.pt2", "--force", "--check", "none").code == 0
 
 
+def test_a_program_takes_identity_norms(bntool: Shell, folder: Path) -> None:
+    image = torch.randn(1, 3, 8, 8)
+    torch.export.save(torch.export.export(nets.plain().eval(), (image,)), folder / "plain.pt2")
+    document = bntool("insert", "plain.pt2", "--json").document
+    assert [site["bn"] for site in document["sites"]] == ["0_bn"]
+    assert document["parameters"]["delta"]["trainable"] == 2 * 4
+    before, after = (torch.export.load(folder / name).module() for name in ("plain.pt2", "plain_bn.pt2"))
+    assert torch.equal(before(image), after(image))
+    assert bntool("fold", "plain_bn.pt2", "--json").document["bn_folded"] == 1
+
+
 def test_what_is_not_done_on_a_program_says_so(
     content: bytes, refused: Callable[..., Said], folder: Path
 ) -> None:
     (folder / "model.pt2").write_bytes(content)
-    refused("insert", "model.pt2", code=2, says="not do this to one yet")
+    refused("insert", "model.pt2", "--init", "default", code=2, says="identity-initialised")
     refused("fold", "model.pt2", "--exclude", "bn", code=4)
 
 
