@@ -3,7 +3,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check lint gold bench zoo large gpu-check
+.PHONY: help setup demo test check lint gold bench latency zoo large gpu-check
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  \1\t/' | expand -t 14
@@ -31,6 +31,9 @@ lint: setup ## ruff alone
 
 gold: setup ## write the golden files anew; read the diff afterwards
 	$(BIN)/python -m pytest --regold
+
+latency: setup ## time folded networks against the same ones built without BatchNorm
+	$(BIN)/python tools/latency.py
 
 bench: setup ## measure time and memory
 	$(BIN)/python tools/bench.py

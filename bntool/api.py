@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -345,14 +345,37 @@ def export_onnx(
     path: str | Path,
     *,
     opset: int | None = None,
+    ir_version: int | None = None,
     dynamic_batch: bool = True,
+    dynamic: Mapping[str, Sequence[int]] | None = None,
+    external_data: Literal["auto", "always", "never"] = "auto",
+    dtype: Literal["", "fp16", "bf16"] = "",
+    keep_io: bool = False,
+    exporter: Literal["dynamo", "legacy"] = "dynamo",
 ) -> Path:
     """Write the model in eval mode as ONNX, weights named by qualified name; no BatchNorm is folded here.
 
+    `opset` and `ir_version` are the lowest that work unless given. `dynamic` names axes to leave open
+    besides the batch, by input: `{"input": (2, 3)}`. `dtype` casts weights, inputs and outputs; with
+    `keep_io` inputs and outputs stay float32. `exporter="legacy"` traces.
+
     Raises:
-        ExportError: the model cannot be exported.
+        ExportError: the model cannot be exported, or its numbers do not fit `dtype`.
+        UsageError: an axis or an IR version that there is not.
     """
-    return exported(model, example_inputs, path, opset=opset, dynamic_batch=dynamic_batch).path
+    return exported(
+        model,
+        example_inputs,
+        path,
+        opset=opset,
+        ir_version=ir_version,
+        dynamic_batch=dynamic_batch,
+        dynamic=dynamic,
+        external_data=external_data,
+        dtype=dtype,
+        keep_io=keep_io,
+        exporter=exporter,
+    ).path
 
 
 def exported(model: nn.Module, example_inputs: Any, path: str | Path, **options: Any) -> ExportResult:

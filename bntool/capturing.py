@@ -7,14 +7,16 @@ import io
 import logging
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from bntool.dynamic_axes import BATCH_AXIS, DynamicAxes, sample_for, shapes_for, symbols_of
 from bntool.errors import ExportError, InvariantError
 from bntool.inputs import Inputs
+from bntool.onnx_versions import LEAST_OPSET, OPSETS
 
 _BFLOAT16_OPSET = 22
 _BATCH_NORM_OPS = (
@@ -26,33 +28,50 @@ _BATCH_NORM_OPS = (
 
 
 def capture(
-    model: nn.Module, inputs: Inputs, dynamic_batch: bool
-) -> tuple[torch.export.ExportedProgram, str, list[str]]:
-    """The exported program, the symbol of its batch axis (empty when fixed), and what to tell.
+    model: nn.Module, inputs: Inputs, dynamic: DynamicAxes
+) -> tuple[torch.export.ExportedProgram, dict[str, str], list[str]]:
+    """The exported program, the name of each of its open axes by torch's symbol, and what to tell.
 
-    Raises `ExportError` when torch.export cannot capture the model in eval mode on these inputs.
+    Raises `ExportError` when torch.export cannot capture the model in eval mode on these inputs, or cannot
+    leave an axis open that was asked for, and `UsageError` for an axis that there is not.
     """
     notes: list[str] = []
-    if dynamic_batch:
-        why = _no_batch_axis(inputs)
+    asked = dynamic.named_for(inputs)
+    if dynamic.batch and not any(0 in axes for axes in asked.values()):
+        why = why_no_batch_axis(inputs)
         if not why:
             try:
-                return *_capture_dynamic(model, inputs), notes
-            except Exception as error:  # noqa: BLE001 - the fixed capture below tells whether it matters
+                return *_capture_open(model, inputs, True, asked), notes
+            except Exception as error:  # noqa: BLE001 - the capture below tells whether it matters
                 why = essence(error)
         notes.append(f"the batch axis is fixed, as in the example input ({inputs.shapes()}): {why}")
     try:
-        program = torch.export.export(model, inputs.args, dict(inputs.kwargs), strict=False)
+        return *_capture_open(model, inputs, False, asked), notes
     except Exception as error:
+        if asked and _captures(model, inputs):
+            axes = ", ".join(f"{name}:{','.join(map(str, of))}" for name, of in asked.items())
+            raise ExportError(
+                f"torch.export cannot leave {axes} open: {essence(error)}",
+                where=user_line(error),
+                next_step="leave that axis out of --dynamic, or give another example with --input",
+            ) from error
         raise ExportError(
             f"torch.export cannot capture the model: {essence(error)}",
-            where=_user_line(error),
-            next_step="make forward free of decisions on tensor values, or keep the model in torch",
+            where=user_line(error),
+            next_step="make forward free of decisions on tensor values, or use --exporter legacy",
         ) from error
-    return program, "", notes
 
 
-def _no_batch_axis(inputs: Inputs) -> str:
+def _captures(model: nn.Module, inputs: Inputs) -> bool:
+    try:
+        _capture_open(model, inputs, False, {})
+    except Exception:  # noqa: BLE001 - whether it can be captured is the question
+        return False
+    return True
+
+
+def why_no_batch_axis(inputs: Inputs) -> str:
+    """Why the leading axis of the inputs is not surely the batch; empty where it is."""
     if any(isinstance(value, list | tuple | dict) for value in (*inputs.args, *inputs.kwargs.values())):
         return "the inputs are nested, so no axis is surely the batch"
     sizes = {t.shape[0] for t in inputs.tensors().values() if t.dim()}
@@ -61,36 +80,46 @@ def _no_batch_axis(inputs: Inputs) -> str:
     return ""
 
 
-def _capture_dynamic(model: nn.Module, inputs: Inputs) -> tuple[torch.export.ExportedProgram, str]:
+def _capture_open(
+    model: nn.Module, inputs: Inputs, batch: bool, asked: Mapping[str, Sequence[int]]
+) -> tuple[torch.export.ExportedProgram, dict[str, str]]:
     # A sample of 1 would be taken for a constant: torch specialises axes of length 0 and 1.
-    sample = (
-        inputs if next(t for t in inputs.tensors().values() if t.dim()).shape[0] > 1 else inputs.rebatched(2)
-    )
-    axis = torch.export.Dim("batch")
-    shapes = torch.export.ShapesCollection()
-    for tensor in sample.tensors().values():
-        if tensor.dim():
-            shapes[tensor] = {0: axis}
+    if batch and next(t for t in inputs.tensors().values() if t.dim()).shape[0] < 2:
+        inputs = inputs.rebatched(2)
+    # Copies, because torch marks the very tensors whose axes it is told to leave open.
+    sample = sample_for(inputs, asked).map(torch.clone)
+    shapes = shapes_for(sample, torch.export.Dim(BATCH_AXIS) if batch else None, asked)
     program = torch.export.export(
-        model, sample.args, dict(sample.kwargs), dynamic_shapes=shapes, strict=False
+        model,
+        sample.args,
+        dict(sample.kwargs),
+        dynamic_shapes=shapes if batch or asked else None,
+        strict=False,
     )
-    for node in program.graph.nodes:
-        value = node.meta.get("val")
-        if node.name in program.graph_signature.user_inputs and isinstance(value, Tensor) and value.dim():
-            return program, str(value.shape[0])
-    return program, ""
-
-
-def least_opset(model: nn.Module) -> int | None:
-    """The opset that the model's dtype needs; None leaves it to torch. Opset 22 brought bfloat16 to Conv."""
-    return _BFLOAT16_OPSET if any(p.dtype == torch.bfloat16 for p in model.parameters()) else None
+    return program, symbols_of(program, sample, asked)
 
 
 def convert(program: torch.export.ExportedProgram, opset: int | None) -> Any:
-    """The program as torch's `ONNXProgram`, nothing optimised.
+    """The program as torch's `ONNXProgram`, nothing optimised, in the lowest opset that works.
 
     Raises `ExportError` when an op has no ONNX form or the opset asked for cannot be written.
     """
+    first: ExportError | None = None
+    for candidate in _opsets(program) if opset is None else (opset,):
+        try:
+            return _convert_to(program, candidate)
+        except ExportError as error:
+            first = first or error
+    raise first or InvariantError("there was no opset to try")
+
+
+def _opsets(program: torch.export.ExportedProgram) -> list[int]:
+    # Opset 22 brought bfloat16 to Conv.
+    brain = any(t.dtype == torch.bfloat16 for t in program.state_dict.values())
+    return [o for o in OPSETS if o >= (_BFLOAT16_OPSET if brain else LEAST_OPSET)]
+
+
+def _convert_to(program: torch.export.ExportedProgram, opset: int) -> Any:
     try:
         converted = torch.onnx.export(
             program, f=None, dynamo=True, optimize=False, verbose=False, opset_version=opset
@@ -98,16 +127,17 @@ def convert(program: torch.export.ExportedProgram, opset: int | None) -> Any:
     except Exception as error:
         raise ExportError(
             f"torch cannot convert the model to ONNX: {essence(error)}",
-            where=_user_line(error),
-            next_step="try another --opset, or pip install --upgrade onnxscript",
+            where=user_line(error),
+            next_step="try another --opset, or --exporter legacy",
         ) from error
     if converted is None:
         raise InvariantError("torch.onnx.export returned nothing")
     written = int(converted.model.opset_imports[""])
-    if opset is not None and written != opset:
+    if written != opset:
+        older = ", or --exporter legacy for an older one" if opset < written else ""
         raise ExportError(
             f"opset {opset} was asked for, torch's exporter could only write {written}",
-            next_step=f"use --opset {written}",
+            next_step=f"use --opset {written}{older}",
         )
     return converted
 
@@ -174,7 +204,7 @@ def essence(error: BaseException) -> str:
     )
 
 
-def _user_line(error: BaseException) -> str:
+def user_line(error: BaseException) -> str:
     """The last line of the model's own code that the error names."""
     found = re.findall(r'File "([^"]+)", line (\d+), in (\w+)', str(error))
     own = [entry for entry in found if "site-packages" not in entry[0]]

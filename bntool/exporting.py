@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import shutil
-import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -18,23 +16,19 @@ from bntool.capturing import (
     capture,
     convert,
     essence,
-    least_opset,
     refuse_batch_statistics,
     silent,
 )
-from bntool.errors import ExportError
+from bntool.casting import DTYPES, cast_copy
+from bntool.dynamic_axes import DynamicAxes
+from bntool.errors import ExportError, UsageError
 from bntool.inputs import Inputs, named_tensors
-from bntool.onnx_cleaning import (
-    census,
-    clean,
-    name_batch_axis,
-    rename_initializers,
-    rename_values,
-)
+from bntool.onnx_cleaning import census, clean, name_axes, rename_initializers, rename_values
+from bntool.onnx_versions import chosen_ir_version, loads_in
+from bntool.onnx_writing import ExternalData, keep_float32_io, narrow_type, write_checked
 from bntool.plan import Unshared
 
-# A protobuf message ends at 2 GiB; the graph itself and the names need room beside the weights.
-SINGLE_FILE_LIMIT = int(1.8 * 2**30)
+Exporter = Literal["dynamo", "legacy"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +38,8 @@ class ExportResult:
     `folded` maps BatchNormalization nodes that were folded in the graph itself to the layers they went into,
     `merged` convolutions to the parallel ones that they now are; `unshared` says what the clones made for
     that add.
+    `dtype` is `fp16` or `bf16` where the weights were cast, else empty; `loads_in` the first ONNX Runtime
+    release that takes the file, empty where that is not known.
     """
 
     path: Path
@@ -57,10 +53,23 @@ class ExportResult:
     folded: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
     merged: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
     unshared: Unshared = dataclasses.field(default_factory=Unshared)
+    dtype: str = ""
+    loads_in: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         data = dataclasses.asdict(self)
         return {**data, "path": str(self.path), "data_path": str(self.data_path) if self.data_path else None}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Form:
+    """What the file is to be, whatever it is made from."""
+
+    ir_version: int | None
+    external_data: ExternalData
+    metadata: Mapping[str, str]
+    dtype: str = ""
+    keep_io: bool = False
 
 
 def export_onnx(
@@ -69,36 +78,52 @@ def export_onnx(
     path: str | Path,
     *,
     opset: int | None = None,
+    ir_version: int | None = None,
     dynamic_batch: bool = True,
+    dynamic: Mapping[str, Sequence[int]] | None = None,
+    external_data: ExternalData = "auto",
+    dtype: Literal["", "fp16", "bf16"] = "",
+    keep_io: bool = False,
+    exporter: Exporter = "dynamo",
     metadata: Mapping[str, str] | None = None,
 ) -> ExportResult:
     """Write `model`, in eval mode, as an ONNX file whose weights keep their state_dict names.
 
     The leading axis of the inputs becomes the dynamic axis `batch`, where torch can make it so; otherwise
-    a note says that it is fixed. Every BatchNorm that the model calls stays a BatchNormalization node.
-    Nothing is left behind when it fails. Raises `ExportError` for a model that torch or ONNX cannot take.
+    a note says that it is fixed. `dynamic` names more axes, by input (`{"input": (2, 3)}`), which must
+    become dynamic. `dtype` casts weights, inputs and outputs; with `keep_io` inputs and outputs stay
+    float32. `exporter="legacy"` traces, for models that torch.export cannot capture. `opset` and
+    `ir_version` are the lowest that work unless given. Every BatchNorm that the model calls stays a
+    BatchNormalization node.
+
+    Nothing is left behind when it fails. Raises `ExportError` for a model that torch or ONNX cannot take,
+    or whose numbers do not fit `dtype`; `UsageError` for an axis or an IR version that there is not.
     """
-    target = Path(path)
-    if not target.parent.is_dir():
-        raise ExportError(
-            f"there is no folder {target.parent}", next_step="make the folder, or choose another -o"
-        )
+    target = _target(path)
     inputs = Inputs.of(example_inputs)
+    axes = DynamicAxes(dynamic_batch, dynamic or {})
+    axes.named_for(inputs)
     notes = _mode_notes(model)
     subject = _eval_copy(model)
-    with silent():
-        program, batch_symbol, capture_notes = capture(subject, inputs, dynamic_batch)
+    if keep_io and not dtype:
+        raise UsageError("--keep-io goes with --dtype", next_step="add --dtype fp16, or leave --keep-io out")
+    default = torch.get_default_dtype()
+    if dtype:
+        subject = cast_copy(subject, DTYPES[dtype])
+        inputs = inputs.to(dtype=DTYPES[dtype])
     names = _tensor_names(subject)
-    return _exported(
-        program,
-        inputs,
-        target,
-        opset=opset or least_opset(subject),
-        names=names,
-        batch_symbol=batch_symbol,
-        notes=notes + capture_notes,
-        metadata=metadata,
-    )
+    form = _Form(ir_version, external_data, metadata or {}, dtype, keep_io)
+    try:
+        if dtype:
+            torch.set_default_dtype(DTYPES[dtype])  # a tensor that forward makes without a dtype follows
+        if exporter == "legacy":
+            return _traced(subject, inputs, target, axes, opset, form, names, notes)
+        with silent():
+            program, symbols, capture_notes = capture(subject, inputs, axes)
+        notes += capture_notes
+        return _exported(program, inputs, target, opset, form, names, symbols, notes)
+    finally:
+        torch.set_default_dtype(default)
 
 
 def export_program(
@@ -107,63 +132,101 @@ def export_program(
     path: str | Path,
     *,
     opset: int | None = None,
+    ir_version: int | None = None,
+    external_data: ExternalData = "auto",
     metadata: Mapping[str, str] | None = None,
 ) -> ExportResult:
     """Write an exported program as an ONNX file, its axes dynamic where the program's are.
 
     Otherwise as `export_onnx`.
     """
-    return _exported(
-        program,
-        Inputs.of(example_inputs),
-        Path(path),
-        opset=opset,
-        names={name: name for name in (*program.state_dict, *program.constants)},
-        batch_symbol="",
-        notes=[],
-        metadata=metadata,
-    )
+    names = {name: name for name in (*program.state_dict, *program.constants)}
+    form = _Form(ir_version, external_data, metadata or {})
+    return _exported(program, Inputs.of(example_inputs), _target(path), opset, form, names, {}, [])
+
+
+def _target(path: str | Path) -> Path:
+    target = Path(path)
+    if not target.parent.is_dir():
+        raise ExportError(
+            f"there is no folder {target.parent}", next_step="make the folder, or choose another -o"
+        )
+    return target
 
 
 def _exported(
     program: torch.export.ExportedProgram,
     inputs: Inputs,
     target: Path,
-    *,
     opset: int | None,
+    form: _Form,
     names: Mapping[str, str],
-    batch_symbol: str,
+    symbols: Mapping[str, str],
     notes: list[str],
-    metadata: Mapping[str, str] | None,
 ) -> ExportResult:
     with silent():
         refuse_batch_statistics(program)
         converted = convert(program, opset)
         onnx_model = converted.model
-        _require_every_batch_norm(onnx_model, converted.exported_program)
+        _require_every_batch_norm(onnx_model, len(batch_norm_nodes(converted.exported_program)))
         clean(onnx_model, names)
     rename_initializers(onnx_model, {n: first for n, first in names.items() if n != first})
-    if batch_symbol:
-        name_batch_axis(onnx_model, batch_symbol)
+    name_axes(onnx_model, symbols)
     input_names = _name_inputs(onnx_model, inputs, notes)
-    output_names = _name_outputs(onnx_model, program, set(input_names))
-    onnx_model.metadata_props.update(sorted((metadata or {}).items()))
-    data_path = _write(onnx_model, target)
+    _name_outputs(onnx_model, _output_names(program), set(input_names))
+    return _written(onnx_model, target, form, notes)
+
+
+def _traced(
+    model: nn.Module,
+    inputs: Inputs,
+    target: Path,
+    axes: DynamicAxes,
+    opset: int | None,
+    form: _Form,
+    names: Mapping[str, str],
+    notes: list[str],
+) -> ExportResult:
+    from bntool.legacy_exporting import trace
+
+    onnx_model, output_names, calls, trace_notes = trace(model, inputs, axes, opset)
+    with silent():
+        clean(onnx_model, names)
+    _require_every_batch_norm(onnx_model, calls)
+    rename_initializers(onnx_model, {n: first for n, first in names.items() if n != first})
+    taken = {str(value.name) for value in onnx_model.graph.inputs}
+    _name_outputs(onnx_model, output_names, taken)
+    return _written(onnx_model, target, form, notes + trace_notes)
+
+
+def _written(onnx_model: Any, target: Path, form: _Form, notes: list[str]) -> ExportResult:
+    opset = int(onnx_model.opset_imports[""])
+    onnx_model.ir_version = chosen_ir_version(opset, form.ir_version)
+    if form.keep_io:
+        keep_float32_io(onnx_model, narrow_type(form.dtype))
+    onnx_model.metadata_props.update(sorted(form.metadata.items()))
+    data_path = write_checked(onnx_model, target, form.external_data)
     return ExportResult(
         path=target,
-        opset=int(onnx_model.opset_imports[""]),
+        opset=opset,
         ir_version=int(onnx_model.ir_version),
         nodes=dict(sorted(census(onnx_model).items())),
         data_path=data_path,
         notes=tuple(notes),
-        input_names=input_names,
-        output_names=output_names,
+        input_names=tuple(str(value.name) for value in onnx_model.graph.inputs),
+        output_names=tuple(str(value.name) for value in onnx_model.graph.outputs),
+        dtype=form.dtype,
+        loads_in=loads_in(opset, int(onnx_model.ir_version)),
     )
 
 
 def _mode_notes(model: nn.Module) -> list[str]:
-    training = sum(module.training for module in model.modules())
-    return [f"{training} module(s) were in train mode; exported in eval mode"] if training else []
+    training = [(name, module) for name, module in model.named_modules() if module.training]
+    if not training:
+        return []
+    layers = [name for name, module in training if isinstance(module, nn.modules.batchnorm._NormBase)]
+    told = f", {layers[0]} (a BatchNorm) among them" if layers and not model.training else ""
+    return [f"{len(training)} module(s) were in train mode{told}; exported in eval mode"]
 
 
 def _eval_copy(model: nn.Module) -> nn.Module:
@@ -182,8 +245,8 @@ def _eval_copy(model: nn.Module) -> nn.Module:
     return subject
 
 
-def _require_every_batch_norm(onnx_model: Any, program: torch.export.ExportedProgram) -> None:
-    calls, written = len(batch_norm_nodes(program)), census(onnx_model)["BatchNormalization"]
+def _require_every_batch_norm(onnx_model: Any, calls: int) -> None:
+    written = census(onnx_model)["BatchNormalization"]
     if calls != written:
         raise ExportError(
             f"the model calls {calls} BatchNorm(s), but torch's exporter wrote {written}",
@@ -208,57 +271,20 @@ def _name_inputs(onnx_model: Any, inputs: Inputs, notes: list[str]) -> tuple[str
     return names
 
 
-def _name_outputs(onnx_model: Any, program: torch.export.ExportedProgram, taken: set[str]) -> tuple[str, ...]:
+def _output_names(program: torch.export.ExportedProgram) -> list[str]:
     """The names that running the torch model gives its outputs, so that the two compare by name."""
-    values = list(onnx_model.graph.outputs)
     tensors = [
         torch.empty(0) if isinstance(spec.arg, torch.export.graph_signature.TensorArgument) else None
         for spec in program.graph_signature.output_specs
         if spec.kind is torch.export.graph_signature.OutputKind.USER_OUTPUT
     ]
     structure = torch.utils._pytree.tree_unflatten(tensors, program.call_spec.out_spec)
-    names = tuple(name if name not in taken else f"{name}_output" for name, _ in named_tensors(structure))
+    return [name for name, _ in named_tensors(structure)]
+
+
+def _name_outputs(onnx_model: Any, wanted: Sequence[str], taken: set[str]) -> None:
+    values = list(onnx_model.graph.outputs)
+    names = tuple(name if name not in taken else f"{name}_output" for name in wanted)
     if len(names) != len(values) or len(set(names)) != len(names):
         names = tuple(f"output_{i}" for i in range(len(values)))
     rename_values(values, names, onnx_model.graph)
-    return names
-
-
-def _write(onnx_model: Any, target: Path) -> Path | None:
-    """Write into a folder of our own beside the target, check there, then move: no half file is ever seen."""
-    import onnx
-    import onnx_ir as ir
-
-    size = sum(v.const_value.nbytes for v in onnx_model.graph.initializers.values() if v.const_value)
-    data_name = f"{target.name}.data" if size > SINGLE_FILE_LIMIT else None
-    try:
-        folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    except OSError as error:
-        raise ExportError(
-            f"cannot write beside {target}: {error.strerror}", next_step="choose another -o"
-        ) from error
-    try:
-        written = folder / target.name
-        ir.save(onnx_model, written, external_data=data_name)
-        onnx.checker.check_model(str(written), full_check=True)
-        if data_name:
-            (folder / data_name).replace(target.with_name(data_name))
-        written.replace(target)
-    except onnx.checker.ValidationError as error:
-        raise ExportError(
-            f"the exported file is not valid ONNX: {essence(error)}", next_step="try another --opset"
-        ) from error
-    except onnx.shape_inference.InferenceError as error:
-        raise ExportError(
-            f"the shapes of the exported file contradict each other: {essence(error)}",
-            next_step="try another --opset",
-        ) from error
-    except OSError as error:
-        raise ExportError(
-            f"cannot write the file: {error.strerror or error}",
-            where=str(target),
-            next_step="free some space, or choose another -o",
-        ) from error
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-    return target.with_name(data_name) if data_name else None

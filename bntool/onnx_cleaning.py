@@ -18,7 +18,6 @@ from onnx_ir.passes import common
 
 from bntool.errors import ExportError, InvariantError
 
-BATCH_AXIS = "batch"
 _NAME_SCOPES = "pkg.torch.onnx.name_scopes"
 
 
@@ -30,6 +29,7 @@ def clean(model: ir.Model, own_names: Iterable[str]) -> None:
     """
     from onnxscript.optimizer import fold_constants
 
+    own_names = set(own_names)
     refuse_training_form(model)
     common.InlinePass()(model)
     before = census(model)["BatchNormalization"]
@@ -42,13 +42,13 @@ def clean(model: ir.Model, own_names: Iterable[str]) -> None:
         raise InvariantError(
             f"cleaning changed the number of BatchNormalization nodes from {before} to {after}"
         )
-    _drop_made_up_biases(model, set(own_names))
+    _drop_made_up_biases(model, own_names)
     common.CommonSubexpressionEliminationPass()(model)
     common.RemoveUnusedNodesPass()(model)
     common.RemoveUnusedFunctionsPass()(model)  # type: ignore[no-untyped-call]
     common.RemoveUnusedOpsetsPass()(model)
     common.OutputFixPass()(model)
-    _name_nodes(model)
+    _name_nodes(model, own_names)
     common.ClearMetadataAndDocStringPass()(model)  # stack traces with the paths of this machine
 
 
@@ -97,14 +97,16 @@ def rename_initializers(model: ir.Model, aliases: Mapping[str, str]) -> None:
             rename_values([value], [new], model.graph)
 
 
-def name_batch_axis(model: ir.Model, symbol: str) -> None:
-    """Call the dynamic axis `batch` wherever its symbol stands, also inside an expression."""
-    pattern = re.compile(rf"\b{re.escape(symbol)}\b")
+def name_axes(model: ir.Model, symbols: Mapping[str, str]) -> None:
+    """Give each open axis its name wherever its symbol stands, also inside an expression."""
+    if not symbols:
+        return
+    pattern = re.compile(rf"\b({'|'.join(map(re.escape, symbols))})\b")
     for value in _values(model.graph):
         if value.shape is None:
             continue
         dims: list[Any] = [
-            ir.SymbolicDim(pattern.sub(BATCH_AXIS, d.value))
+            ir.SymbolicDim(pattern.sub(lambda found: symbols[found[0]], d.value))
             if isinstance(d, ir.SymbolicDim) and d.value
             else d
             for d in value.shape
@@ -123,10 +125,10 @@ def _drop_made_up_biases(model: ir.Model, own_names: set[str]) -> None:
             node.resize_inputs(2)
 
 
-def _name_nodes(model: ir.Model) -> None:
+def _name_nodes(model: ir.Model, own_names: set[str]) -> None:
     taken: set[str] = set()
     for node in model.graph.all_nodes():
-        module = _module_of(node)
+        module = _module_of(node) or _owner_of_weights(node, own_names)
         node.name = _free(f"{module}/{node.op_type}" if module else node.op_type, taken)
 
 
@@ -137,6 +139,12 @@ def _module_of(node: ir.Node) -> str:
         return ""
     names = [name for name in ast.literal_eval(scopes)[:-1] if name]
     return str(names[-1]) if names else ""
+
+
+def _owner_of_weights(node: ir.Node, own_names: set[str]) -> str:
+    """The layer whose weights a node reads: a trace tells no more of where a node comes from."""
+    read = [value.name for value in node.inputs if value is not None and value.name in own_names]
+    return read[0].rpartition(".")[0] if read and read[0] else ""
 
 
 def _values(graph: ir.Graph) -> list[ir.Value]:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from bntool.casting import rounded_copy
 from bntool.comparing import K_NOISE, Limit, noise_limits, rounding_term
 from bntool.errors import BntoolError, CheckFailed
 from bntool.inputs import Inputs
@@ -22,7 +23,8 @@ Progress = Callable[[str], None]
 class Reference:
     """The original's own runs on some inputs: in its own precision on `device`, and in float64 on the CPU.
 
-    Each runs once, when first needed. An input that the original itself cannot run is left out and noted.
+    With `dtype` the own precision is that narrower type, emulated: numbers of that type, every op rounded
+    to it. Each runs once, when first needed. An input that the original cannot run is left out and noted.
     Raises `CheckFailed` when there is no input that it can run.
     """
 
@@ -34,8 +36,10 @@ class Reference:
         device: str = "cpu",
         progress: Progress | None = None,
         parts: bool = False,
+        dtype: torch.dtype | None = None,
     ) -> None:
         self._model = model
+        self._dtype = dtype
         self._given = list(inputs_list)
         self._device = device
         self._progress = progress or (lambda text: None)
@@ -43,7 +47,7 @@ class Reference:
         self.narrowed: set[torch.dtype] = set()
         self._with_parts = parts
         self.layers = sum(1 for module in model.modules() if not any(module.children()))
-        self.eps = _coarsest_eps(model)
+        self.eps = _coarsest_eps(model) if dtype is None else float(torch.finfo(dtype).eps)
 
     @property
     def parts(self) -> bool:
@@ -52,13 +56,14 @@ class Reference:
 
     @functools.cached_property
     def _own_runs(self) -> list[tuple[Inputs, dict[str, Tensor]]]:
-        runner = TorchRunner(self._model, self._device, parts=self._with_parts)
+        model = self._model if self._dtype is None else rounded_copy(self._model, self._dtype)
+        runner = TorchRunner(model, self._device, parts=self._with_parts)
         runs: list[tuple[Inputs, dict[str, Tensor]]] = []
         refused: list[tuple[Inputs, Exception]] = []
         for inputs in self._given:
             self._progress(f"running the original on {inputs.shapes()}")
             try:
-                runs.append((inputs, runner.run(inputs)))
+                runs.append((inputs, runner.run(self._narrowed(inputs))))
             except BntoolError:
                 raise
             except Exception as error:  # noqa: BLE001 - whatever a model's forward raises
@@ -75,10 +80,22 @@ class Reference:
             self.notes.append(
                 "every output is empty on these inputs, so what the model's parts return is compared"
             )
-            runner = TorchRunner(self._model, self._device, parts=True)
-            runs = [(inputs, runner.run(inputs)) for inputs, _ in runs]
+            runner = TorchRunner(model, self._device, parts=True)
+            runs = [(inputs, runner.run(self._narrowed(inputs))) for inputs, _ in runs]
         self.notes += [f"the original cannot run {inputs.shapes()}, left out" for inputs, _ in refused]
         return runs
+
+    def _narrowed(self, inputs: Inputs) -> Inputs:
+        return inputs if self._dtype is None else inputs.to(dtype=self._dtype).to(dtype=torch.float32)
+
+    def in_dtype(self, dtype: torch.dtype) -> Reference:
+        """The same reference for a candidate of a narrower type: the noise is what that type itself makes."""
+        narrow = Reference(self._model, self.inputs, progress=self._progress, dtype=dtype)
+        narrow.__dict__["exact"] = self.exact
+        narrow.narrowed = self.narrowed
+        name = str(dtype).removeprefix("torch.")
+        narrow.notes.append(f"the noise floor is that of {name}, emulated in torch")
+        return narrow
 
     @property
     def inputs(self) -> list[Inputs]:

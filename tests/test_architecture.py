@@ -13,21 +13,26 @@ import pytest
 PACKAGE = Path(__file__).resolve().parents[1] / "bntool"
 
 FLOORS: dict[str, tuple[int, str]] = {
-    "words": (0, "errors reasons explanations patterns plan verdicts"),
-    "graph": (1, "inputs graph affine layers frozen collecting"),
+    "words": (0, "errors reasons explanations patterns plan verdicts latencies"),
+    "graph": (1, "inputs graph affine layers frozen collecting casting"),
     "observe": (2, "observe"),
     "files": (2, "files"),
     "laws": (2, "laws"),
     "planners": (3, "inserting folding"),
     "surgery": (4, "surgery"),
     "checking": (4, "comparing reference checking onnx_checking runtime doctor"),
-    "exporting": (4, "exporting capturing onnx_cleaning onnx_files"),
+    "exporting": (
+        4,
+        """exporting capturing dynamic_axes legacy_exporting onnx_cleaning onnx_files onnx_versions
+        onnx_writing""",
+    ),
     "statistics": (5, "statistics moments sweeping batches arrays images"),
     "proved": (
         5,
         """insertion converting module_folding proving settling onnx_folding program_folding onnx_insertion
         program_insertion""",
     ),
+    "benchmarking": (5, "benchmarking onnx_flops"),
     "report": (5, "report"),
     "source": (6, "source"),
     "api": (6, "results api calibrating"),

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from onnx import numpy_helper
 from torch import nn
 
-from bntool import exporting
+from bntool import exporting, onnx_writing
 from bntool.checking import check_onnx, seeded_batches
 from bntool.errors import ExportError
 from bntool.exporting import export_onnx
@@ -231,7 +231,7 @@ def classifier() -> nn.Module:
 
 
 def test_a_large_model_has_one_data_file_named_after_it(tmp_path, monkeypatch):
-    monkeypatch.setattr(exporting, "SINGLE_FILE_LIMIT", 1000)
+    monkeypatch.setattr(onnx_writing, "SINGLE_FILE_LIMIT", 1000)
     model, example = classifier(), Inputs((torch.zeros(1, 3, 8, 8),))
     result = export_onnx(model, example, tmp_path / "big.onnx")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["big.onnx", "big.onnx.data"]

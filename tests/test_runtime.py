@@ -291,3 +291,11 @@ def test_tf32_is_off_inside_and_restored_after(precision):
         torch.set_float32_matmul_precision(found[0])
         matmul.fp32_precision = found[1]
         assert cudnn.allow_tf32 == found[2]
+
+
+def test_a_cuda_graph_and_threads_are_asked_of_the_session():
+    ort = Recorded(honours=True, nodes={"Conv": CUDA}, strict_works=True)
+    opened = open_session("m.onnx", "cuda", optimize=True, cuda_graph=True, threads=3, ort=ort)
+    assert opened.provider == CUDA
+    ((asked, _),) = ort.created
+    assert asked[0][1]["enable_cuda_graph"] == "1"

@@ -22,6 +22,7 @@ _COMMANDS = {
     "summary": "Layers, shapes, trainable / frozen / buffers; before and after.",
     "fold": "Fold BatchNorm into the weights; export and verify.",
     "export": "Write a model as ONNX and verify it.",
+    "bench": "Time two models beside each other.",
     "verify": "Compare two models, or a model and an ONNX file.",
     "calibrate": "Recompute running statistics from data.",
     "compare": "Train with and without BatchNorm, and compare.",

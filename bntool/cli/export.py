@@ -14,8 +14,8 @@ from bntool.errors import InvariantError
 
 @click.command("export", short_help="Write a model as ONNX and verify it.")
 @opt.model_options()
-@click.option("--opset", type=int, help="ONNX opset (default: the lowest that works).")
-@click.option("--static-batch", is_flag=True, help="Fix the batch size in the ONNX file.")
+@opt.export_options()
+@click.option("--dtype", type=click.Choice(["fp16", "bf16"]), help="Cast the ONNX file's numbers.")
 @opt.output_option()
 @click.option("--force", is_flag=True, help="Replace outputs that exist.")
 @opt.device_option()
@@ -36,6 +36,7 @@ def command(**options: Any) -> int:
     wanted = Path(options["output"]) if options["output"] else output_name(source, "export")
     target = serving.chosen_onnx(wanted, session, options["force"])
     session.observe()
+    serving.require_axes(session, options)
     result = api.unchanged(session.model)
     reference = serving.reference_of(session, options)
     with serving.exported(session, result, reference, target, options) as (result, export):

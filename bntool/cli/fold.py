@@ -19,16 +19,18 @@ if TYPE_CHECKING:
 @click.command("fold", short_help="Fold BatchNorm into the weights; export and verify.")
 @opt.model_options()
 @click.option("--export", "export_to", type=click.Choice(["onnx"]), help="Write it as ONNX too.")
-@click.option("--opset", type=int, help="ONNX opset (default: the lowest that works).")
-@click.option("--static-batch", is_flag=True, help="Fix the batch size in the ONNX file.")
+@opt.export_options()
 @click.option("--no-merge", is_flag=True, help="Leave parallel branches as they are.")
 @click.option("--unshare", is_flag=True, help="Clone a shared layer for each call that needs it changed.")
 @click.option("--require-all", is_flag=True, help="Fail (exit 4) if any BatchNorm that runs is kept.")
 @click.option(
     "--dtype",
-    type=click.Choice(["float32"]),
-    help="Cast the model first, where float16 cannot hold the folded weights.",
+    type=click.Choice(["float32", "fp16", "bf16"]),
+    help="fp16, bf16: cast the ONNX file's numbers. float32: cast the model first, where float16 cannot hold "
+    "the folded weights.",
 )
+@click.option("--bench", is_flag=True, help="Time the model before and after.")
+@opt.bench_options()
 @opt.pattern_options()
 @opt.output_options()
 @opt.device_option()
@@ -44,18 +46,21 @@ def command(**options: Any) -> int:
     voice = Voice(options["as_json"], options["quiet"], options["verbose"])
     if is_onnx(options["model"]):
         _require_own_types(options, "an ONNX file")
+        _require_no_bench(options, "model.onnx model_folded.onnx")
         return fold_onnx_file(voice, options)
     session = open_session(voice, options)
     if session.program is not None:
         from bntool.cli.program_file import fold_program_file
 
         _require_own_types(options, "an exported program")
+        _require_no_bench(options, "model.pt2 model_folded.pt2")
         return fold_program_file(session, session.program, options)
-    if options["dtype"]:
+    if options["dtype"] == "float32":
         session.cast(options["dtype"])
     from bntool.cli import serving, writing
     from bntool.files.sidecar import output_name
     from bntool.report.checks import checks_text
+    from bntool.report.latency import latency_text
 
     serving.require_device(options["device"], torch_too=True, onnx_too=bool(options["export_to"]))
     path = onnx = None
@@ -63,6 +68,9 @@ def command(**options: Any) -> int:
         path = writing.chosen_output(session, "fold", options["output"], options["force"])
         if options["export_to"]:
             onnx = serving.chosen_onnx(output_name(path, "export"), session, options["force"])
+    serving.require_axes(session, options)
+    if serving.narrow(options["dtype"]) and not options["export_to"]:
+        raise UsageError("--dtype fp16 and bf16 are for the ONNX file", next_step="add --export onnx")
     result = _folded(session, options)
     refusal = _refusal(result, session, options)
     reference = serving.reference_of(session, options)
@@ -85,6 +93,10 @@ def command(**options: Any) -> int:
         voice.say(f"wrote       {path}")
     if export is not None:
         voice.say(f"wrote       {serving.export_text(export)}")
+    latency = serving.timed_fold(session, result, onnx, options) if options["bench"] else None
+    if latency is not None:
+        voice.say()
+        voice.say(latency_text(latency))
     voice.emit(
         {
             **result.to_dict(),
@@ -94,6 +106,7 @@ def command(**options: Any) -> int:
             "onnx": str(onnx) if onnx else None,
             "export": export.to_dict() if export else None,
             "dry_run": options["dry_run"],
+            **({"latency": latency.to_dict()} if latency else {}),
         }
     )
     return 0
@@ -107,6 +120,11 @@ def _require_own_types(options: dict[str, Any], kind: str) -> None:
             where=options["model"] or "",
             next_step="fold the PyTorch model with --dtype, and --export onnx",
         )
+
+
+def _require_no_bench(options: dict[str, Any], files: str) -> None:
+    if options["bench"]:
+        raise UsageError("--bench is for PyTorch modules", next_step=f"fold, then: bntool bench {files}")
 
 
 def _folded(session: Session, options: dict[str, Any]) -> SurgeryResult:

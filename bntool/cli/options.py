@@ -47,7 +47,13 @@ def output_option() -> Decorator:
 def model_options() -> Decorator:
     """What names a model and how it may be loaded."""
     return _all(
-        click.argument("model", required=False, metavar="[MODEL]", callback=not_empty),
+        click.argument("model", required=False, metavar="[MODEL]", callback=not_empty), loading_options()
+    )
+
+
+def loading_options() -> Decorator:
+    """How a model may be loaded, and what it is run on."""
+    return _all(
         click.option("--arch", metavar="REF", help="Class of a bare state_dict: torchvision:resnet50, …"),
         click.option("--weights", metavar="FILE", help="Weights for a model named by reference."),
         click.option("--key", metavar="KEY", help="Entry of a checkpoint that holds the weights."),
@@ -72,6 +78,33 @@ def model_options() -> Decorator:
             show_default="0",
             metavar="N",
             help="Seed of whatever is random.",
+        ),
+    )
+
+
+def _batch_sizes(ctx: click.Context, param: click.Parameter, value: str) -> tuple[int, ...]:
+    if not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", value):
+        raise click.BadParameter(f"{value!r} is not like 1,8,32", ctx, param)
+    return tuple(dict.fromkeys(int(n) for n in value.split(",")))
+
+
+def bench_options() -> Decorator:
+    """How long to time, and on what."""
+    return _all(
+        click.option(
+            "--batch-sizes",
+            default="1,8",
+            show_default=True,
+            callback=_batch_sizes,
+            metavar="1,8,32",
+            help="Batch sizes to time.",
+        ),
+        click.option(
+            "--rounds",
+            type=click.IntRange(min=7),
+            default=30,
+            show_default=True,
+            help="Samples of each model; fewer where a batch size takes over 20 s.",
         ),
     )
 
@@ -113,6 +146,53 @@ def device_option() -> Decorator:
         callback=device,
         metavar="auto|cpu|cuda",
         help="Where to verify. cuda that cannot run is an error.",
+    )
+
+
+def _dynamic(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) -> dict[str, list[int]]:
+    """`NAME:0,2,3` for each; without a name it is the only input's."""
+    found: dict[str, list[int]] = {}
+    for text in values:
+        match = re.fullmatch(r"(?:(?P<name>[^:]+):)?(?P<axes>\d+(?:,\d+)*)", text.strip())
+        if match is None:
+            raise click.BadParameter(f"{text!r} is not like input:0,2,3", ctx, param)
+        found.setdefault(match["name"] or "input", []).extend(int(n) for n in match["axes"].split(","))
+    return found
+
+
+def export_options() -> Decorator:
+    """What the ONNX file is to be like."""
+    return _all(
+        click.option("--opset", type=int, help="ONNX opset (default: the lowest that works)."),
+        click.option("--ir-version", type=int, help="IR version (default: the lowest for the opset)."),
+        click.option("--static-batch", is_flag=True, help="Fix the batch size in the ONNX file."),
+        click.option(
+            "--dynamic",
+            multiple=True,
+            callback=_dynamic,
+            metavar="NAME:0,2,3",
+            help="Axes of an input to leave open besides the batch; repeat for several inputs.",
+        ),
+        click.option(
+            "--external-data",
+            type=click.Choice(["auto", "always", "never"]),
+            default="auto",
+            show_default=True,
+            help="Weights in one file beside the model; auto: above 1.8 GiB.",
+        ),
+        click.option("--keep-io", is_flag=True, help="With --dtype: inputs and outputs stay float32."),
+        click.option(
+            "--exporter",
+            type=click.Choice(["dynamo", "legacy"]),
+            default="dynamo",
+            show_default=True,
+            help="torch's exporter; legacy traces, for what torch.export cannot take.",
+        ),
+        click.option(
+            "--keep-unverified",
+            is_flag=True,
+            help="Keep a file that fails its check as NAME.unverified.onnx.",
+        ),
     )
 
 

@@ -42,6 +42,7 @@ def fold_program_file(session: Session, program: ExportedProgram, options: dict[
 
     voice = session.voice
     _require_cpu(options)
+    _require_no_choice(options)
     path = onnx = export = None
     if not options["dry_run"]:
         path = writing.chosen_output(session, "fold", options["output"], options["force"])
@@ -198,6 +199,17 @@ def _require_cpu(options: dict[str, Any]) -> None:
     options["device"] = "cpu"
 
 
+def _require_no_choice(options: dict[str, Any]) -> None:
+    """A program brings its axes and its types, and was captured already."""
+    given = {"--dynamic": options["dynamic"], "--dtype": options["dtype"], "--keep-io": options["keep_io"]}
+    given["--exporter legacy"] = options["exporter"] == "legacy"
+    for name in (name for name, value in given.items() if value):
+        raise UsageError(
+            f"{name} is for models, and this is an exported program",
+            next_step="export the program anew with torch.export, in the form that you want",
+        )
+
+
 def _exported(
     session: Session, folded: _Changed, path: Path, options: dict[str, Any]
 ) -> tuple[ExportResult, list[Check]]:
@@ -213,7 +225,15 @@ def _exported(
         keep = [
             skip.name for skip in folded.plan.skips if skip.reason in (Reason.EXCLUDED, Reason.NOT_PROVED)
         ]
-        export = export_program(folded.model, inputs, path, opset=options["opset"], metadata=metadata)
+        export = export_program(
+            folded.model,
+            inputs,
+            path,
+            opset=options["opset"],
+            ir_version=options["ir_version"],
+            external_data=options["external_data"],
+            metadata=metadata,
+        )
         export = fold_exported(export, keep, unshare=options["unshare"])
     for note in export.notes:
         session.voice.note(note)

@@ -6,19 +6,22 @@ import contextlib
 import dataclasses
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from bntool import __version__
-from bntool.cli.session import Session
-from bntool.errors import CheckFailed, DeviceError, UsageError
+from bntool.cli.session import Session, Voice
+from bntool.errors import CheckFailed, DeviceError, ExportError, UsageError
 from bntool.files.atomic import require_writable
 from bntool.report.checks import checks_text
 from bntool.report.tables import size
 
 if TYPE_CHECKING:
+    from bntool.benchmarking import Candidate
     from bntool.exporting import ExportResult
+    from bntool.inputs import Inputs
+    from bntool.latencies import Benchmark
     from bntool.reference import Reference
     from bntool.results import SurgeryResult
     from bntool.verdicts import Check
@@ -33,16 +36,38 @@ def chosen_onnx(path: Path, session: Session, force: bool) -> Path:
 
 def reference_of(session: Session, options: dict[str, Any]) -> Reference | None:
     """The original's own runs; None where nothing is to be checked."""
-    return None if options["check"] == "none" else reference_with(session, full=options["check"] == "full")
+    if options["check"] == "none":
+        return None
+    return reference_with(session, full=options["check"] == "full", dynamic=options["dynamic"])
 
 
-def reference_with(session: Session, *, full: bool) -> Reference:
+def reference_with(session: Session, *, full: bool, dynamic: dict[str, list[int]] | None = None) -> Reference:
     """The original's own runs: on batches of 1, 2 and 3 with `full`, else on one input."""
     from bntool.checking import seeded_batches
     from bntool.reference import Reference
 
     batches = (1, 2, 3) if full else (1,)
-    return Reference(session.model, seeded_batches(session.example, batches, session.seed))
+    inputs = seeded_batches(session.example, batches, session.seed)
+    return Reference(session.model, [*inputs, *_longer(session, dynamic or {})])
+
+
+def _longer(session: Session, dynamic: dict[str, list[int]]) -> list[Inputs]:
+    """An input on which the axes that are to be open are longer: by 32, which most strides divide."""
+    from bntool.dynamic_axes import resized
+
+    axes = {name: [axis for axis in of if axis] for name, of in dynamic.items()}
+    axes = {name: of for name, of in axes.items() if of}
+    return [resized(session.example, axes, by=32, seed=session.seed)] if axes else []
+
+
+def require_axes(session: Session, options: dict[str, Any]) -> None:
+    """Before any work: the options of the export fit each other, and every axis to leave open is there."""
+    from bntool.dynamic_axes import DynamicAxes
+
+    if options["keep_io"] and not narrow(options["dtype"]):
+        raise UsageError("--keep-io goes with --dtype", next_step="add --dtype fp16, or leave --keep-io out")
+    session.observe()
+    DynamicAxes(asked=options["dynamic"]).named_for(session.example)
 
 
 def require_device(device: str, *, torch_too: bool = False, onnx_too: bool = False) -> None:
@@ -125,18 +150,19 @@ def exported(
             f"cannot write beside {target}: {error.strerror}", next_step="name another -o OUTPUT"
         ) from error
     try:
-        export = _export(session, result, folder / target.name, options, not options.get("no_merge", True))
         try:
-            checks = _check_onnx(session, result, reference, export.path, options)
-        except CheckFailed as failure:
-            if not export.merged:
-                raise
-            session.voice.note(f"parallel branches are left as they are: {failure.what}")
-            export = _export(session, result, folder / target.name, options, False)
-            checks = _check_onnx(session, result, reference, export.path, options)
+            export, checks = _exported_and_checked(session, result, reference, folder / target.name, options)
+        except (CheckFailed, ExportError) as error:
+            draft = folder / target.name
+            error.where = error.where.replace(str(draft), str(target))
+            if options["keep_unverified"] and draft.exists():
+                error.next_step = f"kept as {_kept_unverified(draft, target)}: do not serve it"
+            raise
         from bntool import api
+        from bntool.onnx_writing import append_metadata
 
         result = api.with_checks(result, [*result.checks, *checks])
+        append_metadata(export.path, {"bntool_checks": _told(result.checks)})
         placed = dataclasses.replace(
             export,
             path=target,
@@ -148,6 +174,24 @@ def exported(
         export.path.replace(target)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _exported_and_checked(
+    session: Session,
+    result: SurgeryResult,
+    reference: Reference | None,
+    path: Path,
+    options: dict[str, Any],
+) -> tuple[ExportResult, list[Check]]:
+    export = _export(session, result, path, options, not options.get("no_merge", True))
+    try:
+        return export, _check_onnx(session, result, reference, path, options)
+    except CheckFailed as failure:
+        if not export.merged:
+            raise
+        session.voice.note(f"parallel branches are left as they are: {failure.what}")
+    export = _export(session, result, path, options, False)
+    return export, _check_onnx(session, result, reference, path, options)
 
 
 def _export(
@@ -170,7 +214,13 @@ def _export(
             session.example,
             path,
             opset=options["opset"],
+            ir_version=options["ir_version"],
             dynamic_batch=not options["static_batch"],
+            dynamic=options["dynamic"],
+            external_data=options["external_data"],
+            dtype=narrow(options["dtype"]),
+            keep_io=options["keep_io"],
+            exporter=options["exporter"],
             metadata={k: v for k, v in metadata.items() if v},
         )
         if options.get("export_to"):
@@ -199,22 +249,31 @@ def _check_onnx(
     path: Path,
     options: dict[str, Any],
 ) -> list[Check]:
-    """The export and runtime stages; a check that fails leaves no file."""
+    """The export and runtime stages. Raises `CheckFailed`, or `ExportError` for a file that does not run."""
+    from bntool.casting import DTYPES
     from bntool.checking import check_onnx
 
     if reference is None:
         return []
-    with session.voice.progress("verifying the ONNX file") as step:
-        checks = check_onnx(
-            result.model,
-            path,
-            reference.inputs,
-            device=options["device"],
-            progress=step,
-            reference=reference,
-            atol=options["atol"],
-            rtol=options["rtol"],
-        )
+    dtype = DTYPES.get(narrow(options["dtype"]))
+    if dtype is not None:
+        reference = reference.in_dtype(dtype)
+    try:
+        with session.voice.progress("verifying the ONNX file") as step:
+            checks = check_onnx(
+                result.model,
+                path,
+                reference.inputs,
+                device=options["device"],
+                progress=step,
+                reference=reference,
+                atol=options["atol"],
+                rtol=options["rtol"],
+            )
+    except ExportError as error:
+        if dtype is not None:
+            error.next_step = "verify on a device that runs it (--device cuda), or write it with --check none"
+        raise
     failed = next((check for check in checks if not check.passed), None)
     if failed is not None:
         session.voice.say(checks_text([*result.checks, *checks]))
@@ -227,13 +286,78 @@ def _check_onnx(
     return checks
 
 
+def narrow(dtype: str | None) -> Literal["", "fp16", "bf16"]:
+    """The type to cast the ONNX file to, if it is one for that; float32 is for the model itself."""
+    return "fp16" if dtype == "fp16" else "bf16" if dtype == "bf16" else ""
+
+
+def _kept_unverified(path: Path, target: Path) -> Path:
+    """The file that failed, under a name that nobody takes for the verified one."""
+    from bntool.onnx_files import open_onnx, save_onnx
+
+    kept = target.with_suffix(".unverified.onnx")
+    save_onnx(open_onnx(path), kept, force=True)
+    return kept
+
+
+def _told(checks: Sequence[Check]) -> str:
+    """The verdicts for the file's metadata, without figures: those wobble from machine to machine."""
+    rows = [f"{c.stage} {c.precision}".strip() + f": passed on {c.provider}" for c in checks]
+    return "; ".join(rows) or "none"
+
+
+def timed(
+    voice: Voice,
+    candidates: Sequence[Candidate],
+    inputs_of: Callable[[int], Inputs | None],
+    options: dict[str, Any],
+    pairs: Sequence[tuple[str, str]] | None = None,
+) -> Benchmark:
+    """Time the candidates beside each other."""
+    from bntool.benchmarking import benchmark
+
+    with voice.progress("timing") as step:
+        return benchmark(
+            candidates,
+            inputs_of,
+            batches=options["batch_sizes"],
+            rounds=options["rounds"],
+            device=torch_device(options["device"]),
+            pairs=pairs,
+            progress=step,
+        )
+
+
+def timed_fold(
+    session: Session, result: SurgeryResult, onnx: Path | None, options: dict[str, Any]
+) -> Benchmark:
+    """The model before and after in torch; with `onnx`, its file too, beside that of the model before."""
+    from bntool.benchmarking import Candidate, rebatching
+
+    inputs_of = rebatching(session.example, session.seed)
+    candidates = [Candidate("torch before", session.model), Candidate("torch folded", result.model)]
+    pairs = [("torch before", "torch folded")]
+    if onnx is None:
+        return timed(session.voice, candidates, inputs_of, options, pairs)
+    from bntool.api import unchanged
+
+    with tempfile.TemporaryDirectory(prefix="bntool.bench.") as folder:
+        plain = {**options, "export_to": None}
+        before = _export(session, unchanged(session.model), Path(folder) / "before.onnx", plain, False)
+        candidates += [Candidate("ONNX before", before.path), Candidate("ONNX folded", onnx)]
+        pairs += [("ONNX before", "ONNX folded"), ("torch folded", "ONNX folded")]
+        return timed(session.voice, candidates, inputs_of, options, pairs)
+
+
 def export_text(export: ExportResult) -> str:
     """The file, its size, and what it needs to be loaded."""
     total = export.path.stat().st_size + (export.data_path.stat().st_size if export.data_path else 0)
     nodes = sum(export.nodes.values())
     left = export.nodes.get("BatchNormalization", 0)
     batch_norms = f"{left} BatchNormalization" if left else "no BatchNormalization"
+    dtype = f", {export.dtype}" if export.dtype else ""
+    loads = f", loads in ONNX Runtime >= {export.loads_in}" if export.loads_in else ""
     return (
         f"{export.path} ({size(total)}, opset {export.opset}, IR {export.ir_version}, "
-        f"{nodes} nodes, {batch_norms})"
+        f"{nodes} nodes, {batch_norms}{dtype}{loads})"
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +10,12 @@ import torch
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
-from bntool.errors import DeviceError, ExportError
+from bntool.errors import BntoolError, DeviceError, ExportError
 from bntool.inputs import Inputs
 from bntool.runtime.libraries import CUDA, first_line
 from bntool.runtime.providers import GPU_EXTRA, open_session
 
+_NARROW = {"tensor(float16)": torch.float16, "tensor(bfloat16)": torch.bfloat16}
 _BFLOAT16 = 16  # TensorProto.BFLOAT16: numpy has no such type, so it travels as its 16 bits
 
 
@@ -21,15 +23,26 @@ class OrtRunner:
     """Runs an ONNX file; `provider` is read back, `cpu_nodes` lists what CUDA left on the CPU, `note` says
     what `auto` chose and why.
 
-    `optimize` switches ONNX Runtime's graph optimisations; `tf32` lets CUDA round float32 products.
+    `optimize` switches ONNX Runtime's graph optimisations; `tf32` lets CUDA round float32 products;
+    `threads` is how many it computes with on the CPU (0: its own choice); `cuda_graph` has CUDA replay one
+    recorded run, for inputs of one shape that are bound with `bound(..., fixed_outputs=True)`.
     Raises `DeviceError` when CUDA is asked for and not honoured, `ExportError` when the file is refused.
     """
 
     def __init__(
-        self, path: str | Path, device: str = "auto", *, optimize: bool = True, tf32: bool = False
+        self,
+        path: str | Path,
+        device: str = "auto",
+        *,
+        optimize: bool = True,
+        tf32: bool = False,
+        threads: int = 0,
+        cuda_graph: bool = False,
     ) -> None:
         self._path = Path(path)
-        opened = open_session(str(path), device, optimize=optimize, tf32=tf32)
+        opened = open_session(
+            str(path), device, optimize=optimize, tf32=tf32, threads=threads, cuda_graph=cuda_graph
+        )
         self._session = opened.session
         self._optimize = optimize
         self._provider = opened.provider
@@ -47,7 +60,7 @@ class OrtRunner:
         """`cpu`, or `cuda:0 (name of the card)`, from the provider that the session really has."""
         if self._provider != CUDA:
             return "cpu"
-        index = int(self._session.get_provider_options()[CUDA].get("device_id", 0))
+        index = int(self._cuda_index)
         name = f" ({torch.cuda.get_device_name(index)})" if torch.cuda.is_available() else ""
         return f"cuda:{index}{name}"
 
@@ -69,26 +82,59 @@ class OrtRunner:
             for i in self._session.get_inputs()
         )
 
+    def bound(self, inputs: Inputs, *, fixed_outputs: bool = False) -> Callable[[], None]:
+        """A function that runs the file once on these inputs, which are held on the device, as are outputs.
+
+        With `fixed_outputs` every run writes to the same memory. Raises as `run`.
+        """
+        kind, index = ("cuda", int(self._cuda_index)) if self._provider == CUDA else ("cpu", 0)
+        binding = self._session.io_binding()
+        for name, value in self.values(inputs, kind, index).items():
+            binding.bind_ortvalue_input(name, value)
+        for name in self.output_names:
+            binding.bind_output(name, kind, index)
+
+        def run() -> None:
+            try:
+                self._session.run_with_iobinding(binding)
+            except Exception as error:  # its exceptions share no base class but Exception
+                raise self._failed(error, inputs) from error
+
+        if fixed_outputs:
+            run()
+            outputs = binding.get_outputs()
+            binding.clear_binding_outputs()
+            for name, value in zip(self.output_names, outputs, strict=True):
+                binding.bind_ortvalue_output(name, value)
+        return run
+
+    @property
+    def _cuda_index(self) -> str:
+        return str(self._session.get_provider_options()[CUDA].get("device_id", 0))
+
+    def _failed(self, error: Exception, inputs: Inputs) -> BntoolError:
+        reason = first_line(error)
+        if self._provider == CUDA and any(word in str(error) for word in ("CUDA", "CUDNN", "cuDNN")):
+            return DeviceError(
+                f"CUDA failed while running: {reason}", where=str(self._path), next_step=GPU_EXTRA
+            )
+        return ExportError(
+            f"ONNX Runtime cannot run the file on {inputs.shapes()}: {reason}",
+            where=str(self._path),
+            next_step="pass inputs of the shape it was exported for, or export again",
+        )
+
     def run(self, inputs: Inputs) -> dict[str, Tensor]:
         """Every output by name, on the CPU.
 
         Inputs are matched by name, else in order. Raises `ExportError` when they do not fit the file or
         when it does not run, `DeviceError` when CUDA fails while running.
         """
-        fed = {name: _to_value(t) for name, t in self._by_name(inputs).items()}
+        fed = self.values(inputs)
         try:
             values = self._session.run_with_ort_values(list(self.output_names), fed)
         except Exception as error:  # its exceptions share no base class but Exception
-            reason = first_line(error)
-            if self._provider == CUDA and any(word in str(error) for word in ("CUDA", "CUDNN", "cuDNN")):
-                raise DeviceError(
-                    f"CUDA failed while running: {reason}", where=str(self._path), next_step=GPU_EXTRA
-                ) from error
-            raise ExportError(
-                f"ONNX Runtime cannot run the file on {inputs.shapes()}: {reason}",
-                where=str(self._path),
-                next_step="pass inputs of the shape it was exported for, or export again",
-            ) from error
+            raise self._failed(error, inputs) from error
         named = dict(zip(self.output_names, values, strict=True))
         odd = [name for name, v in named.items() if not v.is_tensor() or "string" in v.data_type()]
         if odd:
@@ -98,6 +144,16 @@ class OrtRunner:
                 next_step="compare the model without that output",
             )
         return {name: _to_tensor(value) for name, value in named.items()}
+
+    def values(self, inputs: Inputs, kind: str = "cpu", index: int = 0) -> dict[str, Any]:
+        """The inputs as ONNX Runtime takes them; floating ones in half precision where the file says."""
+        declared = {i.name: _NARROW.get(i.type) for i in self._session.get_inputs()}
+        return {
+            name: _to_value(
+                t.to(declared[name]) if declared[name] and t.is_floating_point() else t, kind, index
+            )
+            for name, t in self._by_name(inputs).items()
+        }
 
     def _by_name(self, inputs: Inputs) -> dict[str, Tensor]:
         given = inputs.tensors()
@@ -113,13 +169,13 @@ class OrtRunner:
         )
 
 
-def _to_value(tensor: Tensor) -> Any:
+def _to_value(tensor: Tensor, kind: str, index: int) -> Any:
     from onnxruntime import OrtValue
 
     array = tensor.detach().cpu().contiguous()
     if array.dtype == torch.bfloat16:
         return OrtValue.ortvalue_from_numpy_with_onnx_type(array.view(torch.int16).numpy(), _BFLOAT16)
-    return OrtValue.ortvalue_from_numpy(array.numpy())
+    return OrtValue.ortvalue_from_numpy(array.numpy(), kind, index)
 
 
 def _to_tensor(value: Any) -> Tensor:

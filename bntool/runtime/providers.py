@@ -58,8 +58,25 @@ def onnxruntime() -> Any:
     return ort
 
 
+@dataclasses.dataclass(frozen=True)
+class _Wanted:
+    """How a session is to be opened; `threads` 0 leaves their number to ONNX Runtime."""
+
+    optimize: bool
+    tf32: bool = False
+    threads: int = 0
+    cuda_graph: bool = False
+
+
 def open_session(
-    model: str | bytes, device: str, *, optimize: bool, tf32: bool = False, ort: Any = None
+    model: str | bytes,
+    device: str,
+    *,
+    optimize: bool,
+    tf32: bool = False,
+    threads: int = 0,
+    cuda_graph: bool = False,
+    ort: Any = None,
 ) -> OpenSession:
     """Open a model (path or bytes) on `cpu`, `cuda`, or `auto` (CUDA where it truly works).
 
@@ -67,41 +84,44 @@ def open_session(
     refuses the model.
     """
     ort = ort or onnxruntime()
+    wanted = _Wanted(optimize, tf32, threads, cuda_graph)
     if device == "cpu":
-        return _open_cpu(ort, model, optimize)
+        return _open_cpu(ort, model, wanted)
     if device == "auto":
         reason = why_no_cuda()
         if reason:
-            return dataclasses.replace(_open_cpu(ort, model, optimize), note=f"CPU used: {reason}")
+            return dataclasses.replace(_open_cpu(ort, model, wanted), note=f"CPU used: {reason}")
         try:
-            return _open_cuda(ort, model, optimize, tf32)
+            return _open_cuda(ort, model, wanted)
         except DeviceError as error:
-            return dataclasses.replace(_open_cpu(ort, model, optimize), note=f"CPU used: {error.what}")
+            return dataclasses.replace(_open_cpu(ort, model, wanted), note=f"CPU used: {error.what}")
     if device.partition(":")[0] == "cuda":
-        return _open_cuda(ort, model, optimize, tf32, index=device.partition(":")[2] or "0")
+        return _open_cuda(ort, model, wanted, index=device.partition(":")[2] or "0")
     raise DeviceError(f"unknown device {device!r}", next_step="use --device auto, cpu or cuda")
 
 
-def _open_cpu(ort: Any, model: str | bytes, optimize: bool) -> OpenSession:
-    session = _create(ort, model, optimize, [CPU])
+def _open_cpu(ort: Any, model: str | bytes, wanted: _Wanted) -> OpenSession:
+    session = _create(ort, model, wanted, [CPU])
     return OpenSession(session, session.get_providers()[0])
 
 
-def _open_cuda(ort: Any, model: str | bytes, optimize: bool, tf32: bool, index: str = "0") -> OpenSession:
+def _open_cuda(ort: Any, model: str | bytes, wanted: _Wanted, index: str = "0") -> OpenSession:
     options = {
         "device_id": index,
-        "use_tf32": "1" if tf32 else "0",
+        "use_tf32": "1" if wanted.tf32 else "0",
         # The exhaustive search times the algorithms anew in each session, and results then wobble.
         "cudnn_conv_algo_search": "DEFAULT",
     }
+    if wanted.cuda_graph:
+        options["enable_cuda_graph"] = "1"
     preload_cuda(ort)
     strict = {"session.disable_cpu_ep_fallback": "1"}
     try:
-        session = _create(ort, model, optimize, [(CUDA, options)], strict)
+        session = _create(ort, model, wanted, [(CUDA, options)], strict)
     except ExportError:
         # Shape ops that ONNX Runtime puts on the CPU on purpose also fail the strict session, as does
         # a machine without CUDA, and a broken model; the second try tells the three apart.
-        session = _create(ort, model, optimize, [(CUDA, options), CPU])
+        session = _create(ort, model, wanted, [(CUDA, options), CPU])
     if session.get_providers()[0] != CUDA:
         raise DeviceError(
             f"CUDA was asked for, but ONNX Runtime built a {session.get_providers()[0]} session",
@@ -113,13 +133,19 @@ def _open_cuda(ort: Any, model: str | bytes, optimize: bool, tf32: bool, index: 
 
 
 def _create(
-    ort: Any, model: str | bytes, optimize: bool, providers: list[Any], config: dict[str, str] | None = None
+    ort: Any,
+    model: str | bytes,
+    wanted: _Wanted,
+    providers: list[Any],
+    config: dict[str, str] | None = None,
 ) -> Any:
     options = ort.SessionOptions()
     options.log_severity_level = _SILENT
     level = ort.GraphOptimizationLevel
-    options.graph_optimization_level = level.ORT_ENABLE_ALL if optimize else level.ORT_DISABLE_ALL
+    options.graph_optimization_level = level.ORT_ENABLE_ALL if wanted.optimize else level.ORT_DISABLE_ALL
     options.use_deterministic_compute = True
+    if wanted.threads:
+        options.intra_op_num_threads = wanted.threads
     options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
     for key, value in (config or {}).items():
         options.add_session_config_entry(key, value)

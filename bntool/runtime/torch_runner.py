@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -71,6 +71,20 @@ class TorchRunner:
             else:
                 result = self._model(*moved.args, **dict(moved.kwargs))
         return {name: t.detach().cpu().clone() for name, t in outputs_of(result).items()}
+
+    @contextlib.contextmanager
+    def ready(self, inputs: Inputs) -> Iterator[Callable[[], None]]:
+        """Meanwhile, a function that runs the model once on these inputs and waits for the device."""
+        moved = inputs.to(device=self._asked, dtype=self._dtype)
+        on_cuda = self._asked.type == "cuda"
+
+        def run() -> None:
+            self._model(*moved.args, **dict(moved.kwargs))
+            if on_cuda:
+                torch.cuda.synchronize(self._asked)
+
+        with eval_mode(self._model), _same_random_numbers(self._asked), exact_float32(), torch.no_grad():
+            yield run
 
     def _run_with_parts(self, inputs: Inputs) -> dict[str, Any]:
         """The result, and what each child of the root returned at its last call."""

@@ -143,3 +143,70 @@ def test_verify_with_a_tolerance_of_its_own(bntool: Shell) -> None:
     # The outputs differ by the bias alone, 0.01, and its rounding.
     assert bntool("verify", "b.pt", "a.pt", *nets.INPUT, "--atol", "0.011").code == 0
     assert bntool("verify", "b.pt", "a.pt", *nets.INPUT, "--atol", "0.009").code == 1
+
+
+def test_every_choice_of_form_reaches_the_file(bntool: Shell) -> None:
+    nets.save(nets.normalised(), "model.pt")
+    said = bntool(
+        "fold", "model.pt", *nets.INPUT, "--export", "onnx", "--dtype", "fp16", "--keep-io",
+        "--ir-version", "9", "--dynamic", "input:2,3", "--external-data", "always", "--json",
+    )  # fmt: skip
+    assert said.code == 0, said
+    export = said.document["export"]
+    assert (export["opset"], export["ir_version"], export["dtype"]) == (18, 9, "fp16")
+    assert export["loads_in"] == "1.16"
+    assert export["nodes"]["Conv"] == 2
+    file = onnx.load("model_folded.onnx")
+    shape = file.graph.input[0].type.tensor_type.shape
+    assert [d.dim_param or d.dim_value for d in shape.dim] == ["batch", 3, "input_2", "input_3"]
+    metadata = {p.key: p.value for p in file.metadata_props}
+    assert metadata.keys() == {"bntool_version", "bntool_source_sha256", "bntool_folded", "bntool_checks"}
+    assert metadata["bntool_checks"].startswith("fold: passed on torch; ")
+    assert "runtime: passed on CPUExecutionProvider" in metadata["bntool_checks"]
+
+
+def test_what_loads_the_file_is_said_and_the_bytes_are_the_same_twice(bntool: Shell) -> None:
+    nets.save(nets.normalised(), "model.pt")
+    said = bntool("export", "model.pt", *nets.INPUT)
+    assert "loads in ONNX Runtime >= 1.14" in said.out
+    first = Path("model.onnx").read_bytes()
+    assert bntool("export", "model.pt", *nets.INPUT, "--force").code == 0
+    assert Path("model.onnx").read_bytes() == first
+
+
+def test_forms_that_cannot_be(refused: Shell) -> None:
+    nets.save(nets.normalised(), "model.pt")
+    line = ("export", "model.pt", *nets.INPUT)
+    refused(*line, "--dynamic", "images:2", code=2, says="the inputs are input")
+    refused(*line, "--dynamic", "input:7", code=2, says="has no axis 7")
+    refused(*line, "--dynamic", "input=2", code=2, says="not like input:0,2,3")
+    refused(*line, "--keep-io", code=2, says="--dtype")
+    refused(*line, "--ir-version", "3", code=2, says="IR version 3")
+    refused(*line, "--opset", "9", code=6, says="--exporter legacy")
+    refused(*line, "--dtype", "bf16", code=6, says="--check none")
+
+
+def test_a_file_that_fails_is_kept_only_when_asked_for(
+    bntool: Shell, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nets.save(nets.normalised(), "model.pt")
+    line = ("export", "model.pt", *nets.INPUT, "--atol", "0")
+    assert bntool(*line).code == 1
+    assert not list(Path().glob("*.onnx*"))
+    said = bntool(*line, "--keep-unverified", "--external-data", "always")
+    assert said.code == 1
+    assert "kept as model.unverified.onnx" in said.err
+    assert [str(p) for p in sorted(Path().glob("*.onnx*"))][:1] == ["model.unverified.onnx"]
+    onnx.checker.check_model("model.unverified.onnx")
+
+
+def test_a_folder_that_cannot_be_written(refused: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
+    import tempfile
+
+    nets.save(nets.normalised(), "model.pt")
+
+    def read_only(*args: Any, **kwargs: Any) -> str:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(tempfile, "mkdtemp", read_only)
+    refused("export", "model.pt", *nets.INPUT, code=2, says="Permission denied")

@@ -1,0 +1,51 @@
+"""A benchmark as text."""
+
+from __future__ import annotations
+
+from bntool.latencies import Benchmark, Latency
+from bntool.report.tables import Column, Table, count, render, size, wrapped
+
+
+def latency_text(found: Benchmark) -> str:
+    """Costs, latencies, and what may be said of them, in 80 columns."""
+    costs = render(
+        Table(
+            (Column("Model", flexible=True), Column("Parameters", number=True), Column("FLOPs", number=True)),
+            [[c.name, count(c.parameters), "-" if c.flops is None else count(c.flops)] for c in found.costs],
+        )
+    )
+    columns = (
+        Column("Model", flexible=True),
+        Column("Ran on", flexible=True),
+        Column("Batch", number=True),
+        Column("Median ms", number=True),
+        Column("Middle half", number=True),
+        Column("Samples/s", number=True),
+        Column("Memory", number=True),
+    )
+    table = render(Table(columns, [_cells(row) for row in found.rows]))
+    verdicts = [versus.verdict for versus in found.versus]
+    special = dict.fromkeys(f"{row.name}: {row.note}" for row in found.rows if row.note)
+    rounds = min(len(row.seconds) for row in found.rows)
+    how = f"{rounds} rounds in turn, {found.threads} thread(s), TF32 off"
+    told = [wrapped(line) for line in (*verdicts, *special, *found.notes, how)]
+    return "\n".join([costs, "", table, "", *told])
+
+
+def _cells(row: Latency) -> list[str]:
+    low, high = row.middle
+    provider = row.provider.removesuffix("ExecutionProvider")
+    ran_on = f"torch {row.device}" if row.provider == "torch" else f"ORT {provider}"
+    return [
+        row.name,
+        ran_on if row.device == "cpu" or row.provider == "torch" else f"{ran_on} on {row.device}",
+        str(row.batch),
+        _milliseconds(row.median),
+        f"{_milliseconds(low)} - {_milliseconds(high)}",
+        f"{row.throughput:,.1f}",
+        "-" if row.memory is None else size(row.memory),
+    ]
+
+
+def _milliseconds(seconds: float) -> str:
+    return f"{seconds * 1e3:.3g}" if seconds < 1 else f"{seconds * 1e3:,.0f}"

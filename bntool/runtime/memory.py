@@ -1,0 +1,68 @@
+"""The most memory that a piece of work holds at once."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import gc
+import re
+from pathlib import Path
+
+import torch
+
+_STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+_RESET_PEAK = "5"
+
+
+class PeakMemory:
+    """Watches from its creation on; `grown` is the peak beyond what was held then, in bytes.
+
+    On the CPU it is the resident set of the process, as Linux counts it; on CUDA the memory of the device
+    that torch allocated, or with `whole_device` all that is taken there. None where nobody counts.
+    """
+
+    def __init__(self, device: str, *, whole_device: bool = False) -> None:
+        self._cuda = torch.device(device) if device.startswith("cuda") else None
+        self._whole = whole_device
+        gc.collect()
+        if self._cuda is not None:
+            torch.cuda.reset_peak_memory_stats(self._cuda)
+        else:
+            _give_back_freed()
+            self._resets = _reset_peak()
+        self._before = self._held()
+
+    def grown(self) -> int | None:
+        """The peak since creation, less what was held at creation."""
+        now = self._held(peak=True)
+        return None if now is None or self._before is None else max(now - self._before, 0)
+
+    def _held(self, *, peak: bool = False) -> int | None:
+        if self._cuda is None:
+            return _resident("VmHWM" if peak else "VmRSS") if self._resets else None
+        if self._whole:
+            free, total = torch.cuda.mem_get_info(self._cuda)
+            return int(total - free)
+        count = torch.cuda.max_memory_allocated if peak else torch.cuda.memory_allocated
+        return int(count(self._cuda))
+
+
+def _reset_peak() -> bool:
+    try:
+        _CLEAR.write_text(_RESET_PEAK)
+    except OSError:
+        return False
+    return True
+
+
+def _resident(field: str) -> int | None:
+    with contextlib.suppress(OSError):
+        found = re.search(rf"^{field}:\s+(\d+) kB", _STATUS.read_text(), re.MULTILINE)
+        return int(found[1]) * 1024 if found else None
+    return None
+
+
+def _give_back_freed() -> None:
+    """What the allocator keeps of freed memory would hide what is taken next."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
