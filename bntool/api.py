@@ -145,6 +145,7 @@ def measured_insert(model: nn.Module, result: SurgeryResult, batches: Iterable[A
 
     Eval outputs stay within rounding, which is checked; the first training step stays close, since each
     BatchNorm then normalises by what it undoes. A site that the data does not reach stays an identity.
+    Raises `CheckFailed` where the eval output is not the same within rounding.
     """
     names = [name for site in result.plan.insert_sites for name in site.norms]
     found = measure(result.model, names, batches)
@@ -156,7 +157,7 @@ def measured_insert(model: nn.Module, result: SurgeryResult, batches: Iterable[A
     notes += [f"{name}: not reached by the data, left an identity" for name in names if name not in found]
     checks = result.checks
     if result.inputs is not None:
-        checks = tuple(check_surgery(model, result.model, [result.inputs], stage="insert"))
+        checks = tuple(check_insert(model, result.model, result.plan, result.inputs))
     plan = dataclasses.replace(result.plan, notes=(*result.plan.notes, *notes))
     return dataclasses.replace(result, plan=plan, checks=checks)
 
@@ -284,7 +285,11 @@ def apply(
         plan = read_plan(plan)
     plan.require_signature(signature_of(model), class_name(type(model)))
     if plan.action == "insert":
-        result = as_result(model, apply_insert(model, plan), plan, None)
+        try:
+            modified = apply_insert(model, plan)
+        except KeyError as error:
+            raise PlanError(f"this plan is damaged: it lacks, or this model lacks, {error}") from error
+        result = as_result(model, modified, plan, None)
         if check != "none" and plan and plan.options.get("init") != "default":
             inputs = _observed(model, example_inputs, small=True).inputs
             rows = check_insert(model, result.model, plan, inputs, full=check == "full")

@@ -37,16 +37,22 @@ def convert_state_dict(
     new = {plan.key_map.get(name, name): tensor for name, tensor in state.items()}
     for site in plan.insert_sites:
         like = state.get(f"{site.conv}.weight".lstrip("."))
-        for name in site.norms:
+        for name in _every_name(plan, *site.norms):
             for key, tensor in _newcomer(site, plan, like).items():
                 new.setdefault(f"{name}.{key}", tensor)
     for dropped in plan.dropped:
-        bias = new.pop(plan.key_map.get(dropped.bias, dropped.bias), None)
-        for name in dropped.norms if isinstance(bias, Tensor) else ():
+        places = _every_name(plan, plan.key_map.get(dropped.bias, dropped.bias))
+        bias, *_ = [new.pop(place, None) for place in places]
+        for name in _every_name(plan, *dropped.norms) if isinstance(bias, Tensor) else ():
             mean = new.get(f"{name}.running_mean")
             if isinstance(mean, Tensor):
                 new[f"{name}.running_mean"] = (mean.double() - bias.double()).to(mean.dtype)
     return new
+
+
+def _every_name(plan: Plan, *names: str) -> list[str]:
+    """Names of the model after the insertion, each with the others that its module is registered under."""
+    return [place for name in names for place in (name, *plan.aliases.get(name, ()))]
 
 
 def _newcomer(site: InsertSite, plan: Plan, like: Tensor | None) -> dict[str, Tensor]:

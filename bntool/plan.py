@@ -43,7 +43,11 @@ class InsertSite:
     @property
     def norms(self) -> tuple[str, ...]:
         """The BatchNorm of each call."""
-        return (self.bn,) if self.calls == 1 else tuple(f"{self.bn}.{i}" for i in range(self.calls))
+        return self.norms_at(self.bn)
+
+    def norms_at(self, bn: str) -> tuple[str, ...]:
+        """The same under another name of `bn`."""
+        return (bn,) if self.calls == 1 else tuple(f"{bn}.{i}" for i in range(self.calls))
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -183,6 +187,8 @@ class Plan:
     `signature` maps every tensor of the model it was made for to its shape, so that a plan for
     another model is refused with the first difference named. `key_map` maps old state_dict keys to
     new ones where they differ. `dropped` are the biases that an insertion moves into running means.
+    `aliases` are the other names, after the insertion, of newcomers, of the biases that would still be there
+    and of the BatchNorms that take them in, where a module is registered under several names.
     `merges` come after the edits of the sites; a BatchNorm that goes with one has a site without edits.
     """
 
@@ -195,6 +201,7 @@ class Plan:
     key_map: Mapping[str, str] = dataclasses.field(default_factory=dict)
     notes: tuple[str, ...] = ()
     dropped: tuple[DroppedBias, ...] = ()
+    aliases: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
     merges: tuple[Merge, ...] = ()
 
     def __bool__(self) -> bool:
@@ -228,6 +235,7 @@ class Plan:
             "key_map": dict(self.key_map),
             "notes": list(self.notes),
             "dropped_biases": [d.to_dict() for d in self.dropped],
+            "aliases": {k: list(v) for k, v in self.aliases.items()},
             "merges": [dataclasses.asdict(m) for m in self.merges],
         }
 
@@ -267,6 +275,7 @@ class Plan:
                 dropped=tuple(
                     DroppedBias(**{**d, "norms": tuple(d["norms"])}) for d in data.get("dropped_biases", ())
                 ),
+                aliases={k: tuple(v) for k, v in data.get("aliases", {}).items()},
                 merges=tuple(_merge(m) for m in data.get("merges", ())),
             )
         except (KeyError, TypeError, ValueError) as error:

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.models.detection.faster_rcnn import TwoMLPHead
+from torchvision.ops import FrozenBatchNorm2d
 
 import bntool
-from bntool.errors import UsageError
+from bntool.errors import CheckFailed, PlanError, UsageError
 from bntool.layers import BatchNormPerCall
 from bntool.plan import Plan
 from bntool.reasons import Reason
@@ -245,7 +246,12 @@ class DroppedOut(nn.Module):
         return self.n(self.drop(self.a(x)))
 
 
-@pytest.mark.parametrize("net", [SharedBias, BiasReadElsewhere, DroppedOut])
+def before_a_frozen_norm() -> nn.Module:
+    """Its statistics stay in train mode: there the bias has a gradient."""
+    return nn.Sequential(nn.Conv2d(3, 4, 1), FrozenBatchNorm2d(4))
+
+
+@pytest.mark.parametrize("net", [SharedBias, BiasReadElsewhere, DroppedOut, before_a_frozen_norm])
 def test_a_bias_that_somebody_else_needs_stays(net: Any) -> None:
     result = bntool.insert(net().eval(), X, drop_bias=True)
     assert not result.plan.dropped
@@ -312,6 +318,13 @@ def test_moments_follow_their_parameters(build: Any, named: bool, drop: bool) ->
     new.step()
 
 
+def test_a_plan_that_names_no_layer_of_the_model_is_damaged() -> None:
+    data = bntool.insert(three_convs(), X).plan.to_dict()
+    data["sites"][0]["conv"] = "conv9"
+    with pytest.raises(PlanError, match=r"this plan is damaged: .*conv9"):
+        bntool.apply(three_convs(), Plan.from_dict(data), X)
+
+
 def test_an_optimizer_of_something_else_is_refused() -> None:
     model = three_convs()
     result = bntool.insert(model, X)
@@ -359,3 +372,91 @@ def test_a_pair_moves_the_keys_of_its_layer_alone() -> None:
     }
     assert [site.bn for site in plan.insert_sites] == ["conv1.1", "conv2.1"]
     assert json.loads(plan.to_json())["sites"][0]["form"] == "pair"
+
+
+# -- modules registered under several names ---------------------------------------------------------------
+
+
+class Registered(nn.Module):
+    """Every module has a second name, as layers kept in a list besides their attributes have."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.body = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU())
+        self.conv, self.act, self.func = nn.Conv2d(4, 4, 1), nn.ReLU(), nn.Conv2d(4, 4, 1)
+        self.last, self.norm = nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)
+        self.every = nn.ModuleList([self.body, self.conv, self.act, self.func, self.last, self.norm])
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.norm(self.last(F.relu(self.func(self.act(self.conv(self.body(x)))))))
+        return out
+
+
+@pytest.mark.parametrize("options", [{}, {"portable": True}, {"keep_keys": True}])
+@pytest.mark.parametrize("drop", [False, True])
+def test_a_checkpoint_is_converted_under_every_name(options: dict[str, Any], drop: bool) -> None:
+    result = bntool.insert(Registered(), X, drop_bias=drop, **options)
+    assert len(result.sites) == 3 and len(result.plan.dropped) == (4 if drop else 0)
+    other = Registered()
+    with torch.no_grad():
+        for tensor in (*other.parameters(), other.norm.running_mean):
+            tensor.normal_(0, 0.3)
+    plan = Plan.from_json(result.plan.to_json())
+    result.model.load_state_dict(bntool.convert_state_dict(other.state_dict(), plan), strict=True)
+    for old, new in zip(eval_outputs(other), eval_outputs(result.model), strict=True):
+        # a bias that moved is added by the BatchNorm instead: one more rounding each
+        torch.testing.assert_close(new, old, rtol=1e-5 if drop else 0, atol=1e-6 if drop else 0)
+
+
+# -- a bias that BatchNorm does not take away ---------------------------------------------------------------
+
+
+class OtherAxis(nn.Module):
+    """BatchNorm over axis 1 behind a linear layer whose channels lie on axis 2."""
+
+    def __init__(self, features: int) -> None:
+        super().__init__()
+        self.linear, self.norm = nn.Linear(64, features), nn.BatchNorm1d(3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.norm(self.linear(x.flatten(2)))
+        return out
+
+
+class Unbatched(nn.Module):
+    """The output of a convolution without a batch axis, (C, H, W), taken for a batch of C."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 8, 1), nn.BatchNorm1d(8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.norm(self.conv(x[0]))
+        return out
+
+
+class ReadsItsBias(nn.Conv2d):
+    def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        assert bias is not None
+        return super()._conv_forward(x, weight, bias if bias.numel() else None)
+
+
+def reads_its_bias() -> nn.Module:
+    return nn.Sequential(ReadsItsBias(3, 4, 1), nn.BatchNorm2d(4))
+
+
+@pytest.mark.parametrize("build", [lambda: OtherAxis(3), lambda: OtherAxis(5), Unbatched, reads_its_bias])
+def test_only_a_bias_along_the_channels_of_the_batchnorm_moves(build: Any) -> None:
+    model = build().eval()
+    assert not bntool.insert(model, X, drop_bias=True).modified
+    assert not [note for note in bntool.summary(model, X).notes if "bias without effect" in str(note)]
+
+
+def test_a_calibration_that_changes_the_output_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong(norm: Any, mean: Tensor, variance: Tensor) -> None:
+        norm.running_mean += 1
+
+    monkeypatch.setattr("bntool.api.set_preserving", wrong)
+    with pytest.raises(CheckFailed, match="the insertion changes the output"):
+        bntool.insert(three_convs(), X, init="calibrate", data=[X])

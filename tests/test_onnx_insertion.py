@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import onnx
 import pytest
@@ -14,6 +15,7 @@ from bntool.inserting import InsertOptions
 from bntool.onnx_checking import check_onnx_unchanged, example_inputs_of
 from bntool.onnx_folding import fold_onnx
 from bntool.onnx_insertion import insert_onnx
+from bntool.program_insertion import insert_program
 from bntool.reasons import Reason
 
 
@@ -86,3 +88,23 @@ def test_what_was_inserted_folds_away_to_the_same_numbers(exported: Path, tmp_pa
 def test_options_that_need_modules_are_refused(exported: Path) -> None:
     with pytest.raises(UsageError, match="keep-keys is for modules"):
         insert_onnx(exported, None, InsertOptions(keep_keys=True))
+
+
+@pytest.mark.parametrize("options", [{"position": "after"}, {"affine": False}, {"init": "default"}])
+def test_what_a_graph_cannot_take_is_refused_and_not_passed_over(exported: Path, options: Any) -> None:
+    with pytest.raises(UsageError, match="is for modules; a graph has none"):
+        insert_onnx(exported, None, InsertOptions(**options))
+    program = torch.export.export(Net().eval(), (torch.randn(2, 3, 8, 8),))
+    with pytest.raises(UsageError):
+        insert_program(program, InsertOptions(**options))
+
+
+def test_a_weight_that_comes_in_as_an_input_is_told(tmp_path: Path) -> None:
+    make, number = onnx.helper.make_node, onnx.TensorProto.FLOAT
+    nodes = [make("Conv", ["x", "w"], ["c"], name="conv"), make("Relu", ["c"], ["y"])]
+    sizes = {"x": (1, 3, 8, 8), "w": (4, 3, 3, 3), "y": (1, 4, 6, 6)}
+    x, w, y = (onnx.helper.make_tensor_value_info(name, number, size) for name, size in sizes.items())
+    model = onnx.helper.make_model(onnx.helper.make_graph(nodes, "g", [x, w], [y]))
+    onnx.save(model, tmp_path / "m.onnx")
+    result = insert_onnx(tmp_path / "m.onnx", None)
+    assert [(skip.name, skip.reason) for skip in result.plan.skips] == [("conv", Reason.WEIGHT_COMPUTED)]

@@ -23,10 +23,21 @@ def redundant_biases(graph: Graph) -> Iterator[DroppedBias]:
         if len(readers) != 1 or readers[0].kind != "batch_norm" or not untouched(graph, value):
             continue
         norm = graph.modules.get(readers[0].scope)
+        if readers[0].attrs.get("frozen"):
+            continue  # in train mode too it takes stored means away, so the bias before it learns
         if norm is None or norm.role not in ("norm", "norm_act") or norm.calls != 1 or norm.hooked:
             continue
-        if readers[0].attrs["axis"] == 1 and (bias := own_bias(graph, [op])):
+        if (
+            readers[0].attrs["axis"] == 1
+            and len(value.shape) == batched_rank(op)
+            and (bias := own_bias(graph, [op]))
+        ):
             yield DroppedBias(op.scope, bias, (norm.name,), value.shape[1])
+
+
+def batched_rank(op: Op) -> int:
+    """How many axes a layer puts out where the channels lie on axis 1, where BatchNorm looks for them."""
+    return int(op.attrs.get("dims", 1)) + 2 if op.kind == "conv" else 2
 
 
 def untouched(graph: Graph, value: Value) -> bool:

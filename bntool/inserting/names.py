@@ -14,8 +14,13 @@ _INSIDE = ""
 """Marks a layer that becomes a child of what stands in its place: all below it moves one level down."""
 
 
-def name_newcomers(graph: Graph, drafts: Sequence[Draft], options: InsertOptions) -> tuple[list[str], Rename]:
-    """Every draft's qualified name, and how all other names move."""
+def name_newcomers(
+    graph: Graph, drafts: Sequence[Draft], options: InsertOptions
+) -> tuple[list[list[str]], Rename]:
+    """Every draft's qualified names, the first one first, and how all other names move.
+
+    A newcomer has as many names as the module that it stands in.
+    """
     renamed: dict[str, dict[str, str]] = {}
     new_names: dict[tuple[str, str], str] = {}
     by_parent: dict[str, set[str]] = {}
@@ -40,18 +45,20 @@ def name_newcomers(graph: Graph, drafts: Sequence[Draft], options: InsertOptions
             path = f"{path}.{part}" if path else part
         return ".".join(result)
 
-    def newcomer(draft: Draft) -> str:
+    def newcomer(draft: Draft, slot: str) -> str:
         if draft.form == "sequential":
-            return _join(rename(draft.slot), new_names[draft.slot, draft.after_child])
+            return _join(rename(slot), new_names[draft.slot, draft.after_child])
         if draft.form == "wrap":
-            return _join(rename(draft.slot), "1" if options.position == "after" else "0")
+            return _join(rename(slot), "1" if options.position == "after" else "0")
         if draft.form == "identity":
-            return rename(draft.slot)
+            return rename(slot)
         if draft.form == "node":
-            return f"{draft.conv}_bn"
-        return _join(rename(draft.conv), "1" if draft.form == "pair" else "bn")
+            return f"{slot}_bn"
+        return _join(rename(slot), "1" if draft.form == "pair" else "bn")
 
-    return [newcomer(draft) for draft in drafts], rename
+    slots = [(draft.slot, *graph.aliases.get(draft.slot, ())) for draft in drafts]
+    names = [[newcomer(draft, s) for s in every] for draft, every in zip(drafts, slots, strict=True)]
+    return names, rename
 
 
 def sequential_names(

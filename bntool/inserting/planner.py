@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 
 from bntool.errors import UsageError
 from bntool.graph import Graph, Module, Op, Value
-from bntool.inserting.biases import own_bias, redundant_biases, untouched
+from bntool.inserting.biases import batched_rank, own_bias, redundant_biases, untouched
 from bntool.inserting.names import Rename, name_newcomers
 from bntool.inserting.options import InsertOptions
 from bntool.inserting.places import Draft, Form, passes
@@ -43,9 +43,13 @@ def plan_insert_nodes(graph: Graph, options: InsertOptions) -> Plan:
     Raises `UsageError` for options that only a module tree can carry out.
     """
     options.validate()
-    for name in ("keep_keys", "portable", "sync", "drop_bias"):
-        if getattr(options, name):
-            raise UsageError(f"{name.replace('_', '-')} is for modules; a graph has none")
+    plain = InsertOptions()
+    for name in ("position", "affine", "init", "keep_keys", "portable", "sync", "drop_bias"):
+        if getattr(options, name) != getattr(plain, name):
+            raise UsageError(
+                f"{name.replace('_', '-')} is for modules; a graph has none",
+                next_step="a graph takes identity-initialised BatchNorms before the activation",
+            )
     return _Planner(graph, options, tree=False).plan()
 
 
@@ -80,9 +84,16 @@ class _Planner:
         drafts, left_out = self._wanted(drafts)
         names, rename = name_newcomers(self.graph, drafts, self.options)
         sites = [
-            InsertSite(d.conv, d.activation, name, d.channels, d.form, d.dims, d.kind, d.slot, d.calls)
-            for d, name in zip(drafts, names, strict=True)
+            InsertSite(d.conv, d.activation, first, d.channels, d.form, d.dims, d.kind, d.slot, d.calls)
+            for d, (first, *_) in zip(drafts, names, strict=True)
         ]
+        dropped = tuple(self._dropped(drafts, sites, rename)) if self.options.drop_bias else ()
+        aliases = {
+            first: tuple(others)
+            for site, known in zip(sites, names, strict=True)
+            for first, *others in zip(*map(site.norms_at, known), strict=True)
+            if others
+        }
         handles = [n for first in self.graph.tensors for n in (first, *self.graph.aliases.get(first, ()))]
         return Plan(
             action="insert",
@@ -93,8 +104,18 @@ class _Planner:
             options=self.options.to_dict(),
             key_map={old: rename(old) for old in handles if rename(old) != old},
             notes=tuple(self._warnings(drafts)),
-            dropped=tuple(self._dropped(drafts, sites, rename)) if self.options.drop_bias else (),
+            dropped=dropped,
+            aliases={**aliases, **dict(self._known_elsewhere(dropped, rename))},
         )
+
+    def _known_elsewhere(
+        self, dropped: Sequence[DroppedBias], rename: Rename
+    ) -> Iterator[tuple[str, tuple[str, ...]]]:
+        """The other names of biases that go, and of old BatchNorms that take them in."""
+        first = {rename(old): old for old in self.graph.aliases}
+        for name in (name for d in dropped for name in (rename(d.bias), *d.norms)):
+            if name in first:
+                yield name, tuple(map(rename, self.graph.aliases[first[name]]))
 
     def _warnings(self, drafts: Sequence[Draft]) -> Iterator[str]:
         lone = [draft.conv for draft in drafts if draft.lone]
@@ -152,6 +173,8 @@ class _Planner:
             raise _Refuse(Reason.EXCLUDED, "left out by --include/--exclude")
         if module is None or module.role not in ("conv", "linear") or ops[0].scope != name:
             raise _Refuse(Reason.NOT_A_MODULE, "a function call inside forward, not a layer of its own")
+        if not self.tree and not self.graph.input(ops[0], "weight").handle:
+            raise _Refuse(Reason.WEIGHT_COMPUTED, "its weight is no stored tensor of the graph")
         if max(len(ops), module.calls) > 1:
             self._require_per_call(ops, module)
         found = [self._activation(op) for op in ops]
@@ -161,8 +184,7 @@ class _Planner:
         for activation in activations if self.options.position == "after" else ():
             self._require_not_normed(self.graph.output(activation))
             self._require_unseen(self.graph.output(activation))
-        dims = ops[0].attrs.get("dims", 1)
-        rank = dims + 2 if ops[0].kind == "conv" else 2
+        rank = batched_rank(ops[0])
         for shape in shapes:
             if len(shape) != rank:
                 raise _Refuse(
@@ -180,7 +202,7 @@ class _Planner:
             activations[0].scope,
             activations[0].kind,
             value.shape[1],
-            dims,
+            ops[0].attrs.get("dims", 1),
             form,
             slot,
             child,

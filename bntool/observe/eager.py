@@ -334,6 +334,7 @@ class _Recorder:
         for role in ("weight", "bias", "running_mean", "running_var"):
             inputs[role] = self.holders.value_of(getattr(frame.module, role))
         attrs = {"eps": float(getattr(frame.module, "eps", 0.0)), "training": False, "axis": 1}
+        attrs["frozen"] = True
         self.graph.add_op("batch_norm", inputs, outputs, attrs=attrs, scope=frame.name, call=frame.call)
 
 

@@ -52,10 +52,10 @@ def class_name(cls: type) -> str:
     return f"{cls.__module__}.{cls.__qualname__}"
 
 
-def forward_owner(cls: type) -> str:
-    """The class whose `forward` an instance of `cls` runs."""
+def forward_owner(cls: type, method: str = "forward") -> str:
+    """The class whose `forward` an instance of `cls` runs; empty where it has none."""
     for base in cls.__mro__:
-        if "forward" in vars(base):
+        if method in vars(base):
             return class_name(base)
     return ""
 
@@ -108,7 +108,8 @@ def role_of(cls: type) -> str:
 @once_per_class
 def uses_plain_bias(cls: type) -> bool:
     """Whether the forward of a convolution or linear class is known to use `self.bias`."""
-    return forward_owner(cls).startswith(_PLAIN_BIAS_OWNERS)
+    owners = (forward_owner(cls), forward_owner(cls, "_conv_forward"))
+    return all(owner.startswith(_PLAIN_BIAS_OWNERS) for owner in owners if owner)
 
 
 def signature_of(model: nn.Module) -> dict[str, tuple[int, ...]]:
