@@ -2,7 +2,7 @@
 
 Times are medians over interleaved repetitions, and a ratio is the median of the ratios round by round, so
 that a machine whose speed drifts slows both sides. Folds and forwards run on one thread and are measured in
-processor time, which what else runs on the machine hardly moves; commands by the clock.
+processor time, which other work on the machine moves less than the clock; commands by the clock.
 """
 
 from __future__ import annotations
@@ -161,6 +161,7 @@ def main() -> None:
     chosen = parser.parse_args()
     warnings.simplefilter("ignore")
     rows, grown = [], []
+    load = os.getloadavg()[0]
     torch.set_num_threads(1)
     if chosen.only != "growth":
         for row in folds(chosen.repetitions):
@@ -172,7 +173,7 @@ def main() -> None:
             grown.append(growth)
     if chosen.only is None:
         help_, whole = help_page(chosen.repetitions), whole_command(max(2, chosen.repetitions // 3))
-        PAGE.write_text(page(rows, grown, help_, whole), encoding="utf-8")
+        PAGE.write_text(page(load, rows, grown, help_, whole), encoding="utf-8")
         print(f"wrote {PAGE}")
 
 
