@@ -41,6 +41,7 @@ def fold_onnx_file(voice: Voice, options: dict[str, Any]) -> int:
                 include=options["include"] or ("*",),
                 exclude=options["exclude"],
                 merge=not options["no_merge"],
+                unshare=options["unshare"],
                 check=options["check"],
                 device=options["device"],
                 seed=options["seed"],
