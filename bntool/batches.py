@@ -21,6 +21,9 @@ from bntool.files.scripts import import_path, import_script, running_user_code
 from bntool.images import Preparation, find_images, image_batch
 from bntool.inputs import Inputs
 
+_Make = Callable[[slice], Iterator[Inputs]]
+"""Makes those batches whose numbers a slice picks."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Batches:
@@ -41,6 +44,7 @@ def open_batches(
     like: Inputs | None = None,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
+    share: tuple[int, int] = (0, 1),
 ) -> Batches:
     """Batches from a file of arrays, a folder of images, `pkg.mod:loader`, or an iterable of batches.
 
@@ -48,7 +52,8 @@ def open_batches(
     `batch_size` cuts them, and a last batch of one sample joins the one before, since it would have no
     variance. Images are scaled to 0..1, resized and cropped to the size of `like`, then (x − mean)/std.
     A loader is an iterable of batches, or a function that returns one. `like` are example inputs: data
-    whose axes or type do not fit them is refused. At most `limit` batches.
+    whose axes or type do not fit them is refused. At most `limit` batches; of those, `share` (rank, size)
+    takes every size-th from number `rank` on. Samples of the others are not read, unless from an iterable.
 
     Raises:
         UsageError: no data, or data that does not fit `like`; both shapes are named.
@@ -63,7 +68,8 @@ def open_batches(
     else:
         text = type(source).__name__
         make = _from_iterable(source, text, like, named=False)
-    return Batches(lambda: itertools.islice(make(), limit), text)
+    rank, size = share
+    return Batches(lambda: make(slice(rank, limit, size)), text)
 
 
 def inputs_of(model: nn.Module, batches: Iterable[Any]) -> Iterator[Inputs]:
@@ -115,22 +121,22 @@ def _as_inputs(item: Any, needed: int) -> Inputs:
 # -- sources -------------------------------------------------------------------------------------------------
 
 
-def _from_path(
-    text: str, batch_size: int, like: Inputs | None, preparation: Preparation
-) -> Callable[[], Iterator[Inputs]]:
+def _from_path(text: str, batch_size: int, like: Inputs | None, preparation: Preparation) -> _Make:
     path = Path(text)
     if path.is_dir():
         files = find_images(path)
         ready = preparation.checked(text)
         bounds = _bounds(len(files), batch_size, text)
-        return lambda: (fitted(Inputs((image_batch(files[a:b], ready),)), like, text) for a, b in bounds)
+        return lambda part: (
+            fitted(Inputs((image_batch(files[a:b], ready),)), like, text) for a, b in bounds[part]
+        )
     preparation.require_unused(text)
     if path.is_file():
         arrays = chosen_arrays(arrays_in(path), like, text)
         length = len(next(iter(arrays.values())))
         bounds = _bounds(length, batch_size, text)
         _sliced(arrays, *bounds[0], like, text)
-        return lambda: (_sliced(arrays, a, b, like, text) for a, b in bounds)
+        return lambda part: (_sliced(arrays, a, b, like, text) for a, b in bounds[part])
     head, colon, name = text.rpartition(":")
     if not colon or not name.isidentifier():
         raise LoadError(f"no such data: {text}", next_step=f"give {KINDS}")
@@ -140,17 +146,15 @@ def _from_path(
     return _from_iterable(getattr(module, name), text, like, named=True)
 
 
-def _from_iterable(
-    source: Any, text: str, like: Inputs | None, *, named: bool
-) -> Callable[[], Iterator[Inputs]]:
+def _from_iterable(source: Any, text: str, like: Inputs | None, *, named: bool) -> _Make:
     """Batches from an iterable, or a function that returns one; a named one's prints stay off stdout."""
     needed = max(1, len(like.args)) if like is not None else 1
 
     around: Any = _as_user_code if named else contextlib.nullcontext
 
-    def make() -> Iterator[Inputs]:
+    def make(part: slice) -> Iterator[Inputs]:
         with around():
-            found = _called(source, text)
+            found = itertools.islice(_called(source, text), part.start, part.stop, part.step)
         while True:
             try:
                 with around():

@@ -19,8 +19,9 @@ from bntool.report.tables import Column, Table, count, render, wrapped
 from bntool.results import delta_lines
 from bntool.statistics import store
 from bntool.surgery.fold_modules import with_own_tensors
-from bntool.sweeping import Sweep, sweep
+from bntool.sweeping import Sweep, pooled, require_batches, sweep
 from bntool.verdicts import Check
+from bntool.world import World
 
 Progress = Callable[[str], None]
 
@@ -141,11 +142,15 @@ def calibrate(
     Without `reset` the statistics that the layers hold count too. `batches` is an iterable of tensors
     (N, …), `(input, target)` tuples, mappings of keyword inputs, or `Inputs`.
 
+    Where torch.distributed is initialised, all processes of the default group call this together, each with
+    its own share of the batches, which may be empty; what they read is pooled, and each gets the same result.
+
     Raises:
         NothingToDo: the model has no BatchNorm that can be calibrated, or the data reaches none.
         StateError: the statistics are not finite, or do not fit the layer's type.
         UsageError: no data, data with NaN or Inf, data that the model does not take, or a layer of a
             class that cannot be frozen.
+        ProcessError: another process has ended.
     """
     if not isinstance(model, nn.Module):
         raise UsageError(
@@ -161,7 +166,9 @@ def calibrate(
         )
     if freeze:
         _require_freezable(model, names)
-    found = sweep(model, names, batches, batch_statistics=True, progress=progress)
+    own = sweep(model, names, batches, batch_statistics=True, progress=progress)
+    found = pooled(own, World.current())
+    require_batches(found)
     if not found.layers:
         raise NothingToDo("the data reaches no BatchNorm", where=names[0])
     kept += [(name, "the data does not reach it") for name in names if name not in found.layers]

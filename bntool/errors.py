@@ -85,6 +85,13 @@ class StateError(BntoolError):
     status = "bad-state"
 
 
+class ProcessError(BntoolError):
+    """The processes of a job do not find each other, or one of them has ended."""
+
+    exit_code = 8
+    status = "processes-lost"
+
+
 class PlanError(UsageError):
     """A plan that cannot be read, or that was made for another model."""
 

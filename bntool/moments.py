@@ -72,3 +72,12 @@ class Seen:
     def add(self, values: Tensor) -> None:
         self.moments = self.moments.merged(Moments.of(values))
         self.calls += 1
+
+    def merged(self, other: Seen) -> Seen:
+        """What both read together."""
+        return Seen(self.moments.merged(other.moments), self.calls + other.calls, self.dtype)
+
+    def to(self, device: str) -> Seen:
+        moments = self.moments
+        moved = Moments(moments.count, moments.mean.to(device), moments.m2.to(device))
+        return dataclasses.replace(self, moments=moved)

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from bntool.errors import StateError, UsageError
 from bntool.moments import Moments, Seen
-from bntool.sweeping import sweep
+from bntool.sweeping import require_batches, sweep
+from bntool.world import World
 
 _SHOWN_CHANNELS = 5
 
@@ -21,10 +22,13 @@ def measure(
     """Mean and population variance (float64, (C,)) of what BatchNorm layers read, in one eval-mode pass.
 
     `layers` are qualified names or modules of `model`. A layer that the data does not reach is not in
-    the result. Raises what `sweep` raises, and `UsageError` for a layer that the model does not have.
+    the result. Raises what `sweep` raises, and `UsageError` for no data, for a layer that the model does
+    not have, and in one of several processes.
     """
+    _require_one_process()
     names = [_name_of(model, layer) for layer in layers]
     found = sweep(model, names, batches, batch_statistics=False)
+    require_batches(found)
     return {name: (seen.moments.mean, seen.moments.variance) for name, seen in found.layers.items()}
 
 
@@ -79,6 +83,14 @@ def store(layer: nn.Module, name: str, seen: Seen, *, reset: bool = True) -> Mom
     if not had or norm.num_batches_tracked is not None:
         _put(norm, "num_batches_tracked", torch.tensor(calls, dtype=torch.long, device=device))
     return moments
+
+
+def _require_one_process() -> None:
+    if World.current().size > 1:
+        raise UsageError(
+            "statistics are measured in one process, and this is one of several",
+            next_step="measure before torch.distributed.init_process_group; bntool.calibrate pools processes",
+        )
 
 
 def _held(norm: Any, name: str, seen: Seen) -> tuple[Moments | None, int]:

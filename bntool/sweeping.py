@@ -19,6 +19,7 @@ from bntool.moments import Moments, Seen
 from bntool.observe.copying import structural_copy
 from bntool.observe.leftovers import random_state_kept, require_materialised
 from bntool.runtime.torch_runner import exact_float32
+from bntool.world import World
 
 Progress = Callable[[str], None]
 
@@ -46,11 +47,10 @@ def sweep(
     buffers are its own: the model, the random state and the TF32 flags stay as they were.
 
     Raises:
-        UsageError: no data, data with NaN or Inf, or data that the model does not take.
+        UsageError: data with NaN or Inf, or data that the model does not take.
         StateError: finite data became NaN or infinite inside the model.
     """
     require_materialised(model)
-    _require_one_process()
     run = structural_copy(model)
     _own_buffers(run)
     for module in run.modules():
@@ -58,6 +58,8 @@ def sweep(
     layers = {name: run.get_submodule(name) for name in names}
     for layer in layers.values():
         layer.training = batch_statistics
+        if batch_statistics and isinstance(layer, nn.SyncBatchNorm):
+            _normalise_alone(layer)
     device = next((t.device for t in (*run.parameters(), *run.buffers())), torch.device("cpu"))
     watch = _Watch({id(layer): name for name, layer in layers.items()}, batch_statistics)
     with random_state_kept(), exact_float32(), torch.no_grad(), watch.hooks():
@@ -67,9 +69,25 @@ def sweep(
                 progress(f"batch {watch.batch}")
             _require_finite(inputs, watch.batch)
             _run_batch(run, inputs.to(device=device).map(torch.clone), watch)
-    if not watch.batch:
-        raise UsageError("the data holds no batch", next_step="pass at least one batch")
     return Sweep(watch.seen, watch.batch)
+
+
+def pooled(found: Sweep, world: World) -> Sweep:
+    """What all processes saw together, merged in the order of their ranks, the same on each. Collective."""
+    if world.size == 1:
+        return found
+    parts = world.gather(({name: seen.to("cpu") for name, seen in found.layers.items()}, found.batches))
+    layers: dict[str, Seen] = {}
+    for part, _ in parts:
+        for name, seen in part.items():
+            layers[name] = layers[name].merged(seen) if name in layers else seen
+    return Sweep(layers, sum(batches for _, batches in parts))
+
+
+def require_batches(found: Sweep) -> None:
+    """Raise `UsageError` where there was no data."""
+    if not found.batches:
+        raise UsageError("the data holds no batch", next_step="pass at least one batch")
 
 
 class _Watch(TorchFunctionMode):
@@ -167,13 +185,13 @@ def _require_finite(inputs: Inputs, batch: int) -> None:
             )
 
 
-def _require_one_process() -> None:
-    distributed = torch.distributed
-    if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
-        raise UsageError(
-            "statistics are measured in one process, and this is one of several",
-            next_step="calibrate before torch.distributed.init_process_group, on all the data",
-        )
+def _normalise_alone(layer: nn.SyncBatchNorm) -> None:
+    """Have it normalise by the batch of this process: it asks the others in train mode only.
+
+    The batches of the processes are batches of their own, and one process may have more of them.
+    """
+    layer.training = False
+    layer._buffers["running_mean"] = layer._buffers["running_var"] = None
 
 
 def _own_buffers(model: nn.Module) -> None:

@@ -15,6 +15,7 @@ import click
 
 from bntool import __version__
 from bntool.cli.documents import emit_error, stdout_kept_for_documents
+from bntool.cli.job import first_to_fail
 from bntool.errors import BntoolError, InvariantError, LoadError, UsageError
 
 _COMMANDS = {
@@ -126,9 +127,10 @@ def _run(argv: list[str], as_json: bool, debug: bool) -> int:
     except click.exceptions.Exit as stop:
         return stop.exit_code
     except (click.Abort, KeyboardInterrupt):
-        if as_json:
-            emit_error("stopped", {"what": "stopped", "where": "", "next": ""})
-        click.echo("bntool: stopped", err=True)
+        if first_to_fail():
+            if as_json:
+                emit_error("stopped", {"what": "stopped", "where": "", "next": ""})
+            click.echo("bntool: stopped", err=True)
         return _STOPPED
     except _ReaderGone:
         if sys.__stdout__ is not None:
@@ -164,6 +166,8 @@ def _speaker(as_json: bool, help_line: str) -> Callable[[BntoolError], int]:
 
     def fail(error: BntoolError) -> int:
         error.next_step = error.next_step or help_line
+        if not first_to_fail():
+            return error.exit_code
         if as_json:
             emit_error(error.status, error.to_dict())
         else:
@@ -183,6 +187,8 @@ def _bug(error: Exception, as_json: bool) -> int:
     text = str(error).strip().splitlines()
     what = f"a bug in bntool: {type(error).__name__}: {text[0] if text else ''}"
     next_step = "run it again with --debug and report the traceback"
+    if not first_to_fail():
+        return _BUG
     if as_json:
         emit_error("bug", {"what": what, "where": "", "next": next_step})
     else:

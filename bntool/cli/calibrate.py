@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from bntool.cli import options as opt
 from bntool.cli.data import opened_data
+from bntool.cli.job import joined
 from bntool.cli.session import Session, Voice, open_session
 from bntool.errors import UsageError
+
+if TYPE_CHECKING:
+    from bntool.world import World
 
 
 @click.command("calibrate", short_help="Recompute running statistics from data.")
@@ -17,23 +21,33 @@ from bntool.errors import UsageError
 @opt.data_options(required=True)
 @click.option("--freeze", is_flag=True, help="Keep BatchNorm frozen through model.train().")
 @opt.output_options()
+@opt.job_option()
 @opt.common_options()
 def command(**options: Any) -> int:
     """Recompute every BatchNorm's running mean and variance from data, exactly and without momentum.
 
     The data must be prepared as in training. Writes NAME_calibrated beside the input; the input is never
     touched. Layers with track_running_stats=False get running statistics, so that they can be folded.
+    Under torchrun each process reads its share of the batches.
     """
     voice = Voice(options["as_json"], options["quiet"], options["verbose"])
+    with joined(options["timeout"]) as world:
+        voice.silent = not world.is_main
+        return _calibrate(voice, options, world)
+
+
+def _calibrate(voice: Voice, options: dict[str, Any], world: World) -> int:
     session = open_session(voice, options)
     from bntool.calibrating import calibrate
     from bntool.cli.writing import chosen_output, write_model
 
     path = None
-    if not options["dry_run"]:
+    if world.is_main and not options["dry_run"]:
         path = chosen_output(session, "calibrate", options["output"], options["force"])
         _require_storable(session, options["freeze"])
-    batches = opened_data(session, options)
+    batches = opened_data(session, options, (world.rank, world.size))
+    if world.size > 1:
+        voice.note(f"{world.size} processes, each with one of every {world.size} batches")
     with voice.progress("calibrating") as step:
         result = calibrate(session.model, batches, freeze=options["freeze"], progress=step)
     voice.say(result.render(verbose=not options["quiet"]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,6 +13,7 @@ import click
 
 from bntool.cli import options as opt
 from bntool.cli.data import numbers
+from bntool.cli.job import joined
 from bntool.cli.session import Session, Voice, open_session
 
 if TYPE_CHECKING:
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
     from bntool.experiment.comparison import TrainingComparison
     from bntool.experiment.datasets import Data
     from bntool.experiment.settings import Settings
+    from bntool.world import World
 
 
 @click.command("compare", short_help="Train with and without BatchNorm, and compare.")
@@ -52,6 +55,7 @@ if TYPE_CHECKING:
 @click.option("--activation", multiple=True, metavar="KIND", help="As in bntool insert.")
 @click.option("--position", type=click.Choice(["before", "after"]), default="before", show_default=True)
 @click.option("--no-affine", is_flag=True, help="BatchNorm without γ and β.")
+@click.option("--sync", is_flag=True, help="SyncBatchNorm: processes of torchrun normalise together.")
 @click.option(
     "--init",
     type=click.Choice(["identity", "default"]),
@@ -73,15 +77,23 @@ if TYPE_CHECKING:
 )
 @click.option("-o", "--output", metavar="FOLDER", callback=opt.not_empty, help="Default: NAME_compare.")
 @click.option("--force", is_flag=True, help="Begin anew where the folder holds another comparison.")
+@opt.job_option()
 @opt.common_options()
 def command(**options: Any) -> int:
     """Train MODEL as it is and with BatchNorm, on the same batches, and compare.
 
     Writes NAME_compare/ here: compare.json, plots, both trained models, and a checkpoint of each run. The
-    same command goes on where it was stopped, and gives the same figures.
+    same command goes on where it was stopped, and gives the same figures. Under torchrun the processes share
+    each batch.
     """
     voice = Voice(options["as_json"], options["quiet"], options["verbose"])
     settings = _settings(options)
+    with joined(options["timeout"], settings.device) as world:
+        voice.silent = not world.is_main
+        return _compare(voice, options, settings, world)
+
+
+def _compare(voice: Voice, options: dict[str, Any], settings: Settings, world: World) -> int:
     session = open_session(voice, options)
     from bntool.experiment.comparison import compare_training, write_document
     from bntool.experiment.plots import require_matplotlib, write_plots
@@ -90,16 +102,20 @@ def command(**options: Any) -> int:
 
     require_torch_device(settings.device)
     require_matplotlib()
-    data = _data(session, options)
+    data = _data_in_turn(session, options, world)
     for note in data.notes:
         voice.note(note)
     folder = Path(options["output"] or f"{output_name(_source(session), 'export').stem}_compare")
     try:
         with _progress(voice, settings) as tell:
-            found = compare_training(session.model, data, settings, folder, force=options["force"], tell=tell)
+            found = compare_training(
+                session.model, data, settings, folder, force=options["force"], world=world, tell=tell
+            )
     except KeyboardInterrupt:
         voice.note(f"the same command goes on from the last checkpoint in {folder}")
         raise
+    if not world.is_main:
+        return 0
     voice.say(found.render())
     if session.inputs is None:  # what the next command in this folder runs the trained model on
         session.inputs = data.example()
@@ -116,8 +132,8 @@ def _settings(options: dict[str, Any]) -> Settings:
     from bntool.experiment.settings import Settings
 
     same = (
-        "epochs batch_size optimizer momentum weight_decay schedule repeats seed from_scratch position init "
-        "watch_every"
+        "epochs batch_size optimizer momentum weight_decay schedule repeats seed from_scratch position sync "
+        "init watch_every"
     )
     return Settings(
         lrs=tuple(numbers(options["lr"], "--lr") or ()),
@@ -134,6 +150,16 @@ def _device(name: str) -> str:
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     return name
+
+
+def _data_in_turn(session: Session, options: dict[str, Any], world: World) -> Data:
+    """The data, which the first process of each machine loads down, where it is to be, before the others."""
+    if not options["download"]:
+        return _data(session, options)
+    first = os.environ.get("LOCAL_RANK", "0") == "0"
+    data = _data(session, options) if first else None
+    world.gather(None)
+    return data if data is not None else _data(session, options)
 
 
 def _data(session: Session, options: dict[str, Any]) -> Data:
@@ -178,7 +204,7 @@ def _progress(voice: Voice, settings: Settings) -> Iterator[Callable[..., None]]
     from bntool.experiment.comparison import ARMS, TITLES
 
     bar: Any = None
-    if not voice.quiet and not voice.as_json and sys.stderr.isatty():
+    if not (voice.quiet or voice.as_json or voice.silent) and sys.stderr.isatty():
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
         from rich.progress import Progress as Bar

@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     from bntool.inputs import Inputs
 
 
-def opened_data(session: Session, options: dict[str, Any]) -> Batches:
-    """The batches of `--data`, made to fit what the model takes."""
+def opened_data(session: Session, options: dict[str, Any], share: tuple[int, int] = (0, 1)) -> Batches:
+    """The batches of `--data`, made to fit what the model takes; of several processes, those of `share`."""
     import torch
 
     from bntool.batches import open_batches
@@ -33,6 +33,7 @@ def opened_data(session: Session, options: dict[str, Any]) -> Batches:
         like=like,
         mean=numbers(options["mean"], "--mean"),
         std=numbers(options["std"], "--std"),
+        share=share,
     )
 
 

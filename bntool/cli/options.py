@@ -213,6 +213,17 @@ def common_options() -> Decorator:
     )
 
 
+def job_option() -> Decorator:
+    return click.option(
+        "--timeout",
+        type=click.FloatRange(min=0, min_open=True, max=1e6),
+        default=600.0,
+        show_default="600",
+        metavar="SECONDS",
+        help="How long the processes of torchrun wait for each other.",
+    )
+
+
 def data_options(*, required: bool) -> Decorator:
     """Where data comes from, and how it is cut and scaled."""
     return _all(

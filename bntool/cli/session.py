@@ -31,15 +31,19 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass
 class Voice:
-    """Results go to stdout, progress to stderr; with `--json` stdout is one document and nothing else."""
+    """Results go to stdout, progress to stderr; with `--json` stdout is one document and nothing else.
+
+    `silent` is one of several processes, of which another speaks.
+    """
 
     as_json: bool = False
     quiet: bool = False
     verbose: bool = False
     notes: list[str] = dataclasses.field(default_factory=list)
+    silent: bool = False
 
     def say(self, text: str = "") -> None:
-        if not self.as_json:
+        if not self.as_json and not self.silent:
             click.echo(text)
 
     def tell(self, text: str) -> None:
@@ -50,11 +54,11 @@ class Voice:
     def note(self, text: str) -> None:
         """A remark: a line of text, or an entry of the document's `notes`."""
         self.notes.append(text)
-        if not self.as_json and not self.quiet:
+        if not self.as_json and not self.quiet and not self.silent:
             click.echo(f"note: {text}")
 
     def emit(self, document: dict[str, Any]) -> None:
-        if self.as_json:
+        if self.as_json and not self.silent:
             emit({**document, "notes": self.notes})
 
     def fail(self, error: BntoolError, document: dict[str, Any]) -> NoReturn:
@@ -70,7 +74,7 @@ class Voice:
 
         Yields a function that takes the text of the current step.
         """
-        if self.quiet or self.as_json or not sys.stderr.isatty():
+        if self.quiet or self.as_json or self.silent or not sys.stderr.isatty():
             yield lambda text: None
             return
         from rich.console import Console

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bntool.errors import LoadError
-from bntool.experiment.randomness import random_state, set_random_state
+from bntool.errors import BntoolError, LoadError
+from bntool.experiment.randomness import set_random_state
 from bntool.files.atomic import write_atomically
+from bntool.world import World
 
 SCHEMA_VERSION = 1
 
@@ -33,14 +34,22 @@ class Progress:
 
 
 def write_checkpoint(
-    path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, progress: Progress
+    path: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    progress: Progress,
+    states: list[dict[str, Any]],
 ) -> None:
-    """Write the run as it stands between two steps, whole or not at all."""
+    """Write the run as it stands between two steps, whole or not at all.
+
+    `states` are the states of the generators, one for each process.
+    """
     held = {
         "schema_version": SCHEMA_VERSION,
         "tensors": _tensors(model),
         "optimizer": optimizer.state_dict(),
-        "random": random_state(),
+        "random": states[0],
+        "random_elsewhere": states[1:],
         "progress": dataclasses.asdict(progress),
     }
 
@@ -54,15 +63,18 @@ def write_checkpoint(
     write_atomically(path, write, force=True)
 
 
-def read_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> Progress | None:
+def read_checkpoint(
+    path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, world: World
+) -> Progress | None:
     """Put model, optimizer and every generator back where the run stood; None where it has not begun.
 
-    Raises `LoadError` for a file that is damaged or of another model.
+    Rank 0 reads the file and tells the others what it holds: they may not see its disk. Raises `LoadError`
+    for a file that is damaged or of another model.
     """
-    if not path.exists():
-        return None
     try:
-        held = torch.load(path, map_location="cpu", weights_only=True)
+        held = world.told(_held(path) if world.is_main else None)
+        if held is None:
+            return None
         if held["schema_version"] != SCHEMA_VERSION:
             raise ValueError(f"it has schema version {held['schema_version']}")
         progress = Progress(**held["progress"])
@@ -73,7 +85,9 @@ def read_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimiz
             for name, tensor in held["tensors"].items():
                 own[name].copy_(tensor)
         optimizer.load_state_dict(held["optimizer"])
-        set_random_state(held["random"])
+        set_random_state([held["random"], *held.get("random_elsewhere", ())][world.rank])
+    except BntoolError:
+        raise
     except Exception as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise LoadError(
@@ -82,6 +96,10 @@ def read_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimiz
             next_step="remove it, and that run begins anew; the others go on",
         ) from error
     return progress
+
+
+def _held(path: Path) -> Any:
+    return torch.load(path, map_location="cpu", weights_only=True) if path.exists() else None
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:

@@ -19,21 +19,21 @@ from bntool.experiment.checkpoints import Progress
 from bntool.experiment.datasets import Data
 from bntool.experiment.randomness import random_state_kept, seed_everything
 from bntool.experiment.settings import Settings
-from bntool.experiment.training import batch_bounds, logits_of, train
+from bntool.experiment.training import logits_of, train, train_bounds
 from bntool.experiment.watching import QUANTILES, Watcher, places_in_both
-from bntool.experiment.world import World
 from bntool.files.atomic import write_atomically
 from bntool.observe.copying import structural_copy
 from bntool.plan import Plan
 from bntool.report.tables import Column, Table, render
 from bntool.results import SurgeryResult, delta_lines
 from bntool.surgery.fold_modules import with_own_tensors
+from bntool.world import World
 
 SCHEMA_VERSION = 1
 RUNS = "runs"
 ARMS = ("plain", "batchnorm")
 TITLES = {"plain": "as it is", "batchnorm": "with BatchNorm"}
-_TELLING = frozenset(Settings.__dataclass_fields__) | {"torch"}
+_TELLING = frozenset(Settings.__dataclass_fields__) | {"torch", "processes"}
 _CHANCE = 3.0
 """Standard errors above always naming the most frequent class from which a run is said to have learned."""
 
@@ -108,6 +108,7 @@ class TrainingComparison:
     models: dict[str, nn.Module]
     origin: str
     steps_per_epoch: int
+    processes: int = 1
     notes: tuple[str, ...] = ()
 
     def of(self, arm: str, lr: float) -> list[Run]:
@@ -153,6 +154,7 @@ class TrainingComparison:
             "settings": self.settings.to_dict(),
             "init": self.settings.norm_init,
             "torch": torch.__version__,
+            "processes": self.processes,
             "steps_per_epoch": self.steps_per_epoch,
             "sites": [site.to_dict() for site in self.surgery.plan.insert_sites],
             "parameters": self.surgery.parameters,
@@ -258,18 +260,24 @@ def compare_training(
     """Train `model` as it is and after `insert`, at each rate and repeat; the argument is not changed.
 
     Both arms begin with the same weights and see the same batches. `folder` holds a checkpoint of each run:
-    called again with the same settings, it goes on where it stopped and gives the same figures.
+    called again with the same settings, it goes on where it stopped and gives the same figures. The processes
+    of `world` call this together, each with the same arguments; only rank 0 looks at the folder.
 
     Raises:
-        UsageError: data that does not fit the model, or a folder with a comparison of other settings.
+        UsageError: data that does not fit the model, a folder with a comparison of other settings, or
+            processes that do not hold the same model and data.
         NothingToDo: there is no place for a BatchNorm.
         CheckFailed: the loss of every run stopped being a number.
+        ProcessError: another process has ended.
     """
     world = world or World()
     data = _fitting(model, data)
+    _require_shares(data, settings, world)
     inserted = _inserted(model, data, settings)
+    identity = _identity(model, data, settings, world)
+    _require_alike(world.gather(identity))
     if world.is_main:
-        _open_folder(folder, _identity(model, data, settings), force=force)
+        _open_folder(folder, identity, force=force)
     job = _Job(model, inserted.plan, data, settings, folder, world, tell)
     runs = [
         Run(arm, lr, repeat, settings.seed + repeat, job.trained(arm, lr, repeat)[1])
@@ -277,8 +285,10 @@ def compare_training(
         for lr in settings.lrs
         for arm in ARMS
     ]
-    steps = len(batch_bounds(len(data.train), settings.batch_size))
-    found = TrainingComparison(settings, tuple(runs), inserted, {}, data.origin, steps, data.notes)
+    steps = len(train_bounds(data, settings, world))
+    found = TrainingComparison(
+        settings, tuple(runs), inserted, {}, data.origin, steps, world.size, data.notes
+    )
     if all(run.diverged for run in runs):
         raise CheckFailed(
             f"nothing trained: {_divergence(runs[0].diverged or {})}",
@@ -305,7 +315,7 @@ class _Job:
         seed = self.settings.seed + repeat
         model = self._started(arm, seed).to(self.settings.device)
         places = places_in_both(self.model, self.plan)[ARMS.index(arm)]
-        steps = self.settings.epochs * len(batch_bounds(len(self.data.train), self.settings.batch_size))
+        steps = self.settings.epochs * len(train_bounds(self.data, self.settings, self.world))
         tell = self.tell
         progress = train(
             model,
@@ -425,6 +435,7 @@ def _inserted(model: nn.Module, data: Data, settings: Settings) -> SurgeryResult
         activations=settings.activations,
         position=settings.position,
         affine=settings.affine,
+        sync=settings.sync,
         init=settings.norm_init,
     )
     if not result.plan.sites:
@@ -437,7 +448,27 @@ def _inserted(model: nn.Module, data: Data, settings: Settings) -> SurgeryResult
     return result
 
 
-def _identity(model: nn.Module, data: Data, settings: Settings) -> dict[str, Any]:
+def _require_shares(data: Data, settings: Settings, world: World) -> None:
+    least = 2 * world.size
+    for what, count in (("a batch", settings.batch_size), ("the training data", len(data.train))):
+        if world.size > 1 and count < least:
+            raise UsageError(
+                f"{what} holds {count} samples for {world.size} processes",
+                next_step=f"it must be {least} or more: BatchNorm needs two samples in each process",
+            )
+
+
+def _require_alike(identities: list[dict[str, Any]]) -> None:
+    for rank, other in enumerate(identities):
+        key = next((key for key in other if other[key] != identities[0][key]), None)
+        if key is not None:
+            raise UsageError(
+                f"the processes of ranks 0 and {rank} do not have the same {key.replace('_', ' ')}",
+                next_step="give each the same files; a loader that draws samples must do so by torch's seed",
+            )
+
+
+def _identity(model: nn.Module, data: Data, settings: Settings, world: World) -> dict[str, Any]:
     """What must be the same for runs to go on; rates, seeds and repeats each have runs of their own."""
     digest = hashlib.sha256()
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
@@ -447,6 +478,9 @@ def _identity(model: nn.Module, data: Data, settings: Settings) -> dict[str, Any
     own = {"lrs", "seed", "repeats"}
     return {
         **{name: value for name, value in settings.to_dict().items() if name not in own},
+        # None is what a folder says that was begun before there were several processes.
+        "sync": settings.sync or None,
+        "processes": world.size if world.size > 1 else None,
         "model": digest.hexdigest(),
         "data": data.fingerprint(),
         "torch": torch.__version__,

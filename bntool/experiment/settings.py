@@ -23,7 +23,8 @@ class Settings:
     `lrs` are learning rates, each a run of its own; `momentum` is that of SGD. `schedule`: `constant`,
     `cosine` (to 0 over all steps), `step` (a tenth after half of the epochs, a hundredth after three
     quarters). Repeat r has the seed `seed + r`: it orders the batches and, `from_scratch`, draws the
-    weights. `init` is that of `insert`; None stands for `default` from scratch, `identity` otherwise.
+    weights. `sync` makes the BatchNorms normalise by the whole batch where several processes
+    share it. `init` is that of `insert`; None stands for `default` from scratch, `identity` otherwise.
     Every `watch_every`-th step is looked into; None stands for a hundred times a run, at most every tenth
     step; 0 for never.
     """
@@ -41,6 +42,7 @@ class Settings:
     activations: tuple[str, ...] = ("relu",)
     position: Literal["before", "after"] = "before"
     affine: bool = True
+    sync: bool = False
     init: Literal["identity", "default"] | None = None
     device: str = "cpu"
     watch_every: int | None = None

@@ -16,11 +16,12 @@ from torch.nn import functional as F
 from bntool.errors import BntoolError, UsageError
 from bntool.experiment.checkpoints import Progress, read_checkpoint, write_checkpoint
 from bntool.experiment.datasets import Data, Samples
-from bntool.experiment.randomness import random_state_kept, seed_everything
+from bntool.experiment.randomness import random_state, random_state_kept, seed_everything
 from bntool.experiment.settings import Settings, seed_for
+from bntool.experiment.syncing import sync_on_cpu
 from bntool.experiment.watching import Watcher
-from bntool.experiment.world import World
 from bntool.inputs import named_tensors
+from bntool.world import World, lost_process
 
 CHECKPOINT_SECONDS = 60.0
 Tell = Callable[[Progress, int], None]
@@ -46,27 +47,30 @@ def train(
     logits or log-probabilities (log-softmax leaves those as they are). The training figures are those of
     the batches as they were trained on, the test figures those of eval mode after the epoch.
 
-    Raises `UsageError` where the model fails on a batch.
+    The processes of `world` share each batch, and each step is the step on the whole batch; rank 0 alone
+    reads and writes the checkpoint. `watcher` sees the share of its own process.
+
+    Raises `UsageError` where the model fails on a batch, `ProcessError` where another process has ended.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = _optimizer(settings, parameters, lr)
-    with random_state_kept(), _repeatable():
-        progress = read_checkpoint(checkpoint, model, optimizer) or Progress()
+    together = sync_on_cpu(model) if world.size > 1 else contextlib.nullcontext()
+    with random_state_kept(), _repeatable(), together:
+        progress = read_checkpoint(checkpoint, model, optimizer, world) or Progress()
         watcher.records = progress.records
         run = _Run(model, optimizer, data, settings, lr, seed, watcher, world, progress)
-        saved = time.monotonic()
 
         def save() -> None:
-            nonlocal saved
-            saved = time.monotonic()
+            run.saved = time.monotonic()
+            states = world.gather(random_state())
             if world.is_main:
-                write_checkpoint(checkpoint, model, optimizer, progress)
+                write_checkpoint(checkpoint, model, optimizer, progress, states)
 
         while progress.epoch < settings.epochs and progress.diverged is None:
             for _ in run.epoch():
                 if tell is not None:
                     tell(progress, run.steps)
-                if time.monotonic() - saved > CHECKPOINT_SECONDS:
+                if run.due:
                     save()
             save()
             if tell is not None:
@@ -91,17 +95,34 @@ class _Run:
         self.lr, self.seed, self.watcher, self.world, self.progress = lr, seed, watcher, world, progress
         first = next(p for p in model.parameters() if p.requires_grad)
         self.device, self.dtype = first.device, first.dtype
-        self.steps = len(batch_bounds(len(data.train), settings.batch_size))
+        self.bounds = train_bounds(data, settings, world)
+        self.steps = len(self.bounds)
+        self.saved, self.due = time.monotonic(), False
+        self.parallel = self._in_parallel() if world.size > 1 else model
+
+    def _in_parallel(self) -> nn.Module:
+        """The model whose gradients are the means over the processes; all begin with rank 0's tensors."""
+        parameters = [p for p in self.model.parameters() if p.requires_grad]
+        (inputs,) = self.data.example().args
+        moved = inputs.to(self.device, self.dtype if inputs.is_floating_point() else None)
+        self.model.eval()
+        with random_state_kept(), _explained(moved):
+            output = logits_of(self.model(moved))
+            reached = torch.autograd.grad(output.sum(), parameters, allow_unused=True)
+        with _explained(moved):
+            return nn.parallel.DistributedDataParallel(
+                self.model, find_unused_parameters=any(gradient is None for gradient in reached)
+            )
 
     def epoch(self) -> Iterator[None]:
         """Go through the rest of an epoch; between two steps the run can be saved."""
         at = self.progress
         if not at.step:
-            seed_everything(seed_for(self.seed, "epoch", at.epoch))
+            own = (self.world.rank,) if self.world.rank else ()  # dropout masks are no copies of each other
+            seed_everything(seed_for(self.seed, "epoch", at.epoch, *own))
         generator = torch.Generator().manual_seed(seed_for(self.seed, "order", at.epoch))
         order = torch.randperm(len(self.data.train), generator=generator)
-        bounds = batch_bounds(len(order), self.settings.batch_size)[at.step :]
-        parts = [self.world.share(order[a:b]) for a, b in bounds]
+        parts = [self.world.share(order[a:b]) for a, b in self.bounds[at.step :]]
         self.model.train()
         for inputs, labels in self._moved(self.data.train, parts):
             self._step(inputs, labels)
@@ -109,7 +130,7 @@ class _Run:
                 return
             at.step += 1
             yield
-        loss, hits, count = self.world.reduce(torch.tensor(at.sums, dtype=torch.float64)).tolist()
+        loss, hits, count = at.sums
         figures = {"epoch": at.epoch + 1, "train_loss": loss / count, "train_accuracy": hits / count}
         at.history.append({**figures, **self._tested()})
         at.epoch, at.step, at.sums = at.epoch + 1, 0, [0.0, 0.0, 0.0]
@@ -121,25 +142,42 @@ class _Run:
             group["lr"] = self.settings.rate_at(self.lr, number, self.settings.epochs * self.steps)
         with self.watcher.step(number), _explained(inputs):
             self.optimizer.zero_grad(set_to_none=True)
-            output = logits_of(self.model(inputs))
+            output = logits_of(self.parallel(inputs))
             loss = F.cross_entropy(output, labels)
             value = loss.item()
-            if not math.isfinite(value):
-                layer, what = where_it_began(self.model, inputs)
-                where = {"epoch": at.epoch + 1, "step": number + 1, "layer": layer, "what": what}
-                at.diverged = {**where, "loss": "NaN" if math.isnan(value) else "infinite"}
+            hits = int((output.detach().argmax(1) == labels).sum())
+            total, right, count = self._together(value * len(labels), hits, len(labels))
+            if not math.isfinite(total):
+                at.diverged = {"epoch": at.epoch + 1, "step": number + 1, **self._began(inputs, value)}
                 return
+            if self.world.size > 1:  # the mean over processes becomes the mean over the samples of all
+                loss = loss * (len(labels) * self.world.size / count)
             loss.backward()
         self.optimizer.step()
-        at.sums[0] += value * len(labels)
-        at.sums[1] += int((output.detach().argmax(1) == labels).sum())
-        at.sums[2] += len(labels)
+        for i, figure in enumerate((total, right, count)):
+            at.sums[i] += figure
+
+    def _together(self, loss: float, hits: int, count: int) -> tuple[float, float, float]:
+        """The sums over all processes; they agree too whether a checkpoint is due, by rank 0's clock."""
+        due = self.world.is_main and time.monotonic() - self.saved > CHECKPOINT_SECONDS
+        sums = self.world.reduce(torch.tensor([loss, hits, count, due], dtype=torch.float64))
+        all_loss, all_hits, all_count, all_due = sums.tolist()
+        self.due = bool(all_due)
+        return all_loss, all_hits, all_count
+
+    def _began(self, inputs: Tensor, loss: float) -> dict[str, str]:
+        """Where the loss stopped being a number: in the first process in which it did."""
+        layer, what = where_it_began(self.model, inputs)
+        own = {"layer": layer, "what": what, "loss": "NaN" if math.isnan(loss) else "infinite"}
+        found = self.world.gather(None if math.isfinite(loss) else own)
+        return next((where for where in found if where is not None), own)
 
     def _tested(self) -> dict[str, Any]:
         """Loss and accuracy on the test samples in eval mode; the share of the most frequent class."""
         self.model.eval()
+        self.world.spread(self.model.buffers())
         bounds = batch_bounds(len(self.data.test), self.settings.batch_size)
-        parts = [self.world.share(torch.arange(a, b)) for a, b in bounds]
+        parts = [part for a, b in bounds if len(part := self.world.share(torch.arange(a, b)))]
         sums = torch.zeros(3 + self.data.classes, dtype=torch.float64)
         with torch.no_grad():
             for inputs, labels in self._moved(self.data.test, parts):
@@ -171,10 +209,18 @@ class _Run:
             yield inputs.to(self.device, dtype), labels.to(self.device)
 
 
-def batch_bounds(length: int, batch_size: int) -> list[tuple[int, int]]:
-    """Where each batch begins and ends; a last sample by itself joins those before: it has no variance."""
+def train_bounds(data: Data, settings: Settings, world: World) -> list[tuple[int, int]]:
+    """Where the batches of an epoch begin and end; every process has two samples of each, or more."""
+    return batch_bounds(len(data.train), settings.batch_size, least=2 * world.size)
+
+
+def batch_bounds(length: int, batch_size: int, least: int = 2) -> list[tuple[int, int]]:
+    """Where each batch begins and ends; a last one of fewer than `least` samples joins the one before.
+
+    A sample by itself has no variance.
+    """
     starts = list(range(0, length, batch_size))
-    if len(starts) > 1 and length - starts[-1] == 1:
+    if len(starts) > 1 and length - starts[-1] < least:
         starts.pop()
     return list(zip(starts, [*starts[1:], length], strict=True))
 
@@ -246,6 +292,9 @@ def _explained(inputs: Tensor) -> Iterator[None]:
     except BntoolError:
         raise
     except Exception as error:
+        lost = lost_process(error)
+        if lost is not None:
+            raise lost from error
         lines = str(error).strip().splitlines() or [type(error).__name__]
         shape = "x".join(map(str, inputs.shape))
         if isinstance(error, MemoryError) or any(words in str(error) for words in _NO_MEMORY):

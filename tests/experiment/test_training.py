@@ -22,7 +22,7 @@ from bntool.experiment.randomness import random_state, random_state_kept, seed_e
 from bntool.experiment.settings import Settings, seed_for
 from bntool.experiment.training import batch_bounds, train, where_it_began
 from bntool.experiment.watching import Places, Watcher
-from bntool.experiment.world import World
+from bntool.world import World
 from tests.experiment.nets import classifier, thirds
 
 SETTINGS = Settings(epochs=2, batch_size=20, lrs=(0.05,), watch_every=3)
