@@ -33,7 +33,7 @@ SCHEMA_VERSION = 1
 RUNS = "runs"
 ARMS = ("plain", "batchnorm")
 TITLES = {"plain": "as it is", "batchnorm": "with BatchNorm"}
-_TELLING = frozenset(Settings.__dataclass_fields__) | {"torch", "processes"}
+_TELLING = frozenset(Settings.__dataclass_fields__) | {"torch", "number_of_processes"}
 _CHANCE = 3.0
 """Standard errors above always naming the most frequent class from which a run is said to have learned."""
 
@@ -478,9 +478,7 @@ def _identity(model: nn.Module, data: Data, settings: Settings, world: World) ->
     own = {"lrs", "seed", "repeats"}
     return {
         **{name: value for name, value in settings.to_dict().items() if name not in own},
-        # None is what a folder says that was begun before there were several processes.
-        "sync": settings.sync or None,
-        "processes": world.size if world.size > 1 else None,
+        "number_of_processes": world.size,
         "model": digest.hexdigest(),
         "data": data.fingerprint(),
         "torch": torch.__version__,
@@ -492,7 +490,8 @@ def _open_folder(folder: Path, identity: dict[str, Any], *, force: bool) -> None
     path = folder / "settings.json"
     text = json.dumps(identity, indent=1) + "\n"
     if path.is_file():
-        held = _read(path)
+        # What a folder leaves out that was begun before there were several processes.
+        held = {"sync": False, "number_of_processes": 1, **_read(path)}
         other = next((k for k in identity if held.get(k) != identity[k]), None)
         if other is not None and not force:
             raise UsageError(

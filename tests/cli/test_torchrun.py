@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import socket
@@ -111,3 +112,12 @@ def test_the_others_do_not_come(refused, folder: Path, monkeypatch: pytest.Monke
     words = (*CALIBRATE, "--timeout", "1")
     refused(*words, code=8, says="the processes of the job do not find each other")
     refused(*words, "--json", code=8, says="rank 0 of 2, localhost:")
+
+
+def test_a_comparison_goes_on_with_as_many_processes_as_it_began(bntool, refused, folder: Path) -> None:
+    (folder / "net.py").write_text(NET_CODE)
+    write_npz(folder)
+    assert bntool(*LINE, "--lr", "1e30").code == 1
+    path = folder / "net_compare" / "settings.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "number_of_processes": 2}))
+    refused(*LINE, code=2, says="another number of processes: 2 there, 1 here")
