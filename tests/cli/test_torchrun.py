@@ -87,7 +87,7 @@ DYING = textwrap.dedent(
 )
 
 
-def test_a_killed_process_ends_the_job_and_the_job_goes_on(folder: Path) -> None:
+def test_a_killed_process_ends_the_job_and_leaves_whole_files(folder: Path) -> None:
     write_npz(folder)
     net = NET_CODE.replace("from torch import nn", DYING + "\nfrom torch import nn")
     (folder / "net.py").write_text(net.replace("nn.Flatten(),", "nn.Flatten(), Dies(),"))
