@@ -85,7 +85,7 @@ def lost_process(error: Exception) -> ProcessError | None:
         return None
     return ProcessError(
         "another process of the job has ended, or does not answer",
-        where=text.splitlines()[0] if text else type(error).__name__,
+        where=text.splitlines()[0].partition(". ")[0] if text else type(error).__name__,
         next_step="torchrun's report names the process that failed first; then run the same command again",
     )
 
