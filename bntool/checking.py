@@ -39,13 +39,15 @@ def check_surgery(
     reference: Reference | None = None,
     elsewhere: Reference | None = None,
     changed_parts: Collection[str] = (),
+    twice: bool = False,
     atol: float | None = None,
     rtol: float | None = None,
 ) -> list[Check]:
     """Compare a model before and after surgery, both in eval mode: a row in its own precision, and with
     `candidate64` (the surgery redone on the model in float64) a second row that proves the algebra, on the
     inputs of `elsewhere` where that is given. `changed_parts` are children of the model that return something
-    else after the surgery, as they should: where parts are compared, they are left out.
+    else after the surgery, as they should: where parts are compared, they are left out. `twice` runs the
+    candidate again on one input and tells whether it repeats itself.
 
     Raises `CheckFailed` when there is nothing to compare or the candidate does not run.
     """
@@ -55,8 +57,12 @@ def check_surgery(
     say = progress or (lambda text: None)
     runner = TorchRunner(candidate, device, parts=reference.parts)
     say("running the candidate")
+    remarks: list[str] = []
     changed = changed_parts if reference.parts else ()
     got = _without(_run_all(runner, reference.inputs, stage), changed)
+    if twice:
+        (again,) = _without(_run_all(runner, reference.inputs[:1], stage), changed)
+        remarks.append(repeated(got[0], again))
     expected, limits = _without(reference.outputs, changed), reference.limits
     limits = {name: limit for name, limit in limits.items() if name.partition(".")[0] not in changed}
     algebra = _check_algebra(elsewhere or reference, candidate64, stage, say, changed_parts)
@@ -72,7 +78,7 @@ def check_surgery(
         device=runner.device,
         provider=runner.provider,
         detail="; ".join(
-            [*reference.notes, *(f"{n}: {why}, decided in float64" for n, why in unsure.items())]
+            [*reference.notes, *remarks, *(f"{n}: {why}, decided in float64" for n, why in unsure.items())]
         ),
         atol=atol,
         rtol=rtol,
@@ -89,11 +95,13 @@ def check_onnx(
     progress: Progress | None = None,
     reference: Reference | None = None,
     tf32: bool = False,
+    twice: bool = False,
     atol: float | None = None,
     rtol: float | None = None,
 ) -> list[Check]:
     """Compare an ONNX file with the torch model: the export stage (ONNX Runtime's optimisations off), then
-    the runtime stage (optimisations on), both on `device`.
+    the runtime stage (optimisations on), both on `device`. `twice` runs the last of them again and tells
+    whether it repeats itself, which is always told of CUDA.
 
     Raises `DeviceError` when CUDA is asked for and not honoured, `ExportError` when the file does not run,
     `CheckFailed` when none of the inputs fits it.
@@ -116,12 +124,12 @@ def check_onnx(
         checks.append(
             compare(
                 expected,
-                [_named_as(e, g) for e, g in zip(expected, got, strict=True)],
+                [named_as(e, g) for e, g in zip(expected, got, strict=True)],
                 reference.limits,
                 stage=stage,
                 device=runner.device,
                 provider=runner.provider,
-                detail="; ".join(_remarks(runner, reference, fits, got, stage)),
+                detail="; ".join(_remarks(runner, reference, fits, got, stage, twice)),
                 atol=atol,
                 rtol=rtol,
             )
@@ -216,7 +224,12 @@ def _does_not_run(stage: str, error: Exception) -> CheckFailed:
 
 
 def _remarks(
-    runner: OrtRunner, reference: Reference, fits: list[int], got: list[dict[str, Tensor]], stage: str
+    runner: OrtRunner,
+    reference: Reference,
+    fits: list[int],
+    got: list[dict[str, Tensor]],
+    stage: str,
+    twice: bool,
 ) -> Iterator[str]:
     yield from reference.notes
     if runner.note:
@@ -225,13 +238,17 @@ def _remarks(
         yield f"only {len(fits)} of {len(reference.inputs)} inputs fit the file's fixed shape"
     if runner.cpu_nodes:
         yield f"kept on the CPU by ONNX Runtime: {', '.join(runner.cpu_nodes)}"
-    if runner.provider == CUDA and stage == "runtime":
-        again = runner.run(reference.inputs[fits[0]])
-        same = all(torch.equal(again[name], got[0][name]) for name in again)
-        yield "a second run gives the same bits" if same else "a second run differs in rounding"
+    if stage == "runtime" and (twice or runner.provider == CUDA):
+        yield repeated(got[0], runner.run(reference.inputs[fits[0]]))
 
 
-def _named_as(expected: Outputs, got: dict[str, Tensor]) -> dict[str, Tensor]:
+def repeated(first: Outputs, again: Outputs) -> str:
+    """Whether a second run on the same inputs gives the same bits, or what it differs by."""
+    worst = max((difference(first[name], again.get(name)).relative for name in first), default=0.0)
+    return f"a second run differs by {worst:.2g} of the peak" if worst else "a second run gives the same bits"
+
+
+def named_as(expected: Outputs, got: dict[str, Tensor]) -> dict[str, Tensor]:
     """Files exported elsewhere name their outputs as they like; their order is the model's."""
     if set(expected) == set(got) or len(expected) != len(got):
         return got

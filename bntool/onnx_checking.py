@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from bntool.runtime.onnx_reference import ReferenceRunner
 from bntool.runtime.ort_runner import OrtRunner
 from bntool.verdicts import Check
 
-_SIDES = (64, 96, 224, 256, 16, 24, 8, 5)
+SIDES = (64, 96, 224, 256, 16, 24, 8, 5)
 """Lengths for the axes, other than the batch, that a file leaves open: the first ones that it takes."""
 _TYPES = {
     "tensor(float16)": torch.float16,
@@ -41,7 +41,7 @@ class OnnxReference:
         self.inputs: list[Inputs] = []
         self.outputs: list[dict[str, torch.Tensor]] = []
         refused = ""
-        for batch, side in enumerate(_SIDES, 1):
+        for batch, side in enumerate(SIDES, 1):
             inputs = drawn_inputs(runner, min(batch, 3), side, seed + batch)
             try:
                 outputs = runner.run(inputs)
@@ -110,11 +110,19 @@ class OnnxReference:
 
 def example_inputs_of(path: str | Path, batch: int = 1, seed: int = 0) -> Inputs:
     """Seeded inputs of the shapes that a file declares: an open first axis is the batch."""
-    return drawn_inputs(OrtRunner(path, "cpu", optimize=False), batch, _SIDES[0], seed + batch)
+    return drawn_inputs(OrtRunner(path, "cpu", optimize=False), batch, SIDES[0], seed + batch)
 
 
-def drawn_inputs(runner: OrtRunner | ReferenceRunner, batch: int, side: int, seed: int) -> Inputs:
-    """Seeded inputs of the shapes that a file declares: an open first axis is the batch.
+def drawn_inputs(
+    runner: OrtRunner | ReferenceRunner,
+    batch: int,
+    side: int,
+    seed: int,
+    shapes: Mapping[str, Sequence[int]] | None = None,
+) -> Inputs:
+    """Seeded inputs of the shapes that a file declares, or of `shapes` for those that it names.
+
+    An open first axis is the batch.
 
     Axes of one name get one length. Raises `CheckFailed` for an input that is no tensor of numbers.
     """
@@ -132,6 +140,9 @@ def drawn_inputs(runner: OrtRunner | ReferenceRunner, batch: int, side: int, see
             length = batch if i == 0 else side
             known = lengths.setdefault(axis, length) if isinstance(axis, str) else length
             shape.append(axis if isinstance(axis, int) else known)
+        if shapes and name in shapes:
+            given = list(shapes[name])
+            shape = [batch, *given[1:]] if axes and not isinstance(axes[0], int) else given
         if "int" in kind:
             integers = getattr(torch, kind.removeprefix("tensor(").removesuffix(")"))
             named[name] = torch.randint(0, 2, shape, generator=generator).to(integers)

@@ -13,7 +13,7 @@ import pytest
 PACKAGE = Path(__file__).resolve().parents[1] / "bntool"
 
 FLOORS: dict[str, tuple[int, str]] = {
-    "words": (0, "errors reasons explanations patterns plan verdicts latencies"),
+    "words": (0, "errors reasons explanations patterns plan verdicts latencies blame"),
     "graph": (1, "inputs graph affine layers frozen collecting casting"),
     "processes": (1, "world"),
     "observe": (2, "observe"),
@@ -22,6 +22,7 @@ FLOORS: dict[str, tuple[int, str]] = {
     "planners": (3, "inserting folding"),
     "surgery": (4, "surgery"),
     "checking": (4, "comparing reference checking onnx_checking runtime doctor"),
+    "verifying": (5, "onnx_verifying tracing onnx_cutting blaming repro"),
     "exporting": (
         4,
         """exporting capturing dynamic_axes legacy_exporting onnx_cleaning onnx_files onnx_versions

@@ -36,7 +36,7 @@ def parse_inputs(texts: tuple[str, ...], model: nn.Module, seed: int) -> Inputs:
     args: list[Any] = []
     kwargs: dict[str, Any] = {}
     for text in texts:
-        name, shape = _read(text)
+        name, shape = read_shape(text)
         try:
             if embeds:
                 value = torch.randint(embeds, shape, generator=generator)
@@ -55,7 +55,7 @@ def parse_inputs(texts: tuple[str, ...], model: nn.Module, seed: int) -> Inputs:
     return Inputs(tuple(args), kwargs, origin="--input " + " --input ".join(texts))
 
 
-def _read(text: str) -> tuple[str, list[int]]:
+def read_shape(text: str) -> tuple[str, list[int]]:
     match = _SHAPE.fullmatch(text.strip())
     if match is None:
         raise UsageError(

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from bntool.cli import options as opt
+from bntool.cli.blaming import require_place
 from bntool.cli.onnx_file import fold_onnx_file, is_onnx
 from bntool.cli.session import Session, Voice, open_session
 from bntool.errors import BntoolError, NothingToDo, StateError, UsageError
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 @opt.device_option()
 @opt.check_option()
 @opt.tolerance_options()
+@opt.repro_option()
 @opt.common_options()
 def command(**options: Any) -> int:
     """Fold every BatchNorm that algebra allows into the weights beside it, for inference.
@@ -44,6 +46,7 @@ def command(**options: Any) -> int:
     a verdict; what is kept is kept for a reason (bntool explain CODE).
     """
     voice = Voice(options["as_json"], options["quiet"], options["verbose"])
+    require_place(options["repro"])
     if is_onnx(options["model"]):
         _require_own_types(options, "an ONNX file")
         _require_no_bench(options, "model.onnx model_folded.onnx")

@@ -138,6 +138,15 @@ def tolerance_options() -> Decorator:
     )
 
 
+def repro_option() -> Decorator:
+    return click.option(
+        "--repro",
+        metavar="DIR",
+        callback=not_empty,
+        help="On a mismatch: write what shows it by itself into a new folder.",
+    )
+
+
 def device_option() -> Decorator:
     return click.option(
         "--device",

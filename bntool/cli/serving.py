@@ -276,7 +276,13 @@ def _check_onnx(
         raise
     failed = next((check for check in checks if not check.passed), None)
     if failed is not None:
+        from bntool.blaming import blame_onnx
+        from bntool.cli import blaming
+
         session.voice.say(checks_text([*result.checks, *checks]))
+        blaming.report(
+            session.voice, lambda: blame_onnx(result.model, path, reference.inputs, checks), options
+        )
         raise CheckFailed(
             f"the {failed.stage} stage differs: "
             f"relative error {failed.relative:.2g}, allowed {failed.limit:.2g}",

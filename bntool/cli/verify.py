@@ -12,49 +12,121 @@ from bntool.cli.session import Session, Voice, open_session
 from bntool.errors import CheckFailed, LoadError, UsageError
 
 if TYPE_CHECKING:
+    from bntool.blaming import Found
     from bntool.reference import Reference
     from bntool.verdicts import Check
 
 
-@click.command("verify", short_help="Compare two models, or a model and an ONNX file.")
+@click.command("verify", short_help="Compare any two models or ONNX files; blame what differs.")
 @click.argument("candidate", required=True, callback=opt.not_empty)
 @opt.model_options()
+@click.option(
+    "--inputs",
+    "inputs_file",
+    metavar="FILE",
+    callback=opt.not_empty,
+    help="Real inputs: an .npy, .npz or .pt file.",
+)
 @opt.device_option()
 @opt.check_option()
 @opt.tolerance_options()
+@opt.repro_option()
 @opt.common_options()
 def command(candidate: str, **options: Any) -> int:
-    """Compare CANDIDATE (a model, or an .onnx file) with MODEL, against MODEL's own rounding noise."""
+    """Compare CANDIDATE with MODEL, against MODEL's own rounding noise.
+
+    Each is a PyTorch model, an exported program or an ONNX file. Without MODEL, CANDIDATE is compared with
+    what the last command here wrote; an ONNX file of another name with itself, at every optimisation level.
+    """
     voice = Voice(options["as_json"], options["quiet"], options["verbose"])
     if options["check"] == "none":
         raise UsageError("--check none leaves nothing to verify", next_step="use --check full or fast")
-    is_onnx = _is_onnx(candidate)
-    session = open_session(voice, options)
-    from bntool.cli import serving
-    from bntool.cli.program_file import runnable, with_runnable_program
-    from bntool.report.checks import checks_text
+    from bntool.cli import blaming
 
+    blaming.require_place(options["repro"])
+    if _is_onnx(candidate) and (_is_onnx(options["model"]) or _stands_alone(candidate, options)):
+        from bntool.cli.verify_files import verify_files
+
+        other = Path(options["model"]) if options["model"] else None
+        return _concluded(voice, candidate, str(other or "it without optimisations"),
+                          *verify_files(voice, Path(candidate), other, options))  # fmt: skip
+    if options["model"] and _is_onnx(options["model"]):
+        voice.note(f"{candidate} runs in float64, so the noise floor is its own")
+        candidate, options["model"] = options["model"], candidate
+    session = open_session(voice, options)
+    return _concluded(voice, candidate, session.loaded.reference, *_checked(session, candidate, options))
+
+
+def _checked(session: Session, candidate: str, options: dict[str, Any]) -> tuple[list[Check], dict[str, Any]]:
+    from bntool.cli import blaming, serving
+    from bntool.cli.program_file import runnable, with_runnable_program
+
+    is_onnx = _is_onnx(candidate)
     if session.program is not None:
         session = with_runnable_program(session, session.program, options)
     serving.require_device(options["device"], torch_too=not is_onnx, onnx_too=is_onnx)
     other = None if is_onnx else runnable(session.load_other(candidate, options), options)
     if session.loaded.kind != "program":
         session.observe()
-    reference = serving.reference_with(session, full=options["check"] == "full")
-    with voice.progress("comparing") as step:
+    reference = _reference(session, options)
+    with session.voice.progress("comparing") as step:
         checks = _compared(session, other or Path(candidate), reference, options, step)
+    if all(check.passed for check in checks):
+        return checks, {}
+
+    def find() -> Found | None:
+        from bntool.blaming import blame_modules, blame_onnx
+
+        if other is None:
+            return blame_onnx(session.model, Path(candidate), reference.inputs, checks)
+        return blame_modules(session.model, other, reference.inputs, stage="verify")
+
+    return checks, blaming.report(session.voice, find, options)
+
+
+def _concluded(
+    voice: Voice, candidate: str, reference: str, checks: list[Check], blame: dict[str, Any]
+) -> int:
+    from bntool.report.checks import checks_text
+
     voice.say(checks_text(checks))
-    document = {"status": "ok", "checks": [check.to_dict() for check in checks]}
+    scores = [check.top1 for check in checks if check.top1 is not None]
+    if scores:
+        voice.say(f"the same class comes first for {min(scores):.2%} of the samples")
+    document = {"status": "ok", "checks": [check.to_dict() for check in checks], **blame}
     failed = next((check for check in checks if not check.passed), None)
     if failed is not None:
-        voice.fail(_mismatch(failed, candidate, session.loaded.reference), document)
+        voice.fail(_mismatch(failed, candidate, reference), document)
     voice.emit(document)
     return 0
 
 
-def _is_onnx(candidate: str) -> bool:
+def _stands_alone(candidate: str, options: dict[str, Any]) -> bool:
+    """Whether an ONNX file without MODEL is not the export of what the last command here wrote."""
+    from bntool.files.memory import recall
+
+    if options["model"]:
+        return False
+    record, path = recall(Path.cwd()), Path(candidate).resolve()
+    return record is None or Path(record.output).resolve().with_suffix("") != path.with_suffix("")
+
+
+def _reference(session: Session, options: dict[str, Any]) -> Reference:
+    from bntool.cli import serving
+    from bntool.cli.real_inputs import read_inputs
+    from bntool.reference import Reference
+
+    full = options["check"] == "full"
+    if not options["inputs_file"]:
+        return serving.reference_with(session, full=full)
+    return Reference(session.model, read_inputs(options["inputs_file"], session.example, full=full))
+
+
+def _is_onnx(candidate: str | None) -> bool:
     from bntool.files.detect import Kind, detect
 
+    if candidate is None:
+        return False
     path = Path(candidate)
     if not path.is_file():
         if path.suffix == ".onnx":
@@ -72,6 +144,7 @@ def _compared(
     common: dict[str, Any] = {
         "progress": step,
         "reference": reference,
+        "twice": True,
         "atol": options["atol"],
         "rtol": options["rtol"],
     }

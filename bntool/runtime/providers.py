@@ -62,7 +62,7 @@ def onnxruntime() -> Any:
 class _Wanted:
     """How a session is to be opened; `threads` 0 leaves their number to ONNX Runtime."""
 
-    optimize: bool
+    optimize: bool | str
     tf32: bool = False
     threads: int = 0
     cuda_graph: bool = False
@@ -72,13 +72,15 @@ def open_session(
     model: str | bytes,
     device: str,
     *,
-    optimize: bool,
+    optimize: bool | str,
     tf32: bool = False,
     threads: int = 0,
     cuda_graph: bool = False,
     ort: Any = None,
 ) -> OpenSession:
     """Open a model (path or bytes) on `cpu`, `cuda`, or `auto` (CUDA where it truly works).
+
+    `optimize`: ONNX Runtime's optimisations, all or none, or those of the level `basic` or `extended`.
 
     Raises `DeviceError` when CUDA is asked for and not honoured, `ExportError` when ONNX Runtime
     refuses the model.
@@ -142,7 +144,13 @@ def _create(
     options = ort.SessionOptions()
     options.log_severity_level = _SILENT
     level = ort.GraphOptimizationLevel
-    options.graph_optimization_level = level.ORT_ENABLE_ALL if wanted.optimize else level.ORT_DISABLE_ALL
+    levels = {
+        False: level.ORT_DISABLE_ALL,
+        "basic": level.ORT_ENABLE_BASIC,
+        "extended": level.ORT_ENABLE_EXTENDED,
+        True: level.ORT_ENABLE_ALL,
+    }
+    options.graph_optimization_level = levels[wanted.optimize]
     options.use_deterministic_compute = True
     if wanted.threads:
         options.intra_op_num_threads = wanted.threads

@@ -40,6 +40,11 @@ class TorchRunner:
         self._asked = torch.device(device)
 
     @property
+    def model(self) -> nn.Module:
+        """The model that runs: the one given, or its copy on another device or in another type."""
+        return self._model
+
+    @property
     def label(self) -> str:
         dtype = str(self._dtype).removeprefix("torch.") if self._dtype else ""
         return f"torch {type(self._model).__name__} {dtype}".strip()

@@ -1,0 +1,160 @@
+"""Two ONNX files against each other, and one against itself: at every optimisation level, on every provider.
+
+A file has no float64 run of its own to measure its noise with. What stands for it: a walk of one rounding for
+each node, or, where that is more, what one rounding of the inputs moves the outputs by.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+from bntool.checking import named_as, repeated
+from bntool.comparing import K_NOISE, Limit, compare, difference, rounding_term
+from bntool.errors import CheckFailed, ExportError
+from bntool.inputs import Inputs
+from bntool.onnx_checking import SIDES, drawn_inputs
+from bntool.onnx_cutting import OnnxGraph
+from bntool.runtime.ort_runner import OrtRunner
+from bntool.runtime.providers import why_no_cuda
+from bntool.verdicts import Check
+
+LEVELS: Mapping[str, bool | str] = {"basic": "basic", "extended": "extended", "all": True}
+"""ONNX Runtime's optimisation levels by the names of its documentation; the stage of a check of one file."""
+
+
+def check_files(
+    reference: str | Path,
+    candidate: str | Path,
+    inputs_list: Sequence[Inputs],
+    *,
+    device: str = "auto",
+    atol: float | None = None,
+    rtol: float | None = None,
+) -> list[Check]:
+    """Two rows: both files as they are written, and the candidate with optimisations on, on `device`.
+
+    Raises `ExportError` where ONNX Runtime refuses a file, `DeviceError` where it refuses the device.
+    """
+    runs = _Runs(reference, inputs_list)
+    rows = []
+    for stage, optimize, where in (("verify", False, "cpu"), ("runtime", True, device)):
+        rows.append(runs.row(stage, OrtRunner(candidate, where, optimize=optimize), atol, rtol))
+    return rows
+
+
+def check_itself(
+    path: str | Path,
+    inputs_list: Sequence[Inputs],
+    *,
+    device: str = "auto",
+    atol: float | None = None,
+    rtol: float | None = None,
+) -> list[Check]:
+    """A file against itself without optimisations: a row for each level, on the CPU and on CUDA where it is.
+
+    Raises as `check_files`.
+    """
+    runs = _Runs(path, inputs_list)
+    devices = ["cpu"] if device in ("auto", "cpu") else [device]
+    reason = why_no_cuda() if device == "auto" else ""
+    if device == "auto" and not reason:
+        devices.append("cuda")
+    rows = [
+        runs.row(level, OrtRunner(path, where, optimize=optimize), atol, rtol)
+        for where in devices
+        for level, optimize in LEVELS.items()
+    ]
+    if reason:
+        rows[-1] = dataclasses.replace(rows[-1], detail=f"{rows[-1].detail}; not run on CUDA: {reason}")
+    return rows
+
+
+def seeded_file_inputs(
+    path: str | Path, batches: Iterable[int], seed: int = 0, shapes: Mapping[str, Sequence[int]] | None = None
+) -> list[Inputs]:
+    """Seeded inputs of the shapes that a file declares, or of `shapes`; of open axes, sizes that it takes.
+
+    Raises `CheckFailed` where the file runs on none of them.
+    """
+    runner = OrtRunner(path, "cpu", optimize=False)
+    found: list[Inputs] = []
+    refused = ""
+    for batch in batches:
+        for side in SIDES:
+            inputs = drawn_inputs(runner, batch, side, seed + batch, shapes or {})
+            try:
+                runner.run(inputs)
+            except ExportError as error:
+                refused = refused or error.what
+                continue
+            found.append(inputs)
+            break
+    if not found:
+        raise CheckFailed(
+            f"there is nothing to compare: {refused}",
+            where=str(path),
+            next_step="give a shape that it takes with --input NAME:SHAPE, or data with --inputs FILE",
+        )
+    return found
+
+
+class _Runs:
+    """What the reference file gives, unoptimised on the CPU, and how far a candidate may be from it."""
+
+    def __init__(self, path: str | Path, inputs_list: Sequence[Inputs]) -> None:
+        runner = OrtRunner(path, "cpu", optimize=False)
+        self.inputs = [inputs for inputs in inputs_list if runner.accepts(inputs)]
+        if not self.inputs:
+            raise CheckFailed(
+                "there is nothing to compare: the file takes none of these inputs",
+                where=f"{path}: {', '.join(runner.input_names)}",
+                next_step="pass inputs of the file's own shape",
+            )
+        self.outputs = [runner.run(inputs) for inputs in self.inputs]
+        moved = [runner.run(_nudged(inputs)) for inputs in self.inputs]
+        nodes = len(OnnxGraph(path).steps)
+        self.limits = {
+            name: _limit([o[name] for o in self.outputs], [o[name] for o in moved], nodes)
+            for name in self.outputs[0]
+        }
+
+    def row(self, stage: str, runner: OrtRunner, atol: float | None, rtol: float | None) -> Check:
+        got = [named_as(e, runner.run(i)) for e, i in zip(self.outputs, self.inputs, strict=True)]
+        again = named_as(self.outputs[0], runner.run(self.inputs[0]))
+        return compare(
+            self.outputs,
+            got,
+            self.limits,
+            stage=stage,
+            device=runner.device,
+            provider=runner.provider,
+            detail="; ".join(filter(None, (runner.note, repeated(got[0], again)))),
+            atol=atol,
+            rtol=rtol,
+        )
+
+
+def _nudged(inputs: Inputs) -> Inputs:
+    """The same numbers, each rounded once: up or down by half a unit of its last digit, which is seeded."""
+    generator = torch.Generator().manual_seed(0)
+
+    def nudge(tensor: torch.Tensor) -> torch.Tensor:
+        if not tensor.is_floating_point():
+            return tensor
+        sign = torch.randint(0, 2, tensor.shape, generator=generator) * 2 - 1
+        return (tensor.double() * (1 + sign * torch.finfo(tensor.dtype).eps)).to(tensor.dtype)
+
+    return inputs.map(nudge)
+
+
+def _limit(own: list[torch.Tensor], moved: list[torch.Tensor], nodes: int) -> Limit:
+    if not own[0].is_floating_point():
+        return Limit(0.0, 0.0)
+    eps = torch.finfo(own[0].dtype).eps
+    shaped = [difference(a, b).relative for a, b in zip(own, moved, strict=True)]
+    noise = max(rounding_term(eps, nodes) / 2, *(d for d in shaped if d < eps**0.5), 0.0)
+    return Limit(noise, (K_NOISE + 2) * noise)
