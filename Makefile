@@ -3,7 +3,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check lint gold bench latency zoo large gpu-check
+.PHONY: help setup demo test check lint gold bench latency zoo verification large gpu-check
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  \1\t/' | expand -t 14
@@ -40,6 +40,9 @@ bench: setup ## measure time and memory
 
 zoo: setup ## fold and insert over every torchvision and timm model; goes on where it stopped
 	$(BIN)/python tools/zoo.py
+
+verification: setup ## verify forty correct models; goes on where it stopped
+	$(BIN)/python tools/forty.py
 
 large: setup ## fold an ONNX model of more than 2 GB, with its time and peak memory
 	$(BIN)/python tools/large_onnx.py

@@ -23,9 +23,10 @@ class OrtRunner:
     """Runs an ONNX file; `provider` is read back, `cpu_nodes` lists what CUDA left on the CPU, `note` says
     what `auto` chose and why.
 
-    `optimize` switches ONNX Runtime's graph optimisations, or names their level, `basic` or `extended`; `tf32` lets CUDA round float32 products;
-    `threads` is how many it computes with on the CPU (0: its own choice); `cuda_graph` has CUDA replay one
-    recorded run, for inputs of one shape that are bound with `bound(..., fixed_outputs=True)`.
+    `optimize` switches ONNX Runtime's graph optimisations, or names their level, `basic` or `extended`;
+    `tf32` lets CUDA round float32 products; `threads` is how many it computes with on the CPU (0: its own
+    choice); `cuda_graph` has CUDA replay one recorded run, for inputs of one shape that are bound with
+    `bound(..., fixed_outputs=True)`.
     Raises `DeviceError` when CUDA is asked for and not honoured, `ExportError` when the file is refused.
     """
 
