@@ -7,6 +7,7 @@ import dataclasses
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -185,7 +186,7 @@ def _exported_and_checked(
 ) -> tuple[ExportResult, list[Check]]:
     export = _export(session, result, path, options, not options.get("no_merge", True))
     try:
-        return export, _check_onnx(session, result, reference, path, options)
+        return export, _check_onnx(session, result, reference, path, options, blame=not export.merged)
     except CheckFailed as failure:
         if not export.merged:
             raise
@@ -248,8 +249,13 @@ def _check_onnx(
     reference: Reference | None,
     path: Path,
     options: dict[str, Any],
+    *,
+    blame: bool = True,
 ) -> list[Check]:
-    """The export and runtime stages. Raises `CheckFailed`, or `ExportError` for a file that does not run."""
+    """The export and runtime stages. Raises `CheckFailed`, or `ExportError` for a file that does not run.
+
+    Without `blame`, or in half precision, nobody looks for the node at fault.
+    """
     from bntool.casting import DTYPES
     from bntool.checking import check_onnx
 
@@ -276,13 +282,13 @@ def _check_onnx(
         raise
     failed = next((check for check in checks if not check.passed), None)
     if failed is not None:
-        from bntool.blaming import blame_onnx
-        from bntool.cli import blaming
-
         session.voice.say(checks_text([*result.checks, *checks]))
-        blaming.report(
-            session.voice, lambda: blame_onnx(result.model, path, reference.inputs, checks), options
-        )
+        if blame and dtype is None:
+            from bntool.blaming import blame_onnx
+            from bntool.cli import blaming
+
+            found = partial(blame_onnx, result.model, path, reference.inputs, checks)
+            blaming.report(session.voice, found, options)
         raise CheckFailed(
             f"the {failed.stage} stage differs: "
             f"relative error {failed.relative:.2g}, allowed {failed.limit:.2g}",
