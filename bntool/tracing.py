@@ -98,6 +98,7 @@ class _Recorder:
         made = f"{label}:{index}"
         self._values[made] = tensor.detach().cpu().clone()
         self._steps.append(Step(f"before {label}", "forward", tuple(self._loose), (made,)))
+        self._loose.clear()
         return made
 
     def trace(self, outputs: Mapping[str, Tensor]) -> Trace:

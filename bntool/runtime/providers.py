@@ -24,6 +24,12 @@ GPU_EXTRA = 'pip install "onnxruntime-gpu[cuda,cudnn]", or use --device cpu'
 _HEAVY = re.compile(r"(Fused|Nhwc)?(Conv|ConvTranspose|Gemm|MatMul|BatchNormalization)(Activation)?")
 # ONNX Runtime has a setter for its default log level and no getter; this is the level it starts with.
 _DEFAULT_SEVERITY, _SILENT = 2, 4
+_LEVELS: dict[bool | str, str] = {
+    False: "ORT_DISABLE_ALL",
+    "basic": "ORT_ENABLE_BASIC",
+    "extended": "ORT_ENABLE_EXTENDED",
+    True: "ORT_ENABLE_ALL",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,13 +150,7 @@ def _create(
     options = ort.SessionOptions()
     options.log_severity_level = _SILENT
     level = ort.GraphOptimizationLevel
-    levels = {
-        False: level.ORT_DISABLE_ALL,
-        "basic": level.ORT_ENABLE_BASIC,
-        "extended": level.ORT_ENABLE_EXTENDED,
-        True: level.ORT_ENABLE_ALL,
-    }
-    options.graph_optimization_level = levels[wanted.optimize]
+    options.graph_optimization_level = getattr(level, _LEVELS[wanted.optimize])
     options.use_deterministic_compute = True
     if wanted.threads:
         options.intra_op_num_threads = wanted.threads
