@@ -85,6 +85,20 @@ def test_what_was_inserted_folds_away_to_the_same_numbers(exported: Path, tmp_pa
         assert abs(array - after[name]).max() <= 2**-23 * abs(array).max()
 
 
+@pytest.mark.parametrize(
+    ("activation", "kind"),
+    [(nn.ReLU6(), "relu6"), (nn.Hardtanh(-1, 2), "clamp"), (nn.Hardswish(), "hardswish")],
+)
+def test_an_activation_is_told_by_its_node(tmp_path: Path, activation: nn.Module, kind: str) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 4, 1), activation, nn.Conv2d(4, 2, 1)).eval()
+    path = bntool.export_onnx(net, (torch.randn(1, 3, 6, 6),), tmp_path / "net.onnx")
+    assert not insert_onnx(path, None).modified
+    result = insert_onnx(path, tmp_path / "bn.onnx", InsertOptions(activations=(kind,)))
+    assert [site.activation_kind for site in result.plan.insert_sites] == [kind]
+    assert check_onnx_unchanged(path, tmp_path / "bn.onnx", [example_inputs_of(path)]).passed
+
+
 def test_options_that_need_modules_are_refused(exported: Path) -> None:
     with pytest.raises(UsageError, match="keep-keys is for modules"):
         insert_onnx(exported, None, InsertOptions(keep_keys=True))

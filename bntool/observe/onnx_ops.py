@@ -226,10 +226,17 @@ def _sum(view: NodeView) -> Steps | None:
 
 def _clip(view: NodeView) -> Steps | None:
     low = view.attr("min") if view.version < 11 else view.constants.array(view.input(1))
-    high = view.attr("max") if view.version < 11 else view.input(2)
-    from_zero = low is not None and not np.any(low)
-    return _one("relu") if high is None and from_zero else None
+    given = view.attr("max") if view.version < 11 else view.input(2)
+    high = given if given is None or view.version < 11 else view.constants.array(given)
+    if low is None or np.any(low):
+        return _one("clamp")
+    if given is None:
+        return _one("relu")
+    return _one("relu6") if high is not None and np.all(high == 6) else _one("clamp")
 
+
+_ACTIVATIONS = "Sigmoid Tanh Elu Selu Celu Mish Softplus Gelu HardSwish HardSigmoid".split()
+"""Ops that no map passes, by the names that an insertion knows them by."""
 
 _TABLE: dict[str, Translator] = {
     **{name: _fixed("reshape") for name in ("Reshape", "Flatten", "Squeeze", "Unsqueeze")},
@@ -264,6 +271,7 @@ _TABLE: dict[str, Translator] = {
     "Neg": lambda view: _one("mul", number=-1.0, alpha=1.0),
     "Relu": _fixed("relu"),
     "Clip": _clip,
+    **{name: _fixed(name.lower()) for name in _ACTIVATIONS},
     "LeakyRelu": lambda view: _one("leaky_relu", slope=float(view.attr("alpha", 0.01))),
     "PRelu": lambda view: Steps((Step("prelu", {}),), (0, 1)),
 }
