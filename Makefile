@@ -1,9 +1,10 @@
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
+PEERS := .venv-peers
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check lint gold bench latency zoo verification large gpu-check
+.PHONY: help setup demo test check lint gold bench latency zoo peers verification large gpu-check
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  \1\t/' | expand -t 14
@@ -39,7 +40,20 @@ bench: setup ## measure time and memory
 	$(BIN)/python tools/bench.py
 
 zoo: setup ## fold and insert over every torchvision and timm model; goes on where it stopped
-	$(BIN)/python tools/zoo.py
+	$(BIN)/python -m tools.zoo
+
+# A peer that cannot be had on this machine is a column of failures, not a comparison less.
+$(PEERS)/.installed: pyproject.toml constraints.txt tools/peers.txt
+	test -x $(PEERS)/bin/python || $(PYTHON) -m venv $(PEERS)
+	$(PEERS)/bin/python -m pip install --quiet --constraint constraints.txt torch torchvision
+	$(PEERS)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[zoo]'
+	for peer in $$(grep -v '^#' tools/peers.txt); do \
+		$(PEERS)/bin/python -m pip install --quiet --constraint constraints.txt $$peer || echo "without $$peer"; \
+	done
+	touch $@
+
+peers: $(PEERS)/.installed ## compare with the best BatchNorm folders; goes on where it stopped
+	$(PEERS)/bin/python -m tools.peers
 
 verification: setup ## verify forty correct models; goes on where it stopped
 	$(BIN)/python tools/forty.py

@@ -10,17 +10,14 @@ import argparse
 import collections
 import glob
 import json
-import os
 import resource
-import signal
 import statistics
-import sys
 import time
-import traceback
-import warnings
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
+
+from tools.processes import in_own_process
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "docs" / "coverage.jsonl"
@@ -154,44 +151,6 @@ def _inserted(api: Any, model: Any, observation: Any) -> dict[str, Any]:
     }
 
 
-def in_own_process(name: str, limit: float) -> dict[str, Any]:
-    """`examine` in a fork, with so many seconds of processor time (ten times that by the clock)."""
-    read, write = os.pipe()
-    child = os.fork()
-    if child == 0:
-        os.close(read)
-        resource.setrlimit(resource.RLIMIT_CPU, (int(limit), int(limit) + 5))
-        warnings.simplefilter("ignore")
-        sys.stdout = sys.stderr = Path(os.devnull).open("w")  # noqa: SIM115 - ends with the process
-        try:
-            row = examine(name)
-        except BaseException as error:  # noqa: BLE001 - the row is the report
-            last = traceback.extract_tb(error.__traceback__)[-1]
-            where = f"{Path(last.filename).name}:{last.lineno}"
-            row = {
-                "model": name,
-                "status": "failed",
-                "error": f"{type(error).__name__}: {error}"[:500],
-                "at": where,
-            }
-        with os.fdopen(write, "w") as pipe:
-            pipe.write(json.dumps(row))
-        os._exit(0)
-    os.close(write)
-    signal.signal(signal.SIGALRM, lambda *_: os.kill(child, signal.SIGKILL))
-    signal.setitimer(signal.ITIMER_REAL, 10 * limit)
-    with os.fdopen(read) as pipe:
-        text = pipe.read()
-    signal.setitimer(signal.ITIMER_REAL, 0)
-    _, status = os.waitpid(child, 0)
-    if text:
-        found: dict[str, Any] = json.loads(text)
-        return found
-    late = os.WTERMSIG(status) in (signal.SIGKILL, signal.SIGXCPU)
-    reason = "time limit" if late else f"died ({status})"
-    return {"model": name, "status": reason}
-
-
 def read_results() -> dict[str, dict[str, Any]]:
     if not RESULTS.is_file():
         return {}
@@ -274,7 +233,7 @@ def sweep(names: Iterable[str], minutes: float, limit: float) -> None:
         if time.monotonic() > end:
             print(f"time is up: {len(waiting) - done} models are left; run it again to go on")
             break
-        row = in_own_process(name, limit)
+        row = {"model": name, **in_own_process(lambda name=name: examine(name), limit)}
         results[name] = row
         with RESULTS.open("a") as file:
             file.write(json.dumps(row) + "\n")

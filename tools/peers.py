@@ -1,0 +1,176 @@
+"""Compare bntool with the best BatchNorm folders there are, model by model: `make peers`.
+
+Each tool works on each model in a process of its own with a time limit. Results are appended to
+`docs/peers.jsonl`, one line a model, so that the sweep can be stopped and gone on with; `docs/peers.md` is
+written from them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import functools
+import json
+import pickle
+import tempfile
+import time
+import warnings
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from tools.peer_models import MODELS
+from tools.peer_page import page
+from tools.peer_tools import TOOLS, Case, versions
+from tools.processes import in_own_process
+from tools.zoo import randomise
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "docs" / "peers.jsonl"
+PAGE = ROOT / "docs" / "peers.md"
+_SIDE = 64
+"""Small images show the same graph at a fraction of the time; models that take none get their own size."""
+
+
+def make(name: str) -> Any:
+    """The model in eval mode, with random weights and statistics, the same every time."""
+    from bntool.files.references import build
+
+    model = build(name).model.eval()
+    randomise(model)
+    return model
+
+
+def observed(model: Any) -> Any:
+    """The model observed on a small image, or on the smallest that it takes."""
+    import torch
+
+    from bntool.errors import ObserveError
+    from bntool.files.references import recorded_inputs
+    from bntool.inputs import Inputs
+    from bntool.observe.eager import observe
+    from bntool.observe.inference import observe_inferred
+
+    image = torch.randn(1, 3, _SIDE, _SIDE, generator=torch.Generator().manual_seed(0))
+    for inputs in (Inputs((image,)), recorded_inputs(model)):
+        with contextlib.suppress(ObserveError):
+            if inputs is not None:
+                return observe(model, inputs)
+    return observe_inferred(model, small=True)
+
+
+def prepare(name: str, folder: Path) -> dict[str, Any]:
+    """Export the model unfolded, run the original, and keep in `folder` what every tool is held against."""
+    from bntool.exporting import export_onnx
+    from bntool.reference import Reference
+    from tools.fingerprints import fingerprints, trace_onnx
+
+    model = make(name)
+    observation = observed(model)
+    unfolded = folder / "unfolded.onnx"
+    export_onnx(model, observation.inputs, unfolded, dynamic_batch=False)
+    reference = Reference(model, [observation.inputs])
+    batch_norms, own = fingerprints(observation.graph), trace_onnx(unfolded)
+    kept = (observation.inputs, reference.outputs, reference.limits, batch_norms, own)
+    (folder / "reference.pickle").write_bytes(pickle.dumps(kept))
+    unseen = sorted(set(batch_norms) - set(own.left(batch_norms)))
+    if unseen:
+        raise LookupError(f"not found by value in the unfolded file: {', '.join(unseen)}")
+    return {"status": "ok", "input": observation.inputs.shapes(), "bn": list(batch_norms)}
+
+
+def judge(name: str, tool: str, folder: Path) -> dict[str, Any]:
+    """Let one tool fold the model; say which BatchNorms are left, and whether the result is right."""
+    from bntool.comparing import compare
+
+    kept = (folder / "reference.pickle").read_bytes()
+    inputs, expected, limits, batch_norms, own = pickle.loads(kept)  # noqa: S301 - written by `prepare`
+    start = time.perf_counter()
+    outcome = TOOLS[tool](Case(functools.partial(make, name), inputs, folder / "unfolded.onnx", folder))
+    seconds = time.perf_counter() - start
+    names, tensors = list(expected[0]), list(outcome.outputs.values())
+    if len(names) != len(tensors):
+        raise ValueError(f"{len(tensors)} outputs, expected {len(names)}")
+    got = dict(zip(names, tensors, strict=True))
+    check = compare(expected, [got], limits, stage="fold", device="cpu", provider=tool)
+    decidable = not any(limit.undecidable for limit in limits.values())
+    return {
+        "status": "ok" if check.passed else "wrong" if decidable else "undecided",
+        "left": outcome.trace.left(batch_norms),
+        "unnamed": outcome.trace.unnamed(batch_norms, own),
+        "error_over_noise": float(f"{check.ratio:.3g}"),
+        "seconds": round(seconds, 1),
+    }
+
+
+def examine(name: str, limit: float) -> dict[str, Any]:
+    """The row of one model: what each tool leaves of its BatchNorms."""
+    with tempfile.TemporaryDirectory() as text:
+        folder = Path(text)
+        row = {"model": name, **in_own_process(lambda: prepare(name, folder), limit)}
+        if row["status"] == "ok" and row["bn"]:
+            row["tools"] = {
+                tool: in_own_process(lambda tool=tool: judge(name, tool, folder), limit) for tool in TOOLS
+            }
+        row["versions"] = versions()
+        return row
+
+
+def read_results(path: Path = RESULTS) -> dict[str, dict[str, Any]]:
+    if not path.is_file():
+        return {}
+    rows = (json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line)
+    return {row["model"]: row for row in rows}
+
+
+def warm_up() -> None:
+    """Import, and let torch's exporter build its tables, once before the forks and not in each of them."""
+    import timm  # noqa: F401
+    import torch
+    import torchvision  # noqa: F401
+
+    import bntool
+
+    torch.set_num_threads(1)  # a fork after a team of threads has run would wait for them for ever
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        layer = torch.nn.Conv2d(3, 3, 1)
+        bntool.export_onnx(layer, (torch.randn(1, 3, 4, 4),), Path(folder) / "layer.onnx")
+        torch.onnx.export(layer, (torch.randn(1, 3, 4, 4),), dynamo=True, optimize=True, verbose=False)
+
+
+def sweep(names: Iterable[str], minutes: float, limit: float, path: Path) -> None:
+    warm_up()
+    end = time.monotonic() + 60 * minutes
+    results = read_results(path)
+    waiting = [name for name in names if name not in results]
+    for done, name in enumerate(waiting):
+        if time.monotonic() > end:
+            print(f"time is up: {len(waiting) - done} models are left; run it again to go on")
+            break
+        results[name] = examine(name, limit)
+        with path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(results[name], ensure_ascii=False) + "\n")
+        counts = {
+            tool: len(found["left"]) if found["status"] == "ok" else found["status"]
+            for tool, found in results[name].get("tools", {}).items()
+        }
+        print(
+            len(results), name, results[name]["status"], len(results[name].get("bn", ())), counts, flush=True
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("names", nargs="*", help="models (default: those of tools/peer_models.py)")
+    parser.add_argument("--minutes", type=float, default=600, help="stop after this long")
+    parser.add_argument("--limit", type=float, default=300, help="seconds for one tool on one model")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="the file of results")
+    chosen = parser.parse_args()
+    sweep(chosen.names or MODELS, chosen.minutes, chosen.limit, chosen.results)
+    if chosen.results == RESULTS:
+        PAGE.write_text(page(read_results()), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
