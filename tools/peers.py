@@ -1,7 +1,7 @@
 """Compare bntool with the best BatchNorm folders there are, model by model: `make peers`.
 
 Each tool works on each model in a process of its own with a time limit. Results are appended to
-`docs/peers.jsonl`, one line a model, so that the sweep can be stopped and gone on with; `docs/peers.md` is
+`docs/peers.jsonl`, one line a model, so that the sweep can be stopped and gone on with (delete the file to start anew); `docs/peers.md` is
 written from them.
 """
 
@@ -123,6 +123,14 @@ def read_results(path: Path = RESULTS) -> dict[str, dict[str, Any]]:
     return {row["model"]: row for row in rows}
 
 
+def as_line(row: dict[str, Any]) -> str:
+    return json.dumps(row, ensure_ascii=False) + "\n"
+
+
+def out_of_time(row: dict[str, Any]) -> bool:
+    return any(found["status"] == "time limit" for found in (row, *row.get("tools", {}).values()))
+
+
 def warm_up() -> None:
     """Import, and let torch's exporter build its tables, once before the forks and not in each of them."""
     import timm  # noqa: F401
@@ -150,7 +158,7 @@ def sweep(names: Iterable[str], minutes: float, limit: float, path: Path) -> Non
             break
         results[name] = examine(name, limit)
         with path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(results[name], ensure_ascii=False) + "\n")
+            file.write(as_line(results[name]))
         counts = {
             tool: len(found["left"]) if found["status"] == "ok" else found["status"]
             for tool, found in results[name].get("tools", {}).items()
@@ -164,9 +172,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("names", nargs="*", help="models (default: those of tools/peer_models.py)")
     parser.add_argument("--minutes", type=float, default=600, help="stop after this long")
-    parser.add_argument("--limit", type=float, default=300, help="seconds for one tool on one model")
+    parser.add_argument("--limit", type=float, default=900, help="seconds for one tool on one model")
     parser.add_argument("--results", type=Path, default=RESULTS, help="the file of results")
+    parser.add_argument("--again", action="store_true", help="redo the models on which time ran out")
     chosen = parser.parse_args()
+    if chosen.again:
+        kept = [row for row in read_results(chosen.results).values() if not out_of_time(row)]
+        chosen.results.write_text("".join(as_line(row) for row in kept), encoding="utf-8")
     sweep(chosen.names or MODELS, chosen.minutes, chosen.limit, chosen.results)
     if chosen.results == RESULTS:
         PAGE.write_text(page(read_results()), encoding="utf-8")
