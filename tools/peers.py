@@ -1,8 +1,8 @@
 """Compare bntool with the best BatchNorm folders there are, model by model: `make peers`.
 
 Each tool works on each model in a process of its own with a time limit. Results are appended to
-`docs/peers.jsonl`, one line a model, so that the sweep can be stopped and gone on with (delete the file to start anew); `docs/peers.md` is
-written from them.
+`docs/peers.jsonl`, one line a model, so that the sweep can be stopped and gone on with (without the file it
+starts anew); `docs/peers.md` is written from them.
 """
 
 from __future__ import annotations
