@@ -12,7 +12,7 @@ torchvision:efficientnet_b0 torchvision:mnasnet1_0 torchvision:regnet_y_400mf to
 torchvision:deeplabv3_mobilenet_v3_large torchvision:lraspp_mobilenet_v3_large torchvision:r3d_18
 torchvision:r2plus1d_18 tools.peer_models:frozen_resnet50 tools.peer_models:frozen_mobilenet_fpn
 tools.peer_models:retinanet_backbone tools.peer_models:ssdlite_backbone
-timm:botnet26t_256 timm:convmixer_768_32 timm:crossvit_9_240 timm:cspdarknet53 timm:dla34 timm:dpn68
+timm:botnet26t_256 timm:convmixer_768_32 timm:cspdarknet53 timm:dla34 timm:dpn68
 timm:efficientformer_l1 timm:efficientvit_b0 timm:efficientvit_m0 timm:ese_vovnet19b_dw timm:fastvit_t8
 timm:ghostnet_100 timm:ghostnetv3_100 timm:hardcorenas_a timm:hgnet_tiny timm:hrnet_w18_small
 timm:inception_next_atto timm:levit_128s timm:lcnet_050 timm:mixnet_s timm:mobilenetv4_conv_small
