@@ -23,7 +23,7 @@ from tools.peer_models import MODELS
 from tools.peer_page import page
 from tools.peer_tools import TOOLS, Case, versions
 from tools.processes import in_own_process
-from tools.zoo import randomise
+from tools.zoo import VIDEO, randomise
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "docs" / "peers.jsonl"
@@ -51,8 +51,10 @@ def observed(model: Any) -> Any:
     from bntool.observe.eager import observe
     from bntool.observe.inference import observe_inferred
 
-    image = torch.randn(1, 3, _SIDE, _SIDE, generator=torch.Generator().manual_seed(0))
-    for inputs in (Inputs((image,)), recorded_inputs(model)):
+    def drawn(*shape: int) -> Any:
+        return Inputs((torch.randn(shape, generator=torch.Generator().manual_seed(0)),))
+
+    for inputs in (drawn(1, 3, _SIDE, _SIDE), recorded_inputs(model), drawn(*VIDEO)):
         with contextlib.suppress(ObserveError):
             if inputs is not None:
                 return observe(model, inputs)
@@ -172,7 +174,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("names", nargs="*", help="models (default: those of tools/peer_models.py)")
     parser.add_argument("--minutes", type=float, default=600, help="stop after this long")
-    parser.add_argument("--limit", type=float, default=900, help="seconds for one tool on one model")
+    parser.add_argument(
+        "--limit", type=float, default=300, help="processor seconds for one tool on one model"
+    )
     parser.add_argument("--results", type=Path, default=RESULTS, help="the file of results")
     parser.add_argument("--again", action="store_true", help="redo the models on which time ran out")
     chosen = parser.parse_args()
