@@ -16,7 +16,7 @@ timm:botnet26t_256 timm:convmixer_768_32 timm:cspdarknet53 timm:dla34 timm:dpn68
 timm:efficientformer_l1 timm:efficientvit_b0 timm:efficientvit_m0 timm:ese_vovnet19b_dw timm:fastvit_t8
 timm:ghostnet_100 timm:ghostnetv3_100 timm:hardcorenas_a timm:hgnet_tiny timm:hrnet_w18_small
 timm:inception_next_atto timm:levit_128s timm:lcnet_050 timm:mixnet_s timm:mobilenetv4_conv_small
-timm:mobileone_s0 timm:mobilevit_s timm:mobilevitv2_050 timm:rdnet_tiny timm:regnetz_b16 timm:repghostnet_050
+timm:mobileone_s0 timm:mobilevit_s timm:mobilevitv2_050 timm:regnetz_b16 timm:repghostnet_050
 timm:repvgg_a0 timm:repvit_m0_9 timm:res2net50_26w_4s timm:resnest14d timm:resnetv2_50 timm:rexnet_100
 timm:selecsls42b timm:shvit_s1 timm:skresnet18 timm:starnet_s1 timm:swiftformer_xs timm:tinynet_e
 timm:tiny_vit_5m_224 timm:tresnet_m timm:vovnet39a timm:xception41 timm:xcit_nano_12_p16_224

@@ -36,7 +36,8 @@ must be found so in the unfolded file before anything is measured. `+n` after a 
 nobody's s, two layers composed for instance; they count as left.
 
 **wrong**: the result runs, yet lies farther from the original in float64 than the model's own float32
-rounding explains ([how far that is](checking.md)); nothing of it counts as folded. **undecided**: that
+rounding explains ([how far that is](checking.md)), or OpenVINO's rounding, which is measured on the file
+that bntool has folded; nothing of it counts as folded. **undecided**: that
 rounding alone moves the output too far to tell. **–**: the tool fails on the model.
 """
 

@@ -73,7 +73,7 @@ def prepare(name: str, folder: Path) -> dict[str, Any]:
     export_onnx(model, observation.inputs, unfolded, dynamic_batch=False)
     reference = Reference(model, [observation.inputs])
     batch_norms, own = fingerprints(observation.graph), trace_onnx(unfolded)
-    kept = (observation.inputs, reference.outputs, reference.limits, batch_norms, own)
+    kept = (observation.inputs, reference.outputs, reference.limits, reference.layers, batch_norms, own)
     (folder / "reference.pickle").write_bytes(pickle.dumps(kept))
     unseen = sorted(set(batch_norms) - set(own.left(batch_norms)))
     if unseen:
@@ -83,17 +83,20 @@ def prepare(name: str, folder: Path) -> dict[str, Any]:
 
 def judge(name: str, tool: str, folder: Path) -> dict[str, Any]:
     """Let one tool fold the model; say which BatchNorms are left, and whether the result is right."""
-    from bntool.comparing import compare
+    import torch
+
+    from bntool.comparing import compare, noise_limits
 
     kept = (folder / "reference.pickle").read_bytes()
-    inputs, expected, limits, batch_norms, own = pickle.loads(kept)  # noqa: S301 - written by `prepare`
+    inputs, expected, limits, layers, batch_norms, own = pickle.loads(kept)  # noqa: S301 - written by `prepare`
     start = time.perf_counter()
     outcome = TOOLS[tool](Case(functools.partial(make, name), inputs, folder / "unfolded.onnx", folder))
     seconds = time.perf_counter() - start
-    names, tensors = list(expected[0]), list(outcome.outputs.values())
-    if len(names) != len(tensors):
-        raise ValueError(f"{len(tensors)} outputs, expected {len(names)}")
-    got = dict(zip(names, tensors, strict=True))
+    got = named_as(expected[0], outcome.outputs)
+    if outcome.rest is not None:
+        rounding = named_as(expected[0], outcome.rest)
+        theirs = noise_limits(expected, [rounding], layers, torch.finfo(torch.float32).eps)
+        limits = {name: max(limit, theirs[name], key=lambda x: x.limit) for name, limit in limits.items()}
     check = compare(expected, [got], limits, stage="fold", device="cpu", provider=tool)
     decidable = not any(limit.undecidable for limit in limits.values())
     return {
@@ -103,6 +106,13 @@ def judge(name: str, tool: str, folder: Path) -> dict[str, Any]:
         "error_over_noise": float(f"{check.ratio:.3g}"),
         "seconds": round(seconds, 1),
     }
+
+
+def named_as(expected: dict[str, Any], outputs: dict[str, Any]) -> dict[str, Any]:
+    """The outputs, in their order, under the names that the original gives them."""
+    if len(outputs) != len(expected):
+        raise ValueError(f"{len(outputs)} outputs, expected {len(expected)}")
+    return dict(zip(expected, outputs.values(), strict=True))
 
 
 def examine(name: str, limit: float) -> dict[str, Any]:
