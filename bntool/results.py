@@ -47,24 +47,13 @@ class SurgeryResult:
 
     def to_dict(self) -> dict[str, Any]:
         """The document that `--json` prints, without paths."""
-        plan = self.plan.to_dict()
-        document: dict[str, Any] = {
-            "status": self.status,
-            "sites": [_public(site) for site in plan["sites"]],
-            "skips": plan["skips"],
-            "parameters": self.parameters,
-        }
+        document: dict[str, Any] = {"status": self.status, "parameters": self.parameters}
         checks = [check.to_dict() for check in self.checks]
-        if self.plan.action == "insert":
-            document["check"] = checks[0] if checks else None
-            document["key_map"] = plan["key_map"]
-            document["dropped_biases"] = plan["dropped_biases"]
-        else:
-            document["bn_total"] = len(self.plan.sites) + len(self.plan.skips)
-            document["bn_folded"] = len(self.plan.sites)
-            document["unshared"] = self.plan.unshared.to_dict()
-            document["checks"] = checks
-        return document
+        if self.plan.action == "fold":
+            return {**document, **fold_verdicts(self.plan), "checks": checks}
+        plan = self.plan.to_dict()
+        shown = ("sites", "skips", "key_map", "dropped_biases")
+        return {**document, **{key: plan[key] for key in shown}, "check": checks[0] if checks else None}
 
     def __str__(self) -> str:
         return self.render()
@@ -75,8 +64,16 @@ class SurgeryResult:
         return "\n".join([*draw(self.plan, width, verbose), "", *delta_lines(self.parameters)])
 
 
-def _public(site: dict[str, Any]) -> dict[str, Any]:
-    return {k: v for k, v in site.items() if k != "edits"}
+def fold_verdicts(plan: Plan) -> dict[str, Any]:
+    """The verdicts of a fold as the document that `--json` prints, at every level; edits stay in the plan."""
+    data = plan.to_dict()
+    return {
+        "sites": [{key: value for key, value in site.items() if key != "edits"} for site in data["sites"]],
+        "skips": data["skips"],
+        "bn_total": len(plan.sites) + len(plan.skips),
+        "bn_folded": len(plan.sites),
+        "unshared": plan.unshared.to_dict(),
+    }
 
 
 def insert_lines(plan: Plan, width: int | None, verbose: bool) -> list[str]:

@@ -26,7 +26,7 @@ def fold_onnx_file(voice: Voice, options: dict[str, Any]) -> int:
     from bntool.onnx_files import move_onnx
     from bntool.onnx_folding import fold_onnx
     from bntool.report.checks import checks_text
-    from bntool.results import fold_lines, merges_of
+    from bntool.results import fold_lines, fold_verdicts, merges_of
 
     source = Path(options["model"])
     serving.require_device(options["device"], torch_too=False, onnx_too=True)
@@ -62,18 +62,13 @@ def fold_onnx_file(voice: Voice, options: dict[str, Any]) -> int:
     voice.say(checks_text(result.checks))
     if not options["dry_run"]:
         voice.say(f"wrote       {target}")
-    plan = result.plan.to_dict()
     voice.emit(
         {
             "status": "ok",
             "output": None,
             "onnx": None if options["dry_run"] else str(target),
-            "sites": [{k: v for k, v in site.items() if k != "edits"} for site in plan["sites"]],
-            "skips": plan["skips"],
+            **fold_verdicts(result.plan),
             "merges": merges_of(result.plan),
-            "bn_total": len(plan["sites"]) + len(plan["skips"]),
-            "bn_folded": len(plan["sites"]),
-            "unshared": result.plan.unshared.to_dict(),
             "parameters": result.to_dict()["counts"],
             "checks": [check.to_dict() for check in result.checks],
             "dry_run": options["dry_run"],

@@ -38,7 +38,7 @@ def fold_program_file(session: Session, program: ExportedProgram, options: dict[
     from bntool.program_folding import RunnableProgram, fold_program
     from bntool.report.checks import checks_text
     from bntool.report.counting import parameter_delta
-    from bntool.results import delta_lines, fold_lines, merges_of
+    from bntool.results import delta_lines, fold_lines, fold_verdicts, merges_of
 
     voice = session.voice
     _require_cpu(options)
@@ -83,19 +83,14 @@ def fold_program_file(session: Session, program: ExportedProgram, options: dict[
         voice.say(f"wrote       {path}")
     if export is not None:
         voice.say(f"wrote       {serving.export_text(export)}")
-    plan = result.plan.to_dict()
     voice.emit(
         {
             "status": "ok",
             "output": str(path) if path else None,
             "onnx": str(onnx) if onnx else None,
             "export": export.to_dict() if export else None,
-            "sites": [{k: v for k, v in site.items() if k != "edits"} for site in plan["sites"]],
-            "skips": plan["skips"],
+            **fold_verdicts(result.plan),
             "merges": merges_of(result.plan),
-            "bn_total": len(plan["sites"]) + len(plan["skips"]),
-            "bn_folded": len(plan["sites"]),
-            "unshared": result.plan.unshared.to_dict(),
             "parameters": parameters,
             "checks": [check.to_dict() for check in folded.checks],
             "dry_run": options["dry_run"],
