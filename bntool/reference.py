@@ -16,6 +16,12 @@ from bntool.errors import BntoolError, CheckFailed
 from bntool.inputs import Inputs
 from bntool.runtime.libraries import first_line
 from bntool.runtime.torch_runner import TorchRunner
+from bntool.shaking import shaken_copy
+
+DRAWS = 7
+"""How often the rounding is drawn anew where the first draw would fail a candidate. A candidate that is one
+more draw is the largest of all nine once in nine times, and K_NOISE times the largest hardly ever, even where
+a near tie inside the model (an attention that falls one way or the other) makes single draws scatter."""
 
 Progress = Callable[[str], None]
 
@@ -56,8 +62,7 @@ class Reference:
 
     @functools.cached_property
     def _own_runs(self) -> list[tuple[Inputs, dict[str, Tensor]]]:
-        model = self._model if self._dtype is None else rounded_copy(self._model, self._dtype)
-        runner = TorchRunner(model, self._device, parts=self._with_parts)
+        runner = self._own_runner(self._model)
         runs: list[tuple[Inputs, dict[str, Tensor]]] = []
         refused: list[tuple[Inputs, Exception]] = []
         for inputs in self._given:
@@ -80,10 +85,14 @@ class Reference:
             self.notes.append(
                 "every output is empty on these inputs, so what the model's parts return is compared"
             )
-            runner = TorchRunner(model, self._device, parts=True)
+            runner = self._own_runner(self._model)
             runs = [(inputs, runner.run(self._narrowed(inputs))) for inputs, _ in runs]
         self.notes += [f"the original cannot run {inputs.shapes()}, left out" for inputs, _ in refused]
         return runs
+
+    def _own_runner(self, model: nn.Module) -> TorchRunner:
+        model = model if self._dtype is None else rounded_copy(model, self._dtype)
+        return TorchRunner(model, self._device, parts=self._with_parts)
 
     def _narrowed(self, inputs: Inputs) -> Inputs:
         return inputs if self._dtype is None else inputs.to(dtype=self._dtype).to(dtype=torch.float32)
@@ -142,6 +151,40 @@ class Reference:
             for outputs in self.own
             for name, t in outputs.items()
         }
+
+    @functools.cached_property
+    def redrawn_limits(self) -> dict[str, Limit]:
+        """The limits by more draws of the model's own rounding: one run is one draw, and it may be lucky.
+
+        Each further draw is the model with a rounding's worth of noise in its numbers (`shaken_copy`).
+        """
+        if self.exact is None or self.eps <= torch.finfo(torch.float64).eps:
+            return self.limits
+        self._progress("drawing the model's own rounding again")
+        runs = list(self.own)
+        try:
+            for seed in range(DRAWS):
+                runner = self._own_runner(shaken_copy(self._model, self.eps, seed))
+                runs += [runner.run(self._narrowed(inputs)) for inputs in self.inputs]
+        except Exception:  # noqa: BLE001 - a class may refuse to be copied, a forward may check its numbers
+            return self.limits
+        return noise_limits(self.exact * (DRAWS + 1), runs, self.layers, self.eps)
+
+    @functools.cached_property
+    def exact_limits(self) -> dict[str, Limit]:
+        """The same in float64: how far the model carries the rounding of float64 itself."""
+        eps = torch.finfo(torch.float64).eps
+        if self.exact is None:
+            return {}
+        self._progress("drawing the rounding of float64")
+        runs: list[dict[str, Tensor]] = []
+        try:
+            for seed in range(DRAWS):
+                shaken = shaken_copy(self._model, eps, seed, torch.float64)
+                runs += run_float64(shaken, self.inputs, parts=self.parts)[0]
+        except Exception:  # noqa: BLE001 - as above
+            return {}
+        return noise_limits(self.exact * DRAWS, runs, self.layers, eps)
 
     def decidable(self) -> Reference:
         """This reference, or one that holds the model's parts too, where rounding decides every output."""

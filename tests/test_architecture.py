@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "bntool"
 
 FLOORS: dict[str, tuple[int, str]] = {
     "words": (0, "errors reasons explanations patterns plan verdicts latencies blame"),
-    "graph": (1, "inputs graph affine layers frozen collecting casting"),
+    "graph": (1, "inputs graph affine layers frozen collecting casting shaking"),
     "processes": (1, "world"),
     "observe": (2, "observe"),
     "files": (2, "files"),

@@ -129,6 +129,79 @@ def test_wrong_algebra_below_the_float32_noise_fails_in_float64():
     assert not Comparison((row, algebra))
 
 
+class Chaotic(nn.Module):
+    """The logistic map, which doubles an error at each step: a rounding becomes about eps * 2^steps."""
+
+    def __init__(self, steps: int) -> None:
+        super().__init__()
+        self.steps = steps
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.sigmoid(x)
+        for _ in range(self.steps):
+            x = 4 * x * (1 - x)
+        return x
+
+
+def chaotic_net(steps: int) -> nn.Module:
+    conv_and_norm = nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8))
+    return randomised(nn.Sequential(*conv_and_norm, Chaotic(steps)))
+
+
+def test_a_model_that_amplifies_rounding_is_held_to_its_own_rounding_in_float64():
+    model = chaotic_net(24)  # 2.2e-16 * 2^24 = 4e-9, above what the algebra of other models is held to
+    (*_, check) = check_surgery(
+        model,
+        folded(model, torch.float32),
+        seeded_batches(IMAGE),
+        stage="fold",
+        candidate64=folded(model, torch.float64),
+        changed_parts={"0", "1"},
+    )
+    assert check.passed
+    assert ALGEBRA_LIMIT < check.relative < check.limit < 1e-6  # a wrong bit of float32 shows above 1e-6
+    assert "own rounding in float64" in check.detail
+
+
+def test_wrong_algebra_of_a_model_that_amplifies_rounding_fails():
+    model = chaotic_net(24)
+    candidate64 = folded(model, torch.float64)
+    candidate64[0].weight.data.mul_(1 + 1e-12)  # ten thousand roundings
+    (*_, algebra) = check_surgery(
+        model,
+        folded(model, torch.float32),
+        seeded_batches(IMAGE),
+        stage="fold",
+        candidate64=candidate64,
+        changed_parts={"0", "1"},
+    )
+    assert not algebra.passed
+
+
+def lucky_reference(model: nn.Module) -> Reference:
+    """A reference whose own run happened to make no error but the last rounding."""
+    reference = Reference(model, seeded_batches(IMAGE))
+    lucky = [{name: t.float() for name, t in outputs.items()} for outputs in reference.exact]
+    reference.__dict__["_own_runs"] = list(zip(reference.inputs, lucky, strict=True))
+    return reference
+
+
+def test_one_lucky_draw_of_the_noise_fails_no_right_fold():
+    model = chaotic_net(8)
+    reference = lucky_reference(model)
+    (row,) = check_surgery(model, folded(model, torch.float32), [], stage="fold", reference=reference)
+    assert row.relative > max(limit.limit for limit in reference.limits.values())
+    assert row.passed
+
+
+def test_a_wrong_fold_fails_against_more_draws_too():
+    model = chaotic_net(8)
+    candidate = folded(model, torch.float32)
+    candidate[0].weight.data.mul_(1 + 1e-4)
+    (row,) = check_surgery(model, candidate, [], stage="fold", reference=lucky_reference(model))
+    assert not row.passed
+
+
 def test_no_model_runs_twice_on_the_same_inputs(tmp_path):
     model = Counted(small_net())
     inputs = seeded_batches(IMAGE)
