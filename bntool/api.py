@@ -222,10 +222,10 @@ def fold_observed(
     unshare: bool = False,
 ) -> SurgeryResult:
     """`fold` on a model already observed, unchecked; the result shares its untouched tensors with `model`."""
-    plan = plan_module_fold(
+    planned = plan_module_fold(
         model, observation, include=include, exclude=exclude, merge=merge, thorough=False, unshare=unshare
     )
-    return as_result(model, apply_fold(model, plan).eval(), plan, observation.inputs)
+    return as_result(model, planned.carry_out(), planned.plan, observation.inputs)
 
 
 def fold_proved(
@@ -260,7 +260,7 @@ def plan_fold(
     observation = _observed(model, example_inputs, small=True)
     return plan_module_fold(
         model, observation, include=include, exclude=exclude, merge=merge, unshare=unshare
-    )
+    ).plan
 
 
 @torch.inference_mode(False)

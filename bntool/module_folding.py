@@ -20,7 +20,7 @@ from bntool.observe.modules import signature_of
 from bntool.plan import Edit, FoldSite, Plan
 from bntool.reasons import Reason
 from bntool.surgery.fold_modules import apply_fold
-from bntool.surgery.reparameterising import Block, find_blocks
+from bntool.surgery.reparameterising import Block, find_blocks, with_blocks_merged
 
 _UNFIT = frozenset(
     {
@@ -35,6 +35,19 @@ _UNFIT = frozenset(
 """A BatchNorm with one of these must not go, whoever offers to take it."""
 
 
+@dataclasses.dataclass(frozen=True)
+class PlannedFold:
+    """The fold plan of a module, and how far it is carried out: blocks are merged while planning."""
+
+    plan: Plan
+    _merged: nn.Module
+    _rest: Plan
+
+    def carry_out(self) -> nn.Module:
+        """The folded module, in eval mode; what a surgery does not touch it shares with the original."""
+        return apply_fold(self._merged, self._rest).eval()
+
+
 def plan_module_fold(
     model: nn.Module,
     observation: Observation,
@@ -44,8 +57,8 @@ def plan_module_fold(
     merge: bool = True,
     thorough: bool = True,
     unshare: bool = False,
-) -> Plan:
-    """The fold plan of a module already observed.
+) -> PlannedFold:
+    """Plan the fold of a module already observed.
 
     With `merge`, blocks that bring their own re-parameterisation are merged first, on a copy, and the rest
     is planned on what they leave. With `thorough` the model is observed a second time, on inputs of other
@@ -61,13 +74,14 @@ def plan_module_fold(
     # a block that has merged its branches may hold blocks that still can
     while merge and (blocks := _fit(find_blocks(merged), plan)):
         sites += [site for block in blocks for site in _sites(block)]
-        merged = apply_fold(model, dataclasses.replace(plan, sites=tuple(sites), skips=()))
+        merged = with_blocks_merged(merged, blocks)
     if not sites:
-        return plan
-    again = _settled(merged, observe(merged, observation.inputs, apart=unshare), choice, thorough)
-    return dataclasses.replace(
-        again, sites=(*sites, *again.sites), signature=signature_of(model), model_class=plan.model_class
+        return PlannedFold(plan, model, plan)
+    rest = _settled(merged, observe(merged, observation.inputs, apart=unshare), choice, thorough)
+    whole = dataclasses.replace(
+        rest, sites=(*sites, *rest.sites), signature=signature_of(model), model_class=plan.model_class
     )
+    return PlannedFold(whole, merged, rest)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,11 +116,12 @@ def _settled(model: nn.Module, observation: Observation, choice: _Choice, thorou
 def other_sizes(inputs: Inputs) -> Iterator[Inputs]:
     """Inputs like these of other sizes, the most telling first: seeded values, one sample more.
 
-    Longer by 33, so that even sides become odd; by 32, since many models take only such; a sequence
-    (N, L, F) longer along L; then the old sides. The values spread more widely, so that a number read from
-    them is another one.
+    Longer by 33, so that even sides become odd (the depth of a volume or clip by one, for 3-d convolutions
+    are dear); by 32, since many models take only such; a sequence (N, L, F) longer along L; then the old
+    sides. The values spread more widely, so that a number read from them is another one.
     """
-    for first_axis, more in ((2, 33), (2, 32), (1, 33), (2, 0)):
+    sequences = any(tensor.dim() == 3 for tensor in inputs.tensors().values())
+    for first_axis, more in ((2, 33), (2, 32), *([(1, 33)] if sequences else []), (2, 0)):
         generator = torch.Generator().manual_seed(more)
         yield inputs.map(functools.partial(_larger, first_axis=first_axis, more=more, generator=generator))
 
@@ -118,7 +133,7 @@ def _larger(tensor: Tensor, first_axis: int, more: int, generator: torch.Generat
     shape = [tensor.shape[0] + 1, *tensor.shape[1:]]
     if tensor.dim() > 2:
         for axis in range(first_axis, 2 if first_axis == 1 else tensor.dim()):
-            shape[axis] += more
+            shape[axis] += 1 if more == 33 and axis == 2 and tensor.dim() == 5 else more
     if not tensor.is_floating_point():
         index = torch.randint(tensor.numel(), shape, generator=generator)
         return tensor.cpu().reshape(-1)[index].to(tensor.device)

@@ -11,7 +11,7 @@ from torch import nn
 from bntool.checking import check_surgery
 from bntool.errors import BntoolError, CheckFailed
 from bntool.inputs import Inputs
-from bntool.module_folding import other_sizes, plan_module_fold
+from bntool.module_folding import PlannedFold, other_sizes, plan_module_fold
 from bntool.observe.eager import Observation
 from bntool.plan import Plan
 from bntool.reference import Progress, Reference
@@ -55,13 +55,18 @@ def proved_fold(
             elsewhere.append(reference_elsewhere(model, observation.inputs))
         return elsewhere[0]
 
+    planned: list[PlannedFold] = []
+
     def plan_without(names: Sequence[str], merges: bool) -> Plan:
-        return plan_module_fold(
-            model, observation, include=include, exclude=names, merge=merges, unshare=unshare
-        )
+        planned[:] = [
+            plan_module_fold(
+                model, observation, include=include, exclude=names, merge=merges, unshare=unshare
+            )
+        ]
+        return planned[0].plan
 
     def carry_out(plan: Plan) -> tuple[nn.Module, tuple[Check, ...]]:
-        folded = apply_fold(model, plan).eval()
+        folded = planned[0].carry_out()
         if not plan:
             return folded, ()
         return folded, tuple(

@@ -105,7 +105,7 @@ def planned(model: nn.Module, side: int, tweak: Callable[[Any], None] = randomis
     """One look is enough here; that the folds are exact is what tests/test_zoo.py shows."""
     tweak(model.eval())
     image = torch.randn(1, 3, side, side, generator=torch.Generator().manual_seed(0))
-    return plan_module_fold(model, observe(model, Inputs((image,))), merge=False, thorough=False)
+    return plan_module_fold(model, observe(model, Inputs((image,))), merge=False, thorough=False).plan
 
 
 def require_reasons(plan: Plan, kept: list[Kept]) -> None:

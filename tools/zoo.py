@@ -85,10 +85,9 @@ def examine(name: str) -> dict[str, Any]:
     row["ops"] = len(observation.graph.ops)
     start = time.perf_counter()
     from bntool.module_folding import plan_module_fold
-    from bntool.surgery.fold_modules import apply_fold
 
-    plan = plan_module_fold(model, observation)
-    result = api.as_result(model, apply_fold(model, plan).eval(), plan, observation.inputs)
+    planned = plan_module_fold(model, observation)
+    result = api.as_result(model, planned.carry_out(), planned.plan, observation.inputs)
     row["seconds_fold"] = round(time.perf_counter() - start, 3)
     row["bn_total"] = len(result.sites) + len(result.skips)
     row["folded"] = len(result.sites)

@@ -7,6 +7,7 @@ any other fold.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 from collections.abc import Iterator
@@ -14,7 +15,9 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
+from bntool.observe.copying import structural_copy
 from bntool.observe.modules import is_batch_norm_class, once_per_class
+from bntool.surgery.replacing import replace_everywhere
 
 _METHODS = ("reparameterize", "switch_to_deploy")
 """Methods that change a block in place. timm's `fuse` returns a new block; see `_method_of`."""
@@ -22,17 +25,18 @@ _METHODS = ("reparameterize", "switch_to_deploy")
 
 @dataclasses.dataclass(frozen=True)
 class Block:
-    """A block, the method that merges its branches, and the BatchNorms that go with it."""
+    """A block, the method that merges its branches, the BatchNorms that go with it, and what it becomes."""
 
     name: str
     method: str
     norms: tuple[str, ...]
+    merged: nn.Module
 
 
 def find_blocks(model: nn.Module) -> list[Block]:
     """Every outermost block that can merge its branches and so loses BatchNorms; the model is untouched.
 
-    Each is tried on a copy without numbers, which tells what goes.
+    Each is tried on a copy, which tells what goes.
     """
     blocks: list[Block] = []
     for name, module in model.named_modules():
@@ -44,14 +48,22 @@ def find_blocks(model: nn.Module) -> list[Block]:
         if not before:
             continue
         try:
-            merged = _call(copy.deepcopy(module).double().to("meta"), method)
+            merged = reparameterised(module, method)
         except Exception:  # noqa: BLE001, S112 - a method that fails is one this block does not offer
             continue
         gone = before - _norm_names(merged)
         if gone:
             norms = tuple(f"{name}.{norm}" if norm else name for norm in sorted(gone))
-            blocks.append(Block(name, method, norms))
+            blocks.append(Block(name, method, norms, merged))
     return blocks
+
+
+def with_blocks_merged(model: nn.Module, blocks: list[Block]) -> nn.Module:
+    """A structural copy of the model in which these blocks of it are what they become."""
+    copied = structural_copy(model)
+    for block in blocks:
+        replace_everywhere(copied, copied.get_submodule(block.name), block.merged)
+    return copied
 
 
 def reparameterised(module: nn.Module, method: str) -> nn.Module:
@@ -68,9 +80,11 @@ def _call(block: nn.Module, method: str) -> nn.Module:
     """The merged block. Layers that the method makes are float64 too, and lie where the block lies."""
     default = torch.get_default_dtype()
     device = next((t.device for t in block.parameters()), torch.device("cpu"))
+    # as a context the device costs every op a call in Python
+    there = contextlib.nullcontext() if device == torch.get_default_device() else device
     torch.set_default_dtype(torch.float64)
     try:
-        with torch.no_grad(), device:
+        with torch.no_grad(), there:
             returned = getattr(block, method)()
     finally:
         torch.set_default_dtype(default)
