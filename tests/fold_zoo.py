@@ -212,7 +212,7 @@ zoo(
 )
 zoo(
     "matmul_of_data",
-    {"bn": Reason.WEIGHT_COMPUTED},
+    {"bn": Reason.NONLINEAR},
     lambda m, a, b: m.bn(a @ b),
     lambda: {"bn": nn.BatchNorm1d(6)},
     (3, 5),

@@ -42,10 +42,11 @@ _STRUCTURAL = frozenset(
 
 
 class _Leaves(fx.Tracer):
-    """Every module without children is one node."""
+    """Every convolution and every activation known by its name is one node, and whatever is torch's own."""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return not any(True for _ in m.children()) or super().is_leaf_module(m, module_qualified_name)
+        known = isinstance(m, nn.modules.conv._ConvNd) or type(m).__name__ in _KIND_OF
+        return known or super().is_leaf_module(m, module_qualified_name)
 
 
 def pairs(model: nn.Module) -> dict[str, str] | None:
@@ -66,8 +67,8 @@ def pairs(model: nn.Module) -> dict[str, str] | None:
 
 
 def _activation(node: fx.Node, modules: dict[str, nn.Module]) -> str:
-    while len(node.users) == 1:
-        (user,) = node.users
+    while len(users := [user for user in node.users if not _reads_only_the_shape(user)]) == 1:
+        (user,) = users
         if user.op == "call_module":
             module = modules[str(user.target)]
             if isinstance(module, _THROUGH):
@@ -76,6 +77,12 @@ def _activation(node: fx.Node, modules: dict[str, nn.Module]) -> str:
             return _KIND_OF.get(type(module).__name__, "")
         return _called(user) if user.op in ("call_function", "call_method") else ""
     return ""
+
+
+def _reads_only_the_shape(node: fx.Node) -> bool:
+    if node.op == "call_function" and node.target is getattr:
+        return node.args[1] in ("shape", "ndim", "dtype", "device")
+    return node.op == "call_method" and node.target in ("size", "dim")
 
 
 def _called(node: fx.Node) -> str:

@@ -8,11 +8,16 @@ from __future__ import annotations
 
 import dataclasses
 import glob
+import zlib
 from collections.abc import Iterable, Sequence
+from typing import Any
 
+import torch
+
+from bntool.affine import evaluate
 from bntool.folding.planner import plan_fold
 from bntool.graph import Graph
-from bntool.plan import FoldSite, Plan, Skip
+from bntool.plan import Expr, FoldSite, Plan, Skip
 from bntool.reasons import Reason
 
 _DETAIL = "the fold would depend on the size of an axis that is not fixed"
@@ -44,7 +49,7 @@ def plan_on_all(
         if any(other.merges != plan.merges for other in others):
             merge, first = False, None
             continue
-        differing = {name for other in others for name in _differing(plan, other)}
+        differing = {name for other in others for name in _differing(plan, other, graphs[0])}
         if not differing:
             return _with_reasons(plan, unsettled, exclude)
         unsettled |= differing
@@ -60,11 +65,47 @@ def at_graph_level(plan: Plan, hidden: Iterable[tuple[str, str]]) -> Plan:
     return dataclasses.replace(plan, sites=sites, skips=(*plan.skips, *left))
 
 
-def _differing(plan: Plan, other: Plan) -> list[str]:
+def _differing(plan: Plan, other: Plan, graph: Graph) -> list[str]:
     """The BatchNorms that one plan folds and the other does not, or not alike."""
     mine: dict[str, FoldSite] = {site.bn: site for site in plan.fold_sites}
     theirs = {site.bn: site for site in other.fold_sites}
-    return [name for name in {**mine, **theirs} if mine.get(name) != theirs.get(name)]
+    return [name for name in {**mine, **theirs} if not _alike(mine.get(name), theirs.get(name), graph)]
+
+
+def _alike(mine: FoldSite | None, theirs: FoldSite | None, graph: Graph) -> bool:
+    """Whether two folds of one BatchNorm make the same edits.
+
+    A map may come to the same by other sizes on the way (over batch and heads in one axis, say): it is the
+    same map if it is so for numbers drawn at random, which rational functions that differ almost never are.
+    """
+    if mine == theirs or mine is None or theirs is None:
+        return mine == theirs
+    maps = [[edit.map for edit in site.edits] for site in (mine, theirs)]
+    if _without_maps(mine) != _without_maps(theirs):
+        return False
+    return all(a == b or _same_map(a, b, graph) for a, b in zip(*maps, strict=True))
+
+
+def _without_maps(site: FoldSite) -> FoldSite:
+    return dataclasses.replace(site, edits=tuple(dataclasses.replace(e, map=None) for e in site.edits))
+
+
+def _same_map(first: Expr | None, second: Expr | None, graph: Graph) -> bool:
+    if first is None or second is None:
+        return False
+    channels = {op.scope: graph.input(op, "running_var").shape[-1] for op in graph.of_kind("batch_norm")}
+
+    def drawn(kind: str, name: str) -> Any:
+        generator = torch.Generator().manual_seed(zlib.crc32(f"{kind} {name}".encode()))
+        shape = (2, channels[name]) if kind == "bn" else graph.tensors[name].shape
+        numbers = torch.randn(shape, generator=generator, dtype=torch.float64)
+        return (numbers[0], numbers[1]) if kind == "bn" else numbers
+
+    (scale, shift), (scale_2, shift_2) = evaluate(first, drawn), evaluate(second, drawn)
+    return all(
+        a.shape == b.shape and torch.allclose(a, b, rtol=1e-9, atol=0.0, equal_nan=True)
+        for a, b in ((scale, scale_2), (shift, shift_2))
+    )
 
 
 def _with_reasons(plan: Plan, unsettled: set[str], exclude: Sequence[str]) -> Plan:

@@ -47,6 +47,13 @@ def translate(name: str, bound: Bound) -> Translation:
     return translator(bound)
 
 
+def product_of(inputs: dict[str, int], computed: bool) -> tuple[str, dict[str, int]]:
+    """Kind and roles of a matrix product: one with a weight, or of two values that depend on the data."""
+    if computed:
+        return "product", inputs
+    return "matmul", {"input" if role == "input" else "weight": value for role, value in inputs.items()}
+
+
 def _conv(dims: int, transposed: bool) -> Callable[[Bound], Translation]:
     def translator(b: Bound) -> Translation:
         return "conv", {
@@ -183,6 +190,13 @@ _TABLE: dict[str, Callable[[Bound], Translation]] = {
     "_convolution": _convolution,
     "linear": _fixed("linear"),
     "mm": _fixed("matmul"),
+    "bmm": _fixed("product"),
+    "softmax": _axis("softmax"),
+    "_softmax": _axis("softmax"),
+    "scaled_dot_product_attention": lambda b: (
+        "scaled_dot_product_attention",
+        {"dropout": bool(b.get("dropout_p"))},
+    ),
     "batch_norm": _batch_norm,
     "native_batch_norm": _native_batch_norm,
     "_native_batch_norm_legit_no_training": _native_batch_norm,

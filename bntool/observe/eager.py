@@ -23,7 +23,7 @@ from bntool.errors import ObserveError
 from bntool.graph import Graph, Module, Op
 from bntool.inputs import Inputs, named_tensors
 from bntool.layers import has_foreign_hook
-from bntool.observe.aten import SHAPE_ONLY, translate
+from bntool.observe.aten import SHAPE_ONLY, product_of, translate
 from bntool.observe.copying import is_separable, structural_copy, take_apart
 from bntool.observe.holding import SMALL_CONSTANT, Holders
 from bntool.observe.leftovers import random_state_kept, require_materialised, undeclared_writes
@@ -288,7 +288,8 @@ class _Recorder:
             return
         kind, attrs = translate(name, bound)
         if kind == "matmul":
-            inputs = {"input" if role == "input" else "weight": value for role, value in inputs.items()}
+            computed = not any(graph.values[v].constant for v in inputs.values())
+            kind, inputs = product_of(inputs, computed)
         constant = not draws and all(graph.values[v].constant for v in inputs.values())
         if name in ("item", "_local_scalar_dense") and not constant:
             graph.reads_numbers = True

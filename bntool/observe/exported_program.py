@@ -12,7 +12,7 @@ from torch.export import ExportedProgram
 from torch.fx import GraphModule, Node
 
 from bntool.graph import Graph, Module, Op
-from bntool.observe.aten import SHAPE_ONLY, translate
+from bntool.observe.aten import SHAPE_ONLY, product_of, translate
 from bntool.observe.program_calls import LinearCall, Stored, layer_names, linear_calls
 from bntool.observe.program_memory import Memory, nodes_in
 from bntool.observe.program_nodes import (
@@ -302,7 +302,8 @@ class _Reader:
         kind, attrs = translate(_RENAMED.get(name, name), bound)
         inputs = {role: self.values[s] for role, s in operands.items() if role not in unread}
         if kind == "matmul":
-            inputs = {"input" if role == "input" else "weight": value for role, value in inputs.items()}
+            computed = not any(self.graph.values[v].constant for v in inputs.values())
+            kind, inputs = product_of(inputs, computed)
         self._add(node, kind, inputs, attrs, scope_of(node))
 
     def _opaque(self, node: Node, kind: str) -> None:

@@ -235,6 +235,15 @@ def _clip(view: NodeView) -> Steps | None:
     return _one("relu6") if high is not None and np.all(high == 6) else _one("clamp")
 
 
+def _softmax(view: NodeView) -> Steps | None:
+    """Before opset 13 it is one over all axes from `axis` on."""
+    shape = view.shape()
+    axis = view.attr("axis", -1 if view.version >= 13 else 1)
+    if shape is None or (view.version < 13 and axis % len(shape) != len(shape) - 1):
+        return None
+    return _one("softmax", axis=axis)
+
+
 _ACTIVATIONS = "Sigmoid Tanh Elu Selu Celu Mish Softplus Gelu HardSwish HardSigmoid".split()
 """Ops that no map passes, by the names that an insertion knows them by."""
 
@@ -273,6 +282,8 @@ _TABLE: dict[str, Translator] = {
     "Clip": _clip,
     **{name: _fixed(name.lower()) for name in _ACTIVATIONS},
     "LeakyRelu": lambda view: _one("leaky_relu", slope=float(view.attr("alpha", 0.01))),
+    "MatMul": lambda view: Steps((Step("product", {}),), (0, 1)),
+    "Softmax": _softmax,
     "PRelu": lambda view: Steps((Step("prelu", {}),), (0, 1)),
 }
 
