@@ -265,7 +265,7 @@ _add(
     Reason.NONLINEAR,
     "something that is not linear stands between",
     """A per-channel scale and shift cannot move past this op: an activation (ReLU lets a positive scale by,
-    never a shift), a softmax, a product of two values that is no average of one of them (attention is), or an op
+    never a shift), a softmax, a product of two values that is no average of either (attention is), or an op
     that bntool has no law for.""",
     "model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Sigmoid(), nn.BatchNorm2d(8))",
     """Nothing at inference. When you design the network: put the BatchNorm before the activation, or right
