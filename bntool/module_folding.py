@@ -16,6 +16,7 @@ from bntool.folding import plan_fold, plan_on_all
 from bntool.inputs import Inputs
 from bntool.observe.copying import is_separable
 from bntool.observe.eager import Observation, observe
+from bntool.observe.inference import has_fixed_size
 from bntool.observe.modules import signature_of
 from bntool.plan import Edit, FoldSite, Plan
 from bntool.reasons import Reason
@@ -104,7 +105,7 @@ def _settled(model: nn.Module, observation: Observation, choice: _Choice, thorou
     plan = plan_fold(observation.graph, **options)
     if not plan or not (thorough or any("reshape" in site.laws for site in plan.fold_sites)):
         return plan
-    for inputs in other_sizes(observation.inputs):
+    for inputs in other_sizes(observation.inputs, fixed=has_fixed_size(model)):
         try:
             second = observe(model, inputs, apart=choice.unshare).graph
         except ObserveError:
@@ -113,15 +114,17 @@ def _settled(model: nn.Module, observation: Observation, choice: _Choice, thorou
     return plan
 
 
-def other_sizes(inputs: Inputs) -> Iterator[Inputs]:
+def other_sizes(inputs: Inputs, *, fixed: bool = False) -> Iterator[Inputs]:
     """Inputs like these of other sizes, the most telling first: seeded values, one sample more.
 
     Longer by 33, so that even sides become odd (the depth of a volume or clip by one, for 3-d convolutions
     are dear); by 32, since many models take only such; a sequence (N, L, F) longer along L; then the old
-    sides. The values spread more widely, so that a number read from them is another one.
+    sides. The values spread more widely, so that a number read from them is another one. Only the number of
+    samples changes for a model of `fixed` sides.
     """
     sequences = any(tensor.dim() == 3 for tensor in inputs.tensors().values())
-    for first_axis, more in ((2, 33), (2, 32), *([(1, 33)] if sequences else []), (2, 0)):
+    longer = [] if fixed else [(2, 33), (2, 32), *([(1, 33)] if sequences else [])]
+    for first_axis, more in (*longer, (2, 0)):
         generator = torch.Generator().manual_seed(more)
         yield inputs.map(functools.partial(_larger, first_axis=first_axis, more=more, generator=generator))
 

@@ -13,6 +13,7 @@ from bntool.errors import BntoolError, CheckFailed
 from bntool.inputs import Inputs
 from bntool.module_folding import PlannedFold, other_sizes, plan_module_fold
 from bntool.observe.eager import Observation
+from bntool.observe.inference import has_fixed_size
 from bntool.plan import Plan
 from bntool.reference import Progress, Reference
 from bntool.settling import first_at_fault, settle
@@ -131,7 +132,7 @@ def check_fold(
 
 def reference_elsewhere(model: nn.Module, inputs: Inputs) -> Reference | None:
     """The original on an input of other sizes and one sample more; None where it takes no such input."""
-    for other in other_sizes(inputs):
+    for other in other_sizes(inputs, fixed=has_fixed_size(model)):
         found = Reference(model, [other])
         try:
             if found.exact is not None:

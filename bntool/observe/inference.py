@@ -15,12 +15,14 @@ from bntool.observe.modules import class_name
 
 _SIDES = {1: (28, 32, 64, 224), 3: (224, 299, 256, 384, 64, 32)}
 """Image sides to try by the number of input channels: MNIST's for one, ImageNet's for three."""
+_SMALL_SIDE = 64
 
 
 def observe_inferred(model: nn.Module, *, small: bool = False) -> Observation:
     """Observe the model on the first guessed input that it accepts; `inputs.origin` says which.
 
-    With `small`, try a 64-pixel image first: the graph is the same and costs a fraction.
+    With `small`, try a 64-pixel image first, unless the model says that its size is fixed: the graph is the
+    same and costs a fraction.
 
     Raises:
         ObserveError: no guess fits, or there is nothing to guess from.
@@ -54,6 +56,10 @@ def guesses(model: nn.Module, *, small: bool = False) -> Iterator[Inputs]:
         return
     recorded = _recorded_size(model)
     if recorded is not None:
+        sides = recorded[1:]
+        if small and len(sides) == 2 and min(sides) > _SMALL_SIDE and not has_fixed_size(model):
+            image = _random(1, recorded[0], _SMALL_SIDE, _SMALL_SIDE)
+            yield Inputs((image,), origin="smaller than in the model's own configuration")
         yield Inputs((_random(1, *recorded),), origin="from the model's own configuration")
     first = _first_layer(model)
     if first is None:
@@ -68,6 +74,12 @@ def guesses(model: nn.Module, *, small: bool = False) -> Iterator[Inputs]:
             yield Inputs((tokens,), origin=origin)
         else:
             yield Inputs((_random(*shape, like=layer),), origin=origin)
+
+
+def has_fixed_size(model: nn.Module) -> bool:
+    """Whether the model's own configuration says that it takes images of one size only."""
+    config: Any = getattr(model, "pretrained_cfg", None)
+    return isinstance(config, dict) and bool(config.get("fixed_input_size"))
 
 
 def _random(*shape: int, like: nn.Module | None = None) -> Tensor:
@@ -133,5 +145,5 @@ def _image_shapes(layer: nn.modules.conv._ConvNd, small: bool) -> Iterator[tuple
         if layer.transposed:
             sides = (8, 1, 16, 32)
         elif small and channels != 1:
-            sides = (64, 128, *sides)
+            sides = (_SMALL_SIDE, 128, *sides)
         yield from ((1, channels, n, n) for n in dict.fromkeys(sides))
