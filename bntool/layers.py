@@ -7,10 +7,52 @@ gets a BatchNorm for each of its calls.
 
 from __future__ import annotations
 
+import collections
+import copy
+import dataclasses
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+
+
+def load_old_checkpoints(norm: nn.Module) -> None:
+    """Let `load_state_dict(strict=True)` take a checkpoint that knows nothing of this new BatchNorm.
+
+    It becomes one that changes nothing. This holds in the process at hand: what is pickled is the plain
+    module, which needs no bntool to be loaded.
+    """
+    norm.__dict__["_load_state_dict_pre_hooks"] = _InThisProcess({0: _FillIn(norm)})
+
+
+class _InThisProcess(collections.OrderedDict[int, Any]):
+    """Hooks that go with a copy and not into a pickle."""
+
+    def __reduce__(self) -> Any:
+        return collections.OrderedDict, ()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _InThisProcess:
+        return _InThisProcess({key: copy.deepcopy(hook, memo) for key, hook in self.items()})
+
+
+@dataclasses.dataclass
+class _FillIn:
+    norm: nn.Module
+
+    def __call__(self, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+        _fill_in(self.norm, state_dict, prefix)
+
+
+def _fill_in(norm: nn.Module, state_dict: dict[str, Any], prefix: str) -> None:
+    """Where there is nothing under `prefix`: γ = 1, β = 0, μ = 0, σ² = 1 − ε, which is x to the last bit."""
+    # torch itself adds this one counter where it is missing
+    if any(key.startswith(prefix) and not key.endswith("num_batches_tracked") for key in state_dict):
+        return
+    for key, tensor in norm.state_dict(prefix=prefix).items():
+        owner, _, slot = key.removeprefix(prefix).rpartition(".")
+        neutral = {"weight": 1.0, "running_var": 1.0 - getattr(norm.get_submodule(owner), "eps", 0.0)}
+        state_dict[key] = torch.full_like(tensor, neutral.get(slot, 0))
 
 
 class _NormedForward(nn.Module):
@@ -25,11 +67,7 @@ class _NormedForward(nn.Module):
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
     ) -> None:
-        """A checkpoint from before the insertion has no `bn.*`: the BatchNorm keeps what it holds."""
-        own = f"{prefix}bn."
-        if not any(key.startswith(own) for key in state_dict):
-            for name, tensor in self.bn.state_dict(prefix=own).items():
-                state_dict[name] = tensor
+        _fill_in(self.bn, state_dict, f"{prefix}bn.")
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
 

@@ -112,6 +112,38 @@ def test_copies_are_the_same(models: Any) -> None:
         assert type(other) is type(after)
 
 
+def test_an_old_checkpoint_loads_as_it_is_even_after_training(models: Any) -> None:
+    """Where no key moved, strictly; the newcomers, trained meanwhile, become ones that change nothing."""
+    form, before, after = models
+    torch.manual_seed(1)
+    for other in (after, copy.deepcopy(after)):
+        run(other.train(), torch.randn(16, 3, 8, 8))
+        for parameter in other.parameters():
+            nn.init.normal_(parameter)
+        other.eval()
+        assert not torch.equal(run(other), run(before))
+        if form in ("sequential", "pair"):
+            with pytest.raises(RuntimeError, match="Missing key"):
+                other.load_state_dict(before.state_dict(), strict=True)
+            continue
+        other.load_state_dict(before.state_dict(), strict=True)
+        assert torch.equal(run(other), run(before))
+
+
+def test_a_checkpoint_that_lacks_a_part_of_a_norm_is_refused(models: Any) -> None:
+    *_, after = models
+    state = after.state_dict()
+    (key, *_) = [key for key in state if key.endswith("running_var")]
+    del state[key]
+    with pytest.raises(RuntimeError, match="Missing key"):
+        after.load_state_dict(state, strict=True)
+
+
+def test_a_pickle_is_the_plain_module(models: Any) -> None:
+    form, _, after = models
+    assert (b"bntool" in pickle.dumps(after)) == (form in ("subclass", "per-call"))
+
+
 def test_it_can_be_exported(models: Any, tmp_path: Path) -> None:
     _, before, after = models
     program = torch.export.export(after, (X,))

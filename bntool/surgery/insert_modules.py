@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from bntool.errors import InvariantError
 from bntool.inserting import sequential_names
-from bntool.layers import NORMED, BatchNormPerCall, count_calls_anew
+from bntool.layers import NORMED, BatchNormPerCall, count_calls_anew, load_old_checkpoints
 from bntool.observe.copying import structural_copy
 from bntool.plan import InsertSite, Plan
 from bntool.surgery.replacing import replace_everywhere
@@ -103,6 +103,7 @@ def new_norm(layer: nn.Module, site: InsertSite, options: Mapping[str, Any]) -> 
         with torch.no_grad():
             norm.running_var.fill_(1.0 - norm.eps)
     norm.train(layer.training)
+    load_old_checkpoints(norm)
     return norm
 
 
