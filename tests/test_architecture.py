@@ -36,6 +36,7 @@ FLOORS: dict[str, tuple[int, str]] = {
     ),
     "benchmarking": (5, "benchmarking onnx_flops"),
     "report": (5, "report"),
+    "pages": (5, "pages"),
     "source": (6, "source"),
     "api": (6, "results api calibrating"),
     "experiment": (7, "experiment"),

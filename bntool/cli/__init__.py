@@ -27,6 +27,7 @@ _COMMANDS = {
     "verify": "Compare two models, or a model and an ONNX file.",
     "calibrate": "Recompute running statistics from data.",
     "compare": "Train with and without BatchNorm, and compare.",
+    "report": "Draw what the commands found as one HTML file.",
     "explain": "What a reason code means, and what to do.",
     "doctor": "What this machine can run, found out by trying.",
     "demo": "The three lines on the sample network.",

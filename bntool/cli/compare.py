@@ -78,6 +78,7 @@ if TYPE_CHECKING:
 @click.option("-o", "--output", metavar="FOLDER", callback=opt.not_empty, help="Default: NAME_compare.")
 @click.option("--force", is_flag=True, help="Begin anew where the folder holds another comparison.")
 @opt.job_option()
+@opt.report_option()
 @opt.common_options()
 def command(**options: Any) -> int:
     """Train MODEL as it is and with BatchNorm, on the same batches, and compare.
@@ -86,7 +87,7 @@ def command(**options: Any) -> int:
     same command goes on where it was stopped, and gives the same figures. Under torchrun the processes share
     each batch.
     """
-    voice = Voice(options["as_json"], options["quiet"], options["verbose"])
+    voice = Voice.of(options)
     settings = _settings(options)
     with joined(options["timeout"], settings.device) as world:
         voice.silent = not world.is_main

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 @opt.check_option()
 @opt.tolerance_options()
 @opt.repro_option()
+@opt.report_option()
 @opt.common_options()
 def command(**options: Any) -> int:
     """Fold every BatchNorm that algebra allows into the weights beside it, for inference.
@@ -45,7 +46,7 @@ def command(**options: Any) -> int:
     Writes NAME_folded beside the input, with --export onnx also NAME_folded.onnx. Every BatchNorm gets
     a verdict; what is kept is kept for a reason (bntool explain CODE).
     """
-    voice = Voice(options["as_json"], options["quiet"], options["verbose"])
+    voice = Voice.of(options)
     require_place(options["repro"])
     if is_onnx(options["model"]):
         _require_own_types(options, "an ONNX file")
@@ -60,7 +61,7 @@ def command(**options: Any) -> int:
         return fold_program_file(session, session.program, options)
     if options["dtype"] == "float32":
         session.cast(options["dtype"])
-    from bntool.cli import serving, writing
+    from bntool.cli import picturing, serving, writing
     from bntool.files.sidecar import output_name
     from bntool.report.checks import checks_text
     from bntool.report.latency import latency_text
@@ -82,6 +83,7 @@ def command(**options: Any) -> int:
     elif refusal is None:
         result = serving.proved(session, reference, options)
         refusal = _refusal(result, session, options)
+    picturing.picture_module(session, result.model if result.modified else None)
     voice.say(result.render(verbose=not options["quiet"]))
     if refusal is not None:
         voice.fail(refusal, {**result.to_dict(), "output": None, "onnx": None})

@@ -71,6 +71,7 @@ if TYPE_CHECKING:
 @opt.pattern_options()
 @opt.output_options()
 @opt.check_option()
+@opt.report_option()
 @opt.common_options()
 def command(**options: Any) -> int:
     """Put BatchNorm between convolutions and their activations; the model's output stays the same.
@@ -79,7 +80,7 @@ def command(**options: Any) -> int:
     path/file.py:Class. Writes NAME_bn beside it; the input is never touched.
     With --source the class itself gets the layers, in Python.
     """
-    voice = Voice(options["as_json"], options["quiet"], options["verbose"])
+    voice = Voice.of(options)
     require_fitting(options)
     if is_onnx(options["model"]):
         return insert_onnx_file(voice, options, _chosen(options))
@@ -88,12 +89,14 @@ def command(**options: Any) -> int:
         from bntool.cli.program_file import insert_program_file
 
         return insert_program_file(session, session.program, options, _chosen(options))
+    from bntool.cli.picturing import picture_module
     from bntool.cli.writing import chosen_output, write_model
 
     path = None
     if not options["dry_run"] and not options["source"]:
         path = chosen_output(session, "insert", options["output"], options["force"])
     result = _inserted(session, options)
+    picture_module(session, result.model if result.modified else None)
     if not result.modified:
         for skip in result.skips:
             voice.say(f"not cut: {skip.name} [{skip.reason}] {skip.detail}")

@@ -23,6 +23,7 @@ def is_onnx(name: str | None) -> bool:
 def fold_onnx_file(voice: Voice, options: dict[str, Any]) -> int:
     """Fold an ONNX file, compare it with the original in ONNX Runtime, and only then put it into place."""
     from bntool.cli import serving
+    from bntool.cli.picturing import picture_onnx
     from bntool.onnx_files import move_onnx
     from bntool.onnx_folding import fold_onnx
     from bntool.report.checks import checks_text
@@ -50,6 +51,7 @@ def fold_onnx_file(voice: Voice, options: dict[str, Any]) -> int:
             voice.note(note)
         voice.say("\n".join(fold_lines(result.plan, None, not options["quiet"])))
         require_folded(result.plan, source, options["require_all"])
+        picture_onnx(voice, source, result.path)
         if options["check"] == "none":
             voice.note("not verified (--check none)")
         if not options["dry_run"] and result.path is not None:

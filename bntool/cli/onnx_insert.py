@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 def insert_onnx_file(voice: Voice, options: dict[str, Any], chosen: InsertOptions) -> int:
     """Insert, compare with the original in ONNX Runtime to the last bit, and only then put it into place."""
+    from bntool.cli.picturing import picture_onnx
     from bntool.onnx_files import move_onnx
     from bntool.onnx_insertion import insert_onnx
     from bntool.report.checks import checks_text
@@ -45,6 +46,7 @@ def insert_onnx_file(voice: Voice, options: dict[str, Any], chosen: InsertOption
                 where=str(source),
                 next_step=f"bntool explain {result.plan.skips[0].reason}" if result.plan.skips else "",
             )
+        picture_onnx(voice, source, result.path)
         checks = _checked(voice, source, result, options)
         if not options["dry_run"] and result.path is not None:
             move_onnx(result.path, result.data_path, target)

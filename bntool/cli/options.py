@@ -28,6 +28,12 @@ def not_empty(ctx: click.Context, param: click.Parameter, value: str | None) -> 
     return value
 
 
+def none_empty(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) -> tuple[str, ...]:
+    for value in values:
+        not_empty(ctx, param, value)
+    return values
+
+
 def device(ctx: click.Context, param: click.Parameter, value: str) -> str:
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", value):
         raise click.BadParameter(f"{value!r} is not auto, cpu or cuda", ctx, param)
@@ -144,6 +150,12 @@ def repro_option() -> Decorator:
         metavar="DIR",
         callback=not_empty,
         help="On a mismatch: write what shows it by itself into a new folder.",
+    )
+
+
+def report_option() -> Decorator:
+    return click.option(
+        "--report", metavar="FILE.html", callback=not_empty, help="Draw what was found as an HTML file too."
     )
 
 

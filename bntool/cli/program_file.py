@@ -33,6 +33,7 @@ def fold_program_file(session: Session, program: ExportedProgram, options: dict[
     """Fold a program, run it beside the original, and only then write it; with `--export onnx` both files."""
     from bntool.cli import serving, writing
     from bntool.cli.onnx_file import require_folded
+    from bntool.cli.picturing import picture_program
     from bntool.files.sidecar import output_name
     from bntool.onnx_files import move_onnx
     from bntool.program_folding import RunnableProgram, fold_program
@@ -60,6 +61,7 @@ def fold_program_file(session: Session, program: ExportedProgram, options: dict[
     for note in result.plan.notes:
         voice.note(note)
     voice.say("\n".join(fold_lines(result.plan, None, not options["quiet"])))
+    picture_program(session, result.program if result.modified else None)
     require_folded(result.plan, Path(session.loaded.reference), options["require_all"])
     if options["check"] == "none":
         voice.note("not verified (--check none)")
@@ -104,6 +106,7 @@ def insert_program_file(
 ) -> int:
     """Insert identity BatchNorms into a program, held to the last bit, and only then write it."""
     from bntool.cli import writing
+    from bntool.cli.picturing import picture_program
     from bntool.program_folding import RunnableProgram
     from bntool.program_insertion import insert_program
     from bntool.report.counting import parameter_delta
@@ -125,6 +128,7 @@ def insert_program_file(
             where=session.loaded.reference,
             next_step=f"bntool explain {first}" if first else "name another MODEL",
         )
+    picture_program(session, result.program)
     parameters = parameter_delta(RunnableProgram(program), RunnableProgram(result.program))
     inserted = _Changed(result.program, result.plan, parameters, result.checks)
     if path is not None:

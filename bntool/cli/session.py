@@ -41,6 +41,23 @@ class Voice:
     verbose: bool = False
     notes: list[str] = dataclasses.field(default_factory=list)
     silent: bool = False
+    report: Path | None = None
+    model: dict[str, Any] | None = None
+
+    @classmethod
+    def of(cls, options: dict[str, Any]) -> Voice:
+        """The voice that the options ask for; a report that cannot be written is told at once."""
+        voice = cls(options["as_json"], options["quiet"], options["verbose"])
+        if options["report"]:
+            from bntool.pages.writing import require_replaceable
+
+            voice.report = Path(options["report"])
+            require_replaceable(voice.report, force=bool(options.get("force")))
+        return voice
+
+    @property
+    def writes_document(self) -> bool:
+        return not self.silent and (self.as_json or self.report is not None)
 
     def say(self, text: str = "") -> None:
         if not self.as_json and not self.silent:
@@ -58,13 +75,30 @@ class Voice:
             click.echo(f"note: {text}")
 
     def emit(self, document: dict[str, Any]) -> None:
-        if self.as_json and not self.silent:
-            emit({**document, "notes": self.notes})
+        if not self.writes_document:
+            return
+        context = click.get_current_context(silent=True)
+        named = {"command": context.info_name} if context is not None else {}
+        whole = {**named, **document, "notes": self.notes}
+        if self.model is not None:
+            whole["model"] = self.model
+        if self.report is not None:
+            self._draw(self.report, whole)
+        if self.as_json:
+            emit(whole)
+
+    def _draw(self, path: Path, document: dict[str, Any]) -> None:
+        from bntool.cli.documents import SCHEMA_VERSION
+        from bntool.pages.reading import as_document
+        from bntool.pages.writing import write_page
+
+        write_page([as_document({"schema_version": SCHEMA_VERSION, **document}, path.name)], path)
+        self.say(f"wrote       {path}")
 
     def fail(self, error: BntoolError, document: dict[str, Any]) -> NoReturn:
-        """Raise `error`; with `--json` the document still holds what was found out before."""
+        """Raise `error`; the document, or the report, still holds what was found out before."""
+        self.emit({**document, **failure(error)})
         if self.as_json:
-            self.emit({**document, **failure(error)})
             raise click.exceptions.Exit(error.exit_code)
         raise error
 

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 @opt.check_option()
 @opt.tolerance_options()
 @opt.repro_option()
+@opt.report_option()
 @opt.common_options()
 def command(candidate: str, **options: Any) -> int:
     """Compare CANDIDATE with MODEL, against MODEL's own rounding noise.
@@ -38,7 +39,7 @@ def command(candidate: str, **options: Any) -> int:
     Each is a PyTorch model, an exported program or an ONNX file. Without MODEL, CANDIDATE is compared with
     what the last command here wrote; an ONNX file of another name with itself, at every optimisation level.
     """
-    voice = Voice(options["as_json"], options["quiet"], options["verbose"])
+    voice = Voice.of(options)
     if options["check"] == "none":
         raise UsageError("--check none leaves nothing to verify", next_step="use --check full or fast")
     from bntool.cli import blaming
@@ -58,7 +59,7 @@ def command(candidate: str, **options: Any) -> int:
 
 
 def _checked(session: Session, candidate: str, options: dict[str, Any]) -> tuple[list[Check], dict[str, Any]]:
-    from bntool.cli import blaming, serving
+    from bntool.cli import blaming, picturing, serving
     from bntool.cli.program_file import runnable, with_runnable_program
 
     is_onnx = _is_onnx(candidate)
@@ -71,6 +72,8 @@ def _checked(session: Session, candidate: str, options: dict[str, Any]) -> tuple
     reference = _reference(session, options)
     with session.voice.progress("comparing") as step:
         checks = _compared(session, other or Path(candidate), reference, options, step)
+    if session.loaded.kind != "program":
+        picturing.picture_module(session)
     if all(check.passed for check in checks):
         return checks, {}
 

@@ -18,7 +18,7 @@ def verify_files(
     voice: Voice, candidate: Path, reference: Path | None, options: dict[str, Any]
 ) -> tuple[list[Check], dict[str, Any]]:
     """The checks, and the document's part about blame; without `reference` the file is its own."""
-    from bntool.cli import blaming, serving
+    from bntool.cli import blaming, picturing, serving
     from bntool.onnx_files import open_onnx
     from bntool.onnx_verifying import check_files, check_itself
 
@@ -32,6 +32,7 @@ def verify_files(
             checks = check_itself(candidate, inputs, **common)
         else:
             checks = check_files(reference, candidate, inputs, **common)
+    picturing.picture_onnx(voice, reference or candidate)
     failed = next((check for check in checks if not check.passed), None)
     if failed is None:
         return checks, {}

@@ -1,0 +1,80 @@
+"""Write a report: as a page, as Markdown, or one of its figures."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from bntool.errors import UsageError
+from bntool.files.atomic import require_writable, write_atomically
+from bntool.pages import charts
+from bntool.pages.chapters import chapters_of
+from bntool.pages.markdown import markdown
+from bntool.pages.page import html_page, require_libraries
+from bntool.pages.reading import Document
+
+_OURS = b'<meta name="generator" content="bntool '
+_HEAD = 2048
+
+
+def require_replaceable(path: Path, *, force: bool = False, forbid: Iterable[Path] = ()) -> None:
+    """Before any work: reports can be made here, and `path` may be written. A report replaces a report."""
+    require_libraries()
+    require_writable(path, force=force or _is_report(path), forbid=forbid)
+
+
+def write_page(documents: Sequence[Document], path: Path, kind: str = "html") -> None:
+    """Write the report as `html` or `md`, whole or not at all."""
+    text = html_page(documents) if kind == "html" else report_text(documents)
+    _write(path, text.encode("utf-8"))
+
+
+def report_text(documents: Sequence[Document]) -> str:
+    """The report as Markdown, for a pull request."""
+    require_libraries()
+    return markdown(documents)
+
+
+def write_figure(documents: Sequence[Document], name: str | None, path: Path, kind: str) -> None:
+    """Write one chart as `png` or `svg`; `UsageError` lists the names where `name` is none of them."""
+    import vl_convert
+
+    found = {
+        key: chart
+        for chapter in chapters_of(documents)
+        for key, chart in _named(chapter.id, chapter.charts, several=len(documents) > 1)
+    }
+    if name is None and len(found) == 1:
+        name = next(iter(found))
+    if name not in found:
+        there = f"the figures are {', '.join(found)}" if found else "these documents hold no figure"
+        what = f"there is no figure {name}" if name else "a picture holds one figure"
+        raise UsageError(what, where=there, next_step="bntool report FILE.json --figure NAME -o FIGURE.svg")
+    spec = {**found[name].spec, "width": 640, "title": found[name].title, "config": charts.theme(dark=False)}
+    spec["autosize"] = {"type": "pad"}
+    if kind == "svg":
+        content = vl_convert.vegalite_to_svg(spec, vl_version=charts.VEGALITE).encode("utf-8")
+    else:
+        content = vl_convert.vegalite_to_png(spec, vl_version=charts.VEGALITE, scale=2)
+    _write(path, content)
+
+
+def _named(chapter: str, found: Any, *, several: bool) -> Iterable[tuple[str, Any]]:
+    """`checks`, or `c2-checks` where there are several documents."""
+    return ((f"{chapter}-{name}" if several else name, chart) for name, chart in found.items())
+
+
+def _is_report(path: Path) -> bool:
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return _OURS in file.read(_HEAD)
+
+
+def _write(path: Path, content: bytes) -> None:
+    write_atomically(path, lambda temporary: _put(temporary, content), force=True)
+
+
+def _put(path: Path, content: bytes) -> None:
+    path.write_bytes(content)
