@@ -144,7 +144,9 @@ def _blamed(data: Mapping[str, Any]) -> dict[str, Mark]:
     blame = data.get("blame")
     if not isinstance(blame, dict):
         return {}
-    text = f"first differs here: relative {blame.get('relative')}, allowed {blame.get('limit')}"
+    known = (blame.get("relative"), blame.get("limit"))
+    figures = ("not finite" if value is None else f"{value:.2g}" for value in known)
+    text = "first differs here: relative {}, allowed {}".format(*figures)
     return {str(blame["name"]): Mark("failed", "differs", text)}
 
 
@@ -168,8 +170,8 @@ def _tiles(
     parameters = data.get("parameters")
     if isinstance(parameters, dict) and isinstance(parameters.get("delta"), dict):
         changed = parameters["delta"]["trainable"] + parameters["delta"]["frozen"]
-        tiles.append((f"{changed:+,}", "parameters", ""))
-        tiles.append((f"{parameters['delta']['buffers']:+,}", "buffers", ""))
+        for number, what in ((changed, "parameters"), (parameters["delta"]["buffers"], "buffers")):
+            tiles.append((f"{number:+,}" if number else "±0", what, ""))
     if checks:
         passed = sum(bool(check["passed"]) for check in checks)
         tone = "passed" if passed == len(checks) else "failed"

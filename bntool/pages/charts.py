@@ -5,6 +5,7 @@ Names of layers stand only in data, never in an expression. Colours come from th
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -13,9 +14,11 @@ Spec = dict[str, Any]
 
 SCHEMA = "https://vega.github.io/schema/vega-lite/v6.json"
 VEGALITE = "6.4"
+LEAST_VARIANCE = 1e-12
 ARMS = {"plain": "as it is", "batchnorm": "with BatchNorm"}
 _MOST_BARS = 30
 _MOST_LAYERS = 16
+_ROOM = 1.35
 _SMALLEST = 1e-18
 """Stands for an error of exactly 0 on a logarithmic axis."""
 
@@ -33,7 +36,7 @@ def theme(dark: bool) -> dict[str, Any]:
         "view": {"stroke": None},
         "mark": {"color": colours[1]},
         "bar": {"color": colours[1]},
-        "rule": {"color": faint},
+        "rule": {"color": ink},
         "tick": {"color": ink},
         "text": {"color": ink, "fontSize": 12},
         "title": {"color": ink, "fontSize": 13, "anchor": "start", "fontWeight": 600},
@@ -67,21 +70,19 @@ def parameters(counts: Mapping[str, Any]) -> Spec | None:
         for side in ("before", "after")
         if counts["before"].get(what) or counts["after"].get(what)
     ]
-    return (
-        _chart(
-            rows,
-            height={"step": 18},
-            mark={"type": "bar", "height": {"band": 0.8}},
-            encoding={
-                "y": _names(field="what"),
-                "yOffset": {"field": "side", "sort": None},
-                "x": {"field": "numbers", "type": "quantitative", "title": "numbers", "axis": _si()},
-                "color": _coloured("side", ["before", "after"]),
-                "tooltip": _told(what="", side="", numbers=","),
-            },
-        )
-        if rows
-        else None
+    if not rows:
+        return None
+    return _chart(
+        rows,
+        height=18 * len(rows),
+        mark={"type": "bar", "height": {"band": 0.8}},
+        encoding={
+            "y": _names(field="what"),
+            "yOffset": {"field": "side", "sort": None},
+            "x": {"field": "numbers", "type": "quantitative", "title": "numbers", "axis": _si()},
+            "color": _coloured("side", ["before", "after"]),
+            "tooltip": _told(what="", side="", numbers=","),
+        },
     )
 
 
@@ -108,7 +109,8 @@ def delta_by_layer(
         for s in (before, after)
     ]
     sides[0] = {moved.get(name, name): number for name, number in sides[0].items()}
-    names = dict.fromkeys([*sides[1], *sides[0]])
+    longer, shorter = (sides[0], sides[1]) if len(sides[0]) > len(sides[1]) else (sides[1], sides[0])
+    names = dict.fromkeys([*longer, *shorter])
     changes = {name: sides[1].get(name, 0) - sides[0].get(name, 0) for name in names}
     most = sorted((n for n in names if changes[n]), key=lambda n: -abs(changes[n]))[:_MOST_BARS]
     rows = [{"what": name, "change": changes[name]} for name in names if name in set(most)]
@@ -116,28 +118,21 @@ def delta_by_layer(
 
 
 def _signed_bars(rows: list[dict[str, Any]], title: str) -> Spec:
-    change = {"field": "change", "type": "quantitative", "title": title, "axis": _si()}
-    label: Spec = {"type": "text", "baseline": "middle"}
-    text: Spec = {"field": "change", "type": "quantitative", "format": "+,d"}
+    ends = [0, *(row["change"] for row in rows)]
+    room = [_ROOM * min(ends), _ROOM * max(ends)]  # for the figure at the end of each bar
+    change: Spec = {"field": "change", "type": "quantitative", "title": title, "axis": _si()}
+    change["scale"] = {"domain": room, "nice": False}
     y = _names(field="what")
-    # on the side of zero where no bar is
-    labels: list[Spec] = [
+    bars: Spec = {"mark": "bar", "encoding": {"y": y, "x": change, "tooltip": _told(what="", change="+,d")}}
+    figures: list[Spec] = [
         {
             "transform": [{"filter": test}],
-            "mark": {**label, "align": align, "dx": dx},
-            "encoding": {"y": y, "x": {"datum": 0}, "text": text},
+            "mark": {"type": "text", "baseline": "middle", "align": align, "dx": dx},
+            "encoding": {"y": y, "x": change, "text": {"field": "change", "format": "+,d"}},
         }
-        for test, align, dx in (("datum.change > 0", "right", -4), ("datum.change < 0", "left", 4))
+        for test, align, dx in (("datum.change > 0", "left", 4), ("datum.change < 0", "right", -4))
     ]
-    bars: Spec = {"mark": "bar", "encoding": {"y": y, "x": change, "tooltip": _told(what="", change="+,d")}}
-    return _chart(
-        rows,
-        height={"step": 22},
-        layer=[
-            bars,
-            *labels,
-        ],
-    )
+    return _chart(rows, height=22 * len(rows), layer=[bars, *figures])
 
 
 def norms(figures: Sequence[Mapping[str, Any]]) -> Spec | None:
@@ -179,15 +174,27 @@ def norms(figures: Sequence[Mapping[str, Any]]) -> Spec | None:
         layer=[
             {"mark": "rule", "encoding": {"y": y("least"), "y2": {"field": "most"}}},
             {"mark": {"type": "bar", "size": size}, "encoding": {"y": y("low"), "y2": {"field": "high"}}},
-            {"mark": {"type": "tick", "thickness": 2, "size": size}, "encoding": {"y": y("median")}},
+            {
+                "mark": {
+                    "type": "tick",
+                    "orient": "horizontal",
+                    "thickness": 2,
+                    "size": size,
+                },
+                "encoding": {"y": y("median")},
+            },
         ],
     )
 
 
 def channels(quantity: str, norm: Mapping[str, Any] | None = None) -> Spec:
     """Scale, shift or σ² of one BatchNorm, channel by channel; without `norm` the page fills in the rows."""
-    title = {"scale": "scale s = γ/√(σ²+ε)", "shift": "shift t = β − s·μ", "variance": "σ²"}[quantity]
-    scale = {"type": "symlog", "constant": 1e-3} if quantity == "variance" else {"zero": True}
+    title = {
+        "scale": "scale s = γ/√(σ²+ε)",
+        "shift": "shift t = β − s·μ",
+        "variance": "σ² (1e-12 stands for less)",
+    }[quantity]
+    scale = {"type": "log"} if quantity == "variance" else {"zero": True}
     return _chart(
         None if norm is None else channel_rows(norm, quantity),
         height=120,
@@ -213,7 +220,9 @@ def channels(quantity: str, norm: Mapping[str, Any] | None = None) -> Spec:
 
 def channel_rows(norm: Mapping[str, Any], quantity: str) -> list[dict[str, Any]]:
     at = norm.get("at") or range(len(norm[quantity]))
-    return [{"channel": c, "value": v} for c, v in zip(at, norm[quantity], strict=True) if v is not None]
+    least = LEAST_VARIANCE if quantity == "variance" else -math.inf
+    pairs = zip(at, norm[quantity], strict=True)
+    return [{"channel": c, "value": max(v, least)} for c, v in pairs if v is not None]
 
 
 def checks(rows: Sequence[Mapping[str, Any]]) -> Spec | None:
@@ -230,10 +239,10 @@ def checks(rows: Sequence[Mapping[str, Any]]) -> Spec | None:
         ]
     if not values:
         return None
-    scale = {"domain": kinds, "range": ["circle", "diamond", "stroke"]}
+    scale = {"domain": kinds, "range": ["circle", "diamond", "triangle-down"]}
     return _chart(
         values,
-        height={"step": 26},
+        height=26 * len(rows),
         mark={"type": "point", "filled": True, "size": 90, "opacity": 1, "strokeWidth": 2},
         encoding={
             "y": _names(field="check"),
@@ -268,13 +277,18 @@ def latency(found: Mapping[str, Any]) -> Spec | None:
     told = _told(model="", median=".3g", low=".3g", high=".3g")
     return _chart(
         rows,
-        height={"step": 24},
+        height=24 * len(rows),
         encoding={"y": y, "tooltip": told},
         layer=[
             {
                 "mark": {"type": "bar", "height": {"band": 0.6}},
                 "encoding": {
-                    "x": {"field": "median", "type": "quantitative", "title": "ms a run: median, middle half"}
+                    "x": {
+                        "field": "median",
+                        "type": "quantitative",
+                        "title": "ms a run: median, middle half",
+                        "axis": {"tickCount": 8, "labelOverlap": True},
+                    }
                 },
             },
             {
@@ -385,7 +399,7 @@ def distributions(rows: Sequence[Mapping[str, Any]], step: int) -> Spec:
 
     return _chart(
         rows,
-        height={"step": 17},
+        height=34 * len({row["layer"] for row in rows}),
         params=[{"name": "at_step", "value": step}],
         transform=[{"filter": "datum.step === at_step"}],
         encoding={
@@ -403,8 +417,8 @@ def distributions(rows: Sequence[Mapping[str, Any]], step: int) -> Spec:
             },
             {"mark": {"type": "bar", "height": 9}, "encoding": {"x": x("low"), "x2": {"field": "high"}}},
             {
-                "mark": {"type": "tick", "thickness": 2, "color": "white"},
-                "encoding": {"x": x("median"), "color": {"value": "white"}},
+                "mark": {"type": "tick", "thickness": 2},
+                "encoding": {"x": x("median")},
             },
         ],
     )

@@ -9,7 +9,7 @@ from typing import Any
 
 from bntool.pages.chapters import Chapter, chapters_of, guarded
 from bntool.pages.charts import ARMS
-from bntool.pages.page import environment, figure, spread
+from bntool.pages.page import environment
 from bntool.pages.reading import Document
 
 _MEANING = r"\`*_[]()#|~!"
@@ -23,7 +23,7 @@ def markdown(documents: Sequence[Document]) -> str:
 
 def _chapter(chapter: Chapter) -> str:
     made = environment(autoescape=False)
-    made.filters |= {"md": escaped, "figure": figure, "spread": spread}
+    made.filters["md"] = escaped
     text = made.get_template("report.md.j2").render(chapter=chapter, arms=ARMS)
     return text.strip() + "\n"
 

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import base64
+import functools
 import hashlib
+import importlib.metadata
 import json
 import math
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bntool import __version__
 from bntool.errors import LoadError
 from bntool.pages import charts
 from bntool.pages.chapters import Chapter, chapters_of, guarded
@@ -48,13 +48,12 @@ def html_page(documents: Sequence[Document]) -> str:
 
     Raises `LoadError` for a document whose parts are not what their names promise.
     """
-    import vl_convert
     from markupsafe import Markup
 
     chapters = chapters_of(documents)
     for chapter in chapters:  # each by itself, so that the one at fault is named
-        guarded(chapter.document, partial(_render, [chapter], "", "", ""))
-    vega = vl_convert.javascript_bundle(vl_version=charts.VEGALITE)
+        guarded(chapter.document, functools.partial(_render, [chapter], "", "", ""))
+    vega = _vega()
     script = (_TEMPLATES / "report.js").read_text(encoding="utf-8")
     policy = (
         f"default-src 'none'; style-src 'unsafe-inline'; script-src {_hash(vega)} {_hash(script)}; "
@@ -72,7 +71,7 @@ def _render(chapters: Sequence[Chapter], vega: str, script: str, policy: str) ->
         .get_template("report.html.j2")
         .render(
             title=_title(chapters),
-            version=__version__,
+            version=importlib.metadata.version("bntool"),
             chapters=chapters,
             arms=charts.ARMS,
             legend=_legend,
@@ -85,6 +84,16 @@ def _render(chapters: Sequence[Chapter], vega: str, script: str, policy: str) ->
     )
 
 
+@functools.cache
+def _vega() -> str:
+    """Vega, Vega-Lite and vega-embed as one script."""
+    import vl_convert
+
+    bundle: str = vl_convert.javascript_bundle(vl_version=charts.VEGALITE)
+    return bundle
+
+
+@functools.cache
 def environment(*, autoescape: bool) -> Environment:
     """The templates, and how they show figures."""
     from jinja2 import Environment, FileSystemLoader
@@ -97,14 +106,20 @@ def environment(*, autoescape: bool) -> Environment:
     )
     made.filters["figure"] = figure
     made.filters["spread"] = spread
+    made.filters["signed"] = signed
     return made
 
 
-def figure(value: float | None) -> str:
-    """Three digits; what was not finite says so."""
-    return (
-        "not finite" if value is None else f"{value:.2e}" if value and abs(value) < 0.01 else f"{value:.3g}"
-    )
+def figure(value: float | None, digits: int = 3) -> str:
+    """As many digits; what was not finite says so."""
+    if value is None:
+        return "not finite"
+    return f"{value:.{digits - 1}e}" if 0 < abs(value) < 0.01 else f"{value:.{digits}g}"
+
+
+def signed(number: int) -> str:
+    """A change, with its sign."""
+    return f"{number:+,}" if number else "0"
 
 
 def spread(value: dict[str, float | None] | None, scale: float) -> str:
@@ -132,6 +147,7 @@ def _data(chapters: Sequence[Chapter]) -> dict[str, Any]:
         "charts": {f"{c.id}-{name}": chart.spec for c in chapters for name, chart in c.charts.items()},
         "channels": {quantity: charts.channels(quantity) for quantity in ("scale", "shift", "variance")},
         "norms": {c.id: c.norms for c in chapters if c.norms},
+        "least": charts.LEAST_VARIANCE,
         "themes": {"light": charts.theme(False), "dark": charts.theme(True)},
     }
 

@@ -10,6 +10,9 @@ from bntool.errors import UsageError
 from bntool.explanations import explain
 from bntool.pages.trees import Mark
 
+_AT_ONCE = ("conv", "linear", "matmul", "batch_norm", "reparameterize")
+"""Laws of layers that take in at once: not worth a word."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Verdict:
@@ -35,8 +38,8 @@ def verdicts_of(command: str, data: Mapping[str, Any]) -> list[Verdict]:
 
 def _folded(site: Mapping[str, Any]) -> Verdict:
     into = ", ".join(str(layer) for layer in site["into"])
-    laws = [str(law) for law in site["laws"]]
-    way = f" (by the laws of {', '.join(laws)})" if laws else ""
+    laws = [str(law) for law in site["laws"] if law not in _AT_ONCE]
+    way = f" through {', '.join(laws)}" if laws else ""
     return Verdict(str(site["bn"]) or "(root)", "folded", "folded", f"folded into {into}{way}")
 
 

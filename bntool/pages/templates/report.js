@@ -39,6 +39,7 @@
     spec.data.values = norm[quantity]
       .map((value, i) => ({ channel: norm.at ? norm.at[i] : i, value }))
       .filter((row) => row.value !== null);
+    if (quantity === "variance") for (const row of spec.data.values) row.value = Math.max(row.value, data.least);
     return spec;
   }
 

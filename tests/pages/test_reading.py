@@ -1,0 +1,94 @@
+"""Which JSON is a document, and what is told of one that is not."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bntool.errors import LoadError
+from bntool.pages.page import html_page
+from bntool.pages.reading import as_document, read_document
+from tests.pages import documents
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ("", "cannot be read as JSON"),
+        ("{", "cannot be read as JSON"),
+        ("[" * 100_000, "cannot be read as JSON"),
+        ("[]", "no schema_version"),
+        ('{"name": "package", "version": "1.0"}', "no schema_version"),
+        ('{"schema_version": true}', "no schema_version"),
+        ('{"schema_version": "1"}', "no schema_version"),
+        ('{"schema_version": 2, "bn_folded": 1}', "this bntool reads up to 1"),
+        ('{"schema_version": 1}', "nothing that a report could show"),
+    ],
+)
+def test_what_is_no_document_is_told_in_one_error(tmp_path: Path, content: str, says: str) -> None:
+    path = tmp_path / "x.json"
+    path.write_text(content, encoding="utf-8")
+    with pytest.raises(LoadError, match=says) as caught:
+        read_document(path)
+    assert "x.json" in str(caught.value)
+    assert caught.value.next_step
+
+
+def test_bytes_that_are_no_text_and_a_file_that_is_not_there(tmp_path: Path) -> None:
+    (tmp_path / "x.json").write_bytes(b"\x80\x02\xff")
+    with pytest.raises(LoadError, match="cannot be read"):
+        read_document(tmp_path / "x.json")
+    with pytest.raises(LoadError, match="no such file"):
+        read_document(tmp_path / "y.json")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("sites", [{"bn": "a"}]),
+        ("sites", 7),
+        ("skips", [{}]),
+        ("checks", [{"stage": "fold"}]),
+        ("checks", "none"),
+        ("parameters", {"before": {}, "after": {}, "delta": {}}),
+        ("model", {"before": {"layers": [{"name": "a"}], "modules": {}, "class": "", "left_out": 0}}),
+        ("model", {"norms": [{"name": "a", "channels": 2, "scale": ["x", "y"], "dead": 0}]}),
+        ("latency", {"rows": [{}], "comparisons": []}),
+        ("blame", {"name": "a"}),
+        ("notes", 3),
+    ],
+)
+def test_a_part_that_is_not_what_its_name_promises_is_damage(key: str, value: Any) -> None:
+    document = as_document({**documents.fold(), key: value}, "x.json")
+    with pytest.raises(LoadError, match=r"x\.json is damaged"):
+        html_page([document])
+
+
+@pytest.mark.parametrize(
+    ("document", "command"),
+    [
+        (documents.compare(), "compare"),
+        ({"schema_version": 1, "bn_folded": 0}, "fold"),
+        ({"schema_version": 1, "sites": []}, "insert"),
+        ({"schema_version": 1, "checks": []}, "verify"),
+        ({"schema_version": 1, "latency": {}}, "bench"),
+        ({"schema_version": 1, "action": "fold", "sites": []}, "fold"),
+        ({"schema_version": 1, "error": {"what": "x", "where": "", "next": ""}}, "command"),
+    ],
+)
+def test_a_document_that_does_not_name_its_command(document: dict[str, Any], command: str) -> None:
+    assert as_document(document, "x").command == command
+
+
+def test_what_is_no_number_is_nothing(tmp_path: Path) -> None:
+    document = documents.fold()
+    text = json.dumps(document).replace("2e-07", "NaN", 1).replace("0.02", "1e999", 1)
+    (tmp_path / "x.json").write_text(text, encoding="utf-8")
+    read = read_document(tmp_path / "x.json")
+    assert read.data["checks"][0]["relative"] is None
+    page = html_page([read])
+    assert "not finite" in page
+    assert "NaN" not in page.split('id="data">')[1].split("</script>")[0]
