@@ -157,7 +157,7 @@ def norms(figures: Sequence[Mapping[str, Any]]) -> Spec | None:
             )
     if not rows:
         return None
-    x: Spec = {"field": "number", "type": "quantitative", "title": "BatchNorm, in the order they ran"}
+    x: Spec = {"field": "number", "type": "quantitative", "title": "BatchNorm, in order"}
     x |= {"axis": {"tickMinStep": 1, "grid": False}, "scale": {"nice": False, "padding": 8}}
     told = _told(
         name="", least=".3g", low=".3g", median=".3g", high=".3g", most=".3g", channels=",", dead=","
@@ -192,7 +192,7 @@ def channels(quantity: str, norm: Mapping[str, Any] | None = None) -> Spec:
     title = {
         "scale": "scale s = γ/√(σ²+ε)",
         "shift": "shift t = β − s·μ",
-        "variance": "σ² (1e-12 stands for less)",
+        "variance": "σ²",
     }[quantity]
     scale = {"type": "log"} if quantity == "variance" else {"zero": True}
     return _chart(
@@ -250,7 +250,7 @@ def checks(rows: Sequence[Mapping[str, Any]]) -> Spec | None:
                 "field": "value",
                 "type": "quantitative",
                 "scale": {"type": "log"},
-                "title": "relative to the peak of the reference (1e-18 stands for 0)",
+                "title": "relative to the peak; 1e-18 is 0",
                 "axis": {"format": ".0e", "tickCount": 5, "labelOverlap": True},
             },
             "color": _coloured("what", kinds),
@@ -336,33 +336,29 @@ def curves(data: Mapping[str, Any], quantity: str) -> Spec | None:
         "scale": {"domain": ["test", "training"], "range": [[1, 0], [5, 4]]},
         "title": None,
     }
-    return _chart(
-        rows,
-        height=220,
-        layer=[
-            {
-                "transform": [{"filter": "datum.most > datum.least"}],
-                "mark": {"type": "area", "opacity": 0.2},
-                "encoding": {
-                    "x": x,
-                    "y": {**y, "field": "least"},
-                    "y2": {"field": "most"},
-                    "color": colour,
-                    "detail": {"field": "images"},
-                },
-            },
-            {
-                "mark": {"type": "line", "point": True, "strokeWidth": 2},
-                "encoding": {
-                    "x": x,
-                    "y": {**y, "field": "mean"},
-                    "color": colour,
-                    "strokeDash": dash,
-                    "tooltip": _told(network="", images="", epoch="", mean=".4g", least=".4g", most=".4g"),
-                },
-            },
-        ],
-    )
+    told = _told(network="", images="", epoch="", mean=".4g", least=".4g", most=".4g")
+    band: Spec = {
+        "mark": {"type": "area", "opacity": 0.2},
+        "encoding": {
+            "x": x,
+            "y": {**y, "field": "least"},
+            "y2": {"field": "most"},
+            "color": colour,
+            "detail": {"field": "images"},
+        },
+    }
+    line: Spec = {
+        "mark": {"type": "line", "point": True, "strokeWidth": 2},
+        "encoding": {
+            "x": x,
+            "y": {**y, "field": "mean"},
+            "color": colour,
+            "strokeDash": dash,
+            "tooltip": told,
+        },
+    }
+    spread = any(row["most"] > row["least"] for row in rows)
+    return _chart(rows, height=220, layer=[band, line] if spread else [line])
 
 
 def watched_rows(data: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -393,7 +389,7 @@ def distributions(rows: Sequence[Mapping[str, Any]], step: int) -> Spec:
     scale = {"domain": [min(edges), max(edges)], "type": "symlog", "constant": 1}
 
     def x(field: str) -> Spec:
-        title = "what the activation reads (symmetric logarithmic axis)"
+        title = "what the activation reads"
         axis = {"tickCount": 7, "labelOverlap": True}
         return {"field": field, "type": "quantitative", "scale": scale, "title": title, "axis": axis}
 

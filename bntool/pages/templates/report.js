@@ -49,8 +49,8 @@
     const narrow = place.clientWidth < 480;
     const config = structuredClone(isDark() ? data.themes.dark : data.themes.light);
     config.background = null;
-    config.aria = false;  // the figure says it in one sentence, and as a table
     config.axisY = { labelLimit: narrow ? 84 : 200 };
+    config.axisX = { titleLimit: place.clientWidth - 90 };
     const ticket = (views.get(figure) || { ticket: 0 }).ticket + 1;
     const earlier = (views.get(figure) || {}).view;
     views.set(figure, { ticket, view: earlier });
@@ -59,7 +59,7 @@
     if (views.get(figure).ticket !== ticket) return result.finalize();
     if (earlier) earlier.finalize();
     views.set(figure, { ticket, view: result.view });
-    figure.dataset.drawn = "yes";
+    place.querySelector("svg").setAttribute("aria-hidden", "true");  // told in a sentence, and as a table
   }
 
   function tableOf(figure) {
@@ -90,7 +90,7 @@
     const scroll = document.createElement("div");
     scroll.className = "scroll";
     scroll.tabIndex = 0;
-    scroll.setAttribute("role", "region");
+    scroll.setAttribute("role", "group");
     scroll.setAttribute("aria-label", figure.querySelector("figcaption").textContent);
     scroll.append(table);
     figure.querySelector(".figures > div").replaceChildren(scroll);
