@@ -96,6 +96,7 @@ def command(**options: Any) -> int:
 
 def _compare(voice: Voice, options: dict[str, Any], settings: Settings, world: World) -> int:
     session = open_session(voice, options)
+    from bntool.cli.picturing import picture_module
     from bntool.experiment.comparison import compare_training, write_document
     from bntool.experiment.plots import require_matplotlib, write_plots
     from bntool.files.sidecar import output_name
@@ -120,6 +121,7 @@ def _compare(voice: Voice, options: dict[str, Any], settings: Settings, world: W
     voice.say(found.render())
     if session.inputs is None:  # what the next command in this folder runs the trained model on
         session.inputs = data.example()
+    picture_module(session, found.models.get("batchnorm"))
     files = [write_document(folder, found), *write_plots(found, folder)]
     files += _write_models(session, found, folder)
     for path in files:

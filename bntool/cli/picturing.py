@@ -20,9 +20,10 @@ def picture_module(session: Session, changed: nn.Module | None = None) -> None:
     """The model of the session, and what a surgery made of it."""
     from bntool.observe.eager import observe
 
-    before = session.observe().graph
     after = None if changed is None else lambda: observe(changed, session.example).graph
-    _picture(session.voice, session.loaded.reference, lambda: before, after, session.example.shapes())
+    _picture(session.voice, session.loaded.reference, lambda: session.observe().graph, after)
+    if session.voice.model is not None and session.inputs is not None:
+        session.voice.model["input"] = session.inputs.shapes()
 
 
 def picture_onnx(voice: Voice, source: Path, changed: Path | None = None) -> None:
@@ -53,14 +54,13 @@ def _picture(
     reference: str,
     before: Callable[[], Graph],
     after: Callable[[], Graph] | None,
-    inputs: str = "",
 ) -> None:
     """Only where somebody reads a document; a model that cannot be looked at is not in it."""
     if not voice.writes_document:
         return
     from bntool.report.picture import layers_of, norms_of
 
-    picture: dict[str, Any] = {"reference": reference, "input": inputs}
+    picture: dict[str, Any] = {"reference": reference}
     with contextlib.suppress(BntoolError):
         graph = before()
         picture |= {"before": layers_of(graph), "norms": norms_of(graph), "norms_of": "before"}

@@ -5,7 +5,6 @@ Names of layers stand only in data, never in an expression. Colours come from th
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -18,7 +17,7 @@ LEAST_VARIANCE = 1e-12
 ARMS = {"plain": "as it is", "batchnorm": "with BatchNorm"}
 _MOST_BARS = 30
 _MOST_LAYERS = 16
-_ROOM = 1.35
+_ROOM = 0.45
 _SMALLEST = 1e-18
 """Stands for an error of exactly 0 on a logarithmic axis."""
 
@@ -41,7 +40,15 @@ def theme(dark: bool) -> dict[str, Any]:
         "text": {"color": ink, "fontSize": 12},
         "title": {"color": ink, "fontSize": 13, "anchor": "start", "fontWeight": 600},
         "axis": {**text, "gridColor": line, "domainColor": line, "tickColor": line, "titleFontWeight": 400},
-        "legend": {**text, "orient": "top", "titleFontWeight": 400, "labelLimit": 240},
+        "legend": {
+            **text,
+            "orient": "top",
+            "labelLimit": 240,
+            "symbolOpacity": 1,
+            "symbolBaseFillColor": ink,
+            "symbolBaseStrokeColor": ink,
+            "symbolStrokeColor": ink,
+        },
         "header": {**text},
         "range": {"category": colours},
     }
@@ -55,11 +62,16 @@ def _chart(values: Sequence[Any] | None, width: Any = "container", **rest: Any) 
         "autosize": {"type": "fit-x", "contains": "padding"},
         "data": data,
         **rest,
+        "params": [{"name": "name_length", "value": 28}, *rest.get("params", ())],
     }
 
 
-def _names(limit: int = 190, **rest: Any) -> Spec:
-    return {"type": "nominal", "sort": None, "title": None, "axis": {"labelLimit": limit}, **rest}
+def _names(**rest: Any) -> Spec:
+    """An axis of names: of a long one the end is shown, which tells it from others. `name_length` is a
+    parameter of every chart.
+    """
+    label = "length(datum.label) > name_length ? '…' + slice(datum.label, 1 - name_length) : datum.label"
+    return {"type": "nominal", "sort": None, "title": None, "axis": {"labelExpr": label}, **rest}
 
 
 def parameters(counts: Mapping[str, Any]) -> Spec | None:
@@ -119,9 +131,10 @@ def delta_by_layer(
 
 def _signed_bars(rows: list[dict[str, Any]], title: str) -> Spec:
     ends = [0, *(row["change"] for row in rows)]
-    room = [_ROOM * min(ends), _ROOM * max(ends)]  # for the figure at the end of each bar
+    room = _ROOM * (max(ends) - min(ends))  # for the figure at the end of each bar, on a phone too
+    domain = [min(ends) - room * (min(ends) < 0), max(ends) + room * (max(ends) > 0)]
     change: Spec = {"field": "change", "type": "quantitative", "title": title, "axis": _si()}
-    change["scale"] = {"domain": room, "nice": False}
+    change["scale"] = {"domain": domain, "nice": False}
     y = _names(field="what")
     bars: Spec = {"mark": "bar", "encoding": {"y": y, "x": change, "tooltip": _told(what="", change="+,d")}}
     figures: list[Spec] = [
@@ -140,6 +153,8 @@ def norms(figures: Sequence[Mapping[str, Any]]) -> Spec | None:
     rows = []
     for number, norm in enumerate(figures, start=1):
         values = [v for v in norm.get("scale") or () if v is not None]
+        if "scale" in norm and len({len(norm[key]) for key in ("scale", "shift", "variance")}) > 1:
+            raise ValueError(f"the lists of {norm['name']} differ in length")
         if values:
             low, middle, high = _quartiles(values)
             rows.append(
@@ -187,8 +202,8 @@ def norms(figures: Sequence[Mapping[str, Any]]) -> Spec | None:
     )
 
 
-def channels(quantity: str, norm: Mapping[str, Any] | None = None) -> Spec:
-    """Scale, shift or σ² of one BatchNorm, channel by channel; without `norm` the page fills in the rows."""
+def channels(quantity: str) -> Spec:
+    """Scale, shift or σ² of one BatchNorm, channel by channel; the page fills in the rows."""
     title = {
         "scale": "scale s = γ/√(σ²+ε)",
         "shift": "shift t = β − s·μ",
@@ -196,7 +211,7 @@ def channels(quantity: str, norm: Mapping[str, Any] | None = None) -> Spec:
     }[quantity]
     scale = {"type": "log"} if quantity == "variance" else {"zero": True}
     return _chart(
-        None if norm is None else channel_rows(norm, quantity),
+        None,
         height=120,
         mark={"type": "point", "filled": True, "size": 16, "opacity": 0.9},
         encoding={
@@ -211,18 +226,11 @@ def channels(quantity: str, norm: Mapping[str, Any] | None = None) -> Spec:
                 "type": "quantitative",
                 "title": title,
                 "scale": scale,
-                "axis": {"tickCount": 5},
+                "axis": {"tickCount": 5, "grid": quantity != "variance"},
             },
             "tooltip": _told(channel=",", value=".4g"),
         },
     )
-
-
-def channel_rows(norm: Mapping[str, Any], quantity: str) -> list[dict[str, Any]]:
-    at = norm.get("at") or range(len(norm[quantity]))
-    least = LEAST_VARIANCE if quantity == "variance" else -math.inf
-    pairs = zip(at, norm[quantity], strict=True)
-    return [{"channel": c, "value": max(v, least)} for c, v in pairs if v is not None]
 
 
 def checks(rows: Sequence[Mapping[str, Any]]) -> Spec | None:
@@ -329,11 +337,12 @@ def curves(data: Mapping[str, Any], quantity: str) -> Spec | None:
     is_log = quantity == "loss" and min(r["least"] for r in rows) > 0
     axis: Spec = {"type": "log"} if is_log else {"zero": False}
     title = "accuracy, %" if quantity == "accuracy" else "loss"
-    y: Spec = {"type": "quantitative", "scale": axis, "title": title}
+    y: Spec = {"type": "quantitative", "scale": axis, "title": title, "axis": {"grid": not is_log}}
     colour = _coloured("network", list(ARMS.values()))
     dash = {
         "field": "images",
         "scale": {"domain": ["test", "training"], "range": [[1, 0], [5, 4]]},
+        "legend": {"symbolType": "stroke"},
         "title": None,
     }
     told = _told(network="", images="", epoch="", mean=".4g", least=".4g", most=".4g")
@@ -347,18 +356,14 @@ def curves(data: Mapping[str, Any], quantity: str) -> Spec | None:
             "detail": {"field": "images"},
         },
     }
-    line: Spec = {
-        "mark": {"type": "line", "point": True, "strokeWidth": 2},
-        "encoding": {
-            "x": x,
-            "y": {**y, "field": "mean"},
-            "color": colour,
-            "strokeDash": dash,
-            "tooltip": told,
-        },
+    at: Spec = {"x": x, "y": {**y, "field": "mean"}, "color": colour}
+    line: Spec = {"mark": {"type": "line", "strokeWidth": 2}, "encoding": {**at, "strokeDash": dash}}
+    points: Spec = {
+        "mark": {"type": "point", "filled": True, "size": 30, "opacity": 1},
+        "encoding": {**at, "detail": {"field": "images"}, "tooltip": told},
     }
     spread = any(row["most"] > row["least"] for row in rows)
-    return _chart(rows, height=220, layer=[band, line] if spread else [line])
+    return _chart(rows, height=220, layer=[*([band] if spread else []), line, points])
 
 
 def watched_rows(data: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -414,7 +419,7 @@ def distributions(rows: Sequence[Mapping[str, Any]], step: int) -> Spec:
             {"mark": {"type": "bar", "height": 9}, "encoding": {"x": x("low"), "x2": {"field": "high"}}},
             {
                 "mark": {"type": "tick", "thickness": 2},
-                "encoding": {"x": x("median")},
+                "encoding": {"x": x("median"), "color": {"value": "black"}},
             },
         ],
     )

@@ -108,7 +108,9 @@ def test_names_are_shown_and_not_run(opened: Opener) -> None:
     for details in page.locator(".figures > summary").all():
         details.click()
     page.locator("select[data-norm]").first.select_option(index=1)
-    page.locator("#c1-checks .vega .mark-symbol.role-mark path").last.hover()  # a tooltip is made of the data too
+    page.locator(
+        "#c1-checks .vega .mark-symbol.role-mark path"
+    ).last.hover()  # a tooltip is made of the data too
     assert page.locator("img").count() == 0
     assert page.title().startswith("BatchNorm report")
     assert tab.said == []

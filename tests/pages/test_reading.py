@@ -56,6 +56,7 @@ def test_bytes_that_are_no_text_and_a_file_that_is_not_there(tmp_path: Path) -> 
         ("parameters", {"before": {}, "after": {}, "delta": {}}),
         ("model", {"before": {"layers": [{"name": "a"}], "modules": {}, "class": "", "left_out": 0}}),
         ("model", {"norms": [{"name": "a", "channels": 2, "scale": ["x", "y"], "dead": 0}]}),
+        ("model", {"norms": [{**documents.norm("a"), "shift": [1.0]}]}),
         ("latency", {"rows": [{}], "comparisons": []}),
         ("blame", {"name": "a"}),
         ("notes", 3),

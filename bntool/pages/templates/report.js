@@ -23,6 +23,8 @@
   const chosen = {};   // chapter -> which BatchNorm
   const state = {};    // chart -> values of its parameters
 
+  const isNarrow = (figure) => figure.clientWidth < 480;
+
   function specOf(figure) {
     const quantity = figure.dataset.quantity;
     if (!quantity) {
@@ -30,6 +32,7 @@
       for (const param of spec.params || []) {
         const held = state[figure.dataset.chart];
         if (held && param.name in held) param.value = held[param.name];
+        if (param.name === "name_length" && isNarrow(figure)) param.value = 13;
       }
       return spec;
     }
@@ -46,10 +49,11 @@
   async function draw(figure) {
     const place = figure.querySelector(".vega");
     const spec = specOf(figure);
-    const narrow = place.clientWidth < 480;
+    const narrow = isNarrow(figure);
     const config = structuredClone(isDark() ? data.themes.dark : data.themes.light);
     config.background = null;
-    config.axisY = { labelLimit: narrow ? 84 : 200 };
+    config.axisY = { labelLimit: narrow ? 100 : 240 };
+    if (narrow) Object.assign(config.legend, { columns: 2, layout: { top: { direction: "vertical" } } });
     config.axisX = { titleLimit: place.clientWidth - 90 };
     const ticket = (views.get(figure) || { ticket: 0 }).ticket + 1;
     const earlier = (views.get(figure) || {}).view;
