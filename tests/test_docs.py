@@ -63,3 +63,19 @@ def test_the_tutorial_of_the_comparison_works_to_the_letter(tmp_path, monkeypatc
     for words in commands:
         assert run(words) == 0, f"bntool {' '.join(words)}\n{capsys.readouterr()}"
     assert (tmp_path / "net_compare" / "net_bn_trained_folded.onnx").is_file()
+
+
+def test_the_commands_of_the_page_on_reports_run_in_their_order(tmp_path, monkeypatch, capsys):
+    text = (ROOT / "docs" / "reporting.md").read_text(encoding="utf-8")
+    (block,) = _blocks(text, "sh")
+    shutil.copyfile(ROOT / "samples" / "model.pt", tmp_path / "model.pt")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    for line in block.splitlines():
+        words = line.split("#")[0].split()
+        target = words.pop() if ">" in words else ""
+        capsys.readouterr()
+        assert run([word for word in words[1:] if word != ">"]) == 0, line
+        if target:
+            (tmp_path / target).write_text(capsys.readouterr().out, encoding="utf-8")
+    assert all((tmp_path / name).is_file() for name in ("insert.html", "report.html", "norms.svg"))
