@@ -143,7 +143,16 @@ def test_importing_bntool_imports_no_torch() -> None:
 
 
 @pytest.mark.parametrize(
-    "command", ["--help", "--version", "insert --help", "fold --help", "compare --help", "explain nonlinear"]
+    "command",
+    [
+        "--help",
+        "--version",
+        "insert --help",
+        "fold --help",
+        "compare --help",
+        "report --help",
+        "explain nonlinear",
+    ],
 )
 def test_help_imports_no_torch(command: str) -> None:
     loaded = _modules_after(

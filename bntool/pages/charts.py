@@ -17,6 +17,7 @@ LEAST_VARIANCE = 1e-12
 ARMS = {"plain": "as it is", "batchnorm": "with BatchNorm"}
 _MOST_BARS = 30
 _MOST_LAYERS = 16
+_MOST_STEPS = 120
 _ROOM = 0.45
 _SMALLEST = 1e-18
 """Stands for an error of exactly 0 on a logarithmic axis."""
@@ -367,7 +368,7 @@ def curves(data: Mapping[str, Any], quantity: str) -> Spec | None:
 
 
 def watched_rows(data: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """By arm, layer and step, the quantiles of what each activation reads; of many layers some."""
+    """By arm, layer and step, the quantiles of what each activation reads; of many layers or steps some."""
     watched = data.get("watched") or {}
     found = []
     order: dict[str, None] = {}
@@ -380,11 +381,9 @@ def watched_rows(data: Mapping[str, Any]) -> list[dict[str, Any]]:
                     names = ("least", "low", "median", "high", "most")
                     one = {"step": int(record["step"]), "layer": str(layer) or "(root)", "network": title}
                     found.append({**one, **dict(zip(names, map(float, bands), strict=True))})
-    layers = list(order)
-    if len(layers) > _MOST_LAYERS:
-        layers = [layers[round(i * (len(layers) - 1) / (_MOST_LAYERS - 1))] for i in range(_MOST_LAYERS)]
-    kept = {layer or "(root)" for layer in layers}
-    return [row for row in found if row["layer"] in kept]
+    layers = {layer or "(root)" for layer in _some(list(order), _MOST_LAYERS)}
+    steps = set(_some(sorted({row["step"] for row in found}), _MOST_STEPS))
+    return [row for row in found if row["layer"] in layers and row["step"] in steps]
 
 
 def distributions(rows: Sequence[Mapping[str, Any]], step: int) -> Spec:
@@ -454,6 +453,13 @@ def over_training(rows: Sequence[Mapping[str, Any]], layer: str) -> Spec:
 
 
 # -- pieces --------------------------------------------------------------------------------------------------
+
+
+def _some(values: list[Any], most: int) -> list[Any]:
+    """At most so many of them, evenly spread, the first and the last among them."""
+    if len(values) <= most:
+        return values
+    return [values[round(i * (len(values) - 1) / (most - 1))] for i in range(most)]
 
 
 def _coloured(field: str, domain: list[str]) -> Spec:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
+import bntool as bntool_package
 from tests.cli import nets
 from tests.cli.conftest import Said, Shell
 from tests.pages import documents
@@ -117,3 +121,20 @@ def test_onnx_files_are_drawn_by_their_nodes(bntool: Shell, folder: Path) -> Non
     assert folded
     assert folded <= {row["name"] for row in document["model"]["before"]["layers"]}
     assert ">folded</button>" in (folder / "onnx.html").read_text(encoding="utf-8")
+
+
+def test_a_report_is_drawn_without_torch(folder: Path, written: Path) -> None:
+    code = (
+        "import sys; from bntool.cli import run; code = run(['report', 'fold.json']); "
+        "assert not {'torch', 'numpy', 'onnx', 'onnxruntime'} & set(sys.modules); sys.exit(code)"
+    )
+    ran = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False, env=_here()
+    )
+    assert (ran.returncode, ran.stderr) == (0, "")
+
+
+def _here() -> dict[str, str]:
+    """The environment, with the bntool that is being tested first on the path."""
+    place = str(Path(bntool_package.__file__).parents[1])
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, (place, os.environ.get("PYTHONPATH"))))}

@@ -42,7 +42,7 @@ def test_without_a_command_there_is_help(bntool: Shell) -> None:
 
 
 @pytest.mark.parametrize(
-    "command", ["insert", "summary", "fold", "export", "verify", "explain", "doctor", "demo"]
+    "command", ["insert", "summary", "fold", "export", "verify", "explain", "doctor", "demo", "report"]
 )
 def test_every_command_has_help(bntool: Shell, command: str) -> None:
     said = bntool(command, "--help")

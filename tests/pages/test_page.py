@@ -147,6 +147,12 @@ def test_a_comparison_without_a_look_inside_and_one_in_which_an_arm_never_ended(
     assert "–" in html_page([document(data)])
 
 
+def test_a_training_watched_at_every_step_is_thinned_out_from_its_first_to_its_last_step() -> None:
+    (chapter,) = chapters_of([document(documents.compare(steps=5000))])
+    steps = sorted({row["step"] for row in chapter.rows_watched})
+    assert (len(steps), steps[0], steps[-1]) == (120, 0, 49_990)
+
+
 def test_five_hundred_layers_stay_small_and_are_drawn_at_once() -> None:
     start = time.perf_counter()
     page = html_page([document(documents.large())])
