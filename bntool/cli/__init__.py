@@ -21,6 +21,7 @@ from bntool.errors import BntoolError, InvariantError, LoadError, UsageError
 _COMMANDS = {
     "insert": "Put BatchNorm between convolutions and their activations.",
     "summary": "Layers, shapes, trainable / frozen / buffers; before and after.",
+    "inspect": "What a file is and holds, without loading it.",
     "fold": "Fold BatchNorm into the weights; export and verify.",
     "export": "Write a model as ONNX and verify it.",
     "bench": "Time two models beside each other.",

@@ -9,6 +9,8 @@ from typing import Any
 
 import click
 
+from bntool.errors import UsageError
+
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 
@@ -69,6 +71,7 @@ def loading_options() -> Decorator:
         click.option(
             "--trust-pickle", is_flag=True, help="Run the code in the file. Only for files you trust."
         ),
+        max_size_option(),
         click.option("--pretrained", is_flag=True, help="Download the weights of torchvision: or timm:."),
         click.option(
             "--input",
@@ -85,6 +88,24 @@ def loading_options() -> Decorator:
             metavar="N",
             help="Seed of whatever is random.",
         ),
+    )
+
+
+def _size(ctx: click.Context, param: click.Parameter, value: str | None) -> int:
+    from bntool.files.limits import DEFAULT_MAX_SIZE, parse_size
+
+    try:
+        return DEFAULT_MAX_SIZE if value is None else parse_size(value)
+    except UsageError as error:
+        raise click.BadParameter(error.what, ctx, param) from error
+
+
+def max_size_option() -> Decorator:
+    return click.option(
+        "--max-size",
+        metavar="SIZE",
+        callback=_size,
+        help="The most memory a file may ask for, such as 40G (default: 16G).",
     )
 
 

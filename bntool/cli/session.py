@@ -17,6 +17,7 @@ from bntool.cli.documents import emit, failure
 from bntool.cli.example_inputs import parse_inputs
 from bntool.cli.loading import load_granted
 from bntool.errors import BntoolError, InvariantError
+from bntool.files.limits import DEFAULT_MAX_SIZE
 
 if TYPE_CHECKING:
     from torch import nn
@@ -215,8 +216,11 @@ class Session:
         return tuple(f"{name}{'x'.join(map(str, t.shape))}" for name, t in [*positional, *named])
 
 
-def open_session(voice: Voice, options: dict[str, Any]) -> Session:
-    """Load MODEL, or what the last command in this folder wrote."""
+def open_session(voice: Voice, options: dict[str, Any], *, stand_ins: bool = False) -> Session:
+    """Load MODEL, or what the last command in this folder wrote.
+
+    With `stand_ins`, also one whose classes are not here, to be looked at and not run.
+    """
     from bntool.files.memory import last_output, recall
 
     given = options.get("model")
@@ -237,6 +241,8 @@ def open_session(voice: Voice, options: dict[str, Any]) -> Session:
         allow=options.get("allow", ()),
         trust_pickle=bool(options.get("trust_pickle")),
         pretrained=bool(options.get("pretrained")),
+        max_size=options.get("max_size") or DEFAULT_MAX_SIZE,
+        stand_ins=stand_ins,
         voice=voice,
     )
     for text in loaded.notes:

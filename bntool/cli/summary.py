@@ -20,7 +20,7 @@ from bntool.errors import BntoolError
 def command(**options: Any) -> int:
     """Show a model's layers, shapes and exact counts; after insert or fold, the difference too."""
     voice = Voice(options["as_json"], options["quiet"], options["verbose"])
-    session = open_session(voice, options)
+    session = open_session(voice, options, stand_ins=True)
     if session.program is not None:
         from bntool.cli.program_file import summarize_program_file
 

@@ -25,10 +25,11 @@ class Damaged(ValueError):
     """The file is cut short or its bytes have changed."""
 
 
-def check_archive(source: Source) -> None:
+def check_archive(source: Source, *, packed: int = 0) -> None:
     """Refuse what torch's reader would let pass: doubled or packed members, and flipped bits.
 
-    Raises `Unsafe` or `Damaged`. torch reads the first of two members of one name, Python the last; torch
+    `packed` is how many bytes packed members may unpack to, none by default. Raises `Unsafe` or `Damaged`.
+    torch reads the first of two members of one name, Python the last; torch
     unpacks without a limit, and checks no CRC.
     """
     try:
@@ -37,7 +38,9 @@ def check_archive(source: Source) -> None:
             if len({m.filename.casefold() for m in members}) != len(members):
                 raise Unsafe("holds two members of the same name")
             for member in members:
-                if member.compress_type != zipfile.ZIP_STORED or member.flag_bits & 1:
+                if member.compress_type != zipfile.ZIP_STORED and not member.flag_bits & 1:
+                    packed -= member.file_size
+                if packed < 0 or member.flag_bits & 1:
                     raise Unsafe("holds packed or encrypted members, which torch.save never writes")
                 if _UPWARD.search(member.filename) or not member.filename.isprintable():
                     raise Unsafe(f"has a member whose name leads out of it: {shown(member.filename)}")

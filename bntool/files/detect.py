@@ -13,6 +13,9 @@ from bntool.errors import LoadError
 
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 _MAX_SAFETENSORS_HEADER = 100_000_000
+_MAX_DIRECTORY = 1 << 26
+_END = (1 << 16) + 200  # where the end of a zip directory begins at the earliest, with the longest comment
+_MAX_INDEX = 1 << 24
 _HEAD = 4096
 
 
@@ -26,6 +29,7 @@ class Kind(str, enum.Enum):
     PT2 = "pt2"
     PT2_AOTI = "pt2-aoti"
     SAFETENSORS = "safetensors"
+    SAFETENSORS_INDEX = "safetensors-index"
     ONNX = "onnx"
     EMPTY = "empty"
     GIT_LFS = "git-lfs-pointer"
@@ -57,6 +61,7 @@ _DESCRIBED: dict[Kind, tuple[str, str]] = {
         "fold the program that it was compiled from (torch.export.save), and compile the result",
     ),
     Kind.SAFETENSORS: ("a safetensors file", ""),
+    Kind.SAFETENSORS_INDEX: ("the index of a sharded safetensors model", ""),
     Kind.ONNX: ("an ONNX model", "torch.save the nn.Module it was exported from"),
     Kind.EMPTY: ("an empty file", "download or save it again"),
     Kind.GIT_LFS: ("a Git LFS pointer, not the file itself", "git lfs pull"),
@@ -139,6 +144,8 @@ def _detect(path: Path, file: BinaryIO) -> FileKind:
     version = _onnx_ir_version(file, size)
     if version is not None:
         return FileKind(Kind.ONNX, f"IR version {version}")
+    if _is_index(head, file):
+        return FileKind(Kind.SAFETENSORS_INDEX)
     if _is_text(head):
         return FileKind(Kind.TEXT)
     return FileKind(Kind.UNKNOWN, head[:8].hex())
@@ -151,6 +158,8 @@ def _looks_like_html(head: bytes) -> bool:
 
 def _detect_zip(path: Path) -> FileKind:
     try:
+        if (size := _directory_bytes(path)) > _MAX_DIRECTORY:
+            return FileKind(Kind.ZIP_OTHER, f"its directory claims {size:,} bytes")
         with zipfile.ZipFile(path) as archive:
             names = archive.namelist()
     except (zipfile.BadZipFile, ValueError, OSError, NotImplementedError, struct.error) as error:
@@ -169,6 +178,16 @@ def _detect_zip(path: Path) -> FileKind:
     if any(n.endswith(".npy") for n in names):
         return FileKind(Kind.NPZ)
     return FileKind(Kind.ZIP_OTHER, names[0])
+
+
+def _directory_bytes(path: Path) -> int:
+    """What the zip directory claims to take: Python reads it whole, and makes objects of every entry."""
+    with path.open("rb") as file:
+        file.seek(max(path.stat().st_size - _END, 0))
+        end = file.read()
+    at, at64 = end.rfind(b"PK\x05\x06"), end.rfind(b"PK\x06\x06")
+    short = struct.unpack_from("<L", end, at + 12)[0] if at >= 0 else 0
+    return struct.unpack_from("<Q", end, at64 + 40)[0] if short == 0xFFFFFFFF and at64 >= 0 else int(short)
 
 
 def _is_safetensors(head: bytes, size: int) -> bool:
@@ -240,6 +259,14 @@ def _varint(file: BinaryIO) -> int:
         if byte[0] < 0x80:
             return value
     raise ValueError("varint too long")
+
+
+def _is_index(head: bytes, file: BinaryIO) -> bool:
+    """JSON with a `weight_map`, which stands before or after the metadata."""
+    if head.lstrip()[:1] != b"{":
+        return False
+    file.seek(0)
+    return b'"weight_map"' in head or b'"weight_map"' in file.read(_MAX_INDEX)
 
 
 def _is_text(head: bytes) -> bool:

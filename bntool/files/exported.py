@@ -56,6 +56,17 @@ def read_exported(path: Path, *, trust_pickle: bool = False) -> ExportedProgram:
         return program
 
 
+def why_not_read(path: Path) -> LoadError | None:
+    """Why `read_exported` would not read this file without the user's trust; None where it would."""
+    try:
+        with _as_load_error(path), path.open("rb") as file:
+            check_archive(file)
+            _scan(file)
+    except LoadError as error:
+        return error
+    return None
+
+
 def _scan(file: BinaryIO) -> None:
     """Raises `Unsafe`, `UnknownOperator` or `Damaged` for what may not be handed to `torch.export.load`."""
     old = _old_members(file)

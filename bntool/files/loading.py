@@ -16,12 +16,16 @@ from bntool.errors import InvariantError, LoadError, UsageError
 from bntool.files.atomic import sha256_of
 from bntool.files.detect import FileKind, Kind, detect
 from bntool.files.exported import read_exported
+from bntool.files.limits import DEFAULT_MAX_SIZE, Limit
+from bntool.files.missing import missing_names
 from bntool.files.pickled_calls import shown
 from bntool.files.pickles import read_pickled
 from bntool.files.references import build, is_reference, recorded_inputs
+from bntool.files.safetensors_files import Index, read_header, read_index
 from bntool.files.weights import Found, StateDict, fill, find_weights, with_prefix
 from bntool.inputs import Inputs
 
+_SAFETENSORS = (Kind.SAFETENSORS, Kind.SAFETENSORS_INDEX)
 LoadedKind = Literal["module", "state_dict", "checkpoint", "safetensors", "program", "reference"]
 
 
@@ -33,7 +37,8 @@ class Loaded:
     `state_dict`, a `checkpoint` with either inside, `safetensors`, an exported `program` (then the model
     is an `ExportedProgram`), or a `reference` to code.
     `source_hash` is the sha256 of the file that was read (MODEL, or `weights`), empty for none.
-    `wrapped_in` is what the file held around the weights, to save the same way.
+    `wrapped_in` is what the file held around the weights, to save the same way; `metadata` and `shards` are
+    what safetensors files held beside their tensors, and the tensors of each file of several.
     """
 
     model: nn.Module | ExportedProgram
@@ -50,7 +55,8 @@ class Loaded:
     example_inputs: Inputs | None = None
     state_dict: StateDict | None = None
     wrapped_in: Found | None = None
-    metadata: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    metadata: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    shards: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
 
     @property
     def module(self) -> nn.Module:
@@ -66,7 +72,8 @@ class Loaded:
     @property
     def files(self) -> tuple[Path, ...]:
         """Every model file that was read; none may be overwritten."""
-        return tuple(p for p in (self.path, Path(self.weights) if self.weights else None) if p)
+        named = [p for p in (self.path, Path(self.weights) if self.weights else None) if p]
+        return (*named, *(named[0].with_name(shard) for shard in self.shards))
 
 
 def load(
@@ -79,6 +86,8 @@ def load(
     trust_pickle: bool = False,
     pretrained: bool = False,
     prepare: Callable[[nn.Module], nn.Module] | None = None,
+    max_size: int = DEFAULT_MAX_SIZE,
+    stand_ins: bool = False,
 ) -> Loaded:
     """Load a model from a file or a reference, on the CPU, in the mode it was saved in.
 
@@ -86,13 +95,15 @@ def load(
     `pkg.mod:factory` or `path/file.py:Class`. `arch` is such a reference for a file that holds only weights,
     `weights` a file for a reference, `key` the entry of a checkpoint that holds them. `allow` names classes
     of whole pickled models; no code of a file is run without `trust_pickle`. `prepare` is applied to the
-    model of `arch` before its weights go in.
+    model of `arch` before its weights go in. `max_size` bounds, in bytes, what a file may ask for. With
+    `stand_ins`, classes that are not known become ones that hold state and run nothing: enough to look at
+    a model, not to run it.
 
     Raises `LoadError` for what cannot be loaded, `UsageError` for options that do not fit together.
     """
     ref = os.fspath(ref)
     allow = (allow,) if isinstance(allow, str) else tuple(allow)
-    options = _Reading(key, allow, trust_pickle)
+    options = _Reading(key, allow, trust_pickle, Limit(max_size), stand_ins)
     path = Path(ref)
     if path.exists() or not is_reference(ref):
         if weights is not None or pretrained:
@@ -115,6 +126,18 @@ class _Reading:
     key: str | None
     allow: tuple[str, ...]
     trust_pickle: bool
+    limit: Limit
+    stand_ins: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class _Read:
+    """What a file held, and for safetensors what it held beside its tensors."""
+
+    found: Found
+    kind: FileKind
+    metadata: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    shards: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
 
 
 def _from_file(
@@ -126,7 +149,8 @@ def _from_file(
 ) -> Loaded:
     if path.is_file() and detect(path).kind is Kind.PT2:
         return _program(path, ref, arch, options)
-    found, kind, metadata = _read(path, options)
+    read = _read(path, options)
+    found, kind = read.found, read.kind
     common: dict[str, Any] = {
         "reference": ref,
         "path": path,
@@ -135,10 +159,14 @@ def _from_file(
         "trust_pickle": options.trust_pickle,
         "key": options.key,
         "wrapped_in": found,
-        "metadata": metadata,
+        "metadata": read.metadata,
+        "shards": read.shards,
     }
     if isinstance(found.value, nn.Module):
         notes = found.notes
+        missing = missing_names(found.value)
+        if missing:
+            notes += (f"not here, so only looked at and not run: {', '.join(map(shown, missing))}",)
         if arch is not None:
             notes += (f"--arch {arch} was not needed: the file holds a whole model",)
         return Loaded(
@@ -164,7 +192,7 @@ def _from_file(
     if prepare is not None:
         model = prepare(model)
     found = _fill(model, found, arch, path)
-    outer: LoadedKind = "safetensors" if kind.kind is Kind.SAFETENSORS else "state_dict"
+    outer: LoadedKind = "safetensors" if kind.kind in _SAFETENSORS else "state_dict"
     return Loaded(
         model=model,
         kind="checkpoint" if found.path else outer,
@@ -210,7 +238,7 @@ def _from_reference(
             example_inputs=recorded_inputs(model),
         )
     path = Path(weights)
-    found, _, _ = _read(path, options)
+    found = _read(path, options).found
     if isinstance(found.value, nn.Module):
         found = dataclasses.replace(found, value=found.value.state_dict())
     found = _fill(model, found, ref, path)
@@ -229,33 +257,51 @@ def _from_reference(
     )
 
 
-def _read(path: Path, options: _Reading) -> tuple[Found, FileKind, Mapping[str, str]]:
+def _read(path: Path, options: _Reading) -> _Read:
     if not path.exists():
         raise _missing(path)
     kind = detect(path)
-    metadata: Mapping[str, str] = {}
     if kind.kind is Kind.SAFETENSORS:
-        held, metadata = _read_safetensors(path)
-    elif kind.kind in (Kind.TORCH_ZIP, Kind.TORCH_LEGACY):
-        held = read_pickled(path, kind, allow=options.allow, trust_pickle=options.trust_pickle)
-    else:
+        header = read_header(path, options.limit)
+        held: Any = _read_safetensors(path)
+        return _Read(find_weights(held, options.key, str(path)), kind, header.metadata)
+    if kind.kind is Kind.SAFETENSORS_INDEX:
+        index = read_index(path, options.limit)
+        held = _read_shards(index)
+        shards = {name: tuple(header.entries) for name, header in index.shards.items()}
+        return _Read(find_weights(held, options.key, str(path)), kind, index.metadata, shards)
+    if kind.kind not in (Kind.TORCH_ZIP, Kind.TORCH_LEGACY):
         raise _not_loadable(path, kind)
-    return find_weights(held, options.key, str(path)), kind, metadata
+    held = read_pickled(
+        path,
+        kind,
+        allow=options.allow,
+        trust_pickle=options.trust_pickle,
+        limit=options.limit,
+        stand_ins=options.stand_ins,
+    )
+    return _Read(find_weights(held, options.key, str(path)), kind)
 
 
-def _read_safetensors(path: Path) -> tuple[StateDict, Mapping[str, str]]:
+def _read_safetensors(path: Path) -> StateDict:
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
-            names = file.keys()
-            return {name: file.get_tensor(name) for name in names}, file.metadata() or {}
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  it is no dict
     except (SafetensorError, OSError, ValueError) as error:
         raise LoadError(
             f"{path.name} is damaged: {shown(str(error))}",
             where=str(path),
             next_step="download or copy it again",
         ) from error
+
+
+def _read_shards(index: Index) -> StateDict:
+    state: StateDict = {}
+    for header in index.shards.values():
+        state |= _read_safetensors(header.path)
+    return state
 
 
 def _weights_of(found: Found) -> StateDict:

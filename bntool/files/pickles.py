@@ -23,6 +23,8 @@ from bntool.errors import LoadError, UsageError
 from bntool.files.allowed import builtin_allowance, can_be_allowed, only_these, user_allowance
 from bntool.files.archives import Records, Source, Unsafe, check_archive
 from bntool.files.detect import FileKind, Kind
+from bntool.files.limits import Limit
+from bntool.files.missing import inert_classes, may_be_missing
 from bntool.files.opcodes import DamagedPickle, DryRun
 from bntool.files.pickled_calls import (
     FROM_TYPE,
@@ -42,26 +44,32 @@ _CALLS = REBUILD_TENSOR | REBUILD_PARAMETER | {
     "torch.serialization._get_layout", "_codecs.encode",
 }  # fmt: skip
 _PLAIN = (_CALLS | {PARAMETER, "torch.Tensor"}) - {PARTIAL}
-_MAX_STRUCTURE_BYTES = 1 << 29
 _NAMES_SHOWN = 8
 _unpickling = threading.Lock()
 
 
 def read_pickled(
-    path: Path, kind: FileKind, *, allow: tuple[str, ...] = (), trust_pickle: bool = False
+    path: Path,
+    kind: FileKind,
+    *,
+    allow: tuple[str, ...] = (),
+    trust_pickle: bool = False,
+    limit: Limit | None = None,
+    stand_ins: bool = False,
 ) -> Any:
     """What a file of `torch.save` holds, on the CPU. `kind` is `TORCH_ZIP` or `TORCH_LEGACY`.
 
-    Nothing in the file is run unless `trust_pickle`. Raises `LoadError` for a file that is damaged,
-    hostile, or needs classes that neither bntool nor `allow` knows.
+    Nothing in the file is run unless `trust_pickle`. With `stand_ins`, classes that are not known become
+    classes that hold state and run nothing (`missing_names`). Raises `LoadError` for a file that is damaged,
+    hostile, larger than `limit`, or needs classes that neither bntool nor `allow` knows.
     """
     if kind.kind is Kind.TORCH_ZIP:
         with _as_load_error(path):
             check_archive(path)
     if trust_pickle:
         return _load_trusting(path, user_allowance(allow))
-    runs = _dry_runs(path, kind)
-    allowed = _allowance(path, runs, user_allowance(allow))
+    runs = _dry_runs(path, kind, limit or Limit())
+    allowed = _allowance(path, runs, user_allowance(allow), stand_ins)
     with _unpickling, only_these(allowed):
         loaded = _load(path, weights_only=True)
     with _as_load_error(path):
@@ -95,35 +103,68 @@ def check_plain_data(content: bytes) -> frozenset[str]:
 
 def unknown_globals(path: Path, kind: FileKind) -> tuple[str, ...]:
     """The names a file of `torch.save` refers to that bntool does not know by itself, sorted."""
-    return tuple(sorted(_unknown(_dry_runs(path, kind), {})[0]))
+    return tuple(sorted(_unknown(_dry_runs(path, kind, Limit(1 << 62)), {})[0]))
 
 
-def _dry_runs(path: Path, kind: FileKind) -> list[DryRun]:
+def standing(names: set[str]) -> dict[str, str]:
+    """For every name that a pickle refers to, by name, what becomes of it when the file is loaded.
+
+    `plain` is data of torch's and Python's own, `known` a class of PyTorch, torchvision or timm, `unknown`
+    one that --allow may name, `refused` one through which a file can run code.
+    """
+    run = DryRun()
+    run.globals = names - _CALLS
+    unknown, known = _unknown([run], {})
+
+    def of(name: str) -> str:
+        if name in unknown:
+            return "unknown" if may_be_missing(name) else "refused"
+        return "known" if name in known else "plain"
+
+    return {name: of(name) for name in sorted(names)}
+
+
+def _dry_runs(path: Path, kind: FileKind, limit: Limit) -> list[DryRun]:
     with _as_load_error(path):
-        return [_dry_run_zip(path)] if kind.kind is Kind.TORCH_ZIP else _dry_run_legacy(path)
+        if kind.kind is Kind.TORCH_ZIP:
+            structure = Records(path).sizes.get("data.pkl", 0)
+            limit.require(path.name, structure=structure, where=str(path))
+            runs = [_dry_run_zip(path)]
+        else:
+            runs, structure = _dry_run_legacy(path, limit)
+        storages = {key: s.nbytes for run in runs for key, s in run.storages.items()}
+        cost = {"data": sum(storages.values()), "tensors": len(storages), "structure": structure}
+        limit.require(path.name, **cost, where=str(path))
+        return runs
 
 
 def _dry_run_zip(source: Source) -> DryRun:
     records = Records(source)
-    structure = records.read("data.pkl")
-    if len(structure) > _MAX_STRUCTURE_BYTES:
-        raise Unsafe("has a structure too large for a model")
-    run = DryRun().run(io.BytesIO(structure))
+    run = DryRun().run(io.BytesIO(records.read("data.pkl")))
     for key, storage in run.storages.items():
         if records.sizes.get(f"data/{key}", -1) < storage.nbytes:
             raise DamagedPickle(f"the data of tensor {shown(key)} is missing or cut short")
     return run
 
 
-def _dry_run_legacy(path: Path) -> list[DryRun]:
-    """Five pickles in a row (magic, protocol, machine, object, storage keys), then the raw storages."""
-    with path.open("rb") as file:
+def _dry_run_legacy(path: Path, limit: Limit) -> tuple[list[DryRun], int]:
+    """Five pickles in a row (magic, protocol, machine, object, storage keys), then the raw storages.
+
+    Also gives the bytes that the pickles take.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as opened:
+        file = io.BytesIO(opened.read(limit.structure))
+    try:
         runs = [DryRun().run(file) for _ in range(5)]
-        left = path.stat().st_size - file.tell()
+    except DamagedPickle:
+        limit.require(path.name, structure=size if file.read(1) == b"" else 0, where=str(path))
+        raise
+    left = size - file.tell()
     storages = runs[3].storages
     if not storages.keys() <= runs[4].strings or sum(s.nbytes for s in storages.values()) > left:
         raise DamagedPickle("the data of some tensors is missing")
-    return runs
+    return runs, file.tell()
 
 
 def _unknown(runs: list[DryRun], user: Mapping[str, Any]) -> tuple[set[str], dict[str, Any]]:
@@ -146,25 +187,31 @@ def _is_dtype(name: str) -> bool:
     return module == "torch" and isinstance(getattr(torch, attribute, None), torch.dtype)
 
 
-def _allowance(path: Path, runs: list[DryRun], user: Mapping[str, Any]) -> dict[str, Any]:
+def _allowance(
+    path: Path, runs: list[DryRun], user: Mapping[str, Any], stand_ins: bool = False
+) -> dict[str, Any]:
     """Name -> class for torch's unpickler, or `LoadError` naming everything that is in the way."""
     unknown, known = _unknown(runs, user)
+    missing = {n for n in unknown if may_be_missing(n)} if stand_ins else set()
+    unknown -= missing
     dangerous = sorted(n for n in unknown if not can_be_allowed(n))
     if dangerous:
         raise _refused(path, f"refers to {_listed(dangerous)}, through which a file can run code")
-    problems = [p for run in runs for p in run.problems]
+    # What a stand-in is given does no harm.
+    harmless = {f"instantiates {shown(n)} with arguments of its own" for n in missing}
+    problems = [p for run in runs for p in run.problems if p not in harmless]
     if problems:
         raise _refused(path, problems[0])
     if unknown:
         raise _unknown_classes(path, sorted(unknown))
-    for name in sorted(set().union(*(run.called for run in runs)) - _CALLS):
+    for name in sorted(set().union(*(run.called for run in runs)) - _CALLS - missing):
         # An enum is restored by calling it; that only looks a member up.
         if not (isinstance(known.get(name), type) and issubclass(known[name], enum.Enum)):
             raise _refused(path, f"calls {shown(name)} with arguments of its own")
     for name in sorted(set().union(*(run.partial_targets for run in runs))):
         if name not in known:
             raise _refused(path, f"makes a functools.partial of {shown(name)}")
-    return known
+    return {**known, **inert_classes(missing)}
 
 
 def _load(path: Path, **options: Any) -> Any:

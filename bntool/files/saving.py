@@ -19,6 +19,8 @@ from bntool.files.atomic import sha256_of, write_atomically
 from bntool.files.detect import detect
 from bntool.files.loading import Loaded
 from bntool.files.pickles import unknown_globals
+from bntool.files.safetensors_files import INDEX_SUFFIX
+from bntool.files.shards import shard_of, write_shards
 from bntool.files.weights import StateDict, with_prefix
 
 
@@ -37,6 +39,8 @@ def save_model(
 
         def write(temporary: Path) -> None:
             temporary.write_bytes(content)
+    elif loaded.shards:
+        return _save_shards(loaded, model, output, force)
     elif loaded.kind == "safetensors":
         prefix = loaded.wrapped_in.prefix if loaded.wrapped_in else ""
         tensors = _distinct(with_prefix(_weights(model), prefix))
@@ -58,6 +62,13 @@ def require_fitting_name(loaded: Loaded, output: Path) -> None:
     endings: tuple[str, ...] = (".pt", ".pth")
     if loaded.kind in ("safetensors", "program"):
         endings = (".safetensors",) if loaded.kind == "safetensors" else (".pt2",)
+    if loaded.shards:
+        endings = (INDEX_SUFFIX,)
+        if not output.name.endswith(INDEX_SUFFIX):
+            raise UsageError(
+                f"{output.name}: a sharded model is saved as one, under the name of its index",
+                next_step=f"name it {output.name.partition('.')[0]}{INDEX_SUFFIX}",
+            )
     if output.suffix in {".onnx", ".pt2", ".pt", ".pth", ".safetensors"} - set(endings):
         raise UsageError(
             f"{output.name}: the output is saved as the same kind as the input ({loaded.kind})",
@@ -88,6 +99,21 @@ def _replaced(container: Any, path: tuple[str, ...], value: Any) -> Any:
     changed = copy.copy(container)
     changed[path[0]] = _replaced(container[path[0]], path[1:], value)
     return changed
+
+
+def _save_shards(loaded: Loaded, model: nn.Module, output: Path, force: bool) -> str:
+    """Every tensor in the file that its layer was in; the index, which makes them a model, goes last."""
+    prefix = loaded.wrapped_in.prefix if loaded.wrapped_in else ""
+    tensors = _distinct(with_prefix(_weights(model), prefix))
+    parts = shard_of({n: shard for shard, names in loaded.shards.items() for n in names}, tensors)
+
+    def fill(shard: str, temporary: Path) -> None:
+        _write_safetensors(
+            {n: t for n, t in tensors.items() if parts[n] == shard}, {"format": "pt"}, temporary
+        )
+
+    sizes = {name: tensor.nbytes for name, tensor in tensors.items()}
+    return write_shards(output, parts, sizes, loaded.metadata, fill, force=force, forbid=loaded.files)
 
 
 def _weights(model: nn.Module) -> StateDict:

@@ -1,0 +1,121 @@
+"""A look at an ONNX file: opsets, inputs and outputs, its nodes counted, its tensors, its external data."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from bntool.files.looking import Found, TensorRow
+from bntool.files.pickled_calls import shown
+
+_MAX_DEPTH = 30
+
+
+def look_at_onnx(path: Path, found: Found) -> None:
+    """Fill `found` from the model's structure; external data is measured, not read."""
+    import onnx
+
+    model = onnx.load(str(path), load_external_data=False)
+    graphs = list(_graphs(model.graph))
+    nodes = Counter(
+        f"{node.domain}.{node.op_type}" if node.domain not in ("", "ai.onnx") else node.op_type
+        for graph in graphs
+        for node in graph.node
+    )
+    found.facts |= {
+        "ir_version": model.ir_version,
+        "opsets": {o.domain or "ai.onnx": o.version for o in model.opset_import},
+        "producer": shown(f"{model.producer_name} {model.producer_version}".strip()),
+        "inputs": {shown(v.name): _type(v) for v in _inputs(model.graph)},
+        "outputs": {shown(v.name): _type(v) for v in model.graph.output},
+        "nodes": {shown(kind): number for kind, number in nodes.most_common()},
+        "functions": [shown(f.name) for f in model.functions],
+        "metadata": {shown(p.key): shown(p.value) for p in model.metadata_props},
+    }
+    external: dict[str, int] = {}
+    for graph in graphs:
+        for tensor in graph.initializer:
+            found.tensors.append(_row(tensor))
+            if tensor.data_location == onnx.TensorProto.EXTERNAL:
+                _look_outside(path, tensor, external, found)
+    if external:
+        found.facts["external_data"] = external
+
+
+def _graphs(graph: Any, depth: int = 0) -> Iterator[Any]:
+    """The graph and every graph inside of its nodes."""
+    yield graph
+    if depth < _MAX_DEPTH:
+        for node in graph.node:
+            for attribute in node.attribute:
+                for inner in ([attribute.g] if attribute.HasField("g") else []) + list(attribute.graphs):
+                    yield from _graphs(inner, depth + 1)
+
+
+def _inputs(graph: Any) -> list[Any]:
+    stored = {tensor.name for tensor in graph.initializer}
+    return [value for value in graph.input if value.name not in stored]
+
+
+def _type(value: Any) -> str:
+    """`FLOAT 1x3x224x224`, open axes by their names."""
+    tensor = value.type.tensor_type
+    if not value.type.HasField("tensor_type"):
+        return str(value.type.WhichOneof("value") or "unknown")
+    axes = [
+        shown(d.dim_param) or "?" if not d.HasField("dim_value") else str(d.dim_value)
+        for d in tensor.shape.dim
+    ]
+    return f"{_dtype(tensor.elem_type)} {'x'.join(axes)}".strip()
+
+
+def _dtype(number: int) -> str:
+    import onnx
+
+    known = number in onnx.TensorProto.DataType.values()
+    return str(onnx.TensorProto.DataType.Name(number)) if known else f"type {number}"
+
+
+def _item_bytes(number: int) -> int:
+    import onnx
+
+    try:
+        return int(onnx.helper.tensor_dtype_to_np_dtype(number).itemsize)
+    except (KeyError, TypeError, ValueError):
+        return 1
+
+
+def _row(tensor: Any) -> TensorRow:
+    shape = tuple(max(int(n), 0) for n in tensor.dims)
+    return TensorRow.of(shown(tensor.name), _dtype(tensor.data_type), shape, _item_bytes(tensor.data_type))
+
+
+def _look_outside(path: Path, tensor: Any, external: dict[str, int], found: Found) -> None:
+    """External data stands in a file beside the model, and has as many bytes as the tensor takes."""
+    given = {entry.key: entry.value for entry in tensor.external_data}
+    location, name = given.get("location", ""), shown(tensor.name)
+    parts = location.replace("\\", "/").split("/")
+    file = path.parent / location
+    if not location or location.startswith(("/", "\\")) or ".." in parts or ":" in parts[0]:
+        found.suspect(f"takes {name} from a file outside its folder: {shown(location)}")
+        return
+    inside = path.parent.resolve()
+    if file.is_symlink() or not file.resolve().is_relative_to(inside):
+        found.suspect(f"takes {name} through a link: {shown(location)}")
+        return
+    if not file.is_file():
+        found.suspect(f"takes {name} from a file that is not there: {shown(location)}")
+        return
+    size = external[shown(location)] = file.stat().st_size
+    needed = _row(tensor).nbytes
+    try:
+        offset, length = int(given.get("offset", "0")), int(given.get("length", str(needed)))
+    except ValueError:
+        found.suspect(f"takes {name} from a place that is no number")
+        return
+    if offset < 0 or length != needed or offset + length > size:
+        found.suspect(
+            f"takes {name} from beyond the end of {shown(location)}, or not as many bytes as it has"
+        )
