@@ -43,6 +43,12 @@ def mnist_root() -> Path:
     pytest.skip("MNIST is not here: set BNTOOL_DATA to the folder that holds MNIST/raw")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _cache_of_this_session(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """What bntool keeps for the user, kept for these tests alone."""
+    os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
+
+
 @pytest.fixture
 def golden(request: pytest.FixtureRequest) -> Callable[[str, str], None]:
     """Compare a text with the golden file of that name; `--regold` writes the file instead."""

@@ -31,17 +31,34 @@ def load_granted(
 
     is_file = Path(name).exists() or not is_reference(name)
     grant = record.granted(name) if record is not None and is_file else Grant()
+    if is_file and arch is None:
+        arch = _recorded_architecture(name)
+        if arch:
+            voice.note(f"--arch {arch}, as its side file says")
     plans, prepare = _replay_of(name) if is_file and arch else ([], None)
-    with voice.progress(f"loading {name}"):
+    with voice.progress(f"loading {name}") as tell:
         loaded = load(
             name,
             arch=arch,
             allow=(*allow, *grant.allow),
             trust_pickle=trust_pickle or grant.trust_pickle,
             prepare=prepare,
+            tell=tell,
             **options,
         )
     return loaded, plans
+
+
+def _recorded_architecture(path: str) -> str | None:
+    """The architecture that the side file names: only a registry's, since a stranger may have written it."""
+    from bntool.files.detect import Kind, detect
+    from bntool.files.sidecar import describes, read_sidecar
+
+    document = read_sidecar(path) if Path(path).is_file() else None
+    reload = document.get("reload") if document and describes(document, path) else None
+    arch = reload.get("arch") if isinstance(reload, dict) else None
+    held = detect(path).kind in (Kind.TORCH_ZIP, Kind.TORCH_LEGACY, Kind.SAFETENSORS, Kind.SAFETENSORS_INDEX)
+    return arch if held and isinstance(arch, str) and arch.startswith(("torchvision:", "timm:")) else None
 
 
 def _replay_of(path: str) -> tuple[list[Plan], Any]:

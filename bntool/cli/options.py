@@ -62,7 +62,11 @@ def model_options() -> Decorator:
 def loading_options() -> Decorator:
     """How a model may be loaded, and what it is run on."""
     return _all(
-        click.option("--arch", metavar="REF", help="Class of a bare state_dict: torchvision:resnet50, …"),
+        click.option(
+            "--arch",
+            metavar="REF",
+            help="Class of a bare state_dict: torchvision:resnet50, …; auto finds one.",
+        ),
         click.option("--weights", metavar="FILE", help="Weights for a model named by reference."),
         click.option("--key", metavar="KEY", help="Entry of a checkpoint that holds the weights."),
         click.option(

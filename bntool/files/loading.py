@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import os
@@ -13,6 +14,7 @@ from torch import nn
 from torch.export import ExportedProgram
 
 from bntool.errors import InvariantError, LoadError, UsageError
+from bntool.files.architectures import closest, load_index, take_exact
 from bntool.files.atomic import sha256_of
 from bntool.files.detect import FileKind, Kind, detect
 from bntool.files.exported import read_exported
@@ -88,22 +90,24 @@ def load(
     prepare: Callable[[nn.Module], nn.Module] | None = None,
     max_size: int = DEFAULT_MAX_SIZE,
     stand_ins: bool = False,
+    tell: Callable[[str], object] | None = None,
 ) -> Loaded:
     """Load a model from a file or a reference, on the CPU, in the mode it was saved in.
 
     `ref`: a file of `torch.save`, `torch.export.save` or safetensors, `torchvision:NAME`, `timm:NAME`,
     `pkg.mod:factory` or `path/file.py:Class`. `arch` is such a reference for a file that holds only weights,
-    `weights` a file for a reference, `key` the entry of a checkpoint that holds them. `allow` names classes
-    of whole pickled models; no code of a file is run without `trust_pickle`. `prepare` is applied to the
-    model of `arch` before its weights go in. `max_size` bounds, in bytes, what a file may ask for. With
-    `stand_ins`, classes that are not known become ones that hold state and run nothing: enough to look at
-    a model, not to run it.
+    or `auto` for the one of torchvision or timm that fits exactly; `weights` a file for a reference, `key`
+    the entry of a checkpoint that holds them. `allow` names classes of whole pickled models; no code in a
+    file is run without `trust_pickle`. `prepare` is applied to the model of `arch` before its weights go in.
+    `max_size` bounds, in bytes, what a file may ask for. With `stand_ins`, classes that are not known become
+    ones that hold state and run nothing: enough to look at a model, not to run it. `tell` takes a line on
+    what takes long.
 
     Raises `LoadError` for what cannot be loaded, `UsageError` for options that do not fit together.
     """
     ref = os.fspath(ref)
     allow = (allow,) if isinstance(allow, str) else tuple(allow)
-    options = _Reading(key, allow, trust_pickle, Limit(max_size), stand_ins)
+    options = _Reading(key, allow, trust_pickle, Limit(max_size), stand_ins, tell)
     path = Path(ref)
     if path.exists() or not is_reference(ref):
         if weights is not None or pretrained:
@@ -128,6 +132,7 @@ class _Reading:
     trust_pickle: bool
     limit: Limit
     stand_ins: bool
+    tell: Callable[[str], object] | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -177,12 +182,10 @@ def _from_file(
             **common,
         )
     if arch is None:
-        raise LoadError(
-            f"{path.name} holds only weights ({len(found.value)} tensors), not the model they belong to",
-            where=str(path),
-            next_step=f"name its architecture: {path.name} --arch torchvision:resnet50, --arch timm:NAME, or "
-            "--arch path/file.py:Class",
-        )
+        raise _without_architecture(path, found, options)
+    if arch == "auto":
+        arch = take_exact(found.value, load_index(options.tell))
+        found = dataclasses.replace(found, notes=(*found.notes, f"--arch auto: {arch}"))
     if not is_reference(arch):
         raise UsageError(
             f"--arch {shown(arch)} is not a reference to a model",
@@ -201,6 +204,25 @@ def _from_file(
         example_inputs=recorded_inputs(model),
         state_dict=_weights_of(found),
         **{**common, "wrapped_in": found},
+    )
+
+
+def _without_architecture(path: Path, found: Found, options: _Reading) -> LoadError:
+    state = _weights_of(found)
+    near = ""
+    with contextlib.suppress(LoadError):
+        # Those of timm take minutes: only for who asks for them, or has before.
+        index = load_index(options.tell, build=("torchvision",))
+        near = closest(index.matches(state), index)
+        exact = [match.reference for match in index.matches(state) if match.exact]
+        if exact:
+            near = f"{' and '.join(exact[:3])} fit{'s' if len(exact) == 1 else ''}; the name is yours to give"
+    return LoadError(
+        f"{path.name} holds only weights ({len(state)} tensors), not the model they belong to"
+        + (f"; {near}" if near else ""),
+        where=str(path),
+        next_step=f"name its architecture: {path.name} --arch torchvision:resnet50, --arch timm:NAME, --arch "
+        "path/file.py:Class, or --arch auto to look for one that fits exactly (some minutes, the first time)",
     )
 
 
