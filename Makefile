@@ -4,7 +4,7 @@ STAMP := .venv/.installed
 PEERS := .venv-peers
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check lint gold bench latency zoo peers verification large gpu-check
+.PHONY: help setup demo test check lint gold bench latency zoo peers verification large streaming gpu-check
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  \1\t/' | expand -t 14
@@ -60,6 +60,9 @@ verification: setup ## verify forty correct models; goes on where it stopped
 
 large: setup ## fold an ONNX model of more than 2 GB, with its time and peak memory
 	$(BIN)/python tools/large_onnx.py
+
+streaming: setup ## fold a file of weights of 6 GB layer by layer, with its time and peak memory
+	$(BIN)/python -m tools.streaming
 
 gpu-check: setup ## verify on the NVIDIA GPU and write docs/gpu.md
 	$(BIN)/python tools/gpu_check.py

@@ -190,6 +190,7 @@ class Plan:
     `aliases` are the other names, after the insertion, of newcomers, of the biases that would still be there
     and of the BatchNorms that take them in, where a module is registered under several names.
     `merges` come after the edits of the sites; a BatchNorm that goes with one has a site without edits.
+    `eps` is ε of every BatchNorm that a fold reads, which no tensor holds.
     """
 
     action: Literal["insert", "fold"]
@@ -203,6 +204,7 @@ class Plan:
     dropped: tuple[DroppedBias, ...] = ()
     aliases: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
     merges: tuple[Merge, ...] = ()
+    eps: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
     def __bool__(self) -> bool:
         return bool(self.sites or self.dropped or self.merges)
@@ -237,6 +239,7 @@ class Plan:
             "dropped_biases": [d.to_dict() for d in self.dropped],
             "aliases": {k: list(v) for k, v in self.aliases.items()},
             "merges": [dataclasses.asdict(m) for m in self.merges],
+            "eps": dict(self.eps),
         }
 
     @classmethod
@@ -277,6 +280,7 @@ class Plan:
                 ),
                 aliases={k: tuple(v) for k, v in data.get("aliases", {}).items()},
                 merges=tuple(_merge(m) for m in data.get("merges", ())),
+                eps={name: float(eps) for name, eps in data.get("eps", {}).items()},
             )
         except (KeyError, TypeError, ValueError) as error:
             raise PlanError(f"this plan is damaged: {error}") from error

@@ -30,6 +30,13 @@ if TYPE_CHECKING:
     help="fp16, bf16: cast the ONNX file's numbers. float32: cast the model first, where float16 cannot hold "
     "the folded weights.",
 )
+@click.option(
+    "--plan",
+    "plan_file",
+    metavar="FILE",
+    callback=opt.not_empty,
+    help="Fold a file of weights by the plan of an earlier fold, layer by layer, without the model.",
+)
 @click.option("--bench", is_flag=True, help="Time the model before and after.")
 @opt.bench_options()
 @opt.pattern_options()
@@ -48,6 +55,10 @@ def command(**options: Any) -> int:
     """
     voice = Voice.of(options)
     require_place(options["repro"])
+    if options["plan_file"]:
+        from bntool.cli.stored import fold_stored_file
+
+        return fold_stored_file(voice, options)
     if is_onnx(options["model"]):
         _require_own_types(options, "an ONNX file")
         _require_no_bench(options, "model.onnx model_folded.onnx")

@@ -6,7 +6,7 @@ import re
 import zipfile
 import zlib
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import torch
 
@@ -80,3 +80,10 @@ class Records:
             if archive.read(self._root + name) != content:
                 raise Unsafe("reads differently to different readers")
         return content
+
+    def offset(self, name: str) -> int:
+        """Where in the file a member's bytes begin; they lie there unpacked."""
+        if name not in self.sizes:
+            raise Damaged(f"{shown(name)} is missing")
+        reader: Any = self._reader
+        return int(reader.get_record_offset(name))

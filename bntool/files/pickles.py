@@ -101,6 +101,14 @@ def check_plain_data(content: bytes) -> frozenset[str]:
     return frozenset(run.strings)
 
 
+def require_plain_weights(path: Path, kind: FileKind, limit: Limit) -> None:
+    """Refuse an archive of `torch.save` that is damaged or holds more than tensors and plain data."""
+    with _as_load_error(path):
+        check_archive(path)
+    runs = _dry_runs(path, kind, limit)
+    _allowance(path, runs, {})
+
+
 def unknown_globals(path: Path, kind: FileKind) -> tuple[str, ...]:
     """The names a file of `torch.save` refers to that bntool does not know by itself, sorted."""
     return tuple(sorted(_unknown(_dry_runs(path, kind, Limit(1 << 62)), {})[0]))

@@ -39,7 +39,9 @@ def output_name(source: str | Path, action: Action, *, suffix: str | None = None
         folder, stem, ending = Path(), tail.replace(".", "_") if not head else tail, ".pt"
     else:
         path = Path(text)
-        double = next((d for d in (".pth.tar", ".pt.tar") if path.name.endswith(d)), "")
+        double = next(
+            (d for d in (".pth.tar", ".pt.tar", ".safetensors.index.json") if path.name.endswith(d)), ""
+        )
         ending = double or path.suffix
         folder, stem = path.parent, path.name[: len(path.name) - len(ending)]
     if action == "export":

@@ -106,6 +106,7 @@ class _Planner:
             },
             notes=(_READS_NUMBERS,) if self.graph.reads_numbers else (),
             merges=tuple(merges),
+            eps={n.name: float(n.ops[0].attrs["eps"]) for n in self.norms if n.affine is not None},
         )
 
     def _folded(self, norm: Norm, unshare: bool) -> FoldSite:

@@ -1,0 +1,87 @@
+"""`bntool fold --plan`: the weights in a file, by a plan made before, without the model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from bntool.cli.session import Voice
+from bntool.errors import LoadError, UsageError
+
+_NEEDS_MODEL = {
+    "export_to": "--export",
+    "bench": "--bench",
+    "arch": "--arch",
+    "weights": "--weights",
+    "key": "--key",
+    "dtype": "--dtype",
+    "unshare": "--unshare",
+    "include": "--include",
+    "exclude": "--exclude",
+    "require_all": "--require-all",
+    "repro": "--repro",
+}
+
+
+def fold_stored_file(voice: Voice, options: dict[str, Any]) -> int:
+    """Fold a file of weights layer by layer, and write it with its side file."""
+    from bntool.api import read_plan
+    from bntool.files.atomic import require_writable
+    from bntool.files.safetensors_files import INDEX_SUFFIX
+    from bntool.files.sidecar import output_name, sidecar_path, write_sidecar
+    from bntool.files.stored import open_stored
+    from bntool.results import fold_lines
+    from bntool.surgery.fold_stored import StoredFold
+
+    given = [flag for name, flag in _NEEDS_MODEL.items() if options.get(name)]
+    if given:
+        raise UsageError(
+            f"--plan folds the weights in a file without the model; {given[0]} needs it",
+            next_step=f"drop --plan, or {given[0]}",
+        )
+    if not options["model"] or not Path(options["model"]).is_file():
+        raise LoadError(
+            f"no such file: {options['model'] or '(no MODEL)'}",
+            next_step="bntool fold weights.safetensors --plan other_folded.pt.bntool.json",
+        )
+    path = Path(options["model"])
+    plan = read_plan(options["plan_file"])
+    stored = open_stored(path)
+    suffix = INDEX_SUFFIX if stored.sharded else ".safetensors"
+    named = options["output"] or output_name(path, "fold", suffix=suffix)
+    output = Path(named)
+    if not output.name.endswith(suffix):
+        raise UsageError(f"{output.name}: --plan writes {suffix}", next_step=f"-o NAME{suffix}")
+    inputs = [path, *(path.with_name(shard) for shard in {d.shard for d in stored.tensors.values()})]
+    if not options["dry_run"]:
+        require_writable(output, force=options["force"], forbid=inputs)
+        require_writable(sidecar_path(output), force=options["force"])
+    with voice.progress(f"folding {path.name}"):
+        fold = StoredFold(stored, plan)
+        digest = "" if options["dry_run"] else fold.write(output, force=options["force"])
+    voice.say("\n".join(fold_lines(plan, None, not options["quiet"])))
+    voice.note("not verified: that needs the model (bntool verify, or fold with --arch)")
+    if not options["dry_run"]:
+        write_sidecar(output, _document(plan, path, output, digest), force=options["force"])
+        voice.say(f"wrote       {output}")
+    voice.emit(
+        {
+            "status": "ok",
+            "sites": [{"bn": s.bn, "into": list(s.into), "laws": list(s.laws)} for s in plan.fold_sites],
+            "skips": [skip.to_dict("bn") for skip in plan.skips],
+            "output": None if options["dry_run"] else str(output),
+            "dry_run": options["dry_run"],
+            "checks": [],
+        }
+    )
+    return 0
+
+
+def _document(plan: Any, path: Path, output: Path, digest: str) -> dict[str, Any]:
+    from bntool.files.atomic import sha256_of
+    from bntool.files.sidecar import make_document
+
+    document = make_document(
+        "fold", source=str(path), source_hash=sha256_of(path), output=output, plan=plan.to_dict()
+    )
+    return {**document, "output": {"name": output.name, "sha256": digest}}

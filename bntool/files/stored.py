@@ -1,0 +1,109 @@
+"""The tensors of a file of weights one at a time: described by headers, read when they are asked for."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bntool.errors import LoadError
+from bntool.files.archives import Records
+from bntool.files.detect import Kind, detect
+from bntool.files.limits import Limit
+from bntool.files.pickles import require_plain_weights
+from bntool.files.safetensors_files import Header, read_header, read_index
+from bntool.files.stand_ins import Picture, PicturedTensor, pictured_tensors
+
+
+@dataclasses.dataclass(frozen=True)
+class Described:
+    """A stored tensor: torch dtype (`float32`), shape, and the file of several that it lies in."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    shard: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Stored:
+    """A file of weights. `read` gives one tensor, in memory of its own."""
+
+    path: Path
+    tensors: Mapping[str, Described]
+    read: Callable[[str], Tensor]
+    metadata: Mapping[str, Any]
+    sharded: bool = False
+
+
+def open_stored(path: Path, limit: Limit | None = None) -> Stored:
+    """A state_dict of `torch.save`, a safetensors file, or a sharded one. No tensor is read.
+
+    Raises `LoadError` for files of other kinds, and for what is damaged or hostile.
+    """
+    limit = limit or Limit(1 << 62)
+    kind = detect(path)
+    if kind.kind is Kind.SAFETENSORS:
+        header = read_header(path, limit)
+        return _of_headers(path, {path.name: header}, header.metadata)
+    if kind.kind is Kind.SAFETENSORS_INDEX:
+        index = read_index(path, limit)
+        return _of_headers(path, index.shards, index.metadata, sharded=True)
+    if kind.kind is Kind.TORCH_ZIP:
+        require_plain_weights(path, kind, limit)
+        return _of_archive(path)
+    raise LoadError(
+        f"{path.name} is {kind.description}; weights are read one at a time from a state_dict or safetensors",
+        where=str(path),
+        next_step="fold it without --plan",
+    )
+
+
+def _of_headers(
+    path: Path, headers: Mapping[str, Header], metadata: Mapping[str, Any], sharded: bool = False
+) -> Stored:
+    held = {name: shard for shard, header in headers.items() for name in header.entries}
+    tensors = {
+        name: Described(headers[shard].entries[name].torch_dtype, headers[shard].entries[name].shape, shard)
+        for name, shard in held.items()
+    }
+    return Stored(path, tensors, lambda name: headers[held[name]].read(name), metadata, sharded)
+
+
+def _of_archive(path: Path) -> Stored:
+    records = Records(path)
+    if records.sizes.get("byteorder") and records.read("byteorder") != b"little":
+        raise _unfit(path, "was written on a machine of another byte order")
+    picture = Picture(records.read("data.pkl")).read_all()
+    found = {tensor.name: tensor for tensor in pictured_tensors(picture.value)}
+    plain = isinstance(picture.value, dict) and found.keys() == picture.value.keys()
+    if not plain:
+        raise _unfit(path, "holds more than a plain state_dict, or one tensor under two names")
+    places = {t.storage: records.offset(f"data/{t.storage}") for t in found.values()}
+
+    def read(name: str) -> Tensor:
+        return _read_part(path, found[name], places[found[name].storage])
+
+    tensors = {name: Described(t.dtype, t.shape, path.name) for name, t in found.items()}
+    return Stored(path, tensors, read, {"format": "pt"})
+
+
+def _read_part(path: Path, tensor: PicturedTensor, place: int) -> Tensor:
+    """The bytes from a tensor's first number to its last, and no others of its storage."""
+    dtype = getattr(torch, tensor.dtype)
+    if 0 in tensor.shape:
+        return torch.empty(tensor.shape, dtype=dtype)
+    span = 1 + sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride, strict=True))
+    data = bytearray(span * dtype.itemsize)
+    with path.open("rb") as file:
+        file.seek(place + tensor.offset * dtype.itemsize)
+        if file.readinto(data) != len(data):
+            raise _unfit(path, "is cut short")
+    return torch.frombuffer(data, dtype=dtype).as_strided(tensor.shape, tensor.stride)
+
+
+def _unfit(path: Path, why: str) -> LoadError:
+    return LoadError(f"{path.name} {why}", where=str(path), next_step="fold it without --plan")
