@@ -32,7 +32,7 @@ FLOORS: dict[str, tuple[int, str]] = {
     "proved": (
         5,
         """insertion converting module_folding proving settling onnx_folding program_folding onnx_insertion
-        program_insertion""",
+        program_insertion script_folding""",
     ),
     "benchmarking": (5, "benchmarking onnx_flops"),
     "report": (5, "report"),

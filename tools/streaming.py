@@ -3,7 +3,7 @@
     python -m tools.streaming [FOLDER] [--gigabytes 6] [--layer-mib 64]
 
 The weights are convolutions with a BatchNorm each, written layer by layer; afterwards everything is deleted.
-Prints one JSON document. The promise: at most the largest layer × 4 + 300 MiB over what importing torch takes.
+Prints one JSON document. The promise: at most the largest layer × 4 + 300 MiB over what torch itself takes.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ import click
 from bntool.cli import options as opt
 from bntool.cli.data import opened_data
 from bntool.cli.job import joined
-from bntool.cli.session import Session, Voice, open_session
+from bntool.cli.session import Session, Voice, open_session, require_no_script
 from bntool.errors import UsageError
 
 if TYPE_CHECKING:
@@ -38,6 +38,7 @@ def command(**options: Any) -> int:
 
 def _calibrate(voice: Voice, options: dict[str, Any], world: World) -> int:
     session = open_session(voice, options)
+    require_no_script(session, "calibrate")
     from bntool.calibrating import calibrate
     from bntool.cli.writing import chosen_output, write_model
 

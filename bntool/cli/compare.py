@@ -14,7 +14,7 @@ import click
 from bntool.cli import options as opt
 from bntool.cli.data import numbers
 from bntool.cli.job import joined
-from bntool.cli.session import Session, Voice, open_session
+from bntool.cli.session import Session, Voice, open_session, require_no_script
 
 if TYPE_CHECKING:
     from bntool.experiment.checkpoints import Progress
@@ -96,6 +96,7 @@ def command(**options: Any) -> int:
 
 def _compare(voice: Voice, options: dict[str, Any], settings: Settings, world: World) -> int:
     session = open_session(voice, options)
+    require_no_script(session, "train")
     from bntool.cli.picturing import picture_module
     from bntool.experiment.comparison import compare_training, write_document
     from bntool.experiment.plots import require_matplotlib, write_plots

@@ -27,6 +27,11 @@ def command(**options: Any) -> int:
     voice = Voice(options["as_json"], options["quiet"], options["verbose"])
     session = open_session(voice, options)
     from bntool import api
+
+    if session.loaded.kind == "script":
+        from bntool.cli.script_file import with_converted_script
+
+        session = with_converted_script(session)
     from bntool.cli import serving
     from bntool.files.sidecar import output_name
     from bntool.report.checks import checks_text

@@ -70,6 +70,10 @@ def command(**options: Any) -> int:
         _require_own_types(options, "an exported program")
         _require_no_bench(options, "model.pt2 model_folded.pt2")
         return fold_program_file(session, session.program, options)
+    if session.loaded.kind == "script":
+        from bntool.cli.script_file import fold_script_file
+
+        return fold_script_file(session, options)
     if options["dtype"] == "float32":
         session.cast(options["dtype"])
     from bntool.cli import picturing, serving, writing

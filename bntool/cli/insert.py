@@ -11,7 +11,7 @@ from bntool.cli import options as opt
 from bntool.cli.data import opened_data
 from bntool.cli.onnx_file import is_onnx
 from bntool.cli.onnx_insert import insert_onnx_file
-from bntool.cli.session import Session, Voice, open_session
+from bntool.cli.session import Session, Voice, open_session, require_no_script
 from bntool.cli.source import require_fitting, rewritten, show_source, tell_refusals, write_source
 from bntool.errors import CheckFailed, NothingToDo, PlanError, UsageError
 from bntool.reasons import Reason
@@ -85,6 +85,7 @@ def command(**options: Any) -> int:
     if is_onnx(options["model"]):
         return insert_onnx_file(voice, options, _chosen(options))
     session = open_session(voice, options)
+    require_no_script(session, "insert into")
     if session.program is not None:
         from bntool.cli.program_file import insert_program_file
 

@@ -16,7 +16,7 @@ import click
 from bntool.cli.documents import emit, failure
 from bntool.cli.example_inputs import parse_inputs
 from bntool.cli.loading import load_granted
-from bntool.errors import BntoolError, InvariantError
+from bntool.errors import BntoolError, InvariantError, UsageError
 from bntool.files.limits import DEFAULT_MAX_SIZE
 
 if TYPE_CHECKING:
@@ -260,6 +260,15 @@ def open_session(voice: Voice, options: dict[str, Any], *, stand_ins: bool = Fal
             "pretrained": ours.pretrained,
         }
     return session
+
+
+def require_no_script(session: Session, what: str) -> None:
+    """`UsageError` for a TorchScript module, whose graph holds no layer that could be exchanged."""
+    if session.loaded.kind == "script":
+        raise UsageError(
+            f"{session.loaded.reference} is TorchScript, and bntool does not {what} it",
+            next_step="torch.save the nn.Module that it was made from",
+        )
 
 
 def _same(a: str, b: str) -> bool:

@@ -29,6 +29,7 @@ from bntool.files.opcodes import DamagedPickle, DryRun
 from bntool.files.pickled_calls import shown
 from bntool.files.pickles import standing
 from bntool.files.safetensors_files import Header, read_header, read_index
+from bntool.files.scripted import why_unsafe
 from bntool.files.stand_ins import Picture, StandIn, pictured_tensors
 
 
@@ -151,6 +152,8 @@ def _script(path: Path, _: FileKind, limit: Limit, found: Found) -> None:
     if picture.damage:
         raise DamagedPickle(picture.damage)
     found.facts["holds"] = "a TorchScript module"
+    if why := why_unsafe(path):
+        found.suspect(why)
 
 
 def _program(path: Path, _: FileKind, limit: Limit, found: Found) -> None:

@@ -24,11 +24,12 @@ from bntool.files.pickled_calls import shown
 from bntool.files.pickles import read_pickled
 from bntool.files.references import build, is_reference, recorded_inputs
 from bntool.files.safetensors_files import Index, read_header, read_index
+from bntool.files.scripted import DEPRECATED, read_script
 from bntool.files.weights import Found, StateDict, fill, find_weights, with_prefix
 from bntool.inputs import Inputs
 
 _SAFETENSORS = (Kind.SAFETENSORS, Kind.SAFETENSORS_INDEX)
-LoadedKind = Literal["module", "state_dict", "checkpoint", "safetensors", "program", "reference"]
+LoadedKind = Literal["module", "state_dict", "checkpoint", "safetensors", "program", "script", "reference"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +38,7 @@ class Loaded:
 
     `kind` says what the input was and so what an output is saved as: a whole `module`, a bare
     `state_dict`, a `checkpoint` with either inside, `safetensors`, an exported `program` (then the model
-    is an `ExportedProgram`), or a `reference` to code.
+    is an `ExportedProgram`), a TorchScript module (`script`), or a `reference` to code.
     `source_hash` is the sha256 of the file that was read (MODEL, or `weights`), empty for none.
     `wrapped_in` is what the file held around the weights, to save the same way; `metadata` and `shards` are
     what safetensors files held beside their tensors, and the tensors of each file of several.
@@ -154,6 +155,16 @@ def _from_file(
 ) -> Loaded:
     if path.is_file() and detect(path).kind is Kind.PT2:
         return _program(path, ref, arch, options)
+    if path.is_file() and detect(path).kind is Kind.TORCHSCRIPT:
+        return Loaded(
+            model=read_script(path, trust_pickle=options.trust_pickle, limit=options.limit),
+            reference=ref,
+            kind="script",
+            path=path,
+            source_hash=sha256_of(path),
+            trust_pickle=options.trust_pickle,
+            notes=(DEPRECATED,),
+        )
     read = _read(path, options)
     found, kind = read.found, read.kind
     common: dict[str, Any] = {
@@ -345,7 +356,7 @@ def _fill(model: nn.Module, found: Found, arch: str, path: Path) -> Found:
 
 
 def _not_loadable(path: Path, kind: FileKind) -> LoadError:
-    not_yet = kind.kind in (Kind.TORCHSCRIPT, Kind.ONNX)
+    not_yet = kind.kind is Kind.ONNX
     source = kind.kind is Kind.TEXT and path.suffix == ".py"
     return LoadError(
         f"{path.name} is {kind.description}" + ("; bntool does not load that kind yet" if not_yet else ""),

@@ -20,6 +20,7 @@ from bntool.files.detect import detect
 from bntool.files.loading import Loaded
 from bntool.files.pickles import unknown_globals
 from bntool.files.safetensors_files import INDEX_SUFFIX
+from bntool.files.scripted import script_bytes
 from bntool.files.shards import shard_of, write_shards
 from bntool.files.weights import StateDict, with_prefix
 
@@ -39,6 +40,11 @@ def save_model(
 
         def write(temporary: Path) -> None:
             temporary.write_bytes(content)
+    elif isinstance(model, torch.jit.ScriptModule):
+        script = script_bytes(model)
+
+        def write(temporary: Path) -> None:
+            temporary.write_bytes(script)
     elif loaded.shards:
         return _save_shards(loaded, model, output, force)
     elif loaded.kind == "safetensors":

@@ -1,0 +1,170 @@
+"""Folding inside a TorchScript module: by torch's own pass in float64, then proved by running both.
+
+The pass, `torch._C._jit_pass_fold_convbn`, takes a BatchNorm into the convolution right before it, in the
+graph of each submodule; what stands otherwise stays.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import math
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bntool.errors import CheckFailed, ExportError, StateError
+from bntool.files.scripted import script_bytes
+from bntool.inputs import Inputs, named_tensors
+from bntool.plan import Skip
+from bntool.reasons import Reason
+
+_AGREEMENT = 1e-10
+"""Two computations in float64 of the same thing; rounding is below 1e-12 of the peak."""
+
+
+@dataclasses.dataclass(frozen=True)
+class FoldedScript:
+    """A new module, the BatchNorms that went, those that stay, and how far the outputs differ in float64."""
+
+    model: torch.jit.ScriptModule
+    folded: tuple[str, ...]
+    skips: tuple[Skip, ...]
+    error: float | None
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "sites": [{"bn": name, "into": [], "laws": ["conv"]} for name in self.folded],
+            "skips": [skip.to_dict("bn") for skip in self.skips],
+            "bn_total": len(self.folded) + len(self.skips),
+            "bn_folded": len(self.folded),
+            "relative_error_float64": self.error,
+        }
+
+
+def fold_script(script: torch.jit.ScriptModule, inputs: Inputs | None) -> FoldedScript:
+    """Fold a copy of `script` in eval mode; with `inputs`, run it beside the original in float64.
+
+    Raises `StateError` for statistics or weights that are not finite, `CheckFailed` where the outputs do not
+    agree, or where the module cannot be run in float64.
+    """
+    before = set(called_norms(script))
+    original = _copy(script).eval()
+    types = {p.dtype for p in (*script.parameters(), *script.buffers()) if p.is_floating_point()}
+    # The pass computes in the type of the weights; those of one type are folded in float64.
+    exact = original.double() if len(types) == 1 else original
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        folded = torch.jit._recursive.wrap_cpp_module(torch._C._jit_pass_fold_convbn(exact._c))
+        kept = set(called_norms(folded))
+        error = (
+            None if inputs is None else _disagreement(_copy(exact).double(), _copy(folded).double(), inputs)
+        )
+        result = folded.to(types.pop()) if len(types) == 1 else folded
+    for name, tensor in result.state_dict().items():
+        if not bool(torch.isfinite(tensor).all()):
+            raise StateError(
+                f"{name} is not finite after the fold", next_step="train or calibrate the model again"
+            )
+    skips = tuple(
+        Skip(n, Reason.SCRIPTED, "no convolution right before it in its graph") for n in sorted(kept)
+    )
+    return FoldedScript(result, tuple(sorted(before - kept)), skips, error)
+
+
+def converted(script: torch.jit.ScriptModule, inputs: Inputs) -> nn.Module:
+    """The module as one that torch.export takes, by torch's own converter: it computes the same or is refused.
+
+    Raises `ExportError` where the converter gives up, `CheckFailed` where the outputs differ.
+    """
+    # torch has no public way; the converter is the one that torch.export's own error names.
+    from torch._export.converter import TS2EPConverter
+
+    original = _copy(script).eval()
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            program = TS2EPConverter(original, inputs.args, dict(inputs.kwargs)).convert()
+            module: nn.Module = program.module()
+            given, found = (dict(named_tensors(m(*inputs.args, **inputs.kwargs))) for m in (original, module))
+        except Exception as error:
+            raise ExportError(
+                f"torch's converter cannot take this TorchScript: {str(error).strip().splitlines()[0]}",
+                next_step="export the nn.Module that it was made from",
+            ) from error
+    if given.keys() != found.keys() or any(not torch.equal(given[n], found[n]) for n in given):
+        raise CheckFailed(
+            "what torch's converter made of the TorchScript does not compute the same",
+            next_step="export the nn.Module that it was made from",
+        )
+    return module
+
+
+def called_norms(script: torch.jit.ScriptModule) -> Iterator[str]:
+    """The qualified names of the BatchNorms that forward calls, by the graphs of the submodules."""
+    yield from _called(script, "forward", "")
+
+
+def _called(module: Any, method: str, place: str) -> Iterator[str]:
+    graph = module._c._get_method(method).graph
+    for node in graph.findAllNodes("prim::CallMethod"):
+        path = _path_of(next(iter(node.inputs())))
+        if path is None:
+            continue
+        called = dict(module.named_modules())[path]
+        name = ".".join(filter(None, (place, path)))
+        if called.original_name.startswith(("BatchNorm", "SyncBatchNorm")):
+            yield name
+        elif path or node.s("name") != method:
+            yield from _called(called, node.s("name"), name)
+
+
+def _path_of(value: Any) -> str | None:
+    """`layer1.0` for a value that `self.layer1.0` gives; None for what is no submodule."""
+    names: list[str] = []
+    node = value.node()
+    while node.kind() == "prim::GetAttr":
+        names.insert(0, node.s("name"))
+        node = next(iter(node.inputs())).node()
+    return ".".join(names) if node.kind() == "prim::Param" else None
+
+
+def _copy(script: torch.jit.ScriptModule) -> torch.jit.ScriptModule:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        copied: torch.jit.ScriptModule = torch.jit.load(io.BytesIO(script_bytes(script)), map_location="cpu")
+        return copied
+
+
+def _disagreement(original: Any, folded: Any, inputs: Inputs) -> float:
+    """The largest difference over two draws of inputs, relative to the peak."""
+    worst = 0.0
+    for seed in (0, 1):
+        generator = torch.Generator().manual_seed(seed)
+
+        def drawn(tensor: Tensor, generator: torch.Generator = generator) -> Tensor:
+            if not tensor.is_floating_point():
+                return tensor
+            return torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
+
+        given = inputs.map(drawn)
+        try:
+            outputs = [dict(named_tensors(m(*given.args, **given.kwargs))) for m in (original, folded)]
+        except Exception as error:
+            raise CheckFailed(
+                f"the module cannot be run in float64 ({type(error).__name__}), so no fold can be checked",
+                next_step="name its input with --input, or fold the nn.Module it was made from",
+            ) from error
+        compared = [(a.double(), outputs[1][name].double()) for name, a in outputs[0].items() if a.numel()]
+        for a, b in compared:
+            apart = float((a - b).abs().max() / a.abs().max().clamp(min=1e-300))
+            worst = max(worst, apart) if math.isfinite(apart) else math.inf
+    if worst > _AGREEMENT or not compared:
+        raise CheckFailed(
+            f"the folded module differs from the original by {worst:.2g} of the peak in float64",
+            next_step="fold the nn.Module that it was made from",
+        )
+    return worst
