@@ -76,7 +76,7 @@ def fold_script(script: torch.jit.ScriptModule, inputs: Inputs | None) -> Folded
 
 
 def converted(script: torch.jit.ScriptModule, inputs: Inputs) -> nn.Module:
-    """The module as one that torch.export takes, by torch's own converter: it computes the same or is refused.
+    """The module as one that torch.export takes, by torch's converter: it computes the same or is refused.
 
     Raises `ExportError` where the converter gives up, `CheckFailed` where the outputs differ.
     """

@@ -117,28 +117,30 @@ class StoredFold:
                 continue
             if layer.bias in self.stored.tensors:
                 yield layer.bias, dataclasses.replace(self.stored.tensors[layer.bias], shard=described.shard)
-            elif any(bool((pair[1] != 0).any()) for _, pair in layer.steps):
+            elif layer.bias:
                 channels = len(layer.steps[0][1][1])
                 yield layer.bias, Described(described.dtype, (channels,), described.shard)
 
     def _layers(self) -> dict[str, _Layer]:
         """Every layer that changes, by the name of its weight and by that of its bias."""
         layers: dict[str, _Layer] = {}
+        every = [edit for site in self.plan.fold_sites for edit in site.edits]
+        bias_of = {edit.weight: edit.bias for edit in every if edit.bias}
         for site in self.plan.fold_sites:
             for edit in site.edits:
                 if edit.map is None:
                     continue
                 pair = evaluate(edit.map, self._leaf)
-                if not edit.bias and bool((pair[1] != 0).any()):
+                if edit.weight not in bias_of and bool((pair[1] != 0).any()):
                     raise PlanError(
                         f"the plan makes no bias for {edit.layer}, and these weights need one: the BatchNorm "
                         "that it was made from shifted nothing",
                         next_step="make the plan from a trained checkpoint of the same architecture",
                     )
-                layer = layers.setdefault(edit.weight, _Layer(edit.weight, edit.bias, []))
+                layer = layers.setdefault(edit.weight, _Layer(edit.weight, bias_of.get(edit.weight, ""), []))
                 layer.steps.append((edit, pair))
-                if edit.bias:
-                    layers[edit.bias] = layer
+                if layer.bias:
+                    layers[layer.bias] = layer
         return layers
 
     def _leaf(self, kind: str, name: str) -> Pair | Tensor:

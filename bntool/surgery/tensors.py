@@ -14,7 +14,7 @@ _CHUNK = 1 << 18
 
 
 def edited(edit: Edit, weight: Tensor, bias: Tensor | None, pair: Pair) -> tuple[Tensor, Tensor | None]:
-    """Weight and bias after the edit; a missing bias is made where the shift needs one.
+    """Weight and bias after the edit; a missing bias is made where the plan names one or the shift needs it.
 
     `pair` is the map as float64 vectors of length out (`scale_output`) or in (`scale_input`). The
     results keep the weight's type, device and memory format.
@@ -24,12 +24,12 @@ def edited(edit: Edit, weight: Tensor, bias: Tensor | None, pair: Pair) -> tuple
     factors = rows(edit.layout, weight, edit.groups, scale, side)
     new_weight = _scaled(weight, factors)
     shifted = bool((shift != 0).any())
-    if bias is None and not shifted:
+    if bias is None and not shifted and not edit.bias:
         return new_weight, None
     old = torch.zeros((), dtype=torch.float64, device=weight.device) if bias is None else bias.double()
     if side == "output":
         new_bias = scale * old + shift
-    elif shifted:
+    elif shifted or bias is None:
         new_bias = old + bias_from_input_shift(edit.layout, weight, edit.groups, shift)
     else:
         return new_weight, bias
