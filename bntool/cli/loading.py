@@ -57,8 +57,10 @@ def _recorded_architecture(path: str) -> str | None:
     document = read_sidecar(path) if Path(path).is_file() else None
     reload = document.get("reload") if document and describes(document, path) else None
     arch = reload.get("arch") if isinstance(reload, dict) else None
-    held = detect(path).kind in (Kind.TORCH_ZIP, Kind.TORCH_LEGACY, Kind.SAFETENSORS, Kind.SAFETENSORS_INDEX)
-    return arch if held and isinstance(arch, str) and arch.startswith(("torchvision:", "timm:")) else None
+    if not isinstance(arch, str) or not arch.startswith(("torchvision:", "timm:")):
+        return None
+    weights = (Kind.TORCH_ZIP, Kind.TORCH_LEGACY, Kind.SAFETENSORS, Kind.SAFETENSORS_INDEX)
+    return arch if detect(path).kind in weights else None
 
 
 def _replay_of(path: str) -> tuple[list[Plan], Any]:
