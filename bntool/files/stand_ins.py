@@ -17,6 +17,7 @@ from torch._utils import IMPORT_MAPPING, NAME_MAPPING
 from bntool.files.pickled_calls import REBUILD_PARAMETER, REBUILD_TENSOR, item_bytes
 
 _REGISTRIES = ("_parameters", "_buffers", "_modules")
+_MAX_DEPTH = 500
 _KEYS = (str, bytes, int, float, bool, type(None))
 
 
@@ -148,19 +149,22 @@ class Picture(pickle._Unpickler):
 
 
 def pictured_tensors(value: Any) -> Iterator[PicturedTensor]:
-    """Every tensor in a picture with its qualified name, shared ones once, in the order of the file."""
+    """Every tensor in a picture with its qualified name, shared ones once, in the order of the file.
+
+    What is nested deeper than any model is left out: its names alone would fill the memory.
+    """
     seen: set[int] = set()
-    waiting: list[tuple[str, Any]] = [("", value)]
+    waiting: list[tuple[str, Any, int]] = [("", value, 0)]
     while waiting:
-        name, found = waiting.pop()
-        if isinstance(found, str | bytes | int | float | None) or id(found) in seen:
+        name, found, depth = waiting.pop()
+        if depth > _MAX_DEPTH or isinstance(found, str | bytes | int | float | None) or id(found) in seen:
             continue
         seen.add(id(found))
         tensor = _tensor(name, found)
         if tensor is not None:
             yield tensor
             continue
-        waiting.extend(reversed([(_joined(name, key), member) for key, member in members(found)]))
+        waiting.extend(reversed([(_joined(name, key), member, depth + 1) for key, member in members(found)]))
 
 
 def members(found: Any) -> Iterator[tuple[str, Any]]:

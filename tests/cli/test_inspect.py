@@ -7,6 +7,7 @@ import io
 import json
 import pickle
 import struct
+import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -229,3 +230,22 @@ def test_buffers_of_the_model_itself_have_their_names() -> None:
     picture = Picture(Records(buffer).read("data.pkl")).read_all()
     found = {t.name: (t.dtype, t.shape) for t in pictured_tensors(picture.value)}
     assert found == {n: (str(t.dtype)[6:], tuple(t.shape)) for n, t in net.state_dict().items()}
+
+
+@pytest.mark.parametrize(
+    "structure",
+    [
+        b"N" + b"\x85" * 300_000,  # tuples in tuples
+        b"]" * 100_000 + b"a" * 99_999,  # lists in lists
+        b"]q\x00h\x00a",  # a list in itself
+        b")" + b"2\x86" * 200 + b"}" + b")" + b"2\x86" * 200 + b"Ns",  # a key whose hash takes 2^200 steps
+        b"\x96" + (1 << 40).to_bytes(8, "little"),  # a terabyte of bytes to come
+        b"Nr\xff\xff\xff\xff",  # a memo of four billion places
+    ],
+)
+def test_deep_cyclic_and_endless_pickles_take_no_time(bntool: Shell, structure: bytes) -> None:
+    tf.write_zip(Path("net.pt"), tf.pickled(structure))
+    before = time.monotonic()
+    assert bntool("inspect", "net.pt").code in (0, 3)
+    assert bntool("summary", "net.pt").code == 3
+    assert time.monotonic() - before < 20
