@@ -81,6 +81,12 @@ def test_every_second_site_and_all_but_the_last() -> None:
     assert [site.conv for site in both.plan.insert_sites] == ["0"]
 
 
+@pytest.mark.parametrize("options", [{"every": 2}, {"skip_last": True}, {"every": 2, "skip_last": True}])
+def test_the_same_choice_again_changes_nothing(options: dict[str, Any]) -> None:
+    first = bntool.insert(three_convs(), X, **options)
+    assert first.modified and not bntool.insert(first.model, X, **options).modified
+
+
 @pytest.mark.parametrize("option", ["include", "exclude"])
 def test_a_glob_that_means_nothing_is_a_slip(option: str) -> None:
     with pytest.raises(UsageError, match=r"no layer is called 'conv3'") as caught:

@@ -81,7 +81,7 @@ class _Planner:
         for globs in (self.options.include, self.options.exclude):
             require_matches(globs, layers | set(self.by_layer), "layer")
         drafts, skips = self._verdicts()
-        drafts, left_out = self._wanted(drafts)
+        drafts, left_out = self._wanted(drafts, skips)
         names, rename = name_newcomers(self.graph, drafts, self.options)
         sites = [
             InsertSite(d.conv, d.activation, first, d.channels, d.form, d.dims, d.kind, d.slot, d.calls)
@@ -141,13 +141,23 @@ class _Planner:
                 skips.append(Skip(name, Reason.NOT_OBSERVED, "it did not run on the example input"))
         return drafts, skips
 
-    def _wanted(self, drafts: list[Draft]) -> tuple[list[Draft], list[Skip]]:
-        """The sites that are left by --skip-last and --every, and a skip for each of the others."""
-        last = len(drafts) - 1 if self.options.skip_last else len(drafts)
-        kept = [draft for i, draft in enumerate(drafts) if i < last and i % self.options.every == 0]
+    def _wanted(self, drafts: list[Draft], skips: list[Skip]) -> tuple[list[Draft], list[Skip]]:
+        """The sites that are left by --skip-last and --every, and a skip for each of the others.
+
+        Layers that are normalised already count, so that a second insertion chooses the same places.
+        """
+        normed = {skip.name for skip in skips if skip.reason is Reason.ALREADY_NORMALISED}
+        names = {draft.conv for draft in drafts} | normed
+        places = {name: i for i, name in enumerate(name for name in self.by_layer if name in names)}
+        last = len(places) - 1 if self.options.skip_last else len(places)
+        kept = [d for d in drafts if places[d.conv] < last and places[d.conv] % self.options.every == 0]
         left_out = [
-            Skip(d.conv, Reason.EXCLUDED, "the last site, left out" if i == last else "left out by every")
-            for i, d in enumerate(drafts)
+            Skip(
+                d.conv,
+                Reason.EXCLUDED,
+                "the last site, left out" if places[d.conv] == last else "left out by every",
+            )
+            for d in drafts
             if d not in kept
         ]
         return kept, left_out
