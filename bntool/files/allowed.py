@@ -38,11 +38,20 @@ _HELPERS = frozenset(
         "torch.nn.functional.gelu",
         "torch._C._nn.gelu",
         "bntool.layers.StartOfForward",
+        # What torchvision's quantizable models hold before anything is quantized.
+        "torch.ao.nn.quantized.modules.functional_modules.FloatFunctional",
+        "torch.ao.quantization.stubs.DeQuantStub",
+        "torch.ao.quantization.stubs.QuantStub",
     }
 )
 _STANDARD_DATA = frozenset({"argparse.Namespace"})
+# Its classes make Python source of the names of layers when they are called.
+_TRACING = ("timm.models._features_fx",)
 # Names that no flag but --trust-pickle lets through although their package is not the standard library's.
-_NEVER = ("torch.fx", "torch.jit", "torch.hub", "torch._dynamo", "torch.package", "numpy.f2py")
+_NEVER = (
+    "torch.fx", "torch.jit", "torch.hub", "torch._dynamo", "torch.package", "numpy.f2py", "numpy.testing",
+    "dill", "cloudpickle", "joblib", "jsonpickle", "yaml", "pip",
+)  # fmt: skip
 
 
 def builtin_allowance(name: str) -> Any | None:
@@ -61,8 +70,9 @@ def builtin_allowance(name: str) -> Any | None:
     if not isinstance(found, type) or not issubclass(found, nn.Module):
         return None
     # A lazy layer rewrites its own class, and a re-export could name what lives elsewhere.
-    lazy = issubclass(found, nn.modules.lazy.LazyModuleMixin)
-    return None if lazy or f"{found.__module__}.{found.__qualname__}" != name else found
+    if issubclass(found, nn.modules.lazy.LazyModuleMixin | torch.fx.GraphModule) or module in _TRACING:
+        return None
+    return found if f"{found.__module__}.{found.__qualname__}" == name else None
 
 
 def user_allowance(entries: Iterable[str]) -> dict[str, Any]:
@@ -84,7 +94,9 @@ def can_be_allowed(name: str) -> bool:
         return True
     if top in sys.stdlib_module_names or any(name == n or name.startswith(n + ".") for n in _NEVER):
         return False
-    return not name.startswith("torch._")
+    # Of torch, its classes and pure functions: what it loads, compiles or downloads with are functions too.
+    function = top == "torch" and name.rpartition(".")[2][:1].islower()
+    return not name.startswith("torch._") and (not function or name.startswith("torch.nn.functional."))
 
 
 def allow_entries_for(names: Iterable[str]) -> tuple[str, ...]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 import struct
+import tarfile
 import zipfile
 from pathlib import Path
 from typing import BinaryIO
@@ -171,7 +172,8 @@ def _detect_zip(path: Path) -> FileKind:
     if {"archive_format", "models/model.json"} & inside or "serialized_exported_program.json" in names:
         compiled = any("aotinductor" in n for n in names)
         return FileKind(Kind.PT2_AOTI if compiled else Kind.PT2, root)
-    if "constants.pkl" in inside and any(n.startswith("code/") for n in inside):
+    # torch.load takes every archive with this member for TorchScript.
+    if "constants.pkl" in inside:
         return FileKind(Kind.TORCHSCRIPT, root)
     if "data.pkl" in inside:
         return FileKind(Kind.TORCH_ZIP, root)
@@ -200,14 +202,11 @@ def _is_safetensors(head: bytes, size: int) -> bool:
 
 def _is_tar(head: bytes) -> bool:
     """A tar header sums to its own checksum field; the first tar format has no magic."""
-    if len(head) < 512:
-        return False
-    field = head[148:156].strip(b"\0 ")
     try:
-        expected = int(field, 8)
-    except ValueError:
+        tarfile.TarInfo.frombuf(head[:512], "utf-8", "surrogateescape")
+    except tarfile.HeaderError:
         return False
-    return expected == sum(head[:148]) + 8 * ord(" ") + sum(head[156:512])
+    return True
 
 
 def _first_pickled_int(head: bytes) -> int | None:

@@ -1,7 +1,7 @@
 """A dry run of a pickle: what it would call and build, found without calling or importing anything.
 
 It knows exactly the opcodes that `torch.load(weights_only=True)` accepts. Values are tracked only as far as
-the checks need them: names, tuples, strings, integers and storages; everything else is opaque.
+the checks need them: names, tuples, lists, dicts, strings, numbers and storages; the rest is opaque.
 """
 
 from __future__ import annotations
@@ -14,19 +14,22 @@ from typing import Any, BinaryIO
 from torch._utils import IMPORT_MAPPING, NAME_MAPPING
 
 from bntool.files.pickled_calls import (
+    MAPPINGS,
     PARAMETER,
     PARTIAL,
     TENSORS,
+    Entries,
     Global,
     Made,
     Storage,
+    is_plain,
     is_tensor,
     item_bytes,
     shown,
     wrong_arguments,
+    wrong_state,
 )
 
-_MAPPINGS = frozenset({"collections.OrderedDict", "collections.Counter"})
 _NAME = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*", re.ASCII)
 _MAX_PROBLEMS = 50
 
@@ -39,20 +42,25 @@ class _Opaque:
     """A value of which only the type matters."""
 
 
-_OTHER, _LIST, _DICT, _MARK = _Opaque(), _Opaque(), _Opaque(), _Opaque()
+_OTHER, _MARK = _Opaque(), _Opaque()
 
 
 class DryRun:
-    """One pickle, run without effect. `problems` holds what no honest file does, in words."""
+    """One pickle, run without effect. `problems` holds what no honest file does, in words.
+
+    `whole` says that it was read up to its STOP; an opcode that is not known ends it with a problem.
+    """
 
     def __init__(self) -> None:
         self.globals: set[str] = set()
         self.called: set[str] = set()
         self.instantiated: set[str] = set()
         self.partial_targets: set[str] = set()
+        self.odd_states: set[str] = set()
         self.storages: dict[str, Storage] = {}
         self.strings: set[str] = set()
         self.problems: list[str] = []
+        self.whole = False
         self._stack: list[Any] = []
         self._memo: dict[int, Any] = {}
 
@@ -63,10 +71,11 @@ class DryRun:
                 handler = _HANDLERS.get(op)
                 if handler is None:
                     self._problem(f"uses pickle opcode {op!r}, which torch.save does not write")
-                    break
+                    return self
                 handler(self, file)
         except (IndexError, KeyError, ValueError, struct.error, TypeError) as error:
             raise DamagedPickle(str(error) or type(error).__name__) from error
+        self.whole = True
         return self
 
     def _problem(self, text: str) -> None:
@@ -121,6 +130,11 @@ class DryRun:
             self._problem("changes a tensor after making it")
         elif target.name == PARTIAL:
             self._partial(state if isinstance(state, tuple) else ())
+        elif not isinstance(state, Entries):
+            # Only a class's own __setstate__ takes anything else, and only a dict is read without a call.
+            self.odd_states.add(target.name)
+        elif wrong := wrong_state(target.name, state):
+            self._problem(wrong)
 
     def _persistent(self, _: BinaryIO) -> None:
         pid = self._stack.pop()
@@ -141,15 +155,17 @@ class DryRun:
             return
         storage = Storage(key, numel * size, size)
         known = self.storages.setdefault(key, storage)
-        if known.nbytes != storage.nbytes:
+        if known != storage:
             self._problem(f"describes storage {shown(key)} in two ways")
         self._stack.append(storage)
 
     def _partial(self, args: tuple[Any, ...]) -> None:
-        if args and isinstance(args[0], Global) and args[0].name != PARTIAL:
-            self.partial_targets.add(args[0].name)
-        else:
+        if not args or not isinstance(args[0], Global) or args[0].name == PARTIAL:
             self._problem("makes a functools.partial of something that is not a named class or function")
+            return
+        self.partial_targets.add(args[0].name)
+        if not all(map(is_plain, args[1:])):
+            self._problem(f"makes a functools.partial of {shown(args[0].name)} with objects of its own")
 
     def _pop_mark(self) -> list[Any]:
         at = len(self._stack) - 1
@@ -162,13 +178,17 @@ class DryRun:
         return items
 
     def _fill(self, many: bool, mapping: bool) -> None:
-        if many:
-            self._pop_mark()
-        else:
-            del self._stack[-2 if mapping else -1 :]
+        items = self._pop_mark() if many else [self._stack.pop() for _ in range(1 + mapping)][::-1]
         target = self._stack[-1]
-        fits = target is _DICT or (isinstance(target, Made) and target.name in _MAPPINGS)
-        if not (fits if mapping else target is _LIST):
+        if isinstance(target, list) and not mapping:
+            target.extend(items)
+        elif isinstance(target, Entries) and mapping:
+            for key, value in zip(items[::2], items[1::2], strict=True):
+                if isinstance(key, str):
+                    target.texts[key] = value
+                else:
+                    target.has_other_keys = True
+        elif not (mapping and isinstance(target, Made) and target.name in MAPPINGS):
             self._problem(f"adds items to something that is not a {'dict' if mapping else 'list'}")
 
     def _tuple(self, count: int) -> None:
@@ -180,8 +200,8 @@ class DryRun:
     def _remember(self, index: int) -> None:
         self._memo[index] = self._stack[-1]
 
-    def _text(self, raw: bytes, encoding: str) -> None:
-        text = raw.decode(encoding, "surrogatepass" if encoding == "utf-8" else "strict")
+    def _text(self, raw: bytes, errors: str) -> None:
+        text = raw.decode("utf-8", errors)
         self.strings.add(text)
         self._stack.append(text)
 
@@ -238,15 +258,15 @@ _HANDLERS: dict[bytes, _Handler] = {
     b"\x88": _push(_OTHER),
     b"\x89": _push(_OTHER),
     b")": _push(()),
-    b"]": _push(_LIST),
-    b"}": _push(_DICT),
+    b"]": lambda r, f: r._stack.append([]),
+    b"}": lambda r, f: r._stack.append(Entries()),
     b"\x8f": _push(_OTHER),
     b"J": _push_number("<i"),
     b"K": _push_number("<B"),
     b"M": _push_number("<H"),
     b"G": _push_number(">d"),
-    b"X": lambda r, f: r._text(_exactly(f, _number(f, "<I")), "utf-8"),
-    b"U": lambda r, f: r._text(_exactly(f, _exactly(f, 1)[0]), "latin-1"),
+    b"X": lambda r, f: r._text(_exactly(f, _number(f, "<I")), "surrogatepass"),
+    b"U": lambda r, f: r._text(_exactly(f, _exactly(f, 1)[0]), "strict"),
     b"\x8a": _long,
     b"h": lambda r, f: r._stack.append(r._memo[_number(f, "<B")]),
     b"j": lambda r, f: r._stack.append(r._memo[_number(f, "<I")]),

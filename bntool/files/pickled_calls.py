@@ -19,13 +19,18 @@ REBUILD_TENSOR = frozenset(
 REBUILD_PARAMETER = frozenset(
     f"torch._utils.{n}" for n in ("_rebuild_parameter", "_rebuild_parameter_with_state")
 )
-TENSORS = REBUILD_TENSOR | REBUILD_PARAMETER | {FROM_TYPE}
+TENSORS = REBUILD_TENSOR | REBUILD_PARAMETER | {FROM_TYPE, PARAMETER, "torch.Tensor"}
+MAPPINGS = frozenset({"collections.OrderedDict", "collections.Counter"})
+ENCODE = "_codecs.encode"
 
 _ITEM_BYTES = {
     "Double": 8, "Float": 4, "Half": 2, "BFloat16": 2, "Long": 8, "Int": 4, "Short": 2, "Char": 1,
     "Byte": 1, "Bool": 1, "ComplexDouble": 16, "ComplexFloat": 8, "Untyped": 1,
 }  # fmt: skip
 _STORAGE = re.compile(r"torch\.(?:cuda\.|storage\.)?(\w+)Storage")
+_REGISTRIES = frozenset({"_parameters", "_buffers", "_modules"})
+_RECURRENT = "torch.nn.modules.rnn."
+_MAX_RECURRENT_LAYERS = 1000
 # An expanded view may be larger than its storage; past this it can only be meant to exhaust memory.
 MAX_EXPANSION_BYTES = 1 << 28
 
@@ -42,6 +47,14 @@ class Made:
     """What calling or instantiating `name` would give."""
 
     name: str
+
+
+@dataclasses.dataclass(eq=False)
+class Entries:
+    """A plain dict that the pickle makes, as far as its keys are texts."""
+
+    texts: dict[str, Any] = dataclasses.field(default_factory=dict)
+    has_other_keys: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,6 +89,29 @@ def wrong_arguments(function: str, args: tuple[Any, ...]) -> str | None:
     return check(args) if check else None
 
 
+def wrong_state(cls: str, state: Entries) -> str | None:
+    """What is wrong with the attributes given to an object of class `cls`, in words."""
+    for registry in _REGISTRIES & state.texts.keys():
+        value = state.texts[registry]
+        # Layers look their members up while they are loaded; any other object could answer with a call.
+        if not isinstance(value, Entries) and not (isinstance(value, Made) and value.name in MAPPINGS):
+            return f"keeps the {registry} of a {shown(cls)} in something that is not a dict"
+    layers = state.texts.get("num_layers", 0)
+    # It writes down a name for every one of them while it is loaded.
+    if cls.startswith(_RECURRENT) and not (isinstance(layers, int) and layers <= _MAX_RECURRENT_LAYERS):
+        return f"claims more layers for a {shown(cls)} than one can have"
+    return None
+
+
+def is_plain(value: Any) -> bool:
+    """Whether this is a number, a text, None, a class or function by name, or a tuple or dict of such."""
+    if isinstance(value, Entries):
+        return not value.has_other_keys and all(map(is_plain, value.texts.values()))
+    if isinstance(value, tuple):
+        return all(map(is_plain, value))
+    return not isinstance(value, Made | Storage | list)
+
+
 def _tensor(args: tuple[Any, ...]) -> str | None:
     if len(args) < 4 or not isinstance(args[0], Storage):
         return "makes a tensor from something that is not a storage"
@@ -105,7 +141,21 @@ def _dtype_bytes(args: tuple[Any, ...]) -> int | None:
 
 
 def _parameter(args: tuple[Any, ...]) -> str | None:
-    return None if args and is_tensor(args[0]) else "makes a parameter from something that is not a tensor"
+    if not args or not is_tensor(args[0]):
+        return "makes a parameter from something that is not a tensor"
+    return _attributes(args[3]) if len(args) > 3 else None
+
+
+def _attributes(state: Any) -> str | None:
+    """Attributes of a tensor, which torch sets one by one: none may be more than a value of the user's."""
+    for part in state if isinstance(state, tuple) else (state,):
+        if isinstance(part, Made | Storage | Global | list | tuple):
+            return "gives a tensor attributes that are not in a dict"
+        if isinstance(part, Entries) and (
+            part.has_other_keys or any(hasattr(torch.Tensor, key) for key in part.texts)
+        ):
+            return "changes what a tensor is made of"
+    return None
 
 
 def _from_type(args: tuple[Any, ...]) -> str | None:
@@ -114,7 +164,7 @@ def _from_type(args: tuple[Any, ...]) -> str | None:
     plain = function in REBUILD_TENSOR | REBUILD_PARAMETER and cls in ("torch.Tensor", PARAMETER)
     if not plain or not isinstance(inner, tuple):
         return "makes a tensor through a function or a class of its own"
-    return wrong_arguments(function, inner)
+    return wrong_arguments(function, inner) or (_attributes(args[3]) if len(args) > 3 else None)
 
 
 def _encode(args: tuple[Any, ...]) -> str | None:
@@ -123,14 +173,32 @@ def _encode(args: tuple[Any, ...]) -> str | None:
 
 
 def _bytearray(args: tuple[Any, ...]) -> str | None:
-    sized = args and not isinstance(args[0], str | Made)
-    return "makes a byte array of a size of its own choice" if sized else None
+    encoded = len(args) == 2 and isinstance(args[0], str) and args[1] in ("latin1", "latin-1")
+    whole = len(args) == 1 and isinstance(args[0], Made) and args[0].name == ENCODE
+    return None if not args or encoded or whole else "makes a byte array of a size of its own choice"
+
+
+def _sequence(args: tuple[Any, ...]) -> str | None:
+    plain = not args or (len(args) == 1 and isinstance(args[0], list | tuple))
+    return None if plain else "fills a container from something that is not a list"
+
+
+def _mapping(args: tuple[Any, ...]) -> str | None:
+    """A dict, or pairs as Python 2 wrote them; another object would be asked for its keys by a call."""
+    if not args or (len(args) == 1 and isinstance(args[0], Entries)):
+        return None
+    pairs = args[0] if len(args) == 1 and isinstance(args[0], list | tuple) else (None,)
+    plain = all(isinstance(pair, list | tuple) and len(pair) == 2 for pair in pairs)
+    return None if plain else "fills a dict from something that is neither a dict nor pairs"
 
 
 _CHECKS: dict[str, Callable[[tuple[Any, ...]], str | None]] = {
     FROM_TYPE: _from_type,
-    "_codecs.encode": _encode,
+    ENCODE: _encode,
     "builtins.bytearray": _bytearray,
+    "builtins.set": _sequence,
+    "torch.Size": _sequence,
+    **dict.fromkeys(MAPPINGS, _mapping),
     **dict.fromkeys(REBUILD_TENSOR, _tensor),
     **dict.fromkeys(REBUILD_PARAMETER, _parameter),
 }

@@ -96,8 +96,8 @@ def check_plain_data(content: bytes) -> frozenset[str]:
     if needed:
         raise Unsafe(f"refers to {_listed(needed)}, and only tensors and plain data are expected there")
     called = sorted(run.called - _CALLS)
-    if run.problems or called:
-        raise Unsafe(run.problems[0] if run.problems else f"calls {shown(called[0])}")
+    if run.problems or called or run.odd_states:
+        raise Unsafe(run.problems[0] if run.problems else f"makes {shown([*called, *run.odd_states][0])}")
     return frozenset(run.strings)
 
 
@@ -163,8 +163,12 @@ def _dry_run_legacy(path: Path, limit: Limit) -> tuple[list[DryRun], int]:
     size = path.stat().st_size
     with path.open("rb") as opened:
         file = io.BytesIO(opened.read(limit.structure))
+    runs: list[DryRun] = []
     try:
-        runs = [DryRun().run(file) for _ in range(5)]
+        while len(runs) < 5:
+            runs.append(DryRun().run(file))
+            if not runs[-1].whole:
+                return runs, file.tell()
     except DamagedPickle:
         limit.require(path.name, structure=size if file.read(1) == b"" else 0, where=str(path))
         raise
@@ -212,6 +216,8 @@ def _allowance(
         raise _refused(path, problems[0])
     if unknown:
         raise _unknown_classes(path, sorted(unknown))
+    for name in sorted(set().union(*(run.odd_states for run in runs)) - user.keys() - missing):
+        raise _refused(path, f"gives a {shown(name)} attributes that are not in a dict")
     for name in sorted(set().union(*(run.called for run in runs)) - _CALLS - missing):
         # An enum is restored by calling it; that only looks a member up.
         if not (isinstance(known.get(name), type) and issubclass(known[name], enum.Enum)):

@@ -13,6 +13,8 @@ from bntool.files.pickled_calls import shown
 from bntool.layers import has_foreign_hook
 
 _LEAVES = (str, bytes, bytearray, int, float, complex, type, types.FunctionType, types.BuiltinFunctionType)
+# What torch's unpickler makes tensors with; a layer that held one could make them from anything.
+_MAKERS = ("torch._utils", "torch._tensor", "torch.serialization", "_codecs")
 _REGISTRIES = {"_parameters": nn.Parameter, "_buffers": Tensor, "_modules": nn.Module}
 
 
@@ -26,6 +28,8 @@ def complaints(loaded: Any) -> Iterator[str]:
     waiting: list[Any] = [loaded]
     while waiting:
         value = waiting.pop()
+        if getattr(value, "__module__", None) in _MAKERS:
+            yield f"keeps a function of torch's own unpickler ({shown(getattr(value, '__name__', ''))})"
         if value is None or isinstance(value, _LEAVES) or id(value) in seen:
             continue
         # Kept alive, so that no id is given out twice.
@@ -79,8 +83,13 @@ def _module(module: nn.Module, attributes: Mapping[Any, Any]) -> Iterator[str]:
         children = attributes.get(registry)
         if not isinstance(children, dict):
             yield f"leaves a {kind} without its {registry}"
-        elif any(c is not None and not isinstance(c, member) for c in children.values()):
+            continue
+        if any(c is not None and not isinstance(c, member) for c in dict.values(children)):
             yield f"puts something else among the {registry} of a {kind}"
+        for name in dict.keys(children):
+            # Exporters put the names of layers between quotes, in source code.
+            if not isinstance(name, str) or not name.isprintable() or any(c in "\"'`\\" for c in name):
+                yield f"names one of the {registry} of a {kind} by what is no name: {shown(str(name))}"
 
 
 def _tensor(tensor: Tensor) -> Iterator[str]:

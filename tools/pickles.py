@@ -1,0 +1,168 @@
+"""Load the whole-module pickle of every torchvision builder and of a timm model per family: `make pickles`.
+
+The models are saved by one process and loaded, without --trust-pickle, by another that has imported neither
+library. Results are appended to `docs/pickles.jsonl` as they come, so that the run can be stopped and gone on
+with; `docs/pickles.md` is written from them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "docs" / "pickles.jsonl"
+PAGE = ROOT / "docs" / "pickles.md"
+COVERAGE = ROOT / "docs" / "coverage.jsonl"
+BATCH = 12
+MAX_PARAMETERS = 350_000_000
+
+
+def names_to_try() -> list[str]:
+    """Every torchvision builder, and of each of timm's families the smallest model whose size is known."""
+    import timm
+    import torchvision
+
+    sizes = {}
+    for line in COVERAGE.read_text().splitlines():
+        row = json.loads(line)
+        sizes[row["model"]] = row.get("parameters") or float("inf")
+    names = [f"torchvision:{name}" for name in torchvision.models.list_models()]
+    for family in timm.list_modules():
+        members = [f"timm:{name}" for name in timm.list_models(module=family)]
+        if members:
+            names.append(min(members, key=lambda name: sizes.get(name, 1e18)))
+    return names
+
+
+def save_batch(names: list[str], folder: Path) -> dict[str, dict[str, Any]]:
+    """Save each model whole; what could not be saved is a row already."""
+    import torch
+
+    from bntool.files.references import build
+
+    rows: dict[str, dict[str, Any]] = {}
+    for name in names:
+        try:
+            model = build(name).model
+            if sum(p.numel() for p in model.parameters()) > MAX_PARAMETERS:
+                rows[name] = {"status": "too large"}
+            else:
+                torch.save(model, folder / f"{name.replace(':', '-')}.pt")
+        except Exception as error:  # noqa: BLE001 - the row is the report
+            rows[name] = {"status": "cannot be made or saved", "error": f"{type(error).__name__}: {error}"}
+    return rows
+
+
+def load_batch(names: list[str], folder: Path) -> dict[str, dict[str, Any]]:
+    from torch import nn
+
+    from bntool.errors import LoadError
+    from bntool.files.loading import load
+
+    rows: dict[str, dict[str, Any]] = {}
+    for name in names:
+        path = folder / f"{name.replace(':', '-')}.pt"
+        if not path.exists():
+            continue
+        start = time.perf_counter()
+        try:
+            model = load(path).model
+        except LoadError as error:
+            rows[name] = {"status": "refused", "error": error.what}
+        else:
+            assert isinstance(model, nn.Module)
+            seconds = round(time.perf_counter() - start, 2)
+            rows[name] = {"status": "ok", "layers": sum(1 for _ in model.modules()), "seconds": seconds}
+        path.unlink()
+    return rows
+
+
+def _elsewhere(work: str, names: list[str], folder: Path) -> dict[str, dict[str, Any]]:
+    ran = subprocess.run(
+        [sys.executable, "-m", "tools.pickles", "--work", work, "--folder", str(folder), *names],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    if ran.returncode:
+        error = ran.stderr.strip().splitlines()[-1:] or [""]
+        return {n: {"status": f"{work} died ({ran.returncode})", "error": error[0]} for n in names}
+    found: dict[str, dict[str, Any]] = json.loads(ran.stdout.splitlines()[-1])
+    return found
+
+
+def read_results() -> dict[str, dict[str, Any]]:
+    if not RESULTS.is_file():
+        return {}
+    rows = (json.loads(line) for line in RESULTS.read_text().splitlines() if line)
+    return {row["model"]: row for row in rows}
+
+
+def write_page(results: dict[str, dict[str, Any]]) -> None:
+    lines = [
+        "# Whole models as pickles",
+        "",
+        "A file of `torch.save(model, ...)` names every class in it. bntool loads it without `--trust-pickle`",
+        "when they are layers of PyTorch, torchvision or timm, put together as `torch.save` does. Written by",
+        "`make pickles` from `pickles.jsonl`; saved by one process and loaded by another.",
+        "",
+        "| library | models tried | loaded | median seconds |",
+        "|---|---|---|---|",
+    ]
+    for library in ("torchvision", "timm"):
+        rows = [row for row in results.values() if row["model"].startswith(f"{library}:")]
+        times = sorted(row["seconds"] for row in rows if row["status"] == "ok")
+        middle = times[len(times) // 2] if times else ""
+        lines.append(f"| {library} | {len(rows)} | {len(times)} | {middle} |")
+    rest = sorted((row for row in results.values() if row["status"] != "ok"), key=lambda row: row["model"])
+    lines += ["", "Not loaded:" if rest else "All were loaded.", ""]
+    lines += [f"- {row['model']}: {row['status']}. {row.get('error', '')}".rstrip(" .") for row in rest]
+    lines += ["", "Loaded:", ""] if rest else []
+    lines.append(", ".join(sorted(name for name, row in results.items() if row["status"] == "ok")))
+    PAGE.write_text("\n".join(lines) + "\n")
+
+
+def sweep(names: list[str], minutes: float) -> None:
+    end = time.monotonic() + 60 * minutes
+    results = read_results()
+    waiting = [name for name in names if name not in results]
+    while waiting and time.monotonic() < end:
+        batch, waiting = waiting[:BATCH], waiting[BATCH:]
+        with tempfile.TemporaryDirectory() as folder:
+            rows = _elsewhere("save", batch, Path(folder))
+            rows |= _elsewhere("load", batch, Path(folder))
+        with RESULTS.open("a") as file:
+            for name in batch:
+                results[name] = {"model": name, **rows.get(name, {"status": "no answer"})}
+                file.write(json.dumps(results[name]) + "\n")
+        print(f"{len(results)} done, {len(waiting)} left", flush=True)
+    write_page(results)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("names", nargs="*", help="models (default: every builder, and one of each family)")
+    parser.add_argument("--minutes", type=float, default=600, help="stop after this long")
+    parser.add_argument("--again", action="store_true", help="forget the rows that are not ok")
+    parser.add_argument("--work", choices=("save", "load"), help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    chosen = parser.parse_args()
+    if chosen.work:
+        warnings.simplefilter("ignore")
+        work = save_batch if chosen.work == "save" else load_batch
+        print(json.dumps(work(chosen.names, chosen.folder)))
+        return
+    if chosen.again:
+        kept = [row for row in read_results().values() if row["status"] == "ok"]
+        RESULTS.write_text("".join(json.dumps(row) + "\n" for row in kept))
+    sweep(chosen.names or names_to_try(), chosen.minutes)
+
+
+if __name__ == "__main__":
+    main()
