@@ -4,7 +4,8 @@ STAMP := .venv/.installed
 PEERS := .venv-peers
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check lint gold bench latency zoo peers verification large streaming gpu-check
+.PHONY: help setup demo test check lint gold bench latency zoo peers verification large streaming gpu-check \
+	pickles fuzz durability
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  \1\t/' | expand -t 14
@@ -63,6 +64,15 @@ large: setup ## fold an ONNX model of more than 2 GB, with its time and peak mem
 
 streaming: setup ## fold a file of weights of 6 GB layer by layer, with its time and peak memory
 	$(BIN)/python -m tools.streaming
+
+pickles: setup ## load the whole-module pickles of torchvision and timm; goes on where it stopped
+	$(BIN)/python -m tools.pickles
+
+fuzz: setup ## damage files of every format 10,000 times; none may crash, hang or pass unseen
+	$(BIN)/python -m tools.fuzz
+
+durability: setup ## kill the writers 200 times and fill the disk 50 times; no file may be lost
+	$(BIN)/python -m tools.durability
 
 gpu-check: setup ## verify on the NVIDIA GPU and write docs/gpu.md
 	$(BIN)/python tools/gpu_check.py

@@ -22,7 +22,7 @@ RESULTS = ROOT / "docs" / "pickles.jsonl"
 PAGE = ROOT / "docs" / "pickles.md"
 COVERAGE = ROOT / "docs" / "coverage.jsonl"
 BATCH = 12
-MAX_PARAMETERS = 350_000_000
+MAX_PARAMETERS = 1_000_000_000
 
 
 def names_to_try() -> list[str]:
@@ -108,7 +108,7 @@ def write_page(results: dict[str, dict[str, Any]]) -> None:
     lines = [
         "# Whole models as pickles",
         "",
-        "A file of `torch.save(model, ...)` names every class in it. bntool loads it without `--trust-pickle`",
+        "A file of `torch.save(model, ...)` names every class in it. bntool loads it without --trust-pickle",
         "when they are layers of PyTorch, torchvision or timm, put together as `torch.save` does. Written by",
         "`make pickles` from `pickles.jsonl`; saved by one process and loaded by another.",
         "",

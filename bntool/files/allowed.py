@@ -34,6 +34,7 @@ _HELPERS = frozenset(
         "torchvision.ops.boxes.box_iou",
         "torchvision.models.optical_flow.raft._pass_through_h",
         "timm.layers.format.Format",
+        "timm.models._features.FeatureInfo",
         "torch.nn.functional.relu",
         "torch.nn.functional.gelu",
         "torch._C._nn.gelu",
