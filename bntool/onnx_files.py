@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import shutil
-import tempfile
-from collections.abc import Callable, Iterator
+import os
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
@@ -16,8 +15,9 @@ from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 from onnx.external_data_helper import ExternalDataInfo
 
 from bntool.errors import InvariantError, LoadError, UsageError
-from bntool.files.atomic import require_writable, write_atomically
+from bntool.files.atomic import require_writable
 from bntool.files.detect import Kind, detect
+from bntool.files.drafts import alone_in, draft_folder, place
 
 SINGLE_FILE_LIMIT = int(1.8 * 2**30)
 """A protobuf message ends at 2 GiB; the graph itself and the names need room beside the weights."""
@@ -76,7 +76,7 @@ def open_onnx(path: str | Path) -> OnnxFile:
 
 
 def save_onnx(file: OnnxFile, output: str | Path, *, force: bool = False) -> tuple[Path, Path | None]:
-    """Write the model; what was external goes to one file beside the output, `NAME.onnx.data`.
+    """Write the model; what was external goes to one file beside the output (`data_place`).
 
     A model too large for a single file is split alike. Returns the paths of both files.
 
@@ -86,36 +86,22 @@ def save_onnx(file: OnnxFile, output: str | Path, *, force: bool = False) -> tup
     forbid = (file.path, *file.data_files)
     target = require_writable(output, force=force, forbid=forbid)
     moving = _to_move(file)
-    data = target.with_name(f"{target.name}.data") if moving else None
-    if data is not None:
-        require_writable(data, force=force, forbid=forbid)
+    if moving:
+        require_data_writable(target, force=force, forbid=forbid)
     try:
-        folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+        with draft_folder(target) as folder:
+            draft = folder / target.name
+            _write(file.model, draft, moving)
+            _require_valid(draft, bool(moving))
+            # One of them may have appeared meanwhile.
+            require_writable(output, force=force, forbid=forbid)
+            data = draft.with_name(f"{draft.name}.data") if moving else None
+            return target, move_onnx(draft, data, target)
     except OSError as error:
         raise UsageError(
-            f"cannot write beside {target}: {error.strerror}", next_step="name another -o OUTPUT"
+            f"cannot write {output}: {error.strerror or error}",
+            next_step="check the folder's permissions and the space on the disk, or name another -o OUTPUT",
         ) from error
-    try:
-        draft = folder / target.name
-        try:
-            _write(file.model, draft, moving)
-        except OSError as error:
-            raise UsageError(
-                f"cannot write {output}: {error.strerror or error}",
-                next_step="check the space on the disk, or name another -o OUTPUT",
-            ) from error
-        _require_valid(draft, bool(data))
-
-        def place(temporary: Path) -> None:
-            # The model comes last: it is the file that names the other.
-            if data is not None:
-                (folder / data.name).replace(data)
-            draft.replace(temporary)
-
-        write_atomically(output, place, force=force, forbid=forbid)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-    return target, data
 
 
 def _to_move(file: OnnxFile) -> list[tuple[Any, Callable[[Any], None]]]:
@@ -247,16 +233,79 @@ def _first_line(error: BaseException) -> str:
     return lines[0] if lines else type(error).__name__
 
 
-def move_onnx(path: Path, data: Path | None, target: Path) -> None:
-    """Move a written model, and its data file, into place in the same folder's file system.
+# -- a model and its data file, as one --------------------------------------------------------------------
 
-    The model comes last: it is the file that names the other. Raises `UsageError` where that fails.
+
+def data_place(target: str | Path) -> Path:
+    """Where the data of a model to be written as `target` goes: `NAME.onnx.data`.
+
+    `NAME.onnx.data.1` while the model that stands there reads the first: it stays whole until the new one,
+    which names the other file, takes its place in one step.
     """
+    target = Path(os.path.realpath(target))
+    first, second = _data_names(target)
+    return second if first.exists() and first.name in _locations(target) else first
+
+
+def require_data_writable(target: Path, *, force: bool, forbid: Iterable[Path] = ()) -> None:
+    """Raise `UsageError` where the data of a model to be written as `target` may not be written."""
+    there = data_place(target)
+    # The other of the two names goes once it is no longer read.
+    for path in _data_names(Path(os.path.realpath(target))):
+        if path == there or path.exists():
+            require_writable(path, force=force or path != there, forbid=forbid)
+
+
+def move_onnx(path: Path, data: Path | None, target: Path) -> Path | None:
+    """Move a written model, and its data file, into place in the same file system; the data file's place.
+
+    At every moment `target` is the old model with its data, or the new one. Raises `UsageError` where it
+    cannot be moved.
+    """
+    target = Path(os.path.realpath(target))
     try:
-        if data is not None:
-            data.replace(target.with_name(data.name))
-        path.replace(target)
+        with alone_in(target.parent):
+            return _moved(path, data, target)
     except OSError as error:
         raise UsageError(
             f"cannot write {target}: {error.strerror or error}", next_step="name another -o OUTPUT"
         ) from error
+
+
+def _moved(path: Path, data: Path | None, target: Path) -> Path | None:
+    if data is None:
+        place(path, target)
+        return None
+    there = data_place(target)
+    if there.name != data.name:
+        _rename_data(path, there.name)
+    place(data, there)
+    # The model comes last: it is the file that names the other.
+    place(path, target)
+    for old in set(_data_names(target)) - {there}:
+        old.unlink(missing_ok=True)
+    return there
+
+
+def _data_names(target: Path) -> tuple[Path, Path]:
+    return target.with_name(f"{target.name}.data"), target.with_name(f"{target.name}.data.1")
+
+
+def _locations(path: Path) -> set[str]:
+    """The data files that the model at `path` names; none where there is no model."""
+    if not path.is_file():
+        return set()
+    try:
+        proto = onnx.load(path, format="protobuf", load_external_data=False)
+        return {ExternalDataInfo(tensor).location for tensor in _external_tensors(proto)}
+    except (DecodeError, OSError, ValueError):
+        return set()
+
+
+def _rename_data(path: Path, name: str) -> None:
+    proto = onnx.load(path, format="protobuf", load_external_data=False)
+    for tensor in _external_tensors(proto):
+        for entry in tensor.external_data:
+            if entry.key == "location":
+                entry.value = name
+    path.write_bytes(proto.SerializeToString())

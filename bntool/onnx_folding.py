@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import glob
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -14,11 +13,12 @@ import onnx_ir as ir
 from bntool.errors import CheckFailed, StateError
 from bntool.exporting import ExportResult
 from bntool.files.atomic import require_writable
+from bntool.files.drafts import draft_folder
 from bntool.folding import at_graph_level, plan_on_all
 from bntool.observe.onnx_model import OnnxObservation, observe_onnx
 from bntool.onnx_checking import OnnxReference
 from bntool.onnx_cleaning import census
-from bntool.onnx_files import OnnxFile, move_onnx, open_onnx, save_onnx
+from bntool.onnx_files import OnnxFile, move_onnx, open_onnx, require_data_writable, save_onnx
 from bntool.plan import Plan
 from bntool.reasons import Reason
 from bntool.settling import settle
@@ -105,7 +105,7 @@ def fold_onnx(
         counts = apply_fold_onnx(seen, plan)
         if not plan or (output is None and check == "none"):
             return OnnxFoldResult(plan, counts)
-        written, data = save_onnx(file, Path(folder) / (output or path).name, force=True)
+        written, data = save_onnx(file, folder / (output or path).name, force=True)
         if check == "none":
             return OnnxFoldResult(plan, counts, written, data)
         require_good_statistics(plan, path)
@@ -122,19 +122,17 @@ def fold_onnx(
     def agrees(part: Plan) -> bool:
         file = open_onnx(path)
         counts = apply_fold_onnx(observe_onnx(file.model), part)
-        written, _ = save_onnx(file, Path(folder) / "part.onnx", force=True)
+        written, _ = save_onnx(file, folder / "part.onnx", force=True)
         return all(row.passed for row in proof(counts.nodes_before).checks(written, device=device))
 
-    beside = output.parent if output is not None else None
-    with tempfile.TemporaryDirectory(dir=beside, prefix=".fold.") as folder:
+    with draft_folder(output) as folder:
         plan, result = settle(plan_without, carry_out, agrees, exclude, merge)
         result = dataclasses.replace(result, plan=plan)
         if output is None or result.path is None:
             return dataclasses.replace(result, path=None, data_path=None)
-        data = output.with_name(f"{output.name}.data") if result.data_path is not None else None
-        if data is not None:
-            require_writable(data, force=force, forbid=open_onnx(path).data_files)
-        move_onnx(result.path, result.data_path, output)
+        if result.data_path is not None:
+            require_data_writable(output, force=force, forbid=open_onnx(path).data_files)
+        data = move_onnx(result.path, result.data_path, output)
     return dataclasses.replace(result, path=output, data_path=data)
 
 
@@ -176,11 +174,12 @@ def fold_exported(
         file.model.metadata_props["bntool_folded_in_graph"] = ",".join(folded)
     if merged:
         file.model.metadata_props["bntool_merged_in_graph"] = ",".join(merged)
-    with tempfile.TemporaryDirectory(dir=export.path.parent, prefix=".fold.") as folder:
-        written, data = save_onnx(file, Path(folder) / export.path.name)
-        move_onnx(written, data, export.path)
+    with draft_folder(export.path) as folder:
+        written, data = save_onnx(file, folder / export.path.name)
+        if export.data_path is not None:
+            export.data_path.unlink()
+        data_path = move_onnx(written, data, export.path)
     nodes = dict(sorted(census(file.model).items()))
-    data_path = export.path.with_name(data.name) if data is not None else None
     return dataclasses.replace(
         export, nodes=nodes, folded=folded, merged=merged, data_path=data_path, unshared=plan.unshared
     )

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import errno
-import shutil
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -12,8 +10,9 @@ from typing import Any, Literal
 import onnx_ir as ir
 
 from bntool.capturing import essence
-from bntool.errors import ExportError
-from bntool.onnx_files import SINGLE_FILE_LIMIT
+from bntool.errors import ExportError, UsageError
+from bntool.files.drafts import draft_folder
+from bntool.onnx_files import SINGLE_FILE_LIMIT, move_onnx
 
 ExternalData = Literal["auto", "always", "never"]
 
@@ -47,7 +46,7 @@ def keep_float32_io(model: ir.Model, dtype: ir.DataType) -> None:
 def write_checked(model: ir.Model, target: Path, external_data: ExternalData = "auto") -> Path | None:
     """Write into a folder of our own beside the target, check there, then move: no half file is ever seen.
 
-    Returns the data file, `NAME.onnx.data`, of a model that has one. Raises `ExportError`.
+    Returns the data file of a model that has one (`onnx_files.data_place`). Raises `ExportError`.
     """
     import onnx
 
@@ -58,22 +57,14 @@ def write_checked(model: ir.Model, target: Path, external_data: ExternalData = "
             next_step="leave --external-data never out: the weights then go to one file beside it",
         )
     split = external_data == "always" or size > SINGLE_FILE_LIMIT
-    data_name = f"{target.name}.data" if split else None
     try:
-        folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    except OSError as error:
-        raise ExportError(
-            f"cannot write beside {target}: {error.strerror}", next_step="choose another -o"
-        ) from error
-    try:
-        written = folder / target.name
-        ir.save(model, written, external_data=data_name)
-        onnx.checker.check_model(str(written), full_check=True)
-        if data_name and (folder / data_name).exists():
-            (folder / data_name).replace(target.with_name(data_name))
-        elif data_name:
-            data_name = None  # no weight was large enough to leave the file
-        written.replace(target)
+        with draft_folder(target) as folder:
+            written = folder / target.name
+            data = folder / f"{target.name}.data"
+            ir.save(model, written, external_data=data.name if split else None)
+            onnx.checker.check_model(str(written), full_check=True)
+            # No weight may have been large enough to leave the file.
+            return move_onnx(written, data if data.exists() else None, target)
     except onnx.checker.ValidationError as error:
         raise ExportError(
             f"the exported file is not valid ONNX: {essence(error)}", next_step="try another --opset"
@@ -85,9 +76,8 @@ def write_checked(model: ir.Model, target: Path, external_data: ExternalData = "
         ) from error
     except OSError as error:
         raise cannot_write(target, error) from error
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-    return target.with_name(data_name) if data_name else None
+    except UsageError as error:
+        raise ExportError(error.what, next_step="choose another -o") from error
 
 
 def append_metadata(path: Path, entries: Mapping[str, str]) -> None:

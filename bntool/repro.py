@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +9,7 @@ import torch
 
 from bntool.blaming import Found
 from bntool.errors import CheckFailed, UsageError
+from bntool.files.drafts import draft_folder
 
 _LEVELS = {False: "DISABLE_ALL", True: "ENABLE_ALL", "basic": "ENABLE_BASIC", "extended": "ENABLE_EXTENDED"}
 
@@ -59,20 +58,17 @@ def write_repro(found: Found, folder: Path) -> Path:
             f"no repro is written: {found.blame.name} cannot be taken out of the model",
             next_step="the models and the inputs themselves show the difference",
         )
-    draft: Path | None = None
     try:
-        draft = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.resolve().parent))
-        _fill(found, draft)
-        if folder.exists():
-            folder.rmdir()
-        draft.chmod(0o755)
-        draft.replace(folder)
+        with draft_folder(folder) as beside:
+            draft = beside / folder.name
+            draft.mkdir(mode=0o755)
+            _fill(found, draft)
+            if folder.exists():
+                folder.rmdir()
+            draft.replace(folder)
     except OSError as error:
         reason = error.strerror or error
         raise UsageError(f"cannot write {folder}: {reason}", next_step="name another --repro DIR") from error
-    finally:
-        if draft is not None:
-            shutil.rmtree(draft, ignore_errors=True)
     return folder / "run.py"
 
 

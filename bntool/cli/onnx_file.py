@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +9,7 @@ from bntool.cli.session import Voice
 from bntool.errors import NothingToDo
 from bntool.files.atomic import require_writable
 from bntool.files.detect import Kind, detect
+from bntool.files.drafts import draft_folder
 from bntool.files.sidecar import output_name
 
 if TYPE_CHECKING:
@@ -34,11 +34,11 @@ def fold_onnx_file(voice: Voice, options: dict[str, Any]) -> int:
     target = Path(options["output"]) if options["output"] else output_name(source, "fold")
     if not options["dry_run"]:
         require_writable(target, force=options["force"], forbid=(source,))
-    with tempfile.TemporaryDirectory(dir=_folder(target, options), prefix=".fold.") as folder:
+    with draft_folder(None if options["dry_run"] else target) as folder:
         with voice.progress(f"folding {source.name}"):
             result = fold_onnx(
                 source,
-                Path(folder) / target.name,
+                folder / target.name,
                 include=options["include"] or ("*",),
                 exclude=options["exclude"],
                 merge=not options["no_merge"],
@@ -77,11 +77,6 @@ def fold_onnx_file(voice: Voice, options: dict[str, Any]) -> int:
         }
     )
     return 0
-
-
-def _folder(target: Path, options: dict[str, Any]) -> Path | None:
-    """Beside the target, so that the move is one rename; anywhere where nothing is to be kept."""
-    return None if options["dry_run"] else target.resolve().parent
 
 
 def require_folded(plan: Plan, source: Path, require_all: bool) -> None:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bntool.cli.session import Voice
 from bntool.errors import CheckFailed, NothingToDo, UsageError
 from bntool.files.atomic import require_writable
+from bntool.files.drafts import draft_folder
 from bntool.files.sidecar import output_name
 
 if TYPE_CHECKING:
@@ -35,10 +35,9 @@ def insert_onnx_file(voice: Voice, options: dict[str, Any], chosen: InsertOption
     target = Path(options["output"]) if options["output"] else output_name(source, "insert")
     if not options["dry_run"]:
         require_writable(target, force=options["force"], forbid=(source,))
-    beside = None if options["dry_run"] else target.resolve().parent
-    with tempfile.TemporaryDirectory(dir=beside, prefix=".insert.") as folder:
+    with draft_folder(None if options["dry_run"] else target) as folder:
         with voice.progress(f"inserting into {source.name}"):
-            result = insert_onnx(source, Path(folder) / target.name, chosen)
+            result = insert_onnx(source, folder / target.name, chosen)
         voice.say("\n".join(insert_lines(result.plan, None, not options["quiet"])))
         if not result.modified:
             raise NothingToDo(

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bntool import __version__
 from bntool.cli.session import Session
 from bntool.errors import CheckFailed, DeviceError, NothingToDo, UsageError
+from bntool.files.drafts import draft_folder
 
 if TYPE_CHECKING:
     from torch import nn
@@ -68,14 +68,13 @@ def fold_program_file(session: Session, program: ExportedProgram, options: dict[
     parameters = parameter_delta(RunnableProgram(program), RunnableProgram(result.program))
     folded = _Changed(result.program, result.plan, parameters, result.checks)
     if path is not None:
-        with tempfile.TemporaryDirectory(dir=path.resolve().parent, prefix=".fold.") as folder:
+        with draft_folder(path) as folder:
             if onnx is not None:
-                export, checks = _exported(session, folded, Path(folder) / onnx.name, options)
+                export, checks = _exported(session, folded, folder / onnx.name, options)
                 folded = dataclasses.replace(folded, checks=(*folded.checks, *checks))
             writing.write_model(session, "fold", folded, path, options["force"])
             if export is not None and onnx is not None:
-                move_onnx(export.path, export.data_path, onnx)
-                data = onnx.with_name(export.data_path.name) if export.data_path else None
+                data = move_onnx(export.path, export.data_path, onnx)
                 export = dataclasses.replace(export, path=onnx, data_path=data)
     voice.say()
     voice.say("\n".join(delta_lines(parameters)))

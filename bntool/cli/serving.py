@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -30,8 +29,10 @@ if TYPE_CHECKING:
 
 def chosen_onnx(path: Path, session: Session, force: bool) -> Path:
     """The ONNX file, after making sure that it and its data file may be written."""
+    from bntool.onnx_files import require_data_writable
+
     require_writable(path, force=force, forbid=session.loaded.files)
-    require_writable(path.with_name(path.name + ".data"), force=force)
+    require_data_writable(path, force=force)
     return path
 
 
@@ -144,13 +145,9 @@ def exported(
     if target is None:
         yield result, None
         return
-    try:
-        folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    except OSError as error:
-        raise UsageError(
-            f"cannot write beside {target}: {error.strerror}", next_step="name another -o OUTPUT"
-        ) from error
-    try:
+    from bntool.files.drafts import draft_folder
+
+    with draft_folder(target) as folder:
         try:
             export, checks = _exported_and_checked(session, result, reference, folder / target.name, options)
         except (CheckFailed, ExportError) as error:
@@ -160,21 +157,16 @@ def exported(
                 error.next_step = f"kept as {_kept_unverified(draft, target)}: do not serve it"
             raise
         from bntool import api
+        from bntool.onnx_files import data_place, move_onnx
         from bntool.onnx_writing import append_metadata
 
         result = api.with_checks(result, [*result.checks, *checks])
         append_metadata(export.path, {"bntool_checks": _told(result.checks)})
         placed = dataclasses.replace(
-            export,
-            path=target,
-            data_path=target.with_name(export.data_path.name) if export.data_path else None,
+            export, path=target, data_path=data_place(target) if export.data_path else None
         )
         yield result, placed
-        if export.data_path is not None and placed.data_path is not None:
-            export.data_path.replace(placed.data_path)
-        export.path.replace(target)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        move_onnx(export.path, export.data_path, target)
 
 
 def _exported_and_checked(

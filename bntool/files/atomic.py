@@ -5,12 +5,11 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-import secrets
-import stat
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from bntool.errors import UsageError
+from bntool.files.drafts import draft_folder, place
 
 _BLOCK = 1 << 20
 
@@ -57,7 +56,7 @@ def write_atomically(
     force: bool = False,
     forbid: Iterable[str | Path] = (),
 ) -> None:
-    """Have `write` fill a temporary file beside `output`, then move it into place.
+    """Have `write` fill a draft in a folder beside `output`, then move it into place.
 
     `output` is either the old file or the whole new one at every moment, after a crash too, and keeps the
     permissions of the file it replaces. A link's target is replaced, not the link. Raises `UsageError` if
@@ -65,33 +64,17 @@ def write_atomically(
     """
     forbid = tuple(forbid)
     target = require_writable(output, force=force, forbid=forbid)
-    temporary = target.with_name(f".{target.stem[:100]}.{secrets.token_hex(6)}.tmp{target.suffix}")
     try:
-        try:
-            # Made here and not by tempfile, so that the umask of the user holds.
-            os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
-            if target.exists():
-                temporary.chmod(stat.S_IMODE(target.stat().st_mode))
-            write(temporary)
-            _flush(temporary)
+        with draft_folder(target) as folder:
+            draft = folder / target.name
+            # Made here and not by `write`, so that the umask of the user holds.
+            os.close(os.open(draft, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+            write(draft)
             # It may have appeared while `write` ran.
             require_writable(output, force=force, forbid=forbid)
-            temporary.replace(target)
-        finally:
-            with contextlib.suppress(OSError):
-                temporary.unlink()
+            place(draft, target)
     except OSError as error:
         raise UsageError(
             f"cannot write {output}: {error.strerror or error}",
             next_step="check the folder's permissions and the space on the disk, or name another -o OUTPUT",
         ) from error
-    with contextlib.suppress(OSError):
-        _flush(target.parent)
-
-
-def _flush(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -179,7 +179,9 @@ def _write_torch(held: Any, path: Path) -> None:
                 next_step="load it as weights with --arch, so that only its state_dict is saved",
             ) from error
         except RuntimeError as error:
-            # torch's writer reports a full disk so.
+            # torch's writer reports a full disk so, with the system's own error behind it.
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from error
             raise OSError(f"torch.save failed ({str(error).splitlines()[0]})") from error
 
 

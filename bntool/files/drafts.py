@@ -1,0 +1,140 @@
+"""A folder for drafts beside an output, and moving a finished draft into its place. No torch here."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import os
+import secrets
+import shutil
+import stat
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from bntool.errors import UsageError
+
+# Windows has no such locks.
+_HAS_LOCKS = importlib.util.find_spec("fcntl") is not None
+_PREFIX, _SUFFIX = ".bntool-", ".draft"
+_LOCK, _NO_LOCK = "lock", "no-lock"
+_BEGINNING_SECONDS = 60
+"""A draft has a lock microseconds after it is made; without one after this long, its maker is gone."""
+_UNLOCKED_SECONDS = 24 * 3600
+"""The same where locks cannot be had."""
+
+
+@contextlib.contextmanager
+def draft_folder(target: Path | None) -> Iterator[Path]:
+    """A hidden folder beside `target`, gone afterwards: `.bntool-XXXX.draft`; elsewhere without a target.
+
+    What a killed process left there is removed first: its folder is the one that nobody holds a lock on.
+    A link's target counts, not the link. Raises `UsageError` where nothing can be written there.
+    """
+    if target is None:
+        with tempfile.TemporaryDirectory(prefix="bntool.") as elsewhere:
+            yield Path(elsewhere)
+        return
+    beside = Path(os.path.realpath(target)).parent
+    folder = beside / f"{_PREFIX}{secrets.token_hex(6)}{_SUFFIX}"
+    lock = -1
+    try:
+        try:
+            remove_abandoned(beside)
+            folder.mkdir(mode=0o700)
+            lock = _locked(folder)
+        except OSError as error:
+            raise UsageError(
+                f"cannot write {target}: {error.strerror or error}",
+                next_step="check the folder's permissions and the space on the disk, or name another output",
+            ) from error
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        if lock >= 0:
+            os.close(lock)
+
+
+def remove_abandoned(folder: Path) -> None:
+    """Remove the drafts in `folder` whose makers are gone."""
+    for draft in folder.glob(f"{_PREFIX}*{_SUFFIX}"):
+        if draft.is_dir() and not draft.is_symlink() and _is_abandoned(draft):
+            shutil.rmtree(draft, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Have no other process move its files into `folder` meanwhile, where the system has locks."""
+    if not _HAS_LOCKS:
+        yield
+        return
+    import fcntl
+
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
+
+
+def place(draft: Path, target: Path) -> None:
+    """Move a draft onto `target` in one step, its bytes on the disk before its name.
+
+    The permissions of the file that it replaces are kept. Raises `OSError`.
+    """
+    if target.exists():
+        draft.chmod(stat.S_IMODE(target.stat().st_mode))
+    _flush(draft)
+    draft.replace(target)
+    with contextlib.suppress(OSError):
+        _flush(target.parent)
+
+
+def _locked(folder: Path) -> int:
+    """Hold a lock that ends with this process, however it ends; -1 where the system has none."""
+    making = folder / "making"
+    handle = os.open(making, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
+    try:
+        if not _HAS_LOCKS:
+            raise OSError("no locks")
+        import fcntl
+
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(handle)
+        making.rename(folder / _NO_LOCK)
+        return -1
+    # It gets its name once it is held: whoever finds it free may take the folder for abandoned.
+    making.rename(folder / _LOCK)
+    return handle
+
+
+def _is_abandoned(folder: Path) -> bool:
+    try:
+        handle = os.open(folder / _LOCK, os.O_RDONLY)
+    except OSError:
+        with contextlib.suppress(OSError):
+            patience = _UNLOCKED_SECONDS if (folder / _NO_LOCK).exists() else _BEGINNING_SECONDS
+            return time.time() - folder.stat().st_mtime > patience
+        return False
+    import fcntl
+
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    else:
+        return True
+    finally:
+        os.close(handle)
+
+
+def _flush(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,135 @@
+"""A sample of `make durability`; the drafts that killed writers leave; an ONNX file and its data as one."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from bntool.errors import UsageError
+from bntool.files.atomic import write_atomically
+from bntool.files.drafts import draft_folder
+from bntool.onnx_files import move_onnx, open_onnx, save_onnx
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the writers are forked and killed")
+def test_writers_killed_interrupted_and_on_a_full_disk() -> None:
+    ran = subprocess.run(
+        [sys.executable, "-m", "tools.durability", "--kills", "10", "--full", "10", "--interrupts", "3",
+         "--together", "0.1"],
+        cwd=ROOT, capture_output=True, text=True, check=False, timeout=240,
+    )  # fmt: skip
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    assert "10 times kill -9" in ran.stdout
+    assert "10 times disk full" in ran.stdout
+
+
+def _names(folder: Path) -> list[str]:
+    return sorted(p.name for p in folder.iterdir())
+
+
+def test_what_a_killed_writer_left_goes_and_what_another_writes_stays(tmp_path: Path) -> None:
+    pytest.importorskip("fcntl")
+    code = (
+        "import os, sys; from pathlib import Path; from bntool.files.drafts import draft_folder\n"
+        "with draft_folder(Path(sys.argv[1])) as folder:\n"
+        "    (folder / 'half').write_bytes(b'x'); os.kill(os.getpid(), 9)"
+    )
+    subprocess.run([sys.executable, "-c", code, str(tmp_path / "a.pt")], check=False)
+    (left,) = _names(tmp_path)
+    (tmp_path / ".bntool-half-made.draft").mkdir()
+    os.utime(tmp_path / ".bntool-half-made.draft", (0, time.time() - 120))
+    (tmp_path / ".bntool-young.draft").mkdir()
+    with draft_folder(tmp_path / "b.pt") as other:
+        write_atomically(tmp_path / "a.pt", lambda path: path.write_bytes(b"new") and None)
+        assert _names(tmp_path) == sorted([".bntool-young.draft", other.name, "a.pt"])
+    assert left not in _names(tmp_path)
+
+
+def _write_onnx(path: Path, value: float) -> None:
+    weight = numpy_helper.from_array(np.full((20, 20), value, np.float32), "w")
+    ends = [helper.make_tensor_value_info(n, TensorProto.FLOAT, [1, 20]) for n in "xy"]
+    node = helper.make_node("MatMul", ["x", "w"], ["y"])
+    graph = helper.make_graph([node], "g", ends[:1], ends[1:], [weight])
+    model = helper.make_model(graph, ir_version=10, opset_imports=[helper.make_opsetid("", 18)])
+    onnx.save(model, path, save_as_external_data=True, location=f"{path.name}.data", size_threshold=100)
+
+
+def _value(path: Path) -> float:
+    onnx.checker.check_model(str(path), full_check=True)
+    return float(numpy_helper.to_array(onnx.load(path).graph.initializer[0]).mean())
+
+
+def test_an_onnx_file_keeps_its_data_until_the_new_one_stands(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for value in (1.0, 2.0, 3.0, 4.0):
+        _write_onnx(tmp_path / f"in{value}.onnx", value)
+    output = tmp_path / "out.onnx"
+    sources = [n for n in _names(tmp_path) if n.startswith("in")]
+    for value, data in ((1.0, "out.onnx.data"), (2.0, "out.onnx.data.1"), (3.0, "out.onnx.data")):
+        _, written = save_onnx(open_onnx(tmp_path / f"in{value}.onnx"), output, force=True)
+        assert written == tmp_path / data
+        assert _value(output) == value
+        assert [n for n in _names(tmp_path) if n not in sources] == ["out.onnx", data]
+
+    def dies(draft: Path, target: Path) -> None:
+        if target == output:
+            raise KeyboardInterrupt
+        place(draft, target)
+
+    from bntool.files.drafts import place
+
+    monkeypatch.setattr("bntool.onnx_files.place", dies)
+    with pytest.raises(KeyboardInterrupt):
+        save_onnx(open_onnx(tmp_path / "in4.0.onnx"), output, force=True)
+    assert _value(output) == 3.0
+
+
+def test_data_that_another_model_reads_is_never_the_output(tmp_path: Path) -> None:
+    _write_onnx(tmp_path / "out.onnx", 1.0)
+    (tmp_path / "in.onnx").write_bytes((tmp_path / "out.onnx").read_bytes())
+    with pytest.raises(UsageError, match="the input itself"):
+        save_onnx(open_onnx(tmp_path / "in.onnx"), tmp_path / "out.onnx", force=True)
+    assert _value(tmp_path / "in.onnx") == 1.0
+
+
+def test_a_moved_model_goes_to_the_links_target_and_keeps_its_permissions(tmp_path: Path) -> None:
+    (tmp_path / "there").mkdir()
+    _write_onnx(tmp_path / "there" / "real.onnx", 1.0)
+    (tmp_path / "there" / "real.onnx").chmod(0o640)
+    (tmp_path / "link.onnx").symlink_to("there/real.onnx")
+    with draft_folder(tmp_path / "link.onnx") as folder:
+        assert folder.parent == tmp_path / "there"
+        _write_onnx(folder / "link.onnx", 2.0)
+        data = move_onnx(folder / "link.onnx", folder / "link.onnx.data", tmp_path / "link.onnx")
+    assert data == tmp_path / "there" / "real.onnx.data.1"
+    assert (tmp_path / "link.onnx").is_symlink()
+    assert _value(tmp_path / "there" / "real.onnx") == 2.0
+    assert (tmp_path / "there" / "real.onnx").stat().st_mode & 0o777 == 0o640
+
+
+def test_a_full_disk_is_told_in_the_systems_words(tmp_path: Path) -> None:
+    pytest.importorskip("resource")
+    code = (
+        "import resource, signal, sys, torch; from torch import nn\n"
+        "from bntool.files import load, save_model\n"
+        "torch.save(nn.Linear(300, 300), sys.argv[1]); loaded = load(sys.argv[1])\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (9999, 9999))\n"
+        "save_model(loaded, loaded.model, sys.argv[2])"
+    )
+    ran = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "in.pt"), str(tmp_path / "out.pt")],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert ran.stderr.splitlines()[-2].endswith("out.pt: File too large")
