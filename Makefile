@@ -2,6 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 PEERS := .venv-peers
+FUZZ := .venv-fuzz
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test check lint gold bench latency zoo peers verification large streaming gpu-check \
@@ -68,8 +69,12 @@ streaming: setup ## fold a file of weights of 6 GB layer by layer, with its time
 pickles: setup ## load the whole-module pickles of torchvision and timm; goes on where it stopped
 	$(BIN)/python -m tools.pickles
 
+# The second part is guided by coverage, by a fuzzer in an environment of its own.
 fuzz: setup ## damage files of every format 10,000 times; none may crash, hang or pass unseen
 	$(BIN)/python -m tools.fuzz
+	test -x $(FUZZ)/bin/python || $(PYTHON) -m venv $(FUZZ)
+	$(FUZZ)/bin/python -m pip install --quiet atheris
+	PYTHONPATH=.:$$($(BIN)/python -c 'import torch; print(torch.__path__[0])')/.. $(FUZZ)/bin/python tools/fuzz_guided.py -max_total_time=300
 
 durability: setup ## kill the writers 200 times and fill the disk 50 times; no file may be lost
 	$(BIN)/python -m tools.durability

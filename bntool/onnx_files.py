@@ -61,7 +61,11 @@ def open_onnx(path: str | Path) -> OnnxFile:
     try:
         _check(path, proto, bool(data_files))
         model = ir.from_proto(proto)
-    except (onnx.checker.ValidationError, ValueError, KeyError, TypeError) as error:
+        for _, tensor, _ in _slots(model):
+            _require_numbers(path, tensor)
+    except LoadError:
+        raise
+    except Exception as error:  # any type can come out of a damaged file
         raise LoadError(
             f"the file is not valid ONNX: {_first_line(error)}", where=str(path), next_step="export it again"
         ) from error
@@ -201,9 +205,14 @@ def _require_data(path: Path, tensor: onnx.TensorProto) -> Path:
             where=str(path),
             next_step="export it again",
         ) from error
-    inside = info.location and all(
-        not pure.is_absolute() and not pure.drive and ".." not in pure.parts
-        for pure in (PurePosixPath(info.location), PureWindowsPath(info.location))
+    # A text that is not UTF-8 comes out of protobuf as bytes.
+    inside = (
+        isinstance(info.location, str)
+        and info.location
+        and all(
+            not pure.is_absolute() and not pure.drive and ".." not in pure.parts
+            for pure in (PurePosixPath(info.location), PureWindowsPath(info.location))
+        )
     )
     if not inside:
         raise LoadError(
@@ -226,6 +235,21 @@ def _require_data(path: Path, tensor: onnx.TensorProto) -> Path:
             next_step="download or copy it again",
         )
     return data
+
+
+def _require_numbers(path: Path, tensor: Any) -> None:
+    """The tensor's type is known; the bytes it is said to take are those of its shape, and are there."""
+    if tensor.dtype == ir.DataType.STRING or not isinstance(tensor, ir.ExternalTensor):
+        return
+    held = (path.parent / str(tensor.location)).stat().st_size
+    length = tensor.nbytes if tensor.length is None else tensor.length
+    if length != tensor.nbytes or (tensor.offset or 0) + length > held:
+        raise LoadError(
+            f"the weight {tensor.name} needs {tensor.nbytes:,} bytes; {tensor.location} holds {held:,}, and "
+            f"{length:,} are said to be its own from {tensor.offset or 0:,} on",
+            where=str(path),
+            next_step="download or export it again, with its data",
+        )
 
 
 def _first_line(error: BaseException) -> str:

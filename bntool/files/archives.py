@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import struct
 import zipfile
 import zlib
 from pathlib import Path
@@ -15,6 +16,10 @@ from bntool.files.pickled_calls import shown
 Source = Path | BinaryIO
 
 _UPWARD = re.compile(r"(^|/)\.{1,2}(/|$)|^/|\\|^[A-Za-z]:")
+
+
+# A header that points outside the file is a ValueError of the seek.
+_UNREADABLE = (zipfile.BadZipFile, OSError, EOFError, ValueError, RuntimeError, struct.error)
 
 
 class Unsafe(ValueError):
@@ -45,7 +50,9 @@ def check_archive(source: Source, *, packed: int = 0) -> None:
                 if _UPWARD.search(member.filename) or not member.filename.isprintable():
                     raise Unsafe(f"has a member whose name leads out of it: {shown(member.filename)}")
             bad = archive.testzip()
-    except (zipfile.BadZipFile, OSError, EOFError, NotImplementedError, zlib.error) as error:
+    except (Unsafe, Damaged):
+        raise
+    except (*_UNREADABLE, NotImplementedError, zlib.error) as error:
         raise Damaged(str(error) or type(error).__name__) from error
     if bad is not None:
         raise Damaged(f"the checksum of {shown(bad)} does not match")
@@ -59,7 +66,10 @@ class Records:
         if not isinstance(source, Path):
             # torch takes the place it finds the file at for its beginning.
             source.seek(0)
-        self._reader = torch._C.PyTorchFileReader(str(source) if isinstance(source, Path) else source)
+        try:
+            self._reader = torch._C.PyTorchFileReader(str(source) if isinstance(source, Path) else source)
+        except RuntimeError as error:
+            raise Damaged(str(error).split("\n")[0]) from error
         self._source = source
         with zipfile.ZipFile(source) as archive:
             names = archive.namelist()
@@ -75,10 +85,14 @@ class Records:
         """A member's bytes; `Damaged` where it is missing, `Unsafe` where two readers disagree on it."""
         if name not in self.sizes:
             raise Damaged(f"{shown(name)} is missing")
-        content = bytes(self._reader.get_record(name))
-        with zipfile.ZipFile(self._source) as archive:
-            if archive.read(self._root + name) != content:
-                raise Unsafe("reads differently to different readers")
+        try:
+            content = bytes(self._reader.get_record(name))
+            with zipfile.ZipFile(self._source) as archive:
+                same = archive.read(self._root + name) == content
+        except _UNREADABLE as error:
+            raise Damaged(f"{shown(name)} cannot be read") from error
+        if not same:
+            raise Unsafe("reads differently to different readers")
         return content
 
     def offset(self, name: str) -> int:
