@@ -221,6 +221,13 @@ def _require_data(path: Path, tensor: onnx.TensorProto) -> Path:
             next_step="move the data beside the model and export it again",
         )
     data = path.parent / info.location
+    homes = (os.path.realpath(path.parent), Path(os.path.realpath(path)).parent)
+    if not any(Path(os.path.realpath(data)).is_relative_to(home) for home in homes):
+        raise LoadError(
+            f"{info.location}, which holds the weight {tensor.name}, is a link out of the model's folder",
+            where=str(path),
+            next_step="copy the data beside the model",
+        )
     if not data.is_file():
         raise LoadError(
             f"the weight {tensor.name} is in {info.location}, which is not there",
@@ -239,7 +246,10 @@ def _require_data(path: Path, tensor: onnx.TensorProto) -> Path:
 
 def _require_numbers(path: Path, tensor: Any) -> None:
     """The tensor's type is known; the bytes it is said to take are those of its shape, and are there."""
-    if tensor.dtype == ir.DataType.STRING or not isinstance(tensor, ir.ExternalTensor):
+    if tensor.dtype == ir.DataType.STRING:
+        return
+    if not isinstance(tensor, ir.ExternalTensor):
+        tensor.numpy()  # a view of the bytes, which raises where they are more or fewer
         return
     held = (path.parent / str(tensor.location)).stat().st_size
     length = tensor.nbytes if tensor.length is None else tensor.length
