@@ -154,4 +154,4 @@ def has_foreign_hook(hooks: Any) -> bool:
     """Whether one of a module's registries of hooks (or None) holds a hook that is not bntool's own."""
     if not hooks:
         return False
-    return not isinstance(hooks, dict) or any(type(hook) is not StartOfForward for hook in hooks.values())
+    return not isinstance(hooks, dict) or any(type(hook) is not StartOfForward for hook in dict.values(hooks))

@@ -57,8 +57,8 @@ def open_onnx(path: str | Path) -> OnnxFile:
             where=str(path),
             next_step="download or export it again",
         ) from error
-    data_files = dict.fromkeys(_require_data(path, tensor) for tensor in _external_tensors(proto))
     try:
+        data_files = dict.fromkeys(_require_data(path, tensor) for tensor in _external_tensors(proto))
         _check(path, proto, bool(data_files))
         model = ir.from_proto(proto)
         for _, tensor, _ in _slots(model):
@@ -332,7 +332,7 @@ def _locations(path: Path) -> set[str]:
     try:
         proto = onnx.load(path, format="protobuf", load_external_data=False)
         return {ExternalDataInfo(tensor).location for tensor in _external_tensors(proto)}
-    except (DecodeError, OSError, ValueError):
+    except (DecodeError, OSError, ValueError, TypeError):
         return set()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import functools
 import types
 from collections.abc import Iterable, Iterator, Mapping
@@ -42,6 +43,7 @@ def complaints(loaded: Any) -> Iterator[str]:
             yield from _tensor(value)
         waiting.extend(attributes.values())
         waiting.extend(_items(value))
+    yield from _circles([value for value in seen.values() if isinstance(value, nn.Module)])
 
 
 def _attributes(value: Any) -> Mapping[Any, Any]:
@@ -79,6 +81,8 @@ def _module(module: nn.Module, attributes: Mapping[Any, Any]) -> Iterator[str]:
     # Called in place of forward when it is set.
     if attributes.get("_compiled_call_impl") is not None:
         yield f"brings a compiled call for a {kind}"
+    if "training" not in attributes:
+        yield f"leaves a {kind} without its mode"
     for registry, member in _REGISTRIES.items():
         children = attributes.get(registry)
         if not isinstance(children, dict):
@@ -90,6 +94,25 @@ def _module(module: nn.Module, attributes: Mapping[Any, Any]) -> Iterator[str]:
             # Exporters put the names of layers between quotes, in source code.
             if not isinstance(name, str) or not name.isprintable() or any(c in "\"'`\\" for c in name):
                 yield f"names one of the {registry} of a {kind} by what is no name: {shown(str(name))}"
+
+
+def _circles(modules: list[nn.Module]) -> Iterator[str]:
+    """A layer inside itself: whoever walks the tree of layers would never come back."""
+    inside = {id(m): [id(c) for c in _children(m) if isinstance(c, nn.Module)] for m in modules}
+    holders = collections.Counter(child for children in inside.values() for child in children)
+    free = [module for module in inside if not holders[module]]
+    for module in free:  # grows: a layer whose holders have all been taken away is free itself
+        for child in inside[module]:
+            holders[child] -= 1
+            if not holders[child]:
+                free.append(child)
+    if len(free) < len(inside):
+        yield "puts a layer inside itself"
+
+
+def _children(module: nn.Module) -> Iterable[Any]:
+    children = _attributes(module).get("_modules")
+    return dict.values(children) if isinstance(children, dict) else ()
 
 
 def _tensor(tensor: Tensor) -> Iterator[str]:

@@ -79,7 +79,7 @@ def strip_wrappers(state: Mapping[str, Any]) -> tuple[StateDict, str, bool]:
     """The state_dict without wrapper prefixes, the prefix all keys had, and whether one stood inside keys."""
     bare: OrderedDict[str, Any] = OrderedDict(state)
     metadata = getattr(state, "_metadata", None)
-    if metadata is not None:
+    if isinstance(metadata, dict):
         bare._metadata = OrderedDict(metadata)  # type: ignore[attr-defined]
     prefix = ""
     while (wrapper := next((w for w in _WRAPPERS if all(k.startswith(w) for k in bare)), None)) and bare:
@@ -98,7 +98,7 @@ def with_prefix(state: Mapping[str, Any], prefix: str) -> StateDict:
         return state if isinstance(state, dict) else dict(state)
     out: OrderedDict[str, Any] = OrderedDict((prefix + k, v) for k, v in state.items())
     metadata = getattr(state, "_metadata", None)
-    if metadata is not None:
+    if isinstance(metadata, dict):
         stem = prefix.rstrip(".")
         out._metadata = OrderedDict(  # type: ignore[attr-defined]
             (f"{prefix}{k}" if k else stem, v) for k, v in metadata.items()

@@ -385,6 +385,12 @@ BUILDS: dict[str, Payload] = {
     "child-of-a-name-with-lines": lambda m: module(
         SEQUENTIAL, ("_modules", mapping((text("x\nimport os"), module(RELU))))),
     "child-of-a-number": lambda m: module(SEQUENTIAL, ("_modules", mapping((number(0), module(RELU))))),
+    "child-of-itself": lambda m: (
+        name(SEQUENTIAL) + EMPTY_TUPLE + NEWOBJ + b"q\x00"
+        + mapping((text("_parameters"), EMPTY_DICT), (text("_buffers"), EMPTY_DICT),
+                  (text("training"), FALSE), (text("_modules"), mapping((text("0"), b"h\x00")))) + BUILD),
+    "without-a-mode": lambda m: made(
+        RELU, mapping(*((text(n), EMPTY_DICT) for n in ("_parameters", "_buffers", "_modules")))),
     "attribute-without-a-name": lambda m: made(RELU, mapping((number(1), NONE))),
     "endless-layers": lambda m: made(GRU, mapping(
         (text("num_layers"), number(1 << 40)), (text("_all_weights"), tup(tup(number(1)))),

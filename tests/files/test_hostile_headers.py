@@ -117,6 +117,7 @@ EXTERNAL: dict[str, tuple[dict[str, str], Callable[[Path], object] | None]] = {
     "absolute": ({"location": "/etc/hostname"}, None),
     "home": ({"location": "~/../../etc/hostname"}, None),
     "backslashes": ({"location": "..\\secret"}, None),
+    "null-byte": ({"location": "w\0.bin"}, None),
     "drive": ({"location": "C:\\secret"}, None),
     "share": ({"location": "\\\\server\\secret"}, None),
     "address": ({"location": "http://127.0.0.1:9/w.bin"}, None),
