@@ -201,12 +201,10 @@ def test_a_file_that_fails_is_kept_only_when_asked_for(
 
 
 def test_a_folder_that_cannot_be_written(refused: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
-    import tempfile
-
     nets.save(nets.normalised(), "model.pt")
 
-    def read_only(*args: Any, **kwargs: Any) -> str:
+    def read_only(*args: Any, **kwargs: Any) -> None:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(tempfile, "mkdtemp", read_only)
+    monkeypatch.setattr(Path, "mkdir", read_only)
     refused("export", "model.pt", *nets.INPUT, code=2, says="Permission denied")
