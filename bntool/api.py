@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -14,29 +13,34 @@ from torch.export import ExportedProgram
 
 from bntool.checking import check_onnx, check_surgery, seeded_batches
 from bntool.collecting import paused
-from bntool.errors import BntoolError, CheckFailed, PlanError, UsageError
+from bntool.errors import BntoolError, PlanError, UsageError
 from bntool.exporting import ExportResult
 from bntool.exporting import export_onnx as _export_onnx
 from bntool.inputs import Inputs
 from bntool.inserting import InsertOptions, redundant_biases
 from bntool.inserting import plan_insert as _plan_insert
-from bntool.insertion import check_unchanged, insert_observed
 from bntool.module_folding import plan_module_fold
-from bntool.observe.eager import Observation, observe
-from bntool.observe.inference import observe_inferred
 from bntool.observe.modules import class_name, signature_of
 from bntool.plan import Plan
-from bntool.program_folding import ProgramFoldResult, fold_program
-from bntool.proving import check_fold, proved_fold, reference_elsewhere
+from bntool.program_folding import ProgramResult, fold_program
+from bntool.proving import check_fold, reference_elsewhere
 from bntool.reference import Reference
 from bntool.report.checks import Comparison
-from bntool.report.counting import parameter_delta
 from bntool.report.summary import Summary, summarize
 from bntool.results import SurgeryResult
-from bntool.statistics import measure, set_preserving
-from bntool.surgery.fold_modules import apply_fold, with_own_tensors
+from bntool.surgeries import (
+    as_result,
+    check_insert,
+    fold_observed,
+    fold_proved,
+    insert_with,
+    measured_insert,
+    observed,
+    on_its_own,
+    with_checks,
+)
+from bntool.surgery.fold_modules import apply_fold
 from bntool.surgery.insert_modules import apply_insert
-from bntool.verdicts import Check
 
 CheckLevel = Literal["full", "fast", "none"]
 Progress = Callable[[str], None]
@@ -105,61 +109,10 @@ def insert(
     )
     if (init == "calibrate") != (data is not None):
         raise UsageError('init="calibrate" and data go together', next_step="pass both, or neither of them")
-    result = insert_with(model, _observed(model, example_inputs, small=True), options)
+    result = insert_with(model, observed(model, example_inputs, small=True), options)
     if data is not None and result.modified:
         result = measured_insert(model, result, data)
-    return result if share else _on_its_own(result, model)
-
-
-def insert_with(model: nn.Module, observation: Observation, options: InsertOptions) -> SurgeryResult:
-    """`insert` on a model already observed; the result shares its untouched tensors with `model`.
-
-    Raises `CheckFailed` where a bias moved and the eval output is not the same within rounding.
-    """
-    plan, modified, check = insert_observed(model, observation, options)
-    result = as_result(model, modified, plan, observation.inputs, (check,) if check else ())
-    if plan.dropped and options.init == "identity":
-        return with_checks(result, check_insert(model, result.model, plan, observation.inputs))
-    return result
-
-
-def check_insert(
-    model: nn.Module, modified: nn.Module, plan: Plan, inputs: Inputs, *, full: bool = False
-) -> list[Check]:
-    """The insertion held to what it promises: to the last bit, or within rounding where numbers moved.
-
-    Raises `CheckFailed` where it is not so.
-    """
-    if plan.options.get("init") == "identity" and not plan.dropped:
-        rows = [check_unchanged(model, modified, inputs, full=full)]
-    else:
-        batches = seeded_batches(inputs) if full else [inputs]
-        rows = check_surgery(model, modified, batches, stage="insert")
-    if not all(row.passed for row in rows):
-        raise CheckFailed("the insertion changes the output", next_step="please report this model")
-    return rows
-
-
-def measured_insert(model: nn.Module, result: SurgeryResult, batches: Iterable[Any]) -> SurgeryResult:
-    """Give the BatchNorms just inserted the statistics of what they read, and the affine that undoes them.
-
-    Eval outputs stay within rounding, which is checked; the first training step stays close, since each
-    BatchNorm then normalises by what it undoes. A site that the data does not reach stays an identity.
-    Raises `CheckFailed` where the eval output is not the same within rounding.
-    """
-    names = [name for site in result.plan.insert_sites for name in site.norms]
-    found = measure(result.model, names, batches)
-    for name, (mean, variance) in found.items():
-        set_preserving(result.model.get_submodule(name), mean, variance)
-    eps = float(result.plan.options["eps"])
-    dead = {name: int((variance < eps).sum()) for name, (_, variance) in found.items()}
-    notes = [f"{name}: {count} channels hardly vary (σ² < ε)" for name, count in dead.items() if count]
-    notes += [f"{name}: not reached by the data, left an identity" for name in names if name not in found]
-    checks = result.checks
-    if result.inputs is not None:
-        checks = tuple(check_insert(model, result.model, result.plan, result.inputs))
-    plan = dataclasses.replace(result.plan, notes=(*result.plan.notes, *notes))
-    return dataclasses.replace(result, plan=plan, checks=checks)
+    return result if share else on_its_own(result, model)
 
 
 @torch.inference_mode(False)
@@ -174,7 +127,7 @@ def fold(
     unshare: bool = False,
     check: CheckLevel = "fast",
     share: bool = False,
-) -> SurgeryResult | ProgramFoldResult:
+) -> SurgeryResult | ProgramResult:
     """Fold every BatchNorm that algebra allows into the weights beside it, for inference in eval mode.
 
     `check="fast"` runs the model before and after on the example inputs in its own precision, and in
@@ -184,7 +137,7 @@ def fold(
     clones a layer whose weight others use too for each call site that needs it changed;
     `result.plan.unshared` says what that adds. The result's model is new and in eval mode; `share=True` lets
     it share the untouched tensors with `model`. An `ExportedProgram` is folded as a graph, functional
-    BatchNorms too, and gives a `ProgramFoldResult`.
+    BatchNorms too, and gives a `ProgramResult`.
 
     Raises:
         CheckFailed: the folded model does not compute the same; the first BatchNorm at fault is named.
@@ -202,39 +155,14 @@ def fold(
             unshare=unshare,
             check=check,
         )
-    observation = _observed(model, example_inputs, small=True)
+    observation = observed(model, example_inputs, small=True)
     options: dict[str, Any] = {"include": include, "exclude": exclude, "merge": merge, "unshare": unshare}
     if check == "none":
         result = fold_observed(model, observation, **options)
     else:
         inputs = [observation.inputs] if check == "fast" else seeded_batches(observation.inputs)
         result = fold_proved(model, observation, Reference(model, inputs), **options)
-    return result if share else _on_its_own(result, model)
-
-
-def fold_observed(
-    model: nn.Module,
-    observation: Observation,
-    *,
-    include: Sequence[str] = ("*",),
-    exclude: Sequence[str] = (),
-    merge: bool = True,
-    unshare: bool = False,
-) -> SurgeryResult:
-    """`fold` on a model already observed, unchecked; the result shares its untouched tensors with `model`."""
-    planned = plan_module_fold(
-        model, observation, include=include, exclude=exclude, merge=merge, thorough=False, unshare=unshare
-    )
-    return as_result(model, planned.carry_out(), planned.plan, observation.inputs)
-
-
-def fold_proved(
-    model: nn.Module, observation: Observation, reference: Reference, **options: Any
-) -> SurgeryResult:
-    """`fold` on a model already observed, proved against `reference` and on inputs of other sizes."""
-    proved = proved_fold(model, observation, reference, **options)
-    result = as_result(model, proved.model, proved.plan, observation.inputs)
-    return with_checks(result, proved.checks)
+    return result if share else on_its_own(result, model)
 
 
 def plan_insert(model: nn.Module, example_inputs: Any = None, **options: Any) -> Plan:
@@ -244,7 +172,7 @@ def plan_insert(model: nn.Module, example_inputs: Any = None, **options: Any) ->
         chosen = InsertOptions(**given)
     except TypeError as error:
         raise UsageError(f"unknown option: {error}") from error
-    return _plan_insert(_observed(model, example_inputs, small=True).graph, chosen)
+    return _plan_insert(observed(model, example_inputs, small=True).graph, chosen)
 
 
 def plan_fold(
@@ -257,7 +185,7 @@ def plan_fold(
     unshare: bool = False,
 ) -> Plan:
     """What `fold` would do, with nothing changed."""
-    observation = _observed(model, example_inputs, small=True)
+    observation = observed(model, example_inputs, small=True)
     return plan_module_fold(
         model, observation, include=include, exclude=exclude, merge=merge, unshare=unshare
     ).plan
@@ -291,26 +219,17 @@ def apply(
             raise PlanError(f"this plan is damaged: it lacks, or this model lacks, {error}") from error
         result = as_result(model, modified, plan, None)
         if check != "none" and plan and plan.options.get("init") != "default":
-            inputs = _observed(model, example_inputs, small=True).inputs
+            inputs = observed(model, example_inputs, small=True).inputs
             rows = check_insert(model, result.model, plan, inputs, full=check == "full")
             result = with_checks(result, rows)
     else:
         result = as_result(model, apply_fold(model, plan), plan, None)
         if check != "none" and plan:
-            inputs = _observed(model, example_inputs, small=True).inputs
+            inputs = observed(model, example_inputs, small=True).inputs
             reference = Reference(model, [inputs] if check == "fast" else seeded_batches(inputs))
             elsewhere = reference_elsewhere(model, inputs)
             result = with_checks(result, check_fold(model, result.model, plan, reference, elsewhere))
-    return result if share else _on_its_own(result, model)
-
-
-def unchanged(model: nn.Module) -> SurgeryResult:
-    """The result of doing nothing, for what only exports and checks."""
-    return as_result(model, model, Plan("fold", (), ()), None)
-
-
-def with_checks(result: SurgeryResult, checks: Sequence[Check]) -> SurgeryResult:
-    return dataclasses.replace(result, checks=tuple(checks))
+    return result if share else on_its_own(result, model)
 
 
 def read_plan(path: str | Path) -> Plan:
@@ -338,7 +257,7 @@ def summary(
     inputs = None if example_inputs is None else Inputs.of(example_inputs)
     idle: list[str] = []
     with contextlib.suppress(BntoolError):
-        observation = _observed(model, example_inputs)
+        observation = observed(model, example_inputs)
         inputs = observation.inputs
         idle = [dropped.conv for dropped in redundant_biases(observation.graph)]
     return summarize(model, inputs, baseline=baseline, idle_biases=idle)
@@ -401,7 +320,7 @@ def verify(
 
     An ONNX candidate gets two rows: `export` with ONNX Runtime's optimisations off, `runtime` with them on.
     """
-    example = Inputs.of(inputs) if inputs is not None else _observed(reference, None).inputs
+    example = Inputs.of(inputs) if inputs is not None else observed(reference, None).inputs
     batches = seeded_batches(example)
     if isinstance(candidate, nn.Module):
         on = "cuda" if device == "auto" and torch.cuda.is_available() else device.replace("auto", "cpu")
@@ -409,25 +328,3 @@ def verify(
     else:
         rows = check_onnx(reference, candidate, batches, device=device, atol=atol, rtol=rtol)
     return Comparison(tuple(rows))
-
-
-def _observed(model: nn.Module, example_inputs: Any, *, small: bool = False) -> Observation:
-    if not isinstance(model, nn.Module):
-        raise UsageError(
-            f"model is a {type(model).__name__}, not an nn.Module",
-            next_step="load a file with bntool.load(path).model",
-        )
-    if example_inputs is None:
-        return observe_inferred(model, small=small)
-    return observe(model, Inputs.of(example_inputs))
-
-
-def as_result(
-    before: nn.Module, after: nn.Module, plan: Plan, inputs: Inputs | None, checks: tuple[Check, ...] = ()
-) -> SurgeryResult:
-    return SurgeryResult(after, plan, parameter_delta(before, after), checks, inputs)
-
-
-def _on_its_own(result: SurgeryResult, original: nn.Module) -> SurgeryResult:
-    """The result with a model that shares no tensor with the original."""
-    return dataclasses.replace(result, model=with_own_tensors(result.model, original))

@@ -24,7 +24,7 @@ from bntool.verdicts import Check
 
 
 @dataclasses.dataclass(frozen=True)
-class ProgramFoldResult:
+class ProgramResult:
     """The new program, the plan behind it, and what the check found."""
 
     program: ExportedProgram
@@ -36,6 +36,7 @@ class ProgramFoldResult:
         return bool(self.plan)
 
     def to_dict(self) -> dict[str, Any]:
+        """The document of a program's surgery; `unshared` is what the clones of shared layers add."""
         return {
             "plan": self.plan.to_dict(),
             "unshared": self.plan.unshared.to_dict(),
@@ -52,7 +53,7 @@ def fold_program(
     merge: bool = True,
     unshare: bool = False,
     check: Literal["full", "fast", "none"] = "fast",
-) -> ProgramFoldResult:
+) -> ProgramResult:
     """Fold every BatchNorm of an exported program that algebra allows, functional ones too.
 
     With `merge`, parallel branches that are one convolution become one; where the check does not bear that
@@ -102,7 +103,7 @@ def fold_program(
         return all(row.passed for row in proof().checks(part, apply_fold_program(observed, part)))
 
     plan, (folded, checks) = settle(plan_without, carry_out, agrees, exclude, merge)
-    return ProgramFoldResult(folded, plan, checks)
+    return ProgramResult(folded, plan, checks)
 
 
 def plan_fold_program(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 from torch.export import ExportedProgram
@@ -12,31 +11,13 @@ from bntool.inputs import Inputs
 from bntool.inserting import InsertOptions, plan_insert_nodes
 from bntool.insertion import check_unchanged
 from bntool.observe.exported_program import observe_program
-from bntool.plan import Plan
-from bntool.program_folding import RunnableProgram, example_inputs_of
+from bntool.program_folding import ProgramResult, RunnableProgram, example_inputs_of
 from bntool.surgery.insert_program import apply_insert_program
-from bntool.verdicts import Check
-
-
-@dataclasses.dataclass(frozen=True)
-class ProgramInsertResult:
-    """The new program, the plan behind it, and what the check found."""
-
-    program: ExportedProgram
-    plan: Plan
-    checks: tuple[Check, ...] = ()
-
-    @property
-    def modified(self) -> bool:
-        return bool(self.plan)
-
-    def to_dict(self) -> dict[str, Any]:
-        return {"plan": self.plan.to_dict(), "checks": [check.to_dict() for check in self.checks]}
 
 
 def insert_program(
     program: ExportedProgram, options: InsertOptions | None = None, *, example_inputs: Any = None
-) -> ProgramInsertResult:
+) -> ProgramResult:
     """Put a BatchNorm between every convolution of an exported program and its activation.
 
     Identity-initialised: the eval output is the same to the last bit, proved by running both. A program is
@@ -52,10 +33,10 @@ def insert_program(
     observed = observe_program(program)
     plan = plan_insert_nodes(observed.graph, options)
     if not plan:
-        return ProgramInsertResult(program, plan)
+        return ProgramResult(program, plan)
     modified = apply_insert_program(observed, plan)
     inputs = Inputs.of(example_inputs) if example_inputs is not None else example_inputs_of(program)
     row = check_unchanged(RunnableProgram(program), RunnableProgram(modified), inputs, full=False)
     if not row.passed:
         raise CheckFailed("the insertion changes the output", next_step="please report this program")
-    return ProgramInsertResult(modified, plan, (row,))
+    return ProgramResult(modified, plan, (row,))

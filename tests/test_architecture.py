@@ -38,7 +38,7 @@ FLOORS: dict[str, tuple[int, str]] = {
     "report": (5, "report"),
     "pages": (5, "pages"),
     "source": (6, "source"),
-    "api": (6, "results api calibrating"),
+    "api": (6, "results surgeries api calibrating"),
     "experiment": (7, "experiment"),
     "cli": (8, "bntool __main__ cli"),
 }

@@ -463,6 +463,6 @@ def test_a_calibration_that_changes_the_output_is_an_error(monkeypatch: pytest.M
     def wrong(norm: Any, mean: Tensor, variance: Tensor) -> None:
         norm.running_mean += 1
 
-    monkeypatch.setattr("bntool.api.set_preserving", wrong)
+    monkeypatch.setattr("bntool.surgeries.set_preserving", wrong)
     with pytest.raises(CheckFailed, match="the insertion changes the output"):
         bntool.insert(three_convs(), X, init="calibrate", data=[X])

@@ -14,7 +14,7 @@ from torch.export import ExportedProgram
 import bntool
 from bntool.errors import UsageError
 from bntool.plan import Plan
-from bntool.program_folding import ProgramFoldResult, example_inputs_of, fold_program
+from bntool.program_folding import ProgramResult, example_inputs_of, fold_program
 from bntool.reasons import Reason
 from tests.fold_zoo import FOLDED, bn, conv, enliven
 from tests.program_zoo import BATCH, PROGRAM_ZOO, ProgramNet, decomposed, exported
@@ -108,7 +108,7 @@ def test_include_and_exclude_match_names() -> None:
 
 def test_the_public_fold_takes_a_program() -> None:
     result = bntool.fold(PROGRAM_ZOO[0].program())
-    assert isinstance(result, ProgramFoldResult)
+    assert isinstance(result, ProgramResult)
     assert norm_nodes(result.program) == []
 
 

@@ -64,7 +64,7 @@ def examine(name: str) -> dict[str, Any]:
     """Fold one model (insert, where it has no BatchNorm), check it, and say how long it took."""
     import torch
 
-    from bntool import api
+    from bntool import surgeries
     from bntool.files.references import build, recorded_inputs
     from bntool.inputs import Inputs
     from bntool.observe.eager import observe
@@ -87,14 +87,14 @@ def examine(name: str) -> dict[str, Any]:
     from bntool.module_folding import plan_module_fold
 
     planned = plan_module_fold(model, observation)
-    result = api.as_result(model, planned.carry_out(), planned.plan, observation.inputs)
+    result = surgeries.as_result(model, planned.carry_out(), planned.plan, observation.inputs)
     row["seconds_fold"] = round(time.perf_counter() - start, 3)
     row["bn_total"] = len(result.sites) + len(result.skips)
     row["folded"] = len(result.sites)
     row["kept"] = dict(collections.Counter(skip.reason.value for skip in result.skips))
     if result.sites:
         row.update(_checked(model, result, observation.inputs))
-    row.update(_inserted(api, model, observation))
+    row.update(_inserted(model, observation))
     row["peak_gb"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2)
     del torch
     return {"status": "ok", **row}
@@ -117,14 +117,15 @@ def _checked(model: Any, result: Any, inputs: Any) -> dict[str, Any]:
     return row
 
 
-def _inserted(api: Any, model: Any, observation: Any) -> dict[str, Any]:
+def _inserted(model: Any, observation: Any) -> dict[str, Any]:
     """Insert at every site that is left, to the last bit, and fold back to the weights that were."""
     import torch
 
+    from bntool import api, surgeries
     from bntool.inserting import InsertOptions
     from tools.fx_pairs import disagreements
 
-    result = api.insert_with(model, observation, InsertOptions(activations=("any",)))
+    result = surgeries.insert_with(model, observation, InsertOptions(activations=("any",)))
     wrong = disagreements(model, result.plan)
     second: dict[str, Any] = {"fx": "cannot trace" if wrong is None else wrong or "agrees"}
     if not result.modified:

@@ -26,7 +26,7 @@ def command(**options: Any) -> int:
     """Write a model as ONNX, as it is (no folding), and verify it against torch."""
     voice = Voice(options["as_json"], options["quiet"], options["verbose"])
     session = open_session(voice, options)
-    from bntool import api
+    from bntool import surgeries
 
     if session.loaded.kind == "script":
         from bntool.cli.script_file import with_converted_script
@@ -42,7 +42,7 @@ def command(**options: Any) -> int:
     target = serving.chosen_onnx(wanted, session, options["force"])
     session.observe()
     serving.require_axes(session, options)
-    result = api.unchanged(session.model)
+    result = surgeries.unchanged(session.model)
     reference = serving.reference_of(session, options)
     with serving.exported(session, result, reference, target, options) as (result, export):
         if export is None:

@@ -148,10 +148,10 @@ def _require_no_bench(options: dict[str, Any], files: str) -> None:
 
 
 def _folded(session: Session, options: dict[str, Any]) -> SurgeryResult:
-    from bntool import api
+    from bntool import surgeries
 
     with session.voice.progress("folding"):
-        return api.fold_observed(
+        return surgeries.fold_observed(
             session.model,
             session.observe(),
             include=options["include"] or ("*",),

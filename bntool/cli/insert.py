@@ -150,11 +150,12 @@ def _done_in_source(voice: Voice, source: Rewritten, result: SurgeryResult, opti
 
 
 def _inserted(session: Session, options: dict[str, Any]) -> SurgeryResult:
-    from bntool import api
+    from bntool import surgeries
+    from bntool.api import apply
 
     with session.voice.progress("inserting") as step:
         if options["plan_file"]:
-            result = api.apply(session.model, _insert_plan(options["plan_file"]), share=True)
+            result = apply(session.model, _insert_plan(options["plan_file"]), share=True)
             session.observe()
         else:
             chosen = _chosen(options)
@@ -163,16 +164,18 @@ def _inserted(session: Session, options: dict[str, Any]) -> SurgeryResult:
                 raise UsageError(
                     "--data and --init calibrate go together", next_step="give both, or neither of them"
                 )
-            result = api.insert_with(session.model, session.observe(), chosen)
+            result = surgeries.insert_with(session.model, session.observe(), chosen)
             if result.modified and options["data"] is not None:
                 step("measuring")
-                return api.measured_insert(session.model, result, opened_data(session, options))
+                return surgeries.measured_insert(session.model, result, opened_data(session, options))
         keeps = result.plan.options.get("init") == "identity"
         if result.modified and keeps and options["check"] != "none":
             step("running both models")
             full = options["check"] == "full"
-            rows = api.check_insert(session.model, result.model, result.plan, session.example, full=full)
-            result = api.with_checks(result, rows)
+            rows = surgeries.check_insert(
+                session.model, result.model, result.plan, session.example, full=full
+            )
+            result = surgeries.with_checks(result, rows)
     return result
 
 

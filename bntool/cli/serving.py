@@ -112,10 +112,10 @@ def torch_device(device: str) -> str:
 
 def proved(session: Session, reference: Reference, options: dict[str, Any]) -> SurgeryResult:
     """The fold, proved: torch against torch, and in float64 on inputs of other sizes."""
-    from bntool import api
+    from bntool import surgeries
 
     with session.voice.progress("proving the fold") as step:
-        return api.fold_proved(
+        return surgeries.fold_proved(
             session.model,
             session.observe(),
             reference,
@@ -156,11 +156,11 @@ def exported(
             if options["keep_unverified"] and draft.exists():
                 error.next_step = f"kept as {_kept_unverified(draft, target)}: do not serve it"
             raise
-        from bntool import api
+        from bntool import surgeries
         from bntool.onnx_files import data_place, move_onnx
         from bntool.onnx_writing import append_metadata
 
-        result = api.with_checks(result, [*result.checks, *checks])
+        result = surgeries.with_checks(result, [*result.checks, *checks])
         append_metadata(export.path, {"bntool_checks": _told(result.checks)})
         placed = dataclasses.replace(
             export, path=target, data_path=data_place(target) if export.data_path else None
@@ -343,7 +343,7 @@ def timed_fold(
     pairs = [("torch before", "torch folded")]
     if onnx is None:
         return timed(session.voice, candidates, inputs_of, options, pairs)
-    from bntool.api import unchanged
+    from bntool.surgeries import unchanged
 
     with tempfile.TemporaryDirectory(prefix="bntool.bench.") as folder:
         plain = {**options, "export_to": None}

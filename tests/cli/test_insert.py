@@ -126,15 +126,15 @@ def test_the_plan_in_the_side_file_can_be_replayed(bntool: Shell, refused: Shell
 
 
 def test_a_check_that_differs_writes_nothing(refused: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
-    from bntool import api
+    from bntool import surgeries
 
     def corrupted(*args: object, **options: object) -> object:
         check = honest(*args, **options)
         return type(check)(**{**vars(check), "passed": False})
 
-    honest = api.check_unchanged
+    honest = surgeries.check_unchanged
     nets.save(nets.plain(), "model.pt")
-    monkeypatch.setattr(api, "check_unchanged", corrupted)
+    monkeypatch.setattr(surgeries, "check_unchanged", corrupted)
     refused("insert", "model.pt", code=1, says="changes the output")
 
 

@@ -123,13 +123,13 @@ def test_ctrl_c_leaves_nothing(
 
 
 def test_a_bug_is_called_a_bug(bntool: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
-    from bntool import api
+    from bntool import surgeries
 
     def broken(*args: object, **options: object) -> None:
         raise EOFError("the end")
 
     nets.save(nets.normalised(), "model.pt")
-    monkeypatch.setattr(api, "fold_observed", broken)
+    monkeypatch.setattr(surgeries, "fold_observed", broken)
     said = bntool("fold", "model.pt", *nets.INPUT)
     assert said.code == 70
     assert "a bug in bntool" in said.err
