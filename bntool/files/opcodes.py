@@ -85,7 +85,7 @@ class DryRun:
     def _proto(self, file: BinaryIO) -> None:
         protocol = _exactly(file, 1)[0]
         if protocol != 2:
-            self._problem(f"is pickled with protocol {protocol}; only torch.save's default, 2, is read")
+            self._problem(f"is pickled with protocol {protocol}: save it again with torch.save's default, 2")
 
     def _global(self, file: BinaryIO) -> None:
         module, name = _line(file), _line(file)
@@ -141,7 +141,7 @@ class DryRun:
         if not isinstance(pid, tuple) or len(pid) < 5 or pid[0] != "storage":
             source = isinstance(pid, tuple) and pid[:1] == ("module",)
             self._problem(
-                "holds a whole model in the format before PyTorch 1.6, with its source code"
+                "holds a whole model in the format before PyTorch 1.6, with its source code: save it again as of today"
                 if source
                 else "refers to data that is not a tensor's"
             )
