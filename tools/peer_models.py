@@ -24,8 +24,8 @@ timm:sebotnet33ts_256 timm:lambda_resnet26t timm:halonet26t timm:mobilenetv4_hyb
 timm:coatnet_0_rw_224 timm:coatnet_nano_cc_224 timm:coatnet_rmlp_0_rw_224 timm:regnetv_040
 timm:tf_efficientnet_cc_b0_8e timm:dpn48b timm:resnetv2_18d
 """.split()
-"""A sample of all kinds, and one of every family on which bntool keeps a BatchNorm: a peer could only be ahead
-there (`docs/coverage.jsonl` has the others, on which it keeps none)."""
+"""A sample of all kinds, and one of every family on which bntool keeps a BatchNorm: a peer could be ahead
+there alone (`docs/coverage.jsonl` has the others, on which it keeps none)."""
 
 
 def frozen_resnet50() -> Any:

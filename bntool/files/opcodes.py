@@ -141,7 +141,7 @@ class DryRun:
         if not isinstance(pid, tuple) or len(pid) < 5 or pid[0] != "storage":
             source = isinstance(pid, tuple) and pid[:1] == ("module",)
             self._problem(
-                "holds a whole model in the format before PyTorch 1.6, with its source code: save it again as of today"
+                "holds a whole model in the format before PyTorch 1.6, with its source code: save it anew"
                 if source
                 else "refers to data that is not a tensor's"
             )
