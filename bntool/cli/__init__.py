@@ -13,8 +13,9 @@ from typing import Any
 
 import click
 
-from bntool import __version__
+from bntool.cli.completing import VARIABLE as COMPLETION_VARIABLE
 from bntool.cli.documents import emit_error, stdout_kept_for_documents
+from bntool.cli.examples import epilog
 from bntool.cli.job import first_to_fail
 from bntool.errors import BntoolError, InvariantError, LoadError, UsageError
 
@@ -32,6 +33,7 @@ _COMMANDS = {
     "explain": "What a reason code means, and what to do.",
     "doctor": "What this machine can run, found out by trying.",
     "demo": "The three lines on the sample network.",
+    "completion": "Completion for bash, zsh or fish.",
 }
 _BUG = 70
 _STOPPED = 130
@@ -53,6 +55,7 @@ class _LazyGroup(click.Group):
             return None
         module = importlib.import_module(f"bntool.cli.{cmd_name}")
         command: click.Command = module.command
+        command.epilog = epilog(cmd_name)
         return command
 
     def resolve_command(
@@ -82,12 +85,27 @@ class _LazyGroup(click.Group):
             raise InvariantError(f"EOFError: {error}") from error
 
 
+def _show_version(ctx: click.Context, param: click.Parameter, asked: bool) -> None:  # noqa: ARG001
+    if asked and not ctx.resilient_parsing:
+        from bntool.cli.versions import version_text
+
+        click.echo(version_text())
+        ctx.exit()
+
+
 @click.group(
     cls=_LazyGroup,
     context_settings={"help_option_names": ["-h", "--help"]},
     invoke_without_command=True,
 )
-@click.version_option(__version__, prog_name="bntool")
+@click.option(
+    "--version",
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    callback=_show_version,
+    help="Show the versions of bntool, torch, ONNX Runtime and CUDA, and exit.",
+)
 @click.pass_context
 def cli(ctx: click.Context) -> None:
     """BatchNorm surgery for PyTorch models.
@@ -108,6 +126,8 @@ def main(args: Sequence[str] | None = None) -> None:
     # A short-lived process that imports torch and traces graphs makes millions of objects that live to its
     # end; looking through them for cycles again and again took a third of the time of `fold --export onnx`.
     gc.set_threshold(100_000, 50, 100)
+    if os.environ.get(COMPLETION_VARIABLE):
+        cli.main(prog_name="bntool")  # a shell asks for the words that fit: click answers and exits
     code = run(args)
     gc.freeze()  # nor is there anything to look for at the very end
     sys.exit(code)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from bntool.cli import options as opt
+from bntool.cli.completing import files
 from bntool.cli.onnx_file import is_onnx
 from bntool.cli.session import Session, Voice, open_session
 
@@ -19,8 +20,8 @@ if TYPE_CHECKING:
 
 
 @click.command("bench", short_help="Time two models beside each other.")
-@click.argument("first", metavar="A", callback=opt.not_empty)
-@click.argument("second", metavar="B", callback=opt.not_empty)
+@click.argument("first", metavar="A", callback=opt.not_empty, shell_complete=files)
+@click.argument("second", metavar="B", callback=opt.not_empty, shell_complete=files)
 @opt.loading_options()
 @opt.bench_options()
 @opt.device_option()

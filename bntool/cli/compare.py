@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from bntool.cli import options as opt
+from bntool.cli.completing import files, folders
 from bntool.cli.data import numbers
 from bntool.cli.job import joined
 from bntool.cli.session import Session, Voice, open_session, require_no_script
@@ -30,10 +31,16 @@ if TYPE_CHECKING:
     "--data",
     required=True,
     metavar="DATA",
+    shell_complete=files,
     callback=opt.not_empty,
     help="mnist, fashion-mnist, a folder of images, an .npz file, or pkg.mod:loader.",
 )
-@click.option("--root", metavar="FOLDER", help="Where mnist and fashion-mnist lie (default: data).")
+@click.option(
+    "--root",
+    metavar="FOLDER",
+    shell_complete=folders,
+    help="Where mnist and fashion-mnist lie (default: data).",
+)
 @click.option("--download", is_flag=True, help="Let torchvision load the data down.")
 @click.option("--mean", metavar="R,G,B", help="Mean of each channel, taken off images in 0..1.")
 @click.option("--std", metavar="R,G,B", help="Standard deviation of each channel of images in 0..1.")
@@ -75,7 +82,14 @@ if TYPE_CHECKING:
     metavar="auto|cpu|cuda",
     help="Where to train.",
 )
-@click.option("-o", "--output", metavar="FOLDER", callback=opt.not_empty, help="Default: NAME_compare.")
+@click.option(
+    "-o",
+    "--output",
+    metavar="FOLDER",
+    callback=opt.not_empty,
+    shell_complete=folders,
+    help="Default: NAME_compare.",
+)
 @click.option("--force", is_flag=True, help="Begin anew where the folder holds another comparison.")
 @opt.job_option()
 @opt.report_option()

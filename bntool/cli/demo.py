@@ -10,13 +10,22 @@ from pathlib import Path
 
 import click
 
+from bntool.cli.completing import folders
 from bntool.errors import LoadError, UsageError
 
 _LINES = (["insert", "model.pt", "--force"], ["summary"], ["fold", "--export", "onnx", "--force"])
 
 
 @click.command("demo", short_help="The three lines on the sample network.")
-@click.option("-o", "--output", "folder", default="demo-out", show_default=True, metavar="FOLDER")
+@click.option(
+    "-o",
+    "--output",
+    "folder",
+    default="demo-out",
+    show_default=True,
+    metavar="FOLDER",
+    shell_complete=folders,
+)
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
 def command(folder: str, debug: bool) -> int:  # noqa: ARG001 - read by main
     """Insert, summary and fold on the sample: a small MNIST network, trained, without BatchNorm."""

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import click
 
+from bntool.cli.completing import reason_codes
 from bntool.cli.documents import emit
 from bntool.reasons import Reason
 
 
 @click.command("explain", short_help="What a reason code means, and what to do.")
-@click.argument("code", required=False)
+@click.argument("code", required=False, shell_complete=reason_codes)
 @click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
 def command(code: str | None, as_json: bool, debug: bool) -> int:  # noqa: ARG001 - read by main

@@ -8,6 +8,7 @@ import click
 
 from bntool.cli import options as opt
 from bntool.cli.blaming import require_place
+from bntool.cli.completing import files
 from bntool.cli.onnx_file import fold_onnx_file, is_onnx
 from bntool.cli.session import Session, Voice, open_session
 from bntool.errors import BntoolError, NothingToDo, StateError, UsageError
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     "--plan",
     "plan_file",
     metavar="FILE",
+    shell_complete=files,
     callback=opt.not_empty,
     help="Fold a file of weights by the plan of an earlier fold, layer by layer, without the model.",
 )

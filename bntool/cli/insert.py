@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from bntool.cli import options as opt
+from bntool.cli.completing import files
 from bntool.cli.data import opened_data
 from bntool.cli.onnx_file import is_onnx
 from bntool.cli.onnx_insert import insert_onnx_file
@@ -53,6 +54,7 @@ if TYPE_CHECKING:
 @click.option(
     "--sites",
     metavar="FILE",
+    shell_complete=files,
     callback=opt.not_empty,
     help="Only the layers that a JSON or TOML file lists.",
 )
@@ -63,6 +65,7 @@ if TYPE_CHECKING:
     "--plan",
     "plan_file",
     metavar="FILE",
+    shell_complete=files,
     callback=opt.not_empty,
     help="Replay a plan instead of making one.",
 )

@@ -8,11 +8,12 @@ from typing import Any
 import click
 
 from bntool.cli import options as opt
+from bntool.cli.completing import files
 from bntool.cli.session import Voice
 
 
 @click.command("inspect", short_help="What a file is and holds, without loading it.")
-@click.argument("file", metavar="FILE", callback=opt.not_empty)
+@click.argument("file", metavar="FILE", callback=opt.not_empty, shell_complete=files)
 @opt.max_size_option()
 @opt.common_options()
 def command(**options: Any) -> int:

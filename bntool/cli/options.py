@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 
+from bntool.cli.completing import files, folders
 from bntool.errors import UsageError
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
@@ -49,13 +50,16 @@ def _tolerance(ctx: click.Context, param: click.Parameter, value: float | None) 
 
 
 def output_option() -> Decorator:
-    return click.option("-o", "--output", metavar="FILE", callback=not_empty, help="Output file.")
+    return click.option(
+        "-o", "--output", metavar="FILE", callback=not_empty, shell_complete=files, help="Output file."
+    )
 
 
 def model_options() -> Decorator:
     """What names a model and how it may be loaded."""
     return _all(
-        click.argument("model", required=False, metavar="[MODEL]", callback=not_empty), loading_options()
+        click.argument("model", required=False, metavar="[MODEL]", callback=not_empty, shell_complete=files),
+        loading_options(),
     )
 
 
@@ -67,7 +71,9 @@ def loading_options() -> Decorator:
             metavar="REF",
             help="Class of a bare state_dict: torchvision:resnet50, …; auto finds one.",
         ),
-        click.option("--weights", metavar="FILE", help="Weights for a model named by reference."),
+        click.option(
+            "--weights", metavar="FILE", shell_complete=files, help="Weights for a model named by reference."
+        ),
         click.option("--key", metavar="KEY", help="Entry of a checkpoint that holds the weights."),
         click.option(
             "--allow", multiple=True, metavar="CLASS", help="A class of a pickled model that you trust."
@@ -88,7 +94,7 @@ def loading_options() -> Decorator:
             "--seed",
             type=click.IntRange(0, 2**63 - 1),
             default=0,
-            show_default="0",
+            show_default=True,
             metavar="N",
             help="Seed of whatever is random.",
         ),
@@ -174,13 +180,18 @@ def repro_option() -> Decorator:
         "--repro",
         metavar="DIR",
         callback=not_empty,
+        shell_complete=folders,
         help="On a mismatch: write what shows it by itself into a new folder.",
     )
 
 
 def report_option() -> Decorator:
     return click.option(
-        "--report", metavar="FILE.html", callback=not_empty, help="Draw what was found as an HTML file too."
+        "--report",
+        metavar="FILE.html",
+        callback=not_empty,
+        shell_complete=files,
+        help="Draw what was found as an HTML file too.",
     )
 
 
@@ -264,7 +275,7 @@ def job_option() -> Decorator:
         "--timeout",
         type=click.FloatRange(min=0, min_open=True, max=1e6),
         default=600.0,
-        show_default="600",
+        show_default=True,
         metavar="SECONDS",
         help="How long the processes of torchrun wait for each other.",
     )
@@ -277,6 +288,7 @@ def data_options(*, required: bool) -> Decorator:
             "--data",
             required=required,
             metavar="DATA",
+            shell_complete=files,
             help="An .npy, .npz or .pt file, a folder of images, or pkg.mod:loader.",
         ),
         click.option("--batch-size", type=int, default=32, show_default=True, help="Samples in a batch."),

@@ -8,18 +8,26 @@ from typing import Any
 import click
 
 from bntool.cli import options as opt
+from bntool.cli.completing import files
 
 _FORMATS = ("html", "md", "png", "svg")
 
 
 @click.command("report", short_help="Draw what the commands found as one HTML file, Markdown or figures.")
-@click.argument("files", nargs=-1, required=True, metavar="FILE.json…", callback=opt.none_empty)
+@click.argument(
+    "files", nargs=-1, required=True, metavar="FILE.json…", callback=opt.none_empty, shell_complete=files
+)
 @click.option(
     "--format", "kind", type=click.Choice(_FORMATS), help="Default: by the output's name, else html."
 )
 @click.option("--figure", metavar="NAME", help="With png and svg: which figure; a wrong name lists them.")
 @click.option(
-    "-o", "--output", metavar="FILE", callback=opt.not_empty, help="Default: report.html; md to stdout."
+    "-o",
+    "--output",
+    metavar="FILE",
+    callback=opt.not_empty,
+    shell_complete=files,
+    help="Default: report.html; md to stdout.",
 )
 @click.option("--force", is_flag=True, help="Replace an output that exists.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")

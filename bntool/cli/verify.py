@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from bntool.cli import options as opt
+from bntool.cli.completing import files
 from bntool.cli.session import Session, Voice, open_session
 from bntool.errors import CheckFailed, LoadError, UsageError
 
@@ -18,12 +19,13 @@ if TYPE_CHECKING:
 
 
 @click.command("verify", short_help="Compare any two models or ONNX files; blame what differs.")
-@click.argument("candidate", required=True, callback=opt.not_empty)
+@click.argument("candidate", required=True, callback=opt.not_empty, shell_complete=files)
 @opt.model_options()
 @click.option(
     "--inputs",
     "inputs_file",
     metavar="FILE",
+    shell_complete=files,
     callback=opt.not_empty,
     help="Real inputs: an .npy, .npz or .pt file.",
 )
