@@ -5,7 +5,7 @@ PEERS := .venv-peers
 FUZZ := .venv-fuzz
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check lint gold bench latency zoo peers verification large streaming gpu-check \
+.PHONY: help setup demo test check lint gold docs man bench latency zoo peers verification large streaming gpu-check \
 	pickles fuzz durability
 
 help: ## list the targets
@@ -34,6 +34,14 @@ lint: setup ## ruff alone
 
 gold: setup ## write the golden files anew; read the diff afterwards
 	$(BIN)/python -m pytest --regold
+
+docs: setup man ## build the docs site into site/; a link that leads nowhere is an error
+	$(BIN)/python tools/make_reasons.py
+	$(BIN)/python tools/draw_laws.py
+	$(BIN)/python -m sphinx -W --keep-going -q -b html docs site
+
+man: setup ## write the man page and the page of commands from the help texts
+	$(BIN)/python tools/make_reference.py
 
 latency: setup ## time folded networks against the same ones built without BatchNorm
 	$(BIN)/python tools/latency.py
