@@ -71,7 +71,7 @@ def _section(name: str, command: click.Command, context: click.Context) -> str:
     examples = "\n".join(EXAMPLES[name])
     return (
         f"## {name}\n\n```text\nbntool {name} {_arguments(command, context)}\n```\n\n{_text(command)}\n"
-        f"\n```bash\n{examples}\n```\n\n| option | |\n|---|---|\n{options}\n"
+        f"\n```bash\n{examples}\n```\n\n| option | meaning |\n|---|---|\n{options}\n"
     )
 
 
