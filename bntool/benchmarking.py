@@ -43,6 +43,8 @@ def benchmark(
     rounds: int = 30,
     seconds: float = 20.0,
     device: str = "cpu",
+    onnx_device: str | None = None,
+    tf32: bool = False,
     pairs: Sequence[tuple[str, str]] | None = None,
     progress: Callable[[str], None] = lambda text: None,
 ) -> Benchmark:
@@ -50,7 +52,8 @@ def benchmark(
 
     `inputs_of` makes the inputs of a batch size, or None where there are none. `rounds` samples are taken of
     each, fewer (never under 7) where a batch size takes longer than `seconds`. Torch runs eager, ONNX files
-    in ONNX Runtime with as many threads. A batch size that a candidate does not take is left out and noted.
+    in ONNX Runtime with as many threads, on `onnx_device` where that is another than torch's. `tf32` lets
+    both of them use TF32 on CUDA. A batch size that a candidate does not take is left out and noted.
 
     Raises `UsageError` for no batch size that all take, or fewer than 7 rounds, and `DeviceError` where
     the device is not honoured.
@@ -69,7 +72,12 @@ def benchmark(
         progress(f"timing batch {batch}")
         with contextlib.ExitStack() as stack:
             try:
-                ready = [_ready(stack, candidate, device, inputs) for candidate in candidates]
+                ready = [
+                    _ready(
+                        stack, c, onnx_device or device if isinstance(c.what, Path) else device, inputs, tf32
+                    )
+                    for c in candidates
+                ]
             except ExportError as error:
                 notes.append(f"batch {batch} is left out: {error.what}")
                 continue
@@ -89,14 +97,17 @@ def benchmark(
         tuple(pairs if pairs is not None else ((first, c.name) for c in candidates[1:])),
         torch_threads(),
         tuple(notes),
+        tf32,
     )
 
 
-def _ready(stack: contextlib.ExitStack, candidate: Candidate, device: str, inputs: Inputs) -> Ready:
+def _ready(
+    stack: contextlib.ExitStack, candidate: Candidate, device: str, inputs: Inputs, tf32: bool
+) -> Ready:
     if isinstance(candidate.what, Path):
-        return stack.enter_context(onnx_ready(candidate.what, device, inputs, torch_threads()))
+        return stack.enter_context(onnx_ready(candidate.what, device, inputs, torch_threads(), tf32=tf32))
     try:
-        return stack.enter_context(torch_ready(candidate.what, device, inputs))
+        return stack.enter_context(torch_ready(candidate.what, device, inputs, tf32=tf32))
     except BntoolError:
         raise
     except Exception as error:  # whatever a model's forward raises

@@ -21,9 +21,10 @@ from bntool.comparing import K_NOISE, Limit, difference, noise_limits, rounding_
 from bntool.errors import BntoolError
 from bntool.inputs import Inputs
 from bntool.onnx_cutting import Cut, OnnxGraph
+from bntool.runtime.libraries import CPU, CUDA
 from bntool.runtime.ort_runner import OrtRunner
 from bntool.tracing import Trace, once_called, trace_module
-from bntool.verdicts import Check
+from bntool.verdicts import Check, first_failed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,10 +109,18 @@ def blame_onnx(
     model: nn.Module, path: Path, inputs_list: Sequence[Inputs], checks: Sequence[Check]
 ) -> Found | None:
     """What the first failed stage of an ONNX check is due to: the export, or the runtime on its device."""
-    failed = next(check for check in checks if not check.passed)
+    failed = first_failed(checks)
+    if failed is None:
+        return None
     if failed.stage != "runtime":
         return blame_export(model, path, inputs_list)
-    return blame_runtime(path, inputs_list, device=failed.device.partition(" ")[0])
+    return blame_runtime(path, inputs_list, device=where_it_ran(failed))
+
+
+def where_it_ran(check: Check) -> str:
+    """The device, or the provider that no device names, by which a run of ONNX Runtime is repeated."""
+    device = check.device.partition(" ")[0]
+    return device if check.provider in (CPU, CUDA) else check.provider
 
 
 def blame_files(reference: Path, candidate: Path, inputs_list: Sequence[Inputs]) -> Found | None:

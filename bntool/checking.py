@@ -14,19 +14,22 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from bntool import casting
 from bntool.comparing import Limit, Outputs, compare, difference
 from bntool.errors import BntoolError, CheckFailed
 from bntool.inputs import Inputs
 from bntool.reference import Progress, Reference, run_float64
-from bntool.runtime.libraries import CUDA, first_line
+from bntool.runtime.libraries import first_line
+from bntool.runtime.naming import on_nvidia
 from bntool.runtime.ort_runner import OrtRunner
 from bntool.runtime.torch_runner import TorchRunner
-from bntool.verdicts import Check
+from bntool.verdicts import TF32, Check
 
 # The surgery is algebra: redone in float64 it must agree far below any float32 rounding (6e-8), while the
 # float64 noise of deep networks, measured near 1e-15 of the peak, stays far under it.
 # A network that carries a rounding further is held to K_NOISE times what it makes of float64's own.
 ALGEBRA_LIMIT = 1e-10
+_TF32_LEAST = (8, 0)  # Ampere
 
 
 def check_surgery(
@@ -113,7 +116,8 @@ def check_onnx(
 ) -> list[Check]:
     """Compare an ONNX file with the torch model: the export stage (ONNX Runtime's optimisations off), then
     the runtime stage (optimisations on), both on `device`. `twice` runs the last of them again and tells
-    whether it repeats itself, which is always told of CUDA.
+    whether it repeats itself, which is always told of CUDA. `tf32` adds a row with TF32 on, judged by what
+    TF32 itself does to the model; where nothing here has TF32 the runtime row says so.
 
     Raises `DeviceError` when CUDA is asked for and not honoured, `ExportError` when the file does not run,
     `CheckFailed` when none of the inputs fits it.
@@ -121,33 +125,85 @@ def check_onnx(
     reference = reference or Reference(model, inputs_list, progress=progress)
     checks: list[Check] = []
     for stage, optimize in (("export", False), ("runtime", True)):
-        runner = OrtRunner(path, device, optimize=optimize, tf32=tf32)
+        runner = OrtRunner(path, device, optimize=optimize)
         if progress:
             progress(f"{stage}: {runner.label} on {runner.provider}")
-        fits = [i for i, inputs in enumerate(reference.inputs) if runner.accepts(inputs)]
-        if not fits:
-            raise CheckFailed(
-                "there is nothing to compare: the file takes none of these inputs",
-                where=f"{path}: {', '.join(runner.input_names)}",
-                next_step="pass an input of the file's own shape with --input NAME:SHAPE",
-            )
-        expected = [reference.outputs[i] for i in fits]
-        got = [runner.run(reference.inputs[i]) for i in fits]
-        judged = functools.partial(
-            compare,
-            expected,
-            [named_as(e, g) for e, g in zip(expected, got, strict=True)],
-            stage=stage,
-            device=runner.device,
-            provider=runner.provider,
-            detail="; ".join(_remarks(runner, reference, fits, got, stage, twice)),
-            atol=atol,
-            rtol=rtol,
+        checks.append(_check_file(runner, reference, path, stage, twice=twice, atol=atol, rtol=rtol))
+    if not tf32:
+        return checks
+    missing = no_tf32(runner.provider, reference.eps)
+    if missing:
+        last = checks[-1]
+        return [
+            *checks[:-1],
+            dataclasses.replace(last, detail="; ".join(filter(None, (last.detail, missing)))),
+        ]
+    runner = OrtRunner(path, device, optimize=True, tf32=True)
+    coarse = reference.in_arithmetic(casting.TF32)
+    row = _check_file(runner, coarse, path, "runtime", twice=twice)
+    return [*checks, dataclasses.replace(row, precision=TF32)]
+
+
+def check_tf32(candidate: nn.Module, reference: Reference, *, device: str) -> Check:
+    """A torch model on CUDA with TF32 on, judged by what TF32 itself does to the reference."""
+    coarse = reference.in_arithmetic(casting.TF32)
+    runner = TorchRunner(candidate, device, tf32=True)
+    row = compare(
+        coarse.outputs,
+        [runner.run(inputs) for inputs in coarse.inputs],
+        coarse.limits,
+        stage="verify",
+        device=runner.device,
+        provider=runner.provider,
+        detail=coarse.detail,
+    )
+    return dataclasses.replace(row, precision=TF32)
+
+
+def no_tf32(provider: str, eps: float) -> str:
+    """Why a run on this provider has no TF32, of numbers that are `eps` apart; empty where it has."""
+    if eps != torch.finfo(torch.float32).eps:
+        return "no TF32 row: TF32 is about float32 numbers, and the model has others"
+    if not on_nvidia(provider) and not provider.startswith("cuda"):
+        return f"no TF32 row: TF32 needs an NVIDIA GPU, and this ran on {provider}"
+    if torch.cuda.is_available() and torch.cuda.get_device_capability() < _TF32_LEAST:
+        return "no TF32 row: this GPU is older than Ampere, and has no TF32"
+    return ""
+
+
+def _check_file(
+    runner: OrtRunner,
+    reference: Reference,
+    path: str | Path,
+    stage: str,
+    *,
+    twice: bool,
+    atol: float | None = None,
+    rtol: float | None = None,
+) -> Check:
+    fits = [i for i, inputs in enumerate(reference.inputs) if runner.accepts(inputs)]
+    if not fits:
+        raise CheckFailed(
+            "there is nothing to compare: the file takes none of these inputs",
+            where=f"{path}: {', '.join(runner.input_names)}",
+            next_step="pass an input of the file's own shape with --input NAME:SHAPE",
         )
-        row = judged(reference.limits)
-        settled = row.passed or (atol, rtol) != (None, None)
-        checks.append(row if settled else judged(reference.redrawn_limits))
-    return checks
+    expected = [reference.outputs[i] for i in fits]
+    got = [runner.run(reference.inputs[i]) for i in fits]
+    judged = functools.partial(
+        compare,
+        expected,
+        [named_as(e, g) for e, g in zip(expected, got, strict=True)],
+        stage=stage,
+        device=runner.device,
+        provider=runner.provider,
+        detail="; ".join(_remarks(runner, reference, fits, got, stage, twice)),
+        atol=atol,
+        rtol=rtol,
+    )
+    row = judged(reference.limits)
+    settled = row.passed or (atol, rtol) != (None, None)
+    return row if settled else judged(reference.redrawn_limits)
 
 
 def seeded_batches(example: Inputs, batches: Sequence[int] = (1, 2, 3), seed: int = 0) -> list[Inputs]:
@@ -254,7 +310,7 @@ def _remarks(
         yield f"only {len(fits)} of {len(reference.inputs)} inputs fit the file's fixed shape"
     if runner.cpu_nodes:
         yield f"kept on the CPU by ONNX Runtime: {', '.join(runner.cpu_nodes)}"
-    if stage == "runtime" and (twice or runner.provider == CUDA):
+    if stage == "runtime" and (twice or on_nvidia(runner.provider)):
         yield repeated(got[0], runner.run(reference.inputs[fits[0]]))
 
 

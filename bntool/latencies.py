@@ -134,6 +134,7 @@ class Benchmark:
     pairs: tuple[tuple[str, str], ...]
     threads: int
     notes: tuple[str, ...] = ()
+    tf32: bool = False
 
     @property
     def versus(self) -> list[Versus]:
@@ -152,6 +153,6 @@ class Benchmark:
             "costs": [cost.to_dict() for cost in self.costs],
             "comparisons": [versus.to_dict() for versus in self.versus],
             "threads": self.threads,
-            "tf32": False,
+            "tf32": self.tf32,
             "notes": list(self.notes),
         }

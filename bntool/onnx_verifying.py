@@ -12,7 +12,9 @@ from pathlib import Path
 
 import torch
 
-from bntool.checking import named_as, repeated
+from bntool import casting
+from bntool.blaming import where_it_ran
+from bntool.checking import named_as, no_tf32, repeated
 from bntool.comparing import K_NOISE, Limit, compare, difference, rounding_term
 from bntool.errors import CheckFailed, ExportError
 from bntool.inputs import Inputs
@@ -20,7 +22,7 @@ from bntool.onnx_checking import SIDES, drawn_inputs
 from bntool.onnx_cutting import OnnxGraph
 from bntool.runtime.ort_runner import OrtRunner
 from bntool.runtime.providers import why_no_cuda
-from bntool.verdicts import Check
+from bntool.verdicts import TF32, Check
 
 LEVELS: Mapping[str, bool | str] = {"basic": "basic", "extended": "extended", "all": True}
 """ONNX Runtime's optimisation levels by the names of its documentation; the stage of a check of one file."""
@@ -32,18 +34,20 @@ def check_files(
     inputs_list: Sequence[Inputs],
     *,
     device: str = "auto",
+    tf32: bool = False,
     atol: float | None = None,
     rtol: float | None = None,
 ) -> list[Check]:
     """Two rows: both files as they are written, and the candidate with optimisations on, on `device`.
 
+    With `tf32` one more with TF32 on, judged by a walk of TF32's roundings, or why there is none.
     Raises `ExportError` where ONNX Runtime refuses a file, `DeviceError` where it refuses the device.
     """
     runs = _Runs(reference, inputs_list)
     rows = []
     for stage, optimize, where in (("verify", False, "cpu"), ("runtime", True, device)):
         rows.append(runs.row(stage, OrtRunner(candidate, where, optimize=optimize), atol, rtol))
-    return rows
+    return runs.with_tf32(rows, candidate) if tf32 else rows
 
 
 def check_itself(
@@ -51,12 +55,13 @@ def check_itself(
     inputs_list: Sequence[Inputs],
     *,
     device: str = "auto",
+    tf32: bool = False,
     atol: float | None = None,
     rtol: float | None = None,
 ) -> list[Check]:
     """A file against itself without optimisations: a row for each level, on the CPU and on CUDA where it is.
 
-    Raises as `check_files`.
+    `tf32` as in `check_files`. Raises as `check_files`.
     """
     runs = _Runs(path, inputs_list)
     devices = ["cpu"] if device in ("auto", "cpu") else [device]
@@ -70,7 +75,7 @@ def check_itself(
     ]
     if reason:
         rows[-1] = dataclasses.replace(rows[-1], detail=f"{rows[-1].detail}; not run on CUDA: {reason}")
-    return rows
+    return runs.with_tf32(rows, path) if tf32 else rows
 
 
 def seeded_file_inputs(
@@ -117,18 +122,40 @@ class _Runs:
         self.outputs = [runner.run(inputs) for inputs in self.inputs]
         moved = [runner.run(_nudged(inputs)) for inputs in self.inputs]
         nodes = len(OnnxGraph(path).steps)
-        self.limits = {
-            name: _limit([o[name] for o in self.outputs], [o[name] for o in moved], nodes)
-            for name in self.outputs[0]
+        pairs = {
+            name: [[o[name] for o in runs] for runs in (self.outputs, moved)] for name in self.outputs[0]
         }
+        self.limits = {name: _limit(own, nudged, nodes) for name, (own, nudged) in pairs.items()}
+        self._tf32_limits = {
+            name: _limit(own, nudged, nodes, casting.TF32.eps) for name, (own, nudged) in pairs.items()
+        }
+        floating = [t.dtype for t in self.outputs[0].values() if t.is_floating_point()]
+        self._eps = max((torch.finfo(dtype).eps for dtype in floating), default=0.0)
 
-    def row(self, stage: str, runner: OrtRunner, atol: float | None, rtol: float | None) -> Check:
+    def with_tf32(self, rows: list[Check], path: str | Path) -> list[Check]:
+        """The rows and one with TF32 on, where the last of them ran; or why there is none."""
+        last = rows[-1]
+        missing = no_tf32(last.provider, self._eps)
+        if missing:
+            return [*rows[:-1], dataclasses.replace(last, detail=f"{last.detail}; {missing}")]
+        runner = OrtRunner(path, where_it_ran(last), tf32=True)
+        row = self.row(last.stage, runner, None, None, self._tf32_limits)
+        return [*rows, dataclasses.replace(row, precision=TF32)]
+
+    def row(
+        self,
+        stage: str,
+        runner: OrtRunner,
+        atol: float | None,
+        rtol: float | None,
+        limits: Mapping[str, Limit] | None = None,
+    ) -> Check:
         got = [named_as(e, runner.run(i)) for e, i in zip(self.outputs, self.inputs, strict=True)]
         again = named_as(self.outputs[0], runner.run(self.inputs[0]))
         return compare(
             self.outputs,
             got,
-            self.limits,
+            limits or self.limits,
             stage=stage,
             device=runner.device,
             provider=runner.provider,
@@ -151,10 +178,15 @@ def _nudged(inputs: Inputs) -> Inputs:
     return inputs.map(nudge)
 
 
-def _limit(own: list[torch.Tensor], moved: list[torch.Tensor], nodes: int) -> Limit:
+def _limit(
+    own: list[torch.Tensor], moved: list[torch.Tensor], nodes: int, coarse: float | None = None
+) -> Limit:
+    """With `coarse`, what the roundings of a coarser arithmetic may move the output by."""
     if not own[0].is_floating_point():
         return Limit(0.0, 0.0)
     eps = torch.finfo(own[0].dtype).eps
     shaped = [difference(a, b).relative for a, b in zip(own, moved, strict=True)]
-    noise = max(rounding_term(eps, nodes) / 2, *(d for d in shaped if d < eps**0.5), 0.0)
+    # What one rounding of the inputs is carried to grows with the rounding.
+    grown = coarse / eps if coarse else 1.0
+    noise = max(rounding_term(eps, nodes) / 2, *(d for d in shaped if d < eps**0.5), 0.0) * grown
     return Limit(noise, (K_NOISE + 2) * noise)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bntool.casting import rounded_copy
+from bntool.casting import Arithmetic
 from bntool.comparing import K_NOISE, Limit, noise_limits, rounding_term
 from bntool.errors import BntoolError, CheckFailed
 from bntool.inputs import Inputs
@@ -29,8 +29,8 @@ Progress = Callable[[str], None]
 class Reference:
     """The original's own runs on some inputs: in its own precision on `device`, and in float64 on the CPU.
 
-    With `dtype` the own precision is that narrower type, emulated: numbers of that type, every op rounded
-    to it. Each runs once, when first needed. An input that the original cannot run is left out and noted.
+    With `arithmetic` the own precision is that coarser one, emulated. Each runs once, when first needed. An
+    input that the original cannot run is left out and noted.
     Raises `CheckFailed` when there is no input that it can run.
     """
 
@@ -42,10 +42,10 @@ class Reference:
         device: str = "cpu",
         progress: Progress | None = None,
         parts: bool = False,
-        dtype: torch.dtype | None = None,
+        arithmetic: Arithmetic | None = None,
     ) -> None:
         self._model = model
-        self._dtype = dtype
+        self._arithmetic = arithmetic
         self._given = list(inputs_list)
         self._device = device
         self._progress = progress or (lambda text: None)
@@ -53,7 +53,7 @@ class Reference:
         self.narrowed: set[torch.dtype] = set()
         self._with_parts = parts
         self.layers = sum(1 for module in model.modules() if not any(module.children()))
-        self.eps = _coarsest_eps(model) if dtype is None else float(torch.finfo(dtype).eps)
+        self.eps = _coarsest_eps(model) if arithmetic is None else arithmetic.eps
 
     @property
     def parts(self) -> bool:
@@ -91,20 +91,20 @@ class Reference:
         return runs
 
     def _own_runner(self, model: nn.Module) -> TorchRunner:
-        model = model if self._dtype is None else rounded_copy(model, self._dtype)
+        model = model if self._arithmetic is None else self._arithmetic.copy(model)
         return TorchRunner(model, self._device, parts=self._with_parts)
 
     def _narrowed(self, inputs: Inputs) -> Inputs:
-        return inputs if self._dtype is None else inputs.to(dtype=self._dtype).to(dtype=torch.float32)
+        stored = self._arithmetic.stored if self._arithmetic is not None else None
+        return inputs if stored is None else inputs.to(dtype=stored).to(dtype=torch.float32)
 
-    def in_dtype(self, dtype: torch.dtype) -> Reference:
-        """The same reference for a candidate of a narrower type: the noise is what that type itself makes."""
-        narrow = Reference(self._model, self.inputs, progress=self._progress, dtype=dtype)
-        narrow.__dict__["exact"] = self.exact
-        narrow.narrowed = self.narrowed
-        name = str(dtype).removeprefix("torch.")
-        narrow.notes.append(f"the noise floor is that of {name}, emulated in torch")
-        return narrow
+    def in_arithmetic(self, arithmetic: Arithmetic) -> Reference:
+        """The same reference for a candidate of a coarser arithmetic: the noise is what that itself makes."""
+        coarse = Reference(self._model, self.inputs, progress=self._progress, arithmetic=arithmetic)
+        coarse.__dict__["exact"] = self.exact
+        coarse.narrowed = self.narrowed
+        coarse.notes.append(f"the noise floor is that of {arithmetic.name}, emulated in torch")
+        return coarse
 
     @property
     def inputs(self) -> list[Inputs]:

@@ -10,6 +10,7 @@ import torch
 from bntool.blaming import Found
 from bntool.errors import CheckFailed, UsageError
 from bntool.files.drafts import draft_folder
+from bntool.runtime.libraries import CPU, CUDA
 
 _LEVELS = {False: "DISABLE_ALL", True: "ENABLE_ALL", "basic": "ENABLE_BASIC", "extended": "ENABLE_EXTENDED"}
 
@@ -81,7 +82,9 @@ def _fill(found: Found, folder: Path) -> None:
     if found.cut is not None:
         found.cut.write(folder / "model.onnx")
         np.save(folder / "expected.npy", _array(found.expected))
-        provider = "CUDAExecutionProvider" if found.device.startswith("cuda") else "CPUExecutionProvider"
+        provider = found.device
+        if not provider.endswith("ExecutionProvider"):
+            provider = CUDA if provider.startswith("cuda") else CPU
         script = _ONNX.format(title=_plain(title), level=_LEVELS[found.optimize], provider=provider)
     elif found.layers is not None:
         for name, layer in zip(("reference", "candidate"), found.layers, strict=True):

@@ -11,7 +11,7 @@ from torch import nn
 from bntool.inputs import Inputs
 from bntool.plan import FoldSite, InsertSite, Plan, Skip, Unshared
 from bntool.report.tables import Column, Table, count, render, signed, size, wrapped
-from bntool.verdicts import Check
+from bntool.verdicts import Check, first_failed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +41,7 @@ class SurgeryResult:
 
     @property
     def status(self) -> str:
-        if any(not check.passed for check in self.checks):
+        if first_failed(self.checks) is not None:
             return "check-failed"
         return "ok" if self.modified else "nothing-to-do"
 

@@ -18,7 +18,7 @@ from bntool.inputs import Inputs
 from bntool.moments import Moments, Seen
 from bntool.observe.copying import structural_copy
 from bntool.observe.leftovers import random_state_kept, require_materialised
-from bntool.runtime.torch_runner import exact_float32
+from bntool.runtime.torch_runner import float32_products
 from bntool.world import World
 
 Progress = Callable[[str], None]
@@ -62,7 +62,7 @@ def sweep(
             _normalise_alone(layer)
     device = next((t.device for t in (*run.parameters(), *run.buffers())), torch.device("cpu"))
     watch = _Watch({id(layer): name for name, layer in layers.items()}, batch_statistics)
-    with random_state_kept(), exact_float32(), torch.no_grad(), watch.hooks():
+    with random_state_kept(), float32_products(tf32=False), torch.no_grad(), watch.hooks():
         for inputs in inputs_of(model, batches):
             watch.batch += 1
             if progress:

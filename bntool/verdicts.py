@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Iterable
 from typing import Any
+
+TF32 = "TF32"
+"""The `precision` of a row that was run with TF32 on: it tells what that costs, and decides nothing."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -13,7 +17,7 @@ class Check:
 
     The figures are those of the worst output, `worst` (name and index); `ratio` is relative / noise_floor.
     `top1` is None where no output looks like class scores. `precision` is `float64` for the row that proves
-    the algebra, empty for the model's own.
+    the algebra, `TF32` for one with TF32 on, judged by a limit of its own, empty for the model's own.
     """
 
     stage: str
@@ -33,8 +37,18 @@ class Check:
     worst: tuple[str, tuple[int, ...]] = ("", ())
     precision: str = ""
 
+    @property
+    def decides(self) -> bool:
+        """Whether the row counts: TF32 is information about this model, not a fault of its export."""
+        return self.precision != TF32
+
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON; a figure that is not finite becomes None."""
         data = dataclasses.asdict(self)
         data["worst"] = {"output": self.worst[0], "index": list(self.worst[1])}
         return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in data.items()}
+
+
+def first_failed(checks: Iterable[Check]) -> Check | None:
+    """The first row that fails, of those that decide."""
+    return next((check for check in checks if check.decides and not check.passed), None)

@@ -26,7 +26,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         return
     import torch
 
-    if not torch.cuda.is_available():
+    # A promised GPU that is not there fails the tests: skipping would look like a pass.
+    if not torch.cuda.is_available() and os.environ.get("BNTOOL_EXPECT_GPU") != "1":
         for item in needing_gpu:
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
 

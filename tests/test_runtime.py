@@ -1,8 +1,5 @@
 from __future__ import annotations
 
-import types
-from typing import Any
-
 import onnx
 import pytest
 import torch
@@ -13,60 +10,8 @@ from bntool.inputs import Inputs
 from bntool.runtime import OrtRunner, TorchRunner, providers
 from bntool.runtime.libraries import CPU, CUDA, explain_missing_cuda
 from bntool.runtime.providers import NodeAssignment, open_session, prove_heavy_nodes
-from bntool.runtime.torch_runner import exact_float32
-
-
-class Recorded:
-    """An onnxruntime stand-in: sessions with recorded providers, options and node assignments."""
-
-    __file__ = "/nowhere/onnxruntime/__init__.py"
-    __version__ = "1.0"
-
-    def __init__(self, *, honours: bool, nodes: dict[str, str], strict_works: bool, tf32: str = "0") -> None:
-        self.created: list[tuple[Any, dict[str, str]]] = []
-        recorded = self
-
-        class SessionOptions:
-            def __init__(self) -> None:
-                self.config: dict[str, str] = {}
-
-            def add_session_config_entry(self, key: str, value: str) -> None:
-                self.config[key] = value
-
-        class InferenceSession:
-            def __init__(self, model: Any, options: Any, providers: Any) -> None:
-                recorded.created.append((providers, options.config))
-                print("*************** EP Error ***************")
-                strict = "session.disable_cpu_ep_fallback" in options.config
-                if strict and not strict_works:
-                    raise RuntimeError("nodes are assigned to the default CPU EP")
-                self.cuda = honours and providers[0] != CPU
-
-            def get_providers(self) -> list[str]:
-                return [CUDA, CPU] if self.cuda else [CPU]
-
-            def get_provider_options(self) -> dict[str, dict[str, str]]:
-                return {CUDA: {"use_tf32": tf32, "device_id": "0"}} if self.cuda else {}
-
-            def get_provider_graph_assignment_info(self) -> list[Any]:
-                return [
-                    types.SimpleNamespace(
-                        ep_name=where,
-                        get_nodes=lambda op=op: [types.SimpleNamespace(op_type=op, name=f"{op}_1")],
-                    )
-                    for op, where in nodes.items()
-                ]
-
-        self.SessionOptions, self.InferenceSession = SessionOptions, InferenceSession
-        self.GraphOptimizationLevel = types.SimpleNamespace(ORT_ENABLE_ALL=99, ORT_DISABLE_ALL=0)
-
-    def set_default_logger_severity(self, level: int) -> None: ...
-
-    def preload_dlls(self) -> None:
-        print("a banner")
-
-    def get_available_providers(self) -> list[str]:
-        return [CUDA, CPU]
+from bntool.runtime.torch_runner import float32_products
+from tests.recorded import Recorded
 
 
 @pytest.fixture
@@ -276,15 +221,16 @@ def test_a_model_that_cannot_be_copied_is_an_error_of_the_user():
 
 
 @pytest.mark.parametrize("precision", ["highest", "high", "medium"])
-def test_tf32_is_off_inside_and_restored_after(precision):
+def test_tf32_is_as_asked_inside_and_restored_after(precision):
     matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
     found = (torch.get_float32_matmul_precision(), matmul.fp32_precision, cudnn.allow_tf32)
     try:
         torch.set_float32_matmul_precision(precision)
         before = (matmul.allow_tf32, matmul.fp32_precision, cudnn.allow_tf32)
-        with exact_float32():
-            assert (matmul.allow_tf32, cudnn.allow_tf32) == (False, False)
-            assert (matmul.fp32_precision, cudnn.conv.fp32_precision) == ("ieee", "ieee")
+        for on, kind in ((False, "ieee"), (True, "tf32")):
+            with float32_products(tf32=on):
+                assert (matmul.allow_tf32, cudnn.allow_tf32) == (on, on)
+                assert (matmul.fp32_precision, cudnn.conv.fp32_precision) == (kind, kind)
         assert torch.get_float32_matmul_precision() == precision
         assert (matmul.allow_tf32, matmul.fp32_precision, cudnn.allow_tf32) == before
     finally:

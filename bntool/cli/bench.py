@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 @opt.loading_options()
 @opt.bench_options()
 @opt.device_option()
+@opt.providers_option()
 @opt.common_options()
 def command(first: str, second: str, **options: Any) -> int:
     """Time A and B on the same inputs and device: models, exported programs, ONNX files.
@@ -39,7 +40,7 @@ def command(first: str, second: str, **options: Any) -> int:
 
     files = [name for name in (first, second) if is_onnx(name)]
     modules = [name for name in (first, second) if name not in files]
-    serving.require_device(options["device"], torch_too=bool(modules), onnx_too=bool(files))
+    serving.require_places(options, torch_too=bool(modules), onnx_too=bool(files))
     session = open_session(voice, {**options, "model": modules[0]}) if modules else None
     inputs_of = _inputs_of(session, files, options["seed"])
     candidates = []

@@ -19,6 +19,8 @@ from bntool.errors import InvariantError
 @opt.output_option()
 @click.option("--force", is_flag=True, help="Replace outputs that exist.")
 @opt.device_option()
+@opt.providers_option()
+@opt.tf32_option()
 @opt.check_option()
 @opt.tolerance_options()
 @opt.common_options()
@@ -36,7 +38,7 @@ def command(**options: Any) -> int:
     from bntool.files.sidecar import output_name
     from bntool.report.checks import checks_text
 
-    serving.require_device(options["device"], onnx_too=True)
+    serving.require_places(options, onnx_too=True)
     source = session.loaded.path or session.loaded.reference
     wanted = Path(options["output"]) if options["output"] else output_name(source, "export")
     target = serving.chosen_onnx(wanted, session, options["force"])

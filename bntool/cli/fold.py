@@ -44,6 +44,8 @@ if TYPE_CHECKING:
 @opt.pattern_options()
 @opt.output_options()
 @opt.device_option()
+@opt.providers_option()
+@opt.tf32_option()
 @opt.check_option()
 @opt.tolerance_options()
 @opt.repro_option()
@@ -83,7 +85,7 @@ def command(**options: Any) -> int:
     from bntool.report.checks import checks_text
     from bntool.report.latency import latency_text
 
-    serving.require_device(options["device"], torch_too=True, onnx_too=bool(options["export_to"]))
+    serving.require_places(options, torch_too=True, onnx_too=bool(options["export_to"]))
     path = onnx = None
     if not options["dry_run"]:
         path = writing.chosen_output(session, "fold", options["output"], options["force"])

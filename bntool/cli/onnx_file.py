@@ -30,7 +30,7 @@ def fold_onnx_file(voice: Voice, options: dict[str, Any]) -> int:
     from bntool.results import fold_lines, fold_verdicts, merges_of
 
     source = Path(options["model"])
-    serving.require_device(options["device"], torch_too=False, onnx_too=True)
+    serving.require_places(options, onnx_too=True)
     target = Path(options["output"]) if options["output"] else output_name(source, "fold")
     if not options["dry_run"]:
         require_writable(target, force=options["force"], forbid=(source,))
@@ -44,7 +44,7 @@ def fold_onnx_file(voice: Voice, options: dict[str, Any]) -> int:
                 merge=not options["no_merge"],
                 unshare=options["unshare"],
                 check=options["check"],
-                device=options["device"],
+                device=options["onnx_device"],
                 seed=options["seed"],
             )
         for note in result.plan.notes:

@@ -206,6 +206,32 @@ def device_option() -> Decorator:
     )
 
 
+def _providers(ctx: click.Context, param: click.Parameter, value: str | None) -> tuple[str, ...]:
+    names = tuple(name.strip() for name in value.split(",")) if value is not None else ()
+    if not all(names):
+        raise click.BadParameter(f"{value!r} holds an empty name", ctx, param)
+    return tuple(dict.fromkeys(names))
+
+
+def providers_option() -> Decorator:
+    return click.option(
+        "--providers",
+        callback=_providers,
+        metavar="NAME,NAME",
+        help="Where ONNX Runtime runs, by its own names: CUDAExecutionProvider, …; the first is proved.",
+    )
+
+
+def tf32_option() -> Decorator:
+    return click.option(
+        "--tf32",
+        type=click.Choice(["off", "both"]),
+        default="off",
+        show_default=True,
+        help="both: one row more with TF32 on, for information. It needs an NVIDIA GPU.",
+    )
+
+
 def _dynamic(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) -> dict[str, list[int]]:
     """`NAME:0,2,3` for each; without a name it is the only input's."""
     found: dict[str, list[int]] = {}

@@ -216,6 +216,7 @@ def _exported(
     from bntool.onnx_folding import fold_exported
     from bntool.program_folding import RunnableProgram, example_inputs_of
     from bntool.reasons import Reason
+    from bntool.verdicts import first_failed
 
     metadata = {"bntool_version": __version__, "bntool_source_sha256": session.loaded.source_hash}
     inputs = example_inputs_of(folded.model, session.seed)
@@ -245,10 +246,11 @@ def _exported(
             batches,
             device=options["device"],
             progress=step,
+            tf32=options["tf32"] == "both",
             atol=options["atol"],
             rtol=options["rtol"],
         )
-    failed = next((check for check in checks if not check.passed), None)
+    failed = first_failed(checks)
     if failed is not None:
         raise CheckFailed(
             f"the {failed.stage} stage differs: "

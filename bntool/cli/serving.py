@@ -72,6 +72,36 @@ def require_axes(session: Session, options: dict[str, Any]) -> None:
     DynamicAxes(asked=options["dynamic"]).named_for(session.example)
 
 
+def require_places(options: dict[str, Any], *, torch_too: bool = False, onnx_too: bool = False) -> None:
+    """Before any work: what `--device` or `--providers` asks for must be there, and really run.
+
+    From here on `device` is where torch runs, and `onnx_device` where ONNX Runtime does.
+    """
+    options["onnx_device"] = options["device"]
+    names = options.get("providers") or ()
+    if not names:
+        require_device(options["device"], torch_too=torch_too, onnx_too=onnx_too)
+        return
+    if not onnx_too:
+        raise UsageError(
+            "--providers is about ONNX Runtime, and no ONNX file takes part",
+            next_step="leave it out; --device says where torch runs",
+        )
+    if options["device"] != "auto":
+        raise UsageError(
+            "--providers and --device both say where to run", next_step="leave --device out, torch follows"
+        )
+    from bntool.runtime.naming import require_known, torch_device_of
+    from bntool.runtime.providers import onnxruntime, run_tiny_convolution
+
+    ort = onnxruntime()
+    require_known(names, ort)
+    options["onnx_device"] = ",".join(names)
+    run_tiny_convolution(ort, options["onnx_device"])
+    options["device"] = torch_device_of(names)
+    require_device(options["device"], torch_too=torch_too)
+
+
 def require_device(device: str, *, torch_too: bool = False, onnx_too: bool = False) -> None:
     """Before any work: CUDA that is asked for must be there. Raises `DeviceError` with the reasons."""
     if device in ("auto", "cpu"):
@@ -248,23 +278,25 @@ def _check_onnx(
 
     Without `blame`, or in half precision, nobody looks for the node at fault.
     """
-    from bntool.casting import DTYPES
+    from bntool.casting import DTYPES, stored_as
     from bntool.checking import check_onnx
+    from bntool.verdicts import first_failed
 
     if reference is None:
         return []
     dtype = DTYPES.get(narrow(options["dtype"]))
     if dtype is not None:
-        reference = reference.in_dtype(dtype)
+        reference = reference.in_arithmetic(stored_as(dtype))
     try:
         with session.voice.progress("verifying the ONNX file") as step:
             checks = check_onnx(
                 result.model,
                 path,
                 reference.inputs,
-                device=options["device"],
+                device=options["onnx_device"],
                 progress=step,
                 reference=reference,
+                tf32=options["tf32"] == "both",
                 atol=options["atol"],
                 rtol=options["rtol"],
             )
@@ -272,7 +304,7 @@ def _check_onnx(
         if dtype is not None:
             error.next_step = "verify on a device that runs it (--device cuda), or write it with --check none"
         raise
-    failed = next((check for check in checks if not check.passed), None)
+    failed = first_failed(checks)
     if failed is not None:
         session.voice.say(checks_text([*result.checks, *checks]))
         if blame and dtype is None:
@@ -306,7 +338,7 @@ def _kept_unverified(path: Path, target: Path) -> Path:
 
 def _told(checks: Sequence[Check]) -> str:
     """The verdicts for the file's metadata, without figures: those wobble from machine to machine."""
-    rows = [f"{c.stage} {c.precision}".strip() + f": passed on {c.provider}" for c in checks]
+    rows = [f"{c.stage} {c.precision}".strip() + f": passed on {c.provider}" for c in checks if c.decides]
     return "; ".join(rows) or "none"
 
 
@@ -327,6 +359,7 @@ def timed(
             batches=options["batch_sizes"],
             rounds=options["rounds"],
             device=torch_device(options["device"]),
+            onnx_device=options["onnx_device"] if options.get("providers") else None,
             pairs=pairs,
             progress=step,
         )

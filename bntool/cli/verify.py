@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     help="Real inputs: an .npy, .npz or .pt file.",
 )
 @opt.device_option()
+@opt.providers_option()
+@opt.tf32_option()
 @opt.check_option()
 @opt.tolerance_options()
 @opt.repro_option()
@@ -63,11 +65,12 @@ def command(candidate: str, **options: Any) -> int:
 def _checked(session: Session, candidate: str, options: dict[str, Any]) -> tuple[list[Check], dict[str, Any]]:
     from bntool.cli import blaming, picturing, serving
     from bntool.cli.program_file import runnable, with_runnable_program
+    from bntool.verdicts import first_failed
 
     is_onnx = _is_onnx(candidate)
     if session.program is not None:
         session = with_runnable_program(session, session.program, options)
-    serving.require_device(options["device"], torch_too=not is_onnx, onnx_too=is_onnx)
+    serving.require_places(options, torch_too=not is_onnx, onnx_too=is_onnx)
     other = None if is_onnx else runnable(session.load_other(candidate, options), options)
     if session.loaded.kind != "program":
         session.observe()
@@ -76,7 +79,7 @@ def _checked(session: Session, candidate: str, options: dict[str, Any]) -> tuple
         checks = _compared(session, other or Path(candidate), reference, options, step)
     if session.loaded.kind != "program":
         picturing.picture_module(session)
-    if all(check.passed for check in checks):
+    if first_failed(checks) is None:
         return checks, {}
 
     def find() -> Found | None:
@@ -93,13 +96,14 @@ def _concluded(
     voice: Voice, candidate: str, reference: str, checks: list[Check], blame: dict[str, Any]
 ) -> int:
     from bntool.report.checks import checks_text
+    from bntool.verdicts import first_failed
 
     voice.say(checks_text(checks))
     scores = [check.top1 for check in checks if check.top1 is not None]
     if scores:
         voice.say(f"the same class comes first for {min(scores):.2%} of the samples")
     document = {"status": "ok", "checks": [check.to_dict() for check in checks], **blame}
-    failed = next((check for check in checks if not check.passed), None)
+    failed = first_failed(checks)
     if failed is not None:
         voice.fail(_mismatch(failed, candidate, reference), document)
     voice.emit(document)
@@ -143,7 +147,7 @@ def _is_onnx(candidate: str | None) -> bool:
 def _compared(
     session: Session, other: Any, reference: Reference, options: dict[str, Any], step: Any
 ) -> list[Check]:
-    from bntool.checking import check_onnx, check_surgery
+    from bntool.checking import check_onnx, check_surgery, check_tf32, no_tf32
     from bntool.cli import serving
 
     common: dict[str, Any] = {
@@ -154,9 +158,17 @@ def _compared(
         "rtol": options["rtol"],
     }
     if isinstance(other, Path):
-        return check_onnx(session.model, other, reference.inputs, device=options["device"], **common)
+        both = {"device": options["onnx_device"], "tf32": options["tf32"] == "both"}
+        return check_onnx(session.model, other, reference.inputs, **both, **common)
     device = serving.torch_device(options["device"])
-    return check_surgery(session.model, other, reference.inputs, stage="verify", device=device, **common)
+    rows = check_surgery(session.model, other, reference.inputs, stage="verify", device=device, **common)
+    if options["tf32"] == "both":
+        missing = no_tf32(device, reference.eps)
+        if missing:
+            session.voice.note(missing)
+        else:
+            rows.append(check_tf32(other, reference, device=device))
+    return rows
 
 
 def _mismatch(check: Check, candidate: str, reference: str) -> CheckFailed:

@@ -21,32 +21,35 @@ def verify_files(
     from bntool.cli import blaming, picturing, serving
     from bntool.onnx_files import open_onnx
     from bntool.onnx_verifying import check_files, check_itself
+    from bntool.verdicts import first_failed
 
     for path in filter(None, (candidate, reference)):
         open_onnx(path)
-    serving.require_device(options["device"], onnx_too=True)
+    serving.require_places(options, onnx_too=True)
     inputs = _inputs(reference or candidate, options)
-    common = {name: options[name] for name in ("device", "atol", "rtol")}
+    common: dict[str, Any] = {"device": options["onnx_device"], "tf32": options["tf32"] == "both"}
+    common |= {name: options[name] for name in ("atol", "rtol")}
     with voice.progress("comparing"):
         if reference is None:
             checks = check_itself(candidate, inputs, **common)
         else:
             checks = check_files(reference, candidate, inputs, **common)
     picturing.picture_onnx(voice, reference or candidate)
-    failed = next((check for check in checks if not check.passed), None)
+    failed = first_failed(checks)
     if failed is None:
         return checks, {}
     return checks, blaming.report(voice, lambda: _found(candidate, reference, inputs, failed), options)
 
 
 def _found(candidate: Path, reference: Path | None, inputs: list[Inputs], failed: Check) -> Found | None:
-    from bntool.blaming import blame_files, blame_runtime
+    from bntool.blaming import blame_files, blame_runtime, where_it_ran
     from bntool.onnx_verifying import LEVELS
 
     if failed.stage == "verify" and reference is not None:
         return blame_files(reference, candidate, inputs)
-    device = failed.device.partition(" ")[0]
-    return blame_runtime(candidate, inputs, device=device, optimize=LEVELS.get(failed.stage, True))
+    return blame_runtime(
+        candidate, inputs, device=where_it_ran(failed), optimize=LEVELS.get(failed.stage, True)
+    )
 
 
 def _inputs(path: Path, options: dict[str, Any]) -> list[Inputs]:

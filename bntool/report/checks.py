@@ -7,17 +7,17 @@ from collections.abc import Sequence
 from typing import Any
 
 from bntool.report.tables import Column, Table, render
-from bntool.verdicts import Check
+from bntool.verdicts import Check, first_failed
 
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """Several checks; true when there is at least one and all passed. Prints itself as a table."""
+    """Several checks; true when at least one decides, and all that do passed. Prints itself as a table."""
 
     checks: tuple[Check, ...]
 
     def __bool__(self) -> bool:
-        return bool(self.checks) and all(check.passed for check in self.checks)
+        return any(check.decides for check in self.checks) and first_failed(self.checks) is None
 
     def to_dict(self) -> dict[str, Any]:
         return {"passed": bool(self), "checks": [check.to_dict() for check in self.checks]}
@@ -41,7 +41,7 @@ def checks_text(checks: Sequence[Check]) -> str:
         [
             f"{check.stage} {check.precision}".strip(),
             _ran_on(check),
-            "passed" if check.passed else "FAILED",
+            _verdict(check),
             f"{check.max_abs:.1e}",
             f"{check.relative:.1e}",
             f"{check.ratio:.2f}",
@@ -51,8 +51,16 @@ def checks_text(checks: Sequence[Check]) -> str:
     ]
     if not rows:
         return "nothing was verified"
-    details = dict.fromkeys(f"{check.stage}: {check.detail}" for check in checks if check.detail)
+    details = dict.fromkeys(
+        f"{check.stage} {check.precision}".strip() + f": {check.detail}" for check in checks if check.detail
+    )
     return "\n".join([render(Table(columns, rows)), *details])
+
+
+def _verdict(check: Check) -> str:
+    if not check.decides:
+        return "within" if check.passed else "beyond"
+    return "passed" if check.passed else "FAILED"
 
 
 def _ran_on(check: Check) -> str:

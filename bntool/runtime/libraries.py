@@ -10,17 +10,24 @@ from typing import Any
 
 CPU = "CPUExecutionProvider"
 CUDA = "CUDAExecutionProvider"
+TENSORRT = "TensorrtExecutionProvider"
 
 
 def explain_missing_cuda(ort: Any) -> str:
     """The most likely reason why this ONNX Runtime has no CUDA, in one line."""
     if CUDA not in ort.get_available_providers():
         return "the installed ONNX Runtime was built without CUDA"
+    return explain_missing(ort, CUDA)
+
+
+def explain_missing(ort: Any, provider: str) -> str:
+    """The most likely reason why a provider of this ONNX Runtime does not load, in one line."""
     folder = Path(ort.__file__).parent / "capi"
     suffix = ".dll" if os.name == "nt" else ".so"
     prefix = "" if os.name == "nt" else "lib"
-    # The CUDA library finds its host functions in the shared one, which must be visible first.
-    for name, mode in (("shared", ctypes.RTLD_GLOBAL), ("cuda", ctypes.DEFAULT_MODE)):
+    kind = provider.removesuffix("ExecutionProvider").lower()
+    # The provider's library finds its host functions in the shared one, which must be visible first.
+    for name, mode in (("shared", ctypes.RTLD_GLOBAL), (kind, ctypes.DEFAULT_MODE)):
         library = folder / f"{prefix}onnxruntime_providers_{name}{suffix}"
         if not library.exists():
             return f"{library.name} is not in the installed wheel"
@@ -35,6 +42,8 @@ def _missing_library(message: str, ort: Any) -> str:
     missing = message.partition(":")[0]
     if missing.startswith("libcuda."):
         return f"{missing} not found: no NVIDIA driver on this machine"
+    if missing.startswith(("libnvinfer", "libnvonnxparser")):
+        return f"{missing} not found: TensorRT {missing.rpartition('.')[2]} is not installed"
     needs = getattr(ort, "cuda_version", "") or "its own version"
     return f"{message.strip()} (onnxruntime {ort.__version__} needs CUDA {needs} and cuDNN 9)"
 

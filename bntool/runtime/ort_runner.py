@@ -12,16 +12,18 @@ from torch.utils.dlpack import from_dlpack
 
 from bntool.errors import BntoolError, DeviceError, ExportError
 from bntool.inputs import Inputs
-from bntool.runtime.libraries import CUDA, first_line
+from bntool.runtime.libraries import CPU, first_line
+from bntool.runtime.naming import on_nvidia
 from bntool.runtime.providers import GPU_EXTRA, open_session
 
 _NARROW = {"tensor(float16)": torch.float16, "tensor(bfloat16)": torch.bfloat16}
+_OF_THE_DEVICE = ("CUDA", "CUDNN", "cuDNN", "CUBLAS", "Failed to allocate memory", "TensorRT")
 _BFLOAT16 = 16  # TensorProto.BFLOAT16: numpy has no such type, so it travels as its 16 bits
 
 
 class OrtRunner:
-    """Runs an ONNX file; `provider` is read back, `cpu_nodes` lists what CUDA left on the CPU, `note` says
-    what `auto` chose and why.
+    """Runs an ONNX file; `provider` is read back, `cpu_nodes` lists what it left on the CPU, `note` says what
+    `auto` chose and why.
 
     `optimize` switches ONNX Runtime's graph optimisations, or names their level, `basic` or `extended`;
     `tf32` lets CUDA round float32 products; `threads` is how many it computes with on the CPU (0: its own
@@ -59,8 +61,10 @@ class OrtRunner:
     @property
     def device(self) -> str:
         """`cpu`, or `cuda:0 (name of the card)`, from the provider that the session really has."""
-        if self._provider != CUDA:
+        if self._provider == CPU:
             return "cpu"
+        if not on_nvidia(self._provider):
+            return self._provider.removesuffix("ExecutionProvider").lower()
         index = int(self._cuda_index)
         name = f" ({torch.cuda.get_device_name(index)})" if torch.cuda.is_available() else ""
         return f"cuda:{index}{name}"
@@ -88,7 +92,7 @@ class OrtRunner:
 
         With `fixed_outputs` every run writes to the same memory. Raises as `run`.
         """
-        kind, index = ("cuda", int(self._cuda_index)) if self._provider == CUDA else ("cpu", 0)
+        kind, index = ("cuda", int(self._cuda_index)) if on_nvidia(self._provider) else ("cpu", 0)
         binding = self._session.io_binding()
         for name, value in self.values(inputs, kind, index).items():
             binding.bind_ortvalue_input(name, value)
@@ -111,14 +115,14 @@ class OrtRunner:
 
     @property
     def _cuda_index(self) -> str:
-        return str(self._session.get_provider_options()[CUDA].get("device_id", 0))
+        return str(self._session.get_provider_options()[self._provider].get("device_id", 0))
 
     def _failed(self, error: Exception, inputs: Inputs) -> BntoolError:
         reason = first_line(error)
-        if self._provider == CUDA and any(word in str(error) for word in ("CUDA", "CUDNN", "cuDNN")):
-            return DeviceError(
-                f"CUDA failed while running: {reason}", where=str(self._path), next_step=GPU_EXTRA
-            )
+        if on_nvidia(self._provider) and any(word in str(error) for word in _OF_THE_DEVICE):
+            memory = "out of memory" in str(error).lower() or "Failed to allocate memory" in str(error)
+            step = "take a smaller batch or input, or use --device cpu" if memory else GPU_EXTRA
+            return DeviceError(f"CUDA failed while running: {reason}", where=str(self._path), next_step=step)
         return ExportError(
             f"ONNX Runtime cannot run the file on {inputs.shapes()}: {reason}",
             where=str(self._path),

@@ -16,10 +16,12 @@ from typing import Any
 
 import torch  # before onnxruntime: it loads the CUDA libraries that onnxruntime needs  # noqa: F401
 
-from bntool.errors import DeviceError, ExportError
-from bntool.runtime.libraries import CPU, CUDA, explain_missing_cuda, first_line
+from bntool.errors import DeviceError, ExportError, UsageError
+from bntool.runtime.libraries import CPU, CUDA, TENSORRT, explain_missing, explain_missing_cuda, first_line
+from bntool.runtime.naming import named_providers, on_nvidia, options_of, require_known, tell_tensorrt
 
 GPU_EXTRA = 'pip install "onnxruntime-gpu[cuda,cudnn]", or use --device cpu'
+TENSORRT_EXTRA = 'pip install "tensorrt-cu13<11", or use --device cuda'
 
 _HEAVY = re.compile(r"(Fused|Nhwc)?(Conv|ConvTranspose|Gemm|MatMul|BatchNormalization)(Activation)?")
 # ONNX Runtime has a setter for its default log level and no getter; this is the level it starts with.
@@ -84,15 +86,25 @@ def open_session(
     cuda_graph: bool = False,
     ort: Any = None,
 ) -> OpenSession:
-    """Open a model (path or bytes) on `cpu`, `cuda`, or `auto` (CUDA where it truly works).
+    """Open a model (path or bytes) on `cpu`, `cuda`, `auto` (CUDA where it truly works), or on providers by
+    ONNX Runtime's own names, by commas, in their order; the first is the one to be proved.
 
     `optimize`: ONNX Runtime's optimisations, all or none, or those of the level `basic` or `extended`.
 
-    Raises `DeviceError` when CUDA is asked for and not honoured, `ExportError` when ONNX Runtime
-    refuses the model.
+    Raises `DeviceError` when CUDA, or a provider by name, is asked for and not honoured, `ExportError` when
+    ONNX Runtime refuses the model, `UsageError` for a provider that there is not.
     """
     ort = ort or onnxruntime()
     wanted = _Wanted(optimize, tf32, threads, cuda_graph)
+    names = named_providers(device)
+    if names:
+        require_known(names, ort)
+        if names[0] == CPU and len(names) > 1:
+            raise UsageError(
+                f"{CPU} takes every node, so nothing is left for {', '.join(names[1:])}",
+                next_step=f"name it last: {','.join([*names[1:], CPU])}",
+            )
+        return _open_cpu(ort, model, wanted) if names == (CPU,) else _open_on(ort, model, wanted, names)
     if device == "cpu":
         return _open_cpu(ort, model, wanted)
     if device == "auto":
@@ -100,11 +112,11 @@ def open_session(
         if reason:
             return dataclasses.replace(_open_cpu(ort, model, wanted), note=f"CPU used: {reason}")
         try:
-            return _open_cuda(ort, model, wanted)
+            return _open_on(ort, model, wanted, (CUDA,))
         except DeviceError as error:
             return dataclasses.replace(_open_cpu(ort, model, wanted), note=f"CPU used: {error.what}")
     if device.partition(":")[0] == "cuda":
-        return _open_cuda(ort, model, wanted, index=device.partition(":")[2] or "0")
+        return _open_on(ort, model, wanted, (CUDA,), index=device.partition(":")[2] or "0")
     raise DeviceError(f"unknown device {device!r}", next_step="use --device auto, cpu or cuda")
 
 
@@ -113,31 +125,56 @@ def _open_cpu(ort: Any, model: str | bytes, wanted: _Wanted) -> OpenSession:
     return OpenSession(session, session.get_providers()[0])
 
 
-def _open_cuda(ort: Any, model: str | bytes, wanted: _Wanted, index: str = "0") -> OpenSession:
-    options = {
-        "device_id": index,
-        "use_tf32": "1" if wanted.tf32 else "0",
-        # The exhaustive search times the algorithms anew in each session, and results then wobble.
-        "cudnn_conv_algo_search": "DEFAULT",
+def _open_on(
+    ort: Any, model: str | bytes, wanted: _Wanted, names: tuple[str, ...], index: str = "0"
+) -> OpenSession:
+    """A session on these providers, CPU last if at all; every heavy node proved to be on the others."""
+    devices = tuple(name for name in names if name != CPU)
+    asked = {
+        name: options_of(name, index, tf32=wanted.tf32, cuda_graph=wanted.cuda_graph) for name in devices
     }
-    if wanted.cuda_graph:
-        options["enable_cuda_graph"] = "1"
-    preload_cuda(ort)
+    listed: list[Any] = list(asked.items())
+    if any(on_nvidia(name) for name in devices):
+        preload_cuda(ort)
+    if TENSORRT in devices:
+        tell_tensorrt(tf32=wanted.tf32)
     strict = {"session.disable_cpu_ep_fallback": "1"}
-    try:
-        session = _create(ort, model, wanted, [(CUDA, options)], strict)
-    except ExportError:
+    session = None
+    if CPU not in names:
         # Shape ops that ONNX Runtime puts on the CPU on purpose also fail the strict session, as does
         # a machine without CUDA, and a broken model; the second try tells the three apart.
-        session = _create(ort, model, wanted, [(CUDA, options), CPU])
-    if session.get_providers()[0] != CUDA:
+        with contextlib.suppress(ExportError):
+            session = _create(ort, model, wanted, listed, strict)
+    session = session or _create(ort, model, wanted, [*listed, CPU])
+    _require_providers(ort, session, devices)
+    for name, options in asked.items():
+        _require_options(session, name, options)
+    found = assignments(session)
+    cpu_nodes = prove_heavy_nodes(found, *devices)
+    if not any(node.provider == devices[0] for node in found):
         raise DeviceError(
-            f"CUDA was asked for, but ONNX Runtime built a {session.get_providers()[0]} session",
-            where=explain_missing_cuda(ort),
-            next_step=GPU_EXTRA,
+            f"{devices[0]} was asked for, and took no node of the model",
+            where=f"its nodes are on {', '.join(sorted({node.provider for node in found}))}",
+            next_step=f"use --providers {','.join(devices[1:]) or CPU}",
         )
-    _require_options(session, options)
-    return OpenSession(session, CUDA, prove_heavy_nodes(assignments(session), CUDA))
+    return OpenSession(session, devices[0], cpu_nodes)
+
+
+def _require_providers(ort: Any, session: Any, devices: Sequence[str]) -> None:
+    """Raise `DeviceError` for a provider that was asked for and left out without a word."""
+    got = session.get_providers()
+    for name in (name for name in devices if name not in got):
+        if name == CUDA and got[0] == CPU:
+            raise DeviceError(
+                f"CUDA was asked for, but ONNX Runtime built a {got[0]} session",
+                where=explain_missing_cuda(ort),
+                next_step=GPU_EXTRA,
+            )
+        raise DeviceError(
+            f"{name} was asked for, but ONNX Runtime built a session of {', '.join(got)}",
+            where=explain_missing(ort, name),
+            next_step=TENSORRT_EXTRA if name == TENSORRT else "name another with --providers",
+        )
 
 
 def _create(
@@ -183,35 +220,37 @@ def assignments(session: Any) -> list[NodeAssignment]:
     ]
 
 
-def prove_heavy_nodes(found: Sequence[NodeAssignment], provider: str) -> tuple[str, ...]:
-    """The nodes not on `provider`, as `op name`.
+def prove_heavy_nodes(found: Sequence[NodeAssignment], *providers: str) -> tuple[str, ...]:
+    """The nodes that are on none of the providers, as `op name`.
 
     Raises `DeviceError` when one of them is a convolution, matrix product or batch normalisation, or
     when nothing was recorded: no record is no proof.
     """
+    asked = " and ".join(providers)
     if not found:
         raise DeviceError(
-            f"ONNX Runtime recorded no node assignment, so running on {provider} is not proved",
+            f"ONNX Runtime recorded no node assignment, so running on {asked} is not proved",
             next_step="pip install --upgrade onnxruntime-gpu, or use --device cpu",
         )
-    elsewhere = [node for node in found if node.provider != provider]
+    elsewhere = [node for node in found if node.provider not in providers]
     heavy = [node for node in elsewhere if _HEAVY.fullmatch(node.op_type)]
     if heavy:
         first = heavy[0]
         raise DeviceError(
-            f"{len(heavy)} heavy node(s) are not on {provider}: {first.op_type} is on {first.provider}",
+            f"{len(heavy)} heavy node(s) are not on {asked}: {first.op_type} is on {first.provider}",
             where=first.name,
             next_step="use --device cpu, or report the model to bntool",
         )
     return tuple(f"{node.op_type} {node.name}".strip() for node in elsewhere)
 
 
-def _require_options(session: Any, asked: dict[str, str]) -> None:
-    taken = session.get_provider_options().get(CUDA, {})
+def _require_options(session: Any, provider: str, asked: dict[str, str]) -> None:
+    taken = session.get_provider_options().get(provider, {})
     for key, value in asked.items():
         if key in taken and str(taken[key]) != value:
             raise DeviceError(
-                f"the CUDA provider did not take {key}={value} (it has {taken[key]})",
+                f"the {provider.removesuffix('ExecutionProvider')} provider did not take {key}={value} "
+                f"(it has {taken[key]})",
                 next_step="pip install --upgrade onnxruntime-gpu, or use --device cpu",
             )
 

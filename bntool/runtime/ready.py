@@ -14,6 +14,7 @@ from bntool.errors import BntoolError
 from bntool.inputs import Inputs
 from bntool.runtime.libraries import CUDA
 from bntool.runtime.memory import PeakMemory
+from bntool.runtime.naming import named_providers, torch_device_of
 from bntool.runtime.ort_runner import OrtRunner
 from bntool.runtime.providers import onnxruntime
 from bntool.runtime.torch_runner import TorchRunner
@@ -34,11 +35,11 @@ class Ready:
 
 
 @contextlib.contextmanager
-def torch_ready(model: nn.Module, device: str, inputs: Inputs) -> Iterator[Ready]:
-    """A torch model, eager, in eval mode without gradients, TF32 off."""
+def torch_ready(model: nn.Module, device: str, inputs: Inputs, *, tf32: bool = False) -> Iterator[Ready]:
+    """A torch model, eager, in eval mode without gradients, TF32 off unless asked for."""
     on_cpu = device == "cpu"
     watch = PeakMemory(device)
-    runner = TorchRunner(model, device)
+    runner = TorchRunner(model, device, tf32=tf32)
     with runner.ready(inputs) as run:
         run()
         grown = watch.grown()
@@ -48,35 +49,43 @@ def torch_ready(model: nn.Module, device: str, inputs: Inputs) -> Iterator[Ready
 
 
 @contextlib.contextmanager
-def onnx_ready(path: Path, device: str, inputs: Inputs, threads: int) -> Iterator[Ready]:
+def onnx_ready(
+    path: Path, device: str, inputs: Inputs, threads: int, *, tf32: bool = False
+) -> Iterator[Ready]:
     """An ONNX file in ONNX Runtime, optimisations on, its inputs and outputs bound to the device.
 
     On CUDA the kernels are captured in a CUDA graph where every node is on the device. Raises
     `ExportError` and `DeviceError` as `OrtRunner`.
     """
     onnxruntime()  # the library itself is not the model's memory
-    watch = PeakMemory("cuda" if device.startswith("cuda") else "cpu", whole_device=True)
-    runner, run, note = _bound(path, device, inputs, threads)
+    watch = PeakMemory(_memory_of(device), whole_device=True)
+    runner, run, note = _bound(path, device, inputs, threads, tf32)
     run()
     yield Ready(run, runner.device, runner.provider, watch.grown(), note)
 
 
 def _bound(
-    path: Path, device: str, inputs: Inputs, threads: int
+    path: Path, device: str, inputs: Inputs, threads: int, tf32: bool
 ) -> tuple[OrtRunner, Callable[[], None], str]:
-    plain = OrtRunner(path, device, threads=threads)
+    plain = OrtRunner(path, device, threads=threads, tf32=tf32)
     if plain.provider != CUDA:
         return plain, plain.bound(inputs), ""
     why = "some nodes stay on the CPU"
     if not plain.cpu_nodes:
         try:
-            graph = OrtRunner(path, device, threads=threads, cuda_graph=True)
+            graph = OrtRunner(path, device, threads=threads, tf32=tf32, cuda_graph=True)
             run = graph.bound(inputs, fixed_outputs=True)
             run()
             return graph, run, "CUDA graph"
         except BntoolError as error:
             why = error.what
     return plain, plain.bound(inputs), f"no CUDA graph: {why}"
+
+
+def _memory_of(device: str) -> str:
+    """Whose memory a run on this device, or on these providers, takes."""
+    names = named_providers(device)
+    return torch_device_of(names) if names else device.partition(":")[0]
 
 
 def torch_threads() -> int:

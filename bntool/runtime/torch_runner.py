@@ -20,9 +20,10 @@ _SEED = 0
 class TorchRunner:
     """Runs a torch model in eval mode; layer modes, RNG state and TF32 flags are restored after each run.
 
-    The model given runs itself unless another device or dtype is asked for, which runs a deep copy. With
-    `parts`, what the root's own children return is given too, by their names: for models whose last step
-    can leave nothing (a detector that keeps no box). Raises `DeviceError` when the device is not there.
+    `tf32` lets CUDA round the factors of float32 products; without it they are full float32. The model given
+    runs itself unless another device or dtype is asked for, which runs a deep copy. With `parts`, what the
+    root's own children return is given too, by their names: for models whose last step can leave nothing (a
+    detector that keeps no box). Raises `DeviceError` when the device is not there.
     """
 
     def __init__(
@@ -32,8 +33,10 @@ class TorchRunner:
         dtype: torch.dtype | None = None,
         *,
         parts: bool = False,
+        tf32: bool = False,
     ) -> None:
         require_torch_device(device)
+        self._tf32 = tf32
         self._parts = parts
         self._model = _placed(model, torch.device(device), dtype)
         self._dtype = dtype
@@ -68,9 +71,7 @@ class TorchRunner:
         caught here.
         """
         moved = inputs.to(device=self._asked, dtype=self._dtype)
-        # no_grad and not inference_mode: a model that keeps a tensor made during forward (a cached
-        # position table) would be left holding one that autograd refuses later.
-        with eval_mode(self._model), _same_random_numbers(self._asked), exact_float32(), torch.no_grad():
+        with self._held():
             if self._parts:
                 result = self._run_with_parts(moved)
             else:
@@ -88,8 +89,20 @@ class TorchRunner:
             if on_cuda:
                 torch.cuda.synchronize(self._asked)
 
-        with eval_mode(self._model), _same_random_numbers(self._asked), exact_float32(), torch.no_grad():
+        with self._held():
             yield run
+
+    @contextlib.contextmanager
+    def _held(self) -> Iterator[None]:
+        # no_grad and not inference_mode: a model that keeps a tensor made during forward (a cached
+        # position table) would be left holding one that autograd refuses later.
+        with (
+            eval_mode(self._model),
+            _same_random_numbers(self._asked),
+            float32_products(tf32=self._tf32),
+            torch.no_grad(),
+        ):
+            yield
 
     def _run_with_parts(self, inputs: Inputs) -> dict[str, Any]:
         """The result, and what each child of the root returned at its last call."""
@@ -136,12 +149,12 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def exact_float32() -> Iterator[None]:
-    """Full float32 in matrix products and convolutions: TF32 off, and restored after."""
+def float32_products(*, tf32: bool) -> Iterator[None]:
+    """Full float32 in matrix products and convolutions, or TF32 where CUDA has it; restored after."""
     backends: Any = torch.backends
-    older = [(backends.cuda.matmul, "allow_tf32", False), (backends.cudnn, "allow_tf32", False)]
+    older = [(backends.cuda.matmul, "allow_tf32", tf32), (backends.cudnn, "allow_tf32", tf32)]
     newer = [
-        (op, "fp32_precision", "ieee")
+        (op, "fp32_precision", "tf32" if tf32 else "ieee")
         for op in (backends.cuda.matmul, backends.cudnn.conv, backends.cudnn.rnn)
     ]
     before = [(op, flag, _read_flag(op, flag)) for op, flag, _ in older + newer]
@@ -151,9 +164,9 @@ def exact_float32() -> Iterator[None]:
         matmul = ""
     try:
         # Both sets of flags: torch refuses to read one that disagrees with the other.
-        torch.set_float32_matmul_precision("highest")
-        for op, flag, exact in older + newer:
-            setattr(op, flag, exact)
+        torch.set_float32_matmul_precision("high" if tf32 else "highest")
+        for op, flag, value in older + newer:
+            setattr(op, flag, value)
         yield
     finally:
         # This order: the older flag can say high or highest, but not medium.
