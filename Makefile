@@ -5,7 +5,8 @@ PEERS := .venv-peers
 FUZZ := .venv-fuzz
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check lint gold docs man bench latency zoo peers verification large streaming gpu-check \
+.PHONY: help setup demo test check lint gold docs man bench latency zoo peers exports verification large streaming \
+	gpu-check \
 	pickles fuzz durability
 
 help: ## list the targets
@@ -65,6 +66,9 @@ $(PEERS)/.installed: pyproject.toml constraints.txt tools/peers.txt
 peers: $(PEERS)/.installed ## compare with the best BatchNorm folders; goes on where it stopped
 	$(PEERS)/bin/python -m tools.peers
 
+exports: setup ## fold, export and verify torchvision's and timm's models; goes on where it stopped
+	$(BIN)/python -m tools.exports
+
 verification: setup ## verify forty correct models; goes on where it stopped
 	$(BIN)/python tools/forty.py
 
@@ -87,5 +91,6 @@ fuzz: setup ## damage files of every format 10,000 times; none may crash, hang o
 durability: setup ## kill the writers 200 times and fill the disk 50 times; no file may be lost
 	$(BIN)/python -m tools.durability
 
-gpu-check: setup ## verify on the NVIDIA GPU and write docs/gpu.md
-	$(BIN)/python tools/gpu_check.py
+# No setup: a machine with a GPU may have no network, and has a torch of its own.
+gpu-check: ## run the tests that need an NVIDIA GPU, measure there, and write docs/gpu.md and docs/gpu.json
+	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m tools.gpu_check --require-gpu

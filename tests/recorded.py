@@ -10,7 +10,7 @@ from bntool.runtime.libraries import CPU, CUDA, TENSORRT
 
 
 class Recorded:
-    """`honours` names the providers that load here; `nodes` tells where each op goes, as ONNX Runtime does."""
+    """`honours` names the providers that load here, `nodes` where ONNX Runtime puts each op."""
 
     __file__ = "/nowhere/onnxruntime/__init__.py"
     __version__ = "1.0"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 
 import numpy as np
+import onnx
 import pytest
 import torch
 
@@ -42,6 +43,18 @@ def test_tensorrt_is_opened_with_the_types_of_the_file_and_cuda_beside_it():
     open_session("m.onnx", BOTH, optimize=True, tf32=True, ort=Recorded(
         honours=(TENSORRT, CUDA), nodes=nodes, strict_works=True, tf32="1"))  # fmt: skip
     assert "NVIDIA_TF32_OVERRIDE" not in os.environ
+
+
+def test_tensorrt_is_allowed_the_types_that_the_file_holds_and_no_others(tmp_path):
+    for kind, on in ((np.float16, ["1", "0"]), (np.float32, ["0", "0"])):
+        weight = onnx.numpy_helper.from_array(np.ones(2, kind), "w")
+        graph = onnx.helper.make_graph([], "g", [], [], [weight])
+        path = tmp_path / "m.onnx"
+        onnx.save(onnx.helper.make_model(graph), path)
+        ort = Recorded(honours=(TENSORRT,), nodes={"Conv": TENSORRT}, strict_works=True)
+        open_session(str(path), TENSORRT, optimize=True, ort=ort)
+        engine = dict(ort.created[0][0])[TENSORRT]
+        assert [engine["trt_fp16_enable"], engine["trt_bf16_enable"]] == on
 
 
 def test_cpu_that_is_named_is_allowed_and_still_takes_no_heavy_node():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from typing import Any
 
 from bntool.errors import DeviceError, UsageError
@@ -54,8 +54,10 @@ def torch_device_of(names: Sequence[str]) -> str:
     return "cuda" if any(on_nvidia(name) for name in names) else "cpu"
 
 
-def options_of(provider: str, index: str, *, tf32: bool, cuda_graph: bool) -> dict[str, str]:
-    """What a provider is opened with; `index` is the number of the GPU."""
+def options_of(
+    provider: str, index: str, *, tf32: bool, cuda_graph: bool, stored: Set[str] = frozenset()
+) -> dict[str, str]:
+    """What a provider is opened with; `index` is the number of the GPU, `stored` the types of the weights."""
     if provider == CUDA:
         # The exhaustive search times the algorithms anew in each session, and results then wobble.
         options = {
@@ -65,11 +67,11 @@ def options_of(provider: str, index: str, *, tf32: bool, cuda_graph: bool) -> di
         }
         return options | ({"enable_cuda_graph": "1"} if cuda_graph else {})
     if provider == TENSORRT:
-        # Types stay those of the file. An engine of an earlier run proves nothing about this one.
+        # Types stay those of the file: TensorRT must be allowed what it holds, and nothing else. An engine of an earlier run proves nothing about this one.
         options = {
             "device_id": index,
-            "trt_fp16_enable": "0",
-            "trt_bf16_enable": "0",
+            "trt_fp16_enable": str(int("FLOAT16" in stored)),
+            "trt_bf16_enable": str(int("BFLOAT16" in stored)),
             "trt_int8_enable": "0",
             "trt_engine_cache_enable": "0",
             "trt_timing_cache_enable": "0",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from bntool.errors import BntoolError, DeviceError, ExportError
 from bntool.inputs import Inputs
 from bntool.runtime.libraries import CPU, first_line
 from bntool.runtime.naming import on_nvidia
-from bntool.runtime.providers import GPU_EXTRA, open_session
+from bntool.runtime.providers import GPU_EXTRA, assignments, open_session
 
 _NARROW = {"tensor(float16)": torch.float16, "tensor(bfloat16)": torch.bfloat16}
 _OF_THE_DEVICE = ("CUDA", "CUDNN", "cuDNN", "CUBLAS", "Failed to allocate memory", "TensorRT")
@@ -72,6 +73,11 @@ class OrtRunner:
     @property
     def provider(self) -> str:
         return self._provider
+
+    @property
+    def nodes(self) -> dict[str, int]:
+        """How many nodes each provider was given, as the session recorded it."""
+        return dict(collections.Counter(node.provider for node in assignments(self._session)))
 
     @property
     def signature(self) -> list[tuple[str, str, list[int | str | None]]]:

@@ -130,8 +130,10 @@ def _open_on(
 ) -> OpenSession:
     """A session on these providers, CPU last if at all; every heavy node proved to be on the others."""
     devices = tuple(name for name in names if name != CPU)
+    stored = _stored_types(model) if TENSORRT in devices else frozenset()
     asked = {
-        name: options_of(name, index, tf32=wanted.tf32, cuda_graph=wanted.cuda_graph) for name in devices
+        name: options_of(name, index, tf32=wanted.tf32, cuda_graph=wanted.cuda_graph, stored=stored)
+        for name in devices
     }
     listed: list[Any] = list(asked.items())
     if any(on_nvidia(name) for name in devices):
@@ -158,6 +160,20 @@ def _open_on(
             next_step=f"use --providers {','.join(devices[1:]) or CPU}",
         )
     return OpenSession(session, devices[0], cpu_nodes)
+
+
+def _stored_types(model: str | bytes) -> frozenset[str]:
+    """The types of a model's weights by ONNX's names; none where it cannot be read, which is told later."""
+    import onnx
+
+    try:
+        if isinstance(model, bytes):
+            read = onnx.load_model_from_string(model)
+        else:
+            read = onnx.load(model, load_external_data=False)
+    except Exception:  # noqa: BLE001 - whatever protobuf raises
+        return frozenset()
+    return frozenset(onnx.TensorProto.DataType.Name(t.data_type) for t in read.graph.initializer)
 
 
 def _require_providers(ort: Any, session: Any, devices: Sequence[str]) -> None:
