@@ -10,7 +10,8 @@ from collections.abc import Iterator
 from typing import Any, Literal
 
 from bntool.errors import BntoolError, DeviceError
-from bntool.runtime.libraries import CUDA
+from bntool.runtime.cuda_versions import CUDNN_MAJOR, OLDEST_DRIVER, built_for, driver_cuda, wheel_version
+from bntool.runtime.libraries import CPU, CUDA, first_line
 from bntool.runtime.providers import GPU_EXTRA, onnxruntime, run_tiny_convolution, why_no_cuda
 
 Status = Literal["ok", "warn", "fail"]
@@ -19,6 +20,7 @@ Status = Literal["ok", "warn", "fail"]
 _ONNXSCRIPT_LEAST = (0, 5, 7)
 _PYTHON_LEAST = (3, 10)
 _TORCH_LEAST = (2, 10)
+_TORCH_EXTRA = "pip install --upgrade torch (a build for the CUDA of your driver), or use --device cpu"
 _RUNTIME_WHEELS = ("onnxruntime", "onnxruntime-gpu")
 
 
@@ -82,15 +84,76 @@ def _torch() -> Iterator[Row]:
     flavour = f"built for CUDA {built}" if built else "built for the CPU"
     fix = f'pip install --upgrade "torch>={least}"' if old else ""
     yield Row("torch", "fail" if old else "ok", f"{torch.__version__}, {flavour}", fix)
-    if torch.cuda.is_available():
-        names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-        yield Row("cuda driver", "ok", ", ".join(names))
-    elif built:
-        yield Row(
-            "cuda driver", "warn", "no usable NVIDIA GPU", "install the NVIDIA driver, or use --device cpu"
-        )
+    yield from _cuda(built)
+
+
+def _cuda(built: str | None) -> Iterator[Row]:
+    """The driver against what torch and ONNX Runtime were built for, and a convolution in torch."""
+    import torch
+
+    driver, wanted = driver_cuda(), {"torch": built_for(built), "onnxruntime": _runtime_cuda()}
+    needs = {name: version for name, version in wanted.items() if version}
+    told = ", ".join(f"{name} needs {_dotted(version)}" for name, version in needs.items())
+    if not needs:
+        yield Row("cuda driver", "warn", "not looked for: torch and ONNX Runtime are CPU builds", GPU_EXTRA)
+        return
+    major = max(version[0] for version in needs.values())
+    oldest = OLDEST_DRIVER.get(major, "the newest")
+    if driver is None:
+        fix = f"install an NVIDIA driver, {oldest} or newer, or use --device cpu"
+        yield Row("cuda driver", "warn", f"none found; {told}", fix)
+    elif driver[0] < major:
+        fix = f"update the NVIDIA driver to {oldest} or newer, or install builds for CUDA {driver[0]}"
+        yield Row("cuda driver", "fail", f"too old: it runs CUDA {_dotted(driver)}; {told}", fix)
     else:
-        yield Row("cuda driver", "warn", "not looked for: torch is a CPU build", "use --device cpu")
+        yield Row("cuda driver", "ok", f"runs CUDA {_dotted(driver)}; {told}")
+    if len({version[0] for version in needs.values()}) > 1:
+        fix = "install torch and onnxruntime-gpu of one CUDA version: each loads its own libraries otherwise"
+        yield Row("cuda versions", "warn", told, fix)
+    yield from _libraries(needs.get("onnxruntime") or needs["torch"])
+    if driver is not None:
+        yield _torch_convolution(torch)
+
+
+def _libraries(needed: tuple[int, int]) -> Iterator[Row]:
+    major = needed[0]
+    runtime, cudnn = wheel_version("nvidia-cuda-runtime", major), wheel_version("nvidia-cudnn", major)
+    for name, found, least in (
+        ("cuda libraries", runtime, f"CUDA {major}"),
+        ("cudnn", cudnn, f"cuDNN {CUDNN_MAJOR}"),
+    ):
+        expected = CUDNN_MAJOR if name == "cudnn" else major
+        if found is None:
+            detail = f"{least} needed; no Python package has it, so the system's is used if there is one"
+            yield Row(name, "warn", detail, GPU_EXTRA)
+        elif built_for(found) is None or _numbers(found)[0] < expected:
+            yield Row(name, "warn", f"{least} needed, {found} found", GPU_EXTRA)
+        else:
+            yield Row(name, "ok", f"{least} needed, {found} found")
+
+
+def _torch_convolution(torch: Any) -> Row:
+    try:
+        one = torch.ones(1, 1, 3, 3, device="cuda")
+        result = float(torch.nn.functional.conv2d(one, one))
+        card = torch.cuda.get_device_name(0)
+    except Exception as error:  # noqa: BLE001 - whatever the driver, CUDA or cuDNN raise
+        return Row("torch on CUDA", "warn", f"no convolution runs: {first_line(error)}", _TORCH_EXTRA)
+    if result != 9.0:
+        return Row("torch on CUDA", "fail", f"a convolution on {card} gives {result}, not 9", _TORCH_EXTRA)
+    return Row("torch on CUDA", "ok", f"a convolution ran on {card}")
+
+
+def _runtime_cuda() -> tuple[int, int] | None:
+    """The CUDA that the installed ONNX Runtime was built for; None for a CPU build, or none."""
+    try:
+        return built_for(getattr(onnxruntime(), "cuda_version", None) or None)
+    except DeviceError:
+        return None
+
+
+def _dotted(version: tuple[int, int]) -> str:
+    return ".".join(map(str, version))
 
 
 def _converters() -> Iterator[Row]:
@@ -142,6 +205,18 @@ def _providers() -> Iterator[Row]:
         yield Row("CUDA provider", "warn", f"listed, but not usable: {reason}", GPU_EXTRA)
     else:
         yield Row("CUDA provider", "warn", reason, GPU_EXTRA)
+    for name in ort.get_available_providers():
+        if name not in (CPU, CUDA):
+            yield _other_provider(ort, name)
+
+
+def _other_provider(ort: Any, name: str) -> Row:
+    title = f"{name.removesuffix('ExecutionProvider')} provider"
+    try:
+        run_tiny_convolution(ort, name)
+    except BntoolError as error:
+        return Row(title, "warn", f"listed, but not usable: {error.where or error.what}", error.next_step)
+    return Row(title, "ok", f"a convolution ran on {name}")
 
 
 def installed_version(package: str) -> str | None:

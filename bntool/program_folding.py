@@ -53,6 +53,8 @@ def fold_program(
     merge: bool = True,
     unshare: bool = False,
     check: Literal["full", "fast", "none"] = "fast",
+    atol: float | None = None,
+    rtol: float | None = None,
 ) -> ProgramResult:
     """Fold every BatchNorm of an exported program that algebra allows, functional ones too.
 
@@ -62,7 +64,8 @@ def fold_program(
     inputs that the program keeps (seeded ones of its shapes where it keeps none) and on other sizes where the
     program allows them, in their own precision and, where the program runs in it, in float64; `full` on
     several batch sizes too. A BatchNorm whose fold does not stand up stays, as `not-proved`. With `unshare` a
-    call that shares its weight with another gets a parameter of its own, where it needs one.
+    call that shares its weight with another gets a parameter of its own, where it needs one. `atol` or `rtol`
+    replaces the noise-floor limit.
 
     Raises:
         CheckFailed: the folded program does not compute the same, and no BatchNorm of it is at fault.
@@ -81,7 +84,8 @@ def fold_program(
     def proof() -> _Prover:
         """The program's own runs, which are made once there is something to prove."""
         if not prover:
-            prover.append(_Prover(observed, example_inputs, full=check == "full"))
+            tolerance = (atol, rtol)
+            prover.append(_Prover(observed, example_inputs, full=check == "full", tolerance=tolerance))
         return prover[0]
 
     def carry_out(plan: Plan) -> tuple[ExportedProgram, tuple[Check, ...]]:
@@ -170,7 +174,15 @@ def drawn_inputs(program: ExportedProgram, which: int, seed: int = 0) -> Inputs:
 class _Prover:
     """What a fold of one program is held against: its own runs, in its own precision and in float64."""
 
-    def __init__(self, observed: ProgramObservation, example_inputs: Any, *, full: bool) -> None:
+    def __init__(
+        self,
+        observed: ProgramObservation,
+        example_inputs: Any,
+        *,
+        full: bool,
+        tolerance: tuple[float | None, float | None] = (None, None),
+    ) -> None:
+        self._atol, self._rtol = tolerance
         inputs = Inputs.of(example_inputs) if example_inputs is not None else None
         first = inputs or example_inputs_of(observed.program)
         others = seeded_batches(first) if full else []
@@ -188,6 +200,8 @@ class _Prover:
             stage="fold",
             candidate64=RunnableProgram(self._folded_in_float64(plan)),
             reference=self.reference,
+            atol=self._atol,
+            rtol=self._rtol,
         )
 
     def _folded_in_float64(self, plan: Plan) -> ExportedProgram:

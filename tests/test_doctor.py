@@ -87,3 +87,89 @@ def test_it_prints_what_to_do():
     text = str(Diagnosis((Row("torch", "ok", "2.14"), Row("CUDA provider", "fail", "none", "install it"))))
     assert text.splitlines()[0].startswith("ok    torch")
     assert "fix: install it" in text
+
+
+@pytest.mark.parametrize(
+    ("driver", "status", "says"),
+    [
+        (None, "warn", "none found"),
+        ((12, 8), "fail", "too old: it runs CUDA 12.8"),
+        ((13, 0), "ok", "runs CUDA 13.0"),
+        ((13, 2), "ok", "runs CUDA 13.2"),
+    ],
+)
+def test_the_driver_is_held_against_what_is_needed(monkeypatch, driver, status, says):
+    monkeypatch.setattr(doctor, "driver_cuda", lambda: driver)
+    monkeypatch.setattr(doctor, "_runtime_cuda", lambda: (13, 0))
+    found = {row.name: row for row in doctor._cuda("13.0")}
+    row = found["cuda driver"]
+    assert (row.status, row.detail.startswith(says)) == (status, True)
+    assert "torch needs 13.0, onnxruntime needs 13.0" in row.detail
+    assert ("580" in row.fix) is (status != "ok")
+    assert ("torch on CUDA" in found) is (driver is not None)
+
+
+def test_two_versions_of_cuda_and_libraries_that_are_missing_or_old_are_told(monkeypatch):
+    monkeypatch.setattr(doctor, "driver_cuda", lambda: None)
+    monkeypatch.setattr(doctor, "_runtime_cuda", lambda: (12, 4))
+    versions = {"nvidia-cuda-runtime": None, "nvidia-cudnn": "8.9.7"}
+    monkeypatch.setattr(doctor, "wheel_version", lambda stem, major: versions[stem])
+    found = {row.name: row for row in doctor._cuda("13.0")}
+    assert found["cuda versions"].status == "warn"
+    assert found["cuda libraries"].detail.startswith("CUDA 12 needed; no Python package")
+    assert found["cudnn"].detail == "cuDNN 9 needed, 8.9.7 found"
+    assert all(row.fix for row in found.values())
+    monkeypatch.setattr(doctor, "_runtime_cuda", lambda: None)
+    assert "CPU builds" in next(doctor._cuda(None)).detail
+
+
+def test_a_convolution_in_torch_is_run_and_looked_at():
+    class Torch:
+        def __init__(self, result: object) -> None:
+            self.nn = self.functional = self.cuda = self
+            self._result = result
+
+        def ones(self, *shape: int, device: str) -> None: ...
+
+        def conv2d(self, *tensors: object) -> object:
+            if isinstance(self._result, Exception):
+                raise self._result
+            return self._result
+
+        def get_device_name(self, index: int) -> str:
+            return "a card"
+
+    assert doctor._torch_convolution(Torch(9.0)) == Row("torch on CUDA", "ok", "a convolution ran on a card")
+    assert doctor._torch_convolution(Torch(8.0)).status == "fail"
+    refused = doctor._torch_convolution(Torch(RuntimeError("no kernel image is available\nmore")))
+    assert refused.detail == "no convolution runs: no kernel image is available"
+    assert refused.fix
+
+
+def test_versions_of_wheels_by_either_name(monkeypatch):
+    from bntool.runtime import cuda_versions
+
+    installed = {"nvidia-cudnn-cu13": "9.24.0", "nvidia-cuda-runtime": "13.0.96"}
+
+    def version(name: str) -> str:
+        if name not in installed:
+            raise cuda_versions.importlib.metadata.PackageNotFoundError(name)
+        return installed[name]
+
+    monkeypatch.setattr(cuda_versions.importlib.metadata, "version", version)
+    assert cuda_versions.wheel_version("nvidia-cudnn", 13) == "9.24.0"
+    assert cuda_versions.wheel_version("nvidia-cuda-runtime", 13) == "13.0.96"
+    assert cuda_versions.wheel_version("nvidia-cuda-runtime", 12) is None
+    assert cuda_versions.built_for("13.0") == (13, 0)
+    assert cuda_versions.built_for(None) is None
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_every_provider_that_is_listed_gets_its_row():
+    from bntool.runtime.providers import onnxruntime
+
+    by_name = rows(diagnose())
+    for name in onnxruntime().get_available_providers():
+        row = by_name[f"{name.removesuffix('ExecutionProvider')} provider"]
+        assert (row.status == "ok") is (name == "CPUExecutionProvider")
+        assert bool(row.fix) is (row.status != "ok")

@@ -1,7 +1,7 @@
 """Fold and export torchvision and timm models, and verify the ONNX files: `make exports`.
 
-Each model runs in its own process with a time limit. Results are appended to `docs/exports.jsonl` as they come,
-so that the sweep can be stopped and gone on with; `docs/exports.md` is written from them.
+Each model runs in its own process with a time limit. Results are appended to `docs/exports.jsonl` as they
+come, so that the sweep can be stopped and gone on with; `docs/exports.md` is written from them.
 """
 
 from __future__ import annotations
@@ -21,15 +21,18 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "docs" / "exports.jsonl"
 PAGE = ROOT / "docs" / "exports.md"
 CLIPS = ("r3d_18", "mc3_18", "r2plus1d_18")
-TIMM = """resnet10t resnet14t resnet26d resnetv2_50 resnext26ts seresnext26t_32x4d mobilenetv2_050 mobilenetv2_100
-mobilenetv3_small_050 mobilenetv3_large_100 mobilenetv4_conv_small efficientnet_lite0 efficientnet_b0 tf_efficientnet_b0
-tinynet_e tinynet_a lcnet_050 lcnet_100 ghostnet_050 ghostnet_100 ghostnetv2_100 hardcorenas_a fbnetc_100 fbnetv3_b
-mixnet_s mixnet_m semnasnet_075 mnasnet_small spnasnet_100 repvgg_a0 repvgg_b0 regnetx_002 regnety_002 regnetz_b16
-rexnet_100 rexnetr_200 dla34 dla46_c hrnet_w18_small hardcorenas_f densenet121 vgg11_bn darknet53 cspresnet50
-cspdarknet53 inception_v3 inception_v4 xception41 selecsls42b skresnet18 res2net50_26w_4s resnest14d dpn48b vovnet39a
-ese_vovnet19b_dw gernet_s eca_botnext26ts_256 lambda_resnet26t mobileone_s0 mobilevit_xxs mobilevitv2_050 fastvit_t8
-repvit_m0_9 repghostnet_050 levit_128s convit_tiny coat_tiny efficientformer_l1 efficientvit_b0 starnet_s1 tiny_vit_5m_224
-visformer_tiny pvt_v2_b0 edgenext_xx_small nf_resnet26 tresnet_m""".split()
+TIMM = """
+resnet10t resnet14t resnet26d resnetv2_50 resnext26ts seresnext26t_32x4d mobilenetv2_050 mobilenetv2_100
+mobilenetv3_small_050 mobilenetv3_large_100 mobilenetv4_conv_small efficientnet_lite0 efficientnet_b0
+tf_efficientnet_b0 tinynet_e tinynet_a lcnet_050 lcnet_100 ghostnet_050 ghostnet_100 ghostnetv2_100
+hardcorenas_a fbnetc_100 fbnetv3_b mixnet_s mixnet_m semnasnet_075 mnasnet_small spnasnet_100 repvgg_a0
+repvgg_b0 regnetx_002 regnety_002 regnetz_b16 rexnet_100 rexnetr_200 dla34 dla46_c hrnet_w18_small
+hardcorenas_f densenet121 vgg11_bn darknet53 cspresnet50 cspdarknet53 inception_v3 inception_v4
+xception41 selecsls42b skresnet18 res2net50_26w_4s resnest14d dpn48b vovnet39a ese_vovnet19b_dw gernet_s
+eca_botnext26ts_256 lambda_resnet26t mobileone_s0 mobilevit_xxs mobilevitv2_050 fastvit_t8 repvit_m0_9
+repghostnet_050 levit_128s convit_tiny coat_tiny efficientformer_l1 efficientvit_b0 starnet_s1
+tiny_vit_5m_224 visformer_tiny pvt_v2_b0 edgenext_xx_small nf_resnet26 tresnet_m
+""".split()
 
 
 def every_model() -> list[str]:
@@ -116,14 +119,14 @@ def page(results: dict[str, dict[str, Any]], wanted: int) -> str:
     lines = [
         "# Exports",
         "",
-        "Folded and exported with random weights, randomised BatchNorm statistics and the smallest inputs that",
-        "the model takes, on the CPU. Written by `make exports` from `exports.jsonl`. Every file passed",
+        "Folded and exported with random weights, randomised BatchNorm statistics and the smallest inputs",
+        "that the model takes, on the CPU. Written by `make exports` from `exports.jsonl`. Every file passed",
         "`onnx.checker` with its full check. Figures are errors over the model's own rounding noise.",
         "",
         f"- tried: {len(rows)} of {wanted}",
         f"- agree with torch in the fold, export and runtime stages: {len(good)}",
-        f"- without any BatchNormalization node: {sum(not row['left'] for row in good)}; the others keep "
-        f"{sum(row['left'] for row in good)} nodes, each with a reason",
+        f"- without any BatchNormalization node: {sum(not row['left'] for row in good)}",
+        f"- nodes that the others keep, each with a reason: {sum(row['left'] for row in good)}",
         "",
         "| model | opset | nodes | BatchNormalization left, and why | fold | export | runtime |",
         "|---|--:|--:|---|--:|--:|--:|",
@@ -135,9 +138,8 @@ def page(results: dict[str, dict[str, Any]], wanted: int) -> str:
         lines.append(f"| {row['model']} | {row['opset']} | {row['nodes']} | {left} | {stages} |")
     if rest:
         lines += ["", "Not exported, or not equal, with the reason of whoever refused:", ""]
-        lines += [
-            f"- {row['model']}: {row['status']} {_one_line(row.get('error', ''))}".rstrip() for row in rest
-        ]
+        for row in rest:
+            lines.append(f"- {row['model']}: {row['status']} {_one_line(row.get('error', ''))}".rstrip())
     return "\n".join(lines) + "\n"
 
 

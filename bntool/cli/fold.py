@@ -65,14 +65,12 @@ def command(**options: Any) -> int:
         return fold_stored_file(voice, options)
     if is_onnx(options["model"]):
         _require_own_types(options, "an ONNX file")
-        _require_no_bench(options, "model.onnx model_folded.onnx")
         return fold_onnx_file(voice, options)
     session = open_session(voice, options)
     if session.program is not None:
         from bntool.cli.program_file import fold_program_file
 
         _require_own_types(options, "an exported program")
-        _require_no_bench(options, "model.pt2 model_folded.pt2")
         return fold_program_file(session, session.program, options)
     if session.loaded.kind == "script":
         from bntool.cli.script_file import fold_script_file
@@ -144,11 +142,6 @@ def _require_own_types(options: dict[str, Any], kind: str) -> None:
             where=options["model"] or "",
             next_step="fold the PyTorch model with --dtype, and --export onnx",
         )
-
-
-def _require_no_bench(options: dict[str, Any], files: str) -> None:
-    if options["bench"]:
-        raise UsageError("--bench is for PyTorch modules", next_step=f"fold, then: bntool bench {files}")
 
 
 def _folded(session: Session, options: dict[str, Any]) -> SurgeryResult:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bntool.cli.session import Voice
-from bntool.errors import NothingToDo
+from bntool.errors import CheckFailed, NothingToDo, UsageError
 from bntool.files.atomic import require_writable
 from bntool.files.detect import Kind, detect
 from bntool.files.drafts import draft_folder
@@ -24,29 +25,33 @@ def fold_onnx_file(voice: Voice, options: dict[str, Any]) -> int:
     """Fold an ONNX file, compare it with the original in ONNX Runtime, and only then put it into place."""
     from bntool.cli import serving
     from bntool.cli.picturing import picture_onnx
+    from bntool.onnx_checking import example_inputs_of
     from bntool.onnx_files import move_onnx
     from bntool.onnx_folding import fold_onnx
     from bntool.report.checks import checks_text
     from bntool.results import fold_lines, fold_verdicts, merges_of
 
     source = Path(options["model"])
+    _require_no_export(options)
     serving.require_places(options, onnx_too=True)
     target = Path(options["output"]) if options["output"] else output_name(source, "fold")
     if not options["dry_run"]:
         require_writable(target, force=options["force"], forbid=(source,))
+    chosen: dict[str, Any] = {
+        "include": options["include"] or ("*",),
+        "exclude": options["exclude"],
+        "merge": not options["no_merge"],
+        "unshare": options["unshare"],
+        "device": options["onnx_device"],
+        "seed": options["seed"],
+    }
     with draft_folder(None if options["dry_run"] else target) as folder:
-        with voice.progress(f"folding {source.name}"):
-            result = fold_onnx(
-                source,
-                folder / target.name,
-                include=options["include"] or ("*",),
-                exclude=options["exclude"],
-                merge=not options["no_merge"],
-                unshare=options["unshare"],
-                check=options["check"],
-                device=options["onnx_device"],
-                seed=options["seed"],
-            )
+        try:
+            with voice.progress(f"folding {source.name}"):
+                result = fold_onnx(source, folder / target.name, **chosen, check=options["check"])
+        except CheckFailed:
+            _blame(voice, source, folder / "blamed.onnx", chosen, options)
+            raise
         for note in result.plan.notes:
             voice.note(note)
         voice.say("\n".join(fold_lines(result.plan, None, not options["quiet"])))
@@ -54,6 +59,10 @@ def fold_onnx_file(voice: Voice, options: dict[str, Any]) -> int:
         picture_onnx(voice, source, result.path)
         if options["check"] == "none":
             voice.note("not verified (--check none)")
+        latency = {}
+        if options["bench"] and result.path is not None:
+            inputs_of = functools.partial(example_inputs_of, source, seed=options["seed"])
+            latency = serving.timed_pair(voice, (source, result.path), inputs_of, options)
         if not options["dry_run"] and result.path is not None:
             move_onnx(result.path, result.data_path, target)
     counts = result.counts
@@ -74,9 +83,48 @@ def fold_onnx_file(voice: Voice, options: dict[str, Any]) -> int:
             "parameters": result.to_dict()["counts"],
             "checks": [check.to_dict() for check in result.checks],
             "dry_run": options["dry_run"],
+            **latency,
         }
     )
     return 0
+
+
+def _require_no_export(options: dict[str, Any]) -> None:
+    """The file is folded as it is: what says how a model is to be written has nothing to say here."""
+    given = {
+        "--opset": options["opset"],
+        "--ir-version": options["ir_version"],
+        "--static-batch": options["static_batch"],
+        "--dynamic": options["dynamic"],
+        "--external-data": options["external_data"] != "auto",
+        "--keep-io": options["keep_io"],
+        "--exporter": options["exporter"] != "dynamo",
+        "--keep-unverified": options["keep_unverified"],
+        "--atol": options["atol"] is not None,
+        "--rtol": options["rtol"] is not None,
+        "--tf32": options["tf32"] != "off",
+    }
+    for name in (name for name, value in given.items() if value):
+        raise UsageError(
+            f"{name} is for a model that is exported, and an ONNX file is folded as it is",
+            where=options["model"],
+            next_step="leave it out; bntool verify A B compares two files with --atol, --rtol and --tf32",
+        )
+
+
+def _blame(voice: Voice, source: Path, folded: Path, chosen: dict[str, Any], options: dict[str, Any]) -> None:
+    """Fold once more without a check, and say where the two files part."""
+    from bntool.blaming import Found, blame_files
+    from bntool.cli import blaming
+    from bntool.onnx_folding import fold_onnx
+    from bntool.onnx_verifying import seeded_file_inputs
+
+    def find() -> Found | None:
+        result = fold_onnx(source, folded, **chosen, check="none")
+        inputs = seeded_file_inputs(source, (1,), options["seed"])
+        return blame_files(source, result.path, inputs) if result.path is not None else None
+
+    blaming.report(voice, find, options)
 
 
 def require_folded(plan: Plan, source: Path, require_all: bool) -> None:

@@ -31,12 +31,13 @@ class _Changed:
 
 def fold_program_file(session: Session, program: ExportedProgram, options: dict[str, Any]) -> int:
     """Fold a program, run it beside the original, and only then write it; with `--export onnx` both files."""
+    from bntool.benchmarking import rebatching
     from bntool.cli import serving, writing
     from bntool.cli.onnx_file import require_folded
     from bntool.cli.picturing import picture_program
     from bntool.files.sidecar import output_name
     from bntool.onnx_files import move_onnx
-    from bntool.program_folding import RunnableProgram, fold_program
+    from bntool.program_folding import RunnableProgram, example_inputs_of, fold_program
     from bntool.report.checks import checks_text
     from bntool.report.counting import parameter_delta
     from bntool.results import delta_lines, fold_lines, fold_verdicts, merges_of
@@ -44,6 +45,8 @@ def fold_program_file(session: Session, program: ExportedProgram, options: dict[
     voice = session.voice
     _require_cpu(options)
     _require_no_choice(options)
+    if options["keep_unverified"] and not options["export_to"]:
+        raise UsageError("--keep-unverified is for the ONNX file", next_step="add --export onnx")
     path = onnx = export = None
     if not options["dry_run"]:
         path = writing.chosen_output(session, "fold", options["output"], options["force"])
@@ -57,6 +60,8 @@ def fold_program_file(session: Session, program: ExportedProgram, options: dict[
             merge=not options["no_merge"],
             unshare=options["unshare"],
             check=options["check"],
+            atol=options["atol"],
+            rtol=options["rtol"],
         )
     for note in result.plan.notes:
         voice.note(note)
@@ -70,7 +75,7 @@ def fold_program_file(session: Session, program: ExportedProgram, options: dict[
     if path is not None:
         with draft_folder(path) as folder:
             if onnx is not None:
-                export, checks = _exported(session, folded, folder / onnx.name, options)
+                export, checks = _exported(session, folded, folder / onnx.name, onnx, options)
                 folded = dataclasses.replace(folded, checks=(*folded.checks, *checks))
             writing.write_model(session, "fold", folded, path, options["force"])
             if export is not None and onnx is not None:
@@ -84,6 +89,12 @@ def fold_program_file(session: Session, program: ExportedProgram, options: dict[
         voice.say(f"wrote       {path}")
     if export is not None:
         voice.say(f"wrote       {serving.export_text(export)}")
+    latency = {}
+    if options["bench"]:
+        pair = RunnableProgram(program), RunnableProgram(result.program)
+        latency = serving.timed_pair(
+            voice, pair, rebatching(example_inputs_of(program, session.seed)), options
+        )
     voice.emit(
         {
             "status": "ok",
@@ -95,6 +106,7 @@ def fold_program_file(session: Session, program: ExportedProgram, options: dict[
             "parameters": parameters,
             "checks": [check.to_dict() for check in folded.checks],
             "dry_run": options["dry_run"],
+            **latency,
         }
     )
     return 0
@@ -209,7 +221,7 @@ def _require_no_choice(options: dict[str, Any]) -> None:
 
 
 def _exported(
-    session: Session, folded: _Changed, path: Path, options: dict[str, Any]
+    session: Session, folded: _Changed, path: Path, target: Path, options: dict[str, Any]
 ) -> tuple[ExportResult, list[Check]]:
     from bntool.checking import check_onnx, seeded_batches
     from bntool.exporting import export_program
@@ -252,10 +264,18 @@ def _exported(
         )
     failed = first_failed(checks)
     if failed is not None:
+        from bntool.blaming import blame_onnx
+        from bntool.cli import blaming, serving
+
+        runnable_program = RunnableProgram(folded.model)
+        blaming.report(session.voice, lambda: blame_onnx(runnable_program, path, batches, checks), options)
+        step = "nothing was written; leave BatchNorms out with --exclude to find the one at fault"
+        if options["keep_unverified"]:
+            step = f"kept as {serving.kept_unverified(path, target)}: do not serve it"
         raise CheckFailed(
             f"the {failed.stage} stage differs: "
             f"relative error {failed.relative:.2g}, allowed {failed.limit:.2g}",
             where=f"output {failed.worst[0]} on {failed.provider} ({failed.device})",
-            next_step="nothing was written; leave BatchNorms out with --exclude to find the one at fault",
+            next_step=step,
         )
     return export, checks

@@ -18,6 +18,8 @@ from bntool.report.checks import checks_text
 from bntool.report.tables import size
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from bntool.benchmarking import Candidate
     from bntool.exporting import ExportResult
     from bntool.inputs import Inputs
@@ -144,20 +146,35 @@ def proved(session: Session, reference: Reference, options: dict[str, Any]) -> S
     """The fold, proved: torch against torch, and in float64 on inputs of other sizes."""
     from bntool import surgeries
 
-    with session.voice.progress("proving the fold") as step:
-        return surgeries.fold_proved(
-            session.model,
-            session.observe(),
-            reference,
-            include=options["include"] or ("*",),
-            exclude=options["exclude"],
-            merge=not options["no_merge"],
-            unshare=options["unshare"],
-            device=torch_device(options["device"]),
-            progress=step,
-            atol=options["atol"],
-            rtol=options["rtol"],
+    chosen: dict[str, Any] = {
+        "include": options["include"] or ("*",),
+        "exclude": options["exclude"],
+        "merge": not options["no_merge"],
+        "unshare": options["unshare"],
+    }
+    try:
+        with session.voice.progress("proving the fold") as step:
+            return surgeries.fold_proved(
+                session.model,
+                session.observe(),
+                reference,
+                **chosen,
+                device=torch_device(options["device"]),
+                progress=step,
+                atol=options["atol"],
+                rtol=options["rtol"],
+            )
+    except CheckFailed:
+        from bntool.blaming import blame_modules
+        from bntool.cli import blaming
+
+        folded = surgeries.fold_observed(session.model, session.observe(), **chosen).model
+        blaming.report(
+            session.voice,
+            lambda: blame_modules(session.model, folded, reference.inputs, stage="fold"),
+            options,
         )
+        raise
 
 
 @contextlib.contextmanager
@@ -184,7 +201,7 @@ def exported(
             draft = folder / target.name
             error.where = error.where.replace(str(draft), str(target))
             if options["keep_unverified"] and draft.exists():
-                error.next_step = f"kept as {_kept_unverified(draft, target)}: do not serve it"
+                error.next_step = f"kept as {kept_unverified(draft, target)}: do not serve it"
             raise
         from bntool import surgeries
         from bntool.onnx_files import data_place, move_onnx
@@ -327,7 +344,7 @@ def narrow(dtype: str | None) -> Literal["", "fp16", "bf16"]:
     return "fp16" if dtype == "fp16" else "bf16" if dtype == "bf16" else ""
 
 
-def _kept_unverified(path: Path, target: Path) -> Path:
+def kept_unverified(path: Path, target: Path) -> Path:
     """The file that failed, under a name that nobody takes for the verified one."""
     from bntool.onnx_files import open_onnx, save_onnx
 
@@ -363,6 +380,23 @@ def timed(
             pairs=pairs,
             progress=step,
         )
+
+
+def timed_pair(
+    voice: Voice,
+    pair: tuple[nn.Module | Path, nn.Module | Path],
+    inputs_of: Callable[[int], Inputs | None],
+    options: dict[str, Any],
+) -> dict[str, Any]:
+    """Time what was folded before and after, say it, and return the document's part about it."""
+    from bntool.benchmarking import Candidate
+    from bntool.report.latency import latency_text
+
+    candidates = [Candidate(name, what) for name, what in zip(("before", "folded"), pair, strict=True)]
+    found = timed(voice, candidates, inputs_of, options)
+    voice.say()
+    voice.say(latency_text(found))
+    return {"latency": found.to_dict()}
 
 
 def timed_fold(

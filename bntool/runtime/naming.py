@@ -67,7 +67,8 @@ def options_of(
         }
         return options | ({"enable_cuda_graph": "1"} if cuda_graph else {})
     if provider == TENSORRT:
-        # Types stay those of the file: TensorRT must be allowed what it holds, and nothing else. An engine of an earlier run proves nothing about this one.
+        # Types stay those of the file: TensorRT must be allowed what it holds, and nothing else. An engine of
+        # an earlier run proves nothing about this one.
         options = {
             "device_id": index,
             "trt_fp16_enable": str(int("FLOAT16" in stored)),
