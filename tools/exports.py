@@ -91,7 +91,7 @@ def examine(name: str) -> dict[str, Any]:
     row |= {
         "opset": export.opset,
         "nodes": sum(export.nodes.values()),
-        "folded": len(planned.plan.fold_sites),
+        "folded": sum(1 for _ in planned.plan.fold_sites),
         "left": left,
         "kept": dict(collections.Counter(kept[name] for name in kept)) if left else {},
         "stages": {f"{c.stage} {c.precision}".strip(): round(c.ratio, 2) for c in checks},
