@@ -49,7 +49,6 @@ def examine(name: str) -> dict[str, Any]:
     import onnx
     import torch
 
-    from bntool import api
     from bntool.checking import check_onnx, seeded_batches
     from bntool.exporting import export_onnx
     from bntool.files.references import build, recorded_inputs
@@ -78,10 +77,9 @@ def examine(name: str) -> dict[str, Any]:
     if planned.plan:
         elsewhere = reference_elsewhere(model, observation.inputs)
         checks += check_fold(model, folded, planned.plan, reference, elsewhere)
-    result = api.as_result(model, folded, planned.plan, observation.inputs)
     with tempfile.TemporaryDirectory(prefix="bntool.exports.") as folder:
         start = time.perf_counter()
-        export = export_onnx(result.model, observation.inputs, Path(folder) / "model.onnx")
+        export = export_onnx(folded, observation.inputs, Path(folder) / "model.onnx")
         # Merged branches are a matter of the fold, proved elsewhere; here is what folds in the graph alone.
         export = fold_exported(export, merge=False)
         row["seconds_export"] = round(time.perf_counter() - start, 1)
