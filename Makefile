@@ -6,8 +6,7 @@ FUZZ := .venv-fuzz
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test check lint gold docs man bench latency zoo peers exports verification large streaming \
-	gpu-check \
-	pickles fuzz durability
+	gpu-check pickles fuzz durability
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  \1\t/' | expand -t 14
