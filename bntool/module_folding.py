@@ -35,6 +35,8 @@ _UNFIT = frozenset(
 )
 """A BatchNorm with one of these must not go, whoever offers to take it."""
 
+_UNMERGED = "blocks keep their branches: the model does not run with its blocks merged"
+
 
 @dataclasses.dataclass(frozen=True)
 class PlannedFold:
@@ -63,8 +65,9 @@ def plan_module_fold(
 
     With `merge`, blocks that bring their own re-parameterisation are merged first, on a copy, and the rest
     is planned on what they leave. With `thorough` the model is observed a second time, on inputs of other
-    sizes, and a fold counts only if it comes out the same; else only where it leads through a reshape. With
-    `unshare` a layer is cloned for each call site that needs it changed.
+    sizes, and a fold counts only if it comes out the same; else only where it leads through a reshape or
+    rests on a number of the forward's own. With `unshare` a layer is cloned for each call site that needs
+    it changed.
     """
     choice = _Choice(tuple(include), tuple(exclude), unshare)
     if unshare and _has_layers_of_several_names(model):
@@ -78,7 +81,11 @@ def plan_module_fold(
         merged = with_blocks_merged(merged, blocks)
     if not sites:
         return PlannedFold(plan, model, plan)
-    rest = _settled(merged, observe(merged, observation.inputs, apart=unshare), choice, thorough)
+    try:
+        observed = observe(merged, observation.inputs, apart=unshare)
+    except ObserveError:
+        return PlannedFold(dataclasses.replace(plan, notes=(*plan.notes, _UNMERGED)), model, plan)
+    rest = _settled(merged, observed, choice, thorough)
     whole = dataclasses.replace(
         rest, sites=(*sites, *rest.sites), signature=signature_of(model), model_class=plan.model_class
     )
@@ -103,7 +110,7 @@ def _settled(model: nn.Module, observation: Observation, choice: _Choice, thorou
     """The plan of an observation, and of a second one too where that is asked for or needed."""
     options: dict[str, Any] = dataclasses.asdict(choice)
     plan = plan_fold(observation.graph, **options)
-    if not plan or not (thorough or any("reshape" in site.laws for site in plan.fold_sites)):
+    if not plan or not (thorough or any(map(_rests_on_one_run, plan.fold_sites))):
         return plan
     for inputs in other_sizes(observation.inputs, fixed=has_fixed_size(model)):
         try:
@@ -112,6 +119,15 @@ def _settled(model: nn.Module, observation: Observation, choice: _Choice, thorou
             continue  # the model takes no such input, so its axes have no such size
         return plan_on_all([observation.graph, second], first=plan, **options)
     return plan
+
+
+def _rests_on_one_run(site: FoldSite) -> bool:
+    """Whether a fold leads through a reshape, or uses a number that the forward made, maybe from its data."""
+    return "reshape" in site.laws or any(_has_number(edit.map) for edit in site.edits)
+
+
+def _has_number(expr: Any) -> bool:
+    return isinstance(expr, tuple) and (expr[:1] == ("number",) or any(map(_has_number, expr)))
 
 
 def other_sizes(inputs: Inputs, *, fixed: bool = False) -> Iterator[Inputs]:

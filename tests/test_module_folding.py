@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 import bntool
 from bntool.reasons import Reason
@@ -54,6 +55,65 @@ def same(model: nn.Module, folded: nn.Module, image: Tensor) -> bool:
     with torch.no_grad():
         expected, got = model(image.double()), folded(image.double())
     return bool((expected - got).abs().max() <= 1e-12 * expected.abs().max())
+
+
+class AddsWhatItRead(nn.Module):
+    """Makes a tensor of numbers from its data, in a way that no operator shows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 2, 1)
+        self.bn = nn.BatchNorm2d(2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.bn(self.conv(x) + torch.tensor([x.mean(), x.amax()]).view(1, 2, 1, 1))
+
+
+class Branches(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.wide, self.wide_bn = nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4)
+        self.thin, self.thin_bn = nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)
+        self.one: nn.Module | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.one is not None:
+            return self.one(x)
+        return self.wide_bn(self.wide(x)) + self.thin_bn(self.thin(x))
+
+    def reparameterize(self) -> None:
+        wide = fuse_conv_bn_eval(self.wide, self.wide_bn)
+        thin = fuse_conv_bn_eval(self.thin, self.thin_bn)
+        wide.weight += nn.functional.pad(thin.weight, (1, 1, 1, 1))
+        wide.bias += thin.bias
+        self.one = wide
+        del self.wide, self.wide_bn, self.thin, self.thin_bn
+
+
+class ReachesIntoItsBlock(nn.Module):
+    """Reads a weight that is gone once the block has merged its branches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = Branches()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.block(x) * self.block.thin.weight.mean()
+
+
+def test_a_block_that_the_model_reaches_into_keeps_its_branches():
+    model = randomised(ReachesIntoItsBlock())
+    result = bntool.fold(model, torch.randn(2, 4, 8, 8))
+    assert [site.into for site in result.plan.fold_sites] == [("block.wide",)]
+    assert [skip.reason for skip in result.plan.skips] == [Reason.WEIGHT_SHARED]
+    assert any("does not run with its blocks merged" in note for note in result.plan.notes)
+
+
+def test_a_number_that_the_forward_makes_is_trusted_only_if_it_is_the_same_for_another_input():
+    model = randomised(AddsWhatItRead())
+    result = bntool.fold(model, torch.randn(2, 3, 8, 8), check="none")
+    assert [skip.reason for skip in result.plan.skips] == [Reason.AXIS_MISMATCH]
+    assert not result.modified
 
 
 def test_a_reshape_that_keeps_the_channels_only_at_one_size_is_no_way():

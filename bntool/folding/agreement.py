@@ -20,7 +20,7 @@ from bntool.graph import Graph
 from bntool.plan import Expr, FoldSite, Plan, Skip
 from bntool.reasons import Reason
 
-_DETAIL = "the fold would depend on the size of an axis that is not fixed"
+_DETAIL = "the fold would come out otherwise on an input of other sizes or numbers"
 
 
 def plan_on_all(

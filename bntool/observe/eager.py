@@ -29,6 +29,9 @@ from bntool.observe.holding import SMALL_CONSTANT, Holders
 from bntool.observe.leftovers import random_state_kept, require_materialised, undeclared_writes
 from bntool.observe.modules import class_name, is_decomposed, role_of, uses_plain_bias
 
+_READS_OUT = frozenset({"item", "_local_scalar_dense", "resolve_neg"})
+"""What hands numbers to Python. `tolist` and `numpy` show themselves by `resolve_neg` alone."""
+
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
@@ -283,6 +286,8 @@ class _Recorder:
             operands.pop(unread, None)
         outs = list(_tensors_in(out))
         inputs = {role: holders.value_of(tensor) for role, tensor in operands.items()}
+        if name in _READS_OUT and not all(graph.values[v].constant for v in inputs.values()):
+            graph.reads_numbers = True
         targets = [t for role, t in operands.items() if _is_written(role, written)] if written else []
         if not targets and outs and all(_is_handed_on(o, operands) for o in outs):
             return
@@ -291,8 +296,6 @@ class _Recorder:
             computed = not any(graph.values[v].constant for v in inputs.values())
             kind, inputs = product_of(inputs, computed)
         constant = not draws and all(graph.values[v].constant for v in inputs.values())
-        if name in ("item", "_local_scalar_dense") and not constant:
-            graph.reads_numbers = True
         if graph.reads_numbers:
             # any Python number from here on may have been read from the data
             constant = constant and bool(inputs)

@@ -257,6 +257,23 @@ def test_a_number_read_from_the_data_is_no_constant() -> None:
     assert only(graph, "mul").attrs["number"] == 3.0
 
 
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda m: torch.tensor(m.tolist()),
+        lambda m: torch.from_numpy(m.numpy() * 2),
+        lambda m: torch.as_tensor(np.asarray(m)),
+    ],
+)
+def test_numbers_that_python_is_handed_as_a_list_or_an_array_are_no_constants(
+    read: Callable[[Tensor], Tensor],
+) -> None:
+    model = Net(lambda s, x: s.conv(x) * read(x.mean((0, 1, 2, 3), keepdim=True)), conv=conv())
+    graph = look(model).graph
+    assert graph.reads_numbers
+    assert _constant_factor(graph) is None
+
+
 # -- modules --------------------------------------------------------------------------------------------
 
 
