@@ -40,8 +40,18 @@ class _InThisProcess(collections.OrderedDict[int, Any]):
 class _FillIn:
     norm: nn.Module
 
-    def __call__(self, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
-        _fill_in(self.norm, state_dict, prefix)
+    def __call__(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        _metadata: Any,
+        _strict: bool,
+        missing: list[str],
+        *_: Any,
+    ) -> None:
+        # a checkpoint that lacks what comes before is no old one, but a part of one
+        if not missing:
+            _fill_in(self.norm, state_dict, prefix)
 
 
 def _fill_in(norm: nn.Module, state_dict: dict[str, Any], prefix: str) -> None:
@@ -52,7 +62,8 @@ def _fill_in(norm: nn.Module, state_dict: dict[str, Any], prefix: str) -> None:
     for key, tensor in norm.state_dict(prefix=prefix).items():
         owner, _, slot = key.removeprefix(prefix).rpartition(".")
         neutral = {"weight": 1.0, "running_var": 1.0 - getattr(norm.get_submodule(owner), "eps", 0.0)}
-        state_dict[key] = torch.full_like(tensor, neutral.get(slot, 0))
+        device = "cpu" if tensor.is_meta else tensor.device  # with assign=True it becomes the norm's own
+        state_dict[key] = torch.full_like(tensor, neutral.get(slot, 0), device=device)
 
 
 class _NormedForward(nn.Module):
@@ -67,7 +78,8 @@ class _NormedForward(nn.Module):
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
     ) -> None:
-        _fill_in(self.bn, state_dict, f"{prefix}bn.")
+        if f"{prefix}weight" in state_dict:
+            _fill_in(self.bn, state_dict, f"{prefix}bn.")
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
 

@@ -130,6 +130,29 @@ def test_an_old_checkpoint_loads_as_it_is_even_after_training(models: Any) -> No
         assert torch.equal(run(other), run(before))
 
 
+def test_a_checkpoint_without_the_layer_leaves_its_norm_alone_and_says_so(models: Any) -> None:
+    """Loading a head, say, must not undo what the BatchNorms of the body have learnt."""
+    *_, after = models
+    for name, tensor in after.state_dict().items():
+        if name.endswith(("running_mean", "running_var")):
+            tensor.fill_(3)
+    trained = {name: tensor.clone() for name, tensor in after.state_dict().items()}
+    counters = {name for name in trained if name.endswith("num_batches_tracked")}  # torch's own: set to zero
+    found = after.load_state_dict({"elsewhere.weight": torch.ones(1)}, strict=False)
+    assert set(found.missing_keys) == set(trained) - counters
+    assert found.unexpected_keys == ["elsewhere.weight"]
+    assert all(
+        torch.equal(trained[name], t) for name, t in after.state_dict().items() if name not in counters
+    )
+
+
+def test_an_old_checkpoint_gives_a_model_without_numbers_all_of_them() -> None:
+    before = Slot().eval()
+    empty = bntool.insert(before, X).model.to("meta")
+    empty.load_state_dict(before.state_dict(), assign=True)
+    assert torch.equal(run(empty), run(before))
+
+
 def test_a_checkpoint_that_lacks_a_part_of_a_norm_is_refused(models: Any) -> None:
     *_, after = models
     state = after.state_dict()
