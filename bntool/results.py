@@ -93,7 +93,7 @@ def insert_lines(plan: Plan, width: int | None, verbose: bool) -> list[str]:
     lines += _skip_lines(plan.skips, width, "not cut", verbose)
     number = sum(s.calls for s in plan.insert_sites)
     channels = sum(s.channels * s.calls for s in plan.insert_sites)
-    lines += ["", f"{number} BatchNorm layers inserted over {count(channels)} channels"]
+    lines += ["", f"{number} BatchNorm layer{'s' * (number != 1)} inserted over {count(channels)} channels"]
     if plan.dropped:
         moved = ", ".join(dropped.bias for dropped in plan.dropped)
         lines.append(wrapped(f"{len(plan.dropped)} biases moved into running means: {moved}", width))

@@ -225,6 +225,10 @@ def _no_site(session: Session, result: SurgeryResult) -> NothingToDo:
         next_step = "--activation any takes every activation"
     elif not reasons and any(isinstance(m, nn.Linear) for m in session.model.modules()):
         next_step = "--linear takes linear layers too"
+    elif reasons == {Reason.ALREADY_NORMALISED}:
+        next_step = (
+            f"each has a BatchNorm already, which bntool fold takes out; bntool explain {min(reasons)}"
+        )
     elif reasons:
         next_step = f"bntool explain {min(reasons)}"
     else:

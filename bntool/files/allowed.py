@@ -114,7 +114,7 @@ def _entry(entry: str) -> Mapping[str, Any]:
     module, colon, attribute = entry.rpartition(":")
     if not colon:
         module, _, attribute = entry.rpartition(".")
-    if not module or not attribute.isidentifier():
+    if not module or not attribute.isidentifier() or (attribute == "py" and Path(entry).is_file()):
         raise UsageError(
             f"--allow {shown(entry)} names no class",
             next_step="write --allow pkg.mod.Class, or --allow script.py:Class for a class of a script",

@@ -220,19 +220,20 @@ def _from_file(
 
 def _without_architecture(path: Path, found: Found, options: _Reading) -> LoadError:
     state = _weights_of(found)
-    near = ""
+    near, fitting = "", "torchvision:resnet50"
     with contextlib.suppress(LoadError):
         # Those of timm take minutes: only for who asks for them, or has before.
         index = load_index(options.tell, build=("torchvision",))
         near = closest(index.matches(state), index)
         exact = [match.reference for match in index.matches(state) if match.exact]
         if exact:
-            near = f"{' and '.join(exact[:3])} fit{'s' if len(exact) == 1 else ''}; the name is yours to give"
+            near = f"{' and '.join(exact[:3])} fit{'s' if len(exact) == 1 else ''}, which is for you to say"
+            fitting = exact[0]
     return LoadError(
         f"{path.name} holds only weights ({len(state)} tensors), not the model they belong to"
         + (f"; {near}" if near else ""),
         where=str(path),
-        next_step=f"name its architecture: {path.name} --arch torchvision:resnet50, --arch timm:NAME, --arch "
+        next_step=f"name its architecture: {path.name} --arch {fitting}, --arch timm:NAME, --arch "
         "path/file.py:Class, or --arch auto to look for one that fits exactly (some minutes, the first time)",
     )
 

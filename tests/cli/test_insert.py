@@ -86,6 +86,11 @@ def test_twice_in_a_row_finds_every_place_taken(bntool: Shell, folder: Path) -> 
     assert contents(folder) == before
 
 
+def test_a_model_that_is_normalised_already_is_sent_to_fold(refused: Shell) -> None:
+    nets.save(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU()), "model.pt")
+    refused("insert", "model.pt", code=4, says="each has a BatchNorm already, which bntool fold takes out")
+
+
 def test_a_model_without_sites_says_why(refused: Shell) -> None:
     nets.save(nn.Sequential(nn.Conv2d(3, 4, 3), nn.SiLU()), "model.pt")
     said = refused("insert", "model.pt", code=4, says="--activation any")
@@ -143,7 +148,7 @@ def test_quiet_shows_totals_alone(bntool: Shell) -> None:
     said = bntool("insert", "model.pt", "-q")
     assert "sequential" not in said.out
     assert "note:" not in said.out
-    assert "1 BatchNorm layers inserted over 4 channels" in said.out
+    assert "1 BatchNorm layer inserted over 4 channels" in said.out
 
 
 def test_a_reference_is_written_into_this_folder(bntool: Shell) -> None:

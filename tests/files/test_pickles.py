@@ -279,6 +279,12 @@ def test_allow_never_opens_a_way_to_run_code(entry: str) -> None:
         user_allowance([entry])
 
 
+def test_allow_of_a_script_without_a_class_says_how_to_write_it(tmp_path: Path) -> None:
+    (tmp_path / "net.py").write_text("class Net: pass")
+    with pytest.raises(UsageError, match="names no class"):
+        user_allowance([str(tmp_path / "net.py")])
+
+
 def test_allow_looks_at_what_a_name_really_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     disguised = types.ModuleType("disguised_pkg")
     disguised.run = __import__("os").system  # type: ignore[attr-defined]
