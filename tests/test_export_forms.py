@@ -9,6 +9,7 @@ from onnx import TensorProto, numpy_helper
 from torch import nn
 
 from bntool import onnx_writing
+from bntool.casting import stored_as
 from bntool.checking import check_onnx, seeded_batches
 from bntool.dynamic_axes import DynamicAxes, resized
 from bntool.errors import CheckFailed, ExportError, UsageError
@@ -190,7 +191,7 @@ def test_a_full_disk_during_the_export(tmp_path):
 
 
 def narrow_checks(model, path, dtype=torch.float16):
-    reference = Reference(model, seeded_batches(IMAGE)).in_dtype(dtype)
+    reference = Reference(model, seeded_batches(IMAGE)).in_arithmetic(stored_as(dtype))
     return check_onnx(model, path, [], device="cpu", reference=reference)
 
 
@@ -241,7 +242,7 @@ def test_inputs_and_outputs_may_stay_float32(tmp_path):
     assert result.input_names == ("input_0", "input_1", "input_2")
     assert result.output_names == ("y", "picked", "same")
     assert {i.data_type for i in graph.initializer if i.name.startswith("net.")} == {TensorProto.FLOAT16}
-    reference = Reference(model, [inputs]).in_dtype(torch.float16)
+    reference = Reference(model, [inputs]).in_arithmetic(stored_as(torch.float16))
     assert all(c.passed for c in check_onnx(model, result.path, [], device="cpu", reference=reference))
     with pytest.raises(UsageError, match="--dtype"):
         export_onnx(model, inputs, tmp_path / "n.onnx", keep_io=True)

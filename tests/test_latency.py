@@ -204,7 +204,10 @@ class FakeRunner:
     device = "cuda:0 (Recorded)"
     provider = CUDA
 
-    def __init__(self, path: Path, device: str, *, threads: int, cuda_graph: bool = False) -> None:
+    def __init__(
+        self, path: Path, device: str, *, threads: int, tf32: bool, cuda_graph: bool = False
+    ) -> None:
+        assert not tf32
         self.cuda_graph = cuda_graph
 
     def bound(self, inputs: Inputs, *, fixed_outputs: bool = False) -> Any:
@@ -225,7 +228,7 @@ class FakeRunner:
 def test_a_cuda_graph_where_every_node_is_on_the_device(monkeypatch, cpu_nodes, fails, note):
     kind = type("Kind", (FakeRunner,), {"cpu_nodes": cpu_nodes, "fails": fails})
     monkeypatch.setattr(ready, "OrtRunner", kind)
-    runner, run, said = ready._bound(Path("m.onnx"), "cuda", IMAGE, 1)
+    runner, run, said = ready._bound(Path("m.onnx"), "cuda", IMAGE, 1, tf32=False)
     run()
     assert said == note
     assert runner.cuda_graph == (note == "CUDA graph")

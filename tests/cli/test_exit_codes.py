@@ -95,10 +95,10 @@ def _raising(error: BaseException) -> Callable[..., None]:
 def test_70_a_bug_130_ctrl_c_141_no_reader(
     bntool: Shell, models: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException, code: int
 ) -> None:
-    from bntool import api
+    from bntool import surgeries
 
     monkeypatch.setattr(os, "dup2", lambda *numbers: None)  # pytest's own stdout is no pipe that closed
-    monkeypatch.setattr(api, "fold_observed", _raising(error))
+    monkeypatch.setattr(surgeries, "fold_observed", _raising(error))
     assert _line(bntool, "fold", "model_bn.pt") == code
 
 
