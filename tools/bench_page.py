@@ -40,9 +40,8 @@ lead through a reshape it observes twice, on two sizes.
 {summary}
 
 The aims are 1.3 above 10 M parameters and 2 up to that. Most of what a fold of a small net costs is Python's
-work for each module and op, which does not shrink with the layers. levit has a fixed input size: three of the
-sizes tried for its second look fail before another batch size holds. repvgg_a2 merges branches by the blocks'
-own method, in float64, once to plan and once to apply.
+work for each module and op, which does not shrink with the layers. levit is observed
+twice, since its folds lead through reshapes. repvgg_a2 merges branches by the blocks' own method, in float64.
 
 ## Growth with the number of ops
 
