@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import subprocess
 import sys
@@ -11,9 +12,12 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+import torch
 from onnx import TensorProto, helper, numpy_helper
+from torch import nn
 
 from bntool.errors import UsageError
+from bntool.files import load, save_model
 from bntool.files.atomic import write_atomically
 from bntool.files.drafts import draft_folder
 from bntool.onnx_files import move_onnx, open_onnx, save_onnx
@@ -133,3 +137,22 @@ def test_a_full_disk_is_told_in_the_systems_words(tmp_path: Path) -> None:
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert ran.stderr.splitlines()[-2].endswith("out.pt: File too large")
+
+
+def test_ctrl_c_while_torch_writes_stays_ctrl_c(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's writer turns what interrupts it into a RuntimeError, which must not read as a failed write."""
+    path = tmp_path / "in.pt"
+    torch.save(nn.Linear(30, 30), path)
+    loaded = load(path)
+    save = torch.save
+
+    class Interrupted(io.BytesIO):
+        def write(self, block: bytes) -> int:  # type: ignore[override]
+            if self.tell():
+                raise KeyboardInterrupt
+            return super().write(block)
+
+    monkeypatch.setattr(torch, "save", lambda held, _, **options: save(held, Interrupted(), **options))
+    with pytest.raises(KeyboardInterrupt):
+        save_model(loaded, loaded.model, tmp_path / "out.pt")
+    assert _names(tmp_path) == ["in.pt"]

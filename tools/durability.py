@@ -202,8 +202,9 @@ def _ended(child: int) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
-def _again_and_again(writer: Writer, folder: Path) -> None:
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+def _again_and_again(writer: Writer, folder: Path, begun: int | None = None) -> None:
+    if begun is not None:
+        os.write(begun, b"!")
     for round_ in range(1000):
         writer.write(folder, VERSIONS[round_ % 2])
 
@@ -243,7 +244,12 @@ class Trial:
 
 
 def killed(trial: Trial, draw: random.Random, how: signal.Signals) -> None:
-    child = _forked(lambda: _again_and_again(trial.writer, trial.folder))
+    reader, begun = os.pipe()
+    child = _forked(lambda: _again_and_again(trial.writer, trial.folder, begun))
+    # Not in the middle of Python's own fork, which takes Ctrl-C for nothing.
+    os.read(reader, 1)
+    os.close(reader)
+    os.close(begun)
     time.sleep(draw.uniform(0.002, 0.25))
     os.kill(child, how)
     code = _ended(child)
@@ -344,6 +350,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     chosen = parser.parse_args()
     warnings.simplefilter("ignore")
+    # Started in the background Ctrl-C is ignored.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     draw = random.Random(chosen.seed)  # noqa: S311 - moments, not secrets
     with tempfile.TemporaryDirectory(prefix="bntool-durability-") as place:
         source = Path(place, "source")

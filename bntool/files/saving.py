@@ -179,8 +179,8 @@ def _write_torch(held: Any, path: Path) -> None:
                 next_step="load it as weights with --arch, so that only its state_dict is saved",
             ) from error
         except RuntimeError as error:
-            # torch's writer reports a full disk so, with the system's own error behind it.
-            if isinstance(error.__context__, OSError):
+            # torch's writer reports a full disk or Ctrl-C so, with what really happened behind it.
+            if isinstance(error.__context__, (OSError, KeyboardInterrupt)):
                 raise error.__context__ from error
             raise OSError(f"torch.save failed ({str(error).splitlines()[0]})") from error
 
