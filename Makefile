@@ -69,7 +69,7 @@ exports: setup ## fold, export and verify torchvision's and timm's models; goes 
 	$(BIN)/python -m tools.exports
 
 verification: setup ## verify forty correct models; goes on where it stopped
-	$(BIN)/python tools/forty.py
+	$(BIN)/python -m tools.forty
 
 large: setup ## fold an ONNX model of more than 2 GB, with its time and peak memory
 	$(BIN)/python tools/large_onnx.py

@@ -20,6 +20,7 @@ from tools.fingerprints import Trace, fingerprints, trace_onnx, trace_torch
 from tools.peer_page import EXPLAINED, behind, only_bntool, only_peers, page
 from tools.peer_tools import BNTOOL, PEERS
 from tools.processes import in_own_process
+from tools.sweeping import Results
 from tools.zoo import randomise
 
 
@@ -175,7 +176,7 @@ def test_composed_layers_count_as_left() -> None:
     assert not behind(composed)
 
 
-SHIPPED = peers.read_results()
+SHIPPED = Results(peers.RESULTS).rows
 
 
 def test_the_shipped_page_is_the_page_of_the_shipped_rows() -> None:

@@ -6,15 +6,14 @@ come, so that the sweep can be stopped and gone on with; `docs/exports.md` is wr
 
 from __future__ import annotations
 
-import argparse
 import collections
-import json
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
 from tools.processes import in_own_process
+from tools.sweeping import Results, arguments, not_ok
 from tools.zoo import MAX_PARAMETERS, VIDEO, randomise
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -103,13 +102,6 @@ def examine(name: str) -> dict[str, Any]:
     return {"status": "ok", **row}
 
 
-def read_results() -> dict[str, dict[str, Any]]:
-    if not RESULTS.is_file():
-        return {}
-    rows = (json.loads(line) for line in RESULTS.read_text().splitlines() if line)
-    return {row["model"]: row for row in rows}
-
-
 def page(results: dict[str, dict[str, Any]], wanted: int) -> str:
     rows = sorted(results.values(), key=lambda row: row["model"])
     good = [row for row in rows if row["status"] == "ok"]
@@ -145,43 +137,24 @@ def _one_line(text: str) -> str:
     return " ".join(text.replace("|", "/").split())[:300]
 
 
-def sweep(names: list[str], minutes: float, limit: float) -> None:
+def main() -> None:
+    chosen = arguments(__doc__, RESULTS, limit=240).parse_args()
     import timm  # noqa: F401 - imported once, before the forks
     import torchvision  # noqa: F401
 
     import bntool.api
     import bntool.exporting  # noqa: F401
 
-    end = time.monotonic() + 60 * minutes
-    results = read_results()
-    waiting = [name for name in names if name not in results]
-    for done, name in enumerate(waiting):
-        if time.monotonic() > end:
-            print(f"time is up: {len(waiting) - done} models are left; run it again to go on")
-            break
-        row = {"model": name, **in_own_process(lambda name=name: examine(name), limit)}
-        results[name] = row
-        with RESULTS.open("a") as file:
-            file.write(json.dumps(row) + "\n")
-        PAGE.write_text(page(results, len(every_model())))
-        print(
-            f"{len(results):4} {row['status']:10} {name} {_one_line(row.get('error', ''))}".rstrip(),
-            flush=True,
-        )
-    PAGE.write_text(page(results, len(every_model())))
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("names", nargs="*", help="models (default: all)")
-    parser.add_argument("--minutes", type=float, default=600, help="stop after this long")
-    parser.add_argument("--limit", type=float, default=240, help="seconds of processor time for one model")
-    parser.add_argument("--again", action="store_true", help="forget the rows that are not ok")
-    chosen = parser.parse_args()
+    results = Results(chosen.results)
     if chosen.again:
-        kept = [row for row in read_results().values() if row["status"] == "ok"]
-        RESULTS.write_text("".join(json.dumps(row) + "\n" for row in kept))
-    sweep(chosen.names or every_model(), chosen.minutes, chosen.limit)
+        results.forget(not_ok)
+    wanted = every_model()
+    for name in results.missing(chosen.names or wanted, chosen.minutes):
+        row = {"model": name, **in_own_process(lambda name=name: examine(name), chosen.limit)}
+        results.add(row)
+        error = _one_line(row.get("error", ""))
+        print(f"{len(results.rows):4} {row['status']:10} {name} {error}".rstrip(), flush=True)
+    PAGE.write_text(page(results.rows, len(wanted)), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ docs/verification.md is made from the lines. Weights are random, and so are the 
 
 from __future__ import annotations
 
-import json
 import sys
 import tempfile
 import time
@@ -21,9 +20,11 @@ from bntool import api
 from bntool.blaming import blame_export, blame_modules
 from bntool.checking import check_onnx, check_surgery, seeded_batches
 from bntool.exporting import export_onnx
+from bntool.files.references import build
 from bntool.inputs import Inputs
 from bntool.onnx_verifying import check_itself
 from bntool.reference import Reference
+from tools.sweeping import Results, arguments
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 LINES, PAGE = DOCS / "verification.jsonl", DOCS / "verification.md"
@@ -39,32 +40,23 @@ spnasnet_100 repvgg_a0 regnetx_002 rexnet_100 dla34 hrnet_w18_small"""
 NAMES = [f"torchvision:{n}" for n in TORCHVISION.split()] + [f"timm:{n}" for n in TIMM.split()]
 
 
-def build(name: str) -> nn.Module:
+def make(name: str) -> nn.Module:
     """A model with seeded weights, and BatchNorms that do something."""
-    library, _, kind = name.partition(":")
+    model = build(name).model.eval()
     torch.manual_seed(0)
-    if library == "timm":
-        import timm
-
-        model = timm.create_model(kind)
-    else:
-        import torchvision
-
-        extra = {"init_weights": True} if kind == "googlenet" else {}
-        model = torchvision.models.get_model(kind, weights=None, **extra)
     for module in model.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             nn.init.normal_(module.running_mean, 0, 0.1)
             nn.init.uniform_(module.running_var, 0.8, 1.25)
             nn.init.uniform_(module.weight, 0.8, 1.25)
             nn.init.normal_(module.bias, 0, 0.1)
-    return model.eval()
+    return model
 
 
 def verify(name: str) -> dict[str, Any]:
     """Every stage of one model: rows, and who was blamed although nothing failed."""
     started = time.perf_counter()
-    model = build(name)
+    model = make(name)
     example = Inputs((torch.randn(1, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(0)),))
     inputs = seeded_batches(example, (1, 2))
     reference = Reference(model, inputs)
@@ -80,7 +72,7 @@ def verify(name: str) -> dict[str, Any]:
         rows += check_itself(path, inputs, device="cpu")
         blamed["export"] = blame_export(folded, path, inputs[:1])
     return {
-        "name": name,
+        "model": name,
         "passed": all(row.passed for row in rows),
         "rows": {
             row.stage: {"ratio": round(row.ratio, 2), "passed": row.passed, "top1": row.top1} for row in rows
@@ -94,38 +86,37 @@ def write_page(lines: list[dict[str, Any]]) -> None:
     stages = ("fold", "export", "runtime", "basic", "extended", "all")
     head = f"| model | {' | '.join(stages)} | verdict |\n|---|{'--:|' * len(stages)}---|"
     rows = [
-        f"| {line['name']} | "
+        f"| {line['model']} | "
         + " | ".join(f"{line['rows'][stage]['ratio']:.2f}" for stage in stages)
-        + f" | {'passed' if line['passed'] and not line['blamed'] else 'FAILED'} |"
+        + f" | {'passed' if is_right(line) else 'FAILED'} |"
         for line in lines
     ]
-    good = sum(line["passed"] and not line["blamed"] for line in lines)
+    good = sum(map(is_right, lines))
     text = PAGE.read_text(encoding="utf-8").partition(MARK)[0]
     made = f"{MARK}\n\n{good} of {len(lines)} passed, with torch {torch.__version__} on the CPU.\n\n{head}\n"
     PAGE.write_text(text + made + "\n".join(rows) + "\n", encoding="utf-8")
 
 
 def main() -> int:
+    chosen = arguments(__doc__, LINES).parse_args()
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    done = [json.loads(line) for line in LINES.read_text().splitlines()] if LINES.exists() else []
-    for name in NAMES:
-        if any(line["name"] == name for line in done):
-            continue
-        line = verify(name)
-        done.append(line)
-        with LINES.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
-        print(
-            name,
-            "passed" if line["passed"] else "FAILED",
-            line["blamed"] or "",
-            f"{line['seconds']} s",
-            flush=True,
-        )
-        write_page(done)
-    write_page(done)
-    return int(not all(line["passed"] and not line["blamed"] for line in done))
+    results = Results(chosen.results)
+    if chosen.again:
+        results.forget(lambda row: not is_right(row))
+    for name in results.missing(chosen.names or NAMES, chosen.minutes):
+        row = verify(name)
+        results.add(row)
+        verdict = "passed" if row["passed"] else "FAILED"
+        print(name, verdict, row["blamed"] or "", f"{row['seconds']} s", flush=True)
+    rows = list(results.rows.values())
+    write_page(rows)
+    return int(not all(map(is_right, rows)))
+
+
+def is_right(row: dict[str, Any]) -> bool:
+    """A correct model has passed, and nothing in it was blamed."""
+    return bool(row["passed"] and not row["blamed"])
 
 
 if __name__ == "__main__":

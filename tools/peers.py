@@ -7,15 +7,12 @@ starts anew); `docs/peers.md` is written from them.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import functools
-import json
 import pickle
 import tempfile
 import time
 import warnings
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +20,7 @@ from tools.peer_models import MODELS
 from tools.peer_page import page
 from tools.peer_tools import TOOLS, Case, versions
 from tools.processes import in_own_process
+from tools.sweeping import Results, arguments
 from tools.zoo import VIDEO, randomise
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -128,17 +126,6 @@ def examine(name: str, limit: float) -> dict[str, Any]:
         return row
 
 
-def read_results(path: Path = RESULTS) -> dict[str, dict[str, Any]]:
-    if not path.is_file():
-        return {}
-    rows = (json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line)
-    return {row["model"]: row for row in rows}
-
-
-def as_line(row: dict[str, Any]) -> str:
-    return json.dumps(row, ensure_ascii=False) + "\n"
-
-
 def out_of_time(row: dict[str, Any]) -> bool:
     return any(found["status"] == "time limit" for found in (row, *row.get("tools", {}).values()))
 
@@ -159,43 +146,22 @@ def warm_up() -> None:
         torch.onnx.export(layer, (torch.randn(1, 3, 4, 4),), dynamo=True, optimize=True, verbose=False)
 
 
-def sweep(names: Iterable[str], minutes: float, limit: float, path: Path) -> None:
+def main() -> None:
+    chosen = arguments(__doc__, RESULTS, limit=300).parse_args()
     warm_up()
-    end = time.monotonic() + 60 * minutes
-    results = read_results(path)
-    waiting = [name for name in names if name not in results]
-    for done, name in enumerate(waiting):
-        if time.monotonic() > end:
-            print(f"time is up: {len(waiting) - done} models are left; run it again to go on")
-            break
-        results[name] = examine(name, limit)
-        with path.open("a", encoding="utf-8") as file:
-            file.write(as_line(results[name]))
+    results = Results(chosen.results)
+    if chosen.again:
+        results.forget(out_of_time)
+    for name in results.missing(chosen.names or MODELS, chosen.minutes):
+        row = examine(name, chosen.limit)
+        results.add(row)
         counts = {
             tool: len(found["left"]) if found["status"] == "ok" else found["status"]
-            for tool, found in results[name].get("tools", {}).items()
+            for tool, found in row.get("tools", {}).items()
         }
-        print(
-            len(results), name, results[name]["status"], len(results[name].get("bn", ())), counts, flush=True
-        )
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("names", nargs="*", help="models (default: those of tools/peer_models.py)")
-    parser.add_argument("--minutes", type=float, default=600, help="stop after this long")
-    parser.add_argument(
-        "--limit", type=float, default=300, help="processor seconds for one tool on one model"
-    )
-    parser.add_argument("--results", type=Path, default=RESULTS, help="the file of results")
-    parser.add_argument("--again", action="store_true", help="redo the models on which time ran out")
-    chosen = parser.parse_args()
-    if chosen.again:
-        kept = [row for row in read_results(chosen.results).values() if not out_of_time(row)]
-        chosen.results.write_text("".join(as_line(row) for row in kept), encoding="utf-8")
-    sweep(chosen.names or MODELS, chosen.minutes, chosen.limit, chosen.results)
+        print(len(results.rows), name, row["status"], len(row.get("bn", ())), counts, flush=True)
     if chosen.results == RESULTS:
-        PAGE.write_text(page(read_results()), encoding="utf-8")
+        PAGE.write_text(page(results.rows), encoding="utf-8")
 
 
 if __name__ == "__main__":

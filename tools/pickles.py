@@ -8,6 +8,7 @@ with; `docs/pickles.md` is written from them.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import subprocess
 import sys
@@ -16,6 +17,8 @@ import time
 import warnings
 from pathlib import Path
 from typing import Any
+
+from tools.sweeping import Results, arguments, not_ok
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "docs" / "pickles.jsonl"
@@ -97,13 +100,6 @@ def _elsewhere(work: str, names: list[str], folder: Path) -> dict[str, dict[str,
     return found
 
 
-def read_results() -> dict[str, dict[str, Any]]:
-    if not RESULTS.is_file():
-        return {}
-    rows = (json.loads(line) for line in RESULTS.read_text().splitlines() if line)
-    return {row["model"]: row for row in rows}
-
-
 def write_page(results: dict[str, dict[str, Any]]) -> None:
     lines = [
         "# Whole models as pickles",
@@ -128,28 +124,8 @@ def write_page(results: dict[str, dict[str, Any]]) -> None:
     PAGE.write_text("\n".join(lines) + "\n")
 
 
-def sweep(names: list[str], minutes: float) -> None:
-    end = time.monotonic() + 60 * minutes
-    results = read_results()
-    waiting = [name for name in names if name not in results]
-    while waiting and time.monotonic() < end:
-        batch, waiting = waiting[:BATCH], waiting[BATCH:]
-        with tempfile.TemporaryDirectory() as folder:
-            rows = _elsewhere("save", batch, Path(folder))
-            rows |= _elsewhere("load", batch, Path(folder))
-        with RESULTS.open("a") as file:
-            for name in batch:
-                results[name] = {"model": name, **rows.get(name, {"status": "no answer"})}
-                file.write(json.dumps(results[name]) + "\n")
-        print(f"{len(results)} done, {len(waiting)} left", flush=True)
-    write_page(results)
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("names", nargs="*", help="models (default: every builder, and one of each family)")
-    parser.add_argument("--minutes", type=float, default=600, help="stop after this long")
-    parser.add_argument("--again", action="store_true", help="forget the rows that are not ok")
+    parser = arguments(__doc__, RESULTS)
     parser.add_argument("--work", choices=("save", "load"), help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     chosen = parser.parse_args()
@@ -158,10 +134,18 @@ def main() -> None:
         work = save_batch if chosen.work == "save" else load_batch
         print(json.dumps(work(chosen.names, chosen.folder)))
         return
+    results = Results(chosen.results)
     if chosen.again:
-        kept = [row for row in read_results().values() if row["status"] == "ok"]
-        RESULTS.write_text("".join(json.dumps(row) + "\n" for row in kept))
-    sweep(chosen.names or names_to_try(), chosen.minutes)
+        results.forget(not_ok)
+    missing = results.missing(chosen.names or names_to_try(), chosen.minutes)
+    while batch := list(itertools.islice(missing, BATCH)):
+        with tempfile.TemporaryDirectory() as folder:
+            rows = _elsewhere("save", batch, Path(folder))
+            rows |= _elsewhere("load", batch, Path(folder))
+        for name in batch:
+            results.add({"model": name, **rows.get(name, {"status": "no answer"})})
+        print(f"{len(results.rows)} done", flush=True)
+    write_page(results.rows)
 
 
 if __name__ == "__main__":

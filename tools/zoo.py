@@ -6,23 +6,21 @@ come, so that the sweep can be stopped and gone on with; `docs/coverage.md` is w
 
 from __future__ import annotations
 
-import argparse
 import collections
 import glob
-import json
 import resource
 import statistics
 import time
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from tools.processes import in_own_process
+from tools.sweeping import Results, arguments, not_ok
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "docs" / "coverage.jsonl"
 PAGE = ROOT / "docs" / "coverage.md"
-MAX_PARAMETERS = 350_000_000
+MAX_PARAMETERS = 700_000_000
 """Above this a float64 copy beside the float32 ones does not fit comfortably in 24 GB."""
 
 VIDEO = (1, 3, 4, 32, 32)
@@ -167,13 +165,6 @@ def _inserted(model: Any, observation: Any) -> dict[str, Any]:
     }
 
 
-def read_results() -> dict[str, dict[str, Any]]:
-    if not RESULTS.is_file():
-        return {}
-    rows = (json.loads(line) for line in RESULTS.read_text().splitlines() if line)
-    return {row["model"]: row for row in rows}
-
-
 def write_page(results: dict[str, dict[str, Any]]) -> None:
     rows = sorted(results.values(), key=lambda row: row["model"])
     good = [row for row in rows if row["status"] == "ok"]
@@ -242,43 +233,22 @@ def write_page(results: dict[str, dict[str, Any]]) -> None:
     PAGE.write_text("\n".join(lines) + "\n")
 
 
-def sweep(names: Iterable[str], minutes: float, limit: float) -> None:
+def main() -> None:
+    chosen = arguments(__doc__, RESULTS, limit=120).parse_args()
     import timm  # noqa: F401 - imported once, before the forks
     import torchvision  # noqa: F401
 
     import bntool.api  # noqa: F401
 
-    end = time.monotonic() + 60 * minutes
-    results = read_results()
-    waiting = [name for name in names if name not in results]
-    for done, name in enumerate(waiting):
-        if time.monotonic() > end:
-            print(f"time is up: {len(waiting) - done} models are left; run it again to go on")
-            break
-        row = {"model": name, **in_own_process(lambda name=name: examine(name), limit)}
-        results[name] = row
-        with RESULTS.open("a") as file:
-            file.write(json.dumps(row) + "\n")
-        print(
-            f"{len(results):5} {row['status']:10} {name} {row.get('folded', '')}/{row.get('bn_total', '')}",
-            flush=True,
-        )
-    write_page(results)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("names", nargs="*", help="models (default: all)")
-    parser.add_argument("--minutes", type=float, default=600, help="stop after this long")
-    parser.add_argument("--limit", type=float, default=120, help="seconds of processor time for one model")
-    parser.add_argument(
-        "--again", action="store_true", help="forget the rows that are not ok, and run them again"
-    )
-    chosen = parser.parse_args()
+    results = Results(chosen.results)
     if chosen.again:
-        kept = [row for row in read_results().values() if row["status"] == "ok"]
-        RESULTS.write_text("".join(json.dumps(row) + "\n" for row in kept))
-    sweep(chosen.names or every_model(), chosen.minutes, chosen.limit)
+        results.forget(not_ok)
+    for name in results.missing(chosen.names or every_model(), chosen.minutes):
+        row = {"model": name, **in_own_process(lambda name=name: examine(name), chosen.limit)}
+        results.add(row)
+        found = f"{row.get('folded', '')}/{row.get('bn_total', '')}"
+        print(f"{len(results.rows):5} {row['status']:10} {name} {found}", flush=True)
+    write_page(results.rows)
 
 
 if __name__ == "__main__":
