@@ -18,7 +18,6 @@ from tools.zoo import MAX_PARAMETERS, VIDEO, randomise
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "docs" / "exports.jsonl"
-PAGE = ROOT / "docs" / "exports.md"
 CLIPS = ("r3d_18", "mc3_18", "r2plus1d_18")
 TIMM = """
 resnet10t resnet14t resnet26d resnetv2_50 resnext26ts seresnext26t_32x4d mobilenetv2_050 mobilenetv2_100
@@ -154,7 +153,7 @@ def main() -> None:
         results.add(row)
         error = _one_line(row.get("error", ""))
         print(f"{len(results.rows):4} {row['status']:10} {name} {error}".rstrip(), flush=True)
-    PAGE.write_text(page(results.rows, len(wanted)), encoding="utf-8")
+    results.path.with_suffix(".md").write_text(page(results.rows, len(wanted)), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -25,7 +25,6 @@ from tools.zoo import VIDEO, randomise
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "docs" / "peers.jsonl"
-PAGE = ROOT / "docs" / "peers.md"
 _SIDE = 64
 """Small images show the same graph at a fraction of the time; models that take none get their own size."""
 
@@ -160,8 +159,7 @@ def main() -> None:
             for tool, found in row.get("tools", {}).items()
         }
         print(len(results.rows), name, row["status"], len(row.get("bn", ())), counts, flush=True)
-    if chosen.results == RESULTS:
-        PAGE.write_text(page(results.rows), encoding="utf-8")
+    results.path.with_suffix(".md").write_text(page(results.rows), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -22,7 +22,6 @@ from tools.sweeping import Results, arguments, not_ok
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "docs" / "pickles.jsonl"
-PAGE = ROOT / "docs" / "pickles.md"
 COVERAGE = ROOT / "docs" / "coverage.jsonl"
 BATCH = 12
 MAX_PARAMETERS = 1_000_000_000
@@ -100,7 +99,7 @@ def _elsewhere(work: str, names: list[str], folder: Path) -> dict[str, dict[str,
     return found
 
 
-def write_page(results: dict[str, dict[str, Any]]) -> None:
+def page(results: dict[str, dict[str, Any]]) -> str:
     lines = [
         "# Whole models as pickles",
         "",
@@ -121,7 +120,7 @@ def write_page(results: dict[str, dict[str, Any]]) -> None:
     lines += [f"- {row['model']}: {row['status']}. {row.get('error', '')}".rstrip(" .") for row in rest]
     lines += ["", "Loaded:", ""] if rest else []
     lines.append(", ".join(sorted(name for name, row in results.items() if row["status"] == "ok")))
-    PAGE.write_text("\n".join(lines) + "\n")
+    return "\n".join(lines) + "\n"
 
 
 def main() -> None:
@@ -145,7 +144,7 @@ def main() -> None:
         for name in batch:
             results.add({"model": name, **rows.get(name, {"status": "no answer"})})
         print(f"{len(results.rows)} done", flush=True)
-    write_page(results.rows)
+    results.path.with_suffix(".md").write_text(page(results.rows), encoding="utf-8")
 
 
 if __name__ == "__main__":

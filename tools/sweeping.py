@@ -51,7 +51,9 @@ def arguments(description: str | None, results: Path, limit: float | None = None
     parser.add_argument("names", nargs="*", help="models (default: all)")
     parser.add_argument("--minutes", type=float, default=600, help="stop after this long")
     parser.add_argument("--again", action="store_true", help="redo the models that did not come through")
-    parser.add_argument("--results", type=Path, default=results, help="the file of results")
+    parser.add_argument(
+        "--results", type=Path, default=results, help="the file of results; the page goes beside it"
+    )
     if limit is not None:
         parser.add_argument("--limit", type=float, default=limit, help="processor seconds for one model")
     return parser

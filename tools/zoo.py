@@ -19,7 +19,6 @@ from tools.sweeping import Results, arguments, not_ok
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "docs" / "coverage.jsonl"
-PAGE = ROOT / "docs" / "coverage.md"
 MAX_PARAMETERS = 700_000_000
 """Above this a float64 copy beside the float32 ones does not fit comfortably in 24 GB."""
 
@@ -165,7 +164,7 @@ def _inserted(model: Any, observation: Any) -> dict[str, Any]:
     }
 
 
-def write_page(results: dict[str, dict[str, Any]]) -> None:
+def page(results: dict[str, dict[str, Any]]) -> str:
     rows = sorted(results.values(), key=lambda row: row["model"])
     good = [row for row in rows if row["status"] == "ok"]
     with_bn = [row for row in good if row["bn_total"]]
@@ -230,7 +229,7 @@ def write_page(results: dict[str, dict[str, Any]]) -> None:
     if rest:
         lines += ["", "Not run:", ""]
         lines += [f"- {row['model']}: {row['status']} {row.get('error', '')}".rstrip() for row in rest]
-    PAGE.write_text("\n".join(lines) + "\n")
+    return "\n".join(lines) + "\n"
 
 
 def main() -> None:
@@ -248,7 +247,7 @@ def main() -> None:
         results.add(row)
         found = f"{row.get('folded', '')}/{row.get('bn_total', '')}"
         print(f"{len(results.rows):5} {row['status']:10} {name} {found}", flush=True)
-    write_page(results.rows)
+    results.path.with_suffix(".md").write_text(page(results.rows), encoding="utf-8")
 
 
 if __name__ == "__main__":
