@@ -16,7 +16,7 @@ import click
 from bntool.cli.completing import VARIABLE as COMPLETION_VARIABLE
 from bntool.cli.documents import emit_error, stdout_kept_for_documents
 from bntool.cli.examples import epilog
-from bntool.cli.job import first_to_fail
+from bntool.cli.job import first_to_fail, require_alone
 from bntool.errors import BntoolError, InvariantError, LoadError, UsageError
 
 _COMMANDS = {
@@ -35,6 +35,8 @@ _COMMANDS = {
     "demo": "The three lines on the sample network.",
     "completion": "Completion for bash, zsh or fish.",
 }
+_SHARED = ("calibrate", "compare")
+"""What several processes do together; any other command each of them would do, and write, for itself."""
 _BUG = 70
 _STOPPED = 130
 _READER_GONE = 141  # as a shell reports a program ended by SIGPIPE
@@ -119,6 +121,8 @@ def cli(ctx: click.Context) -> None:
     """  # noqa: D301 - click's mark for lines to keep
     if ctx.invoked_subcommand is None:
         click.echo(ctx.get_help())
+    elif ctx.invoked_subcommand not in _SHARED:
+        require_alone(f"bntool {ctx.invoked_subcommand}", but=_SHARED)
 
 
 def main(args: Sequence[str] | None = None) -> None:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from bntool.errors import DeviceError, ProcessError
+from bntool.errors import DeviceError, ProcessError, UsageError
 
 if TYPE_CHECKING:
     from bntool.world import World
@@ -78,6 +78,15 @@ def first_to_fail() -> bool:
         except Exception:  # noqa: BLE001 - whoever kept the store is gone, and the failure must be told
             return True
     return not _in_job() or os.environ.get("LOCAL_RANK", "0") == "0"
+
+
+def require_alone(command: str, but: Sequence[str]) -> None:
+    """Raise `UsageError` where torchrun started several processes of `command`, which only `but` are for."""
+    if _in_job():
+        raise UsageError(
+            f"{command} runs in one process, and torchrun started {os.environ['WORLD_SIZE']}",
+            next_step=f"run it without torchrun; several processes share the work of {' and '.join(but)}",
+        )
 
 
 def _in_job() -> bool:

@@ -121,3 +121,14 @@ def test_a_comparison_goes_on_with_as_many_processes_as_it_began(bntool, refused
     path = folder / "net_compare" / "settings.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "number_of_processes": 2}))
     refused(*LINE, code=2, says="another number of processes: 2 there, 1 here")
+
+
+@pytest.mark.parametrize("command", ["insert", "summary", "fold"])
+def test_what_one_process_does_is_not_done_once_by_each(
+    refused, folder: Path, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    write_norms()
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("MASTER_PORT", str(free_port()))
+    refused(command, "net.pt", code=2, says=f"bntool {command} runs in one process, and torchrun started 2")
