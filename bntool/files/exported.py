@@ -22,6 +22,7 @@ from torch.export import ExportedProgram
 
 from bntool.errors import LoadError
 from bntool.files.archives import Damaged, Records, Unsafe, check_archive
+from bntool.files.limits import Limit
 from bntool.files.operators import UnknownOperator
 from bntool.files.payloads import check_table
 from bntool.files.pickled_calls import shown
@@ -36,14 +37,15 @@ _OLD_PICKLES = ("serialized_state_dict.pt", "serialized_constants.pt", "serializ
 _loading = threading.Lock()
 
 
-def read_exported(path: Path, *, trust_pickle: bool = False) -> ExportedProgram:
+def read_exported(path: Path, *, trust_pickle: bool = False, limit: Limit | None = None) -> ExportedProgram:
     """The program in a `.pt2` file, of today's format or that of PyTorch before 2.8, on the CPU.
 
     Nothing in the file is run unless `trust_pickle`. Raises `LoadError` for a file that is damaged, that
-    cannot be shown to be harmless, or that needs operators which are not there.
+    cannot be shown to be harmless, is larger than `limit`, or needs operators which are not there.
     """
     with _as_load_error(path), path.open("rb") as file:
         check_archive(file)
+        _require_room(path, limit or Limit())
         if trust_pickle:
             with running_user_code(Path.cwd(), first=False):
                 return _load(file)
@@ -65,6 +67,13 @@ def why_not_read(path: Path) -> LoadError | None:
     except LoadError as error:
         return error
     return None
+
+
+def _require_room(path: Path, limit: Limit) -> None:
+    with zipfile.ZipFile(path) as archive:
+        sizes = {member.filename: member.file_size for member in archive.infolist()}
+    structure = sum(size for name, size in sizes.items() if name.endswith(".json"))
+    limit.require(path.name, data=sum(sizes.values()), structure=structure, where=str(path))
 
 
 def _scan(file: BinaryIO) -> None:

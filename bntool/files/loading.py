@@ -240,7 +240,7 @@ def _without_architecture(path: Path, found: Found, options: _Reading) -> LoadEr
 
 def _program(path: Path, ref: str, arch: str | None, options: _Reading) -> Loaded:
     return Loaded(
-        model=read_exported(path, trust_pickle=options.trust_pickle),
+        model=read_exported(path, trust_pickle=options.trust_pickle, limit=options.limit),
         reference=ref,
         kind="program",
         path=path,

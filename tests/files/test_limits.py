@@ -85,6 +85,13 @@ def test_storages_that_add_up_to_more_than_the_bound(tmp_path: Path) -> None:
     assert "4.0 MiB of tensors" in _refused(tmp_path / "sum.pt", max_size=4 << 20)
 
 
+def test_a_program_whose_graph_is_larger_than_the_bound(tmp_path: Path) -> None:
+    program = torch.export.export(torch.nn.Linear(3, 2), (torch.zeros(1, 3),))
+    torch.export.save(program, tmp_path / "net.pt2")
+    assert "of structure" in _refused(tmp_path / "net.pt2", max_size=64 << 10)
+    assert load(tmp_path / "net.pt2", max_size=64 << 20).kind == "program"
+
+
 def test_strides_that_claim_terabytes(tmp_path: Path) -> None:
     wide = tf.tensor(tf.storage(), (1 << 20, 1 << 20), (0, 0))
     path = tf.write_zip(tmp_path / "wide.pt", tf.pickled(tf.mapping((tf.text("a"), wide))))
