@@ -211,7 +211,7 @@ def normed_after_gated_linear_unit() -> nn.Module:
     return gated_linear_unit()
 
 
-@zoo({}, {"conv1": Reason.OUTPUT_USED_ELSEWHERE})
+@zoo({}, {"conv1": Reason.OTHER_ACTIVATION})
 class SwishByHand(OneConv):
     def forward(self, x: Tensor) -> Tensor:
         y = self.conv1(x)
@@ -465,6 +465,81 @@ class BlockCalledTwice(nn.Module):
 
 
 ZOO["BlockCalledTwice"].skips["step.0"] = ZOO["BlockCalledTwice"].skips.pop("conv1")
+
+
+# -- activations written out ----------------------------------------------------------------------------
+
+
+WRITTEN_OUT = {
+    "SwishModule": ["sigmoid", "mul"],
+    "SwishInPlace": ["sigmoid", "mul"],
+    "sequential_with_hardswish": ["add", "mul"],
+    "GeluByTanh": ["mul", "pow", "add"],
+}
+"""What reads the value of each, op by op."""
+
+
+class Swish(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.sigmoid(x)
+
+
+class HardSwishBySix(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x * (F.relu6(x + 3) / 6)
+
+
+@zoo({"conv1": "wrap"}, activations=("silu",))
+class SwishModule(OneConv):
+    def __init__(self) -> None:
+        super().__init__()
+        self.act = Swish()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.act(self.conv1(x)))
+
+
+@zoo({"0": "sequential"}, {"2": Reason.NO_ACTIVATION}, head=False, activations=("any",))
+def sequential_with_hardswish() -> nn.Module:
+    return nn.Sequential(conv(), HardSwishBySix(), conv(4, 2))
+
+
+@zoo({"conv1": "subclass"}, activations=("silu",))
+class SwishInPlace(OneConv):
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv1(x)
+        return self.head(y.mul_(y.sigmoid()))
+
+
+@zoo({"conv1": "subclass"}, activations=("any",))
+class GeluByTanh(OneConv):
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv1(x)
+        return self.head(0.5 * y * (1 + torch.tanh(0.8 * (y + 0.04 * y.pow(3)))))
+
+
+@zoo({}, {"conv1": Reason.OUTPUT_USED_ELSEWHERE}, activations=("any",))
+class GateKept(OneConv):
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        y = self.conv1(x)
+        gate = torch.sigmoid(y)
+        return self.head(y * gate), gate
+
+
+@zoo({}, {"conv1": Reason.OUTPUT_USED_ELSEWHERE}, activations=("any",))
+class GatedByTheMean(OneConv):
+    """Squeeze and excite: the gate is no function of each number alone."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv1(x)
+        return self.head(y * torch.sigmoid(y.mean((2, 3), keepdim=True)))
+
+
+@zoo({}, {"conv1": Reason.OUTPUT_USED_ELSEWHERE}, activations=("any",))
+class GatedByTheInput(OneConv):
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv1(x)
+        return self.head(y * torch.sigmoid(y + x.mean()))
 
 
 # -- what stands between or beside ----------------------------------------------------------------------

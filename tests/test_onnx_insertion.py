@@ -122,3 +122,26 @@ def test_a_weight_that_comes_in_as_an_input_is_told(tmp_path: Path) -> None:
     onnx.save(model, tmp_path / "m.onnx")
     result = insert_onnx(tmp_path / "m.onnx", None)
     assert [(skip.name, skip.reason) for skip in result.plan.skips] == [("conv", Reason.WEIGHT_COMPUTED)]
+
+
+class WrittenOut(nn.Module):
+    """Activations for which ONNX has no op: SiLU is Sigmoid and Mul, GELU goes by Erf."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.one, self.two, self.head = (nn.Conv2d(3, 3, 1) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.head(F.gelu(self.two(F.silu(self.one(x)))))
+        return out
+
+
+def test_activations_of_several_nodes_are_sites(tmp_path: Path) -> None:
+    path = bntool.export_onnx(WrittenOut().eval(), (torch.randn(1, 3, 8, 8),), tmp_path / "net.onnx")
+    nodes = [node.op_type for node in onnx.load(path).graph.node]
+    assert {"Sigmoid", "Mul"} <= set(nodes)
+    result = insert_onnx(path, tmp_path / "bn.onnx", InsertOptions(activations=("any",)))
+    assert [site.activation_kind for site in result.plan.insert_sites] == ["silu", "gelu"]
+    assert check_onnx_unchanged(path, tmp_path / "bn.onnx", [example_inputs_of(path)]).passed
+    assert not insert_onnx(tmp_path / "bn.onnx", None, InsertOptions(activations=("any",))).modified

@@ -76,7 +76,13 @@ def _activation(node: fx.Node, modules: dict[str, nn.Module]) -> str:
                 continue
             return _KIND_OF.get(type(module).__name__, "")
         return _called(user) if user.op in ("call_function", "call_method") else ""
-    return ""
+    return "silu" if _is_gate(node, users) else ""
+
+
+def _is_gate(node: fx.Node, users: list[fx.Node]) -> bool:
+    """x·sigmoid(x), written out."""
+    gates = [user for user in users if _called(user) == "sigmoid"]
+    return any(set(user.args) == {node, gate} and len(users) == 2 for gate in gates for user in gate.users)
 
 
 def _reads_only_the_shape(node: fx.Node) -> bool:

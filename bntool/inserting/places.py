@@ -6,7 +6,7 @@ import dataclasses
 from typing import Literal
 
 from bntool.graph import Graph, Op, Value
-from bntool.observe.aten import ACTIVATIONS
+from bntool.inserting.activations import activation_of
 
 Form = Literal["identity", "sequential", "wrap", "subclass", "pair", "node"]
 
@@ -45,12 +45,10 @@ def passes(op: Op, *, pooling: bool) -> bool:
 def activation_behind(graph: Graph, value: Value, *, pooling: bool = False) -> str:
     """The kind of the one activation that reads a value, through ops that keep channels; else empty."""
     while True:
+        if found := activation_of(graph, value):
+            return found.kind
         readers = [graph.ops[reader] for reader, _ in value.readers]
-        if len(readers) != 1:
-            return ""
-        if readers[0].kind in ACTIVATIONS:
-            return readers[0].kind
-        if not passes(readers[0], pooling=pooling):
+        if len(readers) != 1 or not passes(readers[0], pooling=pooling):
             return ""
         value = graph.output(readers[0])
 

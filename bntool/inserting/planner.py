@@ -8,11 +8,11 @@ from collections.abc import Iterator, Sequence
 
 from bntool.errors import UsageError
 from bntool.graph import Graph, Module, Op, Value
+from bntool.inserting.activations import Activation, activation_of
 from bntool.inserting.biases import batched_rank, own_bias, redundant_biases, untouched
 from bntool.inserting.names import Rename, name_newcomers
 from bntool.inserting.options import InsertOptions
 from bntool.inserting.places import Draft, Form, passes
-from bntool.observe.aten import ACTIVATIONS
 from bntool.patterns import chosen, require_matches
 from bntool.plan import DroppedBias, InsertSite, Plan, Skip
 from bntool.reasons import Reason
@@ -189,11 +189,12 @@ class _Planner:
             self._require_per_call(ops, module)
         found = [self._activation(op) for op in ops]
         activations = [activation for activation, _ in found]
-        values = ops if self.options.position == "before" else activations
+        last = [activation.last for activation in activations]
+        values = ops if self.options.position == "before" else last
         shapes = {self.graph.output(op).shape for op in values}
-        for activation in activations if self.options.position == "after" else ():
-            self._require_not_normed(self.graph.output(activation))
-            self._require_unseen(self.graph.output(activation))
+        for op in last if self.options.position == "after" else ():
+            self._require_not_normed(self.graph.output(op))
+            self._require_unseen(self.graph.output(op))
         rank = batched_rank(ops[0])
         for shape in shapes:
             if len(shape) != rank:
@@ -209,7 +210,7 @@ class _Planner:
         )
         return Draft(
             name,
-            activations[0].scope,
+            last[0].scope,
             activations[0].kind,
             value.shape[1],
             ops[0].attrs.get("dims", 1),
@@ -231,7 +232,7 @@ class _Planner:
         if len(ops) != module.calls:
             raise _Refuse(Reason.CALLED_MORE_THAN_ONCE, f"its weight is also read outside its {count} calls")
 
-    def _activation(self, op: Op) -> tuple[Op, int]:
+    def _activation(self, op: Op) -> tuple[Activation, int]:
         """The one activation that reads the layer's output, and how many ops stand between."""
         value = self.graph.output(op)
         between = 0
@@ -241,21 +242,21 @@ class _Planner:
             self._require_unseen(value)
             if not readers:
                 raise _Refuse(Reason.NO_ACTIVATION, "nothing reads its output")
+            if found := activation_of(self.graph, value):
+                break
             if len(readers) > 1:
                 others = ", ".join(r.label for r in readers[:3])
                 raise _Refuse(Reason.OUTPUT_USED_ELSEWHERE, f"its output is read by {others}")
             reader = readers[0]
-            if reader.kind in ACTIVATIONS:
-                break
             if not passes(reader, pooling=self.options.pooling):
                 raise _Refuse(Reason.NO_ACTIVATION, f"{reader.label} follows, not an activation")
             value = self.graph.output(reader)
             between += 1
-        if "any" not in self.options.activations and reader.kind not in self.options.activations:
+        if "any" not in self.options.activations and found.kind not in self.options.activations:
             raise _Refuse(
-                Reason.OTHER_ACTIVATION, f"{reader.kind} follows; --activation {reader.kind} takes it"
+                Reason.OTHER_ACTIVATION, f"{found.kind} follows; --activation {found.kind} takes it"
             )
-        return reader, between
+        return found, between
 
     def _require_not_normed(self, value: Value) -> None:
         readers = [self.graph.ops[r] for r, _ in value.readers]
@@ -273,7 +274,7 @@ class _Planner:
     # -- the form ---------------------------------------------------------------------------------------
 
     def _form(
-        self, name: str, layer: Module, activations: Sequence[Op], value: Value
+        self, name: str, layer: Module, activations: Sequence[Activation], value: Value
     ) -> tuple[Form, str, str]:
         """The first form that fits and is not banned: (form, slot, child it comes after)."""
         if not self.tree:
@@ -309,13 +310,14 @@ class _Planner:
             raise _Refuse(Reason.NOT_A_MODULE, "its activation is a function call; nothing can follow it")
         raise _Refuse(Reason.FORM_BROKE_MODEL, "every form that fits changed what the model computes")
 
-    def _activation_module(self, activations: Sequence[Op]) -> Module | None:
+    def _activation_module(self, activations: Sequence[Activation]) -> Module | None:
         """The module that is nothing but these activations, call by call; None for a function call."""
-        scope = activations[0].scope
+        scope = activations[0].last.scope
         module = self.graph.modules.get(scope)
         if module is None or module.calls != len(activations) or not scope:
             return None
-        if module.whole != [[activation.id] for activation in activations] or module.role or module.children:
+        ran = [[op.id for op in activation.ops] for activation in activations]
+        if module.whole != ran or module.role or module.children:
             return None
         return module
 

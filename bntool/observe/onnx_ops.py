@@ -244,7 +244,7 @@ def _softmax(view: NodeView) -> Steps | None:
     return _one("softmax", axis=axis)
 
 
-_ACTIVATIONS = "Sigmoid Tanh Elu Selu Celu Mish Softplus Gelu HardSwish HardSigmoid".split()
+_ACTIVATIONS = "Sigmoid Tanh Elu Selu Celu Mish Softplus Gelu HardSwish HardSigmoid Erf".split()
 """Ops that no map passes, by the names that an insertion knows them by."""
 
 _TABLE: dict[str, Translator] = {
@@ -285,6 +285,7 @@ _TABLE: dict[str, Translator] = {
     "MatMul": lambda view: Steps((Step("product", {}),), (0, 1)),
     "Softmax": _softmax,
     "PRelu": lambda view: Steps((Step("prelu", {}),), (0, 1)),
+    "Pow": lambda view: Steps((Step("pow", {}),), (0, 1)),
 }
 
 SHAPE_READERS = frozenset({"Shape", "Size"})
