@@ -81,7 +81,7 @@ def _activation(node: fx.Node, modules: dict[str, nn.Module]) -> str:
 
 def _is_gate(node: fx.Node, users: list[fx.Node]) -> bool:
     """x·sigmoid(x), written out."""
-    gates = [user for user in users if _called(user) == "sigmoid"]
+    gates = [user for user in users if _called(user) == "sigmoid" and len(user.users) == 1]
     return any(set(user.args) == {node, gate} and len(users) == 2 for gate in gates for user in gate.users)
 
 
