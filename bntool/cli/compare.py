@@ -19,8 +19,8 @@ from bntool.cli.session import Session, Voice, open_session, require_no_script
 
 if TYPE_CHECKING:
     from bntool.experiment.checkpoints import Progress
-    from bntool.experiment.comparison import TrainingComparison
     from bntool.experiment.datasets import Data
+    from bntool.experiment.outcome import TrainingComparison
     from bntool.experiment.settings import Settings
     from bntool.world import World
 
@@ -112,7 +112,8 @@ def _compare(voice: Voice, options: dict[str, Any], settings: Settings, world: W
     session = open_session(voice, options)
     require_no_script(session, "train")
     from bntool.cli.picturing import picture_module
-    from bntool.experiment.comparison import compare_training, write_document
+    from bntool.experiment.comparison import compare_training
+    from bntool.experiment.folder import write_document
     from bntool.experiment.plots import require_matplotlib, write_plots
     from bntool.files.sidecar import output_name
     from bntool.runtime.torch_runner import require_torch_device
@@ -219,7 +220,7 @@ def _write_models(session: Session, found: TrainingComparison, folder: Path) -> 
 @contextlib.contextmanager
 def _progress(voice: Voice, settings: Settings) -> Iterator[Callable[..., None]]:
     """A line for each epoch, and a bar on stderr where that is a terminal."""
-    from bntool.experiment.comparison import ARMS, TITLES
+    from bntool.experiment.outcome import ARMS, TITLES
 
     bar: Any = None
     if not (voice.quiet or voice.as_json or voice.silent) and sys.stderr.isatty():

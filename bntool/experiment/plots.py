@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bntool.errors import LoadError
-from bntool.experiment.comparison import ARMS, TITLES, TrainingComparison
+from bntool.experiment.outcome import ARMS, TITLES, TrainingComparison
 from bntool.files.atomic import write_atomically
 from bntool.report.tables import shorten_middle
 

@@ -11,7 +11,8 @@ from torch import nn
 
 import bntool
 from bntool.errors import CheckFailed, NothingToDo, UsageError
-from bntool.experiment.comparison import compare_training, draw_weights, write_document
+from bntool.experiment.comparison import compare_training, draw_weights
+from bntool.experiment.folder import write_document
 from bntool.experiment.plots import write_plots
 from bntool.experiment.settings import Settings
 from tests.experiment.nets import classifier, thirds

@@ -1,0 +1,98 @@
+"""The folder of a comparison: what must be the same for its runs to go on, and the document it ends with."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from bntool.errors import UsageError
+from bntool.experiment.datasets import Data
+from bntool.experiment.outcome import TrainingComparison
+from bntool.experiment.settings import Settings
+from bntool.files.atomic import write_atomically
+from bntool.world import World
+
+SCHEMA_VERSION = 1
+RUNS = "runs"
+_TELLING = frozenset(Settings.__dataclass_fields__) | {"torch", "number_of_processes"}
+
+
+def require_alike(identities: list[dict[str, Any]]) -> None:
+    for rank, other in enumerate(identities):
+        key = next((key for key in other if other[key] != identities[0][key]), None)
+        if key is not None:
+            raise UsageError(
+                f"the processes of ranks 0 and {rank} do not have the same {key.replace('_', ' ')}",
+                next_step="give each the same files; a loader that draws samples must do so by torch's seed",
+            )
+
+
+def identity_of(model: nn.Module, data: Data, settings: Settings, world: World) -> dict[str, Any]:
+    """What must be the same for runs to go on; rates, seeds and repeats each have runs of their own."""
+    digest = hashlib.sha256()
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        if not settings.from_scratch:
+            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    own = {"lrs", "seed", "repeats"}
+    return {
+        **{name: value for name, value in settings.to_dict().items() if name not in own},
+        "number_of_processes": world.size,
+        "model": digest.hexdigest(),
+        "data": data.fingerprint(),
+        "torch": torch.__version__,
+    }
+
+
+def open_folder(folder: Path, identity: dict[str, Any], *, force: bool) -> None:
+    """Make the folder, or go on in one of the same settings; `force` begins one of others anew."""
+    path = folder / "settings.json"
+    text = json.dumps(identity, indent=1) + "\n"
+    if path.is_file():
+        # What a folder leaves out that was begun before there were several processes.
+        held = {"sync": False, "number_of_processes": 1, **_read(path)}
+        other = next((k for k in identity if held.get(k) != identity[k]), None)
+        if other is not None and not force:
+            raise UsageError(
+                f"{folder} holds a comparison of another {other.replace('_', ' ')}"
+                + (f": {held.get(other)} there, {identity[other]} here" if other in _TELLING else ""),
+                where=str(path),
+                next_step="pass --force to begin anew, or name another folder with -o",
+            )
+        if force:
+            for checkpoint in (folder / RUNS).glob("*.pt"):
+                checkpoint.unlink()
+    elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UsageError(f"{folder} exists, and is no comparison", next_step="name another folder with -o")
+    try:
+        (folder / RUNS).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(
+            f"cannot write into {folder}: {error.strerror}", next_step="name another folder with -o"
+        ) from error
+    write_atomically(path, lambda temporary: _write_text(temporary, text), force=True)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        held = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return held if isinstance(held, dict) else {}
+
+
+def write_document(folder: Path, found: TrainingComparison) -> Path:
+    """Write `compare.json`: no time and no folder is in it."""
+    path = folder / "compare.json"
+    text = json.dumps({"schema_version": SCHEMA_VERSION, **found.to_dict()}, ensure_ascii=False) + "\n"
+    write_atomically(path, lambda temporary: _write_text(temporary, text), force=True)
+    return path
+
+
+def _write_text(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8", newline="\n")
