@@ -6,7 +6,7 @@ FUZZ := .venv-fuzz
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test check lint gold docs man bench latency zoo peers exports verification large streaming \
-	gpu-check pickles fuzz durability
+	gpu-check pickles fuzz durability random
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  \1\t/' | expand -t 14
@@ -64,6 +64,9 @@ $(PEERS)/.installed: pyproject.toml constraints.txt tools/peers.txt
 
 peers: $(PEERS)/.installed ## compare with the best BatchNorm folders; goes on where it stopped
 	$(PEERS)/bin/python -m tools.peers
+
+random: setup ## fold and insert over thousands of networks made at random
+	$(BIN)/python -m tools.random_folds
 
 exports: setup ## fold, export and verify torchvision's and timm's models; goes on where it stopped
 	$(BIN)/python -m tools.exports
