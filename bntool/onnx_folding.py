@@ -19,7 +19,7 @@ from bntool.observe.onnx_model import OnnxObservation, observe_onnx
 from bntool.onnx_checking import OnnxReference
 from bntool.onnx_cleaning import census
 from bntool.onnx_files import OnnxFile, move_onnx, open_onnx, require_data_writable, save_onnx
-from bntool.plan import Plan
+from bntool.plan import ByPlan, Plan
 from bntool.reasons import Reason
 from bntool.settling import settle
 from bntool.surgery.fold_onnx import OnnxCounts, apply_fold_onnx
@@ -27,7 +27,7 @@ from bntool.verdicts import Check
 
 
 @dataclasses.dataclass(frozen=True)
-class OnnxFoldResult:
+class OnnxFoldResult(ByPlan):
     """The plan, what it changed in numbers, and the files written (None where nothing was)."""
 
     plan: Plan
@@ -35,10 +35,6 @@ class OnnxFoldResult:
     path: Path | None = None
     data_path: Path | None = None
     checks: tuple[Check, ...] = ()
-
-    @property
-    def modified(self) -> bool:
-        return bool(self.plan)
 
     def to_dict(self) -> dict[str, Any]:
         return {

@@ -10,21 +10,17 @@ from bntool.files.atomic import require_writable
 from bntool.inserting import InsertOptions, plan_insert_nodes
 from bntool.observe.onnx_model import observe_onnx
 from bntool.onnx_files import open_onnx, save_onnx
-from bntool.plan import Plan
+from bntool.plan import ByPlan, Plan
 from bntool.surgery.insert_onnx import apply_insert_onnx
 
 
 @dataclasses.dataclass(frozen=True)
-class OnnxInsertResult:
+class OnnxInsertResult(ByPlan):
     """The plan, and the files written (None where nothing was)."""
 
     plan: Plan
     path: Path | None = None
     data_path: Path | None = None
-
-    @property
-    def modified(self) -> bool:
-        return bool(self.plan)
 
     def to_dict(self) -> dict[str, Any]:
         return {"plan": self.plan.to_dict(), "path": str(self.path) if self.path else None}

@@ -317,6 +317,24 @@ class Plan:
         )
 
 
+class ByPlan:
+    """What every result of a surgery can say of the plan behind it."""
+
+    plan: Plan
+
+    @property
+    def sites(self) -> tuple[InsertSite | FoldSite, ...]:
+        return self.plan.sites
+
+    @property
+    def skips(self) -> tuple[Skip, ...]:
+        return self.plan.skips
+
+    @property
+    def modified(self) -> bool:
+        return bool(self.plan)
+
+
 def _fold_site(data: Mapping[str, Any]) -> FoldSite:
     edits = tuple(Edit(**{**e, "map": _tuples(e.get("map"))}) for e in data["edits"])
     return FoldSite(data["bn"], tuple(data["into"]), tuple(data["laws"]), edits, data.get("level", "module"))

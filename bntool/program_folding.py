@@ -16,7 +16,7 @@ from bntool.folding import at_graph_level, plan_on_all
 from bntool.inputs import Inputs, map_tensors
 from bntool.observe.exported_program import ProgramObservation, observe_program
 from bntool.observe.program_sizes import Sizes
-from bntool.plan import Plan
+from bntool.plan import ByPlan, Plan
 from bntool.reference import Reference
 from bntool.settling import settle
 from bntool.surgery.fold_program import apply_fold_program, in_float64
@@ -24,16 +24,12 @@ from bntool.verdicts import Check
 
 
 @dataclasses.dataclass(frozen=True)
-class ProgramResult:
+class ProgramResult(ByPlan):
     """The new program, the plan behind it, and what the check found."""
 
     program: ExportedProgram
     plan: Plan
     checks: tuple[Check, ...] = ()
-
-    @property
-    def modified(self) -> bool:
-        return bool(self.plan)
 
     def to_dict(self) -> dict[str, Any]:
         """The document of a program's surgery; `unshared` is what the clones of shared layers add."""

@@ -9,13 +9,13 @@ from typing import Any
 from torch import nn
 
 from bntool.inputs import Inputs
-from bntool.plan import FoldSite, InsertSite, Plan, Skip, Unshared
+from bntool.plan import ByPlan, FoldSite, InsertSite, Plan, Skip, Unshared
 from bntool.report.tables import Column, Table, count, render, signed, size, wrapped
 from bntool.verdicts import Check, first_failed
 
 
 @dataclasses.dataclass(frozen=True)
-class SurgeryResult:
+class SurgeryResult(ByPlan):
     """A new model and how it came about; the model that was given is untouched.
 
     `parameters` holds `before`, `after` and `delta`, recounted from the tensors of both models.
@@ -26,18 +26,6 @@ class SurgeryResult:
     parameters: dict[str, dict[str, int]]
     checks: tuple[Check, ...] = ()
     inputs: Inputs | None = None
-
-    @property
-    def sites(self) -> tuple[InsertSite | FoldSite, ...]:
-        return self.plan.sites
-
-    @property
-    def skips(self) -> tuple[Skip, ...]:
-        return self.plan.skips
-
-    @property
-    def modified(self) -> bool:
-        return bool(self.plan)
 
     @property
     def status(self) -> str:
