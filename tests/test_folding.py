@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from bntool.collecting import paused
 from bntool.folding import plan_fold
 from bntool.inputs import Inputs, outputs_of
 from bntool.observe.eager import observe
@@ -76,6 +78,17 @@ def test_replayed_from_json_bit_equal_and_then_nothing_left(entry: Entry) -> Non
     assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
     again = verdicts_of(plan_for(folded, inputs))
     assert again == {name: v for name, v in entry.verdicts.items() if v != FOLDED}
+
+
+@pytest.mark.parametrize("entry", ZOO, ids=lambda e: e.name)
+def test_a_plan_leaves_its_graph_to_reference_counting(entry: Entry) -> None:
+    """A cycle (an exception that holds the frame that holds it) would keep graphs until a collection."""
+    graph = observe(entry.build(), Inputs(entry.inputs())).graph
+    alive = weakref.ref(graph)
+    with paused():
+        plan_fold(graph)
+        del graph
+        assert alive() is None
 
 
 def test_norm_act_keeps_its_activation() -> None:

@@ -119,7 +119,7 @@ class _Planner:
     def _fold(self, norm: Norm, unshare: bool) -> FoldSite:
         """The site of this BatchNorm by the first exact way; refused where there is none."""
         placed = {op.id: norm.placed(self.graph, op) for op in norm.ops}
-        refusals: list[tuple[str, Refused]] = []
+        refusals: list[tuple[str, Reason, str]] = []
         for name, up, down in self._directions(norm, placed):
             try:
                 way = self.mover.find_way(norm, up, down)
@@ -127,7 +127,8 @@ class _Planner:
                 for op in norm.ops:
                     require_no_overwriting(op, self.graph, self.gone)
             except Refused as refusal:
-                refusals.append((name, refusal))
+                # the exception itself would hold this frame, which would hold it: a cycle around the graph
+                refusals.append((name, refusal.reason, refusal.detail))
                 continue
             self._commit(norm, way)
             self.claims.commit()
@@ -135,10 +136,9 @@ class _Planner:
             layers = tuple(dict.fromkeys(e.layer for e in edits if e.kind not in ("remove", "unshare")))
             return FoldSite(norm.name, layers, laws, tuple(edits))
         # what algebra allows and the storage type forbids comes first: another type mends it
-        refusals.sort(key=lambda refusal: refusal[1].reason is not Reason.OVERFLOW)
-        first = refusals[0][1]
-        detail = "; ".join(f"{name}: {r.detail}" for name, r in refusals[:2])
-        raise Refused(first.reason, detail)
+        refusals.sort(key=lambda refusal: refusal[1] is not Reason.OVERFLOW)
+        _, reason, _ = refusals[0]
+        raise Refused(reason, "; ".join(f"{name}: {detail}" for name, _, detail in refusals[:2]))
 
     def _directions(
         self, norm: Norm, placed: dict[int, Affine]
