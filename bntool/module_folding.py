@@ -48,7 +48,8 @@ class PlannedFold:
 
     def carry_out(self) -> nn.Module:
         """The folded module, in eval mode; what a surgery does not touch it shares with the original."""
-        return apply_fold(self._merged, self._rest).eval()
+        folded = apply_fold(self._merged, self._rest)
+        return folded.eval() if any(module.training for module in folded.modules()) else folded
 
 
 def plan_module_fold(
