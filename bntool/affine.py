@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -107,6 +108,12 @@ def batch_norm_affine(
     if bias is not None:
         shift = shift + _numbers(bias)
     return scale, shift
+
+
+def is_finite(pair: Pair) -> bool:
+    """Whether a map is finite everywhere; its extremes tell, for NaN is the least and the largest of any."""
+    least, largest = torch.aminmax(pair[0] + pair[1])
+    return math.isfinite(least) and math.isfinite(largest)
 
 
 def _numbers(tensor: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bntool.affine import Affine, batch_norm_affine
+from bntool.affine import Affine, batch_norm_affine, is_finite
 from bntool.graph import Graph, Op
 from bntool.laws import Refused
 from bntool.patterns import chosen
@@ -97,7 +97,7 @@ def _read_affine(norm: Norm, op: Op, graph: Graph, norm_of: dict[int, Norm]) -> 
         tensors.get("weight"), tensors.get("bias"), mean, variance, op.attrs["eps"]
     )
     least, largest = torch.aminmax(variance.detach())
-    if not (bool(torch.isfinite(scale + shift).all()) and 0 <= float(least) <= float(largest) < math.inf):
+    if not (is_finite((scale, shift)) and 0 <= float(least) <= float(largest) < math.inf):
         return Refused(Reason.BAD_STATISTICS, _what_is_bad(tensors))
     norm.affine = Affine(scale, shift, ("bn", norm.name))
     return None

@@ -13,6 +13,7 @@ At the input, y = f(s·x + t): W' = W·s along the input axis, b' = b + Σ W·t 
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from bntool.affine import Affine
@@ -109,10 +110,9 @@ def bias_from_input_shift(layout: str, weight: Tensor, groups: int, shift: Tenso
 
     weight in `layout`; shift (in,). A transposed convolution is only asked with a kernel of one.
     """
-    weight = weight.double()
     if layout == "matmul":
-        return shift @ weight
-    taps = weight.reshape(*weight.shape[:2], -1).sum(-1)
+        return shift @ weight.double()
+    taps = weight.reshape(*weight.shape[:2], -1).sum(-1, dtype=torch.float64)
     per_group = taps.reshape(groups, -1, taps.shape[1])
     if layout == "transposed":
         return (shift.reshape(groups, 1, -1) @ per_group).reshape(-1)

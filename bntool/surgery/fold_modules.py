@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bntool.affine import Pair, batch_norm_affine, evaluate
+from bntool.affine import Pair, batch_norm_affine, evaluate, is_finite
 from bntool.errors import InvariantError, StateError
 from bntool.layers import NORMED
 from bntool.observe.copying import is_plain, structural_copy, take_apart
@@ -161,7 +161,7 @@ class _FoldWork:
             self._tensor(f"{name}.bias" if name else "bias"),
             *self._statistics(name),
         )
-        if not bool(torch.isfinite(pair[0] + pair[1]).all()):
+        if not is_finite(pair):
             raise StateError(
                 f"the statistics of BatchNorm {name} are not finite, or its variance is negative",
                 next_step="make a new plan for these weights: it says which channel",

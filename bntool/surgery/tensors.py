@@ -23,7 +23,7 @@ def edited(edit: Edit, weight: Tensor, bias: Tensor | None, pair: Pair) -> tuple
     side = "output" if edit.kind == "scale_output" else "input"
     factors = rows(edit.layout, weight, edit.groups, scale, side)
     new_weight = _scaled(weight, factors)
-    shifted = bool((shift != 0).any())
+    shifted = bool(shift.count_nonzero())
     if bias is None and not shifted and not edit.bias:
         return new_weight, None
     old = torch.zeros((), dtype=torch.float64, device=weight.device) if bias is None else bias.double()
@@ -60,7 +60,7 @@ def _scaled(weight: Tensor, factors: Tensor) -> Tensor:
     One float64 buffer serves all chunks: three times as fast as a new one for each.
     """
     if weight.numel() <= _CHUNK:
-        return (weight.double() * factors).to(weight.dtype)
+        return (weight * factors).to(weight.dtype)
     out = torch.empty_like(weight)
     step = min(weight.shape[0], max(1, _CHUNK * weight.shape[0] // max(weight.numel(), 1)))
     per_row = factors.shape[0] == weight.shape[0]
