@@ -5,14 +5,17 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import os
+import re
 import shutil
 import time
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from bntool.pages import charts
 from bntool.pages.page import html_page
 from bntool.pages.reading import as_document
 from tests.pages import documents
@@ -259,3 +262,28 @@ def test_it_prints_with_every_verdict_and_without_the_buttons(opened: Opener) ->
     page.emulate_media(media="print")
     assert not page.get_by_role("searchbox").is_visible()
     assert page.locator(".verdicts table").first.is_visible()
+
+
+def _inks(pdf: bytes) -> set[str]:
+    """The colours, as #rrggbb, that the pages of a PDF fill and stroke with."""
+    found = set()
+    for stream in re.findall(rb"stream\r?\n(.*?)endstream", pdf, flags=re.DOTALL):
+        try:
+            drawn = zlib.decompressobj().decompress(stream)
+        except zlib.error:
+            continue
+        for parts in re.findall(rb"([\d.]+) ([\d.]+) ([\d.]+) (?:rg|RG)\b", drawn):
+            found.add("#" + "".join(f"{round(255 * float(part)):02x}" for part in parts))
+    return found
+
+
+def test_what_was_drawn_in_the_dark_prints_in_the_light_and_is_dark_again_afterwards(opened: Opener) -> None:
+    light, dark = (set(charts.theme(dark=d)["range"]["category"][:2]) for d in (False, True))
+    page = opened(documents.fold(), theme="dark").page
+    drawn = page.locator(".vega svg [fill]").evaluate_all("all => all.map(e => e.getAttribute('fill'))")
+    assert dark <= set(drawn)
+    inks = _inks(page.pdf(print_background=True))
+    assert light <= inks
+    assert inks & (dark | {"#171c23"}) == set()  # the ground of a chart in the dark is #171c23
+    after = page.locator(".vega svg [fill]").evaluate_all("all => all.map(e => e.getAttribute('fill'))")
+    assert after == drawn

@@ -269,4 +269,27 @@
     for (const kind of ["mouseenter", "focusin"]) hint.addEventListener(kind, () => hint.classList.remove("hushed"));
   }
   window.addEventListener("beforeprint", () => all(".verdicts").forEach((d) => { d.open = true; }));
+
+  // -- paper is white; printing waits for no drawing, so the colours are exchanged where they stand ------------
+  const onPaper = new Map();
+  (function pair(dark, light) {
+    if (typeof dark === "string" && dark.startsWith("#")) onPaper.set(dark, light);
+    else if (dark && typeof dark === "object") for (const key of Object.keys(dark)) pair(dark[key], light[key]);
+  })(data.themes.dark, data.themes.light);
+  let exchanged = [];
+  window.addEventListener("beforeprint", () => {
+    if (!isDark()) return;
+    for (const mark of all(".vega svg *")) {
+      for (const name of ["fill", "stroke"]) {
+        const colour = mark.getAttribute(name);
+        if (!onPaper.has(colour)) continue;
+        mark.setAttribute(name, onPaper.get(colour));
+        exchanged.push(() => mark.setAttribute(name, colour));
+      }
+    }
+  });
+  window.addEventListener("afterprint", () => {
+    for (const back of exchanged) back();
+    exchanged = [];
+  });
 })();
