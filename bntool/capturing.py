@@ -6,6 +6,7 @@ import contextlib
 import io
 import logging
 import re
+import textwrap
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -19,6 +20,7 @@ from bntool.inputs import Inputs
 from bntool.onnx_versions import LEAST_OPSET, OPSETS
 
 _BFLOAT16_OPSET = 22
+_LONGEST = 300  # characters of what torch says; --debug shows all of it
 _BATCH_NORM_OPS = (
     "aten.batch_norm.",
     "aten._native_batch_norm_legit",
@@ -58,7 +60,8 @@ def capture(
         raise ExportError(
             f"torch.export cannot capture the model: {essence(error)}",
             where=user_line(error),
-            next_step="make forward free of decisions on tensor values, or use --exporter legacy",
+            next_step="make forward free of decisions on tensor values (of a detector, export the network "
+            "without what picks its boxes), or use --exporter legacy",
         ) from error
 
 
@@ -198,14 +201,15 @@ def essence(error: BaseException) -> str:
     line = (
         broken[0].removeprefix("- ") if broken and "onstraints violated" in lines[0] else (lines or [""])[0]
     )
-    # What follows is advice on torch's own flags, which the user of this export does not set.
-    return (
-        re.split(r"\s*For more information, run with |\. If you're using ", line)[0] or type(error).__name__
-    )
+    # What follows is advice on torch's own flags, which the user of this export does not set, or names
+    # torch's symbols.
+    line = re.split(r"\s*For more information, run with |\. If you're using |\s*\(unhinted: ", line)[0]
+    return textwrap.shorten(line, _LONGEST, placeholder=" …") or type(error).__name__
 
 
 def user_line(error: BaseException) -> str:
-    """The last line of the model's own code that the error names."""
+    """The last line of the model's own code that the error names; else that of a library it is made of."""
     found = re.findall(r'File "([^"]+)", line (\d+), in (\w+)', str(error))
     own = [entry for entry in found if "site-packages" not in entry[0]]
-    return "{}, line {}, in {}".format(*own[-1]) if own else ""
+    entries = own or re.findall(r"^Caused by: \((.+):(\d+) in (\w+)\)", str(error), flags=re.MULTILINE)
+    return "{}, line {}, in {}".format(*entries[-1]) if entries else ""

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import re
+
 import onnx
 import pytest
 import torch
@@ -8,6 +10,7 @@ from onnx import numpy_helper
 from torch import nn
 
 from bntool import exporting, onnx_writing
+from bntool.capturing import essence
 from bntool.checking import check_onnx, seeded_batches
 from bntool.errors import ExportError
 from bntool.exporting import export_onnx
@@ -175,6 +178,24 @@ def test_a_batch_that_cannot_be_dynamic_is_fixed_and_said(tmp_path):
     assert "mark_dynamic" not in note
     dims = onnx.load(result.path).graph.input[0].type.tensor_type.shape.dim
     assert [d.dim_value for d in dims] == [2, 4]
+
+
+def test_a_detector_is_refused_with_the_line_that_decides(tmp_path):
+    from torchvision.models.detection import fasterrcnn_mobilenet_v3_large_320_fpn as make
+
+    torch.manual_seed(0)
+    model = make(weights=None, weights_backbone=None, rpn_pre_nms_top_n_test=20).eval()
+    with pytest.raises(ExportError, match="data-dependent expression") as caught:
+        export_onnx(model, Inputs(([torch.randn(3, 64, 64)],)), tmp_path / "m.onnx")
+    assert "unhinted" not in caught.value.what
+    assert re.fullmatch(r"torchvision/\S+\.py, line \d+, in \w+", caught.value.where)
+    assert "of a detector" in caught.value.next_step
+    assert all(len(line) < 240 for line in str(caught.value).splitlines())
+
+
+def test_what_torch_says_at_length_is_shortened():
+    assert len(essence(RuntimeError("a node, " * 1000))) <= 300
+    assert essence(RuntimeError("a node")) == "a node"
 
 
 def test_a_decision_on_values_is_refused_in_one_line_that_names_the_place(tmp_path, capfd):
