@@ -22,10 +22,18 @@ from bntool.files.limits import DEFAULT_MAX_SIZE, Limit
 from bntool.files.missing import missing_names
 from bntool.files.pickled_calls import shown
 from bntool.files.pickles import read_pickled
-from bntool.files.references import build, is_reference, recorded_inputs
+from bntool.files.references import build, full_names, is_reference, recorded_inputs
 from bntool.files.safetensors_files import Index, read_header, read_index
 from bntool.files.scripted import DEPRECATED, read_script
-from bntool.files.weights import Found, StateDict, fill, find_weights, with_prefix
+from bntool.files.weights import (
+    Found,
+    StateDict,
+    fill,
+    find_weights,
+    prefix_over,
+    with_prefix,
+    without_prefix,
+)
 from bntool.inputs import Inputs
 
 _SAFETENSORS = (Kind.SAFETENSORS, Kind.SAFETENSORS_INDEX)
@@ -116,6 +124,11 @@ def load(
             raise UsageError(
                 f"{flag} is for a model named by reference; {ref} is a file",
                 next_step=f"bntool ... torchvision:NAME {flag}, or {ref} --arch torchvision:NAME",
+            )
+        if "://" in ref:
+            raise LoadError(
+                f"{shown(ref)} is an address, and bntool loads no file down",
+                next_step="download it, and name the file",
             )
         return _from_file(path, ref, arch, options, prepare)
     if arch is not None:
@@ -346,12 +359,17 @@ def _weights_of(found: Found) -> StateDict:
 
 def _fill(model: nn.Module, found: Found, arch: str, path: Path) -> Found:
     state = _weights_of(found)
+    own = model.state_dict()
     # The prefix may be a child of the model itself; then it is no wrapper.
-    if found.prefix and all(k.startswith(found.prefix) for k in model.state_dict()):
+    if found.prefix and all(k.startswith(found.prefix) for k in own):
         found = dataclasses.replace(found, value=with_prefix(state, found.prefix), prefix="")
-    elif found.prefix:
-        note = f"{found.prefix!r} was taken off every key"
-        found = dataclasses.replace(found, notes=(*found.notes, note))
+    else:
+        outer = prefix_over(own, state)
+        prefix = found.prefix + outer
+        note = (f"{prefix!r} was taken off every key",) if prefix else ()
+        found = dataclasses.replace(
+            found, value=without_prefix(state, outer), prefix=prefix, notes=(*found.notes, *note)
+        )
     fill(model, _weights_of(found), arch, str(path))
     return found
 
@@ -371,7 +389,7 @@ def _missing(path: Path) -> LoadError:
         near = [p.name for p in path.parent.iterdir() if p.is_file()]
     except OSError:
         near = []
-    close = difflib.get_close_matches(path.name, near, n=2)
+    close = difflib.get_close_matches(path.name, near, n=2) or full_names(str(path))
     hint = f"; did you mean {' or '.join(close)}?" if close else ""
     return LoadError(
         f"no such file: {path}{hint}",

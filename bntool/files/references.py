@@ -60,6 +60,15 @@ def build(ref: str, *, pretrained: bool = False) -> Built:
         return _factory(ref)
 
 
+def full_names(name: str) -> list[str]:
+    """The references that a bare name such as `resnet18` may stand for; none where torchvision has none."""
+    try:
+        from torchvision import models
+    except ImportError:
+        return []
+    return [f"torchvision:{name}"] if name in models.list_models() else []
+
+
 def recorded_inputs(model: nn.Module) -> Inputs | None:
     """Example inputs (1, C, H, W) of the size a timm model records for itself, seeded; else None."""
     for attribute in ("pretrained_cfg", "default_cfg"):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -77,10 +77,7 @@ def is_state_dict(value: Any) -> bool:
 
 def strip_wrappers(state: Mapping[str, Any]) -> tuple[StateDict, str, bool]:
     """The state_dict without wrapper prefixes, the prefix all keys had, and whether one stood inside keys."""
-    bare: OrderedDict[str, Any] = OrderedDict(state)
-    metadata = getattr(state, "_metadata", None)
-    if isinstance(metadata, dict):
-        bare._metadata = OrderedDict(metadata)  # type: ignore[attr-defined]
+    bare = without_prefix(state, "")
     prefix = ""
     while (wrapper := next((w for w in _WRAPPERS if all(k.startswith(w) for k in bare)), None)) and bare:
         # `module.` may be the model's own only child; then every key says so, and the model decides (fill).
@@ -90,6 +87,31 @@ def strip_wrappers(state: Mapping[str, Any]) -> tuple[StateDict, str, bool]:
     if inner:
         bare = OrderedDict((k.replace("._orig_mod.", "."), v) for k, v in bare.items())
     return bare, prefix, inner
+
+
+def prefix_over(own: Iterable[str], state: Iterable[str]) -> str:
+    """What a module around the model, as training frameworks have one, put before every key of `state`.
+
+    Empty unless the keys without it are exactly the model's `own`.
+    """
+    names, keys = set(own), set(state)
+    first = min(names, default="")
+    for key in keys:
+        prefix = key.removesuffix(first)
+        if prefix.endswith(".") and key != prefix and {prefix + name for name in names} == keys:
+            return prefix
+    return ""
+
+
+def without_prefix(state: Mapping[str, Any], prefix: str) -> StateDict:
+    """The state_dict without `prefix`, with which each of its keys begins, its metadata too."""
+    bare: OrderedDict[str, Any] = OrderedDict(state)
+    metadata = getattr(state, "_metadata", None)
+    if isinstance(metadata, dict):
+        bare._metadata = OrderedDict(metadata)  # type: ignore[attr-defined]
+    if prefix:
+        consume_prefix_in_state_dict_if_present(bare, prefix)
+    return bare
 
 
 def with_prefix(state: Mapping[str, Any], prefix: str) -> StateDict:

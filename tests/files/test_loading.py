@@ -87,6 +87,28 @@ def test_weights_are_found_and_saved_back_the_same_way(wrap: str, prefix: str, a
     assert _same(loaded.model, net)
 
 
+@pytest.mark.parametrize("prefix", ["model.", "net.encoder.", "module.model."])
+def test_what_a_training_module_put_before_every_key_is_taken_off_and_saved_back(
+    prefix: str, arch: str
+) -> None:
+    net = _net()
+    torch.save({"state_dict": {prefix + k: v for k, v in net.state_dict().items()}, "epoch": 1}, "w.ckpt")
+    loaded = load("w.ckpt", arch=arch)
+    assert _same(loaded.model, net)
+    assert f"{prefix!r} was taken off every key" in loaded.notes
+    save_model(loaded, loaded.module, "out.ckpt")
+    back = torch.load("out.ckpt", weights_only=True)["state_dict"]
+    assert list(back) == [prefix + k for k in net.state_dict()]
+    assert _same(load("out.ckpt", arch=arch).model, net)
+
+
+def test_what_stands_before_some_keys_alone_is_not_taken_off(arch: str) -> None:
+    state = {f"model.{k}": v for k, v in _net().state_dict().items()}
+    torch.save({**state, "loss.weight": torch.ones(3)}, "w.ckpt")
+    with pytest.raises(LoadError, match="unexpected"):
+        load("w.ckpt", arch=arch)
+
+
 def test_a_prefix_that_is_the_models_own_child_stays(arch: str) -> None:
     wrapped = nn.Module()
     wrapped.module = _net()

@@ -81,6 +81,8 @@ def test_package_factory_and_weights(project: Path) -> None:
         ("bnt_pkg.none:make", "cannot import"), ("bnt_pkg.nets:other", "has no other"),
         ("torchvision:resnet5O", "did you mean resnet50"), ("timm:resnet5O", "did you mean resnet50"),
         ("C:\\nothing.pt", "no such file"), ("weights/none.pt", "no such file"),
+        ("resnet18", "no such file: resnet18; did you mean torchvision:resnet18"),
+        ("https://example.org/resnet.pt", "https://example.org/resnet.pt is an address"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_made_is_one_clear_error(ref: str, words: str, project: Path) -> None:
