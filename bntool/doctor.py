@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from bntool.errors import BntoolError, DeviceError
 from bntool.runtime.cuda_versions import CUDNN_MAJOR, OLDEST_DRIVER, built_for, driver_cuda, wheel_version
-from bntool.runtime.libraries import CPU, CUDA, first_line
+from bntool.runtime.libraries import CPU, CUDA, TENSORRT, first_line
 from bntool.runtime.providers import GPU_EXTRA, onnxruntime, run_tiny_convolution, why_no_cuda
 
 Status = Literal["ok", "warn", "fail"]
@@ -21,6 +21,7 @@ _ONNXSCRIPT_LEAST = (0, 5, 7)
 _PYTHON_LEAST = (3, 10)
 _TORCH_LEAST = (2, 10)
 _TORCH_EXTRA = "pip install --upgrade torch (a build for the CUDA of your driver), or use --device cpu"
+_DRIVER_FIRST = "the NVIDIA driver first, or use --device cpu"
 _RUNTIME_WHEELS = ("onnxruntime", "onnxruntime-gpu")
 
 
@@ -202,7 +203,8 @@ def _providers() -> Iterator[Row]:
     if not reason:
         yield Row("CUDA provider", "ok", f"a convolution ran on {CUDA}")
     elif listed:
-        yield Row("CUDA provider", "warn", f"listed, but not usable: {reason}", GPU_EXTRA)
+        fix = GPU_EXTRA if driver_cuda() else _DRIVER_FIRST
+        yield Row("CUDA provider", "warn", f"listed, but not usable: {reason}", fix)
     else:
         yield Row("CUDA provider", "warn", reason, GPU_EXTRA)
     for name in ort.get_available_providers():
@@ -215,7 +217,8 @@ def _other_provider(ort: Any, name: str) -> Row:
     try:
         run_tiny_convolution(ort, name)
     except BntoolError as error:
-        return Row(title, "warn", f"listed, but not usable: {error.where or error.what}", error.next_step)
+        fix = _DRIVER_FIRST if name == TENSORRT and not driver_cuda() else error.next_step
+        return Row(title, "warn", f"listed, but not usable: {error.where or error.what}", fix)
     return Row(title, "ok", f"a convolution ran on {name}")
 
 

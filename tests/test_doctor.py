@@ -109,6 +109,31 @@ def test_the_driver_is_held_against_what_is_needed(monkeypatch, driver, status, 
     assert ("torch on CUDA" in found) is (driver is not None)
 
 
+def test_without_a_driver_no_package_mends_a_provider(monkeypatch):
+    monkeypatch.setattr(doctor, "driver_cuda", lambda: None)
+    monkeypatch.setattr(doctor, "onnxruntime", _Providers)
+    monkeypatch.setattr(doctor, "why_no_cuda", lambda: "libcuda.so.1 not found")
+    monkeypatch.setattr(doctor, "run_tiny_convolution", _no_convolution)
+    found = {row.name: row for row in doctor._providers()}
+    assert {found[name].fix for name in ("CUDA provider", "Tensorrt provider")} == {
+        "the NVIDIA driver first, or use --device cpu"
+    }
+    assert found["CoreML provider"].fix == "pip install what it needs"
+    monkeypatch.setattr(doctor, "driver_cuda", lambda: (13, 0))
+    found = {row.name: row for row in doctor._providers()}
+    assert found["CUDA provider"].fix == doctor.GPU_EXTRA
+    assert found["Tensorrt provider"].fix == "pip install what it needs"
+
+
+class _Providers:
+    def get_available_providers(self) -> list[str]:
+        return [f"{name}ExecutionProvider" for name in ("Tensorrt", "CUDA", "CoreML", "CPU")]
+
+
+def _no_convolution(ort: object, device: str) -> str:
+    raise DeviceError("no", where="a library is missing", next_step="pip install what it needs")
+
+
 def test_two_versions_of_cuda_and_libraries_that_are_missing_or_old_are_told(monkeypatch):
     monkeypatch.setattr(doctor, "driver_cuda", lambda: None)
     monkeypatch.setattr(doctor, "_runtime_cuda", lambda: (12, 4))
