@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import re
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -263,7 +264,8 @@ class _Recorder:
         channels = getattr(frame.module, "num_features", None) if frame is not None else None
         if known is not None and known.role.startswith("norm") and known.inputs[-1] is not None:
             shape = self.graph.values[known.inputs[-1]].shape
-            if len(shape) > 1 and channels not in (None, shape[1]):
+            wrong_axes = re.search(r"expected .*\dD input", str(error))
+            if len(shape) > 1 and channels not in (None, shape[1]) and not wrong_axes:
                 return f"this BatchNorm has {channels} channels and is given {shape[1]}: mend the model"
         if "does not require grad" in str(error):
             return "its forward differentiates: fold the layers below that, bntool.fold(model.part, inputs)"

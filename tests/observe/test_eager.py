@@ -588,6 +588,16 @@ def test_a_failing_forward_says_what_where_and_what_next() -> None:
     assert torch.is_inference_mode_enabled() is False
 
 
+def test_an_image_without_its_batch_axis_is_a_wrong_shape_and_not_a_wrong_model() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+    with pytest.raises(ObserveError, match="expected 4D input") as caught:
+        observe(model, Inputs((torch.zeros(3, 8, 8),)))
+    assert "--input 1x3x224x224" in caught.value.next_step
+    with pytest.raises(ObserveError) as caught:
+        observe(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(5)), Inputs((torch.zeros(1, 3, 8, 8),)))
+    assert "5 channels and is given 4: mend the model" in caught.value.next_step
+
+
 def test_an_exception_without_words_is_named_by_its_class() -> None:
     def forward(s: Any, x: Tensor) -> Tensor:
         raise NotImplementedError
