@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 
@@ -192,6 +193,20 @@ def test_json_has_no_number_that_json_does_not_know():
     } <= row.keys()
     assert row["max_abs"] is None
     assert row["passed"] is False
+
+
+def test_a_remark_is_told_once_for_all_checks_it_is_about_and_wrapped():
+    row = verdict(rounded(reference()))
+    driver = "CPU used: " + "a library that is not there, " * 5
+    checks = [
+        dataclasses.replace(row, stage=stage, detail=detail)
+        for stage, detail in (("fold", ""), ("export", driver), ("runtime", driver), ("verify", "alone"))
+    ]
+    told = str(Comparison(tuple(checks))).splitlines()[6:]
+    assert " ".join(line.strip() for line in told[:-1]) == f"export, runtime: {driver.strip()}"
+    assert all(len(line) <= 80 for line in told)
+    assert all(line.startswith("  ") for line in told[1:-1])
+    assert told[-1] == "verify: alone"
 
 
 def test_a_comparison_prints_its_table_and_is_false_when_empty():

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import time
@@ -81,7 +82,7 @@ def test_pairs_are_compared_batch_by_batch():
     assert document["rows"][0]["quartiles_seconds"] == [4.25, 4.75]
     text = latency_text(found)
     assert "b is 3.00x faster than a" in text
-    assert "2 thread(s), TF32 off" in text
+    assert "2 threads, TF32 off" in text
     assert max(map(len, text.splitlines())) <= 80
 
 
@@ -280,6 +281,16 @@ def test_cuda_memory_is_that_of_the_device(monkeypatch):
     free = iter([(900, 1000), (500, 1000)])
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: next(free))
     assert PeakMemory("cuda", whole_device=True).grown() == 400
+
+
+def test_where_it_ran_stays_readable_beside_long_names():
+    names = ("net_bn_trained.pt", "net_bn_trained_folded.pt")
+    rows = tuple(latency(name, *(1e-4 + 1.1e-6 * i for i in range(7))) for name in names)
+    rows = tuple(dataclasses.replace(row, memory=1_400_000) for row in rows)
+    text = latency_text(Benchmark(rows, (Cost(names[0], 723, 88_176),), (), threads=1))
+    assert text.count("torch cpu ") == 2
+    assert all(len(line) <= 80 for line in text.splitlines())
+    assert "7 rounds in turn, 1 thread, TF32 off" in text
 
 
 def test_long_times_and_unknown_figures_print():

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from bntool.report.tables import Column, Table, render
+from bntool.report.tables import Column, Table, render, wrapped
 from bntool.verdicts import Check, first_failed
 
 
@@ -51,10 +51,12 @@ def checks_text(checks: Sequence[Check]) -> str:
     ]
     if not rows:
         return "nothing was verified"
-    details = dict.fromkeys(
-        f"{check.stage} {check.precision}".strip() + f": {check.detail}" for check in checks if check.detail
-    )
-    return "\n".join([render(Table(columns, rows)), *details])
+    details: dict[str, dict[str, None]] = {}  # each remark once, with the checks that it is about
+    for row, check in zip(rows, checks, strict=True):
+        if check.detail:
+            details.setdefault(check.detail, {})[row[0]] = None
+    told = [wrapped(f"{', '.join(names)}: {detail}") for detail, names in details.items()]
+    return "\n".join([render(Table(columns, rows)), *told])
 
 
 def _verdict(check: Check) -> str:

@@ -27,7 +27,8 @@ def latency_text(found: Benchmark) -> str:
     verdicts = [versus.verdict for versus in found.versus]
     special = dict.fromkeys(f"{row.name}: {row.note}" for row in found.rows if row.note)
     rounds = min(len(row.seconds) for row in found.rows)
-    how = f"{rounds} rounds in turn, {found.threads} thread(s), TF32 {'on' if found.tf32 else 'off'}"
+    threads = "1 thread" if found.threads == 1 else f"{found.threads} threads"
+    how = f"{rounds} rounds in turn, {threads}, TF32 {'on' if found.tf32 else 'off'}"
     told = [wrapped(line) for line in (*verdicts, *special, *found.notes, how)]
     return "\n".join([costs, "", table, "", *told])
 

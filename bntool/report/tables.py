@@ -15,7 +15,7 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 PLAIN_WIDTH = 80
-_NARROWEST = 8
+_NARROWEST = 10
 _ELLIPSIS = ".."
 
 # ASCII only: a report must survive a log file and a console of any encoding.

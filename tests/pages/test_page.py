@@ -183,4 +183,4 @@ def test_markdown_for_a_pull_request() -> None:
     assert "- **1** BatchNorms folded" in text
     assert "| trainable | 176 | 160 | -16 |" in text
     assert "| block.bn2 | kept | a sigmoid is in the way |" in text
-    assert "| fold  | passed | torch, cpu | 2.00e-07 | 1.00e-07 | 1.00e-06 |" in text
+    assert "| fold | passed | torch, cpu | 2.00e-07 | 1.00e-07 | 1.00e-06 |" in text
