@@ -49,7 +49,8 @@ class SurgeryResult(ByPlan):
     def render(self, width: int | None = None, *, verbose: bool = True) -> str:
         """The verdicts as a table, then the totals and the parameter delta."""
         draw = insert_lines if self.plan.action == "insert" else fold_lines
-        return "\n".join([*draw(self.plan, width, verbose), "", *delta_lines(self.parameters)])
+        told = "\n".join([*draw(self.plan, width, verbose), "", *delta_lines(self.parameters)])
+        return told.lstrip("\n")  # a blank line parts the totals from a table, where there is one
 
 
 def fold_verdicts(plan: Plan) -> dict[str, Any]:

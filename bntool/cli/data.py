@@ -22,7 +22,8 @@ def opened_data(session: Session, options: dict[str, Any], share: tuple[int, int
     images = Path(options["data"]).is_dir()
     like = example_of(session, small=not images)
     if images and like is not None:
-        session.voice.note(f"images are made {like.shapes()}: {like.origin} (--input sets another size)")
+        why = "" if options["inputs"] else f": {like.origin} (--input sets another size)"
+        session.voice.note(f"images are made {like.shapes()}{why}")
         if options["mean"] is None and options["std"] is None:
             session.voice.note("images are scaled to 0..1; --mean and --std if training normalised them")
     torch.manual_seed(session.seed)  # a loader that shuffles does so the same way every time

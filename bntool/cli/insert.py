@@ -225,9 +225,10 @@ def _no_site(session: Session, result: SurgeryResult) -> NothingToDo:
         next_step = "--activation any takes every activation"
     elif not reasons and any(isinstance(m, nn.Linear) for m in session.model.modules()):
         next_step = "--linear takes linear layers too"
-    elif reasons == {Reason.ALREADY_NORMALISED}:
+    elif Reason.ALREADY_NORMALISED in reasons <= {Reason.ALREADY_NORMALISED, Reason.NO_ACTIVATION}:
         next_step = (
-            f"each has a BatchNorm already, which bntool fold takes out; bntool explain {min(reasons)}"
+            "each place has a BatchNorm already, which bntool fold takes out; "
+            f"bntool explain {Reason.ALREADY_NORMALISED}"
         )
     elif reasons:
         next_step = f"bntool explain {min(reasons)}"

@@ -49,6 +49,12 @@ def _tolerance(ctx: click.Context, param: click.Parameter, value: float | None) 
     return value
 
 
+def _seed(ctx: click.Context, param: click.Parameter, value: int) -> int:
+    if not 0 <= value < 2**63:
+        raise click.BadParameter(f"{value} is not a number from 0 to 2^63 - 1", ctx, param)
+    return value
+
+
 def output_option() -> Decorator:
     return click.option(
         "-o", "--output", metavar="FILE", callback=not_empty, shell_complete=files, help="Output file."
@@ -92,9 +98,10 @@ def loading_options() -> Decorator:
         ),
         click.option(
             "--seed",
-            type=click.IntRange(0, 2**63 - 1),
+            type=int,
             default=0,
             show_default=True,
+            callback=_seed,
             metavar="N",
             help="Seed of whatever is random.",
         ),
@@ -141,6 +148,7 @@ def bench_options() -> Decorator:
             type=click.IntRange(min=7),
             default=30,
             show_default=True,
+            metavar="N",
             help="Samples of each model; fewer where a batch size takes over 20 s.",
         ),
     )

@@ -83,12 +83,16 @@ def test_twice_in_a_row_finds_every_place_taken(bntool: Shell, folder: Path) -> 
     said = bntool("insert")
     assert said.code == 4
     assert "already-normalised" in said.out
+    assert "each place has a BatchNorm already, which bntool fold takes out" in said.err
     assert contents(folder) == before
 
 
 def test_a_model_that_is_normalised_already_is_sent_to_fold(refused: Shell) -> None:
-    nets.save(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU()), "model.pt")
-    refused("insert", "model.pt", code=4, says="each has a BatchNorm already, which bntool fold takes out")
+    last = nn.Conv2d(4, 4, 3)  # no activation follows: no place either
+    nets.save(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), last), "model.pt")
+    refused(
+        "insert", "model.pt", code=4, says="each place has a BatchNorm already, which bntool fold takes out"
+    )
 
 
 def test_a_model_without_sites_says_why(refused: Shell) -> None:
@@ -146,6 +150,7 @@ def test_a_check_that_differs_writes_nothing(refused: Shell, monkeypatch: pytest
 def test_quiet_shows_totals_alone(bntool: Shell) -> None:
     nets.save(nets.plain(), "model.pt")
     said = bntool("insert", "model.pt", "-q")
+    assert said.out.startswith("not cut: 2 ")
     assert "sequential" not in said.out
     assert "note:" not in said.out
     assert "1 BatchNorm layer inserted over 4 channels" in said.out
