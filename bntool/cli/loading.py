@@ -32,7 +32,7 @@ def load_granted(
     is_file = Path(name).exists() or not is_reference(name)
     grant = record.granted(name) if record is not None and is_file else Grant()
     if is_file and arch is None:
-        arch = _recorded_architecture(name)
+        arch = recorded_architecture(name)
         if arch:
             voice.note(f"--arch {arch}, as its side file says")
     plans, prepare = _replay_of(name) if is_file and arch else ([], None)
@@ -49,7 +49,7 @@ def load_granted(
     return loaded, plans
 
 
-def _recorded_architecture(path: str) -> str | None:
+def recorded_architecture(path: str) -> str | None:
     """The architecture that the side file names: only a registry's, since a stranger may have written it."""
     from bntool.files.detect import Kind, detect
     from bntool.files.sidecar import describes, read_sidecar

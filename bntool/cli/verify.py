@@ -58,8 +58,21 @@ def command(candidate: str, **options: Any) -> int:
     if options["model"] and _is_onnx(options["model"]):
         voice.note(f"{candidate} runs in float64, so the noise floor is its own")
         candidate, options["model"] = options["model"], candidate
+    options["arch"] = options["arch"] or _arch_of_both(candidate, options["model"], voice)
     session = open_session(voice, options)
     return _concluded(voice, candidate, session.loaded.reference, *_checked(session, candidate, options))
+
+
+def _arch_of_both(candidate: str, model: str | None, voice: Voice) -> str | None:
+    """The architecture in CANDIDATE's side file where MODEL, the file that it was made from, has none."""
+    from bntool.cli.loading import recorded_architecture
+
+    if model is None or not Path(model).is_file() or recorded_architecture(model):
+        return None
+    arch = recorded_architecture(candidate)
+    if arch:
+        voice.note(f"--arch {arch}, as the side file of {candidate} says")
+    return arch
 
 
 def _checked(session: Session, candidate: str, options: dict[str, Any]) -> tuple[list[Check], dict[str, Any]]:

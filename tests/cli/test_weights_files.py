@@ -44,6 +44,18 @@ def test_the_side_file_names_the_architecture(bntool: Shell) -> None:
     assert "--arch torchvision:squeezenet1_1, as its side file says" in said.document["notes"]
 
 
+def test_folded_weights_are_verified_against_those_they_came_from(bntool: Shell) -> None:
+    models = pytest.importorskip("torchvision").models
+    torch.save(models.squeezenet1_1(weights=None).state_dict(), "plain.pt")
+    words = ("--arch", "torchvision:squeezenet1_1", "--input", "1x3x64x64", "-o", "net.pt")
+    assert bntool("insert", "plain.pt", *words, "-q").code == 0
+    said = bntool("verify", "net.pt", "plain.pt", "--input", "1x3x64x64", "--json")
+    assert said.code == 0
+    assert "--arch torchvision:squeezenet1_1, as the side file of net.pt says" in said.document["notes"]
+    again = bntool("verify", "plain.pt", "net.pt", "--input", "1x3x64x64")
+    assert again.code == 0
+
+
 def test_code_that_a_side_file_names_is_not_run(bntool: Shell) -> None:
     Path("evil.py").write_text("open('marker', 'w')\n" + ARCH)
     torch.save(nets.normalised().state_dict(), "net.pt")
