@@ -6,7 +6,6 @@ import contextlib
 import io
 import logging
 import re
-import textwrap
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -20,7 +19,6 @@ from bntool.inputs import Inputs
 from bntool.onnx_versions import LEAST_OPSET, OPSETS
 
 _BFLOAT16_OPSET = 22
-_LONGEST = 300  # characters of what torch says; --debug shows all of it
 _BATCH_NORM_OPS = (
     "aten.batch_norm.",
     "aten._native_batch_norm_legit",
@@ -204,7 +202,7 @@ def essence(error: BaseException) -> str:
     # What follows is advice on torch's own flags, which the user of this export does not set, or names
     # torch's symbols.
     line = re.split(r"\s*For more information, run with |\. If you're using |\s*\(unhinted: ", line)[0]
-    return textwrap.shorten(line, _LONGEST, placeholder=" …") or type(error).__name__
+    return line or type(error).__name__
 
 
 def user_line(error: BaseException) -> str:

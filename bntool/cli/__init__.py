@@ -37,6 +37,7 @@ _COMMANDS = {
 }
 _SHARED = ("calibrate", "compare")
 """What several processes do together; any other command each of them would do, and write, for itself."""
+_LONGEST = 400  # characters of what went wrong; a library's own words can fill a screen
 _BUG = 70
 _STOPPED = 130
 _READER_GONE = 141  # as a shell reports a program ended by SIGPIPE
@@ -146,7 +147,7 @@ def run(args: Sequence[str] | None = None) -> int:
 
 
 def _run(argv: list[str], as_json: bool, debug: bool) -> int:
-    fail = _speaker(as_json, _help_for(argv))
+    fail = _speaker(as_json, _help_for(argv), whole=bool({"-v", "--verbose", "--debug"} & set(argv)))
     try:
         result: Any = cli.main(args=argv, prog_name="bntool", standalone_mode=False)
         return result if isinstance(result, int) else 0
@@ -187,7 +188,7 @@ def _help_for(argv: list[str]) -> str:
     return " ".join(filter(None, ("bntool", command, "--help")))
 
 
-def _speaker(as_json: bool, help_line: str) -> Callable[[BntoolError], int]:
+def _speaker(as_json: bool, help_line: str, *, whole: bool) -> Callable[[BntoolError], int]:
     """How an error is told: what, where and what to do next. Returns the exit code."""
 
     def fail(error: BntoolError) -> int:
@@ -197,6 +198,8 @@ def _speaker(as_json: bool, help_line: str) -> Callable[[BntoolError], int]:
         if as_json:
             emit_error(error.status, error.to_dict())
         else:
+            if not whole and len(error.what) > _LONGEST:
+                error.what = f"{error.what[:_LONGEST].rstrip()} … (-v shows all of it)"
             click.echo(f"error: {error}", err=True)
         return error.exit_code
 
