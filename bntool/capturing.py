@@ -144,8 +144,14 @@ def _convert_to(program: torch.export.ExportedProgram, opset: int) -> Any:
 
 
 def refuse_batch_statistics(program: torch.export.ExportedProgram) -> None:
-    """Raise `ExportError`, naming the layer, when a BatchNorm normalises with the batch even in eval mode."""
+    """Raise `ExportError`, naming the layer, when a BatchNorm normalises with the batch even in eval mode.
+
+    Not one that reads weights alone, which standardises them.
+    """
+    of_data = _reading_data(program)
     for node in batch_norm_nodes(program):
+        if node.graph is program.graph and node not in of_data:
+            continue
         schema = _argument_names(node)
         flag = next((schema.index(name) for name in ("training", "train") if name in schema), len(node.args))
         if flag < len(node.args) and node.args[flag]:
@@ -156,6 +162,16 @@ def refuse_batch_statistics(program: torch.export.ExportedProgram) -> None:
                 where=(layer[0] if layer else "") or str(node.name),
                 next_step="give it running statistics first: `bntool calibrate --data ...`",
             )
+
+
+def _reading_data(program: torch.export.ExportedProgram) -> set[torch.fx.Node]:
+    """The nodes whose numbers depend on the inputs."""
+    inputs = set(program.graph_signature.user_inputs)
+    found: set[torch.fx.Node] = set()
+    for node in program.graph.nodes:
+        if node.name in inputs or not found.isdisjoint(node.all_input_nodes):
+            found.add(node)
+    return found
 
 
 def _argument_names(node: torch.fx.Node) -> list[str]:

@@ -191,8 +191,8 @@ def _traced(
 
     onnx_model, output_names, calls, trace_notes = trace(model, inputs, axes, opset)
     with silent():
-        clean(onnx_model, names)
-    _require_every_batch_norm(onnx_model, calls)
+        of_weights = clean(onnx_model, names)
+    _require_every_batch_norm(onnx_model, calls - of_weights)
     rename_initializers(onnx_model, {n: first for n, first in names.items() if n != first})
     taken = {str(value.name) for value in onnx_model.graph.inputs}
     _name_outputs(onnx_model, output_names, taken)

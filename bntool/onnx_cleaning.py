@@ -19,21 +19,28 @@ from onnx_ir.passes import common
 from bntool.errors import ExportError, InvariantError
 
 _NAME_SCOPES = "pkg.torch.onnx.name_scopes"
+_RANDOM = frozenset({"RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Bernoulli"})
 
 
-def clean(model: ir.Model, own_names: Iterable[str]) -> None:
+def clean(model: ir.Model, own_names: Iterable[str]) -> int:
     """Clean a freshly exported model in place; `own_names` are the names of the torch model's tensors.
 
-    Raises `ExportError` when a BatchNormalization is in training form, `InvariantError` when cleaning lost
-    one.
+    Returns how many BatchNormalizations normalised weights, not data (weight standardisation): what such
+    a one reads and makes is computed here, once. Raises `ExportError` when a BatchNormalization is in
+    training form, `InvariantError` when cleaning lost one.
     """
     from onnxscript.optimizer import fold_constants
 
     own_names = set(own_names)
-    refuse_training_form(model)
     common.InlinePass()(model)
-    before = census(model)["BatchNormalization"]
+    standardised = _standardised_weights(model.graph)
+    of_weights = sum(node.op_type == "BatchNormalization" for node in standardised)
+    before = census(model)["BatchNormalization"] - of_weights
+    if standardised:
+        sizes = (v.const_value.size for v in model.graph.initializers.values() if v.const_value is not None)
+        fold_constants(model, should_fold=lambda node: node in standardised, output_size_limit=max(sizes))
     fold_constants(model, onnx_shape_inference=True, should_fold=_should_fold)
+    refuse_training_form(model)
     common.IdentityEliminationPass()(model)
     common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
     common.RemoveUnusedNodesPass()(model)
@@ -43,6 +50,7 @@ def clean(model: ir.Model, own_names: Iterable[str]) -> None:
             f"cleaning changed the number of BatchNormalization nodes from {before} to {after}"
         )
     _drop_made_up_biases(model, own_names)
+    _name_computed_weights(model, own_names)
     common.CommonSubexpressionEliminationPass()(model)
     common.RemoveUnusedNodesPass()(model)
     common.RemoveUnusedFunctionsPass()(model)  # type: ignore[no-untyped-call]
@@ -50,11 +58,41 @@ def clean(model: ir.Model, own_names: Iterable[str]) -> None:
     common.OutputFixPass()(model)
     _name_nodes(model, own_names)
     common.ClearMetadataAndDocStringPass()(model)  # stack traces with the paths of this machine
+    return of_weights
 
 
 def _should_fold(node: ir.Node) -> bool | None:
     """Never a BatchNormalization; None leaves the rest to the folder's own rules."""
     return False if node.op_type == "BatchNormalization" else None
+
+
+def _standardised_weights(graph: ir.Graph) -> set[ir.Node]:
+    """The BatchNormalizations that read weights alone, and all that leads from weights to them and on."""
+    fixed: dict[ir.Node, set[ir.Node]] = {}  # each node that reads no data, and those before it
+    for node in graph:
+        sources = [value for value in node.inputs if value is not None]
+        makers = [value.producer() for value in sources if not value.is_initializer()]
+        if node.op_type in _RANDOM or any(maker is None or maker not in fixed for maker in makers):
+            continue
+        fixed[node] = {maker for maker in makers if maker is not None}
+    wanted = {node for node in fixed if node.op_type == "BatchNormalization"}
+    for node, before in fixed.items():
+        if before & wanted:
+            wanted.add(node)
+    for node in reversed(fixed):
+        if node in wanted:
+            wanted |= fixed[node]
+    return wanted
+
+
+def _name_computed_weights(model: ir.Model, own_names: set[str]) -> None:
+    """Weights that were computed here are called after the layer that reads them."""
+    taken = set(own_names)
+    for node in model.graph:
+        weight = node.inputs[1] if node.op_type in ("Conv", "ConvTranspose", "Gemm") else None
+        if weight is None or weight.const_value is None or weight.name in own_names or not _module_of(node):
+            continue
+        rename_values([weight], [_free(f"{_module_of(node)}.weight_computed", taken)], model.graph)
 
 
 def census(model: ir.Model) -> Counter[str]:

@@ -220,6 +220,31 @@ def test_batch_statistics_are_refused(tmp_path, functional):
     assert list(tmp_path.iterdir()) == []
 
 
+class Standardised(nn.Conv2d):
+    """Weight standardisation as NFNets and ResNetV2 write it: the weight as data of a batch norm."""
+
+    def forward(self, x):
+        flat = self.weight.reshape(1, self.out_channels, -1)
+        weight = F.batch_norm(flat, None, None, training=True, momentum=0.0).reshape_as(self.weight)
+        return F.conv2d(x, weight, self.bias, self.stride, self.padding)
+
+
+def test_standardised_weights_are_computed_once_and_are_no_batchnorm_of_the_models(tmp_path):
+    """Larger than the exporter's own limit for what it computes."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        Standardised(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), Standardised(4, 300, 22)
+    ).eval()
+    model[1].running_mean.normal_()
+    x = Inputs((torch.randn(1, 3, 24, 24),))
+    export = export_onnx(model, x, tmp_path / "m.onnx")
+    assert export.nodes == {"BatchNormalization": 1, "Conv": 2, "Relu": 1}
+    names = {tensor.name for tensor in onnx.load(export.path).graph.initializer}
+    assert {"0.weight_computed", "3.weight_computed"} <= names
+    checks = check_onnx(model, export.path, seeded_batches(x, (1, 3)), device="cpu")
+    assert all(check.passed for check in checks)
+
+
 def test_a_training_node_in_the_graph_is_refused():
     import onnx_ir as ir
 
