@@ -18,10 +18,12 @@ from torch import Tensor, nn
 
 from bntool.blame import Blame, Step, first_fault
 from bntool.comparing import K_NOISE, Limit, difference, noise_limits, rounding_term
-from bntool.errors import BntoolError
+from bntool.errors import BntoolError, UsageError
+from bntool.files.limits import binary
 from bntool.inputs import Inputs
 from bntool.onnx_cutting import Cut, OnnxGraph
 from bntool.runtime.libraries import CPU, CUDA
+from bntool.runtime.memory import available_bytes
 from bntool.runtime.ort_runner import OrtRunner
 from bntool.tracing import Trace, once_called, trace_module
 from bntool.verdicts import Check, first_failed
@@ -181,6 +183,7 @@ def told(find: Callable[[], Found | None]) -> Found | None:
 
 def _yardstick(model: nn.Module, inputs: Inputs) -> tuple[Trace, dict[str, Limit], Mapping[str, Tensor]]:
     own = trace_module(model, inputs)
+    _require_room(own)
     layers = len(own.steps)
     eps = max((torch.finfo(p.dtype).eps for p in model.parameters() if p.is_floating_point()), default=1e-7)
     try:
@@ -188,6 +191,16 @@ def _yardstick(model: nn.Module, inputs: Inputs) -> tuple[Trace, dict[str, Limit
     except Exception:  # noqa: BLE001 - whatever a model's forward raises on float64
         exact = own.values
     return own, noise_limits([exact], [own.values], layers, eps), exact
+
+
+def _require_room(own: Trace) -> None:
+    """Raise `UsageError` where float64's values and the candidate's beside these would fill the memory."""
+    wanted = 4 * sum(value.nbytes for value in own.values.values())
+    if (free := available_bytes()) is not None and wanted > free:
+        raise UsageError(
+            f"the values between the layers take {binary(wanted)}, and {binary(free)} are free",
+            next_step="verify on smaller inputs: --input",
+        )
 
 
 def _judge(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import weakref
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -55,8 +56,8 @@ class _Recorder:
         self._calls: dict[str, int] = {}
         self._steps: list[Step] = []
         self._values: dict[str, Tensor] = {}
-        self._made_by: dict[int, tuple[str, int]] = {}
-        self._alive: list[Tensor] = []
+        # by id, with a reference that tells when the tensor is gone and its id may be another's
+        self._made_by: dict[int, tuple[weakref.ref[Tensor], str, int]] = {}
         self._loose: dict[str, None] = {}
         self._reads: dict[str, tuple[str, ...]] = {}
 
@@ -80,8 +81,7 @@ class _Recorder:
                 return
             self._steps.append(Step(label, type(module).__name__, reads, (label,)))
             self._values[label] = output.detach().cpu().clone()
-            self._made_by[id(output)] = (label, output._version)
-            self._alive.append(output)  # so that no other tensor gets its id
+            self._made_by[id(output)] = (weakref.ref(output), label, output._version)
             self._loose[label] = None
 
         return keep
@@ -91,10 +91,10 @@ class _Recorder:
         return f"{name}#{count + 1}" if count else name
 
     def _read(self, label: str, index: int, tensor: Tensor) -> str:
-        known, version = self._made_by.get(id(tensor), ("", 0))
-        if known and version == tensor._version:
-            self._loose.pop(known, None)
-            return known
+        maker = self._made_by.get(id(tensor))
+        if maker is not None and maker[0]() is tensor and maker[2] == tensor._version:
+            self._loose.pop(maker[1], None)
+            return maker[1]
         made = f"{label}:{index}"
         self._values[made] = tensor.detach().cpu().clone()
         self._steps.append(Step(f"before {label}", "forward", tuple(self._loose), (made,)))

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import subprocess
 import sys
 from pathlib import Path
@@ -183,3 +184,14 @@ def test_a_repro_that_cannot_be_cut_out_is_refused(tmp_path: Path):
     with pytest.raises(CheckFailed, match="cannot be taken out"):
         write_repro(bare, tmp_path / "repro")
     assert not list(tmp_path.iterdir())
+
+
+def test_values_that_would_not_fit_into_the_memory_are_not_taken_apart(monkeypatch: pytest.MonkeyPatch):
+    model, inputs = nn.Sequential(nn.Linear(4, 4), nn.ReLU()), [Inputs((torch.ones(1, 4),))]
+    other = copy.deepcopy(model)
+    nn.init.ones_(other[0].weight)
+    assert blaming.blame_modules(model, other, inputs, stage="fold") is not None
+    monkeypatch.setattr("bntool.blaming.available_bytes", lambda: 100)
+    with pytest.raises(UsageError, match="between the layers take"):
+        blaming.blame_modules(model, other, inputs, stage="fold")
+    assert blaming.told(lambda: blaming.blame_modules(model, other, inputs, stage="fold")) is None

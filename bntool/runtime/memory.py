@@ -1,4 +1,4 @@
-"""The most memory that a piece of work holds at once."""
+"""The most memory that a piece of work holds at once, and how much is left."""
 
 from __future__ import annotations
 
@@ -55,9 +55,18 @@ def _reset_peak() -> bool:
     return True
 
 
+def available_bytes() -> int | None:
+    """Main memory that may still be taken without swapping; None where the system does not tell."""
+    return _field(Path("/proc/meminfo"), "MemAvailable")
+
+
 def _resident(field: str) -> int | None:
+    return _field(_STATUS, field)
+
+
+def _field(file: Path, name: str) -> int | None:
     with contextlib.suppress(OSError):
-        found = re.search(rf"^{field}:\s+(\d+) kB", _STATUS.read_text(), re.MULTILINE)
+        found = re.search(rf"^{name}:\s+(\d+) kB", file.read_text(), re.MULTILINE)
         return int(found[1]) * 1024 if found else None
     return None
 
