@@ -67,3 +67,11 @@ def test_counts_and_shapes() -> None:
 def test_wrapped_lines_are_indented_and_names_stay_whole() -> None:
     text = wrapped("note: one two features.12.a-long-name three", 24, indent="      ")
     assert text.splitlines() == ["note: one two", "      features.12.a-long-name", "      three"]
+
+
+def test_names_that_differ_still_differ_when_shortened() -> None:
+    names = [f"features.4.expand{size}_activation.0" for size in ("1x1", "3x3")]
+    drawn = render(Table((Column("Name", flexible=True),), [[name] for name in names]), width=22)
+    first, second = drawn.split("\n")[-2:]
+    assert first != second
+    assert len(first) == len(second) == 22

@@ -53,6 +53,7 @@ def render(table: Table, width: int | None = None) -> str:
     widths, gap = _fit(table.columns, lines, terminal_width() if width is None else width)
     drawn = RichTable(box=_RULED, show_edge=False, pad_edge=False, padding=(0, gap - 1, 0, 0))
     drawn.show_footer = bool(table.footer)
+    tails = [_telling_tail({row[i] for row in table.rows}, fitted) for i, fitted in enumerate(widths)]
     for i, (column, fitted) in enumerate(zip(table.columns, widths, strict=True)):
         drawn.add_column(
             Text(column.title),
@@ -62,7 +63,7 @@ def render(table: Table, width: int | None = None) -> str:
             no_wrap=True,
         )
     for row in table.rows:
-        drawn.add_row(*(Text(shorten_middle(cell, fitted)) for cell, fitted in zip(row, widths, strict=True)))
+        drawn.add_row(*map(Text, map(shorten_middle, row, widths, tails)))
     body = _plain(drawn, sum(widths) + gap * len(widths))
     return f"{table.title}\n{body}" if table.title else body
 
@@ -83,13 +84,24 @@ def terminal_width() -> int:
     return shutil.get_terminal_size((PLAIN_WIDTH, 24)).columns
 
 
-def shorten_middle(text: str, width: int) -> str:
-    """`text` in at most `width` characters; what goes is taken from its middle."""
+def shorten_middle(text: str, width: int, tail: int | None = None) -> str:
+    """`text` in at most `width` characters; what goes is taken from before its last `tail`, its middle."""
     if len(text) <= width:
         return text
     kept = max(width - len(_ELLIPSIS), 0)
-    tail = (kept + 1) // 2
+    tail = (kept + 1) // 2 if tail is None else tail
     return text[: kept - tail] + _ELLIPSIS[: width - kept] + (text[-tail:] if tail else "")
+
+
+def _telling_tail(texts: set[str], width: int) -> int | None:
+    """The tail nearest to a half that keeps different texts different; None where none does, or any."""
+    long = {text for text in texts if len(text) > width}
+    kept = max(width - len(_ELLIPSIS), 0)
+    half = (kept + 1) // 2
+    for tail in sorted(range(kept + 1), key=lambda tail: abs(tail - half)):
+        if len({shorten_middle(text, width, tail) for text in long}) == len(long):
+            return tail
+    return None
 
 
 def count(number: int) -> str:
