@@ -44,7 +44,7 @@ def capture(
                 return *_capture_open(model, inputs, True, asked), notes
             except Exception as error:  # noqa: BLE001 - the capture below tells whether it matters
                 why = essence(error)
-        notes.append(f"the batch axis is fixed, as in the example input ({inputs.shapes()}): {why}")
+        notes.append(fixed_batch(inputs, why))
     try:
         return *_capture_open(model, inputs, False, asked), notes
     except Exception as error:
@@ -61,6 +61,10 @@ def capture(
             next_step="make forward free of decisions on tensor values (of a detector, export the network "
             "without what picks its boxes), or use --exporter legacy",
         ) from error
+
+
+def fixed_batch(inputs: Inputs, why: str) -> str:
+    return f"the batch axis is fixed, as in the example input ({inputs.shapes()}): {why}"
 
 
 def _captures(model: nn.Module, inputs: Inputs) -> bool:

@@ -16,6 +16,7 @@ from bntool.capturing import (
     capture,
     convert,
     essence,
+    fixed_batch,
     refuse_batch_statistics,
     silent,
 )
@@ -118,10 +119,7 @@ def export_onnx(
             torch.set_default_dtype(DTYPES[dtype])  # a tensor that forward makes without a dtype follows
         if exporter == "legacy":
             return _traced(subject, inputs, target, axes, opset, form, names, notes)
-        with silent():
-            program, symbols, capture_notes = capture(subject, inputs, axes)
-        notes += capture_notes
-        return _exported(program, inputs, target, opset, form, names, symbols, notes)
+        return _captured(subject, inputs, target, axes, opset, form, names, notes)
     finally:
         torch.set_default_dtype(default)
 
@@ -152,6 +150,33 @@ def _target(path: str | Path) -> Path:
             f"there is no folder {target.parent}", next_step="make the folder, or choose another -o"
         )
     return target
+
+
+def _captured(
+    model: nn.Module,
+    inputs: Inputs,
+    target: Path,
+    axes: DynamicAxes,
+    opset: int | None,
+    form: _Form,
+    names: Mapping[str, str],
+    notes: list[str],
+) -> ExportResult:
+    """By torch.export; with the batch axis fixed where torch can capture an open one but not convert it."""
+    with silent():
+        program, symbols, told = capture(model, inputs, axes)
+    try:
+        return _exported(program, inputs, target, opset, form, names, symbols, notes + told)
+    except ExportError as error:
+        if told or not axes.batch:
+            raise
+        try:
+            with silent():
+                program, symbols, _ = capture(model, inputs, dataclasses.replace(axes, batch=False))
+            told = [fixed_batch(inputs, error.what)]
+            return _exported(program, inputs, target, opset, form, names, symbols, notes + told)
+        except ExportError:
+            raise error from None
 
 
 def _exported(

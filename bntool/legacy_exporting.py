@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.jit._trace import TracerWarning
 from torch.overrides import TorchFunctionMode
 
-from bntool.capturing import essence, silent, user_line, why_no_batch_axis
+from bntool.capturing import essence, fixed_batch, silent, user_line, why_no_batch_axis
 from bntool.dynamic_axes import DynamicAxes, name_of, sample_for
 from bntool.errors import BntoolError, ExportError
 from bntool.inputs import Inputs, outputs_of
@@ -108,7 +108,7 @@ def trace(
         ) from error
     notes = [_what_a_trace_is(warned)]
     if why_fixed:
-        notes.append(f"the batch axis is fixed, as in the example input ({inputs.shapes()}): {why_fixed}")
+        notes.append(fixed_batch(inputs, why_fixed))
     onnx_model = ir.serde.deserialize_model(_parsed(file.getvalue()))
     _strip_prefix(onnx_model)
     return onnx_model, flat.names, calls.count, notes

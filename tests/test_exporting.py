@@ -220,6 +220,24 @@ def test_batch_statistics_are_refused(tmp_path, functional):
     assert list(tmp_path.iterdir()) == []
 
 
+class OnePerSample(nn.Conv2d):
+    """A conditional convolution: each sample has a kernel of its own, as a group."""
+
+    def forward(self, x):
+        kernels = self.weight * x.mean((1, 2, 3)).reshape(-1, 1, 1, 1, 1)
+        batch, _, *sides = x.shape
+        out = F.conv2d(x.reshape(1, -1, *sides), kernels.flatten(0, 1), groups=batch)
+        return out.reshape(batch, self.out_channels, *out.shape[2:])
+
+
+def test_a_batch_axis_that_can_be_captured_and_not_written_is_fixed_and_said(tmp_path):
+    model, x = OnePerSample(3, 4, 3).eval(), Inputs((torch.randn(2, 3, 6, 6),))
+    export = export_onnx(model, x, tmp_path / "m.onnx")
+    (note,) = export.notes
+    assert note.startswith("the batch axis is fixed, as in the example input (2x3x6x6): torch cannot convert")
+    assert all(check.passed for check in check_onnx(model, export.path, [x], device="cpu"))
+
+
 class Standardised(nn.Conv2d):
     """Weight standardisation as NFNets and ResNetV2 write it: the weight as data of a batch norm."""
 
