@@ -169,11 +169,12 @@ def refuse_batch_statistics(program: torch.export.ExportedProgram) -> None:
 
 
 def _reading_data(program: torch.export.ExportedProgram) -> set[torch.fx.Node]:
-    """The nodes whose numbers depend on the inputs."""
+    """The nodes whose numbers depend on the inputs, or on a random draw."""
     inputs = set(program.graph_signature.user_inputs)
     found: set[torch.fx.Node] = set()
     for node in program.graph.nodes:
-        if node.name in inputs or not found.isdisjoint(node.all_input_nodes):
+        draws = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+        if draws or node.name in inputs or not found.isdisjoint(node.all_input_nodes):
             found.add(node)
     return found
 

@@ -194,7 +194,9 @@ def _exported(
         converted = convert(program, opset)
         onnx_model = converted.model
         _require_every_batch_norm(onnx_model, len(batch_norm_nodes(converted.exported_program)))
-        clean(onnx_model, names)
+        computed = clean(onnx_model, names)
+    if computed:
+        notes = [*notes, f"{computed} weights that BatchNorm standardises are stored as what they come to"]
     rename_initializers(onnx_model, {n: first for n, first in names.items() if n != first})
     name_axes(onnx_model, symbols)
     input_names = _name_inputs(onnx_model, inputs, notes)

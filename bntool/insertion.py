@@ -17,7 +17,7 @@ from bntool.comparing import Limit, Outputs, compare
 from bntool.errors import ObserveError
 from bntool.graph import Graph, Op
 from bntool.inputs import Inputs, outputs_of
-from bntool.inserting import InsertOptions, activation_behind, layer_before, plan_insert
+from bntool.inserting import InsertOptions, activation_behind, ends_one, layer_before, plan_insert
 from bntool.observe.eager import Observation, observe
 from bntool.plan import InsertSite, Plan
 from bntool.reference import Reference
@@ -116,7 +116,7 @@ def _between(graph: Graph, norm: Op, site: InsertSite, options: InsertOptions) -
     if before is None:
         return False
     if options.position == "after":
-        return before.kind == site.activation_kind
+        return ends_one(before, site.activation_kind)
     after = activation_behind(graph, graph.output(norm), pooling=options.pooling)
     return before.kind in ("conv", "linear") and after == site.activation_kind
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ast
 import re
+import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -19,7 +20,11 @@ from onnx_ir.passes import common
 from bntool.errors import ExportError, InvariantError
 
 _NAME_SCOPES = "pkg.torch.onnx.name_scopes"
-_RANDOM = frozenset({"RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Bernoulli"})
+_RANDOM = frozenset(
+    "RandomNormal RandomNormalLike RandomUniform RandomUniformLike Bernoulli Multinomial Dropout".split()
+)
+_LAYERS = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
+_NARROW_TYPES = {ir.DataType.FLOAT16, ir.DataType.BFLOAT16}
 
 
 def clean(model: ir.Model, own_names: Iterable[str]) -> int:
@@ -33,12 +38,9 @@ def clean(model: ir.Model, own_names: Iterable[str]) -> int:
 
     own_names = set(own_names)
     common.InlinePass()(model)
-    standardised = _standardised_weights(model.graph)
-    of_weights = sum(node.op_type == "BatchNormalization" for node in standardised)
-    before = census(model)["BatchNormalization"] - of_weights
-    if standardised:
-        sizes = (v.const_value.size for v in model.graph.initializers.values() if v.const_value is not None)
-        fold_constants(model, should_fold=lambda node: node in standardised, output_size_limit=max(sizes))
+    before = census(model)["BatchNormalization"]
+    of_weights = _compute_standardised_weights(model)
+    before -= of_weights
     fold_constants(model, onnx_shape_inference=True, should_fold=_should_fold)
     refuse_training_form(model)
     common.IdentityEliminationPass()(model)
@@ -66,23 +68,76 @@ def _should_fold(node: ir.Node) -> bool | None:
     return False if node.op_type == "BatchNormalization" else None
 
 
+def _compute_standardised_weights(model: ir.Model) -> int:
+    """Store what the BatchNormalizations that standardise weights come to; returns how many there were.
+
+    Raises `ExportError` for one that is not computed in float32 or float64: in a narrower type the
+    statistics would be far off.
+    """
+    from onnxscript.optimizer import fold_constants
+
+    cone = _standardised_weights(model.graph)
+    norms = [node for node in cone if node.op_type == "BatchNormalization"]
+    if not norms:
+        return 0
+    before = census(model)["BatchNormalization"]
+    read = [value for node in cone for value in node.inputs if value is not None and value.is_initializer()]
+    narrow = any(value.dtype in _NARROW_TYPES for value in read)
+    # by name, since the folder puts new nodes in the place of some
+    names = {value.name for node in cone for value in node.outputs}
+    fold_constants(
+        model,
+        should_fold=lambda node: any(value.name in names for value in node.outputs),
+        output_size_limit=sys.maxsize,
+    )
+    common.RemoveUnusedNodesPass()(model)
+    if before - census(model)["BatchNormalization"] != len(norms) or narrow:
+        raise ExportError(
+            "a weight that a BatchNorm standardises cannot be computed for the file",
+            where=_module_of(norms[0]),
+            next_step="export in float32; or store the standardised weight in the layer itself",
+        )
+    return len(norms)
+
+
 def _standardised_weights(graph: ir.Graph) -> set[ir.Node]:
-    """The BatchNormalizations that read weights alone, and all that leads from weights to them and on."""
+    """The BatchNormalizations that normalise the weight of a layer by its own statistics, and all that leads
+    from stored tensors to them and on to the layer.
+    """
     fixed: dict[ir.Node, set[ir.Node]] = {}  # each node that reads no data, and those before it
     for node in graph:
         sources = [value for value in node.inputs if value is not None]
         makers = [value.producer() for value in sources if not value.is_initializer()]
-        if node.op_type in _RANDOM or any(maker is None or maker not in fixed for maker in makers):
+        if node.op_type in _RANDOM or _holds_a_graph(node):
+            continue
+        if any(maker is None or maker not in fixed for maker in makers):
             continue
         fixed[node] = {maker for maker in makers if maker is not None}
-    wanted = {node for node in fixed if node.op_type == "BatchNormalization"}
+    norms = {node for node in fixed if node.op_type == "BatchNormalization" and _by_own_statistics(node)}
+    after = set(norms)
     for node, before in fixed.items():
-        if before & wanted:
-            wanted.add(node)
+        if before & after:
+            after.add(node)
+    weights = {
+        value.producer() for node in graph if node.op_type in _LAYERS for value in node.inputs[1:2] if value
+    }
+    cone = {node for node in after if node in weights}
     for node in reversed(fixed):
-        if node in wanted:
-            wanted |= fixed[node]
-    return wanted
+        if node in cone:
+            cone |= fixed[node]
+    return cone if cone & norms else set()
+
+
+def _holds_a_graph(node: ir.Node) -> bool:
+    return any(
+        attr.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS) for attr in node.attributes.values()
+    )
+
+
+def _by_own_statistics(norm: ir.Node) -> bool:
+    """Whether mean and variance are computed, as torch's exporter writes them out, and not stored."""
+    makers = [value.producer() for value in norm.inputs[3:5] if value is not None]
+    return all(maker is not None and maker.op_type != "Constant" for maker in makers)
 
 
 def _name_computed_weights(model: ir.Model, own_names: set[str]) -> None:

@@ -475,6 +475,7 @@ WRITTEN_OUT = {
     "SwishInPlace": ["sigmoid", "mul"],
     "sequential_with_hardswish": ["add", "mul"],
     "GeluByTanh": ["mul", "pow", "add"],
+    "sequential_with_a_norm_after_swish": ["conv"],
 }
 """What reads the value of each, op by op."""
 
@@ -486,7 +487,7 @@ class Swish(nn.Module):
 
 class HardSwishBySix(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
-        return x * (F.relu6(x + 3) / 6)
+        return x * F.relu6(x + 3) / 6
 
 
 @zoo({"conv1": "wrap"}, activations=("silu",))
@@ -502,6 +503,21 @@ class SwishModule(OneConv):
 @zoo({"0": "sequential"}, {"2": Reason.NO_ACTIVATION}, head=False, activations=("any",))
 def sequential_with_hardswish() -> nn.Module:
     return nn.Sequential(conv(), HardSwishBySix(), conv(4, 2))
+
+
+@zoo({"0": "sequential"}, {"2": Reason.NO_ACTIVATION}, head=False, activations=("any",), position="after")
+def sequential_with_a_norm_after_swish() -> nn.Module:
+    return nn.Sequential(conv(), Swish(), conv(4, 2))
+
+
+@zoo({}, {"conv1": Reason.OUTPUT_USED_ELSEWHERE}, activations=("any",))
+class GateLeftAlone(OneConv):
+    """The gate is computed and not used."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv1(x)
+        torch.sigmoid(y)
+        return self.head(y * 2)
 
 
 @zoo({"conv1": "subclass"}, activations=("silu",))

@@ -263,6 +263,44 @@ def test_standardised_weights_are_computed_once_and_are_no_batchnorm_of_the_mode
     assert all(check.passed for check in checks)
 
 
+@pytest.mark.parametrize("how", ["drawn", "of a constant", "under a condition"])
+def test_a_batchnorm_that_standardises_no_weight_is_not_taken_for_one(how, tmp_path):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.bn = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+            self.table = nn.Parameter(torch.randn(1, 4, 4, 4))
+            self.register_buffer("flag", torch.tensor(True))
+
+        def forward(self, x):
+            if how == "of a constant":
+                return self.conv(x) + self.bn(self.table)
+            if how == "under a condition":
+                (y,) = torch.cond(self.flag, lambda y: (y * 2,), lambda y: (y + 1,), (self.conv(x),))
+                return F.relu(self.bn(y))
+            flat = F.dropout(self.conv.weight, 0.5, True).reshape(1, 4, -1)
+            weight = F.batch_norm(flat, None, None, training=True).reshape_as(self.conv.weight)
+            return F.conv2d(x, weight)
+
+    model, x = Net().eval(), torch.randn(1, 3, 6, 6)
+    if how == "drawn":
+        with pytest.raises(ExportError, match="statistics of the batch"):
+            export_onnx(model, x, tmp_path / "m.onnx")
+    else:
+        assert export_onnx(model, x, tmp_path / "m.onnx").nodes["BatchNormalization"] == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+def test_standardised_weights_of_other_types_are_exact_or_refused(dtype, tmp_path):
+    model = nn.Sequential(Standardised(3, 4, 3), nn.BatchNorm2d(4)).eval().to(dtype)
+    x = torch.randn(1, 3, 6, 6).to(dtype)
+    if dtype == torch.float64:
+        assert export_onnx(model, x, tmp_path / "m.onnx").nodes == {"BatchNormalization": 1, "Conv": 1}
+    else:
+        with pytest.raises(ExportError, match="a weight that a BatchNorm standardises"):
+            export_onnx(model, x, tmp_path / "m.onnx")
+
+
 def test_a_training_node_in_the_graph_is_refused():
     import onnx_ir as ir
 

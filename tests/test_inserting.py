@@ -135,7 +135,7 @@ def test_every_batchnorm_stands_alone_between_its_layer_and_the_activation(name:
             # an activation written out reads it several times, and nobody else reads it
             assert followers == WRITTEN_OUT.get(name, [site.activation_kind])
         else:
-            assert source.kind == site.activation_kind
+            assert source.kind == site.activation_kind or (name in WRITTEN_OUT and source.kind == "mul")
 
 
 @pytest.mark.parametrize("name", _UNBROKEN)

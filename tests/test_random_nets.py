@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from tools.random_folds import TOLERANCE, fold_one, insert_one, outputs_of
+from tools.random_folds import TOLERANCE, difference, fold_one, insert_one, outputs_of
 from tools.random_nets import RandomNet
 
 
@@ -14,6 +14,17 @@ def test_a_seed_is_one_network() -> None:
     x = torch.randn(1, one.channels, 12, 12, dtype=torch.float64)
     assert one.told() == two.told() != RandomNet(6).told()
     assert all(map(torch.equal, outputs_of(one, x), outputs_of(two, x)))
+
+
+def test_numbers_where_there_were_none_and_none_where_there_were_are_a_difference() -> None:
+    net = RandomNet(5)
+    assert difference(net, net, net) == 0.0
+
+    class Nothing(nn.Module):
+        def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
+            return [torch.full_like(out, torch.nan) for out in outputs_of(net, x)]
+
+    assert difference(net, Nothing(), net) == difference(Nothing(), net, net) == float("inf")
 
 
 def test_folds_are_right_where_nothing_checks_them() -> None:

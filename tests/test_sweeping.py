@@ -30,3 +30,12 @@ def test_it_stops_when_the_time_is_up(tmp_path: Path, capsys) -> None:  # type: 
     results = Results(tmp_path / "results.jsonl")
     assert list(results.missing("ab", minutes=-1)) == []
     assert "2 models are left" in capsys.readouterr().out
+
+
+def test_a_line_torn_by_a_kill_costs_that_line(tmp_path: Path) -> None:
+    path = tmp_path / "results.jsonl"
+    path.write_text('{"model": "a", "status": "ok"}\n{"model": "b", "sta')
+    results = Results(path)
+    assert list(results.rows) == ["a"]
+    results.add({"model": "b", "status": "ok"})
+    assert list(Results(path).rows) == ["a", "b"]

@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from bntool.files.atomic import write_atomically
+
 Row = dict[str, Any]
 
 
@@ -17,8 +19,12 @@ class Results:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-        self.rows: dict[str, Row] = {row["model"]: row for row in map(json.loads, filter(None, lines))}
+        whole, _, torn = (path.read_text(encoding="utf-8") if path.is_file() else "").rpartition("\n")
+        self.rows: dict[str, Row] = {
+            row["model"]: row for row in map(json.loads, filter(None, whole.split("\n")))
+        }
+        if torn:  # by a kill in the middle of a line
+            self.forget(lambda _: False)
 
     def add(self, row: Row) -> None:
         self.rows[row["model"]] = row
@@ -28,17 +34,22 @@ class Results:
     def forget(self, unwanted: Callable[[Row], bool]) -> None:
         """Drop rows, so that their models are run again."""
         self.rows = {name: row for name, row in self.rows.items() if not unwanted(row)}
-        self.path.write_text("".join(map(_line, self.rows.values())), encoding="utf-8")
+        text = "".join(map(_line, self.rows.values()))
+        write_atomically(self.path, lambda draft: put(draft, text), force=True)
 
     def missing(self, names: Iterable[str], minutes: float) -> Iterator[str]:
         """The names without a row, one after another until the time is up."""
         end = time.monotonic() + 60 * minutes
-        waiting = [name for name in names if name not in self.rows]
+        waiting = [name for name in dict.fromkeys(names) if name not in self.rows]
         for done, name in enumerate(waiting):
             if time.monotonic() > end:
                 print(f"time is up: {len(waiting) - done} models are left; run it again to go on")
                 return
             yield name
+
+
+def put(draft: Path, text: str) -> None:
+    draft.write_text(text, encoding="utf-8")
 
 
 def not_ok(row: Row) -> bool:

@@ -36,7 +36,9 @@ _COMMANDS = {
     "completion": "Completion for bash, zsh or fish.",
 }
 _SHARED = ("calibrate", "compare")
-"""What several processes do together; any other command each of them would do, and write, for itself."""
+"""What several processes do together."""
+_ALONE = ("insert", "summary", "fold", "export", "demo")
+"""What each of several processes would do, and write, for itself."""
 _LONGEST = 400  # characters of what went wrong; a library's own words can fill a screen
 _BUG = 70
 _STOPPED = 130
@@ -122,7 +124,7 @@ def cli(ctx: click.Context) -> None:
     """  # noqa: D301 - click's mark for lines to keep
     if ctx.invoked_subcommand is None:
         click.echo(ctx.get_help())
-    elif ctx.invoked_subcommand not in _SHARED:
+    elif ctx.invoked_subcommand in _ALONE and not {"-h", "--help"} & set(ctx.args):
         require_alone(f"bntool {ctx.invoked_subcommand}", but=_SHARED)
 
 
@@ -198,12 +200,17 @@ def _speaker(as_json: bool, help_line: str, *, whole: bool) -> Callable[[BntoolE
         if as_json:
             emit_error(error.status, error.to_dict())
         else:
-            if not whole and len(error.what) > _LONGEST:
+            if not whole and len(error.what) > _LONGEST and _has_verbose(help_line.split()[1]):
                 error.what = f"{error.what[:_LONGEST].rstrip()} … (-v shows all of it)"
             click.echo(f"error: {error}", err=True)
         return error.exit_code
 
     return fail
+
+
+def _has_verbose(name: str) -> bool:
+    command = cli.get_command(click.Context(cli), name)
+    return command is not None and any("--verbose" in option.opts for option in command.params)
 
 
 def _usage(error: click.ClickException) -> UsageError:

@@ -85,7 +85,8 @@ def require_alone(command: str, but: Sequence[str]) -> None:
     if _in_job():
         raise UsageError(
             f"{command} runs in one process, and torchrun started {os.environ['WORLD_SIZE']}",
-            next_step=f"run it without torchrun; several processes share the work of {' and '.join(but)}",
+            next_step="run it without torchrun (or unset RANK and WORLD_SIZE); several processes share the "
+            f"work of {' and '.join(but)}",
         )
 
 

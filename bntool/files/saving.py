@@ -179,8 +179,8 @@ def _write_torch(held: Any, path: Path) -> None:
                 next_step="load it as weights with --arch, so that only its state_dict is saved",
             ) from error
         except RuntimeError as error:
-            # torch's writer reports a full disk or Ctrl-C so, with what really happened behind it.
-            if isinstance(error.__context__, (OSError, KeyboardInterrupt)):
+            # torch's writer reports a full disk, Ctrl-C or the end of a job so, with what happened behind it.
+            if error.__context__ is not None and not isinstance(error.__context__, RuntimeError):
                 raise error.__context__ from error
             raise OSError(f"torch.save failed ({str(error).splitlines()[0]})") from error
 

@@ -6,6 +6,7 @@ first: an `nn.Identity` already in the slot, a sibling in a plain `nn.Sequential
 convolution subclass (or, where no class of bntool's own is wanted, the convolution wrapped).
 """
 
+from bntool.inserting.activations import ends_one
 from bntool.inserting.biases import redundant_biases
 from bntool.inserting.names import sequential_names
 from bntool.inserting.options import InsertOptions
@@ -15,6 +16,7 @@ from bntool.inserting.planner import plan_insert, plan_insert_nodes
 __all__ = [
     "InsertOptions",
     "activation_behind",
+    "ends_one",
     "layer_before",
     "plan_insert",
     "plan_insert_nodes",
