@@ -24,6 +24,7 @@ from bntool.files.references import build
 from bntool.inputs import Inputs
 from bntool.onnx_verifying import check_itself
 from bntool.reference import Reference
+from tools.gpu_nets import enliven
 from tools.sweeping import Results, arguments
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
@@ -44,12 +45,7 @@ def make(name: str) -> nn.Module:
     """A model with seeded weights, and BatchNorms that do something."""
     model = build(name).model.eval()
     torch.manual_seed(0)
-    for module in model.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            nn.init.normal_(module.running_mean, 0, 0.1)
-            nn.init.uniform_(module.running_var, 0.8, 1.25)
-            nn.init.uniform_(module.weight, 0.8, 1.25)
-            nn.init.normal_(module.bias, 0, 0.1)
+    enliven(model)
     return model
 
 

@@ -26,13 +26,18 @@ class Net:
         """Seeded weights, and BatchNorms that do something."""
         torch.manual_seed(0)
         model = self.build().eval()
-        for module in model.modules():
-            if isinstance(module, nn.modules.batchnorm._BatchNorm):
-                nn.init.normal_(module.running_mean, 0, 0.1)
-                nn.init.uniform_(module.running_var, 0.8, 1.25)
-                nn.init.uniform_(module.weight, 0.8, 1.25)
-                nn.init.normal_(module.bias, 0, 0.1)
+        enliven(model)
         return model
+
+
+def enliven(model: nn.Module) -> None:
+    """Give every BatchNorm statistics and an affine that do something and amplify little."""
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            nn.init.normal_(module.running_mean, 0, 0.1)
+            nn.init.uniform_(module.running_var, 0.8, 1.25)
+            nn.init.uniform_(module.weight, 0.8, 1.25)
+            nn.init.normal_(module.bias, 0, 0.1)
 
 
 def _sample() -> nn.Module:
