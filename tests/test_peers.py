@@ -148,6 +148,8 @@ def test_work_in_a_process_of_its_own_returns_raises_dies_or_runs_out() -> None:
     assert in_own_process(broken, 30)["error"] == "ValueError: no"
     assert in_own_process(lambda: os._exit(3), 30)["status"].startswith("died")
     assert in_own_process(lambda: time.sleep(30) or {}, 0.2)["status"] == "time limit"
+    large = in_own_process(lambda: {"status": str(torch.zeros(2**32).sum())}, 30, memory=2**33)
+    assert large["status"] == "out of memory", large
 
 
 def _row(**left: Any) -> dict[str, Any]:

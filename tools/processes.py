@@ -15,9 +15,14 @@ from pathlib import Path
 from typing import Any
 
 
-def in_own_process(work: Callable[[], dict[str, Any]], limit: float) -> dict[str, Any]:
+OUT_OF_MEMORY = "out of memory"
+
+
+def in_own_process(
+    work: Callable[[], dict[str, Any]], limit: float, memory: int | None = None
+) -> dict[str, Any]:
     """What `work` returns, run in a fork of this process with so many seconds of processor time
-    (ten times that by the clock).
+    (ten times that by the clock), and with so many bytes of memory where that is given.
 
     A row with `status` and `error` where it raises, is killed, or dies.
     """
@@ -27,6 +32,8 @@ def in_own_process(work: Callable[[], dict[str, Any]], limit: float) -> dict[str
         os.close(read)
         seconds = math.ceil(limit)
         resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 5))
+        if memory is not None:  # of its own: what is mapped from files is not counted
+            resource.setrlimit(resource.RLIMIT_DATA, (memory, memory))
         warnings.simplefilter("ignore")
         # The descriptors too: libraries in C++ print past sys.stdout.
         quiet = os.open(os.devnull, os.O_WRONLY)
@@ -38,7 +45,7 @@ def in_own_process(work: Callable[[], dict[str, Any]], limit: float) -> dict[str
         except BaseException as error:  # noqa: BLE001 - the row is the report
             last = traceback.extract_tb(error.__traceback__)[-1]
             row = {
-                "status": "failed",
+                "status": OUT_OF_MEMORY if _no_memory(error) else "failed",
                 "error": f"{type(error).__name__}: {error}"[:500],
                 "at": f"{Path(last.filename).name}:{last.lineno}",
             }
@@ -57,3 +64,8 @@ def in_own_process(work: Callable[[], dict[str, Any]], limit: float) -> dict[str
         return found
     late = os.WTERMSIG(status) in (signal.SIGKILL, signal.SIGXCPU)
     return {"status": "time limit" if late else f"died ({status})"}
+
+
+def _no_memory(error: BaseException) -> bool:
+    """torch has no exception of its own for the memory of the processor."""
+    return isinstance(error, MemoryError) or "can't allocate memory" in str(error)
