@@ -14,7 +14,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-
 OUT_OF_MEMORY = "out of memory"
 
 
@@ -67,5 +66,5 @@ def in_own_process(
 
 
 def _no_memory(error: BaseException) -> bool:
-    """torch has no exception of its own for the memory of the processor."""
+    """Torch has no exception of its own for the memory of the processor."""
     return isinstance(error, MemoryError) or "can't allocate memory" in str(error)
