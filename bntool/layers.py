@@ -10,30 +10,50 @@ from __future__ import annotations
 import collections
 import copy
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+_COUNTER = "num_batches_tracked"
+"""torch itself adds it where it is missing."""
 
 
-def load_old_checkpoints(norm: nn.Module) -> None:
-    """Let `load_state_dict(strict=True)` take a checkpoint that knows nothing of this new BatchNorm.
+def load_old_checkpoints(model: nn.Module, norms: Sequence[nn.Module]) -> None:
+    """Let `load_state_dict(strict=True)` take a checkpoint that knows nothing of these new BatchNorms.
 
-    It becomes one that changes nothing. This holds in the process at hand: what is pickled is the plain
-    module, which needs no bntool to be loaded.
+    They become ones that change nothing: all of them or none, since a checkpoint that has some of them is a
+    new one with a part missing. This holds in the process at hand: what is pickled is the plain module, which
+    needs no bntool to be loaded.
     """
-    norm.__dict__["_load_state_dict_pre_hooks"] = _InThisProcess({0: _FillIn(norm)})
+    for norm in norms:
+        _add_hook(norm, "_load_state_dict_pre_hooks", _FillIn(norm))
+    group = _Together(model, list(norms))
+    _add_hook(model, "_load_state_dict_pre_hooks", group.before)
+    _add_hook(model, "_load_state_dict_post_hooks", group.after)
+
+
+def _add_hook(module: nn.Module, registry: str, hook: Any) -> None:
+    hooks = _InThisProcess(vars(module)[registry])
+    hooks[RemovableHandle(hooks).id] = hook
+    vars(module)[registry] = hooks
 
 
 class _InThisProcess(collections.OrderedDict[int, Any]):
-    """Hooks that go with a copy and not into a pickle."""
+    """Hooks of which bntool's own go with a copy and not into a pickle."""
 
     def __reduce__(self) -> Any:
-        return collections.OrderedDict, ()
+        theirs = [(key, hook) for key, hook in self.items() if not _is_own(hook)]
+        return collections.OrderedDict, ((theirs,) if theirs else ())
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _InThisProcess:
         return _InThisProcess({key: copy.deepcopy(hook, memo) for key, hook in self.items()})
+
+
+def _is_own(hook: Any) -> bool:
+    return isinstance(getattr(hook, "__self__", hook), _FillIn | _Together)
 
 
 @dataclasses.dataclass
@@ -54,10 +74,40 @@ class _FillIn:
             _fill_in(self.norm, state_dict, prefix)
 
 
+@dataclasses.dataclass
+class _Together:
+    """The BatchNorms of one insertion, which a checkpoint has all of or none."""
+
+    model: nn.Module
+    norms: list[nn.Module]
+
+    def before(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        _metadata: Any,
+        _strict: bool,
+        missing: list[str],
+        *_: Any,
+    ) -> None:
+        """Where there are some, say already now what is missing: then nothing is filled in."""
+        own = {id(norm) for norm in self.norms}
+        keys = [
+            {f"{prefix}{name}.{key}" for key in norm.state_dict() if not key.endswith(_COUNTER)}
+            for name, norm in self.model.named_modules(remove_duplicate=False)
+            if id(norm) in own
+        ]
+        if any(not group.isdisjoint(state_dict) for group in keys):
+            missing += sorted(key for group in keys for key in group.difference(state_dict))
+
+    def after(self, _model: nn.Module, found: Any) -> None:
+        """What was said to be missing was said again when its turn came."""
+        found.missing_keys[:] = dict.fromkeys(found.missing_keys)
+
+
 def _fill_in(norm: nn.Module, state_dict: dict[str, Any], prefix: str) -> None:
     """Where there is nothing under `prefix`: γ = 1, β = 0, μ = 0, σ² = 1 − ε, which is x to the last bit."""
-    # torch itself adds this one counter where it is missing
-    if any(key.startswith(prefix) and not key.endswith("num_batches_tracked") for key in state_dict):
+    if any(key.startswith(prefix) and not key.endswith(_COUNTER) for key in state_dict):
         return
     for key, tensor in norm.state_dict(prefix=prefix).items():
         owner, _, slot = key.removeprefix(prefix).rpartition(".")
@@ -76,11 +126,17 @@ class _NormedForward(nn.Module):
         return out
 
     def _load_from_state_dict(
-        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        metadata: Any,
+        strict: bool,
+        missing: list[str],
+        *args: Any,
     ) -> None:
-        if f"{prefix}weight" in state_dict:
+        if f"{prefix}weight" in state_dict and not missing:
             _fill_in(self.bn, state_dict, f"{prefix}bn.")
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, *args)
 
 
 class ConvBN1d(_NormedForward, nn.Conv1d):

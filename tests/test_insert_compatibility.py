@@ -162,6 +162,67 @@ def test_a_checkpoint_that_lacks_a_part_of_a_norm_is_refused(models: Any) -> Non
         after.load_state_dict(state, strict=True)
 
 
+class Two(nn.Module):
+    """Two sites of each form that a layer may take, one after the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.conv2 = nn.Conv2d(3, 3, 3), nn.Conv2d(3, 3, 3)
+        self.act1, self.act2 = nn.ReLU(), nn.ReLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.conv2(self.act2(self.conv1(self.act1(x)))))
+
+
+@pytest.mark.parametrize("options", [{}, {"portable": True}, {"affine": False}], ids=str)
+@pytest.mark.parametrize("lost", [0, 1])
+def test_a_checkpoint_that_lacks_one_whole_norm_is_refused_and_changes_nothing(
+    lost: int, options: dict[str, Any]
+) -> None:
+    """It is a new checkpoint with a hole, not an old one: neutral beside trained would be wrong."""
+    result = bntool.insert(Two().eval(), X, **options)
+    assert len(result.sites) == 2
+    for model in (result.model, copy.deepcopy(result.model)):
+        gone = f"{list(result.plan.insert_sites)[lost].bn}."
+        trained = {k: torch.full_like(v, 3) for k, v in model.state_dict().items()}
+        model.load_state_dict(trained, strict=True)
+        part = {key: tensor for key, tensor in trained.items() if not key.startswith(gone)}
+        absent = {k for k in trained if k.startswith(gone) and not k.endswith("num_batches_tracked")}
+        with pytest.raises(RuntimeError, match="Missing key") as raised:
+            model.load_state_dict(part, strict=True)
+        assert all(str(raised.value).count(f'"{key}"') == 1 for key in absent), raised.value
+        found = model.load_state_dict(part, strict=False)
+        assert sorted(found.missing_keys) == sorted(absent), "each once"
+        assert all(torch.equal(model.state_dict()[key], trained[key]) for key in absent)
+
+
+def test_what_a_second_insertion_added_is_filled_in_beside_the_first() -> None:
+    before = bntool.insert(Two().eval(), X, include=["conv1"])
+    assert before.modified
+    after = bntool.insert(before.model, X)
+    assert [site.conv for site in after.plan.insert_sites] == ["conv2"]
+    run(after.model.train(), torch.randn(16, 3, 8, 8))
+    after.model.eval().load_state_dict(before.model.state_dict(), strict=True)
+    assert torch.equal(run(after.model), run(before.model))
+
+
+def test_the_models_own_hooks_on_loading_stay_and_go_into_a_pickle() -> None:
+    net = Function().eval()
+    net.register_load_state_dict_pre_hook(_seen)
+    model = bntool.insert(net, X).model
+    for other in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        _SEEN.clear()
+        other.load_state_dict(other.state_dict())
+        assert [type(other)] == _SEEN
+
+
+_SEEN: list[type] = []
+
+
+def _seen(module: nn.Module, *_: Any) -> None:
+    _SEEN.append(type(module))
+
+
 def test_a_pickle_is_the_plain_module(models: Any) -> None:
     form, _, after = models
     assert (b"bntool" in pickle.dumps(after)) == (form in ("subclass", "per-call"))

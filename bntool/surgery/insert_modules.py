@@ -53,6 +53,9 @@ def apply_insert(model: nn.Module, plan: Plan) -> nn.Module:
     for parent, group in newcomers.items():
         _add_siblings(modules[parent], group, bool(plan.options.get("keep_keys")))
     _require_names(copy, plan)
+    load_old_checkpoints(
+        copy, [copy.get_submodule(name) for site in plan.insert_sites for name in site.norms]
+    )
     for dropped in plan.dropped:
         _move_bias(modules[dropped.conv], [copy.get_submodule(name) for name in dropped.norms])
     if any(site.calls > 1 for site in plan.insert_sites):
@@ -103,7 +106,6 @@ def new_norm(layer: nn.Module, site: InsertSite, options: Mapping[str, Any]) -> 
         with torch.no_grad():
             norm.running_var.fill_(1.0 - norm.eps)
     norm.train(layer.training)
-    load_old_checkpoints(norm)
     return norm
 
 
