@@ -402,6 +402,24 @@ zoo(
     lambda: {"a": bn(4), "b": bn(4)},
 )
 zoo(
+    "bn_into_bn_without_affine",
+    {"a": FOLDED, "b": Reason.NONLINEAR},
+    lambda m, x: m.b(m.a(x.tanh())).tanh(),
+    lambda: {"a": bn(4, affine=False), "b": bn(4, affine=False)},
+)
+zoo(
+    "bn_into_bn_called_twice",
+    {"a": Reason.NONLINEAR, "b": Reason.NONLINEAR},
+    lambda m, x: (m.b(m.a(x.tanh())).tanh(), m.b(x.sin()).tanh()),
+    lambda: {"a": bn(4), "b": bn(4)},
+)
+zoo(
+    "bn_behind_a_functional_one",
+    {"batch_norm": Reason.FUNCTIONAL, "b": Reason.FUNCTIONAL, "a": Reason.NOT_OBSERVED},
+    lambda m, x: m.b(F.batch_norm(x.tanh(), m.a.running_mean, m.a.running_var)).tanh(),
+    lambda: {"a": bn(4), "b": bn(4)},
+)
+zoo(
     "bn_read_by_the_parent_too",
     {"bn": Reason.WEIGHT_SHARED},
     lambda m, x: m.bn(m.conv(x)) * m.bn.weight.view(1, -1, 1, 1),

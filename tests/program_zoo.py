@@ -171,6 +171,12 @@ PROGRAM_ZOO = [
         BATCH,
     ),
     ProgramNet(
+        "norm_without_affine",
+        {"conv": FOLDED, "bn": Reason.NONLINEAR},
+        lambda m, x: m.bn(m.conv(x.tanh())).tanh(),
+        lambda: {"conv": bn(4, affine=False), "bn": bn(4, affine=False)},
+    ),
+    ProgramNet(
         "functional", {"batch_norm": FOLDED}, functional, lambda: {"conv": conv(bias=False), **stored()}
     ),
     ProgramNet(

@@ -104,7 +104,7 @@ def test_include_and_exclude() -> None:
     # an excluded BatchNorm does not take another one in either
     assert verdicts_of(plan_fold(graph, exclude=("first",))) == {
         "first": Reason.EXCLUDED,
-        "second": Reason.CALLED_MORE_THAN_ONCE,
+        "second": Reason.EXCLUDED,
     }
     assert verdicts_of(plan_fold(graph, include=("f*",))) == {"first": FOLDED, "second": Reason.EXCLUDED}
 

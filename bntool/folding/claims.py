@@ -127,16 +127,20 @@ class Claims:
 
     def _norm_edit(self, take: Take, kind: _Side) -> Edit:
         """A BatchNorm that stays takes the map in: to its affine it is a depthwise 1×1 convolution."""
-        norm = self.norm_of.get(take.op.id)
-        module = self.graph.modules.get(norm.name) if norm else None
-        if norm is None or norm.affine is None or module is None or len(norm.ops) != 1:
-            raise Refused(Reason.CALLED_MORE_THAN_ONCE, f"{take.op.label} cannot take it in")
-        handles = [self.graph.input(take.op, r).handle for r in ("weight", "bias") if r in take.op.inputs]
-        if len(handles) != 2 or not all(handles):
-            raise Refused(Reason.CUSTOM_FORWARD, f"{take.op.label} has no γ and β to take it in")
-        for role in ("weight", "bias"):
-            self._require_own(role, take)
-        return Edit(kind, norm.name, take.vector.expr, handles[0], handles[1], "norm")
+        norm, label = self.norm_of[take.op.id], take.op.label
+        if norm.unfit is not None:
+            raise Refused(norm.unfit.reason, f"{label} cannot take it in: {norm.unfit.detail}")
+        if len(norm.ops) != 1:
+            raise Refused(Reason.CALLED_MORE_THAN_ONCE, f"{label} runs {len(norm.ops)} times")
+        gamma, beta = (self._own_or_new(role, norm, take) for role in ("weight", "bias"))
+        return Edit(kind, norm.name, take.vector.expr, gamma, beta, "norm")
+
+    def _own_or_new(self, role: str, norm: Norm, take: Take) -> str:
+        """The handle of γ or β; of one to be made, where a BatchNorm without it stays and takes a map in."""
+        if role not in take.op.inputs:
+            return f"{norm.name}.{role}".lstrip(".")
+        self._require_own(role, take)
+        return self.graph.input(take.op, role).handle
 
     # -- sharing ----------------------------------------------------------------------------------------
 

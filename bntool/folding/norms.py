@@ -19,11 +19,12 @@ from bntool.reasons import Reason
 
 @dataclasses.dataclass
 class Norm:
-    """One BatchNorm layer: all its calls, and its affine map as it stands now."""
+    """One BatchNorm layer: all its calls, and its affine map as it stands now, or why it stays untouched."""
 
     name: str
     ops: list[Op]
     affine: Affine | None = None
+    unfit: Refused | None = None
 
     def placed(self, graph: Graph, op: Op) -> Affine:
         """The map over the channel axis of this call's data."""

@@ -67,11 +67,11 @@ class _Planner:
         skips: dict[str, Skip] = {}
         waiting = []
         for norm in self.norms:
-            refusal = why_unfit(norm, self.graph, self.norm_of, self.include, self.exclude)
-            if refusal is None:
+            norm.unfit = why_unfit(norm, self.graph, self.norm_of, self.include, self.exclude)
+            if norm.unfit is None:
                 waiting.append(norm)
             else:
-                skips[norm.name] = Skip(norm.name, refusal.reason, refusal.detail)
+                skips[norm.name] = Skip(norm.name, norm.unfit.reason, norm.unfit.detail)
         # a clone costs memory: only for what is left when every fold without one is done
         for unshare in (False, True) if self.unshare else (False,):
             for _ in range(_MAX_PASSES):

@@ -119,15 +119,16 @@ class _FoldWork:
         pair = evaluate(edit.map, self._leaf)
         weight = self._tensor(edit.weight)
         bias = self._tensor(edit.bias) if edit.bias else None
-        if weight is None:
-            raise InvariantError(f"the plan edits {edit.weight}, which the model does not have")
         if edit.layout == "norm":
-            assert bias is not None
             new_weight, new_bias = edited_norm(edit, weight, bias, *self._statistics(edit.layer), pair)
             self._set(edit.weight, new_weight)
             self._set(edit.bias, new_bias)
+            norm: Any = self.modules[edit.layer]
+            norm.affine = True
             self.pairs.clear()
             return
+        if weight is None:
+            raise InvariantError(f"the plan edits {edit.weight}, which the model does not have")
         changed, made = edited(edit, weight, bias, pair)
         self._set(edit.weight, changed)
         if made is not None and edit.bias:

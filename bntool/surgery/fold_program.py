@@ -54,6 +54,7 @@ class _FoldWork:
         self.merging = {h for merge in merges for b in merge.branches for h in (b.weight, b.bias) if h}
         self.tensors: dict[str, Tensor] = {}
         self.made_for: dict[str, Edit | Merge] = {}
+        self.made_affine: dict[str, tuple[str, str]] = {}
         self.names = dict(observed.names)
         self.calls = {layer: list(labels) for layer, labels in observed.layers.items()}
         self.places = {op.place: op for op in observed.graph.ops if op.place}
@@ -73,15 +74,17 @@ class _FoldWork:
         pair = evaluate(edit.map, self._leaf)
         weight = self._tensor(edit.weight)
         bias = self._tensor(edit.bias) if edit.bias else None
-        if weight is None:
-            raise InvariantError(f"the plan edits {edit.weight}, which the program does not have")
         if edit.layout == "norm":
-            assert bias is not None
             _, _, mean, variance = self._norm_tensors(edit.layer)
             assert mean is not None and variance is not None
             new = edited_norm(edit, weight, bias, mean, variance, self._eps(edit.layer), pair)
             self.tensors[edit.weight], self.tensors[edit.bias] = new
+            roles = {"weight": edit.weight, "bias": edit.bias}
+            missing = roles.keys() - self.norms[edit.layer].inputs.keys()
+            self.made_affine |= {roles[role]: (edit.layer, role) for role in missing}
             return
+        if weight is None:
+            raise InvariantError(f"the plan edits {edit.weight}, which the program does not have")
         if edit.bias and edit.bias not in self.names:
             self.made_for[edit.bias] = edit
         self.tensors[edit.weight], new_bias = edited(edit, weight, bias, pair)
@@ -126,7 +129,9 @@ class _FoldWork:
     def _norm_tensors(self, name: str) -> list[Tensor | None]:
         op, graph = self.norms[name], self.observed.graph
         roles = ("weight", "bias", "running_mean", "running_var")
-        return [self._tensor(graph.input(op, r).handle) if r in op.inputs else None for r in roles]
+        made = {role: handle for handle, (norm, role) in self.made_affine.items() if norm == name}
+        handles = {role: graph.input(op, role).handle for role in roles if role in op.inputs} | made
+        return [self._tensor(handles[role]) if role in handles else None for role in roles]
 
     def _eps(self, name: str) -> float:
         return float(self.norms[name].attrs["eps"])
@@ -152,6 +157,8 @@ class _FoldWork:
                 self.copied.set_tensor(names, tensor)
             elif handle in self.made_for:
                 self._create_bias(self.made_for[handle], tensor)
+            elif handle in self.made_affine:
+                self._create_affine(handle, *self.made_affine[handle], tensor)
         dropped: set[str] = set()
         for name in self.removed:
             if name in self.observed.apart:
@@ -259,13 +266,24 @@ class _FoldWork:
         for label in self.calls[edit.layer]:
             self._give_bias(self.copied.nodes[label], parameter)
 
+    def _create_affine(self, handle: str, norm: str, role: str, tensor: Tensor) -> None:
+        """A γ or β that was not there, for the one call of a BatchNorm that stays."""
+        mean = self.names[self.observed.graph.input(self.norms[norm], "running_mean").handle][0]
+        parameter = self.copied.add_parameter(self.copied.free_name(handle), tensor, mean)
+        (label,) = self.observed.norms[norm]
+        _set_argument(self.copied.nodes[label], role, parameter)
+
     def _give_bias(self, call: Node, parameter: Node) -> None:
-        assert isinstance(call.target, torch._ops.OpOverload)
-        names = [argument.name for argument in call.target._schema.arguments]
-        if operator_of(call) not in _PRODUCTS:
-            given = [*call.args, *([None] * (names.index("bias") + 1 - len(call.args)))]
-            given[names.index("bias")] = parameter
-            call.args = tuple(given)
-            call.kwargs = {key: value for key, value in call.kwargs.items() if key != "bias"}
-            return
-        self.copied.add_behind(call, parameter)
+        if operator_of(call) in _PRODUCTS:
+            self.copied.add_behind(call, parameter)
+        else:
+            _set_argument(call, "bias", parameter)
+
+
+def _set_argument(call: Node, name: str, parameter: Node) -> None:
+    assert isinstance(call.target, torch._ops.OpOverload)
+    place = [argument.name for argument in call.target._schema.arguments].index(name)
+    given = [*call.args, *([None] * (place + 1 - len(call.args)))]
+    given[place] = parameter
+    call.args = tuple(given)
+    call.kwargs = {key: value for key, value in call.kwargs.items() if key != name}

@@ -37,13 +37,21 @@ def edited(edit: Edit, weight: Tensor, bias: Tensor | None, pair: Pair) -> tuple
 
 
 def edited_norm(
-    edit: Edit, gamma: Tensor, beta: Tensor, mean: Tensor, variance: Tensor, eps: float, pair: Pair
+    edit: Edit,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    mean: Tensor,
+    variance: Tensor,
+    eps: float,
+    pair: Pair,
 ) -> tuple[Tensor, Tensor]:
-    """γ and β of a BatchNorm that stays and takes a map in; its statistics are left alone.
+    """γ and β of a BatchNorm that stays and takes a map in, made where it had none; its statistics stay.
 
     Output side: γ' = s·γ, β' = s·β + t. Input side, with S = γ/√(σ²+ε): γ' = γ·s and
     β' = β + S·(t − μ + s·μ), so that BN'(x) = BN(s·x + t).
     """
+    gamma = torch.ones_like(mean) if gamma is None else gamma
+    beta = torch.zeros_like(mean) if beta is None else beta
     scale, shift = (part.to(gamma.device) for part in pair)
     if edit.kind == "scale_output":
         new_gamma, new_beta = scale * gamma.double(), scale * beta.double() + shift
