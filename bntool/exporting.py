@@ -64,8 +64,14 @@ class ExportResult:
 
 @dataclasses.dataclass(frozen=True)
 class _Form:
-    """What the file is to be, whatever it is made from."""
+    """What the file is to be, whatever it is made from.
 
+    `names` maps every name of every stored tensor to the first name of the same tensor.
+    """
+
+    path: Path
+    names: Mapping[str, str]
+    opset: int | None
     ir_version: int | None
     external_data: ExternalData
     metadata: Mapping[str, str]
@@ -113,13 +119,12 @@ def export_onnx(
         subject = cast_copy(subject, DTYPES[dtype])
         inputs = inputs.to(dtype=DTYPES[dtype])
     names = _tensor_names(subject)
-    form = _Form(ir_version, external_data, metadata or {}, dtype, keep_io)
+    form = _Form(target, names, opset, ir_version, external_data, metadata or {}, dtype, keep_io)
     try:
         if dtype:
             torch.set_default_dtype(DTYPES[dtype])  # a tensor that forward makes without a dtype follows
-        if exporter == "legacy":
-            return _traced(subject, inputs, target, axes, opset, form, names, notes)
-        return _captured(subject, inputs, target, axes, opset, form, names, notes)
+        by = _traced if exporter == "legacy" else _captured
+        return by(subject, inputs, axes, form, notes)
     finally:
         torch.set_default_dtype(default)
 
@@ -139,8 +144,8 @@ def export_program(
     Otherwise as `export_onnx`.
     """
     names = {name: name for name in (*program.state_dict, *program.constants)}
-    form = _Form(ir_version, external_data, metadata or {})
-    return _exported(program, Inputs.of(example_inputs), _target(path), opset, form, names, {}, [])
+    form = _Form(_target(path), names, opset, ir_version, external_data, metadata or {})
+    return _cleaned(_converted(program, opset), Inputs.of(example_inputs), {}, form, [])
 
 
 def _target(path: str | Path) -> Path:
@@ -153,88 +158,77 @@ def _target(path: str | Path) -> Path:
 
 
 def _captured(
-    model: nn.Module,
-    inputs: Inputs,
-    target: Path,
-    axes: DynamicAxes,
-    opset: int | None,
-    form: _Form,
-    names: Mapping[str, str],
-    notes: list[str],
+    model: nn.Module, inputs: Inputs, axes: DynamicAxes, form: _Form, notes: list[str]
 ) -> ExportResult:
     """By torch.export; with the batch axis fixed where torch can capture an open one but not convert it."""
     with silent():
         program, symbols, told = capture(model, inputs, axes)
     try:
-        return _exported(program, inputs, target, opset, form, names, symbols, notes + told)
+        converted = _converted(program, form.opset)
     except ExportError as error:
         if told or not axes.batch:
             raise
         try:
             with silent():
                 program, symbols, _ = capture(model, inputs, dataclasses.replace(axes, batch=False))
-            told = [fixed_batch(inputs, error.what)]
-            return _exported(program, inputs, target, opset, form, names, symbols, notes + told)
+            converted = _converted(program, form.opset)
         except ExportError:
             raise error from None
+        told = [fixed_batch(inputs, error.what)]
+    return _cleaned(converted, inputs, symbols, form, notes + told)
 
 
-def _exported(
-    program: torch.export.ExportedProgram,
-    inputs: Inputs,
-    target: Path,
-    opset: int | None,
-    form: _Form,
-    names: Mapping[str, str],
-    symbols: Mapping[str, str],
-    notes: list[str],
-) -> ExportResult:
+def _converted(program: torch.export.ExportedProgram, opset: int | None) -> Any:
     with silent():
         refuse_batch_statistics(program)
-        converted = convert(program, opset)
-        onnx_model = converted.model
-        _require_every_batch_norm(onnx_model, len(batch_norm_nodes(converted.exported_program)))
-        computed = clean(onnx_model, names)
-    if computed:
-        notes = [*notes, f"{computed} weights that BatchNorm standardises are stored as what they come to"]
-    rename_initializers(onnx_model, {n: first for n, first in names.items() if n != first})
+        return convert(program, opset)
+
+
+def _cleaned(
+    converted: Any, inputs: Inputs, symbols: Mapping[str, str], form: _Form, notes: list[str]
+) -> ExportResult:
+    """What torch's exporter made, with the names of the user's model."""
+    onnx_model, program = converted.model, converted.exported_program
+    _require_every_batch_norm(onnx_model, len(batch_norm_nodes(program)))
+    notes = notes + _clean(onnx_model, form.names)
     name_axes(onnx_model, symbols)
     input_names = _name_inputs(onnx_model, inputs, notes)
     _name_outputs(onnx_model, _output_names(program), set(input_names))
-    return _written(onnx_model, target, form, notes)
+    return _written(onnx_model, form, notes)
 
 
 def _traced(
-    model: nn.Module,
-    inputs: Inputs,
-    target: Path,
-    axes: DynamicAxes,
-    opset: int | None,
-    form: _Form,
-    names: Mapping[str, str],
-    notes: list[str],
+    model: nn.Module, inputs: Inputs, axes: DynamicAxes, form: _Form, notes: list[str]
 ) -> ExportResult:
     from bntool.legacy_exporting import trace
 
-    onnx_model, output_names, calls, trace_notes = trace(model, inputs, axes, opset)
-    with silent():
-        of_weights = clean(onnx_model, names)
-    _require_every_batch_norm(onnx_model, calls - of_weights)
-    rename_initializers(onnx_model, {n: first for n, first in names.items() if n != first})
+    onnx_model, output_names, calls, told = trace(model, inputs, axes, form.opset)
+    _require_every_batch_norm(onnx_model, calls)
+    notes = notes + told + _clean(onnx_model, form.names)
     taken = {str(value.name) for value in onnx_model.graph.inputs}
     _name_outputs(onnx_model, output_names, taken)
-    return _written(onnx_model, target, form, notes + trace_notes)
+    return _written(onnx_model, form, notes)
 
 
-def _written(onnx_model: Any, target: Path, form: _Form, notes: list[str]) -> ExportResult:
+def _clean(onnx_model: Any, names: Mapping[str, str]) -> list[str]:
+    """Clean a graph in place, its stored tensors under their first names; what to tell."""
+    with silent():
+        computed = clean(onnx_model, names)
+    rename_initializers(onnx_model, {n: first for n, first in names.items() if n != first})
+    return [f"{computed} weights that BatchNorm standardises are stored as what they come to"] * bool(
+        computed
+    )
+
+
+def _written(onnx_model: Any, form: _Form, notes: list[str]) -> ExportResult:
     opset = int(onnx_model.opset_imports[""])
     onnx_model.ir_version = chosen_ir_version(opset, form.ir_version)
     if form.keep_io:
         keep_float32_io(onnx_model, narrow_type(form.dtype))
     onnx_model.metadata_props.update(sorted(form.metadata.items()))
-    data_path = write_checked(onnx_model, target, form.external_data)
+    data_path = write_checked(onnx_model, form.path, form.external_data)
     return ExportResult(
-        path=target,
+        path=form.path,
         opset=opset,
         ir_version=int(onnx_model.ir_version),
         nodes=dict(sorted(census(onnx_model).items())),

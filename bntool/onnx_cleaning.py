@@ -80,6 +80,8 @@ def _compute_standardised_weights(model: ir.Model) -> int:
     norms = [node for node in cone if node.op_type == "BatchNormalization"]
     if not norms:
         return 0
+    for norm in norms:
+        _to_inference_form(norm)
     before = census(model)["BatchNormalization"]
     read = [value for node in cone for value in node.inputs if value is not None and value.is_initializer()]
     narrow = any(value.dtype in _NARROW_TYPES for value in read)
@@ -138,6 +140,13 @@ def _by_own_statistics(norm: ir.Node) -> bool:
     """Whether mean and variance are computed, as torch's exporter writes them out, and not stored."""
     makers = [value.producer() for value in norm.inputs[3:5] if value is not None]
     return all(maker is not None and maker.op_type != "Constant" for maker in makers)
+
+
+def _to_inference_form(norm: ir.Node) -> None:
+    """The legacy exporter writes training form: by the statistics of what it reads, which it is given too."""
+    if not any(value.uses() for value in norm.outputs[1:]):
+        norm.attributes.pop("training_mode", None)
+        norm.resize_outputs(1)
 
 
 def _name_computed_weights(model: ir.Model, own_names: set[str]) -> None:
