@@ -171,14 +171,15 @@ def blame_runtime(
     return None
 
 
-def told(find: Callable[[], Found | None]) -> Found | None:
-    """What `find` finds; None where the models cannot be taken apart: blame never hides the verdict."""
+def told(find: Callable[[], Found | None]) -> Found | str:
+    """What `find` finds, or in words why nothing can be told: blame never hides the verdict."""
     try:
-        return find()
-    except BntoolError:
-        return None
-    except Exception:  # noqa: BLE001 - whatever a model's forward, or a file that was cut, raises
-        return None
+        return find() or "they agree layer by layer, as far as the layers can be told apart"
+    except BntoolError as error:
+        return error.what
+    except Exception as error:  # noqa: BLE001 - whatever a model's forward, or a file that was cut, raises
+        first_line = str(error).strip().partition("\n")[0]
+        return f"taken apart, they do not run: {first_line or type(error).__name__}"
 
 
 def _yardstick(model: nn.Module, inputs: Inputs) -> tuple[Trace, dict[str, Limit], Mapping[str, Tensor]]:

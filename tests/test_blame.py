@@ -194,4 +194,39 @@ def test_values_that_would_not_fit_into_the_memory_are_not_taken_apart(monkeypat
     monkeypatch.setattr("bntool.blaming.available_bytes", lambda: 100)
     with pytest.raises(UsageError, match="between the layers take"):
         blaming.blame_modules(model, other, inputs, stage="fold")
-    assert blaming.told(lambda: blaming.blame_modules(model, other, inputs, stage="fold")) is None
+    why = blaming.told(lambda: blaming.blame_modules(model, other, inputs, stage="fold"))
+    assert why == "the values between the layers take 256 B, and 100 B are free"
+
+
+def test_why_nothing_can_be_told_is_said_in_words():
+    def broken() -> blaming.Found | None:
+        raise RuntimeError("shapes do not match\nand more")
+
+    assert blaming.told(broken) == "taken apart, they do not run: shapes do not match"
+    assert blaming.told(lambda: None).startswith("they agree layer by layer")
+
+
+@pytest.mark.parametrize(
+    ("bound", "left"), [("3000", 2400), ("500", 0), ("max", None)], ids=["room", "full", "unbounded"]
+)
+@pytest.mark.parametrize("version", [1, 2])
+def test_the_memory_that_is_left_is_that_of_the_container_too(
+    version: int, bound: str, left: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    from bntool.runtime import memory
+
+    if version == 2:
+        group, names, line = "job", ("memory.max", "memory.current", "inactive_file"), "0::/job/step\n"
+    else:
+        names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+        group, line = "memory/job", "4:memory:/job/step\n0::/\n"
+    outer = tmp_path / "groups" / group
+    (outer / "step").mkdir(parents=True)
+    (outer / names[0]).write_text(f"{bound}\n")
+    (outer / names[1]).write_text("1000\n")
+    (outer / "memory.stat").write_text(f"anon 600\n{names[2]} 400\n")
+    (tmp_path / "own").write_text(line)
+    monkeypatch.setattr(memory, "_OWN_GROUP", tmp_path / "own")
+    monkeypatch.setattr(memory, "_GROUPS", tmp_path / "groups")
+    found = memory.available_bytes()
+    assert found is None or found > 3000 if left is None else found == left

@@ -27,8 +27,8 @@ def report(voice: Voice, find: Callable[[], Found | None], options: dict[str, An
 
     with voice.progress("looking for the place where they part"):
         found = told(find)
-    if found is None:
-        voice.note("which layer or node differs first cannot be told")
+    if isinstance(found, str):
+        voice.note(f"which layer or node differs first cannot be told: {found}")
         return {"blame": None, "repro": None}
     voice.say(str(found.blame))
     return {"blame": found.blame.to_dict(), "repro": _written(voice, found, options.get("repro"))}

@@ -12,6 +12,14 @@ import torch
 
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 _RESET_PEAK = "5"
+_OWN_GROUP, _GROUPS = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
+_BOUNDS = (
+    ("", "", ("memory.max", "memory.current", "inactive_file")),
+    ("memory", "memory", ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")),
+)
+"""Control groups of version 2 and of version 1: the controller, its folder, and its files: the bound, what is
+taken, and the field of `memory.stat` that says how much of that is cached files (the kernel's documentation).
+"""
 
 
 class PeakMemory:
@@ -56,8 +64,35 @@ def _reset_peak() -> bool:
 
 
 def available_bytes() -> int | None:
-    """Main memory that may still be taken without swapping; None where the system does not tell."""
-    return _field(Path("/proc/meminfo"), "MemAvailable")
+    """Main memory that may still be taken without swapping; None where the system does not tell.
+
+    A container or a batch system may leave a process less than the machine has.
+    """
+    counted = [_field(Path("/proc/meminfo"), "MemAvailable")]
+    for controller, folder, names in _BOUNDS:
+        counted += [_left_in(group, names) for group in _groups(controller, _GROUPS / folder)]
+    return min((count for count in counted if count is not None), default=None)
+
+
+def _groups(controller: str, root: Path) -> list[Path]:
+    """The control group of this process and those around it."""
+    with contextlib.suppress(OSError):
+        own = re.search(rf"^\d+:{controller}:/(.*)$", _OWN_GROUP.read_text(), re.MULTILINE)
+        if own:
+            return [
+                group for group in (root / own[1], *(root / own[1]).parents) if group.is_relative_to(root)
+            ]
+    return []
+
+
+def _left_in(group: Path, names: tuple[str, str, str]) -> int | None:
+    """What a control group may still take; None where it has no bound. Cached files are given back first."""
+    bound, taken, cached = names
+    with contextlib.suppress(OSError, ValueError):
+        left = int((group / bound).read_text()) - int((group / taken).read_text())
+        files = re.search(rf"^{cached} (\d+)$", (group / "memory.stat").read_text(), re.MULTILINE)
+        return max(left + (int(files[1]) if files else 0), 0)
+    return None
 
 
 def _resident(field: str) -> int | None:
