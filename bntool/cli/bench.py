@@ -35,12 +35,12 @@ def command(first: str, second: str, **options: Any) -> int:
     """
     voice = Voice(options["as_json"], options["quiet"], options["verbose"])
     from bntool.benchmarking import Candidate
-    from bntool.cli import serving
+    from bntool.cli import devices, timing
     from bntool.report.latency import latency_text
 
     files = [name for name in (first, second) if is_onnx(name)]
     modules = [name for name in (first, second) if name not in files]
-    serving.require_places(options, torch_too=bool(modules), onnx_too=bool(files))
+    devices.require_places(options, torch_too=bool(modules), onnx_too=bool(files))
     session = open_session(voice, {**options, "model": modules[0]}) if modules else None
     inputs_of = _inputs_of(session, files, options["seed"])
     candidates = []
@@ -49,7 +49,7 @@ def command(first: str, second: str, **options: Any) -> int:
         if name not in files and session is not None:
             what = _module(session.loaded.model if name == modules[0] else session.load_other(name, options))
         candidates.append(Candidate(label, what))
-    found = serving.timed(voice, candidates, inputs_of, options)
+    found = timing.timed(voice, candidates, inputs_of, options)
     voice.say(latency_text(found))
     voice.emit({"status": "ok", "latency": found.to_dict()})
     return 0

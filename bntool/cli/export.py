@@ -34,11 +34,11 @@ def command(**options: Any) -> int:
         from bntool.cli.script_file import with_converted_script
 
         session = with_converted_script(session)
-    from bntool.cli import serving
+    from bntool.cli import devices, serving
     from bntool.files.sidecar import output_name
     from bntool.report.checks import checks_text
 
-    serving.require_places(options, onnx_too=True)
+    devices.require_places(options, onnx_too=True)
     source = session.loaded.path or session.loaded.reference
     wanted = Path(options["output"]) if options["output"] else output_name(source, "export")
     target = serving.chosen_onnx(wanted, session, options["force"])

@@ -78,12 +78,12 @@ def command(**options: Any) -> int:
         return fold_script_file(session, options)
     if options["dtype"] == "float32":
         session.cast(options["dtype"])
-    from bntool.cli import picturing, serving, writing
+    from bntool.cli import devices, picturing, serving, timing, writing
     from bntool.files.sidecar import output_name
     from bntool.report.checks import checks_text
     from bntool.report.latency import latency_text
 
-    serving.require_places(options, torch_too=True, onnx_too=bool(options["export_to"]))
+    devices.require_places(options, torch_too=True, onnx_too=bool(options["export_to"]))
     path = onnx = None
     if not options["dry_run"]:
         path = writing.chosen_output(session, "fold", options["output"], options["force"])
@@ -115,7 +115,7 @@ def command(**options: Any) -> int:
         voice.say(f"wrote       {path}")
     if export is not None:
         voice.say(f"wrote       {serving.export_text(export)}")
-    latency = serving.timed_fold(session, result, onnx, options) if options["bench"] else None
+    latency = timing.timed_fold(session, result, onnx, options) if options["bench"] else None
     if latency is not None:
         voice.say()
         voice.say(latency_text(latency))

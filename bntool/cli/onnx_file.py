@@ -23,7 +23,7 @@ def is_onnx(name: str | None) -> bool:
 
 def fold_onnx_file(voice: Voice, options: dict[str, Any]) -> int:
     """Fold an ONNX file, compare it with the original in ONNX Runtime, and only then put it into place."""
-    from bntool.cli import serving
+    from bntool.cli import devices, timing
     from bntool.cli.picturing import picture_onnx
     from bntool.onnx_checking import example_inputs_of
     from bntool.onnx_files import move_onnx
@@ -33,7 +33,7 @@ def fold_onnx_file(voice: Voice, options: dict[str, Any]) -> int:
 
     source = Path(options["model"])
     _require_no_export(options)
-    serving.require_places(options, onnx_too=True)
+    devices.require_places(options, onnx_too=True)
     target = Path(options["output"]) if options["output"] else output_name(source, "fold")
     if not options["dry_run"]:
         require_writable(target, force=options["force"], forbid=(source,))
@@ -62,7 +62,7 @@ def fold_onnx_file(voice: Voice, options: dict[str, Any]) -> int:
         latency = {}
         if options["bench"] and result.path is not None:
             inputs_of = functools.partial(example_inputs_of, source, seed=options["seed"])
-            latency = serving.timed_pair(voice, (source, result.path), inputs_of, options)
+            latency = timing.timed_pair(voice, (source, result.path), inputs_of, options)
         if not options["dry_run"] and result.path is not None:
             move_onnx(result.path, result.data_path, target)
     counts = result.counts

@@ -32,7 +32,7 @@ class _Changed:
 def fold_program_file(session: Session, program: ExportedProgram, options: dict[str, Any]) -> int:
     """Fold a program, run it beside the original, and only then write it; with `--export onnx` both files."""
     from bntool.benchmarking import rebatching
-    from bntool.cli import serving, writing
+    from bntool.cli import serving, timing, writing
     from bntool.cli.onnx_file import require_folded
     from bntool.cli.picturing import picture_program
     from bntool.files.sidecar import output_name
@@ -92,7 +92,7 @@ def fold_program_file(session: Session, program: ExportedProgram, options: dict[
     latency = {}
     if options["bench"]:
         pair = RunnableProgram(program), RunnableProgram(result.program)
-        latency = serving.timed_pair(
+        latency = timing.timed_pair(
             voice, pair, rebatching(example_inputs_of(program, session.seed)), options
         )
     voice.emit(

@@ -4,26 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from bntool import __version__
-from bntool.cli.session import Session, Voice
-from bntool.errors import CheckFailed, DeviceError, ExportError, UsageError
+from bntool.cli import devices
+from bntool.cli.session import Session
+from bntool.errors import CheckFailed, ExportError, UsageError
 from bntool.files.atomic import require_writable
 from bntool.report.checks import checks_text
 from bntool.report.tables import size
 
 if TYPE_CHECKING:
-    from torch import nn
-
-    from bntool.benchmarking import Candidate
     from bntool.exporting import ExportResult
     from bntool.inputs import Inputs
-    from bntool.latencies import Benchmark
     from bntool.reference import Reference
     from bntool.results import SurgeryResult
     from bntool.verdicts import Check
@@ -74,74 +70,6 @@ def require_axes(session: Session, options: dict[str, Any]) -> None:
     DynamicAxes(asked=options["dynamic"]).named_for(session.example)
 
 
-def require_places(options: dict[str, Any], *, torch_too: bool = False, onnx_too: bool = False) -> None:
-    """Before any work: what `--device` or `--providers` asks for must be there, and really run.
-
-    From here on `device` is where torch runs, and `onnx_device` where ONNX Runtime does.
-    """
-    options["onnx_device"] = options["device"]
-    names = options.get("providers") or ()
-    if not names:
-        require_device(options["device"], torch_too=torch_too, onnx_too=onnx_too)
-        return
-    if not onnx_too:
-        raise UsageError(
-            "--providers is about ONNX Runtime, and no ONNX file takes part",
-            next_step="leave it out; --device says where torch runs",
-        )
-    if options["device"] != "auto":
-        raise UsageError(
-            "--providers and --device both say where to run", next_step="leave --device out, torch follows"
-        )
-    from bntool.runtime.naming import require_known, torch_device_of
-    from bntool.runtime.providers import onnxruntime, run_tiny_convolution
-
-    ort = onnxruntime()
-    require_known(names, ort)
-    options["onnx_device"] = ",".join(names)
-    run_tiny_convolution(ort, options["onnx_device"])
-    options["device"] = torch_device_of(names)
-    require_device(options["device"], torch_too=torch_too)
-
-
-def require_device(device: str, *, torch_too: bool = False, onnx_too: bool = False) -> None:
-    """Before any work: CUDA that is asked for must be there. Raises `DeviceError` with the reasons."""
-    if device in ("auto", "cpu"):
-        return
-    import torch
-
-    from bntool.runtime.providers import GPU_EXTRA, why_no_cuda
-    from bntool.runtime.torch_runner import require_torch_device
-
-    if torch_too:
-        try:
-            require_torch_device(device)
-        except DeviceError as error:
-            reason = why_no_cuda()
-            where = "; ".join(filter(None, (error.where, reason)))
-            raise DeviceError(error.what, where=where, next_step=error.next_step) from error
-        index, count = torch.device(device).index or 0, torch.cuda.device_count()
-        if index >= count:
-            found = f"torch finds {count} CUDA device(s)"
-            raise DeviceError(f"there is no {device}", where=found, next_step="use --device cuda")
-    reason = why_no_cuda() if onnx_too else ""
-    if reason:
-        what = "CUDA was asked for, but ONNX Runtime cannot use it"
-        raise DeviceError(what, where=reason, next_step=GPU_EXTRA)
-
-
-def torch_device(device: str) -> str:
-    """Where torch checks: CUDA if it was asked for or is there, else the CPU. `DeviceError` if it cannot."""
-    import torch
-
-    from bntool.runtime.torch_runner import require_torch_device
-
-    if device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    require_torch_device(device)
-    return device
-
-
 def proved(session: Session, reference: Reference, options: dict[str, Any]) -> SurgeryResult:
     """The fold, proved: torch against torch, and in float64 on inputs of other sizes."""
     from bntool import surgeries
@@ -159,7 +87,7 @@ def proved(session: Session, reference: Reference, options: dict[str, Any]) -> S
                 session.observe(),
                 reference,
                 **chosen,
-                device=torch_device(options["device"]),
+                device=devices.torch_device(options["device"]),
                 progress=step,
                 atol=options["atol"],
                 rtol=options["rtol"],
@@ -223,20 +151,21 @@ def _exported_and_checked(
     path: Path,
     options: dict[str, Any],
 ) -> tuple[ExportResult, list[Check]]:
-    export = _export(session, result, path, options, not options.get("no_merge", True))
+    export = exported_file(session, result, path, options, merge=not options.get("no_merge", True))
     try:
         return export, _check_onnx(session, result, reference, path, options, blame=not export.merged)
     except CheckFailed as failure:
         if not export.merged:
             raise
         session.voice.note(f"parallel branches are left as they are: {failure.what}")
-    export = _export(session, result, path, options, False)
+    export = exported_file(session, result, path, options, merge=False)
     return export, _check_onnx(session, result, reference, path, options)
 
 
-def _export(
-    session: Session, result: SurgeryResult, path: Path, options: dict[str, Any], merge: bool
+def exported_file(
+    session: Session, result: SurgeryResult, path: Path, options: dict[str, Any], *, merge: bool
 ) -> ExportResult:
+    """The model as an ONNX file; on the way to being served, with what the graph itself lets fold."""
     from bntool.exporting import export_onnx
     from bntool.onnx_folding import fold_exported
     from bntool.reasons import Reason
@@ -357,67 +286,6 @@ def _told(checks: Sequence[Check]) -> str:
     """The verdicts for the file's metadata, without figures: those wobble from machine to machine."""
     rows = [f"{c.stage} {c.precision}".strip() + f": passed on {c.provider}" for c in checks if c.decides]
     return "; ".join(rows) or "none"
-
-
-def timed(
-    voice: Voice,
-    candidates: Sequence[Candidate],
-    inputs_of: Callable[[int], Inputs | None],
-    options: dict[str, Any],
-    pairs: Sequence[tuple[str, str]] | None = None,
-) -> Benchmark:
-    """Time the candidates beside each other."""
-    from bntool.benchmarking import benchmark
-
-    with voice.progress("timing") as step:
-        return benchmark(
-            candidates,
-            inputs_of,
-            batches=options["batch_sizes"],
-            rounds=options["rounds"],
-            device=torch_device(options["device"]),
-            onnx_device=options["onnx_device"] if options.get("providers") else None,
-            pairs=pairs,
-            progress=step,
-        )
-
-
-def timed_pair(
-    voice: Voice,
-    pair: tuple[nn.Module | Path, nn.Module | Path],
-    inputs_of: Callable[[int], Inputs | None],
-    options: dict[str, Any],
-) -> dict[str, Any]:
-    """Time what was folded before and after, say it, and return the document's part about it."""
-    from bntool.benchmarking import Candidate
-    from bntool.report.latency import latency_text
-
-    candidates = [Candidate(name, what) for name, what in zip(("before", "folded"), pair, strict=True)]
-    found = timed(voice, candidates, inputs_of, options)
-    voice.say()
-    voice.say(latency_text(found))
-    return {"latency": found.to_dict()}
-
-
-def timed_fold(
-    session: Session, result: SurgeryResult, onnx: Path | None, options: dict[str, Any]
-) -> Benchmark:
-    """The model before and after in torch; with `onnx`, its file too, beside that of the model before."""
-    from bntool.benchmarking import Candidate, rebatching
-
-    inputs_of = rebatching(session.example, session.seed)
-    candidates = [Candidate("torch before", session.model), Candidate("torch folded", result.model)]
-    pairs = [("torch before", "torch folded")]
-    if onnx is None:
-        return timed(session.voice, candidates, inputs_of, options, pairs)
-    from bntool.surgeries import unchanged
-
-    with tempfile.TemporaryDirectory(prefix="bntool.bench.") as folder:
-        plain = {**options, "export_to": None}
-        before = _export(session, unchanged(session.model), Path(folder) / "before.onnx", plain, False)
-        candidates += [Candidate("ONNX before", before.path), Candidate("ONNX folded", onnx)]
-        pairs += [("ONNX before", "ONNX folded"), ("torch folded", "ONNX folded")]
-        return timed(session.voice, candidates, inputs_of, options, pairs)
 
 
 def export_text(export: ExportResult) -> str:

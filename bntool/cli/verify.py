@@ -76,14 +76,14 @@ def _arch_of_both(candidate: str, model: str | None, voice: Voice) -> str | None
 
 
 def _checked(session: Session, candidate: str, options: dict[str, Any]) -> tuple[list[Check], dict[str, Any]]:
-    from bntool.cli import blaming, picturing, serving
+    from bntool.cli import blaming, devices, picturing
     from bntool.cli.program_file import runnable, with_runnable_program
     from bntool.verdicts import first_failed
 
     is_onnx = _is_onnx(candidate)
     if session.program is not None:
         session = with_runnable_program(session, session.program, options)
-    serving.require_places(options, torch_too=not is_onnx, onnx_too=is_onnx)
+    devices.require_places(options, torch_too=not is_onnx, onnx_too=is_onnx)
     other = None if is_onnx else runnable(session.load_other(candidate, options), options)
     if session.loaded.kind != "program":
         session.observe()
@@ -161,7 +161,7 @@ def _compared(
     session: Session, other: Any, reference: Reference, options: dict[str, Any], step: Any
 ) -> list[Check]:
     from bntool.checking import check_onnx, check_surgery, check_tf32, no_tf32
-    from bntool.cli import serving
+    from bntool.cli import devices
 
     common: dict[str, Any] = {
         "progress": step,
@@ -173,7 +173,7 @@ def _compared(
     if isinstance(other, Path):
         both = {"device": options["onnx_device"], "tf32": options["tf32"] == "both"}
         return check_onnx(session.model, other, reference.inputs, **both, **common)
-    device = serving.torch_device(options["device"])
+    device = devices.torch_device(options["device"])
     rows = check_surgery(session.model, other, reference.inputs, stage="verify", device=device, **common)
     if options["tf32"] == "both":
         missing = no_tf32(device, reference.eps)

@@ -18,14 +18,14 @@ def verify_files(
     voice: Voice, candidate: Path, reference: Path | None, options: dict[str, Any]
 ) -> tuple[list[Check], dict[str, Any]]:
     """The checks, and the document's part about blame; without `reference` the file is its own."""
-    from bntool.cli import blaming, picturing, serving
+    from bntool.cli import blaming, devices, picturing
     from bntool.onnx_files import open_onnx
     from bntool.onnx_verifying import check_files, check_itself
     from bntool.verdicts import first_failed
 
     for path in filter(None, (candidate, reference)):
         open_onnx(path)
-    serving.require_places(options, onnx_too=True)
+    devices.require_places(options, onnx_too=True)
     inputs = _inputs(reference or candidate, options)
     common: dict[str, Any] = {"device": options["onnx_device"], "tf32": options["tf32"] == "both"}
     common |= {name: options[name] for name in ("atol", "rtol")}
