@@ -157,8 +157,19 @@ def _inserted(model: Any, observation: Any) -> dict[str, Any]:
         "forms": dict(collections.Counter(site.form for site in result.plan.insert_sites)),
         "insert_exact": all(check.passed for check in result.checks),
         "round_trip": worst,
+        "sites_again": sites_again(result.model, observation.inputs),
         **second,
     }
+
+
+def sites_again(inserted: Any, inputs: Any) -> int:
+    """How many sites a second insertion finds: it should change nothing."""
+    from bntool import surgeries
+    from bntool.inserting import InsertOptions
+    from bntool.observe.eager import observe
+
+    again = surgeries.insert_with(inserted, observe(inserted, inputs), InsertOptions(activations=("any",)))
+    return len(again.sites)
 
 
 def page(results: dict[str, dict[str, Any]]) -> str:
@@ -203,6 +214,13 @@ def page(results: dict[str, dict[str, Any]]) -> str:
             f"- insertion (any activation): {count:,} sites in {len(sites)} models, "
             f"{'all equal to the last bit' if not unequal else 'not equal: ' + ', '.join(unequal)}; "
             f"folded back, the weights differ by at most {max(row['round_trip'] for row in sites):.1e}"
+        )
+    again = [row for row in good if "sites_again" in row]
+    if again:
+        more = [row["model"] for row in again if row["sites_again"]]
+        lines.append(
+            f"- a second insertion, in {len(again)} models: "
+            f"{'changes nothing' if not more else 'finds more sites in ' + ', '.join(more)}"
         )
     traced = [row for row in good if row.get("fx", "cannot trace") != "cannot trace"]
     if traced:
