@@ -8,6 +8,7 @@ processor time, which other work on the machine moves less than the clock; comma
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import statistics
 import subprocess
@@ -24,6 +25,7 @@ import torchvision
 from bench_page import page
 from bench_planning import growths
 from torch import nn
+from torch.fx.experimental.optimization import fuse
 
 import bntool
 from bntool.files.references import build
@@ -83,9 +85,18 @@ def compared(
 ) -> dict[str, float]:
     """The median of each, and the `ratio` of the first to the sum of the others."""
     times = rounds(functions, repetitions, clock)
-    first, *others = times.values()
-    ratio = statistics.median(a / sum(b) for a, *b in zip(first, *others, strict=True))
-    return {**{name: statistics.median(values) for name, values in times.items()}, "ratio": ratio}
+    first, *others = times
+    return {**medians(times), "ratio": ratio(times, first, *others)}
+
+
+def medians(times: dict[str, list[float]]) -> dict[str, float]:
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def ratio(times: dict[str, list[float]], first: str, *others: str) -> float:
+    """The median over the rounds of one time over the sum of others."""
+    rows = zip(times[first], *(times[name] for name in others), strict=True)
+    return statistics.median(a / sum(b) for a, *b in rows)
 
 
 def copy_of_weights(model: nn.Module) -> list[torch.Tensor]:
@@ -108,17 +119,23 @@ def folds(repetitions: int) -> Iterator[dict[str, Any]]:
     for name in NETS:
         model = randomise(build(name).model)
         image = usual_input(model)
-        found = compared(
-            {
-                "fold": lambda m=model: bntool.fold(m, check="none"),
-                "forward": lambda m=model, x=image: forward(m, x),
-                "copy": lambda m=model: copy_of_weights(m),
-            },
-            repetitions,
-            time.process_time,
-        )
-        parameters = sum(p.numel() for p in model.parameters())
-        yield {"net": name, "parameters": parameters, "size": "x".join(map(str, image.shape)), **found}
+        functions = {
+            "fold": lambda m=model: bntool.fold(m, check="none"),
+            "forward": lambda m=model, x=image: forward(m, x),
+            "copy": lambda m=model: copy_of_weights(m),
+        }
+        with contextlib.suppress(Exception):  # torch.fx cannot trace every model
+            fuse(model)
+            functions["fx"] = lambda m=model: fuse(m)
+        times = rounds(functions, repetitions, time.process_time)
+        yield {
+            "net": name,
+            "parameters": sum(p.numel() for p in model.parameters()),
+            "size": "x".join(map(str, image.shape)),
+            **medians(times),
+            "ratio": ratio(times, "fold", "forward", "copy"),
+            "to_fx": ratio(times, "fold", "fx") if "fx" in times else None,
+        }
 
 
 def command(*words: str, folder: Path | None = None) -> Callable[[], None]:

@@ -33,7 +33,8 @@ times as much where its memory comes fresh from the system, so `copy` is not in 
 `bntool.fold(model, check="none")`: observe, plan, apply, a new model returned. The yardstick is what its user
 runs, one forward of the model on one image of its usual size, and one copy of all its weights. Where no
 example input is given and the model records none, bntool chooses a small image to observe on. Where folds
-lead through a reshape it observes twice, on two sizes.
+lead through a reshape it observes twice, on two sizes. Beside it the `fuse` of `torch.fx`, which copies the
+model too, folds what stands right behind a convolution, and looks at nothing else.
 
 {folds}
 
@@ -67,7 +68,17 @@ def page(
         machine=_machine(),
         load=load,
         folds=_table(
-            ("net", "parameters", "fold, ms", "forward, ms", "on", "copy, ms", "ratio"),
+            (
+                "net",
+                "parameters",
+                "fold, ms",
+                "forward, ms",
+                "on",
+                "copy, ms",
+                "ratio",
+                "fx fuse, ms",
+                "to fx",
+            ),
             (_fold_row(row) for row in sorted(rows, key=lambda row: -row["parameters"])),
         ),
         summary="\n".join(_summary(rows)),
@@ -107,7 +118,8 @@ def _table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
 def _fold_row(row: dict[str, Any]) -> list[str]:
     fold, forward, copy = (f"{1000 * row[key]:.0f}" for key in ("fold", "forward", "copy"))
     million = f"{row['parameters'] / 1e6:.1f} M"
-    return [row["net"], million, fold, forward, row["size"], copy, f"{row['ratio']:.2f}"]
+    fx = [f"{1000 * row['fx']:.0f}", f"{row['to_fx']:.2f}"] if "fx" in row else ["cannot trace", ""]
+    return [row["net"], million, fold, forward, row["size"], copy, f"{row['ratio']:.2f}", *fx]
 
 
 def _summary(rows: list[dict[str, Any]]) -> Iterable[str]:
