@@ -1,0 +1,75 @@
+"""Where a command runs: what `--device` and `--providers` ask for must be there, before any work."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from bntool.errors import DeviceError, UsageError
+
+
+def require_places(options: dict[str, Any], *, torch_too: bool = False, onnx_too: bool = False) -> None:
+    """Before any work: what `--device` or `--providers` asks for must be there, and really run.
+
+    From here on `device` is where torch runs, and `onnx_device` where ONNX Runtime does.
+    """
+    options["onnx_device"] = options["device"]
+    names = options.get("providers") or ()
+    if not names:
+        require_device(options["device"], torch_too=torch_too, onnx_too=onnx_too)
+        return
+    if not onnx_too:
+        raise UsageError(
+            "--providers is about ONNX Runtime, and no ONNX file takes part",
+            next_step="leave it out; --device says where torch runs",
+        )
+    if options["device"] != "auto":
+        raise UsageError(
+            "--providers and --device both say where to run", next_step="leave --device out, torch follows"
+        )
+    from bntool.runtime.naming import require_known, torch_device_of
+    from bntool.runtime.providers import onnxruntime, run_tiny_convolution
+
+    ort = onnxruntime()
+    require_known(names, ort)
+    options["onnx_device"] = ",".join(names)
+    run_tiny_convolution(ort, options["onnx_device"])
+    options["device"] = torch_device_of(names)
+    require_device(options["device"], torch_too=torch_too)
+
+
+def require_device(device: str, *, torch_too: bool = False, onnx_too: bool = False) -> None:
+    """Before any work: CUDA that is asked for must be there. Raises `DeviceError` with the reasons."""
+    if device in ("auto", "cpu"):
+        return
+    import torch
+
+    from bntool.runtime.providers import GPU_EXTRA, why_no_cuda
+    from bntool.runtime.torch_runner import require_torch_device
+
+    if torch_too:
+        try:
+            require_torch_device(device)
+        except DeviceError as error:
+            reason = why_no_cuda()
+            where = "; ".join(filter(None, (error.where, reason)))
+            raise DeviceError(error.what, where=where, next_step=error.next_step) from error
+        index, count = torch.device(device).index or 0, torch.cuda.device_count()
+        if index >= count:
+            found = f"torch finds {count} CUDA device(s)"
+            raise DeviceError(f"there is no {device}", where=found, next_step="use --device cuda")
+    reason = why_no_cuda() if onnx_too else ""
+    if reason:
+        what = "CUDA was asked for, but ONNX Runtime cannot use it"
+        raise DeviceError(what, where=reason, next_step=GPU_EXTRA)
+
+
+def torch_device(device: str) -> str:
+    """Where torch checks: CUDA if it was asked for or is there, else the CPU. `DeviceError` if it cannot."""
+    import torch
+
+    from bntool.runtime.torch_runner import require_torch_device
+
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    require_torch_device(device)
+    return device
