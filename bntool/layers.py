@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 _COUNTER = "num_batches_tracked"
 """torch itself adds it where it is missing."""
@@ -29,16 +28,17 @@ def load_old_checkpoints(model: nn.Module, norms: Sequence[nn.Module]) -> None:
     needs no bntool to be loaded.
     """
     for norm in norms:
-        _add_hook(norm, "_load_state_dict_pre_hooks", _FillIn(norm))
-    group = _Together(model, list(norms))
-    _add_hook(model, "_load_state_dict_pre_hooks", group.before)
-    _add_hook(model, "_load_state_dict_post_hooks", group.after)
+        norm.register_load_state_dict_pre_hook(_fill_in_if_old)
+        _keep_out_of_pickles(norm, "_load_state_dict_pre_hooks")
+    group = _Together(list(norms))
+    model.register_load_state_dict_pre_hook(group.before)
+    model.register_load_state_dict_post_hook(group.after)
+    _keep_out_of_pickles(model, "_load_state_dict_pre_hooks")
+    _keep_out_of_pickles(model, "_load_state_dict_post_hooks")
 
 
-def _add_hook(module: nn.Module, registry: str, hook: Any) -> None:
-    hooks = _InThisProcess(vars(module)[registry])
-    hooks[RemovableHandle(hooks).id] = hook
-    vars(module)[registry] = hooks
+def _keep_out_of_pickles(module: nn.Module, registry: str) -> None:
+    vars(module)[registry] = _InThisProcess(vars(module)[registry])
 
 
 class _InThisProcess(collections.OrderedDict[int, Any]):
@@ -53,36 +53,36 @@ class _InThisProcess(collections.OrderedDict[int, Any]):
 
 
 def _is_own(hook: Any) -> bool:
-    return isinstance(getattr(hook, "__self__", hook), _FillIn | _Together)
+    function = getattr(hook, "hook", hook)  # torch wraps those that it hands the module
+    return function is _fill_in_if_old or isinstance(getattr(function, "__self__", None), _Together)
 
 
-@dataclasses.dataclass
-class _FillIn:
-    norm: nn.Module
-
-    def __call__(
-        self,
-        state_dict: dict[str, Any],
-        prefix: str,
-        _metadata: Any,
-        _strict: bool,
-        missing: list[str],
-        *_: Any,
-    ) -> None:
-        # a checkpoint that lacks what comes before is no old one, but a part of one
-        if not missing:
-            _fill_in(self.norm, state_dict, prefix)
+def _fill_in_if_old(
+    norm: nn.Module,
+    state_dict: dict[str, Any],
+    prefix: str,
+    _metadata: Any,
+    _strict: bool,
+    missing: list[str],
+    *_: Any,
+) -> None:
+    # a checkpoint that lacks what comes before is no old one, but a part of one
+    if not missing:
+        _fill_in(norm, state_dict, prefix)
 
 
 @dataclasses.dataclass
 class _Together:
-    """The BatchNorms of one insertion, which a checkpoint has all of or none."""
+    """The BatchNorms of one insertion, which a checkpoint has all of or none.
 
-    model: nn.Module
+    The model is not among the fields: it would hold itself, and its memory until a garbage collection.
+    """
+
     norms: list[nn.Module]
 
     def before(
         self,
+        model: nn.Module,
         state_dict: dict[str, Any],
         prefix: str,
         _metadata: Any,
@@ -94,7 +94,7 @@ class _Together:
         own = {id(norm) for norm in self.norms}
         keys = [
             {f"{prefix}{name}.{key}" for key in norm.state_dict() if not key.endswith(_COUNTER)}
-            for name, norm in self.model.named_modules(remove_duplicate=False)
+            for name, norm in model.named_modules(remove_duplicate=False)
             if id(norm) in own
         ]
         if any(not group.isdisjoint(state_dict) for group in keys):

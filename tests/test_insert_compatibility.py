@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import gc
 import os
 import pickle
 import socket
 import warnings
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -204,6 +206,21 @@ def test_what_a_second_insertion_added_is_filled_in_beside_the_first() -> None:
     run(after.model.train(), torch.randn(16, 3, 8, 8))
     after.model.eval().load_state_dict(before.model.state_dict(), strict=True)
     assert torch.equal(run(after.model), run(before.model))
+
+
+def test_the_memory_of_a_model_is_given_back_with_it(models: Any) -> None:
+    """A hook that held its own model would keep the weights until the next garbage collection."""
+    *_, after = models
+    for make in (lambda: copy.deepcopy(after), lambda: bntool.insert(Two().eval(), X).model):
+        other = make()
+        gc.collect()
+        gc.disable()
+        try:
+            seen = [weakref.ref(module) for module in other.modules()]
+            del other
+            assert not any(reference() for reference in seen)
+        finally:
+            gc.enable()
 
 
 def test_the_models_own_hooks_on_loading_stay_and_go_into_a_pickle() -> None:
