@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from bntool.affine import Affine, Constant
+from bntool.affine import Affine, Constant, concat, identity
 from bntool.graph import Op
 from bntool.laws.base import (
     Context,
@@ -150,26 +150,57 @@ def _reduced(context: Context, op: Op) -> tuple[int, list[int]]:
 
 @law("pad")
 class Pad:
-    """Copied values (reflect, replicate, circular) carry the whole map; zeros carry the scale alone."""
+    """Copied values (reflect, replicate, circular) carry the whole map; zeros carry the scale alone.
+
+    Zeros beside the channels are like parts of a concatenation that have no map.
+    """
 
     @staticmethod
     def up(context: Context, op: Op, demands: list[Affine]) -> Maps:
-        return {"input": _padded(context, op, demands[0])}
+        shape = context.graph.input(op).shape
+        demand, beside, along_it = _padded_axes(context, op, demands[0])
+        if beside or along_it:
+            _require_bare_zeros(op, demand)
+        for axis, (before, _) in beside.items():
+            demand = demand.then("slice", axis, before, before + shape[axis], 1)
+        return {"input": demand}
 
     @staticmethod
     def down(context: Context, op: Op, maps: Maps) -> list[Affine]:
-        return [_padded(context, op, maps["input"])]
+        shape = context.graph.input(op).shape
+        affine, beside, along_it = _padded_axes(context, op, maps["input"])
+        if along_it:
+            _require_bare_zeros(op, affine)
+        for axis, (before, after) in beside.items():
+            parts = [(identity(len(shape)), before), (affine, shape[axis]), (identity(len(shape)), after)]
+            present, sizes = zip(*((part, size) for part, size in parts if size), strict=True)
+            affine = concat(present, axis, sizes)
+        return [affine]
 
 
-def _padded(context: Context, op: Op, affine: Affine) -> Affine:
-    pads = op.attrs["pads"]
-    rank = len(context.graph.input(op).shape)
-    axes = [rank - 1 - i for i in range(len(pads) // 2) if pads[2 * i] or pads[2 * i + 1]]
-    affine = constant_over(along(affine, rank, op.label), axes, op.label)
-    if op.attrs["mode"] != "constant":
-        return affine
+def _padded_axes(
+    context: Context, op: Op, affine: Affine
+) -> tuple[Affine, dict[int, tuple[int, int]], list[int]]:
+    """The map; the axes along which it varies that get zeros at their ends, and how many; and the axes of
+    other zeros.
+    """
+    pads, rank = op.attrs["pads"], len(context.graph.input(op).shape)
+    amounts = {rank - 1 - i: (pads[2 * i], pads[2 * i + 1]) for i in range(len(pads) // 2)}
+    affine = along(affine, rank, op.label)
+    zeros = op.attrs["mode"] == "constant"
+    parts = zeros and op.attrs["value"] == 0.0
+    beside = {
+        axis: ends
+        for axis, ends in amounts.items()
+        if parts and any(ends) and min(ends) >= 0 and affine.scale.shape[axis] > 1
+    }
+    others = [axis for axis, ends in amounts.items() if axis not in beside]
+    affine = constant_over(affine, [axis for axis in others if any(amounts[axis])], op.label)
     # amounts of zero or less may come from the size of the image: at another size they pad
+    return affine, beside, others if zeros else []
+
+
+def _require_bare_zeros(op: Op, affine: Affine) -> None:
     if op.attrs["value"] != 0.0:
         raise Refused(Reason.SHIFT_AT_PADDING, f"{op.label} pads with {op.attrs['value']}")
     no_shift(affine, Reason.SHIFT_AT_PADDING, f"{op.label} pads with zeros, which have no shift")
-    return affine
