@@ -265,8 +265,7 @@ _add(
     Reason.NONLINEAR,
     "something that is not linear stands between",
     """A per-channel scale and shift cannot move past this op: an activation (ReLU lets a positive scale by,
-    never a shift), a softmax, a product of two values that is no average of either (attention is), or an op
-    that bntool has no law for.""",
+    never a shift), a softmax, a norm, a product of two values that averages neither (attention does).""",
     "model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Sigmoid(), nn.BatchNorm2d(8))",
     """Nothing at inference. When you design the network: put the BatchNorm before the activation, or right
     before a convolution without zero padding.""",
@@ -368,9 +367,9 @@ _add(
 )
 _add(
     Reason.UNKNOWN_OP,
-    "an op on the way does more than its law covers",
-    """The op is known but this use of it is not: a factor that was read from the data or drawn at random,
-    the indices of a max pool, parts of different rank.""",
+    "no law covers an op on the way",
+    """bntool has no law for the op, or its law does not cover this use: a factor that was read from the data
+    or drawn at random, indices that are not known, parts of different rank.""",
     """
     class Model(nn.Module):
         def __init__(self):

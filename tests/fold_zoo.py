@@ -784,10 +784,10 @@ zoo(
     {"bn": Reason.AXIS_MISMATCH},
     *through(lambda m, y: y + torch.randn(1, 6, 1, 1, dtype=y.dtype)),
 )
-zoo("random_noise_everywhere", {"bn": Reason.NONLINEAR}, *through(lambda m, y: y + torch.randn_like(y)))
+zoo("random_noise_everywhere", {"bn": Reason.UNKNOWN_OP}, *through(lambda m, y: y + torch.randn_like(y)))
 zoo(
     "random_noise_in_place",
-    {"bn": Reason.NONLINEAR},
+    {"bn": Reason.UNKNOWN_OP},
     *through(lambda m, y: y + torch.empty_like(y).normal_()),
 )
 zoo(
@@ -829,7 +829,7 @@ zoo(
 zoo("dropout", {"bn": FOLDED}, *through(lambda m, y: m.drop(y), drop=lambda: nn.Dropout2d(0.5)))
 zoo(
     "dropout_left_in_train_mode",
-    {"bn": Reason.NONLINEAR},
+    {"bn": Reason.UNKNOWN_OP},
     *through(lambda m, y: m.drop(y), drop=lambda: nn.Dropout(0.5)),
     tweak=lambda m: m.drop.train(),
 )
@@ -873,7 +873,7 @@ zoo(
 )
 zoo(
     "overwritten_through_a_view",
-    {"bn": Reason.NONLINEAR},
+    {"bn": Reason.UNKNOWN_OP},
     lambda m, x: let(lambda y: (y[:, :2].relu_(), m.bn(y))[1], m.conv(x)),
     pair,
 )

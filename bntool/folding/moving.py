@@ -11,6 +11,7 @@ from bntool.folding.norms import Norm
 from bntool.graph import Edge, Graph, Op, Value
 from bntool.laws import LAWS, Refused
 from bntool.laws.base import Down, Up
+from bntool.laws.nonlinear import NONLINEAR
 from bntool.laws.taking import TAKERS, input_map, output_demand
 from bntool.reasons import Reason
 
@@ -212,7 +213,9 @@ class Mover:
         try:
             return LAWS[op.kind]
         except KeyError:
-            raise Refused(Reason.NONLINEAR, f"{op.label} lets no affine map by") from None
+            if op.kind in NONLINEAR:
+                raise Refused(Reason.NONLINEAR, f"{op.label} lets no affine map by") from None
+            raise Refused(Reason.UNKNOWN_OP, f"no law says how a map passes {op.label}") from None
 
     def _passed(self, op: Op, way: Way) -> None:
         if op.id not in self.gone:

@@ -89,45 +89,82 @@ class MaxPool:
 
 
 def _maximum(context: Context, op: Op, affine: Affine) -> Affine:
-    if any(context.graph.values[v].readers or context.graph.values[v].is_output for v in op.outputs[1:]):
-        raise Refused(Reason.UNKNOWN_OP, f"the indices of {op.label} are used")
-    non_negative(affine, op.label)
+    _require_order(context, op, affine)
     return _spatial(context, op, affine, _pooled_dims(context, op))
 
 
-@law("mean", "amax", "sum")
+def _require_order(context: Context, op: Op, affine: Affine) -> None:
+    """What is larger stays larger. Nobody may ask where it was: of two equal ones, rounding picks another."""
+    places = [context.graph.values[value] for value in op.outputs[1:]]
+    if any(value.readers or value.is_output or value.escapes for value in places):
+        raise Refused(Reason.UNKNOWN_OP, f"the indices of {op.label} are used")
+    non_negative(affine, op.label)
+
+
+@law("mean", "amax", "amin", "sum")
 class Reduction:
-    """A mean over axes the map does not depend on; a maximum likewise, for s ≥ 0.
+    """A mean over axes the map does not depend on; a maximum or minimum likewise, for s ≥ 0.
 
     A sum of n elements is n times their mean: Σ(s·x + t) = s·Σx + n·t.
     """
 
     @staticmethod
     def up(context: Context, op: Op, demands: list[Affine]) -> Maps:
-        rank, axes = _reduced(context, op)
-        demand = demands[0]
-        if op.kind == "amax":
+        axes = _reduced(context, op)
+        demand = _before(context, op, demands[0], axes)
+        if op.kind in ("amax", "amin"):
             non_negative(demand, op.label)
-        if not op.attrs["keepdim"]:
-            demand = along(demand, rank - len(axes), op.label)
-            shape = list(demand.scale.shape)
-            for axis in axes:
-                shape.insert(axis, 1)
-            demand = demand.then("reshape", tuple(demand.scale.shape), tuple(shape))
-        demand = constant_over(along(demand, rank, op.label), axes, op.label)
         return {"input": _counted(context, op, demand, axes, "divide_shift")}
 
     @staticmethod
     def down(context: Context, op: Op, maps: Maps) -> list[Affine]:
-        rank, axes = _reduced(context, op)
-        affine = constant_over(along(maps["input"], rank, op.label), axes, op.label)
-        if op.kind == "amax":
+        axes = _reduced(context, op)
+        affine = constant_over(along(maps["input"], _rank(context, op), op.label), axes, op.label)
+        if op.kind in ("amax", "amin"):
             non_negative(affine, op.label)
-        affine = _counted(context, op, affine, axes, "multiply_shift")
-        if op.attrs["keepdim"]:
-            return [affine]
-        shape = tuple(n for i, n in enumerate(affine.scale.shape) if i not in axes)
-        return [affine.then("reshape", tuple(affine.scale.shape), shape)]
+        return [_behind(op, _counted(context, op, affine, axes, "multiply_shift"), axes)]
+
+
+@law("order_statistic")
+class OrderStatistic:
+    """The largest, the smallest, the middle, the sorted values along an axis: of s·x + t they are s times
+    those of x, plus t, for s ≥ 0.
+    """
+
+    @staticmethod
+    def up(context: Context, op: Op, demands: list[Affine]) -> Maps:
+        demand = _before(context, op, demands[0], _reduced(context, op))
+        _require_order(context, op, demand)
+        return {"input": demand}
+
+    @staticmethod
+    def down(context: Context, op: Op, maps: Maps) -> list[Affine]:
+        axes = _reduced(context, op)
+        affine = constant_over(along(maps["input"], _rank(context, op), op.label), axes, op.label)
+        _require_order(context, op, affine)
+        return identities(context, op, {0: _behind(op, affine, axes)})
+
+
+def _rank(context: Context, op: Op) -> int:
+    return len(context.graph.input(op).shape)
+
+
+def _before(context: Context, op: Op, demand: Affine, axes: list[int]) -> Affine:
+    """The demand on what is reduced, which must be the same all along the axes that go."""
+    if not op.attrs["keepdim"]:
+        shape = list(along(demand, _rank(context, op) - len(axes), op.label).scale.shape)
+        for axis in axes:
+            shape.insert(axis, 1)
+        demand = demand.then("reshape", tuple(demand.scale.shape), tuple(shape))
+    return constant_over(along(demand, _rank(context, op), op.label), axes, op.label)
+
+
+def _behind(op: Op, affine: Affine, axes: list[int]) -> Affine:
+    """The map of what was reduced, without the axes that went."""
+    if op.attrs["keepdim"]:
+        return affine
+    shape = tuple(n for i, n in enumerate(affine.scale.shape) if i not in axes)
+    return affine.then("reshape", tuple(affine.scale.shape), shape)
 
 
 def _counted(context: Context, op: Op, affine: Affine, axes: list[int], step: str) -> Affine:
@@ -140,12 +177,35 @@ def _counted(context: Context, op: Op, affine: Affine, axes: list[int], step: st
     return affine.then_constant(step, Constant.of(torch.tensor(float(count)), "", affine.rank))
 
 
-def _reduced(context: Context, op: Op) -> tuple[int, list[int]]:
-    rank = len(context.graph.input(op).shape)
-    axes = op.attrs["axes"]
+def _reduced(context: Context, op: Op) -> list[int]:
+    rank, axes = _rank(context, op), op.attrs["axes"]
     if axes is None or len(axes) == 0:
-        return rank, list(range(rank))
-    return rank, sorted(axis % rank for axis in axes)
+        return list(range(rank))
+    return sorted(axis % rank for axis in axes)
+
+
+@law("grid_sample")
+class GridSample:
+    """Weighted means at places that another input names, with weights that sum to one; zeros that stand
+    outside of the image have no shift (Jaderberg et al. 2015, Spatial Transformer Networks).
+    """
+
+    @staticmethod
+    def up(context: Context, op: Op, demands: list[Affine]) -> Maps:
+        return {"input": _sampled(context, op, demands[0])}
+
+    @staticmethod
+    def down(context: Context, op: Op, maps: Maps) -> list[Affine]:
+        if set(maps) != {"input"}:
+            raise Refused(Reason.NONLINEAR, f"{op.label} reads its places from what changes")
+        return [_sampled(context, op, maps["input"])]
+
+
+def _sampled(context: Context, op: Op, affine: Affine) -> Affine:
+    affine = _spatial(context, op, affine, _rank(context, op) - 2)
+    if op.attrs["zeros"]:
+        no_shift(affine, Reason.SHIFT_AT_PADDING, f"{op.label} reads zeros outside, which have no shift")
+    return affine
 
 
 @law("pad")

@@ -1,4 +1,4 @@
-"""Ops that only move elements about: a map follows its axis through them, in both directions."""
+"""Ops that give elements another shape or order of axes: a map follows its axis through them, both ways."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from bntool.affine import Affine, concat, identity, merge
+from bntool.affine import Affine
 from bntool.graph import Op
 from bntool.laws.base import Context, Maps, Refused, along, constant_over, law, only_input
 from bntool.reasons import Reason
@@ -133,73 +133,11 @@ def _dims(context: Context, op: Op) -> list[int]:
             a, b = (axis % rank for axis in op.attrs["swap"])
             dims[a], dims[b] = dims[b], dims[a]
         return dims
+    if "move" in op.attrs:
+        moved = {to % rank: axis % rank for axis, to in zip(*op.attrs["move"], strict=True)}
+        rest = iter(axis for axis in range(rank) if axis not in moved.values())
+        return [moved[place] if place in moved else next(rest) for place in range(rank)]
     return [axis % rank for axis in op.attrs["dims"]]
-
-
-@law("slice")
-class Slice:
-    """A part of one axis. Upstream, the rest of the axis is nobody's demand (NaN) from here."""
-
-    @staticmethod
-    def up(context: Context, op: Op, demands: list[Affine]) -> Maps:
-        shape = context.graph.input(op).shape
-        axis, start, stop, step = _span(op, shape)
-        demand = along(demands[0], len(shape), op.label)
-        return {"input": demand.then("embed", axis, shape[axis], start, stop, step)}
-
-    @staticmethod
-    def down(context: Context, op: Op, maps: Maps) -> list[Affine]:
-        shape = context.graph.input(op).shape
-        axis, start, stop, step = _span(op, shape)
-        affine = along(maps["input"], len(shape), op.label)
-        if affine.scale.shape[axis] == 1:
-            return [affine]
-        return [affine.then("slice", axis, start, stop, step)]
-
-
-def _span(op: Op, shape: Sequence[int]) -> tuple[int, int, int, int]:
-    axis = op.attrs["axis"] % len(shape)
-    start, stop, step = slice(op.attrs["start"], op.attrs["stop"], op.attrs["step"]).indices(shape[axis])
-    return axis, start, stop, step
-
-
-@law("index_select")
-class IndexSelect:
-    """Some entries of one axis, in an order that is known. Upstream, an entry that goes to several places
-    must be asked for one thing; one that goes nowhere is nobody's demand (NaN).
-    """
-
-    @staticmethod
-    def up(context: Context, op: Op, demands: list[Affine]) -> Maps:
-        shape, axis, indices = _picked(context, op)
-        demand = along(demands[0], len(shape), op.label)
-        if demand.scale.shape[axis] == 1:
-            widened = [*demand.scale.shape[:axis], len(indices), *demand.scale.shape[axis + 1 :]]
-            demand = demand.then("reshape", tuple(widened), tuple(widened))
-        asked = demand.then("put", axis, shape[axis], indices)
-        back = asked.then("take", axis, indices)
-        if merge(back, demand) is None:
-            raise Refused(Reason.OUTPUT_USED_ELSEWHERE, f"{op.label} picks one entry for several places")
-        return {"input": asked}
-
-    @staticmethod
-    def down(context: Context, op: Op, maps: Maps) -> list[Affine]:
-        shape, axis, indices = _picked(context, op)
-        affine = along(maps["input"], len(shape), op.label)
-        return [affine if affine.scale.shape[axis] == 1 else affine.then("take", axis, indices)]
-
-
-def _picked(context: Context, op: Op) -> tuple[tuple[int, ...], int, tuple[int, ...]]:
-    shape = context.graph.input(op).shape
-    axis = op.attrs["axis"] % len(shape)
-    indices = op.attrs.get("indices")
-    if indices is None:
-        value = context.graph.input(op, "index")
-        known = context.graph.constant(value) if value.constant else None
-        if known is None or known.dim() > 1:
-            raise Refused(Reason.UNKNOWN_OP, f"what {op.label} picks is not known")
-        indices = known.reshape(-1).tolist()
-    return shape, axis, tuple(int(i) % shape[axis] for i in indices)
 
 
 @law("expand", "repeat")
@@ -229,101 +167,6 @@ def _grown(context: Context, op: Op) -> tuple[tuple[int, ...], tuple[int, ...], 
     new = len(target) - len(source)
     aligned = (1,) * new + source
     return source, target, [i for i in range(len(target)) if i < new or aligned[i] != target[i]]
-
-
-@law("select")
-class Select:
-    """One index of an axis, which goes. A map that varies along that axis keeps that index's part."""
-
-    @staticmethod
-    def up(context: Context, op: Op, demands: list[Affine]) -> Maps:
-        shape, axis, index = _selected(context, op)
-        demand = along(demands[0], len(shape) - 1, op.label)
-        kept = list(demand.scale.shape)
-        kept.insert(axis, 1)
-        placed = demand.then("reshape", tuple(demand.scale.shape), tuple(kept))
-        return {"input": placed.then("embed", axis, shape[axis], index, index + 1, 1)}
-
-    @staticmethod
-    def down(context: Context, op: Op, maps: Maps) -> list[Affine]:
-        shape, axis, index = _selected(context, op)
-        affine = along(maps["input"], len(shape), op.label)
-        if affine.scale.shape[axis] != 1:
-            affine = affine.then("slice", axis, index, index + 1, 1)
-        kept = [n for i, n in enumerate(affine.scale.shape) if i != axis]
-        return [affine.then("reshape", tuple(affine.scale.shape), tuple(kept))]
-
-
-def _selected(context: Context, op: Op) -> tuple[tuple[int, ...], int, int]:
-    shape = context.graph.input(op).shape
-    axis = op.attrs["axis"] % len(shape)
-    return shape, axis, op.attrs["index"] % shape[axis]
-
-
-@law("split")
-class Split:
-    """chunk, split: parts laid end to end along one axis."""
-
-    @staticmethod
-    def up(context: Context, op: Op, demands: list[Affine]) -> Maps:
-        rank, axis, sizes = _parts(context, op)
-        return {"input": concat([along(d, rank, op.label) for d in demands], axis, sizes)}
-
-    @staticmethod
-    def down(context: Context, op: Op, maps: Maps) -> list[Affine]:
-        rank, axis, sizes = _parts(context, op)
-        affine = along(maps["input"], rank, op.label)
-        if affine.scale.shape[axis] == 1:
-            return [affine] * len(sizes)
-        starts = [sum(sizes[:i]) for i in range(len(sizes))]
-        return [affine.then("slice", axis, a, a + n, 1) for a, n in zip(starts, sizes, strict=True)]
-
-
-def _parts(context: Context, op: Op) -> tuple[int, int, list[int]]:
-    rank = len(context.graph.input(op).shape)
-    axis = op.attrs["axis"] % rank
-    return rank, axis, [context.graph.values[v].shape[axis] for v in op.outputs]
-
-
-@law("concat")
-class Concat:
-    """Parts joined along one axis: each part takes its own slice of the map."""
-
-    @staticmethod
-    def up(context: Context, op: Op, demands: list[Affine]) -> Maps:
-        rank, axis, roles, sizes = _joined(context, op)
-        demand = along(demands[0], rank, op.label)
-        maps: Maps = {}
-        start = 0
-        for role, size in zip(roles, sizes, strict=True):
-            part = (
-                demand
-                if demand.scale.shape[axis] == 1
-                else demand.then("slice", axis, start, start + size, 1)
-            )
-            start += size
-            if not part.is_identity:
-                if context.graph.input(op, role).constant:
-                    raise Refused(Reason.MIXED_BRANCHES, f"a part of {op.label} is a constant")
-                context.require_nothing_later(context.graph.input(op, role))
-            maps[role] = part
-        return maps
-
-    @staticmethod
-    def down(context: Context, op: Op, maps: Maps) -> list[Affine]:
-        rank, axis, roles, sizes = _joined(context, op)
-        parts = [along(maps.get(role, identity(rank)), rank, op.label) for role in roles]
-        return [concat(parts, axis, sizes)]
-
-
-def _joined(context: Context, op: Op) -> tuple[int, int, list[str], list[int]]:
-    rank = len(context.graph.output(op).shape)
-    axis = op.attrs["axis"] % rank
-    roles = list(op.inputs)
-    shapes = [context.graph.input(op, role).shape for role in roles]
-    if any(len(shape) != rank for shape in shapes):
-        raise Refused(Reason.UNKNOWN_OP, f"{op.label} joins values of different ranks")
-    return rank, axis, roles, [shape[axis] for shape in shapes]
 
 
 def _chain(steps: list[tuple[str, tuple[int, ...]]], affine: Affine, shape: Sequence[int]) -> Affine:

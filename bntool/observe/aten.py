@@ -133,9 +133,55 @@ def _sum(b: Bound) -> Translation:
     return "sum", {"axes": (axes,) if isinstance(axes, int) else axes, "keepdim": bool(b.get("keepdim"))}
 
 
-def _amax(b: Bound) -> Translation:
-    axes = b.get("dim")
-    return "amax", {"axes": (axes,) if isinstance(axes, int) else axes, "keepdim": bool(b.get("keepdim"))}
+def _extreme(kind: str) -> Callable[[Bound], Translation]:
+    def translator(b: Bound) -> Translation:
+        axes = b.get("dim")
+        return kind, {"axes": (axes,) if isinstance(axes, int) else axes, "keepdim": bool(b.get("keepdim"))}
+
+    return translator
+
+
+def _order_statistic(kind: str) -> Callable[[Bound], Translation]:
+    """Of all, along one axis with the places of what was found, or (`kind`) of two tensors."""
+
+    def translator(b: Bound) -> Translation:
+        if "other" in b:
+            return kind, {}
+        axes = (b["dim"],) if "dim" in b else None
+        return "order_statistic", {"axes": axes, "keepdim": bool(b.get("keepdim"))}
+
+    return translator
+
+
+def _grid_sample(b: Bound) -> Translation:
+    return "grid_sample", {"zeros": b["padding_mode"] == 0}
+
+
+def _sorted(b: Bound) -> Translation:
+    return "order_statistic", {"axes": (b.get("dim", -1),), "keepdim": True}
+
+
+def _move(b: Bound) -> Translation:
+    ends = (b["source"], b["destination"])
+    return "permute", {"move": tuple((end,) if isinstance(end, int) else tuple(end) for end in ends)}
+
+
+def _index(b: Bound) -> Translation:
+    """`x[:, places]` picks entries of one axis, by numbers that are known or not."""
+    given = [i for i, places in enumerate(b["indices"]) if places is not None]
+    if len(given) != 1:
+        return "index", {}
+    return "index_select", {"axis": given[0], "index": f"indices_{given[0]}"}
+
+
+def _repeat_interleave(b: Bound) -> Translation:
+    if not isinstance(b.get("repeats"), int) or b.get("dim") is None:
+        return "repeat_interleave", {}
+    return "index_select", {"axis": b["dim"], "repeats": b["repeats"]}
+
+
+def _numbers(value: Any) -> tuple[int, ...]:
+    return (value,) if isinstance(value, int) else tuple(value)
 
 
 def _axis(kind: str) -> Callable[[Bound], Translation]:
@@ -181,8 +227,8 @@ def _dropout(b: Bound) -> Translation:
     return ("dropout", {}) if b.get("train") else ("identity", {})
 
 
-def _fixed(kind: str) -> Callable[[Bound], Translation]:
-    return lambda b: (kind, {})
+def _fixed(kind: str, **attrs: Any) -> Callable[[Bound], Translation]:
+    return lambda b: (kind, dict(attrs))
 
 
 _TABLE: dict[str, Callable[[Bound], Translation]] = {
@@ -204,10 +250,23 @@ _TABLE: dict[str, Callable[[Bound], Translation]] = {
     "permute": _permute,
     "transpose": _transpose,
     "swapaxes": lambda b: ("permute", {"swap": (b["axis0"], b["axis1"])}),
+    "swapdims": _transpose,
+    "mT": _fixed("permute", swap=(-2, -1)),
+    "adjoint": _fixed("permute", swap=(-2, -1)),
+    "movedim": _move,
+    "moveaxis": _move,
     "t": _transpose,
     "slice": _slice,
     "narrow": _narrow,
     "select": lambda b: ("select", {"axis": b["dim"], "index": b["index"]}),
+    "flip": lambda b: ("flip", {"axes": _numbers(b["dims"])}),
+    "fliplr": _fixed("flip", axes=(1,)),
+    "flipud": _fixed("flip", axes=(0,)),
+    "roll": lambda b: ("roll", {"axes": _numbers(b.get("dims", ())), "shifts": _numbers(b["shifts"])}),
+    "unbind": _axis("unbind"),
+    "hsplit": _fixed("split", axis=1),
+    "vsplit": _fixed("split", axis=0),
+    "dsplit": _fixed("split", axis=2),
     "split": lambda b: ("split", {"axis": b.get("dim", 0)}),
     "split_with_sizes": lambda b: ("split", {"axis": b.get("dim", 0)}),
     "chunk": lambda b: ("split", {"axis": b.get("dim", 0)}),
@@ -217,11 +276,32 @@ _TABLE: dict[str, Callable[[Bound], Translation]] = {
     "cat": _axis("concat"),
     "concat": _axis("concat"),
     "concatenate": _axis("concat"),
+    "hstack": _fixed("concat", axis=1),
+    "column_stack": _fixed("concat", axis=1),
+    "vstack": _fixed("concat", axis=0),
+    "dstack": _fixed("concat", axis=2),
+    "stack": _axis("stack"),
     "mean": _mean,
-    "amax": _amax,
+    "amax": _extreme("amax"),
+    "amin": _extreme("amin"),
+    "max": _order_statistic("maximum"),
+    "min": _order_statistic("minimum"),
+    "median": _order_statistic("median"),
+    "kthvalue": lambda b: (
+        "order_statistic",
+        {"axes": (b.get("dim", -1),), "keepdim": bool(b.get("keepdim"))},
+    ),
+    "sort": _sorted,
+    "topk": _sorted,
+    "grid_sampler": _grid_sample,
+    "grid_sampler_2d": _grid_sample,
+    "grid_sampler_3d": _grid_sample,
     "sum": _sum,
     "index_select": lambda b: ("index_select", {"axis": b["dim"]}),
+    "index": _index,
+    "repeat_interleave": _repeat_interleave,
     "expand_as": _fixed("expand"),
+    "broadcast_to": _fixed("expand"),
     "tile": _fixed("repeat"),
     "pixel_shuffle": lambda b: ("pixel_shuffle", {"factor": b["upscale_factor"]}),
     "pixel_unshuffle": lambda b: ("pixel_unshuffle", {"factor": b["downscale_factor"]}),
@@ -229,12 +309,15 @@ _TABLE: dict[str, Callable[[Bound], Translation]] = {
     "native_channel_shuffle": lambda b: ("channel_shuffle", {"groups": b["groups"]}),
     "add": _binary("add"),
     "sub": _binary("sub"),
+    "subtract": _binary("sub"),
     "rsub": _binary("rsub"),
     "mul": _binary("mul"),
     "multiply": _binary("mul"),
     "div": _binary("div"),
+    "divide": _binary("div"),
     "true_divide": _binary("div"),
-    "neg": lambda b: ("mul", {"number": -1.0, "alpha": 1.0}),
+    "neg": _fixed("mul", number=-1.0, alpha=1.0),
+    "negative": _fixed("mul", number=-1.0, alpha=1.0),
     "relu": _fixed("relu"),
     "leaky_relu": lambda b: ("leaky_relu", {"slope": float(b.get("negative_slope", 0.01))}),
     "prelu": _fixed("prelu"),

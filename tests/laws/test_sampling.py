@@ -145,6 +145,57 @@ def test_mean_over_channels_lets_nothing_by(fill: Numbers, axes: tuple[int, ...]
     assert verdict(model, data(2, 4, 5, 6)) is not None
 
 
+ORDERED = {
+    "max": lambda x: x.max(2, keepdim=True),
+    "min": lambda x: x.min(2, keepdim=True),
+    "median": lambda x: x.median(2, keepdim=True),
+    "kthvalue": lambda x: x.kthvalue(2, 3, keepdim=True),
+    "sort": lambda x: x.sort(2, descending=True),
+    "topk": lambda x: x.topk(2, 2),
+    "amin": lambda x: (x.amin(2, keepdim=True), None),
+}
+
+
+@few
+@given(numbers, st.sampled_from(sorted(ORDERED)), st.booleans())
+def test_values_in_their_order(fill: Numbers, how: str, placed: bool) -> None:
+    def step(x: Tensor) -> Tensor:
+        values, places = ORDERED[how](x)
+        return values + 0.1 * places if placed and places is not None else values
+
+    up, down = both_ways(2, step, fill)
+    assert (up is None) == (down is None) == (not fill.has_negative and (not placed or how == "amin"))
+    if placed and how != "amin":
+        assert up is Reason.UNKNOWN_OP
+    elif up is not None:
+        assert up is Reason.NEGATIVE_SCALE
+
+
+@few
+@given(
+    numbers,
+    st.sampled_from(["bilinear", "nearest", "bicubic"]),
+    st.sampled_from(["zeros", "border", "reflection"]),
+    st.booleans(),
+)
+def test_grid_sample(fill: Numbers, mode: str, outside: str, aligned: bool) -> None:
+    grid = 1.5 * data(2, 4, 5, 2, seed=1).tanh()
+
+    def step(x: Tensor) -> Tensor:
+        return F.grid_sample(x, grid, mode=mode, padding_mode=outside, align_corners=aligned)
+
+    for found in both_ways(2, step, fill):
+        assert (found is None) == (outside != "zeros" or not fill.shift)
+
+
+def test_a_grid_that_depends_on_what_changes_is_kept() -> None:
+    def step(x: Tensor) -> Tensor:
+        return F.grid_sample(x, x[:, :2].movedim(1, -1).tanh(), padding_mode="border", align_corners=False)
+
+    fill = Numbers("positive", True, 1e-5, 1.0, 0)
+    assert both_ways(2, step, fill) == (Reason.OUTPUT_USED_ELSEWHERE, Reason.REACHES_INPUT)
+
+
 PADS = st.tuples(*[st.integers(-1, 2)] * 4)
 
 

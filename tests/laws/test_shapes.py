@@ -30,7 +30,8 @@ def shape_steps(draw: st.DrawFn, shape: tuple[int, ...], length: int) -> list[tu
         rank = x.dim()
         kind = draw(
             st.sampled_from(
-                "permute merge cut slice turn select unsqueeze transpose pick repeat expand".split()
+                """permute merge cut slice turn select unsqueeze transpose pick repeat expand
+                flip roll move restack interleave index""".split()
             )
         )
         axis = draw(st.integers(0, rank - 1))
@@ -61,6 +62,16 @@ def shape_steps(draw: st.DrawFn, shape: tuple[int, ...], length: int) -> list[tu
             step = ("repeat", tuple(draw(st.lists(st.integers(1, 2), min_size=rank, max_size=rank))))
         elif kind == "expand" and rank < 6:
             step = ("expand", (draw(st.integers(1, 2)), *x.shape))
+        elif kind == "flip":
+            step = ("flip", (axis, 0) if axis else (0,))
+        elif kind == "roll":
+            step = ("roll", (axis, draw(st.integers(-3, 3))))
+        elif kind in ("move", "restack"):
+            step = (kind, (axis, draw(st.integers(0, rank - 1))))
+        elif kind == "interleave" and x.numel() < 1000:
+            step = ("interleave", (axis, draw(st.integers(1, 3))))
+        elif kind == "index":
+            step = ("index", (axis, draw(st.permutations(range(x.shape[axis])))))
         else:
             step = ("transpose", (axis, 0))
         x = carried_out([step], x)
@@ -77,6 +88,18 @@ def carried_out(steps: list[tuple[str, Any]], x: Tensor) -> Tensor:
         elif kind == "slice":
             axis, start, stop, step = argument
             x = x[(*[slice(None)] * axis, slice(start, stop, step))]
+        elif kind == "flip":
+            x = x.flip(argument)
+        elif kind == "roll":
+            x = x.roll(argument[1], argument[0])
+        elif kind == "move":
+            x = x.movedim(*argument)
+        elif kind == "restack":
+            x = torch.stack(x.unbind(argument[0]), argument[1])
+        elif kind == "interleave":
+            x = x.repeat_interleave(argument[1], argument[0])
+        elif kind == "index":
+            x = x[(*[slice(None)] * argument[0], torch.tensor(argument[1]))]
         elif kind == "turn":
             axis, size = argument
             head, tail = x.split([size, x.shape[axis] - size], axis)
