@@ -13,7 +13,9 @@ from torch import Tensor, nn
 
 from bntool.errors import ObserveError
 from bntool.folding import plan_fold, plan_on_all
+from bntool.graph import Graph
 from bntool.inputs import Inputs
+from bntool.observe.biases import would_use_a_bias
 from bntool.observe.copying import is_separable
 from bntool.observe.eager import Observation, observe
 from bntool.observe.inference import has_fixed_size
@@ -110,6 +112,8 @@ def _has_layers_of_several_names(model: nn.Module) -> bool:
 def _settled(model: nn.Module, observation: Observation, choice: _Choice, thorough: bool) -> Plan:
     """The plan of an observation, and of a second one too where that is asked for or needed."""
     options: dict[str, Any] = dataclasses.asdict(choice)
+    biased = would_use_a_bias(model, observation)
+    _note_biases(observation.graph, biased)
     plan = plan_fold(observation.graph, **options)
     if not plan or not (thorough or any(map(_rests_on_one_run, plan.fold_sites))):
         return plan
@@ -118,8 +122,14 @@ def _settled(model: nn.Module, observation: Observation, choice: _Choice, thorou
             second = observe(model, inputs, apart=choice.unshare).graph
         except ObserveError:
             continue  # the model takes no such input, so its axes have no such size
+        _note_biases(second, biased)
         return plan_on_all([observation.graph, second], first=plan, **options)
     return plan
+
+
+def _note_biases(graph: Graph, layers: set[str]) -> None:
+    for name in layers & graph.modules.keys():
+        graph.modules[name].plain_bias = True
 
 
 def _rests_on_one_run(site: FoldSite) -> bool:

@@ -354,6 +354,25 @@ through(
 )
 through("global_average_pool", "p = GlobalAveragePool(c)")
 through("global_max_pool", "p = GlobalMaxPool(c)")
+through("reduce_min", "p = ReduceMin<axes=[2,3], keepdims=1>(c)")
+through("top_k", "p, i = TopK(c, k)", k=ints(2))
+through(
+    "top_k_with_its_indices",
+    "q, i = TopK(c, k)\nf = Cast<to=1>(i)\np = Add(q, f)",
+    Reason.UNKNOWN_OP,
+    k=ints(2),
+)
+through(
+    "grid_sample",
+    'p = GridSample<padding_mode="border">(c, g)',
+    g=np.linspace(-1.5, 1.5, 2 * 3 * 3 * 2, dtype=np.float32).reshape(2, 3, 3, 2),
+)
+through(
+    "grid_sample_zeros",
+    "p = GridSample(c, g)",
+    Reason.SHIFT_AT_PADDING,
+    g=np.linspace(-1.5, 1.5, 2 * 3 * 3 * 2, dtype=np.float32).reshape(2, 3, 3, 2),
+)
 through("reduce_mean", "m = ReduceMean<axes=[2,3], keepdims=0>(c)\np = Identity(m)")
 through("flatten", "g = GlobalAveragePool(c)\np = Flatten(g)")
 through("transpose_and_back", "t = Transpose<perm=[0,2,3,1]>(c)\np = Transpose<perm=[0,3,1,2]>(t)")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 import bntool
@@ -152,3 +153,63 @@ def test_without_merging_the_branches_stay_and_say_why():
     result = bntool.fold(model, torch.randn(1, 3, 64, 64), merge=False, check="none")
     assert {skip.reason for skip in result.skips} == {Reason.OUTPUT_USED_ELSEWHERE}
     assert len(result.skips) == 17
+
+
+class SamePadding(nn.Conv2d):
+    """As popular packages write it: pads by itself, and hands on the bias that it may have."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.pad(x, (1, 1, 1, 1))
+        return F.conv2d(x, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
+
+
+class WithoutBias(nn.Conv2d):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(x, self.weight, None, self.stride)
+
+
+class BiasOfItsOwn(nn.Conv2d):
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.conv2d(x, self.weight)
+        return y if self.bias is None else y + 2 * self.bias.view(1, -1, 1, 1)
+
+
+class NoBiasPlease(nn.Conv2d):
+    def forward(self, x: Tensor) -> Tensor:
+        if self.bias is not None:
+            raise RuntimeError("no bias, please")
+        return F.conv2d(x, self.weight)
+
+
+@pytest.mark.parametrize("kind", [SamePadding, WithoutBias, BiasOfItsOwn, NoBiasPlease])
+def test_a_layer_with_a_forward_of_its_own_gets_a_bias_only_where_it_uses_one(kind: type[nn.Conv2d]) -> None:
+    model = randomised(nn.Sequential(kind(3, 4, 3, bias=False), nn.BatchNorm2d(4), nn.ReLU())).double()
+    image = torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    result = bntool.fold(model, image, check="none")
+    assert same(model, result.model, image)
+    assert model[0].bias is None
+    if kind is SamePadding:
+        assert [site.bn for site in result.sites] == ["1"]
+    else:
+        assert [skip.reason for skip in result.skips] == [Reason.CUSTOM_FORWARD]
+
+
+class Halves(nn.Module):
+    """Instance and batch normalisation, each of one half (Pan et al. 2018, IBN-Net)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3, bias=False)
+        self.instance, self.batch = nn.InstanceNorm2d(4, affine=True), nn.BatchNorm2d(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, second = torch.split(self.conv(x), [4, 4], 1)
+        return torch.cat((self.instance(first.contiguous()), self.batch(second.contiguous())), 1).relu()
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_what_runs_at_some_sizes_only_and_changes_nothing_makes_no_other_fold(batch: int) -> None:
+    model, image = randomised(Halves()).double(), torch.randn(batch, 3, 8, 8, dtype=torch.float64)
+    result = bntool.fold(model, image)
+    assert [site.bn for site in result.sites] == ["batch"]
+    assert same(model, result.model, image)

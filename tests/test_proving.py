@@ -172,7 +172,9 @@ def test_a_scripted_convolution_takes_nothing_in() -> None:
 
 def test_parts_that_cannot_be_observed_say_so() -> None:
     compiled = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))
-    compiled[0] = torch.compile(compiled[0])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's own use of TorchScript
+        compiled[0] = torch.compile(compiled[0])
     with pytest.raises(ObserveError, match=r"torch\.compile"):
         bntool.fold(compiled)
     with pytest.raises(StateError, match="meta device"):
@@ -232,3 +234,17 @@ def test_where_rounding_decides_the_output_only_parts_that_hold_a_whole_fold_are
     assert [site.bn for site in result.plan.fold_sites] == ["bn", "body.1"]
     assert all(check.passed for check in result.checks)
     assert any("parts" in check.detail for check in result.checks)
+
+
+def test_a_forward_of_two_inputs_asks_for_both() -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.bn = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)
+
+        def forward(self, left: Tensor, right: Tensor) -> Tensor:
+            return self.bn(self.conv(left)) + self.bn(self.conv(right))
+
+    with pytest.raises(ObserveError, match="missing 1 required positional argument: 'right'") as failure:
+        bntool.fold(Two().eval())
+    assert failure.value.next_step.startswith("give every argument of forward an --input")

@@ -17,7 +17,7 @@ import torch
 from bntool.affine import evaluate
 from bntool.folding.planner import plan_fold
 from bntool.graph import Graph
-from bntool.plan import Edit, Expr, FoldSite, Plan, Skip
+from bntool.plan import Expr, FoldSite, Plan, Skip
 from bntool.reasons import Reason
 
 _DETAIL = "the fold would come out otherwise on an input of other sizes or numbers"
@@ -86,9 +86,10 @@ def _alike(mine: FoldSite | None, theirs: FoldSite | None, graph: Graph) -> bool
     return all(a == b or _same_map(a, b, graph) for a, b in zip(*maps, strict=True))
 
 
-def _without_maps(site: FoldSite) -> list[Edit]:
-    """The edits; not the ops on the way, since some, like `contiguous`, are only there for some sizes."""
-    return [dataclasses.replace(edit, map=None) for edit in site.edits]
+def _without_maps(site: FoldSite) -> FoldSite:
+    """Without the ops on the way too, since some, like `contiguous`, are only there for some sizes."""
+    edits = tuple(dataclasses.replace(edit, map=None) for edit in site.edits)
+    return dataclasses.replace(site, edits=edits, laws=())
 
 
 def _same_map(first: Expr | None, second: Expr | None, graph: Graph) -> bool:

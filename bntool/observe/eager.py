@@ -269,6 +269,8 @@ class _Recorder:
                 return f"this BatchNorm has {channels} channels and is given {shape[1]}: mend the model"
         if "does not require grad" in str(error):
             return "its forward differentiates: fold the layers below that, bntool.fold(model.part, inputs)"
+        if isinstance(error, TypeError) and "required positional argument" in str(error):
+            return "give every argument of forward an --input, in turn or by name (example_inputs= in Python)"
         return "give the right shape with --input 1x3x224x224 (example_inputs= in Python)"
 
     def _first_value(self, structure: Any) -> int | None:

@@ -244,6 +244,11 @@ def _softmax(view: NodeView) -> Steps | None:
     return _one("softmax", axis=axis)
 
 
+def _grid_sample(view: NodeView) -> Steps:
+    zeros = view.attr("padding_mode", "zeros") == "zeros"
+    return Steps((Step("grid_sample", {"zeros": zeros}),), (0, 1))
+
+
 _ACTIVATIONS = "Sigmoid Tanh Elu Selu Celu Mish Softplus Gelu HardSwish HardSigmoid Erf".split()
 """Ops that no map passes, by the names that an insertion knows them by."""
 
@@ -265,6 +270,9 @@ _TABLE: dict[str, Translator] = {
     "GlobalMaxPool": _global("amax"),
     "ReduceMean": _reduce("mean"),
     "ReduceMax": _reduce("amax"),
+    "ReduceMin": _reduce("amin"),
+    "TopK": lambda view: _one("order_statistic", axes=(view.attr("axis", -1),), keepdim=True),
+    "GridSample": _grid_sample,
     "ReduceSum": _reduce("sum"),
     "Tile": _fixed("repeat"),
     "Expand": _fixed("expand"),
