@@ -13,11 +13,11 @@ from torch.export import ExportedProgram
 
 from bntool.checking import check_onnx, check_surgery, seeded_batches
 from bntool.collecting import paused
-from bntool.errors import BntoolError, PlanError, UsageError
+from bntool.errors import BntoolError, InvariantError, PlanError, UsageError
 from bntool.exporting import ExportResult
 from bntool.exporting import export_onnx as _export_onnx
 from bntool.inputs import Inputs
-from bntool.inserting import InsertOptions, redundant_biases
+from bntool.inserting import InsertOptions, redundant_biases, require_same_places
 from bntool.inserting import plan_insert as _plan_insert
 from bntool.module_folding import plan_module_fold
 from bntool.observe.modules import class_name, signature_of
@@ -203,7 +203,8 @@ def apply(
     """Replay a plan on a fresh model of the same architecture, and check what it did there.
 
     A fold plan rests on signs, paddings and hooks of the model it was made for; so a replayed fold is
-    checked like a new one, unless `check="none"`. An insertion with `init="identity"` is held to the bit.
+    checked like a new one, unless `check="none"`. An insertion must find each of its places again, and with
+    `init="identity"` it is held to the bit.
 
     Raises:
         PlanError: the plan was made for another model; the first difference is named.
@@ -213,14 +214,18 @@ def apply(
         plan = read_plan(plan)
     plan.require_signature(signature_of(model), class_name(type(model)))
     if plan.action == "insert":
+        observation = observed(model, example_inputs, small=True) if check != "none" and plan else None
+        if observation is not None:
+            require_same_places(observation.graph, plan)
         try:
             modified = apply_insert(model, plan)
         except KeyError as error:
             raise PlanError(f"this plan is damaged: it lacks, or this model lacks, {error}") from error
+        except InvariantError as error:
+            raise PlanError(f"this plan is damaged: {error}") from error
         result = as_result(model, modified, plan, None)
-        if check != "none" and plan and plan.options.get("init") != "default":
-            inputs = observed(model, example_inputs, small=True).inputs
-            rows = check_insert(model, result.model, plan, inputs, full=check == "full")
+        if observation is not None and plan.options.get("init") != "default":
+            rows = check_insert(model, result.model, plan, observation.inputs, full=check == "full")
             result = with_checks(result, rows)
     else:
         result = as_result(model, apply_fold(model, plan), plan, None)

@@ -272,8 +272,8 @@ class Plan:
                 skips=skips,
                 model_class=data.get("model_class", ""),
                 signature={k: tuple(v) for k, v in data.get("signature", {}).items()},
-                options=data.get("options", {}),
-                key_map=data.get("key_map", {}),
+                options=dict(data.get("options", {})),
+                key_map=dict(data.get("key_map", {})),
                 notes=tuple(data.get("notes", ())),
                 dropped=tuple(
                     DroppedBias(**{**d, "norms": tuple(d["norms"])}) for d in data.get("dropped_biases", ())
@@ -282,7 +282,7 @@ class Plan:
                 merges=tuple(_merge(m) for m in data.get("merges", ())),
                 eps={name: float(eps) for name, eps in data.get("eps", {}).items()},
             )
-        except (KeyError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise PlanError(f"this plan is damaged: {error}") from error
 
     def to_json(self) -> str:
@@ -300,16 +300,17 @@ class Plan:
         """Raise `PlanError`, naming the first difference, unless the model is the one planned for."""
         for name, shape in self.signature.items():
             if name not in signature:
-                raise self._other(model_class, f"it has no tensor {name!r}")
+                raise self.other_model(model_class, f"it has no tensor {name!r}")
             if tuple(signature[name]) != tuple(shape):
-                raise self._other(
+                raise self.other_model(
                     model_class, f"{name!r} is {list(signature[name])}, the plan expects {list(shape)}"
                 )
         for name in signature:
             if name not in self.signature:
-                raise self._other(model_class, f"it has a tensor {name!r} that the plan does not know")
+                raise self.other_model(model_class, f"it has a tensor {name!r} that the plan does not know")
 
-    def _other(self, model_class: str, difference: str) -> PlanError:
+    def other_model(self, model_class: str, difference: str) -> PlanError:
+        """The refusal of a model that the plan was not made for."""
         return PlanError(
             f"this plan was made for another model ({self.model_class}): {difference}",
             where=model_class,

@@ -82,6 +82,9 @@ def _broken(**changes: Any) -> dict[str, Any]:
         (_broken(sites=None), "damaged"),
         (_broken(skips=[{"name": "a", "reason": "no-such-reason"}]), "no-such-reason"),
         ({k: v for k, v in _broken().items() if k != "action"}, "action"),
+        (_broken(signature="weight"), "damaged"),
+        (_broken(options=[1]), "damaged"),
+        (_broken(key_map=5), "damaged"),
     ],
 )
 def test_a_document_that_is_no_plan_is_refused(document: dict[str, Any], words: str) -> None:

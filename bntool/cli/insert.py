@@ -6,6 +6,7 @@ import dataclasses
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from bntool.cli import options as opt
 from bntool.cli.completing import files
@@ -22,6 +23,13 @@ if TYPE_CHECKING:
     from bntool.plan import Plan
     from bntool.results import SurgeryResult
     from bntool.source.rewriting import Rewritten
+
+_PLAIN = (
+    "position linear pooling exclude every skip_last per_call keep_keys portable drop_bias eps momentum init "
+    "sync"
+).split()
+"""Options that the planner takes under the name and with the value that the command line has."""
+_MAKE_A_PLAN = frozenset({*_PLAIN, "activation", "include", "sites", "no_affine", "data"})
 
 
 @click.command("insert", short_help="Put BatchNorm between convolutions and their activations.")
@@ -85,6 +93,7 @@ def command(**options: Any) -> int:
     """
     voice = Voice.of(options)
     require_fitting(options)
+    _require_plan_alone(options)
     if is_onnx(options["model"]):
         return insert_onnx_file(voice, options, _chosen(options))
     session = open_session(voice, options)
@@ -158,8 +167,8 @@ def _inserted(session: Session, options: dict[str, Any]) -> SurgeryResult:
 
     with session.voice.progress("inserting") as step:
         if options["plan_file"]:
-            result = apply(session.model, _insert_plan(options["plan_file"]), share=True)
-            session.observe()
+            plan = _insert_plan(options["plan_file"])
+            result = apply(session.model, plan, session.observe().inputs, share=True)
         else:
             chosen = _chosen(options)
             chosen.validate()
@@ -182,6 +191,20 @@ def _inserted(session: Session, options: dict[str, Any]) -> SurgeryResult:
     return result
 
 
+def _require_plan_alone(options: dict[str, Any]) -> None:
+    """`UsageError` where `--plan` was given with what would make another plan."""
+    if not options["plan_file"]:
+        return
+    context = click.get_current_context()
+    for parameter in context.command.params:
+        given = context.get_parameter_source(str(parameter.name)) is ParameterSource.COMMANDLINE
+        if given and parameter.name in _MAKE_A_PLAN:
+            raise UsageError(
+                f"--plan and {parameter.opts[0]} do not go together: the plan says where and how",
+                next_step="leave one of them out",
+            )
+
+
 def _chosen(options: dict[str, Any]) -> InsertOptions:
     """What the command line asks for, in the planner's words."""
     from bntool.cli.site_list import read_site_list
@@ -190,15 +213,11 @@ def _chosen(options: dict[str, Any]) -> InsertOptions:
     if options["sites"] and options["include"]:
         raise UsageError("--sites and --include both say where", next_step="give one of them")
     listed = read_site_list(options["sites"]) if options["sites"] else ()
-    plain = (
-        "position linear pooling exclude every skip_last per_call keep_keys portable drop_bias eps momentum "
-        "init sync"
-    )
     return InsertOptions(
         activations=options["activation"] or ("relu",),
         include=listed or options["include"] or ("*",),
         affine=not options["no_affine"],
-        **{name: options[name] for name in plain.split()},
+        **{name: options[name] for name in _PLAIN},
     )
 
 

@@ -12,6 +12,7 @@ from bntool.inserting.names import sequential_names
 from bntool.inserting.options import InsertOptions
 from bntool.inserting.places import activation_behind, layer_before
 from bntool.inserting.planner import plan_insert, plan_insert_nodes
+from bntool.inserting.replaying import require_same_places
 
 __all__ = [
     "InsertOptions",
@@ -21,5 +22,6 @@ __all__ = [
     "plan_insert",
     "plan_insert_nodes",
     "redundant_biases",
+    "require_same_places",
     "sequential_names",
 ]

@@ -179,3 +179,24 @@ def test_a_site_list_names_the_layers(bntool: Shell, refused: Shell) -> None:
     refused("insert", "model.pt", "--sites", "none.json", code=2, says="cannot read a list of sites")
     Path("sites.json").write_text("{}")
     refused("insert", "model.pt", "--sites", "sites.json", *nets.INPUT, code=2, says="no list of layer names")
+
+
+def test_a_plan_takes_the_inputs_given_and_no_other_choice(
+    bntool: Shell, refused: Shell, folder: Path
+) -> None:
+    (folder / "two.py").write_text(
+        "from torch import nn\n\n\n"
+        "class Two(nn.Module):\n"
+        "    def __init__(self):\n"
+        "        super().__init__()\n"
+        "        self.conv, self.act = nn.Conv2d(3, 4, 3), nn.ReLU()\n\n"
+        "    def forward(self, x, y):\n"
+        "        return self.act(self.conv(x)) + y\n"
+    )
+    line = ["insert", "two.py:Two", "--input", "1x3x8x8", "--input", "1x4x6x6"]
+    assert bntool(*line, "-o", "two.pt").code == 0
+    line += ["--plan", "two.pt.bntool.json", "-o", "again.pt"]
+    refused(*line, "--activation", "silu", code=2, says="--plan and --activation do not go together")
+    refused(*line, "--no-affine", code=2, says="--plan and --no-affine do not go together")
+    assert bntool(*line).code == 0
+    assert nets.state_of("again.pt").keys() == nets.state_of("two.pt").keys()

@@ -1,0 +1,77 @@
+"""A plan for another model of the same tensors: is each of its places still one?
+
+Names and shapes alone do not say what reads a layer's output.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any, get_args
+
+from bntool.errors import PlanError, UsageError
+from bntool.graph import Graph
+from bntool.inserting.options import InsertOptions
+from bntool.inserting.places import Form
+from bntool.inserting.planner import plan_insert
+from bntool.plan import InsertSite, Plan
+from bntool.reasons import Reason
+
+
+def require_same_places(graph: Graph, plan: Plan) -> None:
+    """Plan the same insertion for this graph: every site and every bias that moves must be found again.
+
+    Raises:
+        PlanError: the first that is not, and how it is here; or the plan holds options that there are not.
+    """
+    options = _options(plan)
+    here = plan_insert(graph, options)
+    differences = (*_sites(plan, here), *_biases(plan, here))
+    if differences:
+        raise plan.other_model(graph.model_class, differences[0])
+
+
+def _options(plan: Plan) -> InsertOptions:
+    """The plan's own options, with the forms banned that were given up on the way to it."""
+    given: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in plan.options.items()}
+    forms = get_args(Form)
+    banned = {
+        site.conv: frozenset(forms[: forms.index(site.form)])
+        for site in plan.insert_sites
+        if site.form in forms
+    }
+    banned |= {skip.name: frozenset(forms) for skip in plan.skips if skip.reason is Reason.FORM_BROKE_MODEL}
+    try:
+        options = InsertOptions(**given, banned=banned)
+        options.validate()
+    except (TypeError, UsageError) as error:
+        what = error.what if isinstance(error, UsageError) else error
+        raise PlanError(f"this plan is damaged: {what}") from error
+    return options
+
+
+def _sites(plan: Plan, here: Plan) -> Iterator[str]:
+    found = {site.conv: site for site in here.insert_sites}
+    refused = {skip.name: skip for skip in here.skips}
+    for site in plan.insert_sites:
+        if site.conv in found:
+            yield from _fields(site, found[site.conv])
+        elif site.conv in refused:
+            yield f"{site.conv!r} is no place for a BatchNorm: {refused[site.conv].detail}"
+        else:
+            yield f"it has no layer {site.conv!r}"
+
+
+def _fields(planned: InsertSite, found: InsertSite) -> Iterator[str]:
+    for field in dataclasses.fields(InsertSite):
+        ours, theirs = getattr(planned, field.name), getattr(found, field.name)
+        # a newcomer's number counts those before it, of which there may be others here
+        if ours != theirs and field.name != "bn":
+            yield f"{field.name} of {planned.conv!r} is {theirs!r}, the plan expects {ours!r}"
+
+
+def _biases(plan: Plan, here: Plan) -> Iterator[str]:
+    found = {(dropped.conv, dropped.bias, dropped.channels) for dropped in here.dropped}
+    for dropped in plan.dropped:
+        if (dropped.conv, dropped.bias, dropped.channels) not in found:
+            yield f"{dropped.bias!r} cannot move into a BatchNorm"
