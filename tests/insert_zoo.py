@@ -302,6 +302,22 @@ class CalledAndIndexedSequential(HasFeatures):
         return self.head(self.features(x)) * self.features[2].weight.new_ones(())
 
 
+# No activation is of its class any more once it is wrapped, and nothing is returned at all.
+@zoo(
+    {"features.0": "wrap", "features.2": "wrap"},
+    ends={"features.0": "subclass", "features.2": "subclass"},
+    skips={"head": Reason.NOT_OBSERVED},
+)
+class CollectedByClass(HasFeatures):
+    def forward(self, x: Tensor) -> list[Tensor]:
+        found = []
+        for layer in self.features:
+            x = layer(x)
+            if isinstance(layer, nn.ReLU):
+                found.append(x)
+        return found
+
+
 @zoo({"convs.0": "subclass", "convs.1": "subclass"})
 class ModuleListLoop(nn.Module):
     def __init__(self) -> None:

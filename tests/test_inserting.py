@@ -10,7 +10,7 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from bntool.errors import UsageError
+from bntool.errors import StateError, UsageError
 from bntool.inputs import Inputs, outputs_of
 from bntool.inserting import InsertOptions, plan_insert, sequential_names
 from bntool.insertion import insert_observed
@@ -286,6 +286,14 @@ def test_a_form_that_breaks_the_model_gives_way_to_the_next(name: str) -> None:
     assert given_up == {layer for layer, form in ends.items() if not form}
     assert (check is not None and check.passed) or not plan
     _require_same_outputs(_run(model, inputs), _run(modified, inputs))
+
+
+def test_a_model_without_numbers_has_none_to_keep() -> None:
+    model = nn.Sequential(conv(), nn.ReLU(), conv(4, 2)).to("meta")
+    with pytest.raises(StateError, match="meta device"):
+        insert_observed(
+            model, observe(model, Inputs((torch.empty(2, 3, 8, 8, device="meta"),))), InsertOptions()
+        )
 
 
 def test_banned_forms_are_not_tried_again() -> None:
