@@ -6,6 +6,8 @@ Where a form broke the model (code that indexes a Sequential, say) the site take
 from __future__ import annotations
 
 import dataclasses
+import functools
+import glob
 import inspect
 import re
 from collections.abc import Sequence
@@ -34,7 +36,8 @@ def insert_observed(
     """Plan, apply and observe again until every site holds.
 
     Returns the plan, the new model, and with `init="identity"` the check that the eval output is the
-    same to the last bit (None where there is no site, or a bias moves, which rounds anew). Raises
+    same to the last bit (None where there is no site, or a bias moves, which rounds anew). Whatever the new
+    BatchNorms start as, the forms are judged with ones that change nothing. Raises
     `StateError` for a model on the meta device.
     """
     if any(tensor.is_meta for tensor in observation.graph.tensors.values()):
@@ -50,12 +53,17 @@ def insert_observed(
         if indexed:
             options = _without(options, indexed)
             continue
-        modified = apply_insert(model, plan)
-        if not plan:
-            return plan, modified, None
-        broken, check = _broken_sites(plan, observation, modified, options)
+        if not plan.sites:
+            return plan, apply_insert(model, plan), None
+        exact = _as_identities(plan)
+        modified = apply_insert(model, exact)
+        broken, check = _broken_sites(exact, observation, modified, options)
         if not broken:
+            if exact is not plan:
+                modified, check = apply_insert(model, plan), None
             return dataclasses.replace(plan, notes=(*plan.notes, *notes)), modified, check
+        if broken[0].form in ("pair", "subclass"):
+            broken = _culprits(model, observation, options, broken)
         notes += [f"{s.conv}: form {s.form} changed the model; the next form was tried" for s in broken]
         options = _without(options, broken)
 
@@ -68,19 +76,54 @@ def _without(options: InsertOptions, sites: Sequence[InsertSite]) -> InsertOptio
     return dataclasses.replace(options, banned=banned)
 
 
+def _as_identities(plan: Plan) -> Plan:
+    """The plan with new BatchNorms that change nothing and no bias moved: what its forms are judged by."""
+    if plan.options["init"] != "default" and not plan.dropped:
+        return plan
+    return dataclasses.replace(plan, options={**plan.options, "init": "identity"}, dropped=())
+
+
 def _is_indexed(model: nn.Module, sequential: str) -> bool:
-    """Whether the code of the class that owns a Sequential takes its children by number.
+    """Whether the code of a class in the model takes the children of a Sequential by number.
 
     It may do so where the example input does not lead, in training for one: a sibling would shift them.
     """
-    owner, _, child = sequential.rpartition(".")
+    child = sequential.rpartition(".")[2]
     if not child.isidentifier():
         return False
+    indexed = re.compile(rf"\.{child}\s*\[")
+    return any(indexed.search(_source_of(cls)) for cls in {type(module) for module in model.modules()})
+
+
+@functools.cache
+def _source_of(cls: type) -> str:
+    """The text of a class; empty for PyTorch's own, which know no model, and for those without a file."""
+    if cls.__module__.partition(".")[0] == "torch":
+        return ""
     try:
-        source = inspect.getsource(type(model.get_submodule(owner)))
+        return inspect.getsource(cls)
     except (OSError, TypeError):
-        return False  # a class typed into an interpreter has no source; what ran was observed
-    return re.search(rf"\.{child}\s*\[", source) is not None
+        return ""
+
+
+def _culprits(
+    model: nn.Module, observation: Observation, options: InsertOptions, suspects: list[InsertSite]
+) -> list[InsertSite]:
+    """Of sites that have no other form left, those that break the model without the others.
+
+    Halved until they are alone; all of them where only together they break it.
+    """
+    if len(suspects) == 1:
+        return suspects
+    middle = len(suspects) // 2
+    found: list[InsertSite] = []
+    for half in (suspects[:middle], suspects[middle:]):
+        names = tuple(glob.escape(site.conv) for site in half)
+        alone = dataclasses.replace(options, include=names, exclude=(), every=1, skip_last=False)
+        plan = _as_identities(plan_insert(observation.graph, alone))
+        if _broken_sites(plan, observation, apply_insert(model, plan), alone)[0]:
+            found += _culprits(model, observation, options, half)
+    return found or suspects
 
 
 def _broken_sites(
@@ -97,8 +140,6 @@ def _broken_sites(
         return misplaced, None
     if outline(again.graph, without=sites) != outline(observation.graph):
         return _suspects(sites), None
-    if options.init == "default" or plan.dropped:
-        return [], None
     before = outputs_of(observation.output)
     try:
         after = outputs_of(again.output)

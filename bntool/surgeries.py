@@ -47,7 +47,7 @@ def insert_with(model: nn.Module, observation: Observation, options: InsertOptio
     """
     plan, modified, check = insert_observed(model, observation, options)
     result = as_result(model, modified, plan, observation.inputs, (check,) if check else ())
-    if plan.dropped and options.init == "identity":
+    if plan.dropped and (options.init == "identity" or not plan.sites):
         return with_checks(result, check_insert(model, result.model, plan, observation.inputs))
     return result
 

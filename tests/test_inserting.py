@@ -25,6 +25,9 @@ from tests.insert_zoo import WRITTEN_OUT, ZOO, FunctionalRelu, Net, ReluModule, 
 _UNBROKEN = [name for name, net in ZOO.items() if net.sites and not net.ends]
 
 
+X = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+
+
 def _inputs(net: Net) -> Inputs:
     generator = torch.Generator().manual_seed(1)
     return Inputs((torch.randn(net.shape, generator=generator).to(net.dtype),), origin="test")
@@ -296,6 +299,50 @@ def test_a_model_without_numbers_has_none_to_keep() -> None:
         )
 
 
+class TakesOneClassOnly(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.convs = nn.ModuleList([conv(), conv(4, 4), conv(4, 4), conv(4, 4)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.convs:
+            x = layer(x).relu()
+        return x if type(self.convs[2]) is nn.Conv2d else x + 1
+
+
+@pytest.mark.parametrize("portable", [False, True])
+def test_one_layer_that_takes_no_form_costs_no_other_its_batchnorm(portable: bool) -> None:
+    options = InsertOptions(portable=portable)
+    plan, _, check = insert_observed(model := TakesOneClassOnly(), observe(model, Inputs((X,))), options)
+    assert set(_forms(plan)) == {"convs.0", "convs.1", "convs.3"}
+    assert [skip.name for skip in plan.skips if skip.reason is Reason.FORM_BROKE_MODEL] == ["convs.2"]
+    assert check is not None
+    assert check.passed
+
+
+class ReadsALayersWeight(nn.Module):
+    """By number, and in a way that no look at the source finds; renumbered, it is the weight of another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layers = [m for _ in range(4) for m in (conv(3, 3), nn.ReLU())]
+        self.features = nn.Sequential(*layers)
+
+    def forward(self, x: Tensor) -> Tensor:
+        features = self.features
+        return features(x) * features[6].weight.sum()
+
+
+@pytest.mark.parametrize("options", [{}, {"init": "default"}, {"drop_bias": True}])
+def test_a_form_is_judged_whatever_the_new_layers_start_as(options: dict[str, Any]) -> None:
+    model = ReadsALayersWeight()
+    plan, modified, _ = insert_observed(model, observe(model, Inputs((X,))), InsertOptions(**options))
+    assert set(_forms(plan).values()) == {"wrap"}
+    assert bool(plan.dropped) == ("drop_bias" in options)
+    started = {float(m.running_var[0]) for m in modified.modules() if isinstance(m, nn.BatchNorm2d)}
+    assert started == ({1.0} if "init" in options else {float(torch.tensor(1 - 1e-5))})
+
+
 def test_banned_forms_are_not_tried_again() -> None:
     _, model, inputs = _built("plain_sequential")
     banned = {"0": frozenset({"sequential"}), "2": frozenset({"sequential", "wrap"})}
@@ -481,8 +528,33 @@ class IndexedInTraining(nn.Module):
         return self.features[2](self.features[0](x)) if self.training else self.features(x)
 
 
-def test_a_sequential_that_code_indexes_keeps_its_numbers() -> None:
-    model = IndexedInTraining()
+class Holder(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.features = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.ReLU())
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.features(x)
+        return out
+
+
+class IndexedFromOutside(nn.Module):
+    """The same by a class that does not own the Sequential."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = Holder()
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            return self.body.features[2](self.body.features[0](x))
+        out: Tensor = self.body(x)
+        return out
+
+
+@pytest.mark.parametrize("build", [IndexedInTraining, IndexedFromOutside])
+def test_a_sequential_that_code_indexes_keeps_its_numbers(build: type[nn.Module]) -> None:
+    model = build()
     plan, inserted, check = insert_observed(
         model, observe(model, Inputs.of(torch.randn(1, 3, 8, 8))), InsertOptions()
     )
