@@ -6,7 +6,6 @@ Where a form broke the model (code that indexes a Sequential, say) the site take
 from __future__ import annotations
 
 import dataclasses
-import functools
 import glob
 import inspect
 import re
@@ -21,6 +20,7 @@ from bntool.graph import Graph, Op
 from bntool.inputs import Inputs, outputs_of
 from bntool.inserting import InsertOptions, activation_behind, ends_one, layer_before, plan_insert
 from bntool.observe.eager import Observation, observe
+from bntool.observe.modules import once_per_class
 from bntool.plan import InsertSite, Plan
 from bntool.reference import Reference
 from bntool.runtime.torch_runner import TorchRunner
@@ -95,7 +95,7 @@ def _is_indexed(model: nn.Module, sequential: str) -> bool:
     return any(indexed.search(_source_of(cls)) for cls in {type(module) for module in model.modules()})
 
 
-@functools.cache
+@once_per_class
 def _source_of(cls: type) -> str:
     """The text of a class; empty for PyTorch's own, which know no model, and for those without a file."""
     if cls.__module__.partition(".")[0] == "torch":

@@ -6,11 +6,12 @@ A model is observed once; an insertion or a fold on it gives a `SurgeryResult`.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from torch import nn
 
+from bntool.batches import inputs_of
 from bntool.checking import check_surgery, seeded_batches
 from bntool.errors import CheckFailed, UsageError
 from bntool.inputs import Inputs
@@ -26,6 +27,7 @@ from bntool.report.counting import parameter_delta
 from bntool.results import SurgeryResult
 from bntool.statistics import measure, set_preserving
 from bntool.surgery.fold_modules import with_own_tensors
+from bntool.sweeping import difference_in_training
 from bntool.verdicts import Check
 
 
@@ -77,18 +79,37 @@ def measured_insert(model: nn.Module, result: SurgeryResult, batches: Iterable[A
     Raises `CheckFailed` where the eval output is not the same within rounding.
     """
     names = [name for site in result.plan.insert_sites for name in site.norms]
-    found = measure(result.model, names, batches)
+    first: list[Inputs] = []
+    found = measure(result.model, names, _first_kept(inputs_of(model, batches), first))
     for name, (mean, variance) in found.items():
         set_preserving(result.model.get_submodule(name), mean, variance)
     eps = float(result.plan.options["eps"])
-    dead = {name: int((variance < eps).sum()) for name, (_, variance) in found.items()}
-    notes = [f"{name}: {count} channels hardly vary (σ² < ε)" for name, count in dead.items() if count]
+    dead = {name: (variance < eps).nonzero().flatten().tolist() for name, (_, variance) in found.items()}
+    notes = [
+        f"{name}: {len(channels)} of {len(found[name][1])} channels hardly vary (σ² < ε): "
+        f"{', '.join(map(str, channels))}"
+        for name, channels in dead.items()
+        if channels
+    ]
     notes += [f"{name}: not reached by the data, left an identity" for name in names if name not in found]
+    moved = difference_in_training(model, result.model, names, first)
+    if moved is not None:
+        notes.append(
+            "first training step: where the new layers normalise by the batch, the output of the first one "
+            f"moves by {moved:.1e} of its peak"
+        )
     checks = result.checks
     if result.inputs is not None:
         checks = tuple(check_insert(model, result.model, result.plan, result.inputs))
     plan = dataclasses.replace(result.plan, notes=(*result.plan.notes, *notes))
     return dataclasses.replace(result, plan=plan, checks=checks)
+
+
+def _first_kept(batches: Iterable[Inputs], first: list[Inputs]) -> Iterator[Inputs]:
+    for batch in batches:
+        if not first:
+            first.append(batch)
+        yield batch
 
 
 def fold_observed(

@@ -13,8 +13,9 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from torch.overrides import TorchFunctionMode
 
 from bntool.batches import inputs_of
+from bntool.comparing import difference
 from bntool.errors import BntoolError, StateError, UsageError
-from bntool.inputs import Inputs
+from bntool.inputs import Inputs, outputs_of
 from bntool.moments import Moments, Seen
 from bntool.observe.copying import structural_copy
 from bntool.observe.leftovers import random_state_kept, require_materialised
@@ -70,6 +71,38 @@ def sweep(
             _require_finite(inputs, watch.batch)
             _run_batch(run, inputs.to(device=device).map(torch.clone), watch)
     return Sweep(watch.seen, watch.batch)
+
+
+def difference_in_training(
+    original: nn.Module, modified: nn.Module, names: Sequence[str], batches: Iterable[Any]
+) -> float | None:
+    """How far the outputs move when the named new layers normalise by the batch, of their peak; the largest.
+
+    Every other layer is in eval mode, so that no dropout is counted. None where a batch has one value per
+    channel, which no layer can normalise.
+    """
+    run, reference = structural_copy(modified), structural_copy(original)
+    _own_buffers(run)
+    _own_buffers(reference)
+    for module in (*run.modules(), *reference.modules()):
+        module.training = False
+    for name in names:
+        layer = run.get_submodule(name)
+        layer.training = True
+        if isinstance(layer, nn.SyncBatchNorm):
+            _normalise_alone(layer)
+    device = next((t.device for t in (*run.parameters(), *run.buffers())), torch.device("cpu"))
+    worst = 0.0
+    with random_state_kept(), float32_products(tf32=False), torch.no_grad():
+        for inputs in inputs_of(modified, batches):
+            before, after = (inputs.to(device=device).map(torch.clone) for _ in range(2))
+            try:
+                moved = outputs_of(run(*after.args, **after.kwargs))
+            except ValueError:  # torch: more than one value per channel expected
+                return None
+            kept = outputs_of(reference(*before.args, **before.kwargs))
+            worst = max(worst, *(difference(kept[name], moved.get(name)).relative for name in kept))
+    return worst
 
 
 def pooled(found: Sweep, world: World) -> Sweep:

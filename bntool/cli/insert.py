@@ -172,10 +172,6 @@ def _inserted(session: Session, options: dict[str, Any]) -> SurgeryResult:
         else:
             chosen = _chosen(options)
             chosen.validate()
-            if (options["data"] is not None) != (chosen.init == "calibrate"):
-                raise UsageError(
-                    "--data and --init calibrate go together", next_step="give both, or neither of them"
-                )
             result = surgeries.insert_with(session.model, session.observe(), chosen)
             if result.modified and options["data"] is not None:
                 step("measuring")
@@ -210,6 +206,8 @@ def _chosen(options: dict[str, Any]) -> InsertOptions:
     from bntool.cli.site_list import read_site_list
     from bntool.inserting import InsertOptions
 
+    if (options["data"] is not None) != (options["init"] == "calibrate"):
+        raise UsageError("--data and --init calibrate go together", next_step="give both, or neither of them")
     if options["sites"] and options["include"]:
         raise UsageError("--sites and --include both say where", next_step="give one of them")
     listed = read_site_list(options["sites"]) if options["sites"] else ()

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 
 from bntool.files import load
@@ -49,6 +50,24 @@ def test_the_first_training_step_stays_close(bntool: Shell) -> None:
     # σ², μ and γ each carry a rounding, twelve units in all at an element (docs/calibrating.md), and the
     # convolution behind sums 36 of them
     assert float((before - after).abs().max() / before.abs().max()) < 12 * 36 * torch.finfo(torch.float32).eps
+
+
+def test_the_first_step_is_told_and_so_are_channels_that_hardly_vary(bntool: Shell) -> None:
+    model = nets.plain()
+    first = next(m for m in model.modules() if isinstance(m, torch.nn.Conv2d))
+    with torch.no_grad():
+        first.weight[[1, 3]] = 0
+    nets.save(model, "model.pt")
+    np.save("images.npy", images(40).numpy())
+    words = ("insert", "model.pt", "--init", "calibrate", "--data", "images.npy", *nets.INPUT, "--json")
+    notes = bntool(*words).document["notes"]
+    assert any(note.endswith("channels hardly vary (σ² < ε): 1, 3") for note in notes)
+    (told,) = (note for note in notes if note.startswith("first training step"))
+    batch = images(40)[:32]  # as many samples as a batch of --data holds
+    with torch.no_grad():
+        before, after = model.eval()(batch), load("model_bn.pt").model.train()(batch)
+    moved = float((before - after).abs().max() / before.abs().max())
+    assert float(told.split(" moves by ")[1].split()[0]) == pytest.approx(moved, rel=0.06)  # two digits
 
 
 def test_data_and_calibrate_go_together(bntool: Shell, refused: Callable[..., object], folder: Path) -> None:
