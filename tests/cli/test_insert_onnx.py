@@ -18,3 +18,4 @@ def test_the_document_and_the_refusals(bntool: Shell, refused: Shell, folder: Pa
     assert (folder / "net_bn.onnx").is_file()
     refused("insert", "net.onnx", "--init", "default", "--force", code=2, says="identity nodes only")
     refused("insert", "net.onnx", "--activation", "gelu", "--force", code=4, says="no place for a BatchNorm")
+    refused("insert", "net.onnx", "--data", "data.npy", "--force", code=2, says="go together")
