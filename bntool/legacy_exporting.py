@@ -6,6 +6,7 @@ it, and only a run on other inputs shows whether that is right.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import warnings
 from collections.abc import Iterator
@@ -48,23 +49,31 @@ class _Flat(nn.Module):
 
 
 class _BatchNormCalls(TorchFunctionMode):
-    """Counts the calls of a batch normalisation."""
+    """Counts the calls of a batch normalisation, and those that differ: the tracer makes one node of calls
+    that do the same to the same numbers.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.count = 0
+        self.different: set[tuple[Any, ...]] = set()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in (torch.nn.functional.batch_norm, torch.batch_norm):
             self.count += 1
+            data, *tensors = (item for item in args if isinstance(item, Tensor))
+            # of one network's values, no two of the same shape have the same sum unless they are equal
+            self.different.add((*map(id, tensors), data.shape, str(data.double().sum())))
         return func(*args, **(kwargs or {}))
 
 
 def trace(
     model: nn.Module, inputs: Inputs, dynamic: DynamicAxes, opset: int | None
-) -> tuple[Any, list[str], int, list[str]]:
-    """The ONNX model with nothing folded, the names of its outputs, how often the torch model calls a
-    BatchNorm, and what to tell. `model` is in eval mode.
+) -> tuple[Any, list[str], range, list[str]]:
+    """The ONNX model with nothing folded, the names of its outputs, how many BatchNorms it may have, and what
+    to tell. `model` is in eval mode.
+
+    The torch model calls that many BatchNorms; fewer where several calls do the same to the same numbers.
 
     Raises `ExportError` when the exporter refuses the model, and `UsageError` for an axis that there is not.
     """
@@ -84,7 +93,7 @@ def trace(
     try:
         with silent(), torch.no_grad(), _BatchNormCalls() as calls:
             flat(*named.values())
-        with silent(), warnings.catch_warnings(record=True) as warned:
+        with silent(), _no_graph_on_stdout(), warnings.catch_warnings(record=True) as warned:
             warnings.simplefilter("ignore")  # that this exporter is deprecated, which is not news
             warnings.simplefilter("always", TracerWarning)
             torch.onnx.export(
@@ -111,7 +120,21 @@ def trace(
         notes.append(fixed_batch(inputs, why_fixed))
     onnx_model = ir.serde.deserialize_model(_parsed(file.getvalue()))
     _strip_prefix(onnx_model)
-    return onnx_model, flat.names, calls.count, notes
+    return onnx_model, flat.names, range(len(calls.different), calls.count + 1), notes
+
+
+@contextlib.contextmanager
+def _no_graph_on_stdout() -> Iterator[None]:
+    """Where it fails the exporter logs its graph to the process's own standard output, past Python's.
+
+    It switches that log on by itself, whatever was asked for: so there is none.
+    """
+    log = torch._C._jit_onnx_log
+    torch._C._jit_onnx_log = lambda *_: None
+    try:
+        yield
+    finally:
+        torch._C._jit_onnx_log = log
 
 
 def _parsed(data: bytes) -> Any:

@@ -338,6 +338,29 @@ def test_the_older_exporter_writes_older_opsets(tmp_path, capfd):
         export_onnx(model, IMAGE, tmp_path / "n.onnx", opset=3, exporter="legacy")
 
 
+def test_a_refusal_of_the_older_exporter_is_the_error_alone(tmp_path, capfd):
+    """torch writes its graph to the process's standard output, where a JSON document may go."""
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ChannelShuffle(2))
+    with pytest.raises(ExportError, match="channel_shuffle"):
+        export_onnx(model, IMAGE, tmp_path / "m.onnx", exporter="legacy")
+    assert capfd.readouterr() == ("", "")
+
+
+def test_calls_that_do_the_same_are_one_node_of_a_trace(tmp_path):
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.norm = nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)
+
+        def forward(self, x):
+            return self.norm(self.conv(x)) + self.norm(self.conv(x)).relu() + self.norm(self.conv(x + 1))
+
+    model = Twice().eval()
+    result = export_onnx(model, IMAGE, tmp_path / "m.onnx", exporter="legacy")
+    assert result.nodes["BatchNormalization"] == 2
+    assert passes(model, result.path, IMAGE)
+
+
 def test_a_trace_of_inputs_without_a_common_axis_and_of_tied_weights(tmp_path):
     class Tied(nn.Module):
         def __init__(self):
