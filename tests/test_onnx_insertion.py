@@ -11,12 +11,14 @@ from torch.nn import functional as F
 
 import bntool
 from bntool.errors import UsageError
+from bntool.inputs import Inputs
 from bntool.inserting import InsertOptions
 from bntool.onnx_checking import check_onnx_unchanged, example_inputs_of
 from bntool.onnx_folding import fold_onnx
 from bntool.onnx_insertion import insert_onnx
 from bntool.program_insertion import insert_program
 from bntool.reasons import Reason
+from bntool.runtime.onnx_reference import ReferenceRunner
 
 
 class Net(nn.Module):
@@ -63,6 +65,17 @@ def test_nodes_stand_between_convolution_and_activation_and_change_nothing(
     assert readers == ["Relu", "Relu"]
     inputs = [example_inputs_of(exported, batch) for batch in (1, 3)]
     assert check_onnx_unchanged(exported, tmp_path / "bn.onnx", inputs).passed
+
+
+def test_a_file_in_float64_keeps_its_last_bit(tmp_path: Path) -> None:
+    """A node holds its ε as a float32, so 1 − ε must be taken of that."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()).double().eval()
+    x = torch.randn(1, 3, 8, 8, dtype=torch.float64)
+    bntool.export_onnx(model, (x,), tmp_path / "net.onnx")
+    assert insert_onnx(tmp_path / "net.onnx", tmp_path / "bn.onnx").modified
+    before, after = (ReferenceRunner(tmp_path / name).run(Inputs((x,))) for name in ("net.onnx", "bn.onnx"))
+    assert all(torch.equal(before[name], after[name]) for name in before)
 
 
 def test_each_call_gets_its_own_where_asked(exported: Path, tmp_path: Path) -> None:

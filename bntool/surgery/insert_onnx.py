@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 
 from bntool.observe.onnx_model import OnnxObservation
@@ -12,10 +13,11 @@ from bntool.surgery.onnx_wiring import Wiring
 def apply_insert_onnx(observed: OnnxObservation, plan: Plan) -> None:
     """Carry an insertion plan out on the observed model itself.
 
-    γ = 1, β = 0, μ = 0 and σ² = 1 − ε in the layer's own type: what the model computes stays.
+    γ = 1, β = 0, μ = 0 and σ² = 1 − ε in the layer's own type, where ε is what a node can hold of it, a
+    float32: what the model computes stays.
     """
     wiring = Wiring(observed.model)
-    eps = float(plan.options["eps"])
+    eps = float(np.float32(plan.options["eps"]))
     for site in plan.insert_sites:
         layer = observed.layers[site.conv]
         dtype = observed.graph.tensors[f"{site.conv}.weight"].dtype
