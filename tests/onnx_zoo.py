@@ -811,6 +811,14 @@ zoo(
     inputs={"x": ("N", 4, 8, 8)},
 )
 zoo(
+    "padded_by_computed_amounts",
+    {"n": FOLDED},
+    "s = Sigmoid(x)\nn = BN(s)\nz = ConstantOfShape(four)\ni = Cast<to=7>(z)\nj = Concat<axis=0>(i, ends)\n"
+    "r = Reshape(j, pairs)\nt = Transpose<perm=[1,0]>(r)\na = Reshape(t, flat)\n"
+    'p = Pad<mode="reflect">(n, a)\ny = Conv(p, w)',
+    {"n": 4, "w": W, "four": ints(4), "ends": ints(1, 1, 1, 1), "pairs": ints(4, 2), "flat": ints(-1)},
+)
+zoo(
     "channels_mixed_with_batch",
     {"y": Reason.AXIS_MISMATCH},
     "c = Conv(x, w)\nr = Reshape(c, s)\ny = BN(r)",

@@ -101,6 +101,17 @@ def test_a_fold_that_needs_a_made_up_size_is_refused(monkeypatch: pytest.MonkeyP
     assert plan.options["exclude"] == []
 
 
+def test_a_made_up_size_is_not_taken_for_the_channels() -> None:
+    """Nothing tells what comes out of a reshape by an input: no map has the sizes that stand in for it."""
+    proto = ZOO["pre_activation"].model()
+    proto.graph.input.append(onnx.helper.make_tensor_value_info("shape", onnx.TensorProto.INT64, [4]))
+    proto.graph.node.insert(0, onnx.helper.make_node("Reshape", ["x", "shape"], ["reshaped"]))
+    proto.graph.node[1].input[0] = "reshaped"
+    del proto.graph.value_info[:]
+    plan, _ = plan_fold_onnx(ir.from_proto(proto))
+    assert [(skip.name, skip.reason) for skip in plan.skips] == [("n", Reason.AXIS_MISMATCH)]
+
+
 def test_a_name_with_a_pattern_in_it_is_a_name() -> None:
     proto = ZOO["conv"].model()
     proto.graph.node[1].name = "layer[0]*"

@@ -115,6 +115,7 @@ class Mover:
                 what = "a constant" if value.constant else "the model's input"
                 raise Refused(Reason.REACHES_INPUT, f"it is read straight from {what}")
             self.require_nothing_later(value)
+            _require_fit(value, affine)
             demands.setdefault(value.id, {})[edge] = affine
             agenda.add(value.producer)
 
@@ -184,6 +185,7 @@ class Mover:
             self._require_free(value)
             if not value.readers:
                 raise Refused(Reason.REACHES_OUTPUT, "nothing reads it")
+            _require_fit(value, affine)
             carried[value.id] = affine
             for reader, _ in value.readers:
                 agenda.add(reader)
@@ -231,3 +233,14 @@ class Mover:
             raise Refused(Reason.OUTPUT_ESCAPES, f"the output of {what} is kept beyond the forward")
         if value.watched:
             raise Refused(Reason.HOOKED, f"a hook on {value.watched[0]} sees the output of {what}")
+
+
+def _require_fit(value: Value, affine: Affine) -> None:
+    """A map must have the sizes of its value: those of a graph that is not run may be made up."""
+    sizes = affine.scale.shape
+    if len(sizes) != len(value.shape) or any(
+        a not in (1, b) for a, b in zip(sizes, value.shape, strict=True)
+    ):
+        raise Refused(
+            Reason.AXIS_MISMATCH, f"a map of shape {list(sizes)} meets a value of shape {list(value.shape)}"
+        )

@@ -8,6 +8,7 @@ the same plan, has not relied on a size that is not fixed.
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import onnx
@@ -55,14 +56,15 @@ def infer(model: ir.Model, which: int = 0) -> Shapes:
     """Infer every shape under the first (0) or the second (1) set of sizes for the open axes."""
     table = _Sizes(which)
     skeleton = _skeleton(model, table)
-    inferred = _inferred(skeleton)
-    if _has_holes(inferred):
-        inferred = _inferred(_with_computed_shapes(skeleton))
     shapes = Shapes({}, {}, False)
-    graph = inferred.graph
-    for info in (*graph.input, *graph.value_info, *graph.output):
+    inferred = _inferred(skeleton)
+    graph = _inferred(_with_computed_shapes(skeleton)).graph if _has_holes(inferred) else inferred.graph
+    # what was carried out is no node any more
+    seen = {output for node in graph.node for output in node.output}
+    gone = (info for info in inferred.graph.value_info if info.name not in seen and _is_known(info))
+    for info in (*graph.input, *graph.value_info, *graph.output, *gone):
         _read(info, shapes, table)
-    for tensor in graph.initializer:
+    for tensor in (*skeleton.graph.initializer, *graph.initializer):
         shapes.sizes[tensor.name] = tuple(tensor.dims)
         shapes.types[tensor.name] = tensor.data_type
     shapes.open = table.used
@@ -177,12 +179,7 @@ def _inferred(skeleton: onnx.ModelProto) -> onnx.ModelProto:
 
 def _has_holes(inferred: onnx.ModelProto) -> bool:
     """Whether some result has an unknown size or none at all."""
-    known = {
-        info.name
-        for info in (*inferred.graph.value_info, *inferred.graph.output)
-        if info.type.tensor_type.HasField("shape")
-        and all(dim.HasField("dim_value") for dim in info.type.tensor_type.shape.dim)
-    }
+    known = {info.name for info in (*inferred.graph.value_info, *inferred.graph.output) if _is_known(info)}
     return any(
         name and name not in known
         for node in inferred.graph.node
@@ -191,13 +188,18 @@ def _has_holes(inferred: onnx.ModelProto) -> bool:
     )
 
 
+def _is_known(info: onnx.ValueInfoProto) -> bool:
+    tensor = info.type.tensor_type
+    return tensor.HasField("shape") and all(dim.HasField("dim_value") for dim in tensor.shape.dim)
+
+
 def _with_computed_shapes(skeleton: onnx.ModelProto) -> onnx.ModelProto:
     """The skeleton with arithmetic on sizes carried out, which ONNX's own inference does only in part."""
     from onnxscript.optimizer import fold_constants
 
     try:
         model = ir.from_proto(skeleton)
-        fold_constants(model, onnx_shape_inference=True)
+        fold_constants(model, onnx_shape_inference=True, should_fold=_is_short_constant)
         computed = ir.to_proto(model)
     except Exception:  # noqa: BLE001  a help only: without it some sizes stay unknown, and nothing moves there
         return skeleton
@@ -206,6 +208,13 @@ def _with_computed_shapes(skeleton: onnx.ModelProto) -> onnx.ModelProto:
     del computed.graph.value_info[:]
     computed.graph.value_info.extend(infos)
     return computed
+
+
+def _is_short_constant(node: ir.Node) -> bool | None:
+    """A ConstantOfShape, which onnxscript leaves alone unless asked: the amounts of a Pad are made by it."""
+    shape = node.inputs[0] if node.op_type == "ConstantOfShape" else None
+    tensor = ir.convenience.get_const_tensor(shape) if shape is not None else None
+    return True if tensor is not None and math.prod(tensor.numpy().tolist()) <= _SMALL else None
 
 
 def _read(info: onnx.ValueInfoProto, shapes: Shapes, table: _Sizes) -> None:
