@@ -239,6 +239,27 @@ PROGRAM_ZOO = [
         dynamic=BATCH,
     ),
     ProgramNet(
+        "channels_by_number",
+        {"bn": FOLDED, "b": FOLDED},
+        lambda m, x: (
+            m.c(m.bn(x.relu())[:, [0, 2]]).mean() + m.d(m.b(x.relu())[:, :, torch.tensor([0, 1, 5])])
+        ),
+        lambda: {"bn": bn(4), "c": conv(2), "b": bn(4), "d": conv()},
+        dynamic=BATCH,
+    ),
+    ProgramNet(
+        "padded_with_copies",
+        {"a": FOLDED, "b": FOLDED},
+        lambda m, x: m.c(m.a(x.relu())) + m.d(m.b(x.relu())),
+        lambda: {
+            "a": bn(4),
+            "b": bn(4),
+            "c": conv(padding=1, padding_mode="reflect"),
+            "d": conv(padding=1, padding_mode="replicate"),
+        },
+        dynamic=BATCH,
+    ),
+    ProgramNet(
         "two_halves",
         {"a": FOLDED, "b": FOLDED},
         lambda m, x: tuple(n(part) for n, part in zip((m.a, m.b), m.conv(x).chunk(2, 1), strict=True)),

@@ -8,7 +8,7 @@ import torch
 
 from bntool.affine import Affine, concat, identity, merge
 from bntool.graph import Op
-from bntool.laws.base import Context, Maps, Refused, along, constant_over, law
+from bntool.laws.base import Context, Maps, Refused, along, constant_over, law, only_input
 from bntool.reasons import Reason
 
 
@@ -43,12 +43,17 @@ def _span(op: Op, shape: Sequence[int]) -> tuple[int, int, int, int]:
 class IndexSelect:
     """Some entries of one axis, in an order that is known. Upstream, an entry that goes to several places
     must be asked for one thing; one that goes nowhere is nobody's demand (NaN).
+
+    Which entries they are matters only to a map that varies along that axis.
     """
 
     @staticmethod
     def up(context: Context, op: Op, demands: list[Affine]) -> Maps:
-        shape, axis, indices = _picked(context, op)
+        shape, axis = _picked_from(context, op)
         demand = along(demands[0], len(shape), op.label)
+        indices = _picked(context, op, shape[axis])
+        if indices is None:
+            return {"input": constant_over(demand, [axis], op.label)}
         if demand.scale.shape[axis] == 1:
             widened = [*demand.scale.shape[:axis], len(indices), *demand.scale.shape[axis + 1 :]]
             demand = demand.then("reshape", tuple(widened), tuple(widened))
@@ -60,24 +65,39 @@ class IndexSelect:
 
     @staticmethod
     def down(context: Context, op: Op, maps: Maps) -> list[Affine]:
-        shape, axis, indices = _picked(context, op)
+        shape, axis = _picked_from(context, op)
         affine = along(maps["input"], len(shape), op.label)
-        return [affine if affine.scale.shape[axis] == 1 else affine.then("take", axis, indices)]
+        if affine.scale.shape[axis] == 1:
+            return [affine]
+        indices = _picked(context, op, shape[axis])
+        if indices is None:
+            raise Refused(Reason.UNKNOWN_OP, f"what {op.label} picks is not known")
+        return [affine.then("take", axis, indices)]
 
 
-def _picked(context: Context, op: Op) -> tuple[tuple[int, ...], int, tuple[int, ...]]:
-    shape = context.graph.input(op).shape
-    axis = op.attrs["axis"] % len(shape)
+def _picked_from(context: Context, op: Op) -> tuple[tuple[int, ...], int]:
+    """The shape that is picked from and the axis; refused where the axis does not stay where it is."""
+    shape = only_input(context, op).shape
+    if any(len(context.graph.input(op, role).shape) > 1 for role in op.inputs if role != "input") or len(
+        context.graph.output(op).shape
+    ) != len(shape):
+        raise Refused(Reason.AXIS_MISMATCH, f"{op.label} picks along more than one axis")
+    return shape, op.attrs["axis"] % len(shape)
+
+
+def _picked(context: Context, op: Op, size: int) -> tuple[int, ...] | None:
+    """Where in an axis of `size` each entry comes from; None where that is not known."""
     indices = op.attrs.get("indices")
     if "repeats" in op.attrs:
-        indices = [i for i in range(shape[axis]) for _ in range(op.attrs["repeats"])]
+        indices = [entry for entry in range(size) for _ in range(op.attrs["repeats"])]
     if indices is None:
-        value = context.graph.input(op, op.attrs.get("index", "index"))
-        known = context.graph.constant(value) if value.constant else None
-        if known is None or known.dim() > 1 or known.dtype == torch.bool:
-            raise Refused(Reason.UNKNOWN_OP, f"what {op.label} picks is not known")
-        indices = known.reshape(-1).tolist()
-    return shape, axis, tuple(int(i) % shape[axis] for i in indices)
+        (role,) = (role for role in op.inputs if role != "input")
+        known = context.graph.constant(context.graph.input(op, role))
+        if known is None:
+            return None
+        mask = known.dtype in (torch.bool, torch.uint8)
+        indices = (known.nonzero() if mask else known).reshape(-1).tolist()
+    return tuple(int(i) % size for i in indices)
 
 
 @law("flip", "roll")

@@ -166,14 +166,6 @@ def _move(b: Bound) -> Translation:
     return "permute", {"move": tuple((end,) if isinstance(end, int) else tuple(end) for end in ends)}
 
 
-def _index(b: Bound) -> Translation:
-    """`x[:, places]` picks entries of one axis, by numbers that are known or not."""
-    given = [i for i, places in enumerate(b["indices"]) if places is not None]
-    if len(given) != 1:
-        return "index", {}
-    return "index_select", {"axis": given[0], "index": f"indices_{given[0]}"}
-
-
 def _repeat_interleave(b: Bound) -> Translation:
     if not isinstance(b.get("repeats"), int) or b.get("dim") is None:
         return "repeat_interleave", {}
@@ -182,6 +174,12 @@ def _repeat_interleave(b: Bound) -> Translation:
 
 def _numbers(value: Any) -> tuple[int, ...]:
     return (value,) if isinstance(value, int) else tuple(value)
+
+
+def _index(b: Bound) -> Translation:
+    """x[:, [0, 2]] picks along one axis; of several index tensors no law knows."""
+    axes = [axis for axis, index in enumerate(b["indices"]) if index is not None]
+    return ("index_select", {"axis": axes[0]}) if len(axes) == 1 else ("index", {})
 
 
 def _axis(kind: str) -> Callable[[Bound], Translation]:
@@ -297,8 +295,8 @@ _TABLE: dict[str, Callable[[Bound], Translation]] = {
     "grid_sampler_2d": _grid_sample,
     "grid_sampler_3d": _grid_sample,
     "sum": _sum,
-    "index_select": lambda b: ("index_select", {"axis": b["dim"]}),
     "index": _index,
+    "index_select": lambda b: ("index_select", {"axis": b["dim"]}),
     "repeat_interleave": _repeat_interleave,
     "expand_as": _fixed("expand"),
     "broadcast_to": _fixed("expand"),

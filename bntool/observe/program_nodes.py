@@ -33,7 +33,9 @@ def sharing(name: str, node: Node, bound: dict[str, Any]) -> tuple[list[Node], b
 
 
 def written_by(node: Node, name: str, bound: dict[str, Any]) -> list[str]:
-    """The arguments that a call writes to."""
+    """The arguments whose numbers a call may change."""
+    if name == "detach_":
+        return []
     schema = node.target._schema  # type: ignore[union-attr]
     declared = (a.name for a in schema.arguments if a.alias_info is not None and a.alias_info.is_write)
     return [*declared, *undeclared_writes(name, bound)]

@@ -162,6 +162,34 @@ def test_channels_in_another_order(fill: Numbers, order: list[int]) -> None:
 
 
 @few
+@given(numbers, st.lists(st.booleans(), min_size=6, max_size=6).filter(any))
+def test_channels_by_number_and_by_mask(fill: Numbers, mask: list[bool]) -> None:
+    chosen = torch.tensor(mask)
+    for index in (chosen, chosen.nonzero()[:, 0] - 6):
+        norm = fill.fill(nn.BatchNorm2d(6))
+        cut = Chain(norm, lambda x, index=index: x[:, index], nn.Conv2d(sum(mask), 4, 1))
+        assert verdict(cut, data(2, 6, 3, 3)) is None
+        cut = Chain(
+            nn.Conv2d(4, 6, 1), lambda x, index=index: x[:, index], fill.fill(nn.BatchNorm2d(sum(mask)))
+        )
+        assert verdict(cut, data(2, 4, 3, 3)) is None
+
+
+@few
+@given(numbers)
+def test_an_index_of_other_axes_or_of_data_is_no_law(fill: Numbers) -> None:
+    column = torch.tensor([[1], [3]])
+    cuts: list[Step] = [
+        lambda x: x[:, column, :, :][:, :, 0],
+        lambda x: x[:, column[:, 0], column[:, 0]].unsqueeze(2),
+        lambda x: x[:, x.mean((0, 2, 3)).argsort()[:2]],
+    ]
+    for cut in cuts:
+        model = Chain(fill.fill(nn.BatchNorm2d(6)), cut, nn.Conv2d(2, 4, 1))
+        assert verdict(model, data(2, 6, 4, 4)) is Reason.REACHES_INPUT
+
+
+@few
 @given(numbers)
 def test_a_channel_that_is_picked_twice(fill: Numbers) -> None:
     """Upstream both places would have to ask for one thing; downstream each takes it along."""
