@@ -216,6 +216,12 @@ PROGRAM_ZOO = [
         dynamic=BATCH,
     ),
     ProgramNet(
+        "number_first",
+        {"a": FOLDED, "b": FOLDED},
+        lambda m, x: m.c(1 - m.a(x.relu())) + m.b(3 - m.d(x)),
+        lambda: {"a": bn(4), "c": conv(), "d": conv(), "b": bn()},
+    ),
+    ProgramNet(
         "max_pool", ONE, lambda m, x: m.bn(F.max_pool2d(m.conv(x), 2)), lambda: {"conv": conv(), "bn": bn()}
     ),
     ProgramNet(

@@ -188,8 +188,9 @@ def _axis(kind: str) -> Callable[[Bound], Translation]:
 
 def _binary(kind: str) -> Callable[[Bound], Translation]:
     def translator(b: Bound) -> Translation:
-        other = b.get("other")
-        number = float(other) if isinstance(other, bool | int | float) else None
+        # a decomposed `1 - x` has its number first
+        numbers = [n for n in (b.get("other"), b.get("self")) if isinstance(n, bool | int | float)]
+        number = float(numbers[0]) if numbers else None
         if kind == "div" and b.get("rounding_mode") is not None:
             return "div_rounded", {}
         return kind, {"number": number, "alpha": float(b.get("alpha", 1))}
