@@ -65,8 +65,9 @@ $(PEERS)/.installed: pyproject.toml constraints.txt tools/peers.txt
 peers: $(PEERS)/.installed ## compare with the best BatchNorm folders; goes on where it stopped
 	$(PEERS)/bin/python -m tools.peers
 
-random: setup ## fold and insert over thousands of networks made at random
-	$(BIN)/python -m tools.random_folds
+AS ?= module
+random: setup ## fold and insert over networks made at random, AS=module, program or onnx
+	$(BIN)/python -m tools.random_folds --as $(AS)
 
 exports: setup ## fold, export and verify torchvision's and timm's models; goes on where it stopped
 	$(BIN)/python -m tools.exports

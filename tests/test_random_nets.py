@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
-import torch
-from torch import nn
+import collections
+import warnings
 
-from tools.random_folds import TOLERANCE, difference, fold_one, insert_one, outputs_of
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tools.random_files import file_trials
+from tools.random_folds import FRONT_ENDS
 from tools.random_nets import RandomNet
+from tools.random_trials import TOLERANCE, difference, outputs_of
 
 
 def test_a_seed_is_one_network() -> None:
@@ -18,34 +24,39 @@ def test_a_seed_is_one_network() -> None:
 
 def test_numbers_where_there_were_none_and_none_where_there_were_are_a_difference() -> None:
     net = RandomNet(5)
-    assert difference(net, net, net) == 0.0
 
-    class Nothing(nn.Module):
-        def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
-            return [torch.full_like(out, torch.nan) for out in outputs_of(net, x)]
+    def run(x: Tensor) -> list[Tensor]:
+        return outputs_of(net, x)
 
-    assert difference(net, Nothing(), net) == difference(Nothing(), net, net) == float("inf")
+    def nothing(x: Tensor) -> list[Tensor]:
+        return [torch.full_like(out, torch.nan) for out in run(x)]
+
+    assert difference(run, run, net) == 0.0
+    assert difference(run, nothing, net) == difference(nothing, run, net) == float("inf")
 
 
-def test_folds_are_right_where_nothing_checks_them() -> None:
-    folded = kept = 0
-    for seed in range(50):
+@pytest.mark.parametrize(("front", "nets"), [("module", 40), ("program", 4), ("onnx", 8)])
+def test_surgeries_are_right_where_nothing_checks_them(front: str, nets: int) -> None:
+    done: collections.Counter[str] = collections.Counter()
+    kept: collections.Counter[str] = collections.Counter()
+    for seed in range(100, 100 + nets):
         net = RandomNet(seed)
-        for unshare in (False, True):
-            result, error = fold_one(net, unshare=unshare)
-            assert error <= TOLERANCE, f"seed {seed}, unshare={unshare}\n{net.told()}"
         norms = [m for m in net.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-        assert len(result.sites) + len(result.skips) == len(norms)
-        folded, kept = folded + len(result.sites), kept + len(result.skips)
-    assert folded > kept > 0, "networks that are all foldable, or none, show nothing"
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of the exporters, of their own doings
+            trials = list(FRONT_ENDS[front](seed))
+        for trial in trials:
+            assert trial.error <= TOLERANCE, f"seed {seed}, {trial.what}: {trial.error}\n{net.told()}"
+            what = trial.what.rpartition(", ")[2]
+            done[what] += len(trial.plan.sites)
+            kept[what] += len(trial.plan.skips)
+            if front == "module" and "fold" in trial.what and "insert" not in trial.what:
+                assert len(trial.plan.sites) + len(trial.plan.skips) == len(norms)
+    assert done["fold"] > kept["fold"] > 0, "networks that are all foldable, or none, show nothing"
+    assert done["insert"] > nets / 4
 
 
-def test_insertions_change_nothing_and_fold_away() -> None:
-    sites = 0
-    for seed in range(100, 150):
-        net = RandomNet(seed)
-        result, moved, back = insert_one(net)
-        assert moved == 0.0, f"seed {seed}\n{net.told()}"
-        assert back <= TOLERANCE, f"seed {seed}\n{net.told()}"
-        sites += len(result.sites)
-    assert sites > 15
+def test_a_file_of_the_newer_exporter() -> None:
+    trials = list(file_trials(RandomNet(7), "dynamo"))
+    assert {trial.what for trial in trials} >= {"dynamo, insert", "dynamo, fold"}
+    assert max(trial.error for trial in trials) <= TOLERANCE
