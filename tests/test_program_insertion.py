@@ -42,6 +42,15 @@ def test_the_newcomers_change_nothing_and_fold_away_again(decomposed: bool) -> N
     assert set(folded.program.state_dict) == set(given.state_dict)
 
 
+@pytest.mark.parametrize("activation", [nn.SiLU, nn.Hardswish, nn.GELU])
+def test_an_activation_is_one_where_it_is_decomposed_too(activation: type[nn.Module]) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), activation()).eval()
+    given = torch.export.export(model, (X,)).run_decompositions()
+    result = insert_program(given, InsertOptions(activations=(activation.__name__.lower(),)))
+    assert len(result.plan.sites) == 1
+    assert torch.equal(result.program.module()(X), given.module()(X))
+
+
 def test_every_call_gets_its_own_and_a_saved_program_loads(tmp_path: Any) -> None:
     batch = {0: torch.export.Dim("batch", min=1, max=64)}
     given = program(dynamic_shapes=(batch,))

@@ -13,6 +13,7 @@ _WRITTEN_OUT = {
     ("hardsigmoid",): "hardswish",
     ("relu6",): "hardswish",
     ("clamp",): "hardswish",
+    ("clamp", "relu"): "hardswish",  # clamped below, then above, as a decomposed program does it
     ("hardtanh",): "hardswish",
     ("softplus", "tanh"): "mish",
     ("erf",): "gelu",
