@@ -243,7 +243,7 @@ zoo(
 )
 zoo(
     "gemm_bias_per_row",
-    {"y": Reason.NONLINEAR},
+    {"y": Reason.UNKNOWN_OP},
     "c = Gemm(x, w, b)\ny = BN(c)",
     {"w": (5, 6), "b": (3, 1), "y": 6},
     inputs=FLAT,
@@ -357,12 +357,6 @@ through("global_max_pool", "p = GlobalMaxPool(c)")
 through("reduce_min", "p = ReduceMin<axes=[2,3], keepdims=1>(c)")
 through("top_k", "p, i = TopK(c, k)", k=ints(2))
 through(
-    "top_k_with_its_indices",
-    "q, i = TopK(c, k)\nf = Cast<to=1>(i)\np = Add(q, f)",
-    Reason.UNKNOWN_OP,
-    k=ints(2),
-)
-through(
     "grid_sample",
     'p = GridSample<padding_mode="border">(c, g)',
     g=np.linspace(-1.5, 1.5, 2 * 3 * 3 * 2, dtype=np.float32).reshape(2, 3, 3, 2),
@@ -427,6 +421,7 @@ through("div_sub", "m = Div(c, two)\np = Sub(m, three)", two=np.array(2.0), thre
 through("neg", "p = Neg(c)")
 through("relu", "p = Relu(c)", Reason.NONLINEAR)
 through("sigmoid", "p = Sigmoid(c)", Reason.NONLINEAR)
+through("cast_like_itself", "p = CastLike(c, c)")
 through("cast_to_integers", "i = Cast<to=6>(c)\np = CastLike(i, c)", Reason.NONLINEAR)
 
 zoo(

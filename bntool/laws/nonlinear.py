@@ -15,8 +15,8 @@ local_response_norm normalize norm linalg_norm linalg_vector_norm linalg_matrix_
 var_mean std_mean cdist cosine_similarity pairwise_distance"""
 _REDUCTIONS = "argmax argmin argsort any all prod cumprod count_nonzero mode unique _unique2 histc bincount"
 _OTHER = "lstm gru rnn_tanh rnn_relu bilinear embedding multinomial"
-_ONNX = """Abs Acos Acosh And ArgMax ArgMin Asin Asinh Atan Atanh Bernoulli Ceil Cos Cosh CumProd Equal Exp
-Floor GRU Greater GreaterOrEqual GroupNormalization HardSwish Hardmax InstanceNormalization IsInf
+_ONNX = """Abs Acos Acosh And ArgMax ArgMin Asin Asinh Atan Atanh Bernoulli Cast Ceil Cos Cosh CumProd Equal
+Exp Floor GRU Greater GreaterOrEqual GroupNormalization HardSwish Hardmax InstanceNormalization IsInf
 IsNaN LRN LSTM LayerNormalization Less LessOrEqual Log LogSoftmax LpNormalization LpPool Max
 MeanVarianceNormalization Min Mod Not Or RMSNormalization RNN Reciprocal ReduceL1 ReduceL2
 ReduceLogSum ReduceLogSumExp ReduceProd ReduceSumSquare Round Shrink Sign Sin Sinh Softmax Softsign

@@ -256,6 +256,7 @@ _TABLE: dict[str, Translator] = {
     **{name: _fixed("reshape") for name in ("Reshape", "Flatten", "Squeeze", "Unsqueeze")},
     "Identity": _fixed("identity"),
     "Cast": _cast,
+    "CastLike": _fixed("identity"),
     "Dropout": _dropout,
     "Transpose": _transpose,
     "Slice": _slice,
