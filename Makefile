@@ -2,11 +2,12 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 PEERS := .venv-peers
+ELSEWHERE := .venv-elsewhere
 FUZZ := .venv-fuzz
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test check lint gold docs man bench latency zoo peers exports verification large streaming \
-	gpu-check pickles fuzz durability random
+	gpu-check pickles fuzz durability random elsewhere
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  \1\t/' | expand -t 14
@@ -64,6 +65,16 @@ $(PEERS)/.installed: pyproject.toml constraints.txt tools/peers.txt
 
 peers: $(PEERS)/.installed ## compare with the best BatchNorm folders; goes on where it stopped
 	$(PEERS)/bin/python -m tools.peers
+
+$(ELSEWHERE)/.installed: pyproject.toml constraints.txt tools/elsewhere.txt
+	test -x $(ELSEWHERE)/bin/python || $(PYTHON) -m venv $(ELSEWHERE)
+	$(ELSEWHERE)/bin/python -m pip install --quiet --constraint constraints.txt torch torchvision
+	$(ELSEWHERE)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[zoo]'
+	$(ELSEWHERE)/bin/python -m pip install --quiet --no-deps --requirement tools/elsewhere.txt
+	touch $@
+
+elsewhere: $(ELSEWHERE)/.installed ## fold and insert over the models of other libraries; goes on where it stopped
+	$(ELSEWHERE)/bin/python -m tools.elsewhere
 
 AS ?= module
 random: setup ## fold and insert over networks made at random, AS=module, program or onnx

@@ -11,6 +11,7 @@ import glob
 import resource
 import statistics
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -63,34 +64,43 @@ def randomise(model: Any, seed: int = 0, gain: float = 1.0) -> None:
 
 
 def examine(name: str) -> dict[str, Any]:
-    """Fold one model, insert what it lacks, check both: with the first gain at which that can be judged."""
+    """Fold one model, insert what it lacks, check both."""
+    import torch
+
+    from bntool.files.references import build, recorded_inputs
+    from bntool.inputs import Inputs
+    from bntool.observe.eager import Observation, observe
+    from bntool.observe.inference import observe_inferred
+
+    def observed(model: Any) -> Observation:
+        shape = VIDEO if name.split(":")[1] in ("r3d_18", "mc3_18", "r2plus1d_18") else None
+        given = Inputs.of(torch.zeros(shape).normal_()) if shape else recorded_inputs(model)
+        # the smallest images that the model takes: the algebra is the same, and the sweep ends some day
+        return observe(model, given) if given is not None else observe_inferred(model, small=True)
+
+    return judged(lambda: build(name).model, observed)
+
+
+def judged(make: Callable[[], Any], observed: Callable[[Any], Any]) -> dict[str, Any]:
+    """What becomes of a model, with the first gain at which that can be judged."""
     from bntool.errors import CheckFailed
 
     try:
-        return _examined(name, GAINS[0])
+        return _judged(make, observed, GAINS[0])
     except CheckFailed as error:
         # a fold that is wrong is wrong with any gain
-        return {**_examined(name, GAINS[1]), "gain": GAINS[1], "not judged": str(error)[:200]}
+        return {**_judged(make, observed, GAINS[1]), "gain": GAINS[1], "not judged": str(error)[:200]}
 
 
-def _examined(name: str, gain: float) -> dict[str, Any]:
+def _judged(make: Callable[[], Any], observed: Callable[[Any], Any], gain: float) -> dict[str, Any]:
     """One model, and how long each step took."""
-    import torch
-
     from bntool import surgeries
-    from bntool.files.references import build, recorded_inputs
-    from bntool.inputs import Inputs
-    from bntool.observe.eager import observe
-    from bntool.observe.inference import observe_inferred
 
-    model = build(name).model.eval()
-    row: dict[str, Any] = {"model": name, "parameters": sum(p.numel() for p in model.parameters())}
+    model = make().eval()
+    row: dict[str, Any] = {"parameters": sum(p.numel() for p in model.parameters())}
     randomise(model, gain=gain)
     start = time.perf_counter()
-    shape = VIDEO if name.split(":")[1] in ("r3d_18", "mc3_18", "r2plus1d_18") else None
-    given = Inputs.of(torch.zeros(shape).normal_()) if shape else recorded_inputs(model)
-    # the smallest images that the model takes: the algebra is the same, and the sweep ends some day
-    observation = observe(model, given) if given is not None else observe_inferred(model, small=True)
+    observation = observed(model)
     row["seconds_observe"] = round(time.perf_counter() - start, 3)
     row["ops"] = len(observation.graph.ops)
     start = time.perf_counter()
@@ -106,7 +116,6 @@ def _examined(name: str, gain: float) -> dict[str, Any]:
         row.update(_checked(model, result, observation.inputs))
     row.update(_inserted(model, observation))
     row["peak_gb"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2)
-    del torch
     return {"status": "ok", **row}
 
 
@@ -172,7 +181,7 @@ def sites_again(inserted: Any, inputs: Any) -> int:
     return len(again.sites)
 
 
-def page(results: dict[str, dict[str, Any]]) -> str:
+def page(results: dict[str, dict[str, Any]], title: str, target: str, file: str) -> str:
     rows = sorted(results.values(), key=lambda row: row["model"])
     good = [row for row in rows if row["status"] == "ok"]
     with_bn = [row for row in good if row["bn_total"]]
@@ -185,10 +194,10 @@ def page(results: dict[str, dict[str, Any]]) -> str:
     exact = [row["float64"] for row in good if "float64" in row and not row.get("note")]
     sites = [row for row in good if row.get("sites")]
     lines = [
-        "# Coverage",
+        f"# {title}",
         "",
-        "Random weights, randomised BatchNorm statistics with γ of both signs. Written by `make zoo` from",
-        "`coverage.jsonl`, one line a model, which has every figure.",
+        "Random weights, randomised BatchNorm statistics with γ of both signs. Written by",
+        f"`make {target}` from `{file}`, one line a model, which has every figure.",
         "",
         f"- models run: {len(good)} of {len(rows)} tried",
         f"- with BatchNorm: {len(with_bn)}; BatchNorm layers: {total:,}; folded: {folded:,} ({share:.1f} %)",
@@ -262,7 +271,9 @@ def main() -> None:
         results.add(row)
         found = f"{row.get('folded', '')}/{row.get('bn_total', '')}"
         print(f"{len(results.rows):5} {row['status']:10} {name} {found}", flush=True)
-    results.path.with_suffix(".md").write_text(page(results.rows), encoding="utf-8")
+    results.path.with_suffix(".md").write_text(
+        page(results.rows, "Coverage", "zoo", results.path.name), encoding="utf-8"
+    )
 
 
 if __name__ == "__main__":
