@@ -14,7 +14,9 @@ from torch import nn
 
 import bntool
 from bntool.files.references import build
-from tools.zoo import randomise
+from bntool.inputs import Inputs
+from bntool.observe.eager import observe
+from tools.zoo import judged, page, randomise
 
 pytest.importorskip("torchvision")
 pytest.importorskip("timm")
@@ -76,3 +78,24 @@ def test_verdicts_and_outputs(name: str) -> None:
     left = sum(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in result.model.modules())
     assert left == sum(kept.values())
     assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
+
+
+def test_a_row_says_what_a_fold_and_an_insertion_came_to() -> None:
+    def make() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.ReLU())
+
+    row = judged(make, lambda model: observe(model, Inputs.of(torch.randn(2, 3, 8, 8))))
+    told = {
+        key: row[key]
+        for key in ("status", "bn_total", "folded", "sites", "sites_again", "insert_exact", "fx")
+    }
+    assert told == {
+        "status": "ok", "bn_total": 1, "folded": 1, "sites": 1, "sites_again": 0, "insert_exact": True,
+        "fx": "agrees",
+    }  # fmt: skip
+    assert row["float64"] < 1e-12
+    text = page({"net": {"model": "net", **row}}, "Nets", "nets", "nets.jsonl")
+    assert text.startswith("# Nets\n")
+    assert "BatchNorm layers: 1; folded: 1 (100.0 %)" in text
+    assert "- a second insertion, in 1 models: changes nothing" in text

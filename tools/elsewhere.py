@@ -1,6 +1,7 @@
 """Fold and insert over the models of other libraries: `make elsewhere`.
 
-torchvision and timm write their models with care, and alike; these are written in styles of their own. are appended to `docs/elsewhere.jsonl` as they come; `docs/elsewhere.md` is written from them.
+torchvision and timm write their models with care, and alike; these are written in styles of their own.
+Results are appended to `docs/elsewhere.jsonl` as they come; `docs/elsewhere.md` is written from them.
 """
 
 from __future__ import annotations

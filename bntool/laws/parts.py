@@ -182,6 +182,26 @@ class Unbind:
         return [_at(affine, op.attrs["axis"] % rank, index) for index in range(len(op.outputs))]
 
 
+@law("unfold")
+class Windows:
+    """Tensor.unfold: overlapping windows along an axis that the map does not depend on; a last axis counts
+    the entries of a window.
+    """
+
+    @staticmethod
+    def up(context: Context, op: Op, demands: list[Affine]) -> Maps:
+        rank = len(context.graph.input(op).shape)
+        demand = along(demands[0], rank + 1, op.label)
+        demand = constant_over(demand, [op.attrs["axis"] % rank, rank], op.label)
+        return {"input": _at(demand, rank, 0)}
+
+    @staticmethod
+    def down(context: Context, op: Op, maps: Maps) -> list[Affine]:
+        rank = len(context.graph.input(op).shape)
+        affine = along(maps["input"], rank, op.label)
+        return [_with_axis(constant_over(affine, [op.attrs["axis"] % rank], op.label), rank)]
+
+
 @law("stack")
 class Stack:
     """Values of one shape along a new axis."""

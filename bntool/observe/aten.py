@@ -263,6 +263,7 @@ _TABLE: dict[str, Callable[[Bound], Translation]] = {
     "flipud": _fixed("flip", axes=(0,)),
     "roll": lambda b: ("roll", {"axes": _numbers(b.get("dims", ())), "shifts": _numbers(b["shifts"])}),
     "unbind": _axis("unbind"),
+    "unfold": lambda b: ("unfold", {"axis": b["dimension"]}),
     "hsplit": _fixed("split", axis=1),
     "vsplit": _fixed("split", axis=0),
     "dsplit": _fixed("split", axis=2),

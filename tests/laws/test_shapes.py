@@ -31,7 +31,7 @@ def shape_steps(draw: st.DrawFn, shape: tuple[int, ...], length: int) -> list[tu
         kind = draw(
             st.sampled_from(
                 """permute merge cut slice turn select unsqueeze transpose pick repeat expand
-                flip roll move restack interleave index""".split()
+                flip roll move restack interleave index windows""".split()
             )
         )
         axis = draw(st.integers(0, rank - 1))
@@ -70,6 +70,8 @@ def shape_steps(draw: st.DrawFn, shape: tuple[int, ...], length: int) -> list[tu
             step = (kind, (axis, draw(st.integers(0, rank - 1))))
         elif kind == "interleave" and x.numel() < 1000:
             step = ("interleave", (axis, draw(st.integers(1, 3))))
+        elif kind == "windows" and rank < 6 and x.shape[axis] > 1:
+            step = ("windows", (axis, draw(st.integers(1, x.shape[axis])), draw(st.integers(1, 2))))
         elif kind == "index":
             step = ("index", (axis, draw(st.permutations(range(x.shape[axis])))))
         else:
@@ -98,6 +100,8 @@ def carried_out(steps: list[tuple[str, Any]], x: Tensor) -> Tensor:
             x = torch.stack(x.unbind(argument[0]), argument[1])
         elif kind == "interleave":
             x = x.repeat_interleave(argument[1], argument[0])
+        elif kind == "windows":
+            x = x.unfold(*argument)
         elif kind == "index":
             x = x[(*[slice(None)] * argument[0], torch.tensor(argument[1]))]
         elif kind == "turn":
