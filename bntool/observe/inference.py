@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -27,19 +28,35 @@ def observe_inferred(model: nn.Module, *, small: bool = False) -> Observation:
     Raises:
         ObserveError: no guess fits, or there is nothing to guess from.
     """
-    failure: ObserveError | None = None
+    failures: list[ObserveError] = []
     for inputs in guesses(model, small=small):
         try:
             return observe(model, inputs)
         except ObserveError as error:
-            failure = failure or error
-    if failure is None:
+            failures.append(error)
+    for inputs in _of_the_layer_that_failed(model, failures, small):
+        with contextlib.suppress(ObserveError):
+            return observe(model, inputs)
+    if not failures:
         raise ObserveError(
             "cannot infer an example input: the model has no layer that tells its input's shape",
             where=class_name(type(model)),
             next_step="give one with --input 1x3x224x224 (example_inputs= in Python)",
         )
-    raise failure
+    raise failures[0]
+
+
+def _of_the_layer_that_failed(
+    model: nn.Module, failures: list[ObserveError], small: bool
+) -> Iterator[Inputs]:
+    """The first layer in a model's `__init__` need not be the first in its forward, which may be the one that
+    did not take the guess.
+    """
+    modules, first = dict(model.named_modules()), _first_layer(model)
+    for name in dict.fromkeys(failure.where for failure in failures):
+        layer = modules.get(name)
+        if isinstance(layer, _TELLING) and first is not None and layer is not first[1]:
+            yield from _for_layer(name, layer, small)
 
 
 def guesses(model: nn.Module, *, small: bool = False) -> Iterator[Inputs]:
@@ -64,7 +81,11 @@ def guesses(model: nn.Module, *, small: bool = False) -> Iterator[Inputs]:
     first = _first_layer(model)
     if first is None:
         return
-    name, layer = first
+    yield from _for_layer(*first, small)
+
+
+def _for_layer(name: str, layer: nn.Module, small: bool) -> Iterator[Inputs]:
+    """Inputs that this layer takes; those of a model that begins with it."""
     for shape in _shapes(layer, small):
         text = "x".join(map(str, shape))
         origin = f"inferred {text} from the first layer, {name or type(layer).__name__}"

@@ -107,3 +107,19 @@ def test_a_lazy_model_is_refused_with_what_to_do() -> None:
 def test_a_lazy_first_layer_is_refused_too() -> None:
     with pytest.raises(ObserveError, match="lazy"):
         observe_inferred(nn.Sequential(nn.LazyConv2d(4, 3)))
+
+
+def test_layers_that_are_made_in_another_order_than_they_run() -> None:
+    """The head is the first layer of `__init__`; the one that refuses its guess is the first to run."""
+
+    class HeadFirst(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head, self.stem = nn.Conv2d(8, 2, 1), nn.Conv2d(1, 8, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.stem(x))
+
+    found = observe_inferred(HeadFirst().eval(), small=True)
+    assert found.inputs.shapes() == "1x1x28x28"
+    assert found.inputs.origin == "inferred 1x1x28x28 from the first layer, stem"
