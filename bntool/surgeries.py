@@ -86,8 +86,7 @@ def measured_insert(model: nn.Module, result: SurgeryResult, batches: Iterable[A
     eps = float(result.plan.options["eps"])
     dead = {name: (variance < eps).nonzero().flatten().tolist() for name, (_, variance) in found.items()}
     notes = [
-        f"{name}: {len(channels)} of {len(found[name][1])} channels hardly vary (σ² < ε): "
-        f"{', '.join(map(str, channels))}"
+        f"{name}: {len(channels)} of {len(found[name][1])} channels hardly vary (σ² < ε): {_listed(channels)}"
         for name, channels in dead.items()
         if channels
     ]
@@ -103,6 +102,11 @@ def measured_insert(model: nn.Module, result: SurgeryResult, batches: Iterable[A
         checks = tuple(check_insert(model, result.model, result.plan, result.inputs))
     plan = dataclasses.replace(result.plan, notes=(*result.plan.notes, *notes))
     return dataclasses.replace(result, plan=plan, checks=checks)
+
+
+def _listed(channels: Sequence[int], most: int = 16) -> str:
+    more = f" and {len(channels) - most} more" if len(channels) > most else ""
+    return ", ".join(map(str, channels[:most])) + more
 
 
 def _first_kept(batches: Iterable[Inputs], first: list[Inputs]) -> Iterator[Inputs]:
