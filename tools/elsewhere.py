@@ -134,9 +134,12 @@ def observed(model: Any) -> Any:
     try:
         return observe_inferred(model, small=True)
     except ObserveError:
-        size = getattr(model, "in_size", None) or (224, 224)
-        channels = getattr(model, "in_channels", None) or 3
-        return observe(model, Inputs.of(torch.randn(1, channels, *size)))
+        channels, size = (
+            getattr(model, "in_channels", None) or 3,
+            getattr(model, "in_size", None) or (224, 224),
+        )
+        shape = getattr(model, "input_size", None) or (channels, *size)
+        return observe(model, Inputs.of(torch.randn(1, *shape)))
 
 
 def main() -> None:

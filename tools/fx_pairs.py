@@ -67,22 +67,31 @@ def pairs(model: nn.Module) -> dict[str, str] | None:
 
 
 def _activation(node: fx.Node, modules: dict[str, nn.Module]) -> str:
-    while len(users := [user for user in node.users if not _reads_only_the_shape(user)]) == 1:
-        (user,) = users
-        if user.op == "call_module":
-            module = modules[str(user.target)]
-            if isinstance(module, _THROUGH):
-                node = user
-                continue
-            return _KIND_OF.get(type(module).__name__, "")
-        return _called(user) if user.op in ("call_function", "call_method") else ""
-    return "silu" if _is_gate(node, users) else ""
+    while users := [user for user in node.users if not _reads_only_the_shape(user)]:
+        first = modules.get(str(users[0].target)) if users[0].op == "call_module" else None
+        # what an activation overwrites is its result to whoever reads it later
+        if len(users) > 1 and not getattr(first, "inplace", False):
+            return _gate(node, users)
+        if first is None:
+            return _called(users[0]) if users[0].op in ("call_function", "call_method") else ""
+        if not isinstance(first, _THROUGH):
+            return _KIND_OF.get(type(first).__name__, "")
+        node = users[0]
+    return ""
 
 
-def _is_gate(node: fx.Node, users: list[fx.Node]) -> bool:
-    """x·sigmoid(x), written out."""
-    gates = [user for user in users if _called(user) == "sigmoid" and len(user.users) == 1]
-    return any(set(user.args) == {node, gate} and len(users) == 2 for gate in gates for user in gate.users)
+def _gate(node: fx.Node, users: list[fx.Node]) -> str:
+    """x·sigmoid(x) and x·relu6(x + 3)/6, written out."""
+    if len(users) != 2:
+        return ""
+    for user in users:
+        alone = next(iter(user.users)) if len(user.users) == 1 else None
+        if _called(user) == "sigmoid" and alone in users and set(alone.args) == {node, user}:
+            return "silu"
+        shifted = user.op == "call_function" and user.args == (node, 3.0) and alone is not None
+        if shifted and _called(alone) == "relu6" and any(set(u.args) == {node, alone} for u in alone.users):
+            return "hardswish"
+    return ""
 
 
 def _reads_only_the_shape(node: fx.Node) -> bool:

@@ -252,7 +252,9 @@ def page(results: dict[str, dict[str, Any]], title: str, target: str, file: str)
         )
     if rest:
         lines += ["", "Not run:", ""]
-        lines += [f"- {row['model']}: {row['status']} {row.get('error', '')}".rstrip() for row in rest]
+        for row in rest:
+            why = row.get("error", "").partition("\n")[0]
+            lines.append(f"- {row['model']}: {row['status']} {why}".rstrip())
     return "\n".join(lines) + "\n"
 
 
