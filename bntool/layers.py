@@ -10,7 +10,7 @@ from __future__ import annotations
 import collections
 import copy
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -20,17 +20,18 @@ _COUNTER = "num_batches_tracked"
 """torch itself adds it where it is missing."""
 
 
-def load_old_checkpoints(model: nn.Module, norms: Sequence[nn.Module]) -> None:
-    """Let `load_state_dict(strict=True)` take a checkpoint that knows nothing of these new BatchNorms.
+def load_old_checkpoints(model: nn.Module, names: Iterable[str]) -> None:
+    """Let `load_state_dict(strict=True)` take a checkpoint that knows nothing of the new BatchNorms.
 
     They become ones that change nothing: all of them or none, since a checkpoint that has some of them is a
     new one with a part missing. This holds in the process at hand: what is pickled is the plain module, which
     needs no bntool to be loaded.
     """
-    for norm in norms:
+    norms = {name: model.get_submodule(name) for name in names}
+    for norm in norms.values():
         norm.register_load_state_dict_pre_hook(_fill_in_if_old)
         _keep_out_of_pickles(norm, "_load_state_dict_pre_hooks")
-    group = _Together(list(norms))
+    group = _Together(norms)
     model.register_load_state_dict_pre_hook(group.before)
     model.register_load_state_dict_post_hook(group.after)
     _keep_out_of_pickles(model, "_load_state_dict_pre_hooks")
@@ -78,7 +79,7 @@ class _Together:
     The model is not among the fields: it would hold itself, and its memory until a garbage collection.
     """
 
-    norms: list[nn.Module]
+    norms: dict[str, nn.Module]
 
     def before(
         self,
@@ -91,10 +92,13 @@ class _Together:
         *_: Any,
     ) -> None:
         """Where there are some, say already now what is missing: then nothing is filled in."""
-        own = {id(norm) for norm in self.norms}
+        modules = dict(model.named_modules(remove_duplicate=False))
+        there = set(map(id, modules.values()))
+        # one that was replaced, by a SyncBatchNorm say, stands where it stood
+        own = {id(norm) if id(norm) in there else id(modules.get(name)) for name, norm in self.norms.items()}
         keys = [
             {f"{prefix}{name}.{key}" for key in norm.state_dict() if not key.endswith(_COUNTER)}
-            for name, norm in model.named_modules(remove_duplicate=False)
+            for name, norm in modules.items()
             if id(norm) in own
         ]
         if any(not group.isdisjoint(state_dict) for group in keys):

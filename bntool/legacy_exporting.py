@@ -57,13 +57,16 @@ class _BatchNormCalls(TorchFunctionMode):
         super().__init__()
         self.count = 0
         self.different: set[tuple[Any, ...]] = set()
+        self._held: list[Tensor] = []
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in (torch.nn.functional.batch_norm, torch.batch_norm):
             self.count += 1
             given = {**dict(enumerate(args)), **(kwargs or {})}
             data: Tensor = given.pop("input" if "input" in given else 0)
-            stored = tuple(id(item) for item in given.values() if isinstance(item, Tensor))
+            tensors = [item for item in given.values() if isinstance(item, Tensor)]
+            self._held += tensors  # else another could get the number of one that is gone
+            stored = tuple(map(id, tensors))
             # data of one sum counts as the same: where it is not, a node less than there are is let by
             self.different.add((*stored, data.shape, str(data.sum(dtype=torch.float64))))
         return func(*args, **(kwargs or {}))

@@ -37,6 +37,9 @@ _UNFIT = frozenset(
 )
 """A BatchNorm with one of these must not go, whoever offers to take it."""
 
+_BY_SIZE = frozenset({"reshape", "roll", "index_select"})
+"""Laws whose ops take numbers that models compute from sizes."""
+
 _UNMERGED = "blocks keep their branches: the model does not run with its blocks merged"
 
 
@@ -133,8 +136,8 @@ def _note_biases(graph: Graph, layers: set[str]) -> None:
 
 
 def _rests_on_one_run(site: FoldSite) -> bool:
-    """Whether a fold leads through a reshape, or uses a number that the forward made, maybe from its data."""
-    return "reshape" in site.laws or any(_has_number(edit.map) for edit in site.edits)
+    """Whether a fold leads through what may depend on a size, or uses a number that the forward made."""
+    return not _BY_SIZE.isdisjoint(site.laws) or any(_has_number(edit.map) for edit in site.edits)
 
 
 def _has_number(expr: Any) -> bool:

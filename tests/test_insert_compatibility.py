@@ -198,6 +198,16 @@ def test_a_checkpoint_that_lacks_one_whole_norm_is_refused_and_changes_nothing(
         assert all(torch.equal(model.state_dict()[key], trained[key]) for key in absent)
 
 
+def test_a_hole_is_seen_after_the_conversion_to_synchronised_norms_too() -> None:
+    result = bntool.insert(Two().eval(), X)
+    assert {site.form for site in result.plan.insert_sites} == {"wrap", "subclass"}
+    model = nn.SyncBatchNorm.convert_sync_batchnorm(result.model)
+    for site in result.plan.insert_sites:
+        part = {k: v for k, v in model.state_dict().items() if not k.startswith(f"{site.bn}.")}
+        with pytest.raises(RuntimeError, match="Missing key"):
+            model.load_state_dict(part, strict=True)
+
+
 def test_what_a_second_insertion_added_is_filled_in_beside_the_first() -> None:
     before = bntool.insert(Two().eval(), X, include=["conv1"])
     assert before.modified

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -181,7 +183,45 @@ class NoBiasPlease(nn.Conv2d):
         return F.conv2d(x, self.weight)
 
 
-@pytest.mark.parametrize("kind", [SamePadding, WithoutBias, BiasOfItsOwn, NoBiasPlease])
+class OtherWithBias(nn.Conv2d):
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.conv2d(x, self.weight, self.bias)
+        return y if self.bias is None else 2 * y
+
+
+class BiasTwice(nn.Conv2d):
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.conv2d(x, self.weight, self.bias)
+        return y if self.bias is None else y + self.bias.view(1, -1, 1, 1)
+
+
+class PlainAttribute(nn.Conv2d):
+    def __init__(self, *words: Any, **options: Any) -> None:
+        super().__init__(*words, **options)
+        del self.bias
+        self.bias = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(x, self.weight)
+
+
+class WeightUnderAnotherName(nn.Conv2d):
+    def __init__(self, *words: Any, **options: Any) -> None:
+        super().__init__(*words, **options)
+        self.kernel = self.weight
+        del self.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(x, self.kernel)
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        SamePadding, WithoutBias, BiasOfItsOwn, NoBiasPlease, OtherWithBias, BiasTwice, PlainAttribute,
+        WeightUnderAnotherName,
+    ],
+)  # fmt: skip
 def test_a_layer_with_a_forward_of_its_own_gets_a_bias_only_where_it_uses_one(kind: type[nn.Conv2d]) -> None:
     model = randomised(nn.Sequential(kind(3, 4, 3, bias=False), nn.BatchNorm2d(4), nn.ReLU())).double()
     image = torch.randn(2, 3, 8, 8, dtype=torch.float64)
@@ -213,3 +253,18 @@ def test_what_runs_at_some_sizes_only_and_changes_nothing_makes_no_other_fold(ba
     result = bntool.fold(model, image)
     assert [site.bn for site in result.sites] == ["batch"]
     assert same(model, result.model, image)
+
+
+def test_a_fold_through_places_that_a_size_decides_is_observed_twice() -> None:
+    class RolledByItsWidth(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.bn = nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.bn(self.conv(x).roll(x.shape[2], 1))
+
+    model, image = randomised(RolledByItsWidth()).double(), torch.randn(1, 3, 8, 8, dtype=torch.float64)
+    result = bntool.fold(model, image, check="none")
+    assert [skip.reason for skip in result.skips] == [Reason.AXIS_MISMATCH]
+    assert same(model, result.model, torch.randn(1, 3, 9, 9, dtype=torch.float64))

@@ -10,6 +10,7 @@ import torch
 import torchvision
 from torch import Tensor, nn
 from torch.export import ExportedProgram
+from torch.nn import functional as F
 
 import bntool
 from bntool.errors import UsageError
@@ -139,3 +140,29 @@ def test_a_norm_inside_a_body_is_named_and_left() -> None:
     result = fold_program(program)
     assert not result.modified
     assert [skip.reason for skip in result.plan.skips] == [Reason.FUNCTIONAL]
+
+
+def test_a_batchnorm_that_does_not_use_the_weight_it_has_gets_no_other() -> None:
+    """Its name is taken: by a γ that nobody reads, or that something else does."""
+
+    class Unused(nn.BatchNorm2d):
+        def forward(self, x: Tensor) -> Tensor:
+            return F.batch_norm(x, self.running_mean, self.running_var)
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.BatchNorm2d(4), Unused(4)
+            for norm in (self.first, self.second):
+                nn.init.normal_(norm.running_mean)
+                nn.init.uniform_(norm.weight, 2, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.second(self.first(x.sigmoid())).tanh() * self.second.weight.sum()
+
+    torch.manual_seed(0)
+    model, x = Net().double().eval(), torch.randn(2, 4, 5, 5, dtype=torch.float64)
+    result = bntool.fold(torch.export.export(model, (x,)), check="none")
+    with torch.no_grad():
+        expected, found = model(x), result.program.module()(x)
+    assert float((expected - found).abs().max()) <= 1e-12 * float(expected.abs().max())

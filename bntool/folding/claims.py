@@ -138,7 +138,10 @@ class Claims:
     def _own_or_new(self, role: str, norm: Norm, take: Take) -> str:
         """The handle of γ or β; of one to be made, where a BatchNorm without it stays and takes a map in."""
         if role not in take.op.inputs:
-            return f"{norm.name}.{role}".lstrip(".")
+            made = f"{norm.name}.{role}".lstrip(".")
+            if made in self.graph.tensors:
+                raise Refused(Reason.CUSTOM_FORWARD, f"{take.op.label} does not use {made}, which there is")
+            return made
         self._require_own(role, take)
         return self.graph.input(take.op, role).handle
 

@@ -327,6 +327,7 @@ _TABLE: dict[str, Callable[[Bound], Translation]] = {
     "clamp": _clamp,
     "clip": _clamp,
     "clamp_min": lambda b: _clamp({"min": b.get("min")}),
+    "clamp_max": lambda b: _clamp({"max": b.get("max")}),
     "constant_pad_nd": _pad,
     "pad": _pad,
     "dropout": _dropout,

@@ -2,41 +2,74 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 
 from bntool.errors import ObserveError
-from bntool.graph import Graph, Op
+from bntool.graph import Graph
 from bntool.observe.copying import structural_copy
 from bntool.observe.eager import Observation, observe
 
 
 def would_use_a_bias(model: nn.Module, observation: Observation) -> set[str]:
-    """The layers that hand `self.bias` to their operator, although their class is not known to.
+    """The layers that hand `self.bias` to their operator and do nothing else with it, where their class alone
+    does not tell.
 
     They are run once more, on a copy in which each has a bias of zeros. Only where the model has such layers.
     """
-    unsure = dict.fromkeys(op.scope for op in observation.graph.ops if _is_unsure(observation.graph, op))
+    graph = observation.graph
+    unsure = _unsure(graph)
     if not unsure:
         return set()
     copied = structural_copy(model)
-    for name in unsure:
-        layer = copied.get_submodule(name)
-        count = getattr(layer, "out_features" if isinstance(layer, nn.Linear) else "out_channels")
-        layer.register_parameter("bias", nn.Parameter(layer.weight.new_zeros(count)))  # type: ignore[operator]
+    given = {name for name in unsure if _give_bias(copied.get_submodule(name))}
+    if not given:
+        return set()
     try:
-        graph = observe(copied, observation.inputs).graph
+        again = observe(copied, observation.inputs).graph
     except ObserveError:
         return set()
-    calls: dict[str, list[bool]] = {name: [] for name in unsure}
+    before, after = _steps(graph, given), _steps(again, given)
+    if before[""] != after[""]:
+        return set()  # code outside of the layers looks at their biases
+    return {name for name in given if before[name] == after[name] and _read_biases(again, name)}
+
+
+def _unsure(graph: Graph) -> set[str]:
+    """The layers without a bias whose class is not known to use one."""
+    found = set()
     for op in graph.ops:
-        if op.scope in calls and op.kind in ("conv", "linear"):
-            own = "bias" in op.inputs and graph.input(op, "bias").handle == f"{op.scope}.bias"
-            calls[op.scope].append(own)
-    return {name for name, reads in calls.items() if reads and all(reads)}
+        module = graph.modules.get(op.scope)
+        own = module is not None and module.role in ("conv", "linear") and not module.plain_bias
+        if own and op.kind in ("conv", "linear") and "bias" not in op.inputs:
+            found.add(op.scope)
+    return found
 
 
-def _is_unsure(graph: Graph, op: Op) -> bool:
-    module = graph.modules.get(op.scope)
-    if module is None or module.role not in ("conv", "linear") or module.plain_bias:
+def _give_bias(layer: nn.Module) -> bool:
+    """Give a layer a bias of zeros; not one that keeps its tensors in a way of its own."""
+    weight = layer._parameters.get("weight")
+    if weight is None or not weight.is_floating_point() or "bias" not in layer._parameters:
         return False
-    return op.kind in ("conv", "linear") and "bias" not in op.inputs
+    count = getattr(layer, "out_features" if isinstance(layer, nn.Linear) else "out_channels")
+    layer.register_parameter("bias", nn.Parameter(weight.new_zeros(count)))
+    return True
+
+
+def _steps(graph: Graph, layers: set[str]) -> dict[str, list[Any]]:
+    """What ran inside each layer, and, under the empty name, outside of all of them."""
+    steps: dict[str, list[Any]] = {name: [] for name in (*layers, "")}
+    for op in graph.ops:
+        where = op.scope if op.scope in layers else ""
+        steps[where].append((op.kind, op.attrs, "" if where else op.scope))
+    return steps
+
+
+def _read_biases(graph: Graph, name: str) -> bool:
+    """Whether every call of the layer hands its bias to the operator."""
+    return all(
+        "bias" in op.inputs and graph.input(op, "bias").handle == f"{name}.bias".lstrip(".")
+        for op in graph.ops
+        if op.scope == name and op.kind in ("conv", "linear")
+    )

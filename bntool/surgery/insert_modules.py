@@ -53,9 +53,7 @@ def apply_insert(model: nn.Module, plan: Plan) -> nn.Module:
     for parent, group in newcomers.items():
         _add_siblings(modules[parent], group, bool(plan.options.get("keep_keys")))
     _require_names(copy, plan)
-    load_old_checkpoints(
-        copy, [copy.get_submodule(name) for site in plan.insert_sites for name in site.norms]
-    )
+    load_old_checkpoints(copy, [name for site in plan.insert_sites for name in site.norms])
     for dropped in plan.dropped:
         _move_bias(modules[dropped.conv], [copy.get_submodule(name) for name in dropped.norms])
     if any(site.calls > 1 for site in plan.insert_sites):
