@@ -132,6 +132,9 @@ def _summary(rows: list[dict[str, Any]]) -> Iterable[str]:
             f"- {len(ratios)} nets {what} 10 M parameters: median {median:.2f}, largest {most:.2f};"
             f" {within} within {limit}."
         )
+    beside = [row["to_fx"] for row in rows if "fx" in row]
+    faster, median = sum(ratio < 1 for ratio in beside), statistics.median(beside)
+    yield f"- beside `torch.fx` where it traces: faster on {faster} of {len(beside)}, median {median:.2f}."
 
 
 def _growth_rows(growth: Growth) -> Iterable[list[str]]:
