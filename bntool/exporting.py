@@ -216,9 +216,9 @@ def _clean(onnx_model: Any, names: Mapping[str, str]) -> list[str]:
     with silent():
         computed = clean(onnx_model, names)
     rename_initializers(onnx_model, {n: first for n, first in names.items() if n != first})
-    return [f"{computed} weights that BatchNorm standardises are stored as what they come to"] * bool(
-        computed
-    )
+    if not computed:
+        return []
+    return [f"{computed} weights that BatchNorm standardises are stored as what they come to"]
 
 
 def _written(onnx_model: Any, form: _Form, notes: list[str]) -> ExportResult:

@@ -6,16 +6,18 @@ Results are appended to `docs/elsewhere.jsonl` as they come; `docs/elsewhere.md`
 
 from __future__ import annotations
 
+import functools
 import importlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from tools.processes import in_own_process
-from tools.sweeping import Results, arguments, not_ok
-from tools.zoo import MEMORY, judged, page
+from tools.sweeping import arguments, sweep
+from tools.zoo import folded_of, judged, page
 
 RESULTS = Path(__file__).resolve().parent.parent / "docs" / "elsewhere.jsonl"
+TITLE = "Models of other libraries"
+
 Make = Callable[[], Any]
 
 _DECODERS = "Unet UnetPlusPlus MAnet Linknet FPN PSPNet DeepLabV3 DeepLabV3Plus PAN UPerNet Segformer".split()
@@ -144,24 +146,9 @@ def observed(model: Any) -> Any:
 
 def main() -> None:
     chosen = arguments(__doc__, RESULTS, limit=240).parse_args()
-    import timm  # noqa: F401 - imported once, before the forks
-    import torchvision  # noqa: F401
-
-    import bntool.api  # noqa: F401
-
-    results = Results(chosen.results)
-    if chosen.again:
-        results.forget(not_ok)
     models = dict(every_model())
-    for name in results.missing(chosen.names or models, chosen.minutes):
-        work = lambda make=models[name]: judged(make, observed)  # noqa: E731
-        row = {"model": name, **in_own_process(work, chosen.limit, MEMORY)}
-        results.add(row)
-        found = f"{row.get('folded', '')}/{row.get('bn_total', '')}"
-        print(f"{len(results.rows):4} {row['status']:10} {name} {found}", flush=True)
-    results.path.with_suffix(".md").write_text(
-        page(results.rows, "Models of other libraries", "elsewhere", results.path.name), encoding="utf-8"
-    )
+    made = functools.partial(page, title=TITLE, target="elsewhere", file=chosen.results.name)
+    sweep(chosen, models, lambda name: judged(models[name], observed), made, folded_of)
 
 
 if __name__ == "__main__":

@@ -7,18 +7,17 @@ come, so that the sweep can be stopped and gone on with; `docs/exports.md` is wr
 from __future__ import annotations
 
 import collections
+import functools
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
-from tools.processes import in_own_process
-from tools.sweeping import Results, arguments, not_ok
-from tools.zoo import MEMORY, VIDEO, randomise
+from tools.sweeping import arguments, sweep
+from tools.zoo import observed, randomise
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "docs" / "exports.jsonl"
-CLIPS = ("r3d_18", "mc3_18", "r2plus1d_18")
 TIMM = """
 resnet10t resnet14t resnet26d resnetv2_50 resnext26ts seresnext26t_32x4d mobilenetv2_050 mobilenetv2_100
 mobilenetv3_small_050 mobilenetv3_large_100 mobilenetv4_conv_small efficientnet_lite0 efficientnet_b0
@@ -49,11 +48,8 @@ def examine(name: str) -> dict[str, Any]:
 
     from bntool.checking import check_onnx, seeded_batches
     from bntool.exporting import export_onnx
-    from bntool.files.references import build, recorded_inputs
-    from bntool.inputs import Inputs
+    from bntool.files.references import build
     from bntool.module_folding import plan_module_fold
-    from bntool.observe.eager import observe
-    from bntool.observe.inference import observe_inferred
     from bntool.onnx_folding import fold_exported
     from bntool.proving import check_fold, reference_elsewhere
     from bntool.reference import Reference
@@ -62,9 +58,7 @@ def examine(name: str) -> dict[str, Any]:
     model = build(name).model.eval()
     row: dict[str, Any] = {"parameters": sum(p.numel() for p in model.parameters())}
     randomise(model)
-    shape = VIDEO if name.split(":")[1] in CLIPS else None
-    given = Inputs.of(torch.zeros(shape).normal_()) if shape else recorded_inputs(model)
-    observation = observe(model, given) if given is not None else observe_inferred(model, small=True)
+    observation = observed(name, model)
     planned = plan_module_fold(model, observation)
     folded = planned.carry_out().eval()
     reference = Reference(model, seeded_batches(observation.inputs, (1, 2)))
@@ -136,22 +130,11 @@ def _one_line(text: str) -> str:
 
 def main() -> None:
     chosen = arguments(__doc__, RESULTS, limit=240).parse_args()
-    import timm  # noqa: F401 - imported once, before the forks
-    import torchvision  # noqa: F401
+    import bntool.exporting  # noqa: F401 - imported once, before the forks
 
-    import bntool.api
-    import bntool.exporting  # noqa: F401
-
-    results = Results(chosen.results)
-    if chosen.again:
-        results.forget(not_ok)
     wanted = every_model()
-    for name in results.missing(chosen.names or wanted, chosen.minutes):
-        row = {"model": name, **in_own_process(lambda name=name: examine(name), chosen.limit, MEMORY)}
-        results.add(row)
-        error = _one_line(row.get("error", ""))
-        print(f"{len(results.rows):4} {row['status']:10} {name} {error}".rstrip(), flush=True)
-    results.path.with_suffix(".md").write_text(page(results.rows, len(wanted)), encoding="utf-8")
+    made = functools.partial(page, wanted=len(wanted))
+    sweep(chosen, wanted, examine, made, lambda row: _one_line(row.get("error", "")))
 
 
 if __name__ == "__main__":

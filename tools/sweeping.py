@@ -10,8 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from bntool.files.atomic import write_atomically
+from tools.processes import in_own_process
 
 Row = dict[str, Any]
+
+MEMORY = 24_000_000_000
+"""Bytes for one model."""
 
 
 class Results:
@@ -46,6 +50,33 @@ class Results:
                 print(f"time is up: {len(waiting) - done} models are left; run it again to go on")
                 return
             yield name
+
+
+def sweep(
+    chosen: argparse.Namespace,
+    every: Iterable[str],
+    examine: Callable[[str], Row],
+    page: Callable[[dict[str, Row]], str],
+    told: Callable[[Row], str],
+) -> None:
+    """Examine each model in a process of its own, as far as the time goes; write the page beside the results.
+
+    `told` is what a line on the screen says of a row.
+    """
+    # imported once, before the forks
+    import timm  # noqa: F401
+    import torchvision  # noqa: F401
+
+    import bntool.api  # noqa: F401
+
+    results = Results(chosen.results)
+    if chosen.again:
+        results.forget(not_ok)
+    for name in results.missing(chosen.names or every, chosen.minutes):
+        row = {"model": name, **in_own_process(lambda name=name: examine(name), chosen.limit, MEMORY)}  # type: ignore[misc]
+        results.add(row)
+        print(f"{len(results.rows):5} {row['status']:10} {name} {told(row)}".rstrip(), flush=True)
+    put(results.path.with_suffix(".md"), page(results.rows))
 
 
 def put(draft: Path, text: str) -> None:

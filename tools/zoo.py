@@ -7,6 +7,7 @@ come, so that the sweep can be stopped and gone on with; `docs/coverage.md` is w
 from __future__ import annotations
 
 import collections
+import functools
 import glob
 import resource
 import statistics
@@ -15,14 +16,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tools.processes import in_own_process
-from tools.sweeping import Results, arguments, not_ok
+from tools.sweeping import arguments, sweep
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "docs" / "coverage.jsonl"
-MEMORY = 24_000_000_000
-"""Bytes for one model."""
-
+CLIPS = ("r3d_18", "mc3_18", "r2plus1d_18")
 VIDEO = (1, 3, 4, 32, 32)
 """Clips for 3d convolutions, which are slow in float64: any size will do for them."""
 
@@ -65,20 +63,23 @@ def randomise(model: Any, seed: int = 0, gain: float = 1.0) -> None:
 
 def examine(name: str) -> dict[str, Any]:
     """Fold one model, insert what it lacks, check both."""
+    from bntool.files.references import build
+
+    return judged(lambda: build(name).model, functools.partial(observed, name))
+
+
+def observed(name: str, model: Any) -> Any:
+    """On the smallest images that the model takes: the algebra is the same, and the sweep ends some day."""
     import torch
 
-    from bntool.files.references import build, recorded_inputs
+    from bntool.files.references import recorded_inputs
     from bntool.inputs import Inputs
-    from bntool.observe.eager import Observation, observe
+    from bntool.observe.eager import observe
     from bntool.observe.inference import observe_inferred
 
-    def observed(model: Any) -> Observation:
-        shape = VIDEO if name.split(":")[1] in ("r3d_18", "mc3_18", "r2plus1d_18") else None
-        given = Inputs.of(torch.zeros(shape).normal_()) if shape else recorded_inputs(model)
-        # the smallest images that the model takes: the algebra is the same, and the sweep ends some day
-        return observe(model, given) if given is not None else observe_inferred(model, small=True)
-
-    return judged(lambda: build(name).model, observed)
+    shape = VIDEO if name.split(":")[1] in CLIPS else None
+    given = Inputs.of(torch.zeros(shape).normal_()) if shape else recorded_inputs(model)
+    return observe(model, given) if given is not None else observe_inferred(model, small=True)
 
 
 def judged(make: Callable[[], Any], observed: Callable[[Any], Any]) -> dict[str, Any]:
@@ -258,24 +259,14 @@ def page(results: dict[str, dict[str, Any]], title: str, target: str, file: str)
     return "\n".join(lines) + "\n"
 
 
+def folded_of(row: dict[str, Any]) -> str:
+    return f"{row.get('folded', '')}/{row.get('bn_total', '')}"
+
+
 def main() -> None:
     chosen = arguments(__doc__, RESULTS, limit=120).parse_args()
-    import timm  # noqa: F401 - imported once, before the forks
-    import torchvision  # noqa: F401
-
-    import bntool.api  # noqa: F401
-
-    results = Results(chosen.results)
-    if chosen.again:
-        results.forget(not_ok)
-    for name in results.missing(chosen.names or every_model(), chosen.minutes):
-        row = {"model": name, **in_own_process(lambda name=name: examine(name), chosen.limit, MEMORY)}
-        results.add(row)
-        found = f"{row.get('folded', '')}/{row.get('bn_total', '')}"
-        print(f"{len(results.rows):5} {row['status']:10} {name} {found}", flush=True)
-    results.path.with_suffix(".md").write_text(
-        page(results.rows, "Coverage", "zoo", results.path.name), encoding="utf-8"
-    )
+    made = functools.partial(page, title="Coverage", target="zoo", file=chosen.results.name)
+    sweep(chosen, every_model(), examine, made, folded_of)
 
 
 if __name__ == "__main__":

@@ -78,9 +78,8 @@ class IndexSelect:
 def _picked_from(context: Context, op: Op) -> tuple[tuple[int, ...], int]:
     """The shape that is picked from and the axis; refused where the axis does not stay where it is."""
     shape = only_input(context, op).shape
-    if any(len(context.graph.input(op, role).shape) > 1 for role in op.inputs if role != "input") or len(
-        context.graph.output(op).shape
-    ) != len(shape):
+    lists = [context.graph.input(op, role).shape for role in op.inputs if role != "input"]
+    if len(context.graph.output(op).shape) != len(shape) or any(len(places) > 1 for places in lists):
         raise Refused(Reason.AXIS_MISMATCH, f"{op.label} picks along more than one axis")
     return shape, op.attrs["axis"] % len(shape)
 

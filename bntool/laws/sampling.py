@@ -101,9 +101,9 @@ def _require_order(context: Context, op: Op, affine: Affine) -> None:
     non_negative(affine, op.label)
 
 
-@law("mean", "amax", "amin", "sum")
+@law("mean", "sum")
 class Reduction:
-    """A mean over axes the map does not depend on; a maximum or minimum likewise, for s ≥ 0.
+    """A mean over axes the map does not depend on.
 
     A sum of n elements is n times their mean: Σ(s·x + t) = s·Σx + n·t.
     """
@@ -112,22 +112,18 @@ class Reduction:
     def up(context: Context, op: Op, demands: list[Affine]) -> Maps:
         axes = _reduced(context, op)
         demand = _before(context, op, demands[0], axes)
-        if op.kind in ("amax", "amin"):
-            non_negative(demand, op.label)
         return {"input": _counted(context, op, demand, axes, "divide_shift")}
 
     @staticmethod
     def down(context: Context, op: Op, maps: Maps) -> list[Affine]:
         axes = _reduced(context, op)
         affine = constant_over(along(maps["input"], _rank(context, op), op.label), axes, op.label)
-        if op.kind in ("amax", "amin"):
-            non_negative(affine, op.label)
         return [_behind(op, _counted(context, op, affine, axes, "multiply_shift"), axes)]
 
 
-@law("order_statistic")
+@law("amax", "amin", "order_statistic")
 class OrderStatistic:
-    """The largest, the smallest, the middle, the sorted values along an axis: of s·x + t they are s times
+    """The largest, the smallest, the middle, the sorted values along axes: of s·x + t they are s times
     those of x, plus t, for s ≥ 0.
     """
 

@@ -128,12 +128,7 @@ def _mean(b: Bound) -> Translation:
     return "mean", {"axes": b.get("dim"), "keepdim": bool(b.get("keepdim", False))}
 
 
-def _sum(b: Bound) -> Translation:
-    axes = b.get("dim")
-    return "sum", {"axes": (axes,) if isinstance(axes, int) else axes, "keepdim": bool(b.get("keepdim"))}
-
-
-def _extreme(kind: str) -> Callable[[Bound], Translation]:
+def _reduction(kind: str) -> Callable[[Bound], Translation]:
     def translator(b: Bound) -> Translation:
         axes = b.get("dim")
         return kind, {"axes": (axes,) if isinstance(axes, int) else axes, "keepdim": bool(b.get("keepdim"))}
@@ -145,10 +140,7 @@ def _order_statistic(kind: str) -> Callable[[Bound], Translation]:
     """Of all, along one axis with the places of what was found, or (`kind`) of two tensors."""
 
     def translator(b: Bound) -> Translation:
-        if "other" in b:
-            return kind, {}
-        axes = (b["dim"],) if "dim" in b else None
-        return "order_statistic", {"axes": axes, "keepdim": bool(b.get("keepdim"))}
+        return (kind, {}) if "other" in b else _reduction("order_statistic")(b)
 
     return translator
 
@@ -282,21 +274,18 @@ _TABLE: dict[str, Callable[[Bound], Translation]] = {
     "dstack": _fixed("concat", axis=2),
     "stack": _axis("stack"),
     "mean": _mean,
-    "amax": _extreme("amax"),
-    "amin": _extreme("amin"),
+    "amax": _reduction("amax"),
+    "amin": _reduction("amin"),
     "max": _order_statistic("maximum"),
     "min": _order_statistic("minimum"),
     "median": _order_statistic("median"),
-    "kthvalue": lambda b: (
-        "order_statistic",
-        {"axes": (b.get("dim", -1),), "keepdim": bool(b.get("keepdim"))},
-    ),
+    "kthvalue": lambda b: _reduction("order_statistic")({"dim": -1, **b}),
     "sort": _sorted,
     "topk": _sorted,
     "grid_sampler": _grid_sample,
     "grid_sampler_2d": _grid_sample,
     "grid_sampler_3d": _grid_sample,
-    "sum": _sum,
+    "sum": _reduction("sum"),
     "index": _index,
     "index_select": lambda b: ("index_select", {"axis": b["dim"]}),
     "repeat_interleave": _repeat_interleave,

@@ -79,9 +79,8 @@ def _groups(controller: str, root: Path) -> list[Path]:
     with contextlib.suppress(OSError):
         own = re.search(rf"^\d+:{controller}:/(.*)$", _OWN_GROUP.read_text(), re.MULTILINE)
         if own:
-            return [
-                group for group in (root / own[1], *(root / own[1]).parents) if group.is_relative_to(root)
-            ]
+            inner = root / own[1]
+            return [group for group in (inner, *inner.parents) if group.is_relative_to(root)]
     return []
 
 
