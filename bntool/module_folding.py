@@ -38,7 +38,7 @@ _UNFIT = frozenset(
 """A BatchNorm with one of these must not go, whoever offers to take it."""
 
 _BY_SIZE = frozenset({"reshape", "roll", "index_select"})
-"""Laws whose ops take numbers that models compute from sizes."""
+"""Ops that take numbers that models compute from sizes; `flatten` and `squeeze` are told axes."""
 
 _UNMERGED = "blocks keep their branches: the model does not run with its blocks merged"
 

@@ -11,6 +11,8 @@ from torch.nn import functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 import bntool
+from bntool import module_folding
+from bntool.observe.eager import observe
 from bntool.reasons import Reason
 
 
@@ -268,3 +270,29 @@ def test_a_fold_through_places_that_a_size_decides_is_observed_twice() -> None:
     result = bntool.fold(model, image, check="none")
     assert [skip.reason for skip in result.skips] == [Reason.AXIS_MISMATCH]
     assert same(model, result.model, torch.randn(1, 3, 9, 9, dtype=torch.float64))
+
+
+class Tokens(nn.Module):
+    """A BatchNorm over the features of tokens; the batch is flattened by axes or by numbers."""
+
+    def __init__(self, by_axes: bool) -> None:
+        super().__init__()
+        self.linear, self.bn, self.by_axes = nn.Linear(4, 6), nn.BatchNorm1d(6), by_axes
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = self.linear(x)
+        return self.bn(tokens.flatten(0, 1) if self.by_axes else tokens.reshape(-1, 6)).reshape_as(tokens)
+
+
+@pytest.mark.parametrize("by_axes", [True, False])
+def test_only_what_is_told_numbers_is_observed_on_a_second_size(
+    by_axes: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seconds: list[int] = []
+    monkeypatch.setattr(module_folding, "observe", lambda *a, **k: seconds.append(1) or observe(*a, **k))
+    model, tokens = randomised(Tokens(by_axes)).double(), torch.randn(2, 5, 4, dtype=torch.float64)
+    result = bntool.fold(model, tokens, check="none")
+    assert len(result.sites) == 1
+    assert bool(seconds) != by_axes
+    for shape in ((1, 5, 4), (3, 4, 4), (4, 6, 4)):
+        assert same(model, result.model, torch.randn(shape, dtype=torch.float64))

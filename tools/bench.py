@@ -24,6 +24,7 @@ import torch
 import torchvision
 from bench_page import page
 from bench_planning import growths
+from timm.utils import reparameterize_model
 from torch import nn
 from torch.fx.experimental.optimization import fuse
 
@@ -127,6 +128,8 @@ def folds(repetitions: int) -> Iterator[dict[str, Any]]:
         with contextlib.suppress(Exception):  # torch.fx cannot trace every model
             fuse(model)
             functions["fx"] = lambda m=model: fuse(m)
+        if any(hasattr(module, "reparameterize") for module in model.modules()):
+            functions["own"] = lambda m=model: reparameterize_model(m)
         times = rounds(functions, repetitions, time.process_time)
         yield {
             "net": name,
@@ -135,6 +138,7 @@ def folds(repetitions: int) -> Iterator[dict[str, Any]]:
             **medians(times),
             "ratio": ratio(times, "fold", "forward", "copy"),
             "to_fx": ratio(times, "fold", "fx") if "fx" in times else None,
+            "own_ratio": ratio(times, "own", "forward", "copy") if "own" in times else None,
         }
 
 

@@ -33,7 +33,7 @@ times as much where its memory comes fresh from the system, so `copy` is not in 
 `bntool.fold(model, check="none")`: observe, plan, apply, a new model returned. The yardstick is what its user
 runs, one forward of the model on one image of its usual size, and one copy of all its weights. Where no
 example input is given and the model records none, bntool chooses a small image to observe on. Where folds
-lead through a reshape it observes twice, on two sizes. Beside it the `fuse` of `torch.fx`, which copies the
+lead through a reshape to given sizes it observes twice, on two sizes. Beside it the `fuse` of `torch.fx`, which copies the
 model too, folds what stands right behind a convolution, and looks at nothing else.
 
 {folds}
@@ -41,8 +41,8 @@ model too, folds what stands right behind a convolution, and looks at nothing el
 {summary}
 
 The aims are 1.3 above 10 M parameters and 2 up to that. Most of what a fold of a small net costs is Python's
-work for each module and op, which does not shrink with the layers. levit is observed
-twice, since its folds lead through reshapes. repvgg_a2 merges branches by the blocks' own method, in float64.
+work for each module and op, which does not shrink with the layers. repvgg_a2 merges branches by the blocks' own
+method, in float64; `timm.utils.reparameterize_model` is that method in the model's own precision.
 
 ## Growth with the number of ops
 
@@ -135,6 +135,11 @@ def _summary(rows: list[dict[str, Any]]) -> Iterable[str]:
     beside = [row["to_fx"] for row in rows if "fx" in row]
     faster, median = sum(ratio < 1 for ratio in beside), statistics.median(beside)
     yield f"- beside `torch.fx` where it traces: faster on {faster} of {len(beside)}, median {median:.2f}."
+    for row in (row for row in rows if "own" in row):
+        yield (
+            f"- {row['net']}: `timm.utils.reparameterize_model` alone takes {1000 * row['own']:.0f} ms,"
+            f" {row['own_ratio']:.2f} of the yardstick."
+        )
 
 
 def _growth_rows(growth: Growth) -> Iterable[list[str]]:

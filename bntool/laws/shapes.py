@@ -38,7 +38,7 @@ def _require_floating(context: Context, op: Op) -> None:
             raise Refused(Reason.NONLINEAR, what)
 
 
-@law("reshape")
+@law("reshape", "flatten", "squeeze", "unsqueeze")
 class Reshape:
     """view, flatten, unflatten, squeeze: axes are regrouped, elements keep their order.
 

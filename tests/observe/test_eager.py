@@ -65,7 +65,7 @@ def readers(graph: Graph, op: Op) -> list[str]:
 def test_ops_values_and_scopes_of_a_small_model() -> None:
     model = nn.Sequential(conv(), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(144, 2))
     graph = look(model).graph
-    assert kinds(graph) == ["conv", "batch_norm", "relu", "reshape", "linear"]
+    assert kinds(graph) == ["conv", "batch_norm", "relu", "flatten", "linear"]
     assert [op.scope for op in graph.ops] == ["0", "1", "2", "3", "4"]
     for earlier, later in zip(graph.ops, graph.ops[1:], strict=False):
         assert graph.input(later).id == earlier.outputs[0]
