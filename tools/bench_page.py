@@ -33,16 +33,16 @@ times as much where its memory comes fresh from the system, so `copy` is not in 
 `bntool.fold(model, check="none")`: observe, plan, apply, a new model returned. The yardstick is what its user
 runs, one forward of the model on one image of its usual size, and one copy of all its weights. Where no
 example input is given and the model records none, bntool chooses a small image to observe on. Where folds
-lead through a reshape to given sizes it observes twice, on two sizes. Beside it the `fuse` of `torch.fx`, which copies the
-model too, folds what stands right behind a convolution, and looks at nothing else.
+lead through a reshape to given sizes it observes twice, on two sizes. Beside it the `fuse` of `torch.fx`,
+which copies the model too, folds what stands right behind a convolution, and looks at nothing else.
 
 {folds}
 
 {summary}
 
 The aims are 1.3 above 10 M parameters and 2 up to that. Most of what a fold of a small net costs is Python's
-work for each module and op, which does not shrink with the layers. repvgg_a2 merges branches by the blocks' own
-method, in float64; `timm.utils.reparameterize_model` is that method in the model's own precision.
+work for each module and op, which does not shrink with the layers. repvgg_a2 merges branches by the blocks'
+own method, in float64; `timm.utils.reparameterize_model` is that method in the model's own precision.
 
 ## Growth with the number of ops
 
