@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from bntool.comparing import K_NOISE, Limit, compare, difference, rounding_term
+from bntool.comparing import K_NOISE, Limit, Outputs, compare, difference, rounding_term
 from bntool.errors import CheckFailed, ExportError
 from bntool.inputs import Inputs
 from bntool.runtime.onnx_reference import ReferenceRunner
@@ -27,8 +28,8 @@ _TYPES = {
 class OnnxReference:
     """What a file computes before a fold, on seeded inputs of several sizes where it leaves axes open.
 
-    The limit of a candidate: a walk of one rounding for each of the file's `nodes`, or, where that is more,
-    what ONNX Runtime's own optimisations move the file by; a candidate may be `K_NOISE` times as far off.
+    The limits of a candidate come from the file's `nodes`, from what ONNX Runtime's own optimisations move
+    the file by, and from what a rounding of the inputs does (`file_limits`).
 
     A file that ONNX Runtime refuses runs in ONNX's own reference implementation, before and after.
 
@@ -58,14 +59,11 @@ class OnnxReference:
                 where=str(path),
                 next_step="fold it with --check none, and verify the result with inputs of your own",
             )
-        again = self.outputs
+        again = [[runner.run(nudged(inputs)) for inputs in self.inputs]]
         if self.runtime:
             optimised = OrtRunner(path, "cpu", optimize=True)
-            again = [optimised.run(inputs) for inputs in self.inputs]
-        self.limits = {
-            name: _limit([o[name] for o in self.outputs], [o[name] for o in again], nodes)
-            for name in self.outputs[0]
-        }
+            again.append([optimised.run(inputs) for inputs in self.inputs])
+        self.limits = file_limits(self.outputs, again, nodes)
 
     def checks(self, after: str | Path, *, device: str = "cpu") -> list[Check]:
         """Two rows: the fold with ONNX Runtime's optimisations off, the runtime with them on.
@@ -164,12 +162,41 @@ def check_onnx_unchanged(before: str | Path, after: str | Path, inputs_list: Seq
     )
 
 
-def _limit(own: list[torch.Tensor], again: list[torch.Tensor], nodes: int) -> Limit:
-    if not own[0].is_floating_point():
-        return Limit(0.0, 0.0)
-    walk = rounding_term(torch.finfo(own[0].dtype).eps, nodes) / 2
-    moved = max(difference(a, b).relative for a, b in zip(own, again, strict=True))
-    # What rounding alone moves by the first half of the digits decides nothing: such a limit would pass all.
-    most = torch.finfo(own[0].dtype).eps ** 0.5
-    noise = max(walk, moved) if moved < most else walk
-    return Limit(noise, (K_NOISE + 2) * noise)
+def nudged(inputs: Inputs) -> Inputs:
+    """The same numbers, each rounded once: up or down by half a unit of its last digit, which is seeded."""
+    generator = torch.Generator().manual_seed(0)
+
+    def nudge(tensor: torch.Tensor) -> torch.Tensor:
+        if not tensor.is_floating_point():
+            return tensor
+        sign = torch.randint(0, 2, tensor.shape, generator=generator) * 2 - 1
+        return (tensor.double() * (1 + sign * torch.finfo(tensor.dtype).eps)).to(tensor.dtype)
+
+    return inputs.map(nudge)
+
+
+def file_limits(
+    own: Sequence[Outputs], again: Iterable[Sequence[Outputs]], nodes: int, coarse: float | None = None
+) -> dict[str, Limit]:
+    """How far a candidate may be from each output of a file that ran as `own`: `K_NOISE` + 2 times its noise.
+
+    A file has no float64 run of its own to measure its noise with. What stands for it: a walk of one rounding
+    for each of its `nodes`, or, where that is more, what other roundings of it (`again`) move the output by.
+    What they move by the first half of the digits is undecidable: such a limit would pass all. With `coarse`,
+    what the roundings of an arithmetic of that eps may move: what a rounding is carried to grows with it.
+    """
+    runs = list(again)
+    limits: dict[str, Limit] = {}
+    for name, tensor in own[0].items():
+        if not tensor.is_floating_point():
+            limits[name] = Limit(0.0, 0.0)
+            continue
+        eps = torch.finfo(tensor.dtype).eps
+        moved = [difference(a[name], b[name]).relative for run in runs for a, b in zip(own, run, strict=True)]
+        noise = max([rounding_term(eps, nodes) / 2, *(d for d in moved if d < eps**0.5)])
+        noise *= coarse / eps if coarse else 1.0
+        most = max(moved, default=0.0)
+        far = f"moves this output by {most:.2g} of its peak" if math.isfinite(most) else "decides this output"
+        why = f"rounding alone {far}" if most >= eps**0.5 else ""
+        limits[name] = Limit(noise, (K_NOISE + 2) * noise, why)
+    return limits

@@ -1,8 +1,4 @@
-"""Two ONNX files against each other, and one against itself: at every optimisation level, on every provider.
-
-A file has no float64 run of its own to measure its noise with. What stands for it: a walk of one rounding for
-each node, or, where that is more, what one rounding of the inputs moves the outputs by.
-"""
+"""Two ONNX files against each other, or one against itself: at every optimisation level and provider."""
 
 from __future__ import annotations
 
@@ -15,10 +11,10 @@ import torch
 from bntool import casting
 from bntool.blaming import where_it_ran
 from bntool.checking import named_as, no_tf32, repeated
-from bntool.comparing import K_NOISE, Limit, compare, difference, rounding_term
+from bntool.comparing import Limit, compare
 from bntool.errors import CheckFailed, ExportError
 from bntool.inputs import Inputs
-from bntool.onnx_checking import SIDES, drawn_inputs
+from bntool.onnx_checking import SIDES, drawn_inputs, file_limits, nudged
 from bntool.onnx_cutting import OnnxGraph
 from bntool.runtime.ort_runner import OrtRunner
 from bntool.runtime.providers import why_no_cuda
@@ -120,15 +116,10 @@ class _Runs:
                 next_step="pass inputs of the file's own shape",
             )
         self.outputs = [runner.run(inputs) for inputs in self.inputs]
-        moved = [runner.run(_nudged(inputs)) for inputs in self.inputs]
+        moved = [runner.run(nudged(inputs)) for inputs in self.inputs]
         nodes = len(OnnxGraph(path).steps)
-        pairs = {
-            name: [[o[name] for o in runs] for runs in (self.outputs, moved)] for name in self.outputs[0]
-        }
-        self.limits = {name: _limit(own, nudged, nodes) for name, (own, nudged) in pairs.items()}
-        self._tf32_limits = {
-            name: _limit(own, nudged, nodes, casting.TF32.eps) for name, (own, nudged) in pairs.items()
-        }
+        self.limits = file_limits(self.outputs, [moved], nodes)
+        self._tf32_limits = file_limits(self.outputs, [moved], nodes, casting.TF32.eps)
         floating = [t.dtype for t in self.outputs[0].values() if t.is_floating_point()]
         self._eps = max((torch.finfo(dtype).eps for dtype in floating), default=0.0)
 
@@ -163,30 +154,3 @@ class _Runs:
             atol=atol,
             rtol=rtol,
         )
-
-
-def _nudged(inputs: Inputs) -> Inputs:
-    """The same numbers, each rounded once: up or down by half a unit of its last digit, which is seeded."""
-    generator = torch.Generator().manual_seed(0)
-
-    def nudge(tensor: torch.Tensor) -> torch.Tensor:
-        if not tensor.is_floating_point():
-            return tensor
-        sign = torch.randint(0, 2, tensor.shape, generator=generator) * 2 - 1
-        return (tensor.double() * (1 + sign * torch.finfo(tensor.dtype).eps)).to(tensor.dtype)
-
-    return inputs.map(nudge)
-
-
-def _limit(
-    own: list[torch.Tensor], moved: list[torch.Tensor], nodes: int, coarse: float | None = None
-) -> Limit:
-    """With `coarse`, what the roundings of a coarser arithmetic may move the output by."""
-    if not own[0].is_floating_point():
-        return Limit(0.0, 0.0)
-    eps = torch.finfo(own[0].dtype).eps
-    shaped = [difference(a, b).relative for a, b in zip(own, moved, strict=True)]
-    # What one rounding of the inputs is carried to grows with the rounding.
-    grown = coarse / eps if coarse else 1.0
-    noise = max(rounding_term(eps, nodes) / 2, *(d for d in shaped if d < eps**0.5), 0.0) * grown
-    return Limit(noise, (K_NOISE + 2) * noise)

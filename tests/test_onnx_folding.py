@@ -12,9 +12,12 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
+import torch
 
+from bntool.comparing import K_NOISE, Limit
 from bntool.errors import CheckFailed
 from bntool.folding import agreement, plan_fold
+from bntool.onnx_checking import file_limits
 from bntool.onnx_folding import fold_onnx, plan_fold_onnx
 from bntool.plan import Plan
 from bntool.reasons import Reason
@@ -160,6 +163,38 @@ def test_a_default_that_the_caller_may_replace_is_no_constant(tmp_path: Path, na
     plan = fold_onnx(tmp_path / "model.onnx", tmp_path / "out.onnx").plan
     assert [(skip.name, skip.reason) for skip in plan.skips] == [("y", Reason.WEIGHT_COMPUTED)]
     assert not (tmp_path / "out.onnx").exists()
+
+
+def test_where_rounding_alone_decides_the_output_nothing_is_proved_and_that_is_said(tmp_path: Path) -> None:
+    proto = ZOO["conv"].model()
+    last = proto.graph.output[0].name
+    proto.graph.initializer.append(onnx.numpy_helper.from_array(np.float32(1e8), "amplified"))
+    proto.graph.node.append(onnx.helper.make_node("Mul", [last, "amplified"], ["large"]))
+    proto.graph.node.append(onnx.helper.make_node("Sin", ["large"], ["wild"]))
+    proto.graph.output[0].name = "wild"
+    onnx.save(proto, tmp_path / "model.onnx")
+    with pytest.raises(CheckFailed, match="rounding alone moves this output") as raised:
+        fold_onnx(tmp_path / "model.onnx", tmp_path / "out.onnx")
+    assert "--check none" in str(raised.value.next_step)
+    assert [path.name for path in tmp_path.iterdir()] == ["model.onnx"]
+
+
+def test_the_limits_of_a_file_are_a_walk_of_its_roundings_or_what_they_move() -> None:
+    own = [{"y": torch.tensor([1.0, -2.0]), "n": torch.tensor([1])}]
+    walk = torch.finfo(torch.float32).eps * 3 / 2  # of nine nodes
+
+    def limit(moved: float) -> Limit:
+        again = [{"y": torch.tensor([1.0 + moved, -2.0]), "n": torch.tensor([2])}]
+        limits = file_limits(own, [again], 9)
+        assert limits["n"] == Limit(0.0, 0.0)
+        return limits["y"]
+
+    assert limit(0.0) == Limit(walk, (K_NOISE + 2) * walk)
+    assert limit(2.0**-12).noise_floor == 2.0**-13  # of the peak, which is 2
+    assert not limit(2.0**-12).undecidable
+    assert limit(0.5).noise_floor == walk
+    assert "by 0.25 of its peak" in limit(0.5).undecidable
+    assert "decides" in limit(float("nan")).undecidable
 
 
 def test_an_input_that_cannot_be_made_up_is_said(tmp_path: Path) -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
+
+from tools.sweeping import Results
 
 MODELS = """
 torchvision:vgg11_bn torchvision:resnet18 torchvision:resnet50 torchvision:resnext50_32x4d
@@ -24,8 +27,12 @@ timm:sebotnet33ts_256 timm:lambda_resnet26t timm:halonet26t timm:mobilenetv4_hyb
 timm:coatnet_0_rw_224 timm:coatnet_nano_cc_224 timm:coatnet_rmlp_0_rw_224 timm:regnetv_040
 timm:tf_efficientnet_cc_b0_8e timm:dpn48b timm:resnetv2_18d
 """.split()
-"""A sample of all kinds, and one of every family on which bntool keeps a BatchNorm: a peer could be ahead
-there alone (`docs/coverage.jsonl` has the others, on which it keeps none)."""
+"""A sample of all kinds. What the sweep adds: see `kept_in`."""
+
+
+def kept_in(sweep: Path) -> list[str]:
+    """The models of the sweep on which bntool keeps a BatchNorm: a peer could be ahead there alone."""
+    return [name for name, row in Results(sweep).rows.items() if row.get("kept")]
 
 
 def frozen_resnet50() -> Any:

@@ -19,6 +19,9 @@ _INTRO = """\
 How many BatchNorms the best tools leave, model by model. Written by `make peers` from `peers.jsonl`, which
 has every name; the peers are installed in an environment of their own, `.venv-peers`, and nowhere else.
 
+The models are a sample of all kinds, and every one of the sweep ([coverage](coverage.md)) on which bntool
+keeps a BatchNorm: where it keeps none, no peer can be ahead.
+
 Random weights, randomised statistics, γ of both signs, small images where the model takes them. The torch
 tools get the same model; the ONNX tools get the same unfolded file, its batch size fixed, which helps them.
 

@@ -2,7 +2,8 @@
 
 Each tool works on each model in a process of its own with a time limit. Results are appended to
 `docs/peers.jsonl`, one line a model, so that the sweep can be stopped and gone on with (without the file it
-starts anew); `docs/peers.md` is written from them.
+starts anew); `docs/peers.md` is written from them. The models are a sample of all kinds, and every one of the
+sweep (`docs/coverage.jsonl`) on which bntool keeps a BatchNorm: on no other could a peer be ahead.
 """
 
 from __future__ import annotations
@@ -16,11 +17,12 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from tools.peer_models import MODELS
+from tools.peer_models import MODELS, kept_in
 from tools.peer_page import page
 from tools.peer_tools import TOOLS, Case, versions
 from tools.processes import in_own_process
 from tools.sweeping import Results, arguments
+from tools.zoo import RESULTS as SWEEP
 from tools.zoo import VIDEO, randomise
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -151,7 +153,7 @@ def main() -> None:
     results = Results(chosen.results)
     if chosen.again:
         results.forget(out_of_time)
-    for name in results.missing(chosen.names or MODELS, chosen.minutes):
+    for name in results.missing(chosen.names or [*MODELS, *kept_in(SWEEP)], chosen.minutes):
         row = examine(name, chosen.limit)
         results.add(row)
         counts = {
