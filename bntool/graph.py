@@ -46,6 +46,7 @@ class Value:
 class Op:
     """One operation that ran. `inputs` maps roles to value ids; `scope` is the innermost module.
 
+    `views` are the roles of the inputs whose memory an output was seen to share.
     `place` tells apart the call sites of one scope that can each be given tensors of their own: the other
     names of a module that has several, or the node of a graph. Empty where that is the scope itself.
     """
@@ -58,6 +59,7 @@ class Op:
     scope: str = ""
     call: int = 0
     inplace: bool = False
+    views: tuple[str, ...] = ()
     place: str = ""
 
     @property

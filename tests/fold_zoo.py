@@ -905,6 +905,34 @@ zoo(
     ),
     lambda: {"bn": bn(4), "head": conv(4, 4)},
 )
+for step, seen_again, reason in (
+    ("flatten", lambda y: y.flatten(2).unflatten(2, (8, 8)), Reason.OUTPUT_USED_ELSEWHERE),
+    ("unsqueeze", lambda y: y[None][0], Reason.OUTPUT_USED_ELSEWHERE),
+    ("squeeze", lambda y: y.view(1, 2, 4, 8, 8).squeeze(0), Reason.OUTPUT_USED_ELSEWHERE),
+    ("ravel", lambda y: y.ravel().view(2, 4, 8, 8), Reason.OUTPUT_USED_ELSEWHERE),
+    ("mH", lambda y: y.mH, Reason.OUTPUT_USED_ELSEWHERE),
+    ("einsum", lambda y: torch.einsum("nchw->ncwh", y), Reason.UNKNOWN_OP),
+    ("diagonal", lambda y: y[..., None, None].diagonal(0, -1, -2)[..., 0], Reason.UNKNOWN_OP),
+):
+    zoo(
+        f"written_through_{step}",
+        {"bn": reason},
+        lambda m, x, view=seen_again: let(
+            lambda y: m.head(m.bn(view(y)).add_(1.0)) + y[:, :, 2:, 2:], x.tanh()
+        ),
+        lambda: {"bn": bn(4), "head": conv(4, 4)},
+    )
+zoo(
+    "written_past_an_earlier_write",
+    {"bn": Reason.OUTPUT_USED_ELSEWHERE},
+    lambda m, x: let(
+        lambda y: let(
+            lambda turned: (y.relu_(), let(lambda z: (y.sigmoid_(), m.head(z))[1], m.bn(turned)))[1], y.mT
+        ),
+        x.tanh(),
+    ),
+    lambda: {"bn": bn(4), "head": conv(4, 4)},
+)
 zoo(
     "shared_value_read_only",
     {"bn": FOLDED},

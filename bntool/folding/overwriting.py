@@ -2,35 +2,51 @@
 
 from __future__ import annotations
 
-from bntool.graph import Graph, Op
+from bntool.graph import Graph, Op, Value
 from bntool.laws import Refused
 from bntool.reasons import Reason
 
 _VIEWS = frozenset(
-    """identity reshape permute slice select split expand expand_as unbind movedim moveaxis swapdims mT
-    numpy_T adjoint diagonal unfold as_strided overwritten_view""".split()
+    """identity reshape flatten squeeze unsqueeze permute slice select split expand unbind unfold
+    overwritten_view""".split()
 )
-"""Kinds of op whose output may be the memory of their input."""
+"""Kinds of op whose output may be the memory of their input for other sizes, though for these it was a copy."""
 
 
 def require_no_overwriting(norm: Op, graph: Graph, gone: set[int]) -> None:
     """Without the BatchNorm its output *is* its input: a later write to it must concern nobody else."""
-    value = root = graph.input(norm)
-    private = True
-    while True:
-        private &= len(value.readers) == 1 and not value.is_output and not value.escapes
-        root, maker = value, graph.producer(value)
-        if maker is None or not (maker.kind in _VIEWS or maker.id in gone):
-            break
-        value = graph.input(maker)
-    if private and root.producer is not None:
+    family, private = _seen_from(graph.input(norm), graph, gone)
+    if private:
         return
-    waiting = [root.id]
+    waiting = list(family)
     while waiting:
         for reader, role in graph.values[waiting.pop()].readers:
             op = graph.ops[reader]
             if op.inplace and role in ("input", "out") and op.id > norm.id:
                 what = f"{op.label} would write in place what others read"
                 raise Refused(Reason.OUTPUT_USED_ELSEWHERE, what)
-            if op.id == norm.id or op.kind in _VIEWS or op.id in gone:
-                waiting += op.outputs
+            if op.id == norm.id or role in _roles_seen(op, gone):
+                new = [value for value in op.outputs if value not in family]
+                family.update(new)
+                waiting += new
+
+
+def _seen_from(value: Value, graph: Graph, gone: set[int]) -> tuple[set[int], bool]:
+    """Whatever may be the memory of a value, back to where it was made; and whether nobody else reads any."""
+    family: set[int] = set()
+    private, waiting = True, [value]
+    while waiting:
+        seen = waiting.pop()
+        if seen.id in family:
+            continue
+        family.add(seen.id)
+        maker = graph.producer(seen)
+        private &= maker is not None and len(seen.readers) == 1 and not seen.is_output and not seen.escapes
+        if maker is not None:
+            waiting += (graph.input(maker, role) for role in _roles_seen(maker, gone) & maker.inputs.keys())
+    return family, private
+
+
+def _roles_seen(op: Op, gone: set[int]) -> set[str]:
+    """The inputs whose memory the outputs of an op may be."""
+    return {*op.views, "input"} if op.id in gone or op.kind in _VIEWS else set(op.views)

@@ -242,6 +242,7 @@ _TABLE: dict[str, Callable[[Bound], Translation]] = {
     "swapaxes": lambda b: ("permute", {"swap": (b["axis0"], b["axis1"])}),
     "swapdims": _transpose,
     "mT": _fixed("permute", swap=(-2, -1)),
+    "mH": _fixed("permute", swap=(-2, -1)),
     "adjoint": _fixed("permute", swap=(-2, -1)),
     "movedim": _move,
     "moveaxis": _move,

@@ -27,7 +27,7 @@ from bntool.layers import has_foreign_hook
 from bntool.observe.aten import SHAPE_ONLY, product_of, translate
 from bntool.observe.copying import is_separable, structural_copy, take_apart
 from bntool.observe.holding import SMALL_CONSTANT, Holders
-from bntool.observe.leftovers import random_state_kept, require_materialised, undeclared_writes
+from bntool.observe.leftovers import random_state_kept, require_materialised, storage_of, undeclared_writes
 from bntool.observe.modules import class_name, is_decomposed, role_of, uses_plain_bias
 
 _READS_OUT = frozenset({"item", "_local_scalar_dense", "resolve_neg"})
@@ -322,6 +322,7 @@ class _Recorder:
             scope=frame.name if frame else "",
             call=frame.call if frame else 0,
             inplace=bool(targets),
+            views=_seen_through(made, operands),
             place=frame.place if frame else "",
         )
         if frame is not None and kind == "add" and is_decomposed(type(frame.module)):
@@ -377,6 +378,12 @@ def _is_written(role: str, written: frozenset[str]) -> bool:
 def _is_handed_on(tensor: Tensor, operands: dict[str, Tensor]) -> bool:
     """`contiguous`, `to` and eval dropout return their input itself."""
     return any(tensor is source for source in operands.values())
+
+
+def _seen_through(made: list[Tensor], operands: dict[str, Tensor]) -> tuple[str, ...]:
+    """The operands whose memory a result shares: those that were written to, and those it is a view of."""
+    storages = {storage_of(tensor) for tensor in made} - {None}
+    return tuple(role for role, tensor in operands.items() if storage_of(tensor) in storages)
 
 
 def _tensors_in(out: Any) -> Iterator[Tensor]:

@@ -344,11 +344,20 @@ class _Reader:
         targets = [n for a in written_by(node, name, bound) for n in nodes_in([bound.get(a)])] if name else []
         made = self._results(node, targets, inputs)
         values = tuple(value for value in made.values())
+        sources, same_place = sharing(name, node, bound)
+        seen = {value for source in sources for value in self._values_of(source)}
         op = self.graph.add_op(
-            kind, inputs, values, attrs=attrs, scope=scope, inplace=bool(targets), place=place
+            kind,
+            inputs,
+            values,
+            attrs=attrs,
+            scope=scope,
+            inplace=bool(targets),
+            views=tuple(role for role, value in inputs.items() if value in seen),
+            place=place,
         )
         self.nodes[op.id] = node
-        self.memory.add(node, *sharing(name, node, bound))
+        self.memory.add(node, sources, same_place)
         if isinstance(node.meta.get("val"), tuple | list):
             self.parts[node] = made
         elif made:
@@ -403,7 +412,9 @@ class _Reader:
                 continue
             before = self.values[other]
             mixed = self._new(other.meta["val"])
-            self.graph.add_op("overwritten_view", {"input": before, "other": value}, (mixed,), attrs={})
+            self.graph.add_op(
+                "overwritten_view", {"input": before, "other": value}, (mixed,), attrs={}, views=("other",)
+            )
             self.values[other] = mixed
 
     def _block_mixed_layers(self) -> None:

@@ -136,7 +136,9 @@ class Holders:
                 self.hold(other, value)
                 continue
             before, mixed = self.value_of(other), self._new_value(other)
-            self.graph.add_op("overwritten_view", {"input": before, "other": value}, (mixed,), attrs={})
+            self.graph.add_op(
+                "overwritten_view", {"input": before, "other": value}, (mixed,), attrs={}, views=("other",)
+            )
             self.hold(other, mixed)
         self.hold(tensor, value)
 

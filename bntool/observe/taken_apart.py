@@ -18,7 +18,7 @@ from bntool.graph import Graph, Module, Op, Value
 
 _ARITHMETIC = frozenset("add sub mul div".split())
 _SLOTS = ("weight", "bias", "running_mean", "running_var")
-_MOVES = frozenset("reshape permute identity expand".split())
+_MOVES = frozenset("reshape flatten squeeze unsqueeze permute identity expand".split())
 _ROOTS = frozenset("Sqrt sqrt rsqrt Reciprocal reciprocal Pow pow ReduceL2 linalg_vector_norm std".split())
 """Kinds of op behind a divisor or a factor that is a spread of the data."""
 _NORMALISERS = frozenset(
