@@ -10,7 +10,7 @@ _VIEWS = frozenset(
     """identity reshape flatten squeeze unsqueeze permute slice select split expand unbind unfold
     overwritten_view""".split()
 )
-"""Kinds of op whose output may be the memory of their input for other sizes, though for these it was a copy."""
+"""Kinds of op whose output may be the memory of their input for other sizes, if not for these."""
 
 
 def require_no_overwriting(norm: Op, graph: Graph, gone: set[int]) -> None:

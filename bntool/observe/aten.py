@@ -28,7 +28,7 @@ SHAPE_ONLY: dict[str, tuple[str, ...]] = {
 }
 """Operands of which only the shape or the type is read, never the numbers."""
 
-_RESHAPES = "view reshape unflatten reshape_as view_as _unsafe_view _reshape_alias".split()
+_RESHAPES = "view reshape unflatten ravel reshape_as view_as _unsafe_view _reshape_alias".split()
 _IDENTITIES = (
     "contiguous clone detach detach_ alias lift_fresh to _to_copy type_as feature_dropout dropout".split()
 )
