@@ -37,8 +37,10 @@ _UNFIT = frozenset(
 )
 """A BatchNorm with one of these must not go, whoever offers to take it."""
 
-_BY_SIZE = frozenset({"reshape", "roll", "index_select"})
-"""Ops that take numbers that models compute from sizes; `flatten` and `squeeze` are told axes."""
+_BY_SIZE = frozenset({"reshape", "squeeze", "roll", "index_select"})
+"""Ops that take numbers that models compute from sizes, and `squeeze`, which asks whether a size is one;
+`flatten` and `unsqueeze` are told axes.
+"""
 
 _UNMERGED = "blocks keep their branches: the model does not run with its blocks merged"
 

@@ -296,3 +296,21 @@ def test_only_what_is_told_numbers_is_observed_on_a_second_size(
     assert bool(seconds) != by_axes
     for shape in ((1, 5, 4), (3, 4, 4), (4, 6, 4)):
         assert same(model, result.model, torch.randn(shape, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("axes", [(), (0,), ((0, 1),)])
+def test_an_axis_that_is_squeezed_away_only_where_its_size_is_one(axes: tuple[Any, ...]) -> None:
+    class Squeezed(nn.Module):
+        """With a batch of one the BatchNorm is over features, with a larger one over tokens."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear, self.bn = nn.Linear(5, 4), nn.BatchNorm1d(4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.bn(self.linear(x).squeeze(*axes))
+
+    model = randomised(Squeezed()).double()
+    result = bntool.fold(model, torch.randn(1, 4, 5, dtype=torch.float64), check="none")
+    for batch in (1, 2):
+        assert same(model, result.model, torch.randn(batch, 4, 5, dtype=torch.float64))
