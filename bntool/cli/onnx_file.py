@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from bntool.cli.session import Voice
 from bntool.errors import CheckFailed, NothingToDo, UsageError
@@ -17,8 +17,24 @@ if TYPE_CHECKING:
     from bntool.plan import Plan
 
 
+_OTHER_KINDS = frozenset({".pt", ".pth", ".pt2", ".safetensors"})
+
+
 def is_onnx(name: str | None) -> bool:
     return bool(name) and Path(str(name)).is_file() and detect(str(name)).kind is Kind.ONNX
+
+
+def onnx_target(source: Path, options: dict[str, Any], action: Literal["fold", "insert"]) -> Path:
+    """Where the new file goes; refused where it cannot, or where its name promises another kind of file."""
+    target = Path(options["output"]) if options["output"] else output_name(source, action)
+    if target.suffix in _OTHER_KINDS:
+        raise UsageError(
+            f"{target.name}: the output is saved as the same kind as the input (ONNX)",
+            next_step=f"name it {target.stem}.onnx",
+        )
+    if not options["dry_run"]:
+        require_writable(target, force=options["force"], forbid=(source,))
+    return target
 
 
 def fold_onnx_file(voice: Voice, options: dict[str, Any]) -> int:
@@ -34,9 +50,7 @@ def fold_onnx_file(voice: Voice, options: dict[str, Any]) -> int:
     source = Path(options["model"])
     _require_no_export(options)
     devices.require_places(options, onnx_too=True)
-    target = Path(options["output"]) if options["output"] else output_name(source, "fold")
-    if not options["dry_run"]:
-        require_writable(target, force=options["force"], forbid=(source,))
+    target = onnx_target(source, options, "fold")
     chosen: dict[str, Any] = {
         "include": options["include"] or ("*",),
         "exclude": options["exclude"],

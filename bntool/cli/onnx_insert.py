@@ -5,11 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bntool.cli.onnx_file import onnx_target
 from bntool.cli.session import Voice
 from bntool.errors import CheckFailed, NothingToDo, UsageError
-from bntool.files.atomic import require_writable
 from bntool.files.drafts import draft_folder
-from bntool.files.sidecar import output_name
 
 if TYPE_CHECKING:
     from bntool.inserting import InsertOptions
@@ -32,9 +31,7 @@ def insert_onnx_file(voice: Voice, options: dict[str, Any], chosen: InsertOption
             next_step="insert into the PyTorch model with --init calibrate or --plan, and export that",
         )
     source = Path(options["model"])
-    target = Path(options["output"]) if options["output"] else output_name(source, "insert")
-    if not options["dry_run"]:
-        require_writable(target, force=options["force"], forbid=(source,))
+    target = onnx_target(source, options, "insert")
     with draft_folder(None if options["dry_run"] else target) as folder:
         with voice.progress(f"inserting into {source.name}"):
             result = insert_onnx(source, folder / target.name, chosen)

@@ -99,6 +99,15 @@ def test_an_existing_output_and_a_dry_run_write_nothing(
     assert Path("net_folded.onnx").read_text() == "mine"
 
 
+@pytest.mark.parametrize("verb", ["fold", "insert"])
+def test_an_onnx_file_goes_under_no_name_of_another_kind(
+    verb: str, refused: Callable[..., object], folder: Path
+) -> None:
+    export_unfolded(nets.normalised(), "net.onnx")
+    refused(verb, "net.onnx", "-o", "out.pt", code=2, says="name it out.onnx")
+    assert [p.name for p in folder.iterdir()] == ["net.onnx"]
+
+
 def test_bad_statistics_in_an_onnx_file_are_a_bad_state(refused: Callable[..., object]) -> None:
     export_unfolded(nets.normalised(), "net.onnx")
     model = onnx.load("net.onnx")
