@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -150,25 +150,53 @@ def other_sizes(inputs: Inputs, *, fixed: bool = False) -> Iterator[Inputs]:
     """Inputs like these of other sizes, the most telling first: seeded values, one sample more.
 
     Longer by 33, so that even sides become odd (the depth of a volume or clip by one, for 3-d convolutions
-    are dear); by 32, since many models take only such; a sequence (N, L, F) longer along L; then the old
-    sides. The values spread more widely, so that a number read from them is another one. Only the number of
-    samples changes for a model of `fixed` sides.
+    are dear); by 32, since many models take only such; a sequence (N, L, F) longer along L; other sides of
+    the same area, for what a linear layer of a fixed width reads; then the old sides. The values spread more
+    widely, so that a number read from them is another one. Only the number of samples changes for a model of
+    `fixed` sides.
     """
-    sequences = any(tensor.dim() == 3 for tensor in inputs.tensors().values())
-    longer = [] if fixed else [(2, 33), (2, 32), *([(1, 33)] if sequences else [])]
-    for first_axis, more in (*longer, (2, 0)):
-        generator = torch.Generator().manual_seed(more)
-        yield inputs.map(functools.partial(_larger, first_axis=first_axis, more=more, generator=generator))
+    shapes: list[Callable[[Tensor], list[int]]] = []
+    if not fixed:
+        shapes += [functools.partial(_longer, more=33), functools.partial(_longer, more=32)]
+        if any(tensor.dim() == 3 for tensor in inputs.tensors().values()):
+            shapes.append(_longer_sequence)
+        if any(_of_same_area(tensor) != list(tensor.shape) for tensor in inputs.tensors().values()):
+            shapes.append(_of_same_area)
+    for seed, shape_of in enumerate((*shapes, lambda tensor: list(tensor.shape))):
+        generator = torch.Generator().manual_seed(seed)
+        yield inputs.map(functools.partial(_drawn, shape_of=shape_of, generator=generator))
 
 
-def _larger(tensor: Tensor, first_axis: int, more: int, generator: torch.Generator) -> Tensor:
-    """One sample more, and every axis from `first_axis` on longer (only that one, of a sequence)."""
+def _longer(tensor: Tensor, more: int) -> list[int]:
+    samples, *rest = tensor.shape
+    if not rest:
+        return [samples]
+    channels, *sides = rest
+    grown = [side + more for side in sides]
+    if len(sides) == 3 and more == 33:
+        grown[0] = sides[0] + 1
+    return [samples, channels, *grown]
+
+
+def _longer_sequence(tensor: Tensor) -> list[int]:
+    return [size + 33 if axis == 1 and tensor.dim() > 2 else size for axis, size in enumerate(tensor.shape)]
+
+
+def _of_same_area(tensor: Tensor) -> list[int]:
+    if tensor.dim() < 4:
+        return list(tensor.shape)
+    *rest, height, width = tensor.shape
+    if height == width and height % 2 == 0:
+        return [*rest, height // 2, 2 * width]
+    return [*rest, width, height]
+
+
+def _drawn(tensor: Tensor, shape_of: Callable[[Tensor], list[int]], generator: torch.Generator) -> Tensor:
+    """Seeded numbers of the shape that is asked for, and one sample more."""
     if tensor.dim() < 2:
         return tensor
-    shape = [tensor.shape[0] + 1, *tensor.shape[1:]]
-    if tensor.dim() > 2:
-        for axis in range(first_axis, 2 if first_axis == 1 else tensor.dim()):
-            shape[axis] += 1 if more == 33 and axis == 2 and tensor.dim() == 5 else more
+    samples, *rest = shape_of(tensor)
+    shape = [samples + 1, *rest]
     if not tensor.is_floating_point():
         index = torch.randint(tensor.numel(), shape, generator=generator)
         return tensor.cpu().reshape(-1)[index].to(tensor.device)

@@ -314,3 +314,21 @@ def test_an_axis_that_is_squeezed_away_only_where_its_size_is_one(axes: tuple[An
     result = bntool.fold(model, torch.randn(1, 4, 5, dtype=torch.float64), check="none")
     for batch in (1, 2):
         assert same(model, result.model, torch.randn(batch, 4, 5, dtype=torch.float64))
+
+
+class RowsFirst(nn.Module):
+    """A linear layer reads (H, C, W): of another image of the same area it reads other channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.bn, self.linear = nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.Linear(64, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(self.bn(self.conv(x).relu()).permute(0, 2, 1, 3).flatten(1))
+
+
+@pytest.mark.parametrize("sides", [(4, 4), (2, 8)])
+def test_a_layer_of_a_fixed_width_is_observed_on_an_image_of_the_same_area(sides: tuple[int, int]) -> None:
+    model, image = randomised(RowsFirst()).double(), torch.randn(2, 3, *sides, dtype=torch.float64)
+    result = bntool.fold(model, image)
+    assert [skip.reason for skip in result.skips] == [Reason.AXIS_MISMATCH]
