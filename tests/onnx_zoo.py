@@ -345,6 +345,7 @@ def through(name: str, ops: str, verdict: Verdict = FOLDED, channels: int = 6, *
 
 
 through("identity", "i = Identity(c)\np = Dropout(i)")
+through("clip_without_limits", "p = Clip(c)")
 through("max_pool", "p = MaxPool<kernel_shape=[2,2], strides=[2,2], ceil_mode=1>(c)")
 through("avg_pool", "p = AveragePool<kernel_shape=[3,3], pads=[1,1,1,1]>(c)")
 through(

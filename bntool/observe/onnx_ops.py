@@ -225,12 +225,16 @@ def _sum(view: NodeView) -> Steps | None:
 
 
 def _clip(view: NodeView) -> Steps | None:
-    low = view.attr("min") if view.version < 11 else view.constants.array(view.input(1))
-    given = view.attr("max") if view.version < 11 else view.input(2)
-    high = given if given is None or view.version < 11 else view.constants.array(given)
+    if view.version < 11:
+        given = low, high = view.attr("min"), view.attr("max")
+    else:
+        given = view.input(1), view.input(2)
+        low, high = map(view.constants.array, given)
+    if given == (None, None):
+        return _one("identity")
     if low is None or np.any(low):
         return _one("clamp")
-    if given is None:
+    if given[1] is None:
         return _one("relu")
     return _one("relu6") if high is not None and np.all(high == 6) else _one("clamp")
 

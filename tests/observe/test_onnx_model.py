@@ -254,7 +254,7 @@ def test_names_that_nodes_lack_are_made_and_unique() -> None:
 
 
 @pytest.mark.parametrize(
-    ("clip", "kind"), [("low", "relu"), ("low, high", "relu6"), ("one", "clamp"), ("", "clamp")]
+    ("clip", "kind"), [("low", "relu"), ("low, high", "relu6"), ("one", "clamp"), ("", "identity")]
 )
 def test_clip_from_zero_is_a_relu(clip: str, kind: str) -> None:
     tensors = {"low": np.zeros(1, np.float32), "high": np.float32(6), "one": np.float32(1)}
