@@ -38,6 +38,10 @@ GAINS = (1.0, 0.3)
 of float64 beyond anything that could be compared. Those are tried again with the second."""
 
 
+NARROWS = "narrows inside"
+"""What the check notes of a model that casts to a narrower type even in float64."""
+
+
 def randomise(model: Any, seed: int = 0, gain: float = 1.0) -> None:
     """Give every BatchNorm statistics and an affine of both signs that are not the initial ones."""
     import torch
@@ -83,14 +87,20 @@ def observed(name: str, model: Any) -> Any:
 
 
 def judged(make: Callable[[], Any], observed: Callable[[Any], Any]) -> dict[str, Any]:
-    """What becomes of a model, with the first gain at which that can be judged."""
+    """What becomes of a model, with the first gain at which that can be judged to float64's own digits."""
+    from bntool.checking import ALGEBRA_LIMIT
     from bntool.errors import CheckFailed
 
     try:
-        return _judged(make, observed, GAINS[0])
+        row = _judged(make, observed, GAINS[0])
     except CheckFailed as error:
-        # a fold that is wrong is wrong with any gain
-        return {**_judged(make, observed, GAINS[1]), "gain": GAINS[1], "not judged": str(error)[:200]}
+        why = str(error)[:200]
+    else:
+        if row.get("float64", 0.0) <= ALGEBRA_LIMIT or NARROWS in row["note"]:
+            return row
+        why = f"{row['float64']:.1e} in float64, {row['note']}"
+    # a fold that is wrong is wrong with any gain
+    return {**_judged(make, observed, GAINS[1]), "gain": GAINS[1], "not judged": why}
 
 
 def _judged(make: Callable[[], Any], observed: Callable[[Any], Any], gain: float) -> dict[str, Any]:
@@ -192,7 +202,10 @@ def page(results: dict[str, dict[str, Any]], title: str, target: str, file: str)
     for row in with_bn:
         kept.update(row["kept"])
     ratios = [row["error_over_noise"] for row in good if "error_over_noise" in row]
-    exact = [row["float64"] for row in good if "float64" in row and not row.get("note")]
+    exact, narrow = (
+        [row["float64"] for row in good if "float64" in row and (NARROWS in row.get("note", "")) is inside]
+        for inside in (False, True)
+    )
     sites = [row for row in good if row.get("sites")]
     lines = [
         f"# {title}",
@@ -210,7 +223,14 @@ def page(results: dict[str, dict[str, Any]], title: str, target: str, file: str)
             f"largest {max(ratios):.2f}"
         )
     if exact:
-        lines.append(f"- float64 agreement, relative to the peak: largest {max(exact):.1e}")
+        lines.append(
+            f"- float64 agreement, relative to the peak, in {len(exact)} models: largest {max(exact):.1e}"
+        )
+    if narrow:
+        lines.append(
+            f"- {len(narrow)} models cast to a narrower type inside, so that they are not in float64 all the "
+            f"way and are held to their own rounding: largest {max(narrow):.1e}"
+        )
     calm = [row["model"] for row in good if "gain" in row]
     if calm:
         lines.append(
