@@ -49,7 +49,7 @@ def test_layers_stand_in_the_order_they_ran_and_tell_what_they_read() -> None:
         ("block.conv", "Conv2d", False, [3]),
         ("block.bn", "BatchNorm2d", False, [4]),
         ("block", "add, relu", True, [5, 3]),
-        ("", "reshape", True, [6]),
+        ("", "flatten", True, [6]),
     ]
     assert found["modules"] == {"": "Net", "block": "Block"}
     assert [row["parameters"] for row in found["layers"][:3]] == [3 * 4 + 4, 4 * 4 * 9 + 4, 8]
