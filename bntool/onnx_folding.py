@@ -109,7 +109,7 @@ def fold_onnx(
         checks = tuple(proof(counts.nodes_before).checks(written, device=device))
         failed = next((row for row in checks if not row.passed), None)
         if failed is not None:
-            raise _not_borne_out(failed, reference[0].limits[failed.worst[0]])
+            raise _not_borne_out(failed, reference[0].redrawn_limits[failed.worst[0]])
         return OnnxFoldResult(plan, counts, written, data, checks)
 
     def agrees(part: Plan) -> bool:
