@@ -125,7 +125,7 @@ def test_two_layers_composed_are_left_without_a_name(tmp_path) -> None:
 
 def test_a_model_is_measured_and_a_wrong_result_is_not_a_fold(monkeypatch, tmp_path) -> None:
     net = _net()
-    monkeypatch.setattr(peers, "make", lambda name: copy.deepcopy(net))
+    monkeypatch.setattr(peers, "make", lambda name, gain: copy.deepcopy(net))
     assert peers.prepare("net", tmp_path)["bn"] == ["1", "3"]
     found = peers.judge("net", "bntool", tmp_path)
     assert (found["status"], found["left"], found["unnamed"]) == ("ok", ["3"], 0)
@@ -193,3 +193,18 @@ def test_bntool_is_right_and_no_peer_is_ahead(row) -> None:
     assert not behind(row)
     for name in only_peers(row):
         assert f"{row['model']} {name}" in EXPLAINED
+
+
+def test_what_rounding_alone_decides_is_measured_with_a_smaller_gain(monkeypatch) -> None:
+    gains: list[float] = []
+
+    def examined(name: str, limit: float, gain: float) -> dict[str, Any]:
+        gains.append(gain)
+        error = "CheckFailed: the fold cannot be checked: rounding alone moves this output by 0.1 of its peak"
+        wild = {"status": "failed", "error": error} if name == "wild" else {"status": "undecided"}
+        return {"model": name, "tools": {"bntool": {"status": "ok"} if gain < 1 or name == "calm" else wild}}
+
+    monkeypatch.setattr(peers, "_examined", examined)
+    assert "gain" not in peers.examine("calm", 1)
+    assert peers.examine("wild", 1)["gain"] == peers.examine("undecided", 1)["gain"] == 0.3
+    assert gains == [1.0, 1.0, 0.3, 1.0, 0.3]

@@ -20,10 +20,12 @@ How many BatchNorms the best tools leave, model by model. Written by `make peers
 has every name; the peers are installed in an environment of their own, `.venv-peers`, and nowhere else.
 
 The models are a sample of all kinds, and every one of the sweep ([coverage](coverage.md)) on which bntool
-keeps a BatchNorm: where it keeps none, no peer can be ahead.
+keeps a BatchNorm: where it keeps none, no peer can be ahead. So the shares below are of the hardest models;
+of the whole sweep bntool folds what the page on coverage says.
 
-Random weights, randomised statistics, γ of both signs, small images where the model takes them. The torch
-tools get the same model; the ONNX tools get the same unfolded file, its batch size fixed, which helps them.
+Random weights, randomised statistics, γ of both signs (0.3 times as large where rounding alone would decide
+what the model computes), small images where the model takes them. The torch tools get the same model; the
+ONNX tools get the same unfolded file, its batch size fixed, which helps them.
 
 - **bntool**: what `bntool fold --export onnx` leaves, batch size open. **module**: what `bntool.fold` leaves
   in the module. **file**: what `bntool fold FILE.onnx` leaves of the file that the peers get.

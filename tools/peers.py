@@ -22,8 +22,8 @@ from tools.peer_page import page
 from tools.peer_tools import TOOLS, Case, versions
 from tools.processes import in_own_process
 from tools.sweeping import Results, arguments
+from tools.zoo import GAINS, VIDEO, randomise
 from tools.zoo import RESULTS as SWEEP
-from tools.zoo import VIDEO, randomise
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "docs" / "peers.jsonl"
@@ -31,12 +31,12 @@ _SIDE = 64
 """Small images show the same graph at a fraction of the time; models that take none get their own size."""
 
 
-def make(name: str) -> Any:
-    """The model in eval mode, with random weights and statistics, the same every time."""
+def make(name: str, gain: float = 1.0) -> Any:
+    """The model in eval mode, with random weights and statistics, the same every time; γ is `gain` times."""
     from bntool.files.references import build
 
     model = build(name).model.eval()
-    randomise(model)
+    randomise(model, gain=gain)
     return model
 
 
@@ -60,13 +60,13 @@ def observed(model: Any) -> Any:
     return observe_inferred(model, small=True)
 
 
-def prepare(name: str, folder: Path) -> dict[str, Any]:
+def prepare(name: str, folder: Path, gain: float = 1.0) -> dict[str, Any]:
     """Export the model unfolded, run the original, and keep in `folder` what every tool is held against."""
     from bntool.exporting import export_onnx
     from bntool.reference import Reference
     from tools.fingerprints import fingerprints, trace_onnx
 
-    model = make(name)
+    model = make(name, gain)
     observation = observed(model)
     unfolded = folder / "unfolded.onnx"
     export_onnx(model, observation.inputs, unfolded, dynamic_batch=False)
@@ -80,7 +80,7 @@ def prepare(name: str, folder: Path) -> dict[str, Any]:
     return {"status": "ok", "input": observation.inputs.shapes(), "bn": list(batch_norms)}
 
 
-def judge(name: str, tool: str, folder: Path) -> dict[str, Any]:
+def judge(name: str, tool: str, folder: Path, gain: float = 1.0) -> dict[str, Any]:
     """Let one tool fold the model; say which BatchNorms are left, and whether the result is right."""
     import torch
 
@@ -89,7 +89,7 @@ def judge(name: str, tool: str, folder: Path) -> dict[str, Any]:
     kept = (folder / "reference.pickle").read_bytes()
     inputs, expected, limits, layers, batch_norms, own = pickle.loads(kept)  # noqa: S301 - written by `prepare`
     start = time.perf_counter()
-    outcome = TOOLS[tool](Case(functools.partial(make, name), inputs, folder / "unfolded.onnx", folder))
+    outcome = TOOLS[tool](Case(functools.partial(make, name, gain), inputs, folder / "unfolded.onnx", folder))
     seconds = time.perf_counter() - start
     got = named_as(expected[0], outcome.outputs)
     if outcome.rest is not None:
@@ -115,13 +115,25 @@ def named_as(expected: dict[str, Any], outputs: dict[str, Any]) -> dict[str, Any
 
 
 def examine(name: str, limit: float) -> dict[str, Any]:
-    """The row of one model: what each tool leaves of its BatchNorms."""
+    """The row of one model, with the first gain at which rounding does not decide what it computes."""
+    row = _examined(name, limit, GAINS[0])
+    return {**_examined(name, limit, GAINS[1]), "gain": GAINS[1]} if undecided(row) else row
+
+
+def undecided(row: dict[str, Any]) -> bool:
+    found = row.get("tools", {}).values()
+    return any(f["status"] == "undecided" or "rounding alone" in f.get("error", "") for f in found)
+
+
+def _examined(name: str, limit: float, gain: float) -> dict[str, Any]:
+    """What each tool leaves of a model's BatchNorms."""
     with tempfile.TemporaryDirectory() as text:
         folder = Path(text)
-        row = {"model": name, **in_own_process(lambda: prepare(name, folder), limit)}
+        row = {"model": name, **in_own_process(lambda: prepare(name, folder, gain), limit)}
         if row["status"] == "ok" and row["bn"]:
             row["tools"] = {
-                tool: in_own_process(lambda tool=tool: judge(name, tool, folder), limit) for tool in TOOLS
+                tool: in_own_process(lambda tool=tool: judge(name, tool, folder, gain), limit)
+                for tool in TOOLS
             }
         row["versions"] = versions()
         return row

@@ -203,9 +203,14 @@ def page(results: dict[str, dict[str, Any]], title: str, target: str, file: str)
         kept.update(row["kept"])
     ratios = [row["error_over_noise"] for row in good if "error_over_noise" in row]
     exact, narrow = (
-        [row["float64"] for row in good if "float64" in row and (NARROWS in row.get("note", "")) is inside]
+        {
+            r["model"]: r["float64"]
+            for r in good
+            if "float64" in r and (NARROWS in r.get("note", "")) is inside
+        }
         for inside in (False, True)
     )
+    amplified = [f"{model} {error:.1e}" for model, error in exact.items() if error > 1e-10]
     sites = [row for row in good if row.get("sites")]
     lines = [
         f"# {title}",
@@ -224,12 +229,18 @@ def page(results: dict[str, dict[str, Any]], title: str, target: str, file: str)
         )
     if exact:
         lines.append(
-            f"- float64 agreement, relative to the peak, in {len(exact)} models: largest {max(exact):.1e}"
+            f"- float64 agreement, relative to the peak, in {len(exact)} models: to 1e-10 in "
+            f"{len(exact) - len(amplified)}, the largest of them "
+            f"{max((error for error in exact.values() if error <= 1e-10), default=0.0):.1e}"
+        )
+    if amplified:
+        lines.append(
+            f"- held to their own rounding in float64, which they amplify further: {', '.join(amplified)}"
         )
     if narrow:
         lines.append(
             f"- {len(narrow)} models cast to a narrower type inside, so that they are not in float64 all the "
-            f"way and are held to their own rounding: largest {max(narrow):.1e}"
+            f"way and are held to their own rounding: largest {max(narrow.values()):.1e}"
         )
     calm = [row["model"] for row in good if "gain" in row]
     if calm:
