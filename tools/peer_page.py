@@ -19,7 +19,7 @@ _INTRO = """\
 How many BatchNorms the best tools leave, model by model. Written by `make peers` from `peers.jsonl`, which
 has every name; the peers are installed in an environment of their own, `.venv-peers`, and nowhere else.
 
-The models are a sample of all kinds, and every one of the sweep ([coverage](coverage.md)) on which bntool
+The models are a sample of all kinds, and those of the sweep ([coverage](coverage.md)) on which bntool
 keeps a BatchNorm: where it keeps none, no peer can be ahead. So the shares below are of the hardest models;
 of the whole sweep bntool folds what the page on coverage says.
 
