@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -117,9 +118,8 @@ class _Runs:
             )
         self.outputs = [runner.run(inputs) for inputs in self.inputs]
         moved = [runner.run(nudged(inputs)) for inputs in self.inputs]
-        nodes = len(OnnxGraph(path).steps)
-        self.limits = file_limits(self.outputs, [moved], nodes)
-        self._tf32_limits = file_limits(self.outputs, [moved], nodes, casting.TF32.eps)
+        self._limits_at = functools.partial(file_limits, self.outputs, [moved], len(OnnxGraph(path).steps))
+        self.limits = self._limits_at()
         floating = [t.dtype for t in self.outputs[0].values() if t.is_floating_point()]
         self._eps = max((torch.finfo(dtype).eps for dtype in floating), default=0.0)
 
@@ -130,7 +130,7 @@ class _Runs:
         if missing:
             return [*rows[:-1], dataclasses.replace(last, detail=f"{last.detail}; {missing}")]
         runner = OrtRunner(path, where_it_ran(last), tf32=True)
-        row = self.row(last.stage, runner, None, None, self._tf32_limits)
+        row = self.row(last.stage, runner, None, None, self._limits_at(casting.TF32.eps))
         return [*rows, dataclasses.replace(row, precision=TF32)]
 
     def row(

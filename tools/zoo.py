@@ -193,6 +193,8 @@ def sites_again(inserted: Any, inputs: Any) -> int:
 
 
 def page(results: dict[str, dict[str, Any]], title: str, target: str, file: str) -> str:
+    from bntool.checking import ALGEBRA_LIMIT
+
     rows = sorted(results.values(), key=lambda row: row["model"])
     good = [row for row in rows if row["status"] == "ok"]
     with_bn = [row for row in good if row["bn_total"]]
@@ -210,7 +212,7 @@ def page(results: dict[str, dict[str, Any]], title: str, target: str, file: str)
         }
         for inside in (False, True)
     )
-    amplified = [f"{model} {error:.1e}" for model, error in exact.items() if error > 1e-10]
+    amplified = [f"{model} {error:.1e}" for model, error in exact.items() if error > ALGEBRA_LIMIT]
     sites = [row for row in good if row.get("sites")]
     lines = [
         f"# {title}",
@@ -229,9 +231,9 @@ def page(results: dict[str, dict[str, Any]], title: str, target: str, file: str)
         )
     if exact:
         lines.append(
-            f"- float64 agreement, relative to the peak, in {len(exact)} models: to 1e-10 in "
+            f"- float64 agreement, relative to the peak, in {len(exact)} models: to {ALGEBRA_LIMIT:.0e} in "
             f"{len(exact) - len(amplified)}, the largest of them "
-            f"{max((error for error in exact.values() if error <= 1e-10), default=0.0):.1e}"
+            f"{max((error for error in exact.values() if error <= ALGEBRA_LIMIT), default=0.0):.1e}"
         )
     if amplified:
         lines.append(
