@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from bntool.errors import CheckFailed, ExportError, StateError
-from bntool.files.scripted import script_bytes
+from bntool.files.security.scripted import script_bytes
 from bntool.inputs import Inputs, named_tensors
 from bntool.plan import Skip
 from bntool.reasons import Reason

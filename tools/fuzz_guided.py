@@ -18,14 +18,14 @@ import atheris
 
 with atheris.instrument_imports(include=["bntool.files"]):
     from bntool.errors import BntoolError
-    from bntool.files.archives import Damaged, Unsafe
     from bntool.files.detect import detect
-    from bntool.files.expressions import is_guard, is_size_expression
     from bntool.files.loading import load
-    from bntool.files.opcodes import DamagedPickle, DryRun
-    from bntool.files.operators import UnknownOperator
-    from bntool.files.pickles import check_plain_data
-    from bntool.files.program_scan import check_program, read_json
+    from bntool.files.security.archives import Damaged, Unsafe
+    from bntool.files.security.expressions import is_guard, is_size_expression
+    from bntool.files.security.opcodes import DamagedPickle, DryRun
+    from bntool.files.security.operators import UnknownOperator
+    from bntool.files.security.pickles import check_plain_data
+    from bntool.files.security.program_scan import check_program, read_json
 
 from tools.fuzz import samples
 

@@ -18,19 +18,19 @@ from typing import Any
 import torch
 
 from bntool.errors import LoadError
-from bntool.files.archives import Records, Unsafe, check_archive
 from bntool.files.detect import FileKind, Kind, detect
-from bntool.files.exported import why_not_read
 from bntool.files.inspecting_onnx import look_at_onnx
 from bntool.files.inspecting_program import look_at_program
 from bntool.files.limits import Limit
 from bntool.files.looking import Found, TensorRow
-from bntool.files.opcodes import DamagedPickle, DryRun
-from bntool.files.pickled_calls import shown
-from bntool.files.pickles import standing
 from bntool.files.safetensors_files import Header, read_header, read_index
-from bntool.files.scripted import why_unsafe
-from bntool.files.stand_ins import Picture, StandIn, pictured_tensors
+from bntool.files.security.archives import Records, Unsafe, check_archive
+from bntool.files.security.exported import why_not_read
+from bntool.files.security.opcodes import DamagedPickle, DryRun
+from bntool.files.security.pickled_calls import shown
+from bntool.files.security.pickles import standing
+from bntool.files.security.scripted import why_unsafe
+from bntool.files.security.stand_ins import Picture, StandIn, pictured_tensors
 
 
 @dataclasses.dataclass(frozen=True)

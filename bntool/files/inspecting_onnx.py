@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from bntool.files.looking import Found, TensorRow
-from bntool.files.pickled_calls import shown
+from bntool.files.security.pickled_calls import shown
 
 _MAX_DEPTH = 30
 

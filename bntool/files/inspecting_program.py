@@ -9,7 +9,7 @@ from typing import Any
 
 from bntool.files.limits import Limit
 from bntool.files.looking import Found, TensorRow
-from bntool.files.pickled_calls import shown
+from bntool.files.security.pickled_calls import shown
 
 # torch.ScalarType as the schema numbers it -> torch's name and the bytes of one element.
 _SCALAR_TYPES = {

@@ -17,14 +17,14 @@ from bntool.errors import InvariantError, LoadError, UsageError
 from bntool.files.architectures import closest, load_index, take_exact
 from bntool.files.atomic import sha256_of
 from bntool.files.detect import FileKind, Kind, detect
-from bntool.files.exported import read_exported
 from bntool.files.limits import DEFAULT_MAX_SIZE, Limit
-from bntool.files.missing import missing_names
-from bntool.files.pickled_calls import shown
-from bntool.files.pickles import read_pickled
 from bntool.files.references import build, full_names, is_reference, recorded_inputs
 from bntool.files.safetensors_files import Index, read_header, read_index
-from bntool.files.scripted import DEPRECATED, read_script
+from bntool.files.security.exported import read_exported
+from bntool.files.security.missing import missing_names
+from bntool.files.security.pickled_calls import shown
+from bntool.files.security.pickles import read_pickled
+from bntool.files.security.scripted import DEPRECATED, read_script
 from bntool.files.weights import (
     Found,
     StateDict,

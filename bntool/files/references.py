@@ -15,8 +15,8 @@ import torch
 from torch import nn
 
 from bntool.errors import LoadError, UsageError
-from bntool.files.pickled_calls import shown
 from bntool.files.scripts import import_path, import_script, running_user_code, seeded
+from bntool.files.security.pickled_calls import shown
 from bntool.inputs import Inputs
 
 _REGISTRIES = ("torchvision", "timm")

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from bntool.errors import LoadError
 from bntool.files.limits import Limit
-from bntool.files.pickled_calls import shown
+from bntool.files.security.pickled_calls import shown
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -14,13 +14,13 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from bntool.errors import UsageError
-from bntool.files.allowed import allow_entries_for
 from bntool.files.atomic import sha256_of, write_atomically
 from bntool.files.detect import detect
 from bntool.files.loading import Loaded
-from bntool.files.pickles import unknown_globals
 from bntool.files.safetensors_files import INDEX_SUFFIX
-from bntool.files.scripted import script_bytes
+from bntool.files.security.allowed import allow_entries_for
+from bntool.files.security.pickles import unknown_globals
+from bntool.files.security.scripted import script_bytes
 from bntool.files.shards import shard_of, write_shards
 from bntool.files.weights import StateDict, with_prefix
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from bntool.errors import LoadError
-from bntool.files.pickled_calls import shown
+from bntool.files.security.pickled_calls import shown
 
 _scripts: dict[str, Path] = {}
 

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from bntool.errors import LoadError
-from bntool.files.archives import Records
 from bntool.files.detect import Kind, detect
 from bntool.files.limits import Limit
-from bntool.files.pickles import require_plain_weights
 from bntool.files.safetensors_files import Header, read_header, read_index
-from bntool.files.stand_ins import Picture, PicturedTensor, pictured_tensors
+from bntool.files.security.archives import Records
+from bntool.files.security.pickles import require_plain_weights
+from bntool.files.security.stand_ins import Picture, PicturedTensor, pictured_tensors
 
 
 @dataclasses.dataclass(frozen=True)

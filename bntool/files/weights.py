@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
 
 from bntool.errors import LoadError, UsageError
-from bntool.files.pickled_calls import shown
+from bntool.files.security.pickled_calls import shown
 
 StateDict = dict[str, Any]
 

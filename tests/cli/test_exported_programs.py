@@ -15,7 +15,7 @@ import torch
 import bntool as package
 from tests.cli import nets
 from tests.cli.conftest import Said, Shell
-from tests.hostile_programs import (
+from tests.files.security.hostile_programs import (
     ARCHIVES,
     DEAD,
     IMPORTED,

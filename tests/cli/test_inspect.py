@@ -20,8 +20,8 @@ from onnx import TensorProto, helper, numpy_helper
 from safetensors.torch import save_file
 from torch import nn
 
-from bntool.files.archives import Records
-from bntool.files.stand_ins import Picture, pictured_tensors
+from bntool.files.security.archives import Records
+from bntool.files.security.stand_ins import Picture, pictured_tensors
 from tests.cli import nets
 from tests.cli.conftest import Shell
 from tests.files import torch_files as tf

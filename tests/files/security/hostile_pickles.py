@@ -247,7 +247,7 @@ ATTRIBUTES: dict[str, Payload] = {
     "operator-itemgetter": lambda m: call("operator.itemgetter", text("exec")),
     "dotted-name": lambda m: b"ctorch\nserialization.os.system\n" + tup(text(shell(m))) + REDUCE,
     "dotted-class": lambda m: b"c" + RELU.rpartition(".")[0].encode() + b"\nReLU.forward.__globals__\n",
-    "dotted-own": lambda m: b"cbntool.files.pickles\nimportlib.util.sys.modules\n",
+    "dotted-own": lambda m: b"cbntool.files.security.pickles\nimportlib.util.sys.modules\n",
     "functools-reduce": lambda m: call("functools.reduce", name("builtins.getattr"), EMPTY_LIST),
     "map": lambda m: call("builtins.map", name("os.system"), EMPTY_LIST + text(shell(m)) + b"a"),
     "filter": lambda m: call("builtins.filter", name("os.system"), EMPTY_LIST + text(shell(m)) + b"a"),

@@ -6,10 +6,10 @@ import math
 import re
 from typing import Any
 
-from bntool.files.archives import Damaged, Records, Unsafe
-from bntool.files.pickled_calls import MAX_EXPANSION_BYTES, shown
-from bntool.files.pickles import check_plain_data
-from bntool.files.program_scan import check_name, read_json
+from bntool.files.security.archives import Damaged, Records, Unsafe
+from bntool.files.security.pickled_calls import MAX_EXPANSION_BYTES, shown
+from bntool.files.security.pickles import check_plain_data
+from bntool.files.security.program_scan import check_name, read_json
 
 _MEMBER = re.compile(r"\w+", re.ASCII)
 # torch.ScalarType as the schema numbers it -> bytes of one element.

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from bntool.files.pickled_calls import shown
+from bntool.files.security.pickled_calls import shown
 from bntool.layers import has_foreign_hook
 
 _LEAVES = (str, bytes, bytearray, int, float, complex, type, types.FunctionType, types.BuiltinFunctionType)

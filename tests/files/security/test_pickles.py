@@ -17,10 +17,10 @@ import torch
 from torch import nn
 
 from bntool.errors import LoadError, UsageError
-from bntool.files.allowed import user_allowance
 from bntool.files.detect import detect
 from bntool.files.loading import load
-from bntool.files.pickles import unknown_globals
+from bntool.files.security.allowed import user_allowance
+from bntool.files.security.pickles import unknown_globals
 from tests.files.torch_files import (
     BUILD,
     EMPTY_LIST,

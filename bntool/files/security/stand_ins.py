@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 
 from torch._utils import IMPORT_MAPPING, NAME_MAPPING
 
-from bntool.files.pickled_calls import REBUILD_PARAMETER, REBUILD_TENSOR, item_bytes
+from bntool.files.security.pickled_calls import REBUILD_PARAMETER, REBUILD_TENSOR, item_bytes
 
 _REGISTRIES = ("_parameters", "_buffers", "_modules")
 _MAX_DEPTH = 500

@@ -15,9 +15,9 @@ from pathlib import Path
 import torch
 
 from bntool.errors import LoadError
-from bntool.files.archives import Unsafe, check_archive
 from bntool.files.limits import Limit
-from bntool.files.pickled_calls import shown
+from bntool.files.security.archives import Unsafe, check_archive
+from bntool.files.security.pickled_calls import shown
 
 DEPRECATED = "TorchScript is deprecated by PyTorch; torch.export.save the nn.Module that it was made from"
 _REACHES_OUT = re.compile(rb"\b(save|from_file|load_tensor|rpc_async|rpc_sync|rpc_remote|RRef|owner)\b")

@@ -13,7 +13,7 @@ from typing import Any, BinaryIO
 
 from torch._utils import IMPORT_MAPPING, NAME_MAPPING
 
-from bntool.files.pickled_calls import (
+from bntool.files.security.pickled_calls import (
     MAPPINGS,
     PARAMETER,
     PARTIAL,

@@ -21,15 +21,15 @@ import torch
 from torch.export import ExportedProgram
 
 from bntool.errors import LoadError
-from bntool.files.archives import Damaged, Records, Unsafe, check_archive
 from bntool.files.limits import Limit
-from bntool.files.operators import UnknownOperator
-from bntool.files.payloads import check_table
-from bntool.files.pickled_calls import shown
-from bntool.files.pickles import check_plain_data
-from bntool.files.program_scan import check_name, check_program, read_json
 from bntool.files.scripts import running_user_code
-from bntool.files.vetting import complaints
+from bntool.files.security.archives import Damaged, Records, Unsafe, check_archive
+from bntool.files.security.operators import UnknownOperator
+from bntool.files.security.payloads import check_table
+from bntool.files.security.pickled_calls import shown
+from bntool.files.security.pickles import check_plain_data
+from bntool.files.security.program_scan import check_name, check_program, read_json
+from bntool.files.security.vetting import complaints
 
 _MODEL = "models/model.json"
 _OLD_PROGRAM = "serialized_exported_program.json"

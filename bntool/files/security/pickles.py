@@ -20,13 +20,14 @@ from typing import Any
 import torch
 
 from bntool.errors import LoadError, UsageError
-from bntool.files.allowed import builtin_allowance, can_be_allowed, only_these, user_allowance
-from bntool.files.archives import Records, Source, Unsafe, check_archive
 from bntool.files.detect import FileKind, Kind
 from bntool.files.limits import Limit
-from bntool.files.missing import inert_classes, may_be_missing
-from bntool.files.opcodes import DamagedPickle, DryRun
-from bntool.files.pickled_calls import (
+from bntool.files.scripts import running_user_code
+from bntool.files.security.allowed import builtin_allowance, can_be_allowed, only_these, user_allowance
+from bntool.files.security.archives import Records, Source, Unsafe, check_archive
+from bntool.files.security.missing import inert_classes, may_be_missing
+from bntool.files.security.opcodes import DamagedPickle, DryRun
+from bntool.files.security.pickled_calls import (
     FROM_TYPE,
     PARAMETER,
     PARTIAL,
@@ -35,8 +36,7 @@ from bntool.files.pickled_calls import (
     item_bytes,
     shown,
 )
-from bntool.files.scripts import running_user_code
-from bntool.files.vetting import complaints
+from bntool.files.security.vetting import complaints
 
 _CALLS = REBUILD_TENSOR | REBUILD_PARAMETER | {
     FROM_TYPE, PARTIAL, "collections.OrderedDict", "collections.Counter", "builtins.set",

@@ -12,10 +12,10 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from bntool.files.archives import Damaged, Unsafe
-from bntool.files.expressions import is_guard, is_size_expression
-from bntool.files.operators import check_operator
-from bntool.files.pickled_calls import shown
+from bntool.files.security.archives import Damaged, Unsafe
+from bntool.files.security.expressions import is_guard, is_size_expression
+from bntool.files.security.operators import check_operator
+from bntool.files.security.pickled_calls import shown
 
 _NOTES = frozenset("stack_trace nn_module_stack source_fn_stack torch_fn custom from_node".split())
 """Metadata that torch keeps as text, or reads as JSON; source_fn_stack is resolved like an operator."""

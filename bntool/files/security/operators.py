@@ -11,8 +11,8 @@ import re
 
 import torch
 
-from bntool.files.archives import Unsafe
-from bntool.files.pickled_calls import shown
+from bntool.files.security.archives import Unsafe
+from bntool.files.security.pickled_calls import shown
 
 _OPERATOR = re.compile(r"torch\.ops\.([A-Za-z_]\w*)\.([A-Za-z_]\w*)\.([A-Za-z_]\w*)", re.ASCII)
 _HIGHER_ORDER = re.compile(r"torch\.ops\.higher_order\.(\w+)", re.ASCII)

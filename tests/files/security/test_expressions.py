@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from bntool.files.expressions import is_guard, is_size_expression
+from bntool.files.security.expressions import is_guard, is_size_expression
 
 SIZES = [
     "Symbol('s77', positive=True, integer=True)",

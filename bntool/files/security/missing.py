@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 from torch import nn
 
 from bntool.errors import LoadError
-from bntool.files.allowed import can_be_allowed
+from bntool.files.security.allowed import can_be_allowed
 
 _DATA = frozenset(
     {

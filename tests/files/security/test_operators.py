@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from bntool.files.archives import Unsafe
-from bntool.files.operators import UnknownOperator, check_operator
+from bntool.files.security.archives import Unsafe
+from bntool.files.security.operators import UnknownOperator, check_operator
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from torch import nn
 from bntool.cli import run
 from bntool.errors import LoadError
 from bntool.files.loading import load
-from tests.files.hostile_pickles import ARMED, CORPUS, RELU, as_zip, later
+from tests.files.security.hostile_pickles import ARMED, CORPUS, RELU, as_zip, later
 from tests.files.torch_files import EMPTY_LIST, call, mapping, module, number, storage, tensor, text
 
 pytest.importorskip("torchvision")

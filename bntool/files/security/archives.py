@@ -11,7 +11,7 @@ from typing import Any, BinaryIO
 
 import torch
 
-from bntool.files.pickled_calls import shown
+from bntool.files.security.pickled_calls import shown
 
 Source = Path | BinaryIO
 

@@ -18,8 +18,8 @@ import torch
 from torch import nn
 
 from bntool.errors import LoadError, UsageError
-from bntool.files.pickled_calls import PARTIAL, shown
 from bntool.files.scripts import import_path, import_script, script_of
+from bntool.files.security.pickled_calls import PARTIAL, shown
 
 _LAYER_PACKAGES = ("torch.nn.modules", "torchvision.models", "torchvision.ops", "timm.models", "timm.layers")
 _OWN_LAYERS = ("bntool.layers", "bntool.frozen")

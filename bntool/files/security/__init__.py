@@ -1,0 +1,1 @@
+"""What stands between a stranger's file and code that runs: archives, pickles, programs, scripts."""
