@@ -281,16 +281,17 @@ def export_onnx(
     dtype: Literal["", "fp16", "bf16"] = "",
     keep_io: bool = False,
     exporter: Literal["dynamo", "legacy"] = "dynamo",
+    force: bool = False,
 ) -> Path:
     """Write the model in eval mode as ONNX, weights named by qualified name; no BatchNorm is folded here.
 
     `opset` and `ir_version` are the lowest that work unless given. `dynamic` names axes to leave open
     besides the batch, by input: `{"input": (2, 3)}`. `dtype` casts weights, inputs and outputs; with
-    `keep_io` inputs and outputs stay float32. `exporter="legacy"` traces.
+    `keep_io` inputs and outputs stay float32. `exporter="legacy"` traces. `force` replaces a file.
 
     Raises:
         ExportError: the model cannot be exported, or its numbers do not fit `dtype`.
-        UsageError: an axis or an IR version that there is not.
+        UsageError: an axis or an IR version that there is not; a `path` that exists without `force`.
     """
     return exported(
         model,
@@ -304,6 +305,7 @@ def export_onnx(
         dtype=dtype,
         keep_io=keep_io,
         exporter=exporter,
+        force=force,
     ).path
 
 

@@ -23,6 +23,7 @@ from bntool.capturing import (
 from bntool.casting import DTYPES, cast_copy
 from bntool.dynamic_axes import DynamicAxes
 from bntool.errors import ExportError, UsageError
+from bntool.files.targets import Target
 from bntool.inputs import Inputs, named_tensors
 from bntool.onnx_cleaning import census, clean, name_axes, rename_initializers, rename_values
 from bntool.onnx_versions import chosen_ir_version, loads_in
@@ -77,6 +78,7 @@ class _Form:
     metadata: Mapping[str, str]
     dtype: str = ""
     keep_io: bool = False
+    force: bool = False
 
 
 def export_onnx(
@@ -93,6 +95,7 @@ def export_onnx(
     keep_io: bool = False,
     exporter: Exporter = "dynamo",
     metadata: Mapping[str, str] | None = None,
+    force: bool = False,
 ) -> ExportResult:
     """Write `model`, in eval mode, as an ONNX file whose weights keep their state_dict names.
 
@@ -104,9 +107,10 @@ def export_onnx(
     BatchNormalization node.
 
     Nothing is left behind when it fails. Raises `ExportError` for a model that torch or ONNX cannot take,
-    or whose numbers do not fit `dtype`; `UsageError` for an axis or an IR version that there is not.
+    or whose numbers do not fit `dtype`; `UsageError` for an axis or an IR version that there is not, and
+    where `path` exists and not `force`.
     """
-    target = _target(path)
+    target = _target(path, force)
     inputs = Inputs.of(example_inputs)
     axes = DynamicAxes(dynamic_batch, dynamic or {})
     axes.named_for(inputs)
@@ -119,7 +123,7 @@ def export_onnx(
         subject = cast_copy(subject, DTYPES[dtype])
         inputs = inputs.to(dtype=DTYPES[dtype])
     names = _tensor_names(subject)
-    form = _Form(target, names, opset, ir_version, external_data, metadata or {}, dtype, keep_io)
+    form = _Form(target, names, opset, ir_version, external_data, metadata or {}, dtype, keep_io, force)
     try:
         if dtype:
             torch.set_default_dtype(DTYPES[dtype])  # a tensor that forward makes without a dtype follows
@@ -138,22 +142,26 @@ def export_program(
     ir_version: int | None = None,
     external_data: ExternalData = "auto",
     metadata: Mapping[str, str] | None = None,
+    force: bool = False,
 ) -> ExportResult:
     """Write an exported program as an ONNX file, its axes dynamic where the program's are.
 
     Otherwise as `export_onnx`.
     """
     names = {name: name for name in (*program.state_dict, *program.constants)}
-    form = _Form(_target(path), names, opset, ir_version, external_data, metadata or {})
+    target = _target(path, force)
+    form = _Form(target, names, opset, ir_version, external_data, metadata or {}, force=force)
     return _cleaned(_converted(program, opset), Inputs.of(example_inputs), {}, form, [])
 
 
-def _target(path: str | Path) -> Path:
+def _target(path: str | Path, force: bool) -> Path:
+    """Before any work: the file can be written."""
     target = Path(path)
     if not target.parent.is_dir():
         raise ExportError(
             f"there is no folder {target.parent}", next_step="make the folder, or choose another -o"
         )
+    Target(force=force).claim(target)
     return target
 
 
@@ -227,7 +235,7 @@ def _written(onnx_model: Any, form: _Form, notes: list[str]) -> ExportResult:
     if form.keep_io:
         keep_float32_io(onnx_model, narrow_type(form.dtype))
     onnx_model.metadata_props.update(sorted(form.metadata.items()))
-    data_path = write_checked(onnx_model, form.path, form.external_data)
+    data_path = write_checked(onnx_model, form.path, form.external_data, force=form.force)
     return ExportResult(
         path=form.path,
         opset=opset,

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
@@ -14,13 +15,15 @@ import onnx_ir as ir
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 from onnx.external_data_helper import ExternalDataInfo
 
-from bntool.errors import InvariantError, LoadError, UsageError
-from bntool.files.atomic import require_writable
+from bntool.errors import InvariantError, LoadError
 from bntool.files.detect import Kind, detect
-from bntool.files.drafts import alone_in, draft_folder, place
+from bntool.files.targets import Drafts, Target
 
 SINGLE_FILE_LIMIT = int(1.8 * 2**30)
 """A protobuf message ends at 2 GiB; the graph itself and the names need room beside the weights."""
+_DATA = ".data"
+_OWN = "bntool_data"
+_MOST_DATA_FILES = 1000
 _SMALL = 1024
 """Tensors of fewer bytes stay inside the file when a large model is split in two."""
 
@@ -36,6 +39,11 @@ class OnnxFile:
     model: ir.Model
     external: frozenset[str] = frozenset()
     data_files: tuple[Path, ...] = ()
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """Every file that it is in."""
+        return (self.path, *self.data_files)
 
 
 def open_onnx(path: str | Path) -> OnnxFile:
@@ -80,32 +88,29 @@ def open_onnx(path: str | Path) -> OnnxFile:
 
 
 def save_onnx(file: OnnxFile, output: str | Path, *, force: bool = False) -> tuple[Path, Path | None]:
-    """Write the model; what was external goes to one file beside the output (`data_place`).
+    """Write the model; what was external goes to one file beside the output (`write_drafts`).
 
     A model too large for a single file is split alike. Returns the paths of both files.
 
     Raises:
         UsageError: the output exists without `force`, is an input, or cannot be written.
     """
-    forbid = (file.path, *file.data_files)
-    target = require_writable(output, force=force, forbid=forbid)
+    target = Target(force=force, reads=file.files)
+    path = target.claim(output)
+    with target.drafts() as drafts:
+        write_drafts(file, path, drafts)
+    return path, drafts.part_of(path)
+
+
+def write_drafts(file: OnnxFile, path: Path, drafts: Drafts) -> tuple[Path, Path | None]:
+    """Write drafts of the model for a claimed `path`, and of its data; the paths of both drafts."""
+    draft = drafts.of(path)
     moving = _to_move(file)
-    if moving:
-        require_data_writable(target, force=force, forbid=forbid)
-    try:
-        with draft_folder(target) as folder:
-            draft = folder / target.name
-            _write(file.model, draft, moving)
-            _require_valid(draft, bool(moving))
-            # One of them may have appeared meanwhile.
-            require_writable(output, force=force, forbid=forbid)
-            data = draft.with_name(f"{draft.name}.data") if moving else None
-            return target, move_onnx(draft, data, target)
-    except OSError as error:
-        raise UsageError(
-            f"cannot write {output}: {error.strerror or error}",
-            next_step="check the folder's permissions and the space on the disk, or name another -o OUTPUT",
-        ) from error
+    _write(file.model, draft, moving)
+    _require_valid(draft, bool(moving))
+    data = draft.with_name(f"{draft.name}.data") if moving else None
+    add_data(path, draft, data, drafts)
+    return draft, data
 
 
 def _to_move(file: OnnxFile) -> list[tuple[Any, Callable[[Any], None]]]:
@@ -270,76 +275,59 @@ def _first_line(error: BaseException) -> str:
 # -- a model and its data file, as one --------------------------------------------------------------------
 
 
-def data_place(target: str | Path) -> Path:
-    """Where the data of a model to be written as `target` goes: `NAME.onnx.data`.
+def put_onnx(draft: Path, data: Path | None, path: Path, drafts: Drafts) -> None:
+    """Have a model and its data, both written already, go to a claimed `path`."""
+    drafts.put(draft, path)
+    add_data(path, draft, data, drafts)
 
-    `NAME.onnx.data.1` while the model that stands there reads the first: it stays whole until the new one,
-    which names the other file, takes its place in one step.
+
+def add_data(path: Path, draft: Path, data: Path | None, drafts: Drafts) -> None:
+    """Have the data of a model's draft go beside it, under the first free of its names.
+
+    They are NAME.onnx.data, NAME.onnx.data.1, and so on. So the model that stands there stays whole until the
+    new one, which names another file, takes its place in one step. The data of the old one goes then, if
+    bntool wrote it for this model and nothing else reads it.
     """
-    target = Path(os.path.realpath(target))
-    first, second = _data_names(target)
-    return second if first.exists() and first.name in _locations(target) else first
+    for old in _own_data(path):
+        drafts.retire(old)
+    if data is not None:
+        drafts.add_part(path, data, _data_names(path), lambda name: _rename_data(draft, data, name))
 
 
-def require_data_writable(target: Path, *, force: bool, forbid: Iterable[Path] = ()) -> None:
-    """Raise `UsageError` where the data of a model to be written as `target` may not be written."""
-    there = data_place(target)
-    # The other of the two names goes once it is no longer read.
-    for path in _data_names(Path(os.path.realpath(target))):
-        if path == there or path.exists():
-            require_writable(path, force=force or path != there, forbid=forbid)
+def _data_names(path: Path) -> Iterator[str]:
+    first = f"{path.name}{_DATA}"
+    return itertools.chain((first,), (f"{first}.{n}" for n in range(1, _MOST_DATA_FILES)))
 
 
-def move_onnx(path: Path, data: Path | None, target: Path) -> Path | None:
-    """Move a written model, and its data file, into place in the same file system; the data file's place.
-
-    At every moment `target` is the old model with its data, or the new one. Raises `UsageError` where it
-    cannot be moved.
-    """
-    target = Path(os.path.realpath(target))
-    try:
-        with alone_in(target.parent):
-            return _moved(path, data, target)
-    except OSError as error:
-        raise UsageError(
-            f"cannot write {target}: {error.strerror or error}", next_step="name another -o OUTPUT"
-        ) from error
-
-
-def _moved(path: Path, data: Path | None, target: Path) -> Path | None:
-    if data is None:
-        place(path, target)
-        return None
-    there = data_place(target)
-    if there.name != data.name:
-        _rename_data(path, there.name)
-    place(data, there)
-    # The model comes last: it is the file that names the other.
-    place(path, target)
-    for old in set(_data_names(target)) - {there}:
-        old.unlink(missing_ok=True)
-    return there
-
-
-def _data_names(target: Path) -> tuple[Path, Path]:
-    return target.with_name(f"{target.name}.data"), target.with_name(f"{target.name}.data.1")
-
-
-def _locations(path: Path) -> set[str]:
-    """The data files that the model at `path` names; none where there is no model."""
+def _own_data(path: Path) -> list[Path]:
+    """The data file of the model at `path`, where bntool wrote both: the model says so."""
     if not path.is_file():
-        return set()
+        return []
     try:
         proto = onnx.load(path, format="protobuf", load_external_data=False)
-        return {ExternalDataInfo(tensor).location for tensor in _external_tensors(proto)}
+        locations = {ExternalDataInfo(tensor).location for tensor in _external_tensors(proto)}
     except (DecodeError, OSError, ValueError, TypeError):
-        return set()
+        return []
+    said = next((entry.value for entry in proto.metadata_props if entry.key == _OWN), "")
+    data = path.with_name(f"{path.name}{_DATA}")
+    own = [data.with_name(n) for n in locations if n == data.name or n.startswith(f"{data.name}.")]
+    return [data for data in own if said == _told(data)]
 
 
-def _rename_data(path: Path, name: str) -> None:
+def _told(data: Path) -> str:
+    """What a model of bntool's says of its data file: enough to know it again."""
+    return f"{data.name} {data.stat().st_size}" if data.is_file() else "-"
+
+
+def _rename_data(path: Path, data: Path, name: str) -> None:
+    """Have the model at `path` name its data `name`, and say that the file is bntool's own."""
     proto = onnx.load(path, format="protobuf", load_external_data=False)
     for tensor in _external_tensors(proto):
         for entry in tensor.external_data:
             if entry.key == "location":
                 entry.value = name
+    kept = [entry for entry in proto.metadata_props if entry.key != _OWN]
+    del proto.metadata_props[:]
+    proto.metadata_props.extend(kept)
+    proto.metadata_props.add(key=_OWN, value=f"{name} {data.stat().st_size}")
     path.write_bytes(proto.SerializeToString())

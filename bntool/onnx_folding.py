@@ -13,13 +13,13 @@ import onnx_ir as ir
 from bntool.comparing import Limit
 from bntool.errors import CheckFailed, StateError
 from bntool.exporting import ExportResult
-from bntool.files.atomic import require_writable
 from bntool.files.drafts import draft_folder
+from bntool.files.targets import Target
 from bntool.folding import at_graph_level, plan_on_all
 from bntool.observe.onnx_model import OnnxObservation, observe_onnx
 from bntool.onnx_checking import OnnxReference
 from bntool.onnx_cleaning import census
-from bntool.onnx_files import OnnxFile, move_onnx, open_onnx, require_data_writable, save_onnx
+from bntool.onnx_files import OnnxFile, open_onnx, put_onnx, save_onnx, write_drafts
 from bntool.plan import ByPlan, Plan
 from bntool.reasons import Reason
 from bntool.settling import settle
@@ -79,8 +79,8 @@ def fold_onnx(
         ExportError: ONNX Runtime cannot run the file as it was.
     """
     path = Path(path)
-    if output is not None:
-        output = require_writable(output, force=force, forbid=(path, *open_onnx(path).data_files))
+    target = Target(force=force, reads=open_onnx(path).files)
+    claimed = None if output is None else target.claim(output)
     observed: list[tuple[OnnxFile, OnnxObservation]] = []
     reference: list[OnnxReference] = []
 
@@ -102,7 +102,7 @@ def fold_onnx(
         counts = apply_fold_onnx(seen, plan)
         if not plan or (output is None and check == "none"):
             return OnnxFoldResult(plan, counts)
-        written, data = save_onnx(file, folder / (output or path).name, force=True)
+        written, data = save_onnx(file, folder / (claimed or path).name, force=True)
         if check == "none":
             return OnnxFoldResult(plan, counts, written, data)
         require_good_statistics(plan, path)
@@ -118,15 +118,14 @@ def fold_onnx(
         written, _ = save_onnx(file, folder / "part.onnx", force=True)
         return all(row.passed for row in proof(counts.nodes_before).checks(written, device=device))
 
-    with draft_folder(output) as folder:
+    with target.drafts() as drafts, draft_folder(None) as elsewhere:
+        folder = elsewhere if claimed is None else drafts.folder_for(claimed)
         plan, result = settle(plan_without, carry_out, agrees, exclude, merge)
         result = dataclasses.replace(result, plan=plan)
-        if output is None or result.path is None:
+        if claimed is None or result.path is None:
             return dataclasses.replace(result, path=None, data_path=None)
-        if result.data_path is not None:
-            require_data_writable(output, force=force, forbid=open_onnx(path).data_files)
-        data = move_onnx(result.path, result.data_path, output)
-    return dataclasses.replace(result, path=output, data_path=data)
+        put_onnx(result.path, result.data_path, claimed, drafts)
+    return dataclasses.replace(result, path=claimed, data_path=drafts.part_of(claimed))
 
 
 def _not_borne_out(failed: Check, limit: Limit) -> CheckFailed:
@@ -182,12 +181,12 @@ def fold_exported(
         file.model.metadata_props["bntool_folded_in_graph"] = ",".join(folded)
     if merged:
         file.model.metadata_props["bntool_merged_in_graph"] = ",".join(merged)
-    with draft_folder(export.path) as folder:
-        written, data = save_onnx(file, folder / export.path.name)
-        if export.data_path is not None:
-            export.data_path.unlink()
-        data_path = move_onnx(written, data, export.path)
+    target = Target(force=True)
+    path = target.claim(export.path)
+    with target.drafts() as drafts:
+        write_drafts(file, path, drafts)
     nodes = dict(sorted(census(file.model).items()))
+    data_path = drafts.part_of(path)
     return dataclasses.replace(
         export, nodes=nodes, folded=folded, merged=merged, data_path=data_path, unshared=plan.unshared
     )

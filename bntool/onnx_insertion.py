@@ -6,7 +6,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from bntool.files.atomic import require_writable
+from bntool.files.targets import Target
 from bntool.inserting import InsertOptions, plan_insert_nodes
 from bntool.observe.onnx_model import observe_onnx
 from bntool.onnx_files import open_onnx, save_onnx
@@ -40,7 +40,7 @@ def insert_onnx(
     """
     file = open_onnx(path)
     if output is not None:
-        require_writable(output, force=force, forbid=(file.path, *file.data_files))
+        Target(force=force, reads=file.files).claim(output)
     observed = observe_onnx(file.model)
     plan = plan_insert_nodes(observed.graph, options or InsertOptions())
     apply_insert_onnx(observed, plan)

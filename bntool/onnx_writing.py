@@ -11,8 +11,8 @@ import onnx_ir as ir
 
 from bntool.capturing import essence
 from bntool.errors import ExportError, UsageError
-from bntool.files.drafts import draft_folder
-from bntool.onnx_files import SINGLE_FILE_LIMIT, move_onnx
+from bntool.files.targets import Target
+from bntool.onnx_files import SINGLE_FILE_LIMIT, add_data
 
 ExternalData = Literal["auto", "always", "never"]
 
@@ -43,10 +43,13 @@ def keep_float32_io(model: ir.Model, dtype: ir.DataType) -> None:
         graph.append(cast)
 
 
-def write_checked(model: ir.Model, target: Path, external_data: ExternalData = "auto") -> Path | None:
-    """Write into a folder of our own beside the target, check there, then move: no half file is ever seen.
+def write_checked(
+    model: ir.Model, path: Path, external_data: ExternalData = "auto", *, force: bool = False
+) -> Path | None:
+    """Write a draft, check it, and only then put it into place: no half file is ever seen.
 
-    Returns the data file of a model that has one (`onnx_files.data_place`). Raises `ExportError`.
+    Returns the data file of a model that has one (`onnx_files.add_data`). Raises `ExportError`, and
+    `UsageError` where `path` exists and not `force`.
     """
     import onnx
 
@@ -57,14 +60,17 @@ def write_checked(model: ir.Model, target: Path, external_data: ExternalData = "
             next_step="leave --external-data never out: the weights then go to one file beside it",
         )
     split = external_data == "always" or size > SINGLE_FILE_LIMIT
+    target = Target(force=force)
+    claimed = target.claim(path)
     try:
-        with draft_folder(target) as folder:
-            written = folder / target.name
-            data = folder / f"{target.name}.data"
-            ir.save(model, written, external_data=data.name if split else None)
-            onnx.checker.check_model(str(written), full_check=True)
+        with target.drafts() as drafts:
+            draft = drafts.of(claimed)
+            data = draft.with_name(f"{draft.name}.data")
+            ir.save(model, draft, external_data=data.name if split else None)
+            onnx.checker.check_model(str(draft), full_check=True)
             # No weight may have been large enough to leave the file.
-            return move_onnx(written, data if data.exists() else None, target)
+            add_data(claimed, draft, data if data.exists() else None, drafts)
+        return drafts.part_of(claimed)
     except onnx.checker.ValidationError as error:
         raise ExportError(
             f"the exported file is not valid ONNX: {essence(error)}", next_step="try another --opset"
@@ -74,10 +80,10 @@ def write_checked(model: ir.Model, target: Path, external_data: ExternalData = "
             f"the shapes of the exported file contradict each other: {essence(error)}",
             next_step="try another --opset",
         ) from error
-    except OSError as error:
-        raise cannot_write(target, error) from error
     except UsageError as error:
-        raise ExportError(error.what, next_step="choose another -o") from error
+        if isinstance(error.__cause__, OSError):
+            raise cannot_write(path, error.__cause__) from error
+        raise
 
 
 def append_metadata(path: Path, entries: Mapping[str, str]) -> None:

@@ -10,6 +10,7 @@ import torch
 from bntool.blaming import Found
 from bntool.errors import CheckFailed, UsageError
 from bntool.files.drafts import draft_folder
+from bntool.files.placing import place_folder
 from bntool.runtime.libraries import CPU, CUDA
 
 _LEVELS = {False: "DISABLE_ALL", True: "ENABLE_ALL", "basic": "ENABLE_BASIC", "extended": "ENABLE_EXTENDED"}
@@ -64,9 +65,7 @@ def write_repro(found: Found, folder: Path) -> Path:
             draft = beside / folder.name
             draft.mkdir(mode=0o755)
             _fill(found, draft)
-            if folder.exists():
-                folder.rmdir()
-            draft.replace(folder)
+            place_folder(draft, folder)
     except OSError as error:
         reason = error.strerror or error
         raise UsageError(f"cannot write {folder}: {reason}", next_step="name another --repro DIR") from error

@@ -16,11 +16,12 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 
-from bntool.errors import UsageError
 from bntool.files import load, save_model
 from bntool.files.atomic import write_atomically
 from bntool.files.drafts import draft_folder
-from bntool.onnx_files import move_onnx, open_onnx, save_onnx
+from bntool.files.placing import Placed, place
+from bntool.files.targets import Target
+from bntool.onnx_files import open_onnx, put_onnx, save_onnx
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -50,12 +51,17 @@ def test_what_a_killed_writer_left_goes_and_what_another_writes_stays(tmp_path: 
     )
     subprocess.run([sys.executable, "-c", code, str(tmp_path / "a.pt")], check=False)
     (left,) = _names(tmp_path)
-    (tmp_path / ".bntool-half-made.draft").mkdir()
-    os.utime(tmp_path / ".bntool-half-made.draft", (0, time.time() - 120))
-    (tmp_path / ".bntool-young.draft").mkdir()
+    for name in (".bntool-0123456789ab.draft", ".bntool-notes.draft"):
+        (tmp_path / name).mkdir()
+        os.utime(tmp_path / name, (0, time.time() - 120))
+    (tmp_path / ".bntool-ba9876543210.draft").mkdir()
+    (tmp_path / ".bntool-fedcba987654.draft").symlink_to(tmp_path.parent)
+    (pipe := tmp_path / ".bntool-aaaaaaaaaaaa.draft").mkdir()
+    os.mkfifo(pipe / "lock")
     with draft_folder(tmp_path / "b.pt") as other:
         write_atomically(tmp_path / "a.pt", lambda path: path.write_bytes(b"new") and None)
-        assert _names(tmp_path) == sorted([".bntool-young.draft", other.name, "a.pt"])
+        kept = ["notes", "ba9876543210", "fedcba987654", "aaaaaaaaaaaa"]
+        assert _names(tmp_path) == sorted([*(f".bntool-{k}.draft" for k in kept), other.name, "a.pt"])
     assert left not in _names(tmp_path)
 
 
@@ -86,25 +92,47 @@ def test_an_onnx_file_keeps_its_data_until_the_new_one_stands(
         assert _value(output) == value
         assert [n for n in _names(tmp_path) if n not in sources] == ["out.onnx", data]
 
-    def dies(draft: Path, target: Path) -> None:
-        if target == output:
+    def dies(draft: Path, path: Path, *, replace: bool) -> Placed:
+        if path == output:
             raise KeyboardInterrupt
-        place(draft, target)
+        return place(draft, path, replace=replace)
 
-    from bntool.files.drafts import place
-
-    monkeypatch.setattr("bntool.onnx_files.place", dies)
+    monkeypatch.setattr("bntool.files.targets.place", dies)
     with pytest.raises(KeyboardInterrupt):
         save_onnx(open_onnx(tmp_path / "in4.0.onnx"), output, force=True)
     assert _value(output) == 3.0
+    assert [n for n in _names(tmp_path) if n not in sources] == ["out.onnx", "out.onnx.data"]
 
 
-def test_data_that_another_model_reads_is_never_the_output(tmp_path: Path) -> None:
-    _write_onnx(tmp_path / "out.onnx", 1.0)
-    (tmp_path / "in.onnx").write_bytes((tmp_path / "out.onnx").read_bytes())
-    with pytest.raises(UsageError, match="the input itself"):
-        save_onnx(open_onnx(tmp_path / "in.onnx"), tmp_path / "out.onnx", force=True)
-    assert _value(tmp_path / "in.onnx") == 1.0
+@pytest.mark.parametrize("by_bntool", [True, False])
+def test_data_that_another_model_reads_stays(tmp_path: Path, by_bntool: bool) -> None:
+    """An earlier result was renamed, and still reads the data that went with its first name."""
+    _write_onnx(tmp_path / "source.onnx", 1.0)
+    output, renamed = tmp_path / "out.onnx", tmp_path / "renamed.onnx"
+    if by_bntool:
+        save_onnx(open_onnx(tmp_path / "source.onnx"), output)
+    else:
+        _write_onnx(output, 1.0)
+    renamed.write_bytes(output.read_bytes())
+    _write_onnx(tmp_path / "other.onnx", 2.0)
+    for source in ("other.onnx", "renamed.onnx"):
+        _, data = save_onnx(open_onnx(tmp_path / source), output, force=True)
+        assert data is not None and data.name != "out.onnx.data"
+        assert _value(renamed) == 1.0
+    output.unlink()
+    _, data = save_onnx(open_onnx(tmp_path / "other.onnx"), output)
+    assert (_value(renamed), _value(output)) == (1.0, 2.0)
+
+
+def test_a_foreign_data_file_stays_though_its_model_is_replaced(tmp_path: Path) -> None:
+    _write_onnx(tmp_path / "in.onnx", 1.0)
+    _write_onnx(tmp_path / "out.onnx", 2.0)
+    before = (tmp_path / "out.onnx.data").read_bytes()
+    (tmp_path / "out.onnx.data.1").symlink_to("nowhere")
+    _, data = save_onnx(open_onnx(tmp_path / "in.onnx"), tmp_path / "out.onnx", force=True)
+    assert data == tmp_path / "out.onnx.data.2"
+    assert (tmp_path / "out.onnx.data").read_bytes() == before
+    assert _value(tmp_path / "out.onnx") == 1.0
 
 
 def test_a_moved_model_goes_to_the_links_target_and_keeps_its_permissions(tmp_path: Path) -> None:
@@ -112,11 +140,14 @@ def test_a_moved_model_goes_to_the_links_target_and_keeps_its_permissions(tmp_pa
     _write_onnx(tmp_path / "there" / "real.onnx", 1.0)
     (tmp_path / "there" / "real.onnx").chmod(0o640)
     (tmp_path / "link.onnx").symlink_to("there/real.onnx")
-    with draft_folder(tmp_path / "link.onnx") as folder:
-        assert folder.parent == tmp_path / "there"
+    target = Target(force=True)
+    path = target.claim(tmp_path / "link.onnx")
+    with target.drafts() as drafts:
+        folder = drafts.folder_for(path)
+        assert folder.parent.parent == tmp_path / "there"
         _write_onnx(folder / "link.onnx", 2.0)
-        data = move_onnx(folder / "link.onnx", folder / "link.onnx.data", tmp_path / "link.onnx")
-    assert data == tmp_path / "there" / "real.onnx.data.1"
+        put_onnx(folder / "link.onnx", folder / "link.onnx.data", path, drafts)
+    assert drafts.part_of(path) == tmp_path / "there" / "real.onnx.data.1"
     assert (tmp_path / "link.onnx").is_symlink()
     assert _value(tmp_path / "there" / "real.onnx") == 2.0
     assert (tmp_path / "there" / "real.onnx").stat().st_mode & 0o777 == 0o640

@@ -250,10 +250,12 @@ def test_the_data_of_the_input_is_never_written_to(tmp_path: Path) -> None:
     path = tmp_path / "model.onnx"
     onnx.save(model(), path, save_as_external_data=True, location="out.onnx.data", size_threshold=100)
     content = (tmp_path / "out.onnx.data").read_bytes()
-    with pytest.raises(UsageError, match="is the input itself"):
-        fold_onnx(path, tmp_path / "out.onnx", force=True)
+    assert fold_onnx(path, tmp_path / "out.onnx").data_path == tmp_path / "out.onnx.data.1"
     assert (tmp_path / "out.onnx.data").read_bytes() == content
-    assert_nothing_left(tmp_path, "model.onnx", "out.onnx.data")
+    assert_nothing_left(tmp_path, "model.onnx", "out.onnx", "out.onnx.data", "out.onnx.data.1")
+    with pytest.raises(UsageError, match="is the input itself"):
+        fold_onnx(path, tmp_path / "out.onnx.data", force=True)
+    assert (tmp_path / "out.onnx.data").read_bytes() == content
 
 
 def test_an_existing_output_needs_force(tmp_path: Path) -> None:

@@ -140,7 +140,7 @@ def writers(source: Path) -> list[Writer]:
         return Writer(f"onnx {kind}", write, lambda folder: _read_onnx(folder / "out.onnx"))
 
     def exported(folder: Path, value: float) -> None:
-        write_checked(ir.from_proto(_onnx_model(value)), folder / "out.onnx", "always")
+        write_checked(ir.from_proto(_onnx_model(value)), folder / "out.onnx", "always", force=True)
 
     def side(folder: Path, value: float) -> None:
         write_sidecar(folder / "out.pt", {"schema_version": 1, "value": [value] * 50_000}, force=True)

@@ -33,7 +33,7 @@ def command(first: str, second: str, **options: Any) -> int:
     They run in turn, so that a machine that slows down slows both. A difference is claimed only where the
     middle halves of the samples do not overlap.
     """
-    voice = Voice(options["as_json"], options["quiet"], options["verbose"])
+    voice = Voice.of(options)
     from bntool.benchmarking import Candidate
     from bntool.cli import devices, timing
     from bntool.report.latency import latency_text

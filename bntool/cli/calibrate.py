@@ -30,7 +30,7 @@ def command(**options: Any) -> int:
     touched. Layers with track_running_stats=False get running statistics, so that they can be folded.
     Under torchrun each process reads its share of the batches.
     """
-    voice = Voice(options["as_json"], options["quiet"], options["verbose"])
+    voice = Voice.of(options)
     with joined(options["timeout"]) as world:
         voice.silent = not world.is_main
         return _calibrate(voice, options, world)
@@ -42,9 +42,9 @@ def _calibrate(voice: Voice, options: dict[str, Any], world: World) -> int:
     from bntool.calibrating import calibrate
     from bntool.cli.writing import chosen_output, write_model
 
-    path = None
+    place = None
     if world.is_main and not options["dry_run"]:
-        path = chosen_output(session, "calibrate", options["output"], options["force"])
+        place = chosen_output(session, "calibrate", options["output"])
         _require_storable(session, options["freeze"])
     batches = opened_data(session, options, (world.rank, world.size))
     if world.size > 1:
@@ -52,14 +52,14 @@ def _calibrate(voice: Voice, options: dict[str, Any], world: World) -> int:
     with voice.progress("calibrating") as step:
         result = calibrate(session.model, batches, freeze=options["freeze"], progress=step)
     voice.say(result.render(verbose=not options["quiet"]))
-    if path is not None:
-        write_model(session, "calibrate", result, path, options["force"])
-        voice.say(f"wrote       {path}")
+    if place is not None:
+        write_model(session, "calibrate", result, place)
+        voice.say(f"wrote       {place.named}")
     voice.emit(
         {
             **result.to_dict(),
             "data": batches.origin,
-            "output": str(path) if path else None,
+            "output": str(place.named) if place else None,
             "dry_run": options["dry_run"],
         }
     )

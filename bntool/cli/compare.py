@@ -203,7 +203,7 @@ def _source(session: Session) -> str | Path:
 
 def _write_models(session: Session, found: TrainingComparison, folder: Path) -> list[Path]:
     """The trained models as files of the kind that the input was; the one with BatchNorm is remembered."""
-    from bntool.cli.writing import Made, write_model
+    from bntool.cli.writing import Made, claim_model, write_model
     from bntool.files.sidecar import output_name
     from bntool.report.counting import parameter_delta
 
@@ -212,7 +212,8 @@ def _write_models(session: Session, found: TrainingComparison, folder: Path) -> 
         plan = found.surgery.plan if arm == "batchnorm" else None
         source = output_name(_source(session), "insert") if plan else _source(session)
         path = folder / output_name(source, "compare").name
-        write_model(session, "compare", Made(model, parameter_delta(session.model, model), plan), path, True)
+        made = Made(model, parameter_delta(session.model, model), plan)
+        write_model(session, "compare", made, claim_model(path, session.voice.target.forced()))
         written.append(path)
     return written
 

@@ -26,7 +26,7 @@ from bntool.errors import InvariantError
 @opt.common_options()
 def command(**options: Any) -> int:
     """Write a model as ONNX, as it is (no folding), and verify it against torch."""
-    voice = Voice(options["as_json"], options["quiet"], options["verbose"])
+    voice = Voice.of(options)
     session = open_session(voice, options)
     from bntool import surgeries
 
@@ -41,20 +41,22 @@ def command(**options: Any) -> int:
     devices.require_places(options, onnx_too=True)
     source = session.loaded.path or session.loaded.reference
     wanted = Path(options["output"]) if options["output"] else output_name(source, "export")
-    target = serving.chosen_onnx(wanted, session, options["force"])
+    onnx = serving.chosen_onnx(wanted, voice.target, options)
     session.observe()
     serving.require_axes(session, options)
     result = surgeries.unchanged(session.model)
     reference = serving.reference_of(session, options)
-    with serving.exported(session, result, reference, target, options) as (result, export):
-        if export is None:
-            raise InvariantError("a target was given, and nothing was exported")
+    with voice.target.drafts() as drafts:
+        result, export = serving.exported(session, result, reference, onnx, drafts, options)
+    export = serving.placed(export, onnx, drafts)
+    if export is None:
+        raise InvariantError("a target was given, and nothing was exported")
     voice.say(checks_text(result.checks))
     voice.say(f"wrote       {serving.export_text(export)}")
     voice.emit(
         {
             "status": "ok",
-            "onnx": str(target),
+            "onnx": str(onnx.named),
             "export": export.to_dict(),
             "checks": [check.to_dict() for check in result.checks],
         }

@@ -84,11 +84,12 @@ def command(**options: Any) -> int:
     from bntool.report.latency import latency_text
 
     devices.require_places(options, torch_too=True, onnx_too=bool(options["export_to"]))
-    path = onnx = None
+    place = path = onnx = None
     if not options["dry_run"]:
-        path = writing.chosen_output(session, "fold", options["output"], options["force"])
+        place = writing.chosen_output(session, "fold", options["output"])
+        path = place.named
         if options["export_to"]:
-            onnx = serving.chosen_onnx(output_name(path, "export"), session, options["force"])
+            onnx = serving.chosen_onnx(output_name(path, "export"), voice.target, options)
     serving.require_axes(session, options)
     if serving.narrow(options["dtype"]) and not options["export_to"]:
         raise UsageError("--dtype fp16 and bf16 are for the ONNX file", next_step="add --export onnx")
@@ -104,18 +105,23 @@ def command(**options: Any) -> int:
     voice.say(result.render(verbose=not options["quiet"]))
     if refusal is not None:
         voice.fail(refusal, {**result.to_dict(), "output": None, "onnx": None})
-    with serving.exported(session, result, reference, onnx, options) as (result, export):
+    record = None
+    with voice.target.drafts() as drafts:
+        result, export = serving.exported(session, result, reference, onnx, drafts, options)
         if export is not None and options["require_all"]:
             _require_no_node(export.nodes.get("BatchNormalization", 0), session)
-        if path is not None:
-            writing.write_model(session, "fold", result, path, options["force"])
+        if place is not None:
+            record = writing.draft_model(session, "fold", result, place, drafts)
+    export = serving.placed(export, onnx, drafts)
+    writing.keep_in_mind(session, record)
     voice.say()
     voice.say(checks_text(result.checks))
     if path is not None:
         voice.say(f"wrote       {path}")
     if export is not None:
         voice.say(f"wrote       {serving.export_text(export)}")
-    latency = timing.timed_fold(session, result, onnx, options) if options["bench"] else None
+    onnx_path = onnx.path if onnx else None
+    latency = timing.timed_fold(session, result, onnx_path, options) if options["bench"] else None
     if latency is not None:
         voice.say()
         voice.say(latency_text(latency))
@@ -125,7 +131,7 @@ def command(**options: Any) -> int:
             # what the graph alone folded is something done too
             **({"status": "ok"} if export and export.folded else {}),
             "output": str(path) if path else None,
-            "onnx": str(onnx) if onnx else None,
+            "onnx": str(onnx.named) if onnx else None,
             "export": export.to_dict() if export else None,
             "dry_run": options["dry_run"],
             **({"latency": latency.to_dict()} if latency else {}),

@@ -105,9 +105,9 @@ def command(**options: Any) -> int:
     from bntool.cli.picturing import picture_module
     from bntool.cli.writing import chosen_output, write_model
 
-    path = None
+    place = None
     if not options["dry_run"] and not options["source"]:
-        path = chosen_output(session, "insert", options["output"], options["force"])
+        place = chosen_output(session, "insert", options["output"])
     result = _inserted(session, options)
     picture_module(session, result.model if result.modified else None)
     if not result.modified:
@@ -122,7 +122,7 @@ def command(**options: Any) -> int:
         tell_refusals(voice, source)
         document["source"] = source.to_dict()
         if not options["dry_run"] and (options["output"] or options["in_place"]):
-            path = chosen_output(session, "insert", None, options["force"])
+            place = chosen_output(session, "insert", None)
         else:
             voice.note("nothing is written; -o FILE or --in-place writes the changed model")
     voice.say(result.render(verbose=not options["quiet"]))
@@ -137,14 +137,15 @@ def command(**options: Any) -> int:
     elif result.checks:
         ratio = max(check.ratio for check in result.checks)
         voice.say(f"output      unchanged within rounding: {ratio:.2f} x the model's own noise, eval mode")
-    if path is not None:
-        write_model(session, "insert", result, path, options["force"])
-        voice.say(f"wrote       {path}")
+    if place is not None:
+        write_model(session, "insert", result, place)
+        voice.say(f"wrote       {place.named}")
         if result.plan.key_map:
             moved = len(result.plan.key_map)
-            voice.say(f"            {moved} keys moved; the map is in {path.name}.bntool.json")
+            voice.say(f"            {moved} keys moved; the map is in {place.sidecar.name}")
     voice.note("build the optimizer after the insertion, so that it trains the new layers")
-    document |= {**result.to_dict(), "output": str(path) if path else None, "dry_run": options["dry_run"]}
+    output = str(place.named) if place else None
+    document |= {**result.to_dict(), "output": output, "dry_run": options["dry_run"]}
     voice.emit(document)
     return 0
 

@@ -26,7 +26,7 @@ def command(**options: Any) -> int:
     from bntool.files.limits import Limit
     from bntool.report.inspection import inspection_text
 
-    voice = Voice(options["as_json"], options["quiet"], options["verbose"])
+    voice = Voice.of(options)
     inspection = inspect_file(Path(options["file"]), Limit(options["max_size"]))
     voice.say(inspection_text(inspection, quiet=options["quiet"], verbose=options["verbose"]))
     if inspection.error is not None:

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from bntool.cli.session import Voice
 from bntool.errors import CheckFailed, NothingToDo, UsageError
-from bntool.files.atomic import require_writable
 from bntool.files.detect import Kind, detect
 from bntool.files.drafts import draft_folder
 from bntool.files.sidecar import output_name
 
 if TYPE_CHECKING:
+    from bntool.files.targets import Drafts
     from bntool.plan import Plan
 
 
@@ -24,17 +26,33 @@ def is_onnx(name: str | None) -> bool:
     return bool(name) and Path(str(name)).is_file() and detect(str(name)).kind is Kind.ONNX
 
 
-def onnx_target(source: Path, options: dict[str, Any], action: Literal["fold", "insert"]) -> Path:
-    """Where the new file goes; refused where it cannot, or where its name promises another kind of file."""
+def onnx_target(
+    voice: Voice, source: Path, options: dict[str, Any], action: Literal["fold", "insert"]
+) -> tuple[Path, Path]:
+    """Where the new file goes, as named and really; refused where it cannot, or where its name misleads."""
+    from bntool.onnx_files import open_onnx
+
     target = Path(options["output"]) if options["output"] else output_name(source, action)
     if target.suffix in _OTHER_KINDS:
         raise UsageError(
             f"{target.name}: the output is saved as the same kind as the input (ONNX)",
             next_step=f"name it {target.stem}.onnx",
         )
-    if not options["dry_run"]:
-        require_writable(target, force=options["force"], forbid=(source,))
-    return target
+    if options["dry_run"]:
+        return target, target
+    voice.target.read(*open_onnx(source).files)
+    return target, voice.target.claim(target)
+
+
+@contextlib.contextmanager
+def onnx_drafts(voice: Voice, path: Path, options: dict[str, Any]) -> Iterator[tuple[Path, Drafts | None]]:
+    """A folder for a draft of `path`, and where it is to be put; elsewhere, and nowhere, for a dry run."""
+    if options["dry_run"]:
+        with draft_folder(None) as folder:
+            yield folder, None
+        return
+    with voice.target.drafts() as drafts:
+        yield drafts.folder_for(path), drafts
 
 
 def fold_onnx_file(voice: Voice, options: dict[str, Any]) -> int:
@@ -42,7 +60,7 @@ def fold_onnx_file(voice: Voice, options: dict[str, Any]) -> int:
     from bntool.cli import devices, timing
     from bntool.cli.picturing import picture_onnx
     from bntool.onnx_checking import example_inputs_of
-    from bntool.onnx_files import move_onnx
+    from bntool.onnx_files import put_onnx
     from bntool.onnx_folding import fold_onnx
     from bntool.report.checks import checks_text
     from bntool.results import fold_lines, fold_verdicts, merges_of
@@ -50,7 +68,7 @@ def fold_onnx_file(voice: Voice, options: dict[str, Any]) -> int:
     source = Path(options["model"])
     _require_no_export(options)
     devices.require_places(options, onnx_too=True)
-    target = onnx_target(source, options, "fold")
+    target, path = onnx_target(voice, source, options, "fold")
     chosen: dict[str, Any] = {
         "include": options["include"] or ("*",),
         "exclude": options["exclude"],
@@ -59,10 +77,10 @@ def fold_onnx_file(voice: Voice, options: dict[str, Any]) -> int:
         "device": options["onnx_device"],
         "seed": options["seed"],
     }
-    with draft_folder(None if options["dry_run"] else target) as folder:
+    with onnx_drafts(voice, path, options) as (folder, drafts):
         try:
             with voice.progress(f"folding {source.name}"):
-                result = fold_onnx(source, folder / target.name, **chosen, check=options["check"])
+                result = fold_onnx(source, folder / path.name, **chosen, check=options["check"])
         except CheckFailed:
             _blame(voice, source, folder / "blamed.onnx", chosen, options)
             raise
@@ -77,8 +95,8 @@ def fold_onnx_file(voice: Voice, options: dict[str, Any]) -> int:
         if options["bench"] and result.path is not None:
             inputs_of = functools.partial(example_inputs_of, source, seed=options["seed"])
             latency = timing.timed_pair(voice, (source, result.path), inputs_of, options)
-        if not options["dry_run"] and result.path is not None:
-            move_onnx(result.path, result.data_path, target)
+        if drafts is not None and result.path is not None:
+            put_onnx(result.path, result.data_path, path, drafts)
     counts = result.counts
     voice.say()
     voice.say(f"nodes       {counts.nodes_before:,} -> {counts.nodes_after:,}")

@@ -5,10 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bntool.cli.onnx_file import onnx_target
+from bntool.cli.onnx_file import onnx_drafts, onnx_target
 from bntool.cli.session import Voice
 from bntool.errors import CheckFailed, NothingToDo, UsageError
-from bntool.files.drafts import draft_folder
 
 if TYPE_CHECKING:
     from bntool.inserting import InsertOptions
@@ -19,7 +18,7 @@ if TYPE_CHECKING:
 def insert_onnx_file(voice: Voice, options: dict[str, Any], chosen: InsertOptions) -> int:
     """Insert, compare with the original in ONNX Runtime to the last bit, and only then put it into place."""
     from bntool.cli.picturing import picture_onnx
-    from bntool.onnx_files import move_onnx
+    from bntool.onnx_files import put_onnx
     from bntool.onnx_insertion import insert_onnx
     from bntool.report.checks import checks_text
     from bntool.results import insert_lines
@@ -31,10 +30,10 @@ def insert_onnx_file(voice: Voice, options: dict[str, Any], chosen: InsertOption
             next_step="insert into the PyTorch model with --init calibrate or --plan, and export that",
         )
     source = Path(options["model"])
-    target = onnx_target(source, options, "insert")
-    with draft_folder(None if options["dry_run"] else target) as folder:
+    target, path = onnx_target(voice, source, options, "insert")
+    with onnx_drafts(voice, path, options) as (folder, drafts):
         with voice.progress(f"inserting into {source.name}"):
-            result = insert_onnx(source, folder / target.name, chosen)
+            result = insert_onnx(source, folder / path.name, chosen)
         voice.say("\n".join(insert_lines(result.plan, None, not options["quiet"])))
         if not result.modified:
             raise NothingToDo(
@@ -44,8 +43,8 @@ def insert_onnx_file(voice: Voice, options: dict[str, Any], chosen: InsertOption
             )
         picture_onnx(voice, source, result.path)
         checks = _checked(voice, source, result, options)
-        if not options["dry_run"] and result.path is not None:
-            move_onnx(result.path, result.data_path, target)
+        if drafts is not None and result.path is not None:
+            put_onnx(result.path, result.data_path, path, drafts)
     if checks:
         voice.say()
         voice.say(checks_text(checks))

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 from bntool import __version__
 from bntool.cli.session import Session
 from bntool.errors import CheckFailed, DeviceError, NothingToDo, UsageError
-from bntool.files.drafts import draft_folder
 
 if TYPE_CHECKING:
     from torch import nn
@@ -36,7 +35,7 @@ def fold_program_file(session: Session, program: ExportedProgram, options: dict[
     from bntool.cli.onnx_file import require_folded
     from bntool.cli.picturing import picture_program
     from bntool.files.sidecar import output_name
-    from bntool.onnx_files import move_onnx
+    from bntool.onnx_files import put_onnx
     from bntool.program_folding import RunnableProgram, example_inputs_of, fold_program
     from bntool.report.checks import checks_text
     from bntool.report.counting import parameter_delta
@@ -47,11 +46,11 @@ def fold_program_file(session: Session, program: ExportedProgram, options: dict[
     _require_no_choice(options)
     if options["keep_unverified"] and not options["export_to"]:
         raise UsageError("--keep-unverified is for the ONNX file", next_step="add --export onnx")
-    path = onnx = export = None
+    place = onnx = export = record = None
     if not options["dry_run"]:
-        path = writing.chosen_output(session, "fold", options["output"], options["force"])
+        place = writing.chosen_output(session, "fold", options["output"])
         if options["export_to"]:
-            onnx = serving.chosen_onnx(output_name(path, "export"), session, options["force"])
+            onnx = serving.chosen_onnx(output_name(place.named, "export"), voice.target, options)
     with voice.progress(f"folding {session.loaded.reference}"):
         result = fold_program(
             program,
@@ -72,21 +71,23 @@ def fold_program_file(session: Session, program: ExportedProgram, options: dict[
         voice.note("not verified (--check none)")
     parameters = parameter_delta(RunnableProgram(program), RunnableProgram(result.program))
     folded = _Changed(result.program, result.plan, parameters, result.checks)
-    if path is not None:
-        with draft_folder(path) as folder:
-            if onnx is not None:
-                export, checks = _exported(session, folded, folder / onnx.name, onnx, options)
-                folded = dataclasses.replace(folded, checks=(*folded.checks, *checks))
-            writing.write_model(session, "fold", folded, path, options["force"])
-            if export is not None and onnx is not None:
-                data = move_onnx(export.path, export.data_path, onnx)
-                export = dataclasses.replace(export, path=onnx, data_path=data)
+    with voice.target.drafts() as drafts:
+        if onnx is not None:
+            draft = drafts.folder_for(onnx.path) / onnx.path.name
+            with serving.keeping_unverified(draft, onnx):
+                export, checks = _exported(session, folded, draft, options)
+            folded = dataclasses.replace(folded, checks=(*folded.checks, *checks))
+            put_onnx(export.path, export.data_path, onnx.path, drafts)
+        if place is not None:
+            record = writing.draft_model(session, "fold", folded, place, drafts)
+    export = serving.placed(export, onnx, drafts)
+    writing.keep_in_mind(session, record)
     voice.say()
     voice.say("\n".join(delta_lines(parameters)))
     voice.say()
     voice.say(checks_text(folded.checks))
-    if path is not None:
-        voice.say(f"wrote       {path}")
+    if place is not None:
+        voice.say(f"wrote       {place.named}")
     if export is not None:
         voice.say(f"wrote       {serving.export_text(export)}")
     latency = {}
@@ -98,8 +99,8 @@ def fold_program_file(session: Session, program: ExportedProgram, options: dict[
     voice.emit(
         {
             "status": "ok",
-            "output": str(path) if path else None,
-            "onnx": str(onnx) if onnx else None,
+            "output": str(place.named) if place else None,
+            "onnx": str(onnx.named) if onnx else None,
             "export": export.to_dict() if export else None,
             **fold_verdicts(result.plan),
             "merges": merges_of(result.plan),
@@ -126,9 +127,9 @@ def insert_program_file(
     voice = session.voice
     if options["plan_file"] or options["source"]:
         raise UsageError("--plan and --source are for modules, and this is an exported program")
-    path = None
+    place = None
     if not options["dry_run"]:
-        path = writing.chosen_output(session, "insert", options["output"], options["force"])
+        place = writing.chosen_output(session, "insert", options["output"])
     with voice.progress(f"inserting into {session.loaded.reference}"):
         result = insert_program(program, chosen)
     voice.say("\n".join(insert_lines(result.plan, None, not options["quiet"])))
@@ -142,18 +143,18 @@ def insert_program_file(
     picture_program(session, result.program)
     parameters = parameter_delta(RunnableProgram(program), RunnableProgram(result.program))
     inserted = _Changed(result.program, result.plan, parameters, result.checks)
-    if path is not None:
-        writing.write_model(session, "insert", inserted, path, options["force"])
+    if place is not None:
+        writing.write_model(session, "insert", inserted, place)
     voice.say()
     voice.say("\n".join(delta_lines(parameters)))
     voice.say("output      unchanged to the last bit (cpu, 1 input, eval mode)")
-    if path is not None:
-        voice.say(f"wrote       {path}")
+    if place is not None:
+        voice.say(f"wrote       {place.named}")
     plan = result.plan.to_dict()
     voice.emit(
         {
             "status": "ok",
-            "output": str(path) if path else None,
+            "output": str(place.named) if place else None,
             "sites": plan["sites"],
             "skips": plan["skips"],
             "parameters": parameters,
@@ -221,7 +222,7 @@ def _require_no_choice(options: dict[str, Any]) -> None:
 
 
 def _exported(
-    session: Session, folded: _Changed, path: Path, target: Path, options: dict[str, Any]
+    session: Session, folded: _Changed, path: Path, options: dict[str, Any]
 ) -> tuple[ExportResult, list[Check]]:
     from bntool.checking import check_onnx, seeded_batches
     from bntool.exporting import export_program
@@ -265,17 +266,14 @@ def _exported(
     failed = first_failed(checks)
     if failed is not None:
         from bntool.blaming import blame_onnx
-        from bntool.cli import blaming, serving
+        from bntool.cli import blaming
 
         runnable_program = RunnableProgram(folded.model)
         blaming.report(session.voice, lambda: blame_onnx(runnable_program, path, batches, checks), options)
-        step = "nothing was written; leave BatchNorms out with --exclude to find the one at fault"
-        if options["keep_unverified"]:
-            step = f"kept as {serving.kept_unverified(path, target)}: do not serve it"
         raise CheckFailed(
             f"the {failed.stage} stage differs: "
             f"relative error {failed.relative:.2g}, allowed {failed.limit:.2g}",
             where=f"output {failed.worst[0]} on {failed.provider} ({failed.device})",
-            next_step=step,
+            next_step="nothing was written; leave BatchNorms out with --exclude to find the one at fault",
         )
     return export, checks

@@ -39,8 +39,9 @@ def command(files: tuple[str, ...], **options: Any) -> int:
     The HTML file holds everything it needs and loads nothing. Nothing in the documents is run.
     """
     from bntool.cli.documents import emit
+    from bntool.files.targets import Target
     from bntool.pages.reading import read_document
-    from bntool.pages.writing import report_text, require_replaceable, write_figure, write_page
+    from bntool.pages.writing import claim_report, report_text, write_figure, write_page
 
     output, as_json = options["output"], options["as_json"]
     chosen = options["kind"] or _by_name(output)
@@ -49,11 +50,13 @@ def command(files: tuple[str, ...], **options: Any) -> int:
         click.echo(report_text(documents), nl=False)
         return 0
     path = Path(output or f"report.{chosen}")
-    require_replaceable(path, force=options["force"], forbid=[Path(name) for name in files])
-    if chosen in ("png", "svg"):
-        write_figure(documents, options["figure"], path, chosen)
-    else:
-        write_page(documents, path, chosen)
+    target = Target(force=options["force"], reads=files)
+    claimed = claim_report(path, target)
+    with target.drafts() as drafts:
+        if chosen in ("png", "svg"):
+            write_figure(documents, options["figure"], drafts.of(claimed), chosen)
+        else:
+            write_page(documents, drafts.of(claimed), chosen)
     if as_json:
         emit({"status": "ok", "output": str(path), "format": chosen})
     else:

@@ -35,10 +35,7 @@ def with_converted_script(session: Session) -> Session:
 
 def fold_script_file(session: Session, options: dict[str, Any]) -> int:
     """Fold, check, and only then write a TorchScript archive again."""
-    from bntool.cli.writing import chosen_output
-    from bntool.files.atomic import sha256_of
-    from bntool.files.saving import save_model
-    from bntool.files.sidecar import make_document, write_sidecar
+    from bntool.cli.writing import Made, chosen_output, write_model
     from bntool.report.counting import parameter_delta
     from bntool.script_folding import fold_script
 
@@ -48,7 +45,7 @@ def fold_script_file(session: Session, options: dict[str, Any]) -> int:
         raise UsageError(
             f"{given[0]} is not for TorchScript", next_step="fold the nn.Module that it was made from"
         )
-    path = None if options["dry_run"] else chosen_output(session, "fold", options["output"], options["force"])
+    place = None if options["dry_run"] else chosen_output(session, "fold", options["output"])
     script = cast("torch.jit.ScriptModule", session.model)
     if options["check"] != "none" and session.inputs is None:
         session.observe()
@@ -75,18 +72,9 @@ def fold_script_file(session: Session, options: dict[str, Any]) -> int:
         voice.note("not verified (--check none)")
     else:
         voice.say(f"checked     both run in float64, apart by {result.error:.2g} of the peak")
-    if path is not None:
-        save_model(session.loaded, result.model, path, force=options["force"])
-        written = make_document(
-            "fold",
-            source=session.source,
-            source_hash=session.loaded.source_hash,
-            output=path,
-            parameters=document["parameters"],
-        )
-        write_sidecar(path, written, force=options["force"])
-        voice.say(f"wrote       {path} ({sha256_of(path)[:12]})")
-    voice.emit(
-        {"status": "ok", **document, "output": str(path) if path else None, "dry_run": options["dry_run"]}
-    )
+    if place is not None:
+        write_model(session, "fold", Made(result.model, document["parameters"], None), place)
+        voice.say(f"wrote       {place.named}")
+    output = str(place.named) if place else None
+    voice.emit({"status": "ok", **document, "output": output, "dry_run": options["dry_run"]})
     return 0

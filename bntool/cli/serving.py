@@ -13,25 +13,33 @@ from bntool import __version__
 from bntool.cli import devices
 from bntool.cli.session import Session
 from bntool.errors import CheckFailed, ExportError, UsageError
-from bntool.files.atomic import require_writable
 from bntool.report.checks import checks_text
 from bntool.report.tables import size
 
 if TYPE_CHECKING:
     from bntool.exporting import ExportResult
+    from bntool.files.targets import Drafts, Target
     from bntool.inputs import Inputs
     from bntool.reference import Reference
     from bntool.results import SurgeryResult
     from bntool.verdicts import Check
 
 
-def chosen_onnx(path: Path, session: Session, force: bool) -> Path:
-    """The ONNX file, after making sure that it and its data file may be written."""
-    from bntool.onnx_files import require_data_writable
+@dataclasses.dataclass(frozen=True)
+class OnnxPlace:
+    """Where an ONNX file goes: as the user named it, and the paths claimed for it and for one that fails."""
 
-    require_writable(path, force=force, forbid=session.loaded.files)
-    require_data_writable(path, force=force)
-    return path
+    named: Path
+    path: Path
+    unverified: Path | None = None
+
+
+def chosen_onnx(path: Path, target: Target, options: dict[str, Any]) -> OnnxPlace:
+    """The ONNX file, after making sure that it may be written; so may one that is kept though it fails."""
+    unverified = path.with_suffix(".unverified.onnx") if options["keep_unverified"] else None
+    if unverified is not None:
+        target.claim(unverified)
+    return OnnxPlace(path, target.claim(path), unverified)
 
 
 def reference_of(session: Session, options: dict[str, Any]) -> Reference | None:
@@ -105,43 +113,53 @@ def proved(session: Session, reference: Reference, options: dict[str, Any]) -> S
         raise
 
 
-@contextlib.contextmanager
 def exported(
     session: Session,
     result: SurgeryResult,
     reference: Reference | None,
-    target: Path | None,
+    onnx: OnnxPlace | None,
+    drafts: Drafts,
     options: dict[str, Any],
-) -> Iterator[tuple[SurgeryResult, ExportResult | None]]:
-    """Export beside the target, verify there, and move into place only when the block is done.
+) -> tuple[SurgeryResult, ExportResult | None]:
+    """Export into a draft and verify it there; the result with its new checks, and what was exported.
 
-    Yields the result with its new checks, and what was exported (None without a target).
+    The file goes to its place with the other drafts. Nothing is exported where there is no place for it.
     """
-    if target is None:
-        yield result, None
-        return
-    from bntool.files.drafts import draft_folder
+    if onnx is None:
+        return result, None
+    from bntool import surgeries
+    from bntool.onnx_files import put_onnx
+    from bntool.onnx_writing import append_metadata
 
-    with draft_folder(target) as folder:
-        try:
-            export, checks = _exported_and_checked(session, result, reference, folder / target.name, options)
-        except (CheckFailed, ExportError) as error:
-            draft = folder / target.name
-            error.where = error.where.replace(str(draft), str(target))
-            if options["keep_unverified"] and draft.exists():
-                error.next_step = f"kept as {kept_unverified(draft, target)}: do not serve it"
-            raise
-        from bntool import surgeries
-        from bntool.onnx_files import data_place, move_onnx
-        from bntool.onnx_writing import append_metadata
+    draft = drafts.folder_for(onnx.path) / onnx.path.name
+    with keeping_unverified(draft, onnx):
+        export, checks = _exported_and_checked(session, result, reference, draft, options)
+    result = surgeries.with_checks(result, [*result.checks, *checks])
+    append_metadata(export.path, {"bntool_checks": _told(result.checks)})
+    put_onnx(export.path, export.data_path, onnx.path, drafts)
+    return result, export
 
-        result = surgeries.with_checks(result, [*result.checks, *checks])
-        append_metadata(export.path, {"bntool_checks": _told(result.checks)})
-        placed = dataclasses.replace(
-            export, path=target, data_path=data_place(target) if export.data_path else None
-        )
-        yield result, placed
-        move_onnx(export.path, export.data_path, target)
+
+@contextlib.contextmanager
+def keeping_unverified(draft: Path, onnx: OnnxPlace) -> Iterator[None]:
+    """Where the check of a draft fails, keep it if the user asked for that, under a name that says so."""
+    from bntool.onnx_files import open_onnx, save_onnx
+
+    try:
+        yield
+    except (CheckFailed, ExportError) as error:
+        error.where = error.where.replace(str(draft), str(onnx.named))
+        if onnx.unverified is not None and draft.exists():
+            save_onnx(open_onnx(draft), onnx.unverified, force=True)
+            error.next_step = f"kept as {onnx.unverified}: do not serve it"
+        raise
+
+
+def placed(export: ExportResult | None, onnx: OnnxPlace | None, drafts: Drafts) -> ExportResult | None:
+    """What was exported, where it stands now."""
+    if export is None or onnx is None:
+        return None
+    return dataclasses.replace(export, path=onnx.named, data_path=drafts.part_of(onnx.path))
 
 
 def _exported_and_checked(
@@ -191,6 +209,7 @@ def exported_file(
             keep_io=options["keep_io"],
             exporter=options["exporter"],
             metadata={k: v for k, v in metadata.items() if v},
+            force=True,  # a draft, which a first try may have left
         )
         if options.get("export_to"):
             stay = (Reason.EXCLUDED, Reason.NOT_PROVED)
@@ -271,15 +290,6 @@ def _check_onnx(
 def narrow(dtype: str | None) -> Literal["", "fp16", "bf16"]:
     """The type to cast the ONNX file to, if it is one for that; float32 is for the model itself."""
     return "fp16" if dtype == "fp16" else "bf16" if dtype == "bf16" else ""
-
-
-def kept_unverified(path: Path, target: Path) -> Path:
-    """The file that failed, under a name that nobody takes for the verified one."""
-    from bntool.onnx_files import open_onnx, save_onnx
-
-    kept = target.with_suffix(".unverified.onnx")
-    save_onnx(open_onnx(path), kept, force=True)
-    return kept
 
 
 def _told(checks: Sequence[Check]) -> str:

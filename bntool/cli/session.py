@@ -16,8 +16,10 @@ import click
 from bntool.cli.documents import emit, failure
 from bntool.cli.example_inputs import parse_inputs
 from bntool.cli.loading import load_granted
+from bntool.cli.reading import read_by
 from bntool.errors import BntoolError, InvariantError, UsageError
 from bntool.files.limits import DEFAULT_MAX_SIZE
+from bntool.files.targets import Target
 
 if TYPE_CHECKING:
     from torch import nn
@@ -44,16 +46,19 @@ class Voice:
     silent: bool = False
     report: Path | None = None
     model: dict[str, Any] | None = None
+    target: Target = dataclasses.field(default_factory=Target)
+    _report_place: Path = Path()
 
     @classmethod
     def of(cls, options: dict[str, Any]) -> Voice:
         """The voice that the options ask for; a report that cannot be written is told at once."""
         voice = cls(options["as_json"], options["quiet"], options["verbose"])
-        if options["report"]:
-            from bntool.pages.writing import require_replaceable
+        voice.target = Target(force=bool(options.get("force")), reads=read_by(options))
+        if options.get("report"):
+            from bntool.pages.writing import claim_report
 
             voice.report = Path(options["report"])
-            require_replaceable(voice.report, force=bool(options.get("force")))
+            voice._report_place = claim_report(voice.report, voice.target)
         return voice
 
     @property
@@ -93,7 +98,9 @@ class Voice:
         from bntool.pages.reading import as_document
         from bntool.pages.writing import write_page
 
-        write_page([as_document({"schema_version": SCHEMA_VERSION, **document}, path.name)], path)
+        with self.target.drafts() as drafts:
+            whole = {"schema_version": SCHEMA_VERSION, **document}
+            write_page([as_document(whole, path.name)], drafts.of(self._report_place))
         self.say(f"wrote       {path}")
 
     def fail(self, error: BntoolError, document: dict[str, Any]) -> NoReturn:
@@ -245,6 +252,7 @@ def open_session(voice: Voice, options: dict[str, Any], *, stand_ins: bool = Fal
         stand_ins=stand_ins,
         voice=voice,
     )
+    voice.target.read(*loaded.files)
     for text in loaded.notes:
         voice.note(text)
     shapes = tuple(options.get("inputs") or ()) or (ours.input_shapes if ours else ())

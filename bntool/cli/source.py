@@ -49,9 +49,9 @@ def require_fitting(options: dict[str, Any]) -> None:
     if output is not None and not output.endswith(".py"):
         raise UsageError(f"--source writes Python; {output} is no .py file", next_step="-o new.py")
     if output is not None and not options["dry_run"]:
-        from bntool.files.atomic import require_writable
+        from bntool.files.targets import Target
 
-        require_writable(output, force=options["force"], forbid=[script["path"]])
+        Target(force=options["force"], reads=[script["path"]]).claim(output)
 
 
 def rewritten(session: Session, result: SurgeryResult, options: dict[str, Any]) -> Rewritten:
@@ -109,23 +109,21 @@ def show_source(voice: Voice, source: Rewritten, result: SurgeryResult) -> None:
 
 def write_source(voice: Voice, source: Rewritten, options: dict[str, Any]) -> str | None:
     """Write the new source where the user said so; the path, or None."""
-    from bntool.files.atomic import write_atomically
-
     if options["dry_run"] or not (options["output"] or options["in_place"]):
         voice.note("nothing is written; -o FILE or --in-place writes the source")
         return None
     if source.path.read_bytes() != source.before:
         raise UsageError(f"{source.path} has changed meanwhile", next_step="run it again")
-    target = source.path if options["in_place"] else Path(options["output"])
-    write_atomically(
-        target, lambda path: _write(path, source.after), force=options["force"] or options["in_place"]
-    )
+    if options["in_place"]:
+        target = source.path
+        path = voice.target.claim(target, force=True, though_read=True)
+    else:
+        target = Path(options["output"])
+        path = voice.target.claim(target)
+    with voice.target.drafts() as drafts:
+        drafts.of(path).write_bytes(source.after)
     voice.say(f"wrote       {target}")
     return str(target)
-
-
-def _write(path: Path, content: bytes) -> None:
-    path.write_bytes(content)
 
 
 def _show_diff(voice: Voice, diff: str) -> None:

@@ -26,9 +26,9 @@ _NEEDS_MODEL = {
 def fold_stored_file(voice: Voice, options: dict[str, Any]) -> int:
     """Fold a file of weights layer by layer, and write it with its side file."""
     from bntool.api import read_plan
-    from bntool.files.atomic import require_writable
+    from bntool.cli.writing import claim_model
     from bntool.files.safetensors_files import INDEX_SUFFIX
-    from bntool.files.sidecar import output_name, sidecar_path, write_sidecar
+    from bntool.files.sidecar import fill_sidecar, output_name
     from bntool.files.stored import open_stored
     from bntool.results import fold_lines
     from bntool.surgery.fold_stored import StoredFold
@@ -52,17 +52,16 @@ def fold_stored_file(voice: Voice, options: dict[str, Any]) -> int:
     output = Path(named)
     if not output.name.endswith(suffix):
         raise UsageError(f"{output.name}: --plan writes {suffix}", next_step=f"-o NAME{suffix}")
-    inputs = [path, *(path.with_name(shard) for shard in {d.shard for d in stored.tensors.values()})]
-    if not options["dry_run"]:
-        require_writable(output, force=options["force"], forbid=inputs)
-        require_writable(sidecar_path(output), force=options["force"])
-    with voice.progress(f"folding {path.name}"):
+    voice.target.read(*stored.files)
+    place = None if options["dry_run"] else claim_model(output, voice.target)
+    with voice.progress(f"folding {path.name}"), voice.target.drafts() as drafts:
         fold = StoredFold(stored, plan)
-        digest = "" if options["dry_run"] else fold.write(output, force=options["force"])
+        if place is not None:
+            digest = fold.write_draft(place.model, drafts)
+            fill_sidecar(drafts.of(place.sidecar), _document(plan, path, output, digest))
     voice.say("\n".join(fold_lines(plan, None, not options["quiet"])))
     voice.note("not verified: that needs the model (bntool verify, or fold with --arch)")
     if not options["dry_run"]:
-        write_sidecar(output, _document(plan, path, output, digest), force=options["force"])
         voice.say(f"wrote       {output}")
     voice.emit(
         {
@@ -81,7 +80,11 @@ def _document(plan: Any, path: Path, output: Path, digest: str) -> dict[str, Any
     from bntool.files.atomic import sha256_of
     from bntool.files.sidecar import make_document
 
-    document = make_document(
-        "fold", source=str(path), source_hash=sha256_of(path), output=output, plan=plan.to_dict()
+    return make_document(
+        "fold",
+        source=str(path),
+        source_hash=sha256_of(path),
+        output=output,
+        digest=digest,
+        plan=plan.to_dict(),
     )
-    return {**document, "output": {"name": output.name, "sha256": digest}}

@@ -19,7 +19,7 @@ from bntool.errors import BntoolError
 @opt.common_options()
 def command(**options: Any) -> int:
     """Show a model's layers, shapes and exact counts; after insert or fold, the difference too."""
-    voice = Voice(options["as_json"], options["quiet"], options["verbose"])
+    voice = Voice.of(options)
     session = open_session(voice, options, stand_ins=True)
     if session.program is not None:
         from bntool.cli.program_file import summarize_program_file

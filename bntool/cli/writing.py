@@ -6,9 +6,9 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from bntool.files.atomic import require_writable
 from bntool.files.memory import Record, remember
-from bntool.files.sidecar import make_document, output_name, sidecar_path, write_sidecar
+from bntool.files.sidecar import fill_sidecar, is_sidecar, make_document, output_name, sidecar_path
+from bntool.files.targets import Drafts, Target
 
 if TYPE_CHECKING:
     from torch import nn
@@ -42,29 +42,43 @@ class Made:
     checks: tuple[Check, ...] = ()
 
 
-def chosen_output(session: Session, action: Any, output: str | None, force: bool) -> Path:
-    """The output path, after making sure that it and its side file may be written."""
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """Where a model and its side file go: as the user named it, and the real paths that were claimed."""
+
+    named: Path
+    model: Path
+    sidecar: Path
+    target: Target
+
+
+def chosen_output(session: Session, action: Any, output: str | Path | None) -> Place:
+    """The output, after making sure that it and its side file may be written."""
     from bntool.files.saving import require_fitting_name
 
     source = session.loaded.path or session.loaded.reference
     path = Path(output) if output else output_name(source, action)
     require_fitting_name(session.loaded, path)
-    require_writable(path, force=force, forbid=session.loaded.files)
-    require_writable(sidecar_path(path), force=force)
-    return path
+    return claim_model(path, session.voice.target)
 
 
-def write_model(session: Session, command: str, result: Result, path: Path, force: bool) -> None:
-    """Save the model as the kind of file it came from, and the side file; remember both for this folder."""
-    from bntool.files.saving import allow_entries_of, save_model
+def claim_model(path: Path, target: Target) -> Place:
+    """Claim a model's file and its side file."""
+    return Place(path, target.claim(path), target.claim_beside(sidecar_path(path), is_sidecar), target)
+
+
+def draft_model(session: Session, command: str, result: Result, place: Place, drafts: Drafts) -> Record:
+    """Drafts of the model, as the kind of file it came from, and of its side file; what to remember."""
+    from bntool.files.saving import allow_entries_of, save_draft
 
     loaded = session.loaded
-    digest = save_model(loaded, result.model, path, force=force)
+    digest = save_draft(loaded, result.model, place.model, drafts)
     document = make_document(
         command,
         source=session.source,
         source_hash=loaded.source_hash,
-        output=path,
+        output=place.named,
+        digest=digest,
         arch=loaded.arch,
         weights=loaded.weights,
         key=loaded.key,
@@ -74,11 +88,11 @@ def write_model(session: Session, command: str, result: Result, path: Path, forc
     )
     if session.earlier_plans:
         document["earlier_plans"] = [plan.to_dict() for plan in session.earlier_plans]
-    write_sidecar(path, document, force=force)
-    needed = loaded.allow if loaded.kind != "reference" else allow_entries_of(path)
-    record = Record(
+    fill_sidecar(drafts.of(place.sidecar), document)
+    needed = loaded.allow if loaded.kind != "reference" else allow_entries_of(drafts.draft_of(place.model))
+    return Record(
         command=command,
-        output=str(path.resolve()),
+        output=str(place.named.resolve()),
         output_sha256=digest,
         source=session.source,
         source_sha256=loaded.source_hash,
@@ -89,6 +103,17 @@ def write_model(session: Session, command: str, result: Result, path: Path, forc
         trust_pickle=loaded.trust_pickle,
         input_shapes=session.shapes(),
     )
-    problem = remember(Path.cwd(), record)
+
+
+def write_model(session: Session, command: str, result: Result, place: Place) -> None:
+    """Save the model and its side file, both or neither; remember them for this folder."""
+    with place.target.drafts() as drafts:
+        record = draft_model(session, command, result, place, drafts)
+    keep_in_mind(session, record)
+
+
+def keep_in_mind(session: Session, record: Record | None) -> None:
+    """Remember for this folder what was written, once it stands in its place."""
+    problem = remember(Path.cwd(), record) if record is not None else None
     if problem:
         session.voice.note(problem)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,10 @@ from torch import nn
 
 from bntool.errors import UsageError
 from bntool.experiment.datasets import Data
-from bntool.experiment.outcome import TrainingComparison
+from bntool.experiment.outcome import ARMS, TrainingComparison
 from bntool.experiment.settings import Settings
-from bntool.files.atomic import write_atomically
+from bntool.files.atomic import write_atomically, write_text
+from bntool.files.placing import remove
 from bntool.world import World
 
 SCHEMA_VERSION = 1
@@ -64,9 +66,11 @@ def open_folder(folder: Path, identity: dict[str, Any], *, force: bool) -> None:
                 where=str(path),
                 next_step="pass --force to begin anew, or name another folder with -o",
             )
+        if other is not None and not held.keys() >= identity.keys():
+            raise UsageError(f"{path} is no record of a comparison", next_step="name another folder with -o")
         if force:
-            for checkpoint in (folder / RUNS).glob("*.pt"):
-                checkpoint.unlink()
+            for checkpoint in filter(_is_run, (folder / RUNS).glob("*.pt")):
+                remove(checkpoint)
     elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UsageError(f"{folder} exists, and is no comparison", next_step="name another folder with -o")
     try:
@@ -75,7 +79,12 @@ def open_folder(folder: Path, identity: dict[str, Any], *, force: bool) -> None:
         raise UsageError(
             f"cannot write into {folder}: {error.strerror}", next_step="name another folder with -o"
         ) from error
-    write_atomically(path, lambda temporary: _write_text(temporary, text), force=True)
+    write_atomically(path, lambda draft: write_text(draft, text), force=True)
+
+
+def _is_run(path: Path) -> bool:
+    """`plain-0.1-0.pt`: the checkpoint of an arm, a rate and a seed."""
+    return bool(re.fullmatch(rf"(?:{'|'.join(ARMS)})-[-+.e\d]+-\d+\.pt", path.name))
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -90,9 +99,6 @@ def write_document(folder: Path, found: TrainingComparison) -> Path:
     """Write `compare.json`: no time and no folder is in it."""
     path = folder / "compare.json"
     text = json.dumps({"schema_version": SCHEMA_VERSION, **found.to_dict()}, ensure_ascii=False) + "\n"
-    write_atomically(path, lambda temporary: _write_text(temporary, text), force=True)
+    write_atomically(path, lambda draft: write_text(draft, text), force=True)
     return path
 
-
-def _write_text(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8", newline="\n")

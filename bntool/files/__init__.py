@@ -9,7 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from bntool.files.atomic import require_writable, sha256_of, write_atomically
+    from bntool.files.atomic import sha256_of, write_atomically
     from bntool.files.detect import FileKind, Kind, detect
     from bntool.files.loading import Loaded, load
     from bntool.files.memory import Record, last_output, recall, remember
@@ -23,12 +23,13 @@ if TYPE_CHECKING:
         sidecar_path,
         write_sidecar,
     )
+    from bntool.files.targets import Target
 
 _HOME = {
     "allow_entries_of": "saving",
     "describes": "sidecar",
     "is_reference": "references",
-    "require_writable": "atomic",
+    "Target": "targets",
     "sha256_of": "atomic",
     "write_atomically": "atomic",
     "FileKind": "detect",
@@ -53,6 +54,7 @@ __all__ = [
     "Kind",
     "Loaded",
     "Record",
+    "Target",
     "allow_entries_of",
     "describes",
     "detect",
@@ -64,7 +66,6 @@ __all__ = [
     "read_sidecar",
     "recall",
     "remember",
-    "require_writable",
     "save_model",
     "sha256_of",
     "sidecar_path",

@@ -1,12 +1,12 @@
-"""A folder for drafts beside an output, and moving a finished draft into its place. No torch here."""
+"""A hidden folder beside an output for what is being written, gone afterwards. No torch here."""
 
 from __future__ import annotations
 
 import contextlib
 import importlib.util
 import os
+import re
 import secrets
-import shutil
 import stat
 import tempfile
 import time
@@ -14,10 +14,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from bntool.errors import UsageError
+from bntool.files.placing import remove_tree
 
 # Windows has no such locks.
 _HAS_LOCKS = importlib.util.find_spec("fcntl") is not None
 _PREFIX, _SUFFIX = ".bntool-", ".draft"
+_NAME = re.compile(r"\.bntool-[0-9a-f]{12}\.draft")
 _LOCK, _NO_LOCK = "lock", "no-lock"
 _BEGINNING_SECONDS = 60
 """A draft has a lock microseconds after it is made; without one after this long, its maker is gone."""
@@ -51,16 +53,16 @@ def draft_folder(target: Path | None) -> Iterator[Path]:
             ) from error
         yield folder
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        remove_tree(folder)
         if lock >= 0:
             os.close(lock)
 
 
 def remove_abandoned(folder: Path) -> None:
-    """Remove the drafts in `folder` whose makers are gone."""
+    """Remove the drafts in `folder` whose makers are gone: folders of our own, of the very names we give."""
     for draft in folder.glob(f"{_PREFIX}*{_SUFFIX}"):
-        if draft.is_dir() and not draft.is_symlink() and _is_abandoned(draft):
-            shutil.rmtree(draft, ignore_errors=True)
+        if _NAME.fullmatch(draft.name) and _is_own_folder(draft) and _is_abandoned(draft):
+            remove_tree(draft)
 
 
 @contextlib.contextmanager
@@ -80,17 +82,12 @@ def alone_in(folder: Path) -> Iterator[None]:
         os.close(handle)
 
 
-def place(draft: Path, target: Path) -> None:
-    """Move a draft onto `target` in one step, its bytes on the disk before its name.
-
-    The permissions of the file that it replaces are kept. Raises `OSError`.
-    """
-    if target.exists():
-        draft.chmod(stat.S_IMODE(target.stat().st_mode))
-    _flush(draft)
-    draft.replace(target)
-    with contextlib.suppress(OSError):
-        _flush(target.parent)
+def _is_own_folder(path: Path) -> bool:
+    try:
+        found = path.lstat()
+    except OSError:
+        return False
+    return stat.S_ISDIR(found.st_mode) and (not hasattr(os, "geteuid") or found.st_uid == os.geteuid())
 
 
 def _locked(folder: Path) -> int:
@@ -114,7 +111,9 @@ def _locked(folder: Path) -> int:
 
 def _is_abandoned(folder: Path) -> bool:
     try:
-        handle = os.open(folder / _LOCK, os.O_RDONLY)
+        # Whatever else stands there under that name must neither block nor lead elsewhere.
+        flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOFOLLOW", 0)
+        handle = os.open(folder / _LOCK, flags)
     except OSError:
         with contextlib.suppress(OSError):
             patience = _UNLOCKED_SECONDS if (folder / _NO_LOCK).exists() else _BEGINNING_SECONDS
@@ -123,18 +122,12 @@ def _is_abandoned(folder: Path) -> bool:
     import fcntl
 
     try:
+        if not stat.S_ISREG(os.fstat(handle).st_mode):
+            return False
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         return False
     else:
         return True
-    finally:
-        os.close(handle)
-
-
-def _flush(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
     finally:
         os.close(handle)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from bntool.errors import UsageError
-from bntool.files.atomic import sha256_of, write_atomically
+from bntool.files.atomic import sha256_of
 from bntool.files.detect import detect
 from bntool.files.loading import Loaded
 from bntool.files.safetensors_files import INDEX_SUFFIX
@@ -22,6 +22,7 @@ from bntool.files.security.allowed import allow_entries_for
 from bntool.files.security.pickles import unknown_globals
 from bntool.files.security.scripted import script_bytes
 from bntool.files.shards import shard_of, write_shards
+from bntool.files.targets import Drafts, Target
 from bntool.files.weights import StateDict, with_prefix
 
 
@@ -33,34 +34,28 @@ def save_model(
     The same model gives the same bytes. The optimizer state of a checkpoint is copied as it was. Raises
     `UsageError` for an output that may not be written or a model that cannot be pickled.
     """
-    output = Path(output)
-    require_fitting_name(loaded, output)
+    require_fitting_name(loaded, Path(output))
+    target = Target(force=force, reads=loaded.files)
+    path = target.claim(output)
+    with target.drafts() as drafts:
+        return save_draft(loaded, model, path, drafts)
+
+
+def save_draft(loaded: Loaded, model: nn.Module | ExportedProgram, path: Path, drafts: Drafts) -> str:
+    """The same into the drafts of a claimed `path`, to be put into place with the other files."""
+    if loaded.shards and not isinstance(model, ExportedProgram):
+        return _save_shards(loaded, model, path, drafts)
+    draft = drafts.of(path)
     if isinstance(model, ExportedProgram):
-        content = _program_bytes(model)
-
-        def write(temporary: Path) -> None:
-            temporary.write_bytes(content)
+        draft.write_bytes(_program_bytes(model))
     elif isinstance(model, torch.jit.ScriptModule):
-        script = script_bytes(model)
-
-        def write(temporary: Path) -> None:
-            temporary.write_bytes(script)
-    elif loaded.shards:
-        return _save_shards(loaded, model, output, force)
+        draft.write_bytes(script_bytes(model))
     elif loaded.kind == "safetensors":
         prefix = loaded.wrapped_in.prefix if loaded.wrapped_in else ""
-        tensors = _distinct(with_prefix(_weights(model), prefix))
-
-        def write(temporary: Path) -> None:
-            _write_safetensors(tensors, dict(loaded.metadata), temporary)
+        _write_safetensors(_distinct(with_prefix(_weights(model), prefix)), dict(loaded.metadata), draft)
     else:
-        held = _held(loaded, model)
-
-        def write(temporary: Path) -> None:
-            _write_torch(held, temporary)
-
-    write_atomically(output, write, force=force, forbid=loaded.files)
-    return sha256_of(output)
+        _write_torch(_held(loaded, model), draft)
+    return sha256_of(draft)
 
 
 def require_fitting_name(loaded: Loaded, output: Path) -> None:
@@ -107,7 +102,7 @@ def _replaced(container: Any, path: tuple[str, ...], value: Any) -> Any:
     return changed
 
 
-def _save_shards(loaded: Loaded, model: nn.Module, output: Path, force: bool) -> str:
+def _save_shards(loaded: Loaded, model: nn.Module, output: Path, drafts: Drafts) -> str:
     """Every tensor in the file that its layer was in; the index, which makes them a model, goes last."""
     prefix = loaded.wrapped_in.prefix if loaded.wrapped_in else ""
     tensors = _distinct(with_prefix(_weights(model), prefix))
@@ -119,7 +114,7 @@ def _save_shards(loaded: Loaded, model: nn.Module, output: Path, force: bool) ->
         )
 
     sizes = {name: tensor.nbytes for name, tensor in tensors.items()}
-    return write_shards(output, parts, sizes, loaded.metadata, fill, force=force, forbid=loaded.files)
+    return write_shards(output, parts, sizes, loaded.metadata, fill, drafts)
 
 
 def _weights(model: nn.Module) -> StateDict:

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import hashlib
 import json
 import re
-import secrets
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from bntool.errors import LoadError
-from bntool.files.atomic import require_writable, sha256_of, write_atomically
+from bntool.files.atomic import sha256_of, write_text
 from bntool.files.safetensors_files import INDEX_SUFFIX, read_index
+from bntool.files.targets import Drafts
 
 _OWN_SHARD = re.compile(r"-[0-9a-f]{12}-\d{5}-of-\d{5}\.safetensors")
 
@@ -32,49 +31,31 @@ def write_shards(
     sizes: Mapping[str, int],
     metadata: Mapping[str, Any],
     write: Callable[[str, Path], None],
-    *,
-    force: bool = False,
-    forbid: Iterable[Path] = (),
+    drafts: Drafts,
 ) -> str:
-    """Write the shards that `parts` (tensor -> old shard) names, then the index; return the index's sha256.
+    """Write drafts of the shards that `parts` (tensor -> old shard) names, and of the index; its sha256.
 
     `write` fills a file with the tensors of one old shard. The new files have names of their own, after
     their content, so that an index that is replaced is whole until it is gone; what it named goes then.
     """
-    forbid = tuple(forbid)
-    require_writable(output, force=force, forbid=forbid)
     stem = output.name.removesuffix(INDEX_SUFFIX)
-    earlier = _earlier(output, stem)
     shards = list(dict.fromkeys(parts.values()))
-    # Told by what will be in it, so that the same model has the same names.
-    waiting = {shard: output.with_name(f".{stem[:80]}.{secrets.token_hex(6)}.tmp") for shard in shards}
     names: dict[str, str] = {}
-    made: list[Path] = []
-    try:
-        for number, shard in enumerate(shards, start=1):
-            write_atomically(waiting[shard], functools.partial(write, shard))
-            digest = sha256_of(waiting[shard])[:12]
-            name = f"{stem}-{digest}-{number:05}-of-{len(shards):05}.safetensors"
-            names[shard] = name
-            target = output.with_name(name)
-            if not target.exists():
-                made.append(target)
-            waiting[shard].replace(target)
-        total = {"total_size": sum(sizes[name] for name in parts)}
-        index = {
-            "metadata": {**metadata, **total},
-            "weight_map": {name: names[shard] for name, shard in parts.items()},
-        }
-        text = json.dumps(index, indent=2, ensure_ascii=False) + "\n"
-        write_atomically(output, lambda path: _write_text(path, text), force=force, forbid=forbid)
-    except BaseException:
-        for path in (*waiting.values(), *made):
-            with contextlib.suppress(OSError):
-                path.unlink()
-        raise
-    for name in earlier - set(names.values()):
-        with contextlib.suppress(OSError):
-            output.with_name(name).unlink()
+    for number, shard in enumerate(shards, start=1):
+        draft = drafts.folder_for(output) / "shard"
+        write(shard, draft)
+        # Told by what is in it, so that the same model has the same names.
+        names[shard] = f"{stem}-{sha256_of(draft)[:12]}-{number:05}-of-{len(shards):05}.safetensors"
+        drafts.put(draft, output.with_name(names[shard]))
+    for name in _earlier(output, stem) - set(names.values()):
+        drafts.retire(output.with_name(name))
+    total = {"total_size": sum(sizes[name] for name in parts)}
+    index = {
+        "metadata": {**metadata, **total},
+        "weight_map": {name: names[shard] for name, shard in parts.items()},
+    }
+    text = json.dumps(index, indent=2, ensure_ascii=False) + "\n"
+    write_text(drafts.of(output), text)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -85,6 +66,3 @@ def _earlier(output: Path, stem: str) -> set[str]:
         return {n for n in shards if n.startswith(stem) and _OWN_SHARD.fullmatch(n[len(stem) :])}
     return set()
 
-
-def _write_text(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8", newline="\n")

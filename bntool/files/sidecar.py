@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from bntool.errors import LoadError
-from bntool.files.atomic import sha256_of, write_atomically
+from bntool.files.atomic import sha256_of, write_atomically, write_text
 
 SCHEMA_VERSION = 1
 Action = Literal["insert", "fold", "calibrate", "compare", "export"]
 
 _MAX_BYTES = 1 << 26
+_SUFFIX = ".bntool.json"
 _ENDINGS: dict[str, str] = {
     "insert": "_bn",
     "fold": "_folded",
@@ -52,7 +53,7 @@ def output_name(source: str | Path, action: Action, *, suffix: str | None = None
 def sidecar_path(output: str | Path) -> Path:
     """`vgg16_bn.pt` -> `vgg16_bn.pt.bntool.json`."""
     output = Path(output)
-    return output.with_name(output.name + ".bntool.json")
+    return output.with_name(output.name + _SUFFIX)
 
 
 def make_document(
@@ -64,17 +65,21 @@ def make_document(
     arch: str | None = None,
     weights: str | None = None,
     key: str | None = None,
+    digest: str = "",
     plan: Mapping[str, Any] | None = None,
     parameters: Mapping[str, Any] | None = None,
     checks: Any = (),
 ) -> dict[str, Any]:
-    """The document for an output that exists. No time and no folder is in it: same input, same bytes."""
+    """The document for an output. No time and no folder is in it: same input, same bytes.
+
+    `digest` is the output's sha256, for one that does not stand in its place yet.
+    """
     output = Path(output)
     return {
         "schema_version": SCHEMA_VERSION,
         "command": command,
         "source": {"reference": _name(source), "sha256": source_hash},
-        "output": {"name": output.name, "sha256": sha256_of(output)},
+        "output": {"name": output.name, "sha256": digest or sha256_of(output)},
         "versions": {package: _version(package) for package in ("bntool", "torch")},
         "reload": {"arch": arch, "weights": _name(weights) if weights else None, "key": key},
         "plan": dict(plan) if plan is not None else None,
@@ -87,9 +92,22 @@ def make_document(
 def write_sidecar(output: str | Path, document: Mapping[str, Any], force: bool = False) -> Path:
     """Write the document beside `output`; `UsageError` when there is one already and not `force`."""
     path = sidecar_path(output)
-    text = json.dumps(document, indent=1, ensure_ascii=False) + "\n"
-    write_atomically(path, lambda temporary: _write_text(temporary, text), force=force)
+    write_atomically(path, lambda draft: fill_sidecar(draft, document), force=force)
     return path
+
+
+def fill_sidecar(draft: Path, document: Mapping[str, Any]) -> None:
+    """Write the document into a draft of a side file."""
+    write_text(draft, json.dumps(document, indent=1, ensure_ascii=False) + "\n")
+
+
+def is_sidecar(path: Path) -> bool:
+    """Whether a file is a side file of bntool's, which may be replaced together with its output."""
+    try:
+        held: Any = read_sidecar(path.with_name(path.name.removesuffix(_SUFFIX)))
+    except LoadError:
+        return False
+    return isinstance(held, dict) and {"command", "source", "output", "versions"} <= held.keys()
 
 
 def read_sidecar(output: str | Path) -> dict[str, Any] | None:
@@ -131,7 +149,3 @@ def _version(package: str) -> str:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return ""
-
-
-def _write_text(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8", newline="\n")

@@ -38,6 +38,12 @@ class Stored:
     metadata: Mapping[str, Any]
     sharded: bool = False
 
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """Every file that it is in."""
+        shards = {described.shard for described in self.tensors.values()} if self.sharded else set()
+        return (self.path, *(self.path.with_name(shard) for shard in sorted(shards)))
+
 
 def open_stored(path: Path, limit: Limit | None = None) -> Stored:
     """A state_dict of `torch.save`, a safetensors file, or a sharded one. No tensor is read.

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from bntool.errors import UsageError
-from bntool.files.atomic import require_writable, write_atomically
+from bntool.files.targets import Target
 from bntool.pages import charts
 from bntool.pages.chapters import chapters_of
 from bntool.pages.markdown import markdown
@@ -18,16 +18,16 @@ _OURS = b'<meta name="generator" content="bntool '
 _HEAD = 2048
 
 
-def require_replaceable(path: Path, *, force: bool = False, forbid: Iterable[Path] = ()) -> None:
+def claim_report(path: Path, target: Target) -> Path:
     """Before any work: reports can be made here, and `path` may be written. A report replaces a report."""
     require_libraries()
-    require_writable(path, force=force or _is_report(path), forbid=forbid)
+    return target.claim(path, force=target.force or _is_report(path))
 
 
-def write_page(documents: Sequence[Document], path: Path, kind: str = "html") -> None:
-    """Write the report as `html` or `md`, whole or not at all."""
+def write_page(documents: Sequence[Document], draft: Path, kind: str = "html") -> None:
+    """Write the report as `html` or `md` into a draft."""
     text = html_page(documents) if kind == "html" else report_text(documents)
-    _write(path, text.encode("utf-8"))
+    draft.write_bytes(text.encode("utf-8"))
 
 
 def report_text(documents: Sequence[Document]) -> str:
@@ -36,8 +36,8 @@ def report_text(documents: Sequence[Document]) -> str:
     return markdown(documents)
 
 
-def write_figure(documents: Sequence[Document], name: str | None, path: Path, kind: str) -> None:
-    """Write one chart as `png` or `svg`; `UsageError` lists the names where `name` is none of them."""
+def write_figure(documents: Sequence[Document], name: str | None, draft: Path, kind: str) -> None:
+    """Write one chart as `png` or `svg` into a draft; `UsageError` lists the names there are."""
     import vl_convert
 
     found = {
@@ -57,7 +57,7 @@ def write_figure(documents: Sequence[Document], name: str | None, path: Path, ki
         content = vl_convert.vegalite_to_svg(spec, vl_version=charts.VEGALITE).encode("utf-8")
     else:
         content = vl_convert.vegalite_to_png(spec, vl_version=charts.VEGALITE, scale=2)
-    _write(path, content)
+    draft.write_bytes(content)
 
 
 def _named(chapter: str, found: Any, *, several: bool) -> Iterable[tuple[str, Any]]:
@@ -71,10 +71,3 @@ def _is_report(path: Path) -> bool:
     with path.open("rb") as file:
         return _OURS in file.read(_HEAD)
 
-
-def _write(path: Path, content: bytes) -> None:
-    write_atomically(path, lambda temporary: _put(temporary, content), force=True)
-
-
-def _put(path: Path, content: bytes) -> None:
-    path.write_bytes(content)

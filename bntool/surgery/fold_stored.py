@@ -7,7 +7,6 @@ BatchNorm that goes straight into the layer before it.
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,10 +15,11 @@ from torch import Tensor
 
 from bntool.affine import Pair, batch_norm_affine, evaluate
 from bntool.errors import NothingToDo, PlanError, StateError
-from bntool.files.atomic import sha256_of, write_atomically
+from bntool.files.atomic import sha256_of
 from bntool.files.safetensors_files import Entry, layout, write_safetensors
 from bntool.files.shards import write_shards
 from bntool.files.stored import Described, Stored
+from bntool.files.targets import Drafts, Target
 from bntool.plan import Edit, Plan
 from bntool.surgery.tensors import edited
 
@@ -53,18 +53,20 @@ class StoredFold:
 
     def write(self, output: Path, *, force: bool = False) -> str:
         """Write the new file, or files, as safetensors, whole or not at all; return its sha256."""
-        inputs = (
-            self.stored.path,
-            *(self.stored.path.with_name(d.shard) for d in self.stored.tensors.values()),
-        )
-        parts = {name: described.shard for name, described in self.tensors.items()}
+        target = Target(force=force, reads=self.stored.files)
+        path = target.claim(output)
+        with target.drafts() as drafts:
+            return self.write_draft(path, drafts)
+
+    def write_draft(self, path: Path, drafts: Drafts) -> str:
+        """The same into the drafts of a claimed `path`, to be put into place with the other files."""
         if not self.stored.sharded:
-            write_atomically(output, functools.partial(self._fill, ""), force=force, forbid=inputs[:1])
-            return sha256_of(output)
+            draft = drafts.of(path)
+            self._fill("", draft)
+            return sha256_of(draft)
+        parts = {name: described.shard for name, described in self.tensors.items()}
         sizes = {name: entry.nbytes for name, entry in self._entries("").items()}
-        return write_shards(
-            output, parts, sizes, self.stored.metadata, self._fill, force=force, forbid=dict.fromkeys(inputs)
-        )
+        return write_shards(path, parts, sizes, self.stored.metadata, self._fill, drafts)
 
     def _entries(self, shard: str) -> dict[str, Entry]:
         chosen = ((n, d) for n, d in self.tensors.items() if shard in ("", d.shard))

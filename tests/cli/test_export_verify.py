@@ -160,7 +160,8 @@ def test_every_choice_of_form_reaches_the_file(bntool: Shell) -> None:
     shape = file.graph.input[0].type.tensor_type.shape
     assert [d.dim_param or d.dim_value for d in shape.dim] == ["batch", 3, "input_2", "input_3"]
     metadata = {p.key: p.value for p in file.metadata_props}
-    assert metadata.keys() == {"bntool_version", "bntool_source_sha256", "bntool_folded", "bntool_checks"}
+    told = {"bntool_version", "bntool_source_sha256", "bntool_folded", "bntool_checks", "bntool_data"}
+    assert metadata.keys() == told
     assert metadata["bntool_checks"].startswith("fold: passed on torch; ")
     assert "runtime: passed on CPUExecutionProvider" in metadata["bntool_checks"]
 

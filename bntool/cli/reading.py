@@ -1,0 +1,42 @@
+"""Which files and folders a command reads, told by its options. None of them may be written over."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+_WRITTEN = frozenset({"output", "report", "repro", "folder"})
+
+
+def read_by(options: Mapping[str, Any]) -> list[Path]:
+    """Every file and folder that an option names, but for those to be written; a side file with its model.
+
+    Whatever names something that exists is taken for a path: a wrong guess only forbids one output.
+    """
+    texts = (text for name, value in options.items() if name not in _WRITTEN for text in _texts(value))
+    return [path for text in texts for path in _paths(text)]
+
+
+def _texts(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, tuple | list):
+        for part in value:
+            yield from _texts(part)
+
+
+def _paths(text: str) -> Iterator[Path]:
+    """`net.pt` with `net.pt.bntool.json`; `net.py` of `net.py:Net`; `x.npy` of `NAME=x.npy`, too."""
+    for part in {text, text.rpartition(":")[0], text.partition(":")[2], text.partition("=")[2]}:
+        path = Path(part)
+        if part and _exists(path):
+            yield path
+            yield path.with_name(f"{path.name}.bntool.json") if path.name else path
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except (OSError, ValueError):
+        return False

@@ -1,0 +1,155 @@
+"""Moving finished drafts to their places, and taking them back. Nothing else in bntool renames or removes.
+
+Without leave to replace, a draft is renamed as the system does it only where nothing stands: of two writers
+one is told so. No torch here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import dataclasses
+import errno
+import functools
+import os
+import shutil
+import stat
+from pathlib import Path
+from typing import Any
+
+_AT_FDCWD = -100
+_NO_REPLACE = 1  # RENAME_NOREPLACE of linux/fs.h
+_CANNOT = frozenset(
+    {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EXDEV, errno.EINVAL, errno.EACCES}
+)
+"""What a file system says that has no such rename, or no hard links."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Placed:
+    """A file that stands in its place, and the one that stood there before, if one did."""
+
+    path: Path
+    identity: tuple[int, int]
+    before: Path | None
+
+    def take_back(self) -> None:
+        """Put things back as they were, unless somebody else has written there since."""
+        with contextlib.suppress(OSError):
+            if identity(self.path) != self.identity:
+                return
+            if self.before is not None:
+                self.before.replace(self.path)
+            else:
+                self.path.unlink()
+
+
+def identity(path: Path) -> tuple[int, int] | None:
+    """What tells a file from every other, whatever it is called; None where there is none."""
+    try:
+        found = path.stat()
+    except (OSError, ValueError):
+        return None
+    return found.st_dev, found.st_ino
+
+
+def place(draft: Path, path: Path, *, replace: bool) -> Placed:
+    """Put a draft at `path`, of the same file system, in one step: its bytes on the disk before its name.
+
+    With `replace`, what stands there is replaced, and its permissions kept. Raises `FileExistsError` where
+    something stands there and may not be replaced, `OSError` where it cannot be written.
+    """
+    _flush(draft)
+    try:
+        _create(draft, path)
+    except FileExistsError:
+        if not replace:
+            raise
+        draft.chmod(stat.S_IMODE(path.stat().st_mode))
+        before = _kept(path, draft)
+        mine = identity(draft)
+        draft.replace(path)
+    else:
+        before, mine = None, identity(path)
+    assert mine is not None
+    return Placed(path, mine, before)
+
+
+def place_folder(draft: Path, folder: Path) -> None:
+    """Put a folder at `folder`, where there is none or an empty one. Raises `OSError` elsewhere."""
+    if os.name == "nt" and folder.is_dir():
+        folder.rmdir()  # no rename there replaces a folder; this one fails unless it is empty
+    draft.rename(folder)
+
+
+def remove(path: Path) -> None:
+    """Remove a file that is bntool's own; nothing where it cannot be."""
+    with contextlib.suppress(OSError):
+        path.unlink()
+
+
+def remove_tree(folder: Path) -> None:
+    """Remove a folder of drafts with all that is in it; nothing where it cannot be."""
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def flush_folder(folder: Path) -> None:
+    """Have the names in a folder on the disk, where the system can."""
+    with contextlib.suppress(OSError):
+        _flush(folder)
+
+
+def _create(draft: Path, path: Path) -> None:
+    """Rename where nothing stands at `path`, in the first way that the file system knows."""
+    for way in (_rename_new, _link_new):
+        try:
+            way(draft, path)
+            return
+        except FileExistsError:
+            raise
+        except OSError as error:
+            if error.errno not in _CANNOT:
+                raise
+    # The name is taken first, so that of two writers one fails here; then the file takes its place.
+    os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+    draft.replace(path)
+
+
+def _rename_new(draft: Path, path: Path) -> None:
+    if os.name == "nt":
+        draft.rename(path)  # which fails there where a file is
+        return
+    renameat2 = _renameat2()
+    if renameat2 is None:
+        raise OSError(errno.ENOSYS, "no renameat2")
+    if renameat2(_AT_FDCWD, os.fsencode(draft), _AT_FDCWD, os.fsencode(path), _NO_REPLACE):
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number), str(path))
+
+
+@functools.cache
+def _renameat2() -> Any:
+    return getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+
+
+def _link_new(draft: Path, path: Path) -> None:
+    os.link(draft, path)
+    draft.unlink()
+
+
+def _kept(path: Path, draft: Path) -> Path | None:
+    """The old file under a second name among the drafts, to be put back if a later file cannot be placed."""
+    before = draft.parent.with_name(f"{draft.parent.name}.before")
+    try:
+        os.link(path, before)
+    except OSError:
+        return None
+    return before
+
+
+def _flush(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
