@@ -22,7 +22,7 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $@
 
 demo: setup ## insert, summary, fold, export and verify on the sample network
-	$(BIN)/bntool demo
+	$(BIN)/bntool demo --force
 
 test: setup ## run the tests
 	$(BIN)/python -m pytest

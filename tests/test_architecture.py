@@ -127,6 +127,33 @@ def test_the_lowest_floor_needs_nothing_heavy(module: str) -> None:
     assert _imported_at_once(module).isdisjoint({"torch", "numpy", "onnx", "onnxruntime", "click", "rich"})
 
 
+MOVERS = {"bntool.files.placing", "bntool.files.drafts"}
+"""The files that may rename, link and remove: by way of them no file of the user's is lost."""
+_MOVING = frozenset("rename renames unlink remove rmdir removedirs link symlink truncate".split())
+_MOVING_METHODS = frozenset("rename unlink rmdir hardlink_to symlink_to link_to".split())
+
+
+def _moves(node: ast.AST) -> bool:
+    """Whether a call moves or removes a file. `Path.replace` takes one argument, `str.replace` two."""
+    if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute):
+        return False
+    owner, name = ast.unparse(node.func.value), node.func.attr
+    if owner == "os":
+        return name in _MOVING | {"replace"}
+    if owner == "shutil":
+        return name not in {"get_terminal_size", "which"}
+    if name == "replace" and owner != "dataclasses":
+        return len(node.args) == 1 and not node.keywords
+    return name in _MOVING_METHODS
+
+
+@pytest.mark.parametrize("module", FILES)
+def test_one_place_renames_links_and_removes_files(module: str) -> None:
+    tree = ast.parse(FILES[module].read_text(encoding="utf-8"))
+    moving = [f"line {node.lineno}: {ast.unparse(node)}" for node in ast.walk(tree) if _moves(node)]
+    assert bool(moving) == (module in MOVERS), moving
+
+
 def _modules_after(code: str) -> set[str]:
     shown = f"{code}\nprint(*sys.modules, sep='\\n', file=sys.stderr)"
     ran = subprocess.run(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,8 +11,9 @@ import click
 
 from bntool.cli.completing import folders
 from bntool.errors import LoadError, UsageError
+from bntool.files.atomic import write_atomically
 
-_LINES = (["insert", "model.pt", "--force"], ["summary"], ["fold", "--export", "onnx", "--force"])
+_LINES = (["insert", "model.pt"], ["summary"], ["fold", "--export", "onnx"])
 
 
 @click.command("demo", short_help="The three lines on the sample network.")
@@ -26,30 +26,38 @@ _LINES = (["insert", "model.pt", "--force"], ["summary"], ["fold", "--export", "
     metavar="FOLDER",
     shell_complete=folders,
 )
+@click.option("--force", is_flag=True, help="Replace what an earlier demo left there.")
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
-def command(folder: str, debug: bool) -> int:  # noqa: ARG001 - read by main
+def command(folder: str, force: bool, debug: bool) -> int:  # noqa: ARG001 - read by main
     """Insert, summary and fold on the sample: a small MNIST network, trained, without BatchNorm."""
     from bntool.cli import cli
 
     target = Path(folder)
     try:
         target.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(_sample(), target / "model.pt")
+        _put_sample(target / "model.pt", force)
     except OSError as error:
         raise UsageError(
             f"cannot write into {target}: {error.strerror}", next_step="name another folder with -o"
         ) from error
     with _inside(target):
         for line in _LINES:
-            shown = [word for word in line if word != "--force"]
-            click.echo(f"\n$ bntool {' '.join(shown)}")
-            code = cli.main(args=list(line), prog_name="bntool", standalone_mode=False)
+            click.echo(f"\n$ bntool {' '.join(line)}")
+            replacing = ["--force"] if force and line != ["summary"] else []
+            code = cli.main(args=[*line, *replacing], prog_name="bntool", standalone_mode=False)
             if code:
                 return int(code)
     click.echo(f"\nThe files are in {target.resolve()}:")
     for path in sorted(target.iterdir()):
         click.echo(f"  {path.name}")
     return 0
+
+
+def _put_sample(path: Path, force: bool) -> None:
+    """A copy of the sample; one that is there already is as good."""
+    content = _sample().read_bytes()
+    if not (path.is_file() and path.read_bytes() == content):
+        write_atomically(path, lambda draft: draft.write_bytes(content), force=force)
 
 
 def _sample() -> Path:

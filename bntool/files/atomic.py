@@ -22,7 +22,7 @@ def sha256_of(path: str | Path) -> str:
 
 def write_atomically(
     output: str | Path,
-    write: Callable[[Path], None],
+    write: Callable[[Path], object],
     *,
     force: bool = False,
     forbid: Iterable[str | Path] = (),

@@ -189,12 +189,12 @@ class Drafts:
         """The draft that goes to `path`."""
         return next(draft for draft, place in self._drafts if place == path)
 
-    def add_part(self, path: Path, draft: Path, names: Iterator[str], rename: Callable[[str], None]) -> None:
+    def add_part(self, path: Path, draft: Path, names: Iterator[str], name_it: Callable[[str], None]) -> None:
         """Have `draft` go with the file of `path`, under the first of `names` that is free beside it.
 
-        `rename` writes that name into the draft of `path`. A part is never put over another file.
+        `name_it` writes that name into the draft of `path`. A part is never put over another file.
         """
-        self._parts[path] = _Part(draft, names, rename)
+        self._parts[path] = _Part(draft, names, name_it)
 
     def retire(self, path: Path) -> None:
         """Have a file of bntool's own go afterwards, unless something read, or beside it, names it still."""
@@ -242,7 +242,7 @@ class Drafts:
             there = self.last = path.with_name(name)
             if not self.target.is_free(there):
                 continue
-            part.rename(name)
+            part.name_it(name)
             with contextlib.suppress(FileExistsError):
                 placed = place(part.draft, there, replace=False)
                 part.path = there
@@ -259,7 +259,7 @@ class Drafts:
 class _Part:
     draft: Path
     names: Iterator[str]
-    rename: Callable[[str], None]
+    name_it: Callable[[str], None]
     path: Path | None = None
 
 
