@@ -288,8 +288,7 @@ def add_data(path: Path, draft: Path, data: Path | None, drafts: Drafts) -> None
     new one, which names another file, takes its place in one step. The data of the old one goes then, if
     bntool wrote it for this model and nothing else reads it.
     """
-    for old in _own_data(path):
-        drafts.retire(old)
+    drafts.retire(lambda: _own_data(path))
     if data is not None:
         drafts.add_part(path, data, _data_names(path), lambda name: _rename_data(draft, data, name))
 

@@ -30,12 +30,13 @@ ROOT = Path(__file__).resolve().parent.parent
 def test_writers_killed_interrupted_and_on_a_full_disk() -> None:
     ran = subprocess.run(
         [sys.executable, "-m", "tools.durability", "--kills", "10", "--full", "10", "--interrupts", "3",
-         "--together", "0.1"],
+         "--together", "0.1", "--pairs", "60"],
         cwd=ROOT, capture_output=True, text=True, check=False, timeout=240,
     )  # fmt: skip
     assert ran.returncode == 0, ran.stdout + ran.stderr
     assert "10 times kill -9" in ran.stdout
     assert "10 times disk full" in ran.stdout
+    assert "60 pairs at one moment, without force: exactly one of each wrote" in ran.stdout
 
 
 def _names(folder: Path) -> list[str]:

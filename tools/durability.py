@@ -10,6 +10,7 @@ import argparse
 import json
 import os
 import random
+import re
 import resource
 import shutil
 import signal
@@ -36,6 +37,7 @@ from bntool.files.loading import load
 from bntool.files.memory import Record, recall, remember
 from bntool.files.saving import save_model
 from bntool.files.sidecar import read_sidecar, write_sidecar
+from bntool.files.targets import Target
 from bntool.onnx_files import open_onnx, save_onnx
 from bntool.onnx_writing import write_checked
 
@@ -235,8 +237,10 @@ class Trial:
                 self.writer.write(self.folder, 2.0)
                 self.writer.write(self.folder, 1.0)
             found = _names(self.folder)
-            # The data of an ONNX file has one of two names.
-            extra = {n.removesuffix(".1") for n in found} - self.clean
+            # The data of an ONNX file has one of several names.
+            extra = {re.sub(r"(\.data)\.\d+$", r"\1", n) for n in found} - self.clean
+            if sum(".data" in n for n in found) > 1:
+                extra |= {n for n in found if ".data" in n}
             if extra:
                 raise ValueError(f"litter: {sorted(extra)}")
         except Exception as error:
@@ -341,12 +345,55 @@ def together(trial: Trial, seconds: float) -> None:
     trial.check("two writers", litter=True)
 
 
+def pairs(count: int, folder: Path, source: Path) -> None:
+    """Two processes make one output at the same moment, without force: exactly one of them does.
+
+    In turn a file, an ONNX file with its data, and both of them together.
+    """
+    for run in range(count):
+        output = folder / f"{run}.onnx"
+        there, here = os.pipe()
+
+        def work(value: float, there: int = there, here: int = here, run: int = run) -> None:
+            os.close(here)
+            os.read(there, 1)  # until the end of the pipe is closed: both begin at once
+            onnx_file = folder / f"{run}.onnx"
+            if run % 3 == 0:
+                write_atomically(onnx_file, lambda draft: draft.write_text(str(value)))
+            elif run % 3 == 1:
+                save_onnx(open_onnx(source / f"outside{value}.onnx"), onnx_file)
+            else:
+                target = Target()
+                paths = [target.claim(onnx_file.with_suffix(ending)) for ending in (".pt", ".onnx")]
+                with target.drafts() as drafts:
+                    for path in paths:
+                        drafts.of(path).write_text(str(value))
+
+        children = [_forked(lambda value=value: work(value)) for value in VERSIONS]
+        os.close(there)
+        os.close(here)
+        codes = sorted(map(_ended, children))
+        if codes != [0, 7] or not output.exists():
+            raise SystemExit(f"pair {run}: two writers ended with {codes}")
+        found = {path.name: path for path in folder.iterdir()}
+        if run % 3 == 1:
+            _read_onnx(output)
+        whole = {0: {output.name}, 1: {output.name, f"{output.name}.data"}, 2: {f"{run}.pt", output.name}}
+        if found.keys() != whole[run % 3]:
+            raise SystemExit(f"pair {run}: {sorted(found)} are there")
+        if run % 3 == 2 and len({path.read_text() for path in found.values()}) != 1:
+            raise SystemExit(f"pair {run}: one file of each of two writers")
+        for path in found.values():
+            path.unlink()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--full", type=int, default=50)
     parser.add_argument("--interrupts", type=int, default=50)
     parser.add_argument("--together", type=float, default=0.5, help="seconds that two write one output")
+    parser.add_argument("--pairs", type=int, default=1000, help="pairs of writers without force")
     parser.add_argument("--seed", type=int, default=0)
     chosen = parser.parse_args()
     warnings.simplefilter("ignore")
@@ -374,6 +421,10 @@ def main() -> None:
         for trial in trials:
             together(trial, chosen.together)
         print(f"two processes at once: {len(trials)} writers")
+        together_folder = Path(place, "pairs")
+        together_folder.mkdir()
+        pairs(chosen.pairs, together_folder, source)
+        print(f"{chosen.pairs} pairs at one moment, without force: exactly one of each wrote", flush=True)
         print(read_only(trials[0]), *(read_only(trial) for trial in trials[1:4]), sep="; ")
         disk = Path(place, "disk")
         disk.mkdir()

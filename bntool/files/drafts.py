@@ -4,23 +4,26 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import json
 import os
 import re
 import secrets
 import stat
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from bntool.errors import UsageError
-from bntool.files.placing import remove_tree
+from bntool.files.placing import remove_tree, remove_unnamed
 
 # Windows has no such locks.
 _HAS_LOCKS = importlib.util.find_spec("fcntl") is not None
 _PREFIX, _SUFFIX = ".bntool-", ".draft"
 _NAME = re.compile(r"\.bntool-[0-9a-f]{12}\.draft")
 _LOCK, _NO_LOCK = "lock", "no-lock"
+_LEFTOVERS = "leftovers.json"
+_MOST_NOTED = 1 << 20
 _BEGINNING_SECONDS = 60
 """A draft has a lock microseconds after it is made; without one after this long, its maker is gone."""
 _UNLOCKED_SECONDS = 24 * 3600
@@ -62,7 +65,36 @@ def remove_abandoned(folder: Path) -> None:
     """Remove the drafts in `folder` whose makers are gone: folders of our own, of the very names we give."""
     for draft in folder.glob(f"{_PREFIX}*{_SUFFIX}"):
         if _NAME.fullmatch(draft.name) and _is_own_folder(draft) and _is_abandoned(draft):
+            _remove_leftovers(draft)
             remove_tree(draft)
+
+
+def note_leftovers(folder: Path, paths: Iterable[Path]) -> None:
+    """Note in a folder of drafts which files beside it would be nobody's, were this process killed now.
+
+    By what tells them from every other file, not by name: nobody else can point to a file with it.
+    """
+    told = [_traits(path) for path in paths if path.is_file()]
+    if told:
+        (folder / _LEFTOVERS).write_text(json.dumps(told), encoding="utf-8")
+
+
+def _remove_leftovers(draft: Path) -> None:
+    try:
+        noted = draft / _LEFTOVERS
+        if noted.is_symlink() or not noted.is_file() or noted.stat().st_size > _MOST_NOTED:
+            return
+        told = json.loads(noted.read_text(encoding="utf-8"))
+        for path in draft.parent.iterdir():
+            if path.is_file() and not path.is_symlink() and _traits(path) in told:
+                remove_unnamed(path, set())
+    except (OSError, ValueError, TypeError, RecursionError):
+        return
+
+
+def _traits(path: Path) -> list[int]:
+    found = path.stat()
+    return [found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns]
 
 
 @contextlib.contextmanager

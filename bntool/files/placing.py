@@ -11,12 +11,16 @@ import ctypes
 import dataclasses
 import errno
 import functools
+import mmap
 import os
+import re
 import shutil
 import stat
 from pathlib import Path
 from typing import Any
 
+_MOST_SEARCHED = 8 << 30
+"""Bytes beside an old data file that are searched for its name, some seconds long."""
 _AT_FDCWD = -100
 _NO_REPLACE = 1  # RENAME_NOREPLACE of linux/fs.h
 _CANNOT = frozenset(
@@ -54,12 +58,11 @@ def identity(path: Path) -> tuple[int, int] | None:
 
 
 def place(draft: Path, path: Path, *, replace: bool) -> Placed:
-    """Put a draft at `path`, of the same file system, in one step: its bytes on the disk before its name.
+    """Put a draft, whose bytes are on the disk (`flush`), at `path` in the same file system, in one step.
 
     With `replace`, what stands there is replaced, and its permissions kept. Raises `FileExistsError` where
     something stands there and may not be replaced, `OSError` where it cannot be written.
     """
-    _flush(draft)
     try:
         _create(draft, path)
     except FileExistsError:
@@ -82,6 +85,19 @@ def place_folder(draft: Path, folder: Path) -> None:
     draft.rename(folder)
 
 
+def remove_unnamed(path: Path, new: set[Path]) -> None:
+    """Remove a data file of bntool's own, unless a file beside it, but for the new ones, holds its name.
+
+    A model that was renamed, or copied, still reads it. Where there is too much to search, it may be so.
+    """
+    name = os.fsencode(path.name)
+    with contextlib.suppress(OSError):
+        others = [other for other in path.parent.iterdir() if other not in {path, *new} and other.is_file()]
+        sizes = sum(other.stat().st_size for other in others)
+        if sizes <= _MOST_SEARCHED and not any(_holds(other, name) for other in others):
+            remove(path)
+
+
 def remove(path: Path) -> None:
     """Remove a file that is bntool's own; nothing where it cannot be."""
     with contextlib.suppress(OSError):
@@ -93,10 +109,21 @@ def remove_tree(folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def flush_folder(folder: Path) -> None:
-    """Have the names in a folder on the disk, where the system can."""
-    with contextlib.suppress(OSError):
-        _flush(folder)
+def flush(path: Path) -> None:
+    """Have the bytes of a file, or the names in a folder, on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _holds(path: Path, name: bytes) -> bool:
+    if path.stat().st_size < len(name):
+        return False
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        # NAME.1 is another's name; in a protobuf message no field begins with a full stop.
+        return re.search(re.escape(name) + rb"(?!\.\d)", content) is not None
 
 
 def _create(draft: Path, path: Path) -> None:
@@ -146,10 +173,3 @@ def _kept(path: Path, draft: Path) -> Path | None:
         return None
     return before
 
-
-def _flush(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -47,8 +47,7 @@ def write_shards(
         # Told by what is in it, so that the same model has the same names.
         names[shard] = f"{stem}-{sha256_of(draft)[:12]}-{number:05}-of-{len(shards):05}.safetensors"
         drafts.put(draft, output.with_name(names[shard]))
-    for name in _earlier(output, stem) - set(names.values()):
-        drafts.retire(output.with_name(name))
+    drafts.retire(lambda: [output.with_name(name) for name in _earlier(output, stem) - set(names.values())])
     total = {"total_size": sum(sizes[name] for name in parts)}
     index = {
         "metadata": {**metadata, **total},

@@ -11,19 +11,16 @@ import contextlib
 import dataclasses
 import filecmp
 import itertools
-import mmap
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from bntool.errors import UsageError
-from bntool.files.drafts import alone_in, draft_folder
-from bntool.files.placing import Placed, flush_folder, identity, place, remove
+from bntool.files.drafts import alone_in, draft_folder, note_leftovers
+from bntool.files.placing import Placed, flush, identity, place, remove_unnamed
 
 _NAME_MAX = 255
-_MOST_SEARCHED = 8 << 30
-"""Bytes beside an old data file that are searched for its name, some seconds long."""
 
 
 class Target:
@@ -159,7 +156,7 @@ class Drafts:
         self._number = itertools.count()
         self._drafts: list[tuple[Path, Path]] = []
         self._parts: dict[Path, _Part] = {}
-        self._old: list[Path] = []
+        self._old: list[Callable[[], Iterable[Path]]] = []
 
     def of(self, path: Path) -> Path:
         """An empty draft of a claimed file, to be filled."""
@@ -196,9 +193,12 @@ class Drafts:
         """
         self._parts[path] = _Part(draft, names, name_it)
 
-    def retire(self, path: Path) -> None:
-        """Have a file of bntool's own go afterwards, unless something read, or beside it, names it still."""
-        self._old.append(path)
+    def retire(self, find: Callable[[], Iterable[Path]]) -> None:
+        """Have files of bntool's own go once the new ones stand, unless something reads or names them still.
+
+        `find` is asked for them right before, when no other writer can come between.
+        """
+        self._old.append(find)
 
     def part_of(self, path: Path) -> Path | None:
         """Where the part of a file went, once it is placed; None where it has none."""
@@ -211,7 +211,10 @@ class Drafts:
         with contextlib.ExitStack() as alone:
             for parent in sorted(self._folders):
                 alone.enter_context(alone_in(parent))
+            old = [path for find in self._old for path in find()]
             try:
+                self._flush()
+                self._note(old)
                 for path, part in self._parts.items():
                     done.append(self._place_part(path, part))
                 for draft, path in self._drafts:
@@ -221,8 +224,20 @@ class Drafts:
                     placed.take_back()
                 raise
             for parent in self._folders:
-                flush_folder(parent)
-            self._remove_old({placed.path for placed in done})
+                with contextlib.suppress(OSError):
+                    flush(parent)
+            self._remove(old, {placed.path for placed in done})
+
+    def _flush(self) -> None:
+        """All bytes first, so that the names follow each other at once."""
+        for draft in (*(part.draft for part in self._parts.values()), *(draft for draft, _ in self._drafts)):
+            flush(draft)
+
+    def _note(self, old: list[Path]) -> None:
+        """What a kill could leave that no file names: a part before its file, an old part after it."""
+        for parent, folder in self._folders.items():
+            parts = [part.draft for path, part in self._parts.items() if path.parent == parent]
+            note_leftovers(folder, [*parts, *(path for path in old if path.parent == parent)])
 
     def _place(self, draft: Path, path: Path) -> list[Placed]:
         self.last = path
@@ -243,16 +258,17 @@ class Drafts:
             if not self.target.is_free(there):
                 continue
             part.name_it(name)
+            flush(self.draft_of(path))
             with contextlib.suppress(FileExistsError):
                 placed = place(part.draft, there, replace=False)
                 part.path = there
                 return placed
         raise UsageError(f"no name beside {path} is free for its data", next_step="name another -o OUTPUT")
 
-    def _remove_old(self, placed: set[Path]) -> None:
-        for old in self._old:
-            if old not in placed and not self.target.is_read(old) and not _is_named_beside(old, placed):
-                remove(old)
+    def _remove(self, old: list[Path], new: set[Path]) -> None:
+        for path in old:
+            if path not in new and not self.target.is_read(path):
+                remove_unnamed(path, new)
 
 
 @dataclasses.dataclass
@@ -297,23 +313,3 @@ def _imported(known: tuple[int, int]) -> Path | None:
 
 def _same(a: Path, b: Path) -> bool:
     return a.stat().st_size == b.stat().st_size and filecmp.cmp(a, b, shallow=False)
-
-
-def _is_named_beside(old: Path, new: set[Path]) -> bool:
-    """Whether a file beside `old`, but a new one, holds its name: a renamed model still reads its data.
-
-    Where there is too much to search, it may be so.
-    """
-    name = os.fsencode(old.name)
-    with contextlib.suppress(OSError):
-        others = [path for path in old.parent.iterdir() if path not in {old, *new} and path.is_file()]
-        if sum(path.stat().st_size for path in others) <= _MOST_SEARCHED:
-            return any(_holds(path, name) for path in others)
-    return True
-
-
-def _holds(path: Path, name: bytes) -> bool:
-    if path.stat().st_size < len(name):
-        return False
-    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        return content.find(name) >= 0
