@@ -117,8 +117,11 @@ class Target:
                 raise _cannot(drafts.last, error) from error
 
     def _claim(self, path: Path, real: Path, force: bool) -> Path:
-        self.require_unread(path, real)
-        _require_possible(path, real, force)
+        try:
+            self.require_unread(path, real)
+            _require_possible(path, real, force)
+        except OSError as error:
+            raise _cannot(path, error) from error
         if real in self._claimed:
             raise UsageError(f"{path} is to be written twice", next_step="name two files")
         self._claimed[real] = force
@@ -280,6 +283,8 @@ class _Part:
 
 
 def _require_possible(path: Path, real: Path, force: bool) -> None:
+    if len(os.fsencode(real.name)) > _NAME_MAX:
+        raise UsageError(f"the name {real.name} is too long", next_step="name a shorter -o OUTPUT")
     if real.is_dir():
         raise UsageError(f"the output {path} is a folder", next_step="name a file: -o FOLDER/NAME.pt")
     if os.path.lexists(real) and not real.is_file():
@@ -288,8 +293,6 @@ def _require_possible(path: Path, real: Path, force: bool) -> None:
         raise _exists(path)
     if not real.parent.is_dir():
         raise UsageError(f"the folder {real.parent} does not exist", next_step=f"mkdir -p {real.parent}")
-    if len(os.fsencode(real.name)) > _NAME_MAX:
-        raise UsageError(f"the name {real.name} is too long", next_step="name a shorter -o OUTPUT")
 
 
 def _exists(path: Path) -> UsageError:
