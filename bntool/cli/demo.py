@@ -11,6 +11,7 @@ from pathlib import Path
 import click
 
 from bntool.cli.completing import folders
+from bntool.cli.streams import say
 from bntool.errors import LoadError, UsageError
 
 _LINES = (["insert", "model.pt", "--force"], ["summary"], ["fold", "--export", "onnx", "--force"])
@@ -42,13 +43,13 @@ def command(folder: str, debug: bool) -> int:  # noqa: ARG001 - read by main
     with _inside(target):
         for line in _LINES:
             shown = [word for word in line if word != "--force"]
-            click.echo(f"\n$ bntool {' '.join(shown)}")
+            say("", f"$ bntool {' '.join(shown)}")
             code = cli.main(args=list(line), prog_name="bntool", standalone_mode=False)
             if code:
                 return int(code)
-    click.echo(f"\nThe files are in {target.resolve()}:")
+    say("", f"The files are in {target.resolve()}:")
     for path in sorted(target.iterdir()):
-        click.echo(f"  {path.name}")
+        say(f"  {path.name}")
     return 0
 
 

@@ -35,7 +35,7 @@ def insert_onnx_file(voice: Voice, options: dict[str, Any], chosen: InsertOption
     with draft_folder(None if options["dry_run"] else target) as folder:
         with voice.progress(f"inserting into {source.name}"):
             result = insert_onnx(source, folder / target.name, chosen)
-        voice.say("\n".join(insert_lines(result.plan, None, not options["quiet"])))
+        voice.say(*insert_lines(result.plan, None, not options["quiet"]))
         if not result.modified:
             raise NothingToDo(
                 f"no place for a BatchNorm among {len(result.plan.skips)} layers",

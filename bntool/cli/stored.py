@@ -59,7 +59,7 @@ def fold_stored_file(voice: Voice, options: dict[str, Any]) -> int:
     with voice.progress(f"folding {path.name}"):
         fold = StoredFold(stored, plan)
         digest = "" if options["dry_run"] else fold.write(output, force=options["force"])
-    voice.say("\n".join(fold_lines(plan, None, not options["quiet"])))
+    voice.say(*fold_lines(plan, None, not options["quiet"]))
     voice.note("not verified: that needs the model (bntool verify, or fold with --arch)")
     if not options["dry_run"]:
         write_sidecar(output, _document(plan, path, output, digest), force=options["force"])
