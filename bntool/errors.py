@@ -101,7 +101,6 @@ class OutputError(BntoolError):
     """The work was done, and standard output, where its result is told, cannot be written."""
 
     exit_code = 9
-    status = "output-lost"
 
     @classmethod
     def because(cls, failure: OSError) -> OutputError:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import importlib
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -214,7 +215,8 @@ def _has_verbose(name: str) -> bool:
 def _usage(error: click.ClickException) -> UsageError:
     context = getattr(error, "ctx", None)
     path = context.command_path if context is not None else "bntool"
-    return UsageError(error.format_message(), where=path, next_step=f"{path} --help")
+    what = re.sub(r"\s*\n\s*", " ", error.format_message())  # click lists choices one below the other
+    return UsageError(what, where=path, next_step=f"{path} --help")
 
 
 def _bug(error: Exception, as_json: bool) -> int:

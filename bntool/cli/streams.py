@@ -55,6 +55,9 @@ class Stream:
         for text in texts:
             self.write(text)
 
+    def isatty(self) -> bool:
+        return not self.raw.closed and self.raw.isatty()
+
     def flush(self) -> None:
         self._try("flush")
 
