@@ -11,6 +11,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from bntool.text import as_lines
+
 
 @dataclasses.dataclass(frozen=True)
 class Step:
@@ -60,7 +62,7 @@ class Blame:
             )
         if self.nodes > 1:
             lines.append(f"  within    the {self.nodes} nodes since the last values that agree")
-        return "\n".join(lines)
+        return as_lines(*lines)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON; a figure that is not finite becomes None."""

@@ -20,6 +20,7 @@ from bntool.results import delta_lines
 from bntool.statistics import store
 from bntool.surgery.fold_modules import with_own_tensors
 from bntool.sweeping import Sweep, pooled, require_batches, sweep
+from bntool.text import Lines, as_lines
 from bntool.verdicts import Check
 from bntool.world import World
 
@@ -91,7 +92,7 @@ class CalibrationResult:
     def __str__(self) -> str:
         return self.render()
 
-    def render(self, width: int | None = None, *, verbose: bool = True) -> str:
+    def render(self, width: int | None = None, *, verbose: bool = True) -> Lines:
         """The layers as a table, then the totals and, where there is one, the parameter delta."""
         columns = (
             Column("BatchNorm", flexible=True),
@@ -115,7 +116,7 @@ class CalibrationResult:
         lines.append(f"{len(self.layers)} BatchNorm layers {how} on {batches}; {self._dead_text()}")
         if any(self.parameters["delta"].values()):
             lines += delta_lines(self.parameters)
-        return "\n".join(lines)
+        return as_lines(*lines)
 
     def _dead_text(self) -> str:
         if not self.dead_channels:

@@ -13,6 +13,7 @@ from bntool.errors import BntoolError, DeviceError
 from bntool.runtime.cuda_versions import CUDNN_MAJOR, OLDEST_DRIVER, built_for, driver_cuda, wheel_version
 from bntool.runtime.libraries import CPU, CUDA, TENSORRT, first_line
 from bntool.runtime.providers import GPU_EXTRA, onnxruntime, run_tiny_convolution, why_no_cuda
+from bntool.text import as_lines
 
 Status = Literal["ok", "warn", "fail"]
 
@@ -57,7 +58,7 @@ class Diagnosis:
             lines.append(f"{row.status:4}  {row.name:{width}}  {row.detail}")
             if row.fix:
                 lines.append(f"{'':{width + 6}}  fix: {row.fix}")
-        return "\n".join(lines)
+        return as_lines(*lines)
 
 
 def diagnose() -> Diagnosis:

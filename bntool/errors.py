@@ -5,6 +5,10 @@ An error says what happened, where, and what to do next, and carries the exit co
 
 from __future__ import annotations
 
+import errno
+
+from bntool.text import Lines, as_lines
+
 
 class BntoolError(Exception):
     """A failure the user can mend.
@@ -25,12 +29,13 @@ class BntoolError(Exception):
         self.next_step = next_step
 
     def __str__(self) -> str:
-        lines = [self.what]
-        if self.where:
-            lines.append(f"  where: {self.where}")
-        if self.next_step:
-            lines.append(f"  next:  {self.next_step}")
-        return "\n".join(lines)
+        return self.told()
+
+    def told(self, before: str = "") -> Lines:
+        """What happened, after the word `before`; below it where, and what to do next, as far as known."""
+        where = [f"  where: {self.where}"] if self.where else []
+        next_step = [f"  next:  {self.next_step}"] if self.next_step else []
+        return as_lines(f"{before}{self.what}", *where, *next_step)
 
     def to_dict(self) -> dict[str, str]:
         return {"what": self.what, "where": self.where, "next": self.next_step}
@@ -90,6 +95,21 @@ class ProcessError(BntoolError):
 
     exit_code = 8
     status = "processes-lost"
+
+
+class OutputError(BntoolError):
+    """The work was done, and standard output, where its result is told, cannot be written."""
+
+    exit_code = 9
+
+    @classmethod
+    def because(cls, failure: OSError) -> OutputError:
+        """The error for a write to standard output that failed so."""
+        why = "it is closed" if failure.errno == errno.EBADF else failure.strerror
+        return cls(
+            f"standard output could not be written: {why}",
+            next_step="send it to a place with space, such as > results.txt; files named with -o are whole",
+        )
 
 
 class PlanError(UsageError):

@@ -12,6 +12,7 @@ import textwrap
 
 from bntool.errors import UsageError
 from bntool.reasons import Reason
+from bntool.text import Lines, as_lines
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,11 +28,11 @@ class Explanation:
     def __str__(self) -> str:
         parts = (
             f"{self.code}: {self.title}",
-            textwrap.fill(self.paragraph, 90),
-            "Example:\n" + textwrap.indent(self.example, "    "),
-            textwrap.fill(f"What to do: {self.remedy}", 90),
+            Lines(textwrap.fill(self.paragraph, 90)),
+            as_lines("Example:", *textwrap.indent(self.example, "    ").split("\n")),
+            Lines(textwrap.fill(f"What to do: {self.remedy}", 90)),
         )
-        return "\n\n".join(parts)
+        return Lines("\n\n".join(parts))
 
     def to_dict(self) -> dict[str, str]:
         return dataclasses.asdict(self)

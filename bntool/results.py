@@ -11,6 +11,7 @@ from torch import nn
 from bntool.inputs import Inputs
 from bntool.plan import ByPlan, FoldSite, InsertSite, Plan, Skip, Unshared
 from bntool.report.tables import Column, Table, count, render, signed, size, wrapped
+from bntool.text import Lines, as_lines
 from bntool.verdicts import Check, first_failed
 
 
@@ -46,11 +47,12 @@ class SurgeryResult(ByPlan):
     def __str__(self) -> str:
         return self.render()
 
-    def render(self, width: int | None = None, *, verbose: bool = True) -> str:
+    def render(self, width: int | None = None, *, verbose: bool = True) -> Lines:
         """The verdicts as a table, then the totals and the parameter delta."""
         draw = insert_lines if self.plan.action == "insert" else fold_lines
-        told = "\n".join([*draw(self.plan, width, verbose), "", *delta_lines(self.parameters)])
-        return told.lstrip("\n")  # a blank line parts the totals from a table, where there is one
+        told = draw(self.plan, width, verbose)
+        # a blank line parts the totals from a table, where there is one
+        return as_lines(*told[told[0] == "" :], "", *delta_lines(self.parameters))
 
 
 def fold_verdicts(plan: Plan) -> dict[str, Any]:
@@ -78,7 +80,7 @@ def insert_lines(plan: Plan, width: int | None, verbose: bool) -> list[str]:
         [s.conv or "(root)", s.activation_kind, _newcomers(s), count(s.channels), s.form]
         for s in plan.insert_sites
     ]
-    lines = [render(Table(columns, rows), width)] if rows and verbose else []
+    lines: list[str] = [render(Table(columns, rows), width)] if rows and verbose else []
     lines += _skip_lines(plan.skips, width, "not cut", verbose)
     number = sum(s.calls for s in plan.insert_sites)
     channels = sum(s.channels * s.calls for s in plan.insert_sites)
@@ -98,7 +100,7 @@ def fold_lines(plan: Plan, width: int | None, verbose: bool) -> list[str]:
     columns = (Column("BatchNorm", flexible=True), Column("Verdict", flexible=True))
     rows = [[site.bn or "(root)", _verdict(site)] for site in plan.fold_sites]
     rows += [[skip.name, f"kept: {skip.reason}"] for skip in plan.skips]
-    lines = [render(Table(columns, rows), width)] if rows and verbose else []
+    lines: list[str] = [render(Table(columns, rows), width)] if rows and verbose else []
     lines += ["", f"{len(plan.sites)} of {len(rows)} BatchNorm layers folded"]
     if plan.merges:
         first = plan.merges[0]

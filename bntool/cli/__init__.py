@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import importlib
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -14,9 +14,10 @@ from typing import Any
 import click
 
 from bntool.cli.completing import VARIABLE as COMPLETION_VARIABLE
-from bntool.cli.documents import emit_error, stdout_kept_for_documents
+from bntool.cli.documents import emit_error
 from bntool.cli.examples import epilog
 from bntool.cli.job import first_to_fail, require_alone
+from bntool.cli.streams import Streams, say
 from bntool.errors import BntoolError, InvariantError, LoadError, UsageError
 
 _COMMANDS = {
@@ -42,11 +43,6 @@ _ALONE = ("insert", "summary", "fold", "export", "demo")
 _LONGEST = 400  # characters of what went wrong; a library's own words can fill a screen
 _BUG = 70
 _STOPPED = 130
-_READER_GONE = 141  # as a shell reports a program ended by SIGPIPE
-
-
-class _ReaderGone(Exception):
-    """Whoever read our stdout has gone (`| head`)."""
 
 
 class _LazyGroup(click.Group):
@@ -82,19 +78,16 @@ class _LazyGroup(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
-        # click would end the process with 1, which here means that a check failed.
-        except BrokenPipeError as error:
-            raise _ReaderGone from error
-        # click takes it for Ctrl-C.
-        except EOFError as error:
-            raise InvariantError(f"EOFError: {error}") from error
+        # click takes the one for a reader that left, and ends the process with 1; the other for Ctrl-C.
+        except (BrokenPipeError, EOFError) as error:
+            raise InvariantError(f"{type(error).__name__}: {error}") from error
 
 
 def _show_version(ctx: click.Context, param: click.Parameter, asked: bool) -> None:  # noqa: ARG001
     if asked and not ctx.resilient_parsing:
         from bntool.cli.versions import version_text
 
-        click.echo(version_text())
+        say(version_text())
         ctx.exit()
 
 
@@ -123,7 +116,7 @@ def cli(ctx: click.Context) -> None:
     A command given no MODEL takes the file that the last bntool command in this folder wrote.
     """  # noqa: D301 - click's mark for lines to keep
     if ctx.invoked_subcommand is None:
-        click.echo(ctx.get_help())
+        say(*ctx.get_help().split("\n"))
     elif ctx.invoked_subcommand in _ALONE and not {"-h", "--help"} & set(ctx.args):
         require_alone(f"bntool {ctx.invoked_subcommand}", but=_SHARED)
 
@@ -135,20 +128,31 @@ def main(args: Sequence[str] | None = None) -> None:
     gc.set_threshold(100_000, 50, 100)
     if os.environ.get(COMPLETION_VARIABLE):
         cli.main(prog_name="bntool")  # a shell asks for the words that fit: click answers and exits
-    code = run(args)
+    argv = _words(args)
+    # Never put back: what is printed at the very end goes the same ways.
+    streams = Streams(document=_as_json(argv))
+    code = streams.outcome(_run(argv))
     gc.freeze()  # nor is there anything to look for at the very end
     sys.exit(code)
 
 
 def run(args: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code instead of exiting."""
-    argv = list(sys.argv[1:] if args is None else args)
-    as_json = "--json" in argv and not {"-h", "--help"} & set(argv)
-    with stdout_kept_for_documents() if as_json else contextlib.nullcontext():
-        return _run(argv, as_json, "--debug" in argv)
+    argv = _words(args)
+    with Streams(document=_as_json(argv)) as streams:
+        return streams.outcome(_run(argv))
 
 
-def _run(argv: list[str], as_json: bool, debug: bool) -> int:
+def _words(args: Sequence[str] | None) -> list[str]:
+    return list(sys.argv[1:] if args is None else args)
+
+
+def _as_json(argv: list[str]) -> bool:
+    return "--json" in argv and not {"-h", "--help"} & set(argv)
+
+
+def _run(argv: list[str]) -> int:
+    as_json, debug = _as_json(argv), "--debug" in argv
     fail = _speaker(as_json, _help_for(argv), whole=bool({"-v", "--verbose", "--debug"} & set(argv)))
     try:
         result: Any = cli.main(args=argv, prog_name="bntool", standalone_mode=False)
@@ -159,13 +163,8 @@ def _run(argv: list[str], as_json: bool, debug: bool) -> int:
         if first_to_fail():
             if as_json:
                 emit_error("stopped", {"what": "stopped", "where": "", "next": ""})
-            click.echo("bntool: stopped", err=True)
+            say("bntool: stopped", err=True)
         return _STOPPED
-    except _ReaderGone:
-        if sys.__stdout__ is not None:
-            # The interpreter flushes stdout once more at its end, which must not fail again.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.__stdout__.fileno())
-        return _READER_GONE
     except click.ClickException as error:
         return fail(_usage(error))
     except SystemExit as stop:
@@ -202,7 +201,7 @@ def _speaker(as_json: bool, help_line: str, *, whole: bool) -> Callable[[BntoolE
         else:
             if not whole and len(error.what) > _LONGEST and _has_verbose(help_line.split()[1]):
                 error.what = f"{error.what[:_LONGEST].rstrip()} … (-v shows all of it)"
-            click.echo(f"error: {error}", err=True)
+            say(error.told("error: "), err=True)
         return error.exit_code
 
     return fail
@@ -216,7 +215,8 @@ def _has_verbose(name: str) -> bool:
 def _usage(error: click.ClickException) -> UsageError:
     context = getattr(error, "ctx", None)
     path = context.command_path if context is not None else "bntool"
-    return UsageError(error.format_message(), where=path, next_step=f"{path} --help")
+    what = re.sub(r"\s*\n\s*", " ", error.format_message())  # click lists choices one below the other
+    return UsageError(what, where=path, next_step=f"{path} --help")
 
 
 def _bug(error: Exception, as_json: bool) -> int:
@@ -228,10 +228,10 @@ def _bug(error: Exception, as_json: bool) -> int:
     if as_json:
         emit_error("bug", {"what": what, "where": "", "next": next_step})
     else:
-        click.echo(f"error: {what}\n  next:  {next_step}", err=True)
+        say(f"error: {what}", f"  next:  {next_step}", err=True)
     return _BUG
 
 
 def _trace(debug: bool) -> None:
     if debug:
-        click.echo(traceback.format_exc(), err=True)
+        say(*traceback.format_exc().split("\n"), err=True)

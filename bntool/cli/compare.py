@@ -225,12 +225,11 @@ def _progress(voice: Voice, settings: Settings) -> Iterator[Callable[..., None]]
 
     bar: Any = None
     if not (voice.quiet or voice.as_json or voice.silent) and sys.stderr.isatty():
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
-        from rich.progress import Progress as Bar
+        from rich.progress import BarColumn, MofNCompleteColumn, TimeRemainingColumn
 
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        bar = Bar(*columns, console=Console(stderr=True), transient=True)
+        from bntool.cli.progress import bar_of, description
+
+        bar = bar_of(description(), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         task = bar.add_task("training", total=None)
         bar.start()
 

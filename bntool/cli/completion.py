@@ -6,6 +6,7 @@ import click
 from click.shell_completion import get_completion_class
 
 from bntool.cli.completing import VARIABLE
+from bntool.cli.streams import say
 
 
 @click.command("completion", short_help="Completion for bash, zsh or fish.")
@@ -24,5 +25,5 @@ def command(shell: str, debug: bool) -> int:  # noqa: ARG001 - read by main
 
     script = get_completion_class(shell)
     assert script is not None  # click knows all three
-    click.echo(script(cli, {}, "bntool", VARIABLE).source())
+    say(*script(cli, {}, "bntool", VARIABLE).source().split("\n"))
     return 0

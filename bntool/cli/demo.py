@@ -10,6 +10,7 @@ from pathlib import Path
 import click
 
 from bntool.cli.completing import folders
+from bntool.cli.streams import say
 from bntool.errors import LoadError, UsageError
 from bntool.files.atomic import write_atomically
 
@@ -42,14 +43,14 @@ def command(folder: str, force: bool, debug: bool) -> int:  # noqa: ARG001 - rea
         ) from error
     with _inside(target):
         for line in _LINES:
-            click.echo(f"\n$ bntool {' '.join(line)}")
+            say("", f"$ bntool {' '.join(line)}")
             replacing = ["--force"] if force and line != ["summary"] else []
             code = cli.main(args=[*line, *replacing], prog_name="bntool", standalone_mode=False)
             if code:
                 return int(code)
-    click.echo(f"\nThe files are in {target.resolve()}:")
+    say("", f"The files are in {target.resolve()}:")
     for path in sorted(target.iterdir()):
-        click.echo(f"  {path.name}")
+        say(f"  {path.name}")
     return 0
 
 

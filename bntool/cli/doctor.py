@@ -5,6 +5,7 @@ from __future__ import annotations
 import click
 
 from bntool.cli.documents import emit
+from bntool.cli.streams import say
 
 
 @click.command("doctor", short_help="What this machine can run, found out by trying.")
@@ -18,5 +19,5 @@ def command(as_json: bool, debug: bool) -> int:  # noqa: ARG001 - read by main
     if as_json:
         emit({"status": "ok" if found else "failed", **found.to_dict()})
     else:
-        click.echo(str(found))
+        say(str(found))
     return 0 if found else 5

@@ -2,36 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
-import contextvars
 import json
-import sys
-from collections.abc import Iterator
-from typing import Any, TextIO
+from typing import Any
 
-import click
-
+from bntool.cli.streams import say_result
 from bntool.errors import BntoolError
+from bntool.text import Lines
 
 SCHEMA_VERSION = 1
-_stdout: contextvars.ContextVar[TextIO | None] = contextvars.ContextVar("stdout", default=None)
-
-
-@contextlib.contextmanager
-def stdout_kept_for_documents() -> Iterator[None]:
-    """Meanwhile, whatever is printed goes to stderr; only `emit` reaches stdout."""
-    token = _stdout.set(sys.stdout)
-    try:
-        with contextlib.redirect_stdout(sys.stderr):
-            yield
-    finally:
-        _stdout.reset(token)
 
 
 def emit(document: dict[str, Any]) -> None:
     """Print the document of a command."""
     whole = {"schema_version": SCHEMA_VERSION, **document}
-    click.echo(json.dumps(whole, indent=1), file=_stdout.get())
+    say_result(Lines(json.dumps(whole, indent=1)))
 
 
 def emit_error(status: str, error: dict[str, str]) -> None:

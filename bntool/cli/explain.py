@@ -6,6 +6,7 @@ import click
 
 from bntool.cli.completing import reason_codes
 from bntool.cli.documents import emit
+from bntool.cli.streams import say
 from bntool.reasons import Reason
 
 
@@ -22,9 +23,9 @@ def command(code: str | None, as_json: bool, debug: bool) -> int:  # noqa: ARG00
     if as_json:
         emit({"status": "ok", "reasons": {name: e.to_dict() for name, e in found.items()}})
     elif code is not None:
-        click.echo(str(found[code]))
+        say(str(found[code]))
     else:
         width = max(len(name) for name in found)
         for name, explanation in found.items():
-            click.echo(f"{name:{width}}  {explanation.title}")
+            say(f"{name:{width}}  {explanation.title}")
     return 0

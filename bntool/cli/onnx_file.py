@@ -86,7 +86,7 @@ def fold_onnx_file(voice: Voice, options: dict[str, Any]) -> int:
             raise
         for note in result.plan.notes:
             voice.note(note)
-        voice.say("\n".join(fold_lines(result.plan, None, not options["quiet"])))
+        voice.say(*fold_lines(result.plan, None, not options["quiet"]))
         require_folded(result.plan, source, options["require_all"])
         picture_onnx(voice, source, result.path)
         if options["check"] == "none":

@@ -34,7 +34,7 @@ def insert_onnx_file(voice: Voice, options: dict[str, Any], chosen: InsertOption
     with onnx_drafts(voice, path, options) as (folder, drafts):
         with voice.progress(f"inserting into {source.name}"):
             result = insert_onnx(source, folder / path.name, chosen)
-        voice.say("\n".join(insert_lines(result.plan, None, not options["quiet"])))
+        voice.say(*insert_lines(result.plan, None, not options["quiet"]))
         if not result.modified:
             raise NothingToDo(
                 f"no place for a BatchNorm among {len(result.plan.skips)} layers",

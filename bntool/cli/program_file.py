@@ -64,7 +64,7 @@ def fold_program_file(session: Session, program: ExportedProgram, options: dict[
         )
     for note in result.plan.notes:
         voice.note(note)
-    voice.say("\n".join(fold_lines(result.plan, None, not options["quiet"])))
+    voice.say(*fold_lines(result.plan, None, not options["quiet"]))
     picture_program(session, result.program if result.modified else None)
     require_folded(result.plan, Path(session.loaded.reference), options["require_all"])
     if options["check"] == "none":
@@ -83,7 +83,7 @@ def fold_program_file(session: Session, program: ExportedProgram, options: dict[
     export = serving.placed(export, onnx, drafts)
     writing.keep_in_mind(session, record)
     voice.say()
-    voice.say("\n".join(delta_lines(parameters)))
+    voice.say(*delta_lines(parameters))
     voice.say()
     voice.say(checks_text(folded.checks))
     if place is not None:
@@ -132,7 +132,7 @@ def insert_program_file(
         place = writing.chosen_output(session, "insert", options["output"])
     with voice.progress(f"inserting into {session.loaded.reference}"):
         result = insert_program(program, chosen)
-    voice.say("\n".join(insert_lines(result.plan, None, not options["quiet"])))
+    voice.say(*insert_lines(result.plan, None, not options["quiet"]))
     if not result.modified:
         first = result.plan.skips[0].reason if result.plan.skips else None
         raise NothingToDo(
@@ -146,7 +146,7 @@ def insert_program_file(
     if place is not None:
         writing.write_model(session, "insert", inserted, place)
     voice.say()
-    voice.say("\n".join(delta_lines(parameters)))
+    voice.say(*delta_lines(parameters))
     voice.say("output      unchanged to the last bit (cpu, 1 input, eval mode)")
     if place is not None:
         voice.say(f"wrote       {place.named}")

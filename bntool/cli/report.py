@@ -39,6 +39,7 @@ def command(files: tuple[str, ...], **options: Any) -> int:
     The HTML file holds everything it needs and loads nothing. Nothing in the documents is run.
     """
     from bntool.cli.documents import emit
+    from bntool.cli.streams import say
     from bntool.files.targets import Target
     from bntool.pages.reading import read_document
     from bntool.pages.writing import claim_report, report_text, write_figure, write_page
@@ -47,7 +48,7 @@ def command(files: tuple[str, ...], **options: Any) -> int:
     chosen = options["kind"] or _by_name(output)
     documents = [read_document(name) for name in files]
     if chosen == "md" and output is None and not as_json:
-        click.echo(report_text(documents), nl=False)
+        say(*report_text(documents).removesuffix("\n").split("\n"))
         return 0
     path = Path(output or f"report.{chosen}")
     target = Target(force=options["force"], reads=files)
@@ -60,7 +61,7 @@ def command(files: tuple[str, ...], **options: Any) -> int:
     if as_json:
         emit({"status": "ok", "output": str(path), "format": chosen})
     else:
-        click.echo(f"wrote       {path}")
+        say(f"wrote       {path}")
     return 0
 
 

@@ -17,9 +17,11 @@ from bntool.cli.documents import emit, failure
 from bntool.cli.example_inputs import parse_inputs
 from bntool.cli.loading import load_granted
 from bntool.cli.reading import read_by
+from bntool.cli.streams import say
 from bntool.errors import BntoolError, InvariantError, UsageError
 from bntool.files.limits import DEFAULT_MAX_SIZE
 from bntool.files.targets import Target
+from bntool.text import visible
 
 if TYPE_CHECKING:
     from torch import nn
@@ -65,9 +67,10 @@ class Voice:
     def writes_document(self) -> bool:
         return not self.silent and (self.as_json or self.report is not None)
 
-    def say(self, text: str = "") -> None:
+    def say(self, *parts: str) -> None:
+        """Lines, or nothing with `--json`; a line end within a part that is no `Lines` is made visible."""
         if not self.as_json and not self.silent:
-            click.echo(text)
+            say(*parts)
 
     def tell(self, text: str) -> None:
         """What a command settled by itself: a line that `--quiet` keeps, or an entry of `notes`."""
@@ -78,7 +81,7 @@ class Voice:
         """A remark: a line of text, or an entry of the document's `notes`."""
         self.notes.append(text)
         if not self.as_json and not self.quiet and not self.silent:
-            click.echo(f"note: {text}")
+            say(f"note: {text}")
 
     def emit(self, document: dict[str, Any]) -> None:
         if not self.writes_document:
@@ -119,18 +122,19 @@ class Voice:
         if self.quiet or self.as_json or self.silent or not sys.stderr.isatty():
             yield lambda text: None
             return
-        from rich.console import Console
-        from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+        from rich.progress import BarColumn, SpinnerColumn, TimeElapsedColumn
 
-        columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-        bar = Progress(*columns, console=Console(stderr=True), transient=True)
+        from bntool.cli.progress import bar_of, description
+
+        bar = bar_of(SpinnerColumn(), description(), BarColumn(), TimeElapsedColumn())
         task = bar.add_task(title, total=None)
         timer = threading.Timer(1.0, bar.start)
         timer.start()
         try:
-            yield lambda text: bar.update(task, description=text)
+            yield lambda text: bar.update(task, description=visible(text))
         finally:
             timer.cancel()
+            timer.join()
             bar.stop()
 
 

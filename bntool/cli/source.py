@@ -130,12 +130,15 @@ def _show_diff(voice: Voice, diff: str) -> None:
     if voice.as_json:
         return
     if not sys.stdout.isatty():
-        voice.say(diff.removesuffix("\n"))
+        voice.say(*diff.removesuffix("\n").split("\n"))
         return
     from rich.console import Console
     from rich.text import Text
 
+    from bntool.cli.streams import styled
+    from bntool.text import visible
+
     styles = {"+": "green", "-": "red", "@": "cyan"}
-    console = Console(soft_wrap=True, highlight=False)
-    for line in diff.splitlines():
-        console.print(Text(line, style=styles.get(line[:1], "")))
+    console = Console(file=styled(sys.stdout), soft_wrap=True, highlight=False)
+    for line in diff.removesuffix("\n").split("\n"):
+        console.print(Text(visible(line), style=styles.get(line[:1], "")))

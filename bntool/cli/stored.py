@@ -59,7 +59,7 @@ def fold_stored_file(voice: Voice, options: dict[str, Any]) -> int:
         if place is not None:
             digest = fold.write_draft(place.model, drafts)
             fill_sidecar(drafts.of(place.sidecar), _document(plan, path, output, digest))
-    voice.say("\n".join(fold_lines(plan, None, not options["quiet"])))
+    voice.say(*fold_lines(plan, None, not options["quiet"]))
     voice.note("not verified: that needs the model (bntool verify, or fold with --arch)")
     if not options["dry_run"]:
         voice.say(f"wrote       {output}")

@@ -8,6 +8,7 @@ from importlib import metadata
 from pathlib import Path
 
 from bntool import __version__
+from bntool.text import Lines, as_lines
 
 _CUDA_IN = {
     "torch": "torch/version.py",
@@ -16,11 +17,11 @@ _CUDA_IN = {
 """Distribution -> its file that names the CUDA version that it was built for."""
 
 
-def version_text() -> str:
+def version_text() -> Lines:
     """The line of bntool, then one for each of what a report of a fault should name beside it."""
     found = [_installed(name) for name in ("torch", "onnx", "onnxruntime-gpu", "onnxruntime")]
     lines = (f"bntool, version {__version__}", f"Python {platform.python_version()}", *found)
-    return "\n".join(filter(None, lines))
+    return as_lines(*filter(None, lines))
 
 
 def _installed(name: str) -> str:

@@ -14,6 +14,7 @@ from bntool.experiment.settings import Settings
 from bntool.experiment.watching import QUANTILES
 from bntool.report.tables import Column, Table, render
 from bntool.results import SurgeryResult, delta_lines
+from bntool.text import Lines, as_lines
 
 ARMS = ("plain", "batchnorm")
 TITLES = {"plain": "as it is", "batchnorm": "with BatchNorm"}
@@ -168,7 +169,7 @@ class TrainingComparison:
     def __str__(self) -> str:
         return self.render()
 
-    def render(self, width: int | None = None) -> str:
+    def render(self, width: int | None = None) -> Lines:
         """The figures of the last epoch as a table, then what diverged and the parameter delta."""
         columns = (
             Column("Network"),
@@ -193,7 +194,7 @@ class TrainingComparison:
                 rate = self.largest_rate(arm)
                 told = "none of these rates trains" if rate is None else f"{rate:g}"
                 lines.append(f"largest rate that trains, {TITLES[arm]}: {told}")
-        return "\n".join([*lines, *delta_lines(self.surgery.parameters)])
+        return as_lines(*lines, *delta_lines(self.surgery.parameters))
 
     def _row(self, arm: str, lr: float) -> list[str]:
         runs = self.of(arm, lr)

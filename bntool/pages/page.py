@@ -8,7 +8,7 @@ import hashlib
 import importlib.metadata
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -67,7 +67,7 @@ def _render(chapters: Sequence[Chapter], vega: str, script: str, policy: str) ->
 
     css = (_TEMPLATES / "report.css").read_text(encoding="utf-8")
     return (
-        environment(autoescape=True)
+        environment()
         .get_template("report.html.j2")
         .render(
             title=_title(chapters),
@@ -94,13 +94,14 @@ def _vega() -> str:
 
 
 @functools.cache
-def environment(*, autoescape: bool) -> Environment:
-    """The templates, and how they show figures."""
+def environment(finalize: Callable[[Any], str] | None = None) -> Environment:
+    """The templates, and how they show figures. HTML is escaped, unless `finalize` does so to every value."""
     from jinja2 import Environment, FileSystemLoader
 
     made = Environment(
         loader=FileSystemLoader(_TEMPLATES),
-        autoescape=autoescape,  # noqa: S701 - Markdown has an escaping of its own
+        autoescape=finalize is None,  # noqa: S701 - Markdown has an escaping of its own
+        finalize=finalize,
         trim_blocks=True,
         lstrip_blocks=True,
     )

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from bntool.errors import LoadError
+from bntool.text import visible
 
 SCHEMA_VERSION = 1
 _MOST_BYTES = 1 << 26
@@ -60,7 +61,19 @@ def as_document(data: Any, name: str) -> Document:
     command = data.get("command") or data.get("action") or _guessed(data)
     if not isinstance(command, str):
         raise _unreadable(name, "tells nothing that a report could show")
-    return Document(name, command, data)
+    try:
+        return Document(visible(name), visible(command), _visible(data))
+    except RecursionError as error:
+        raise _unreadable(name, "is nested too deep") from error
+
+
+def _visible(data: Any) -> Any:
+    """The same with every text in it made visible, so that whatever is drawn from it is harmless."""
+    if isinstance(data, dict):
+        return {visible(str(key)): _visible(value) for key, value in data.items()}
+    if isinstance(data, list | tuple):
+        return [_visible(value) for value in data]
+    return visible(data) if isinstance(data, str) else data
 
 
 def _guessed(data: dict[str, Any]) -> str | None:

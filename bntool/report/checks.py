@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from bntool.report.tables import Column, Table, render, wrapped
+from bntool.text import Lines, as_lines
 from bntool.verdicts import Check, first_failed
 
 
@@ -26,7 +27,7 @@ class Comparison:
         return checks_text(self.checks)
 
 
-def checks_text(checks: Sequence[Check]) -> str:
+def checks_text(checks: Sequence[Check]) -> Lines:
     """The checks as a table that fits 80 columns, with the remarks below."""
     columns = (
         Column("Check"),
@@ -50,13 +51,13 @@ def checks_text(checks: Sequence[Check]) -> str:
         for check in checks
     ]
     if not rows:
-        return "nothing was verified"
+        return as_lines("nothing was verified")
     details: dict[str, dict[str, None]] = {}  # each remark once, with the checks that it is about
     for row, check in zip(rows, checks, strict=True):
         if check.detail:
             details.setdefault(check.detail, {})[row[0]] = None
     told = [wrapped(f"{', '.join(names)}: {detail}") for detail, names in details.items()]
-    return "\n".join([render(Table(columns, rows)), *told])
+    return as_lines(render(Table(columns, rows)), *told)
 
 
 def _verdict(check: Check) -> str:

@@ -10,6 +10,7 @@ from typing import Any, Literal
 from bntool.report.counting import Counts
 from bntool.report.layers import Layer
 from bntool.report.tables import Column, Table, render, signed
+from bntool.text import Lines, as_lines
 
 _COLUMNS = (
     Column("Change"),
@@ -48,10 +49,10 @@ class Delta:
             "totals": {"parameters": self.totals.parameters, **self.totals.to_dict()},
         }
 
-    def render(self, width: int | None = None) -> str:
+    def render(self, width: int | None = None) -> Lines:
         """The changes as a plain-text table; one line where there are none."""
         if not self.changes:
-            return "since the baseline: no layer with parameters or buffers changed"
+            return as_lines("since the baseline: no layer with parameters or buffers changed")
         rows = [
             [change.kind, change.type, change.name, *_signed_counts(change.counts)] for change in self.changes
         ]

@@ -7,6 +7,7 @@ from typing import Any
 
 from bntool.files.inspecting import Inspection
 from bntool.report.tables import Column, Table, count, render, size, wrapped
+from bntool.text import Lines, as_lines
 
 _COLUMNS = (
     Column("Tensor", flexible=True),
@@ -21,9 +22,9 @@ _STANDING = {
 }
 
 
-def inspection_text(inspection: Inspection, *, quiet: bool = False, verbose: bool = False) -> str:
+def inspection_text(inspection: Inspection, *, quiet: bool = False, verbose: bool = False) -> Lines:
     """The report; `quiet` leaves the table of tensors out, `verbose` cuts nothing."""
-    return "\n".join(_lines(inspection, quiet, verbose))
+    return as_lines(*_lines(inspection, quiet, verbose))
 
 
 def _lines(inspection: Inspection, quiet: bool, verbose: bool) -> Iterator[str]:

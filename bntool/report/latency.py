@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from bntool.latencies import Benchmark, Latency
 from bntool.report.tables import Column, Table, count, render, size, wrapped
+from bntool.text import Lines, as_lines
 
 
-def latency_text(found: Benchmark) -> str:
+def latency_text(found: Benchmark) -> Lines:
     """Costs, latencies, and what may be said of them, in 80 columns."""
     costs = render(
         Table(
@@ -30,7 +31,7 @@ def latency_text(found: Benchmark) -> str:
     threads = "1 thread" if found.threads == 1 else f"{found.threads} threads"
     how = f"{rounds} rounds in turn, {threads}, TF32 {'on' if found.tf32 else 'off'}"
     told = [wrapped(line) for line in (*verdicts, *special, *found.notes, how)]
-    return "\n".join([costs, "", table, "", *told])
+    return as_lines(costs, "", table, "", *told)
 
 
 def _cells(row: Latency) -> list[str]:

@@ -10,6 +10,7 @@ from torch.export import ExportedProgram
 
 from bntool.observe.exported_program import observe_program
 from bntool.report.tables import Column, Table, count, render, shape_text, size
+from bntool.text import Lines, as_lines
 
 _COLUMNS = (
     Column("Tensor", flexible=True),
@@ -67,7 +68,7 @@ class ProgramSummary:
     def __str__(self) -> str:
         return self.render()
 
-    def render(self, width: int | None = None, *, verbose: bool = True) -> str:
+    def render(self, width: int | None = None, *, verbose: bool = True) -> Lines:
         """The summary as plain text; without `verbose` only the totals."""
         totals = self.totals()
         parts = f"{count(totals['trainable'])} trainable, {count(totals['frozen'])} frozen"
@@ -79,9 +80,9 @@ class ProgramSummary:
             f"BatchNorms  {count(self.batch_norms)}",
         ]
         if not verbose:
-            return "\n".join(lines)
+            return as_lines(*lines)
         rows = [[t.name, t.kind, shape_text(t.shape), t.dtype, count(t.elements)] for t in self.tensors]
-        return "\n".join([render(Table(_COLUMNS, rows, "exported program"), width), "", *lines])
+        return as_lines(render(Table(_COLUMNS, rows, "exported program"), width), "", *lines)
 
 
 def summarize_program(program: ExportedProgram) -> ProgramSummary:

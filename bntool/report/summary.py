@@ -15,6 +15,7 @@ from bntool.report.layers import Layer
 from bntool.report.notes import Note, note_on_biases, notes_on_calls, notes_on_state
 from bntool.report.shapes import Call, Calls, observe_calls
 from bntool.report.tables import Column, Table, count, render, size, wrapped
+from bntool.text import Lines, as_lines
 
 _COLUMNS = (
     Column("Layer", flexible=True),
@@ -52,19 +53,19 @@ class Summary:
     def __str__(self) -> str:
         return self.render()
 
-    def render(self, width: int | None = None, *, verbose: bool = True) -> str:
+    def render(self, width: int | None = None, *, verbose: bool = True) -> Lines:
         """The summary as plain text; `width` defaults to the terminal's, or 80 columns.
 
         Without `verbose` only the totals.
         """
         if not verbose:
-            return "\n".join([self._title(), *self._totals()])
+            return as_lines(self._title(), *self._totals())
         parts = [self._title(), render(self._table(), width), "", *self._totals()]
         if self.notes:
             parts += ["", *(wrapped(f"note: {note}", width, indent=" " * 6) for note in self.notes)]
         if self.delta is not None:
             parts += ["", self.delta.render(width)]
-        return "\n".join(parts)
+        return as_lines(*parts)
 
     def _title(self) -> str:
         layers = "1 layer" if len(self.layers) == 1 else f"{len(self.layers)} layers"

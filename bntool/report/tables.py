@@ -14,6 +14,8 @@ from rich.console import Console
 from rich.table import Table as RichTable
 from rich.text import Text
 
+from bntool.text import Lines, as_lines, visible
+
 PLAIN_WIDTH = 80
 _NARROWEST = 10
 _ELLIPSIS = ".."
@@ -44,11 +46,16 @@ class Table:
     footer: Sequence[str] = ()
 
 
-def render(table: Table, width: int | None = None) -> str:
+def render(table: Table, width: int | None = None) -> Lines:
     """The table as plain text, at most `width` columns wide as far as its flexible columns allow.
 
     Default width: the terminal's, or 80 where standard output is not a terminal.
     """
+    table = dataclasses.replace(
+        table,
+        rows=[list(map(visible, row)) for row in table.rows],
+        footer=list(map(visible, table.footer)),
+    )
     lines = [*table.rows, table.footer] if table.footer else list(table.rows)
     widths, gap = _fit(table.columns, lines, terminal_width() if width is None else width)
     drawn = RichTable(box=_RULED, show_edge=False, pad_edge=False, padding=(0, gap - 1, 0, 0))
@@ -65,16 +72,16 @@ def render(table: Table, width: int | None = None) -> str:
     for row in table.rows:
         drawn.add_row(*map(Text, map(shorten_middle, row, widths, tails)))
     body = _plain(drawn, sum(widths) + gap * len(widths))
-    return f"{table.title}\n{body}" if table.title else body
+    return as_lines(table.title, body) if table.title else body
 
 
-def wrapped(text: str, width: int | None = None, indent: str = "  ") -> str:
+def wrapped(text: str, width: int | None = None, indent: str = "  ") -> Lines:
     """`text` broken at spaces to lines of at most `width`; lines after the first are indented."""
     room = terminal_width() if width is None else width
     lines = textwrap.wrap(
-        text, room, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
+        visible(text), room, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
     )
-    return "\n".join(lines)
+    return Lines("\n".join(lines))
 
 
 def terminal_width() -> int:
@@ -148,8 +155,8 @@ def _fit(columns: Sequence[Column], lines: Sequence[Sequence[str]], width: int) 
     return widths, 1
 
 
-def _plain(renderable: RichTable, width: int) -> str:
+def _plain(renderable: RichTable, width: int) -> Lines:
     console = Console(file=io.StringIO(), width=width, color_system=None, force_terminal=False, markup=False)
     with console.capture() as capture:
         console.print(renderable)
-    return "\n".join(line.rstrip() for line in capture.get().rstrip("\n").split("\n"))
+    return Lines("\n".join(line.rstrip() for line in capture.get().rstrip("\n").split("\n")))

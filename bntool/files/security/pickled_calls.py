@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from bntool.text import shown as shown  # noqa: PLC0414 - files/ takes it from here
+
 PARTIAL = "functools.partial"
 PARAMETER = "torch.nn.parameter.Parameter"
 FROM_TYPE = "torch._tensor._rebuild_from_type_v2"
@@ -64,12 +66,6 @@ class Storage:
     key: str
     nbytes: int
     item_bytes: int
-
-
-def shown(name: str) -> str:
-    """A name from a file, fit for a terminal: no control characters, not longer than 100."""
-    clean = "".join(c if c.isprintable() else "?" for c in name[:101])
-    return clean if len(clean) <= 100 else clean[:97] + "..."
 
 
 def item_bytes(storage_type: str) -> int | None:
