@@ -227,9 +227,9 @@ def _progress(voice: Voice, settings: Settings) -> Iterator[Callable[..., None]]
     if not (voice.quiet or voice.as_json or voice.silent) and sys.stderr.isatty():
         from rich.progress import BarColumn, MofNCompleteColumn, TimeRemainingColumn
 
-        from bntool.cli.progress import bar_of, description
+        from bntool.cli.progress import Description, bar_of
 
-        bar = bar_of(description(), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        bar = bar_of(Description(), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         task = bar.add_task("training", total=None)
         bar.start()
 

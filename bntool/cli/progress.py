@@ -6,9 +6,11 @@ import sys
 from typing import TextIO, cast
 
 from rich.console import Console
-from rich.progress import Progress, ProgressColumn, TextColumn
+from rich.progress import Progress, ProgressColumn, Task
+from rich.text import Text
 
 from bntool.cli.streams import Stream, styled
+from bntool.text import visible
 
 
 class _Bar(Progress):
@@ -25,6 +27,8 @@ def bar_of(*columns: ProgressColumn) -> Progress:
     return _Bar(*columns, console=console, transient=True, redirect_stdout=sys.stdout.isatty())
 
 
-def description() -> TextColumn:
-    """The column that says what is being done."""
-    return TextColumn("{task.description}", markup=False)
+class Description(ProgressColumn):
+    """The column that says what is being done, names and all."""
+
+    def render(self, task: Task) -> Text:
+        return Text(visible(task.description))

@@ -21,7 +21,6 @@ from bntool.cli.streams import say
 from bntool.errors import BntoolError, InvariantError, UsageError
 from bntool.files.limits import DEFAULT_MAX_SIZE
 from bntool.files.targets import Target
-from bntool.text import visible
 
 if TYPE_CHECKING:
     from torch import nn
@@ -124,14 +123,14 @@ class Voice:
             return
         from rich.progress import BarColumn, SpinnerColumn, TimeElapsedColumn
 
-        from bntool.cli.progress import bar_of, description
+        from bntool.cli.progress import Description, bar_of
 
-        bar = bar_of(SpinnerColumn(), description(), BarColumn(), TimeElapsedColumn())
+        bar = bar_of(SpinnerColumn(), Description(), BarColumn(), TimeElapsedColumn())
         task = bar.add_task(title, total=None)
         timer = threading.Timer(1.0, bar.start)
         timer.start()
         try:
-            yield lambda text: bar.update(task, description=visible(text))
+            yield lambda text: bar.update(task, description=text)
         finally:
             timer.cancel()
             timer.join()

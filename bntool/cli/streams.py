@@ -46,10 +46,15 @@ class Stream:
         return Stream(self.raw, styled=True)
 
     def write(self, text: str) -> int:
-        shown = text if self._styled else "\n".join(map(visible, text.split("\n")))
+        shown = text if self._styled else self._visible(text)
         fitting = shown.encode(self._real_encoding, "backslashreplace").decode(self._real_encoding)
         self._try("write", fitting)
         return len(text)
+
+    def _visible(self, text: str) -> str:
+        # A progress bar returns to the start of its own line before it draws itself anew.
+        start = "\r" if text.startswith("\r") and self.isatty() else ""
+        return start + "\n".join(map(visible, text.removeprefix(start).split("\n")))
 
     def writelines(self, texts: Iterable[str]) -> None:
         for text in texts:

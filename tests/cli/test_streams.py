@@ -16,7 +16,7 @@ import pytest
 from rich.progress import BarColumn
 
 from bntool.cli import run
-from bntool.cli.progress import bar_of, description
+from bntool.cli.progress import Description, bar_of
 from bntool.cli.streams import Stream, say
 from tests.cli import nets
 from tests.cli.conftest import Shell
@@ -204,6 +204,17 @@ def test_what_an_encoding_lacks_is_written_out(encoding: str) -> None:
     assert seen.endswith("\n")
 
 
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_bar_of_somebody_else_is_drawn_on_a_terminal(terminal: bool) -> None:
+    raw = io.StringIO()
+    raw.isatty = lambda: terminal  # type: ignore[method-assign]
+    stream = Stream(raw)
+    for text in ("\r 10%", "\r 20%\rerror"):
+        stream.write(text)
+    start = "\r" if terminal else r"\r"
+    assert raw.getvalue() == rf"{start} 10%{start} 20%\rerror"
+
+
 def test_a_warning_takes_one_line() -> None:
     done = _python(r"warnings.warn('a\x1b[2J\nsuspicious: nothing')")
     assert done.stderr.endswith(r"UserWarning: a\x1b[2J\nsuspicious: nothing" + "\n")
@@ -219,14 +230,14 @@ def test_progress_shows_names_and_obeys_none(monkeypatch: pytest.MonkeyPatch) ->
         monkeypatch.setattr(sys, "stdout", Stream(raw))
         monkeypatch.setattr(sys, "stderr", Stream(raw))
         before = sys.stdout, sys.stderr
-        with bar_of(description(), BarColumn()) as bar:
-            bar.add_task("[link=http://x]a[/link]", total=None)
+        with bar_of(Description(), BarColumn()) as bar:
+            bar.add_task("[link=http://x]a[/link]\x1b[2J", total=None)
             print("\x1b]8;;http://x\x07[red]part", end="", flush=True)
             say("\x1b[2Jwhole")
         assert (sys.stdout, sys.stderr) == before
         shown = os.read(controller, 65536).decode()
     os.close(controller)
-    assert "[link=http://x]a[/link]" in shown
+    assert r"[link=http://x]a[/link]\x1b[2J" in shown
     assert r"\x1b]8;;http://x\x07[red]part" in shown
     assert r"\x1b[2Jwhole" in shown
     assert "\x1b]" not in shown
