@@ -139,11 +139,11 @@ class Archive:
             raise Damaged("it ends before its directory")
         _, *disks, count_here, count, size, begin, _ = _END.unpack(end)
         said = count_here, count, size, begin
-        locator = self.file.pin(at - _LOCATOR.size, _LOCATOR.size) if at >= _LOCATOR.size else b""
-        if locator[:4] == b"PK\6\7":
+        if at >= _LOCATOR.size and self.file.look(at - _LOCATOR.size, 4) == b"PK\6\7":
+            locator = self.file.pin(at - _LOCATOR.size, _LOCATOR.size)
             at -= _LOCATOR.size + _END_64.size
             end = self.file.pin(at, _END_64.size) if at >= 0 else b""
-            if end[:4] != b"PK\6\6" or _LOCATOR.unpack(locator)[1:] != (0, at, 1):
+            if end[:4] != b"PK\6\6" or _LOCATOR.unpack(locator) != (b"PK\6\7", 0, at, 1):
                 raise Unsafe("has a ZIP64 record that is not where it says")
             _, length, _, newest, *more, count_here, count, size, begin = _END_64.unpack(end)
             disks += more
@@ -183,7 +183,7 @@ class Archive:
             raise Unsafe("has bytes before or between its members, or members that overlap")
         begin, tail = self._local_header(entry, name, size, packed, offset)
         end = begin + packed + len(tail)
-        if end > self.file.size or self.file.peek(begin + packed, len(tail)) != tail:
+        if end > self.file.size or self.file.look(begin + packed, len(tail)) != tail:
             raise Unsafe(f"contradicts itself behind the member {quoted(text)}")
         member = Member(text, begin, packed, size, entry.crc, entry.method)
         return member, place + entry.name_length + entry.extra_length, end
@@ -192,12 +192,12 @@ class Archive:
         self, entry: _Entry, name: bytes, size: int, packed: int, offset: int
     ) -> tuple[int, bytes]:
         """Where the member's bytes begin, and what must stand behind them."""
-        head = self.file.peek(offset, _LOCAL.size)
+        head = self.file.look(offset, _LOCAL.size)
         if len(head) < _LOCAL.size or head[:4] != b"PK\3\4":
             raise Damaged(f"the header of {quoted(name.decode('utf-8'))} is missing")
         length = _LOCAL.size + sum(_LOCAL.unpack(head)[-2:])
         whole = self.file.pin(offset, length)
-        _, newest, *same, crc, packed_32, size_32, name_length, extra_length = _LOCAL.unpack_from(whole)
+        _, newest, *same, crc, packed_32, size_32, name_length, _ = _LOCAL.unpack_from(whole)
         extra = _fields(whole[_LOCAL.size + name_length :])
         wide = extra.pop(_ZIP_64, None)
         differs = (
@@ -241,7 +241,9 @@ def _true_sizes(entry: _Entry, extra: bytes, name: str) -> tuple[int, int, int]:
     if len(wide) != 8 * sum(needed) or len(extra) != (4 + len(wide) if any(needed) else 0):
         raise Unsafe(f"has a size in its directory that it does not need at {quoted(name)}")
     values = iter(struct.unpack(f"<{sum(needed)}Q", wide))
-    size, packed, offset = (next(values) if long else value for value, long in zip(short, needed, strict=True))
+    size, packed, offset = (
+        next(values) if long else value for value, long in zip(short, needed, strict=True)
+    )
     return size, packed, offset
 
 

@@ -11,7 +11,7 @@ from typing import Any, BinaryIO
 _CHUNK = 1 << 20
 
 
-class Pinned(io.RawIOBase):
+class Pinned(io.RawIOBase, BinaryIO):
     """An opened file, for judges and for the library that loads it afterwards.
 
     The file is opened once, so another one put under its name changes nothing. What a judge read is kept, so
@@ -31,12 +31,14 @@ class Pinned(io.RawIOBase):
 
         A piece is pinned as a whole: two of them are equal or do not overlap.
         """
+        if length == 0:
+            return b""
         if start not in self._pieces:
-            self._pieces[start] = self.peek(start, length)
+            self._pieces[start] = self.look(start, length)
             self._starts = []
         return self._pieces[start]
 
-    def peek(self, start: int, length: int) -> bytes:
+    def look(self, start: int, length: int) -> bytes:
         """The bytes there as the file has them now, not pinned."""
         self._file.seek(start)
         content = self._file.read(length)
@@ -93,4 +95,3 @@ class Pinned(io.RawIOBase):
 
     def seekable(self) -> bool:
         return True
-
