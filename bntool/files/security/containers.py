@@ -103,6 +103,16 @@ class Container(Archive):
         """A member's bytes, which whoever loads `file` reads too. `Damaged` where there is none."""
         return self.content(self._named(name))
 
+    def numbers(self, name: str) -> bytearray:
+        """A member's bytes in memory of their own, not kept for anyone else."""
+        member = self._named(name)
+        if member.is_packed:
+            return bytearray(self.content(member))
+        content = bytearray(member.size)
+        self.file.seek(member.begin)
+        self.file.readinto(content)
+        return content
+
     def offset(self, name: str) -> int:
         """Where in the file a member's bytes begin, as they are stored."""
         return self._named(name).begin
