@@ -64,7 +64,7 @@ def _tensors_in(held: Any) -> dict[str, Any]:
     if isinstance(held, Tensor):
         return {"input": held}
     if not isinstance(held, Mapping | tuple | list):
-        raise ValueError(f"it holds a {type(held).__name__}, and no tensors")
+        raise Unsafe(f"holds a {type(held).__name__}, and no tensors")
     items = held.items() if isinstance(held, Mapping) else enumerate(held)
     return {str(name): value for name, value in items if isinstance(value, Tensor)}
 

@@ -176,6 +176,9 @@ class Archive:
             raise Unsafe(f"holds a member packed by an unknown method: {quoted(text)}")
         if entry.comment_length or entry.disk:
             raise Unsafe(f"holds a member with a comment, or on another disk: {quoted(text)}")
+        # Where MS-DOS's bit for a folder is set, torch's reader leaves memory as it was and says nothing.
+        if entry.outer & _FULL_16:
+            raise Unsafe(f"holds a member with the attributes of a folder: {quoted(text)}")
         size, packed, offset = _true_sizes(entry, extra, text)
         if entry.method == _STORED and size != packed:
             raise Unsafe(f"says two different sizes for {quoted(text)}")
