@@ -96,8 +96,9 @@ pickles: setup ## load the whole-module pickles of torchvision and timm; goes on
 	$(BIN)/python -m tools.pickles
 
 # The second part is guided by coverage, by a fuzzer in an environment of its own.
-fuzz: setup ## damage files of every format 10,000 times; none may crash, hang or pass unseen
+fuzz: setup ## damage files of every format 10,000 times, and rewrite archives as often; none may pass unseen
 	$(BIN)/python -m tools.fuzz
+	$(BIN)/python -m tools.fuzz_archives
 	test -x $(FUZZ)/bin/python || $(PYTHON) -m venv $(FUZZ)
 	$(FUZZ)/bin/python -m pip install --quiet atheris
 	PYTHONPATH=.:$$($(BIN)/python -c 'import torch; print(torch.__path__[0])')/.. $(FUZZ)/bin/python tools/fuzz_guided.py -max_total_time=300

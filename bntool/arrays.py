@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,37 +11,61 @@ import torch
 from torch import Tensor
 
 from bntool.errors import LoadError, UsageError
+from bntool.files.detect import Kind, detect
+from bntool.files.numpy_files import read_npy, read_npz
+from bntool.files.security.archives import Unsafe
+from bntool.files.security.pickles import read_pickled
 from bntool.inputs import Inputs
 
 KINDS = "an .npy, .npz or .pt file, a folder of images, or pkg.mod:loader"
 
 
 def arrays_in(path: Path) -> dict[str, Any]:
-    """Arrays or tensors by name. Nothing in the file is run."""
+    """Arrays or tensors by name, whatever the file is called. Nothing in the file is run.
+
+    Raises `LoadError` for a file that is damaged, holds objects, or is no data.
+    """
+    kind = detect(path)
     try:
-        if path.suffix == ".npy":
-            return {"input": np.load(path, mmap_mode="r", allow_pickle=False)}
-        if path.suffix == ".npz":
-            with np.load(path, allow_pickle=False) as held:
-                return {name: held[name] for name in held.files}
-        if path.suffix in (".pt", ".pth"):
-            return _tensors_in(torch.load(path, map_location="cpu", weights_only=True))
-    except Exception as error:
-        lines = str(error).strip().splitlines() or [""]
+        if kind.kind is Kind.NPY:
+            return {"input": read_npy(path)}
+        if kind.kind is Kind.NPZ:
+            return dict(read_npz(path))
+        if kind.kind in (Kind.TORCH_ZIP, Kind.TORCH_LEGACY):
+            return _tensors_in(read_pickled(path, kind))
+    except Exception as error:  # any error can come out of a damaged file
+        lines = (error.what if isinstance(error, LoadError) else str(error)).strip().splitlines() or [""]
+        said = f"it {lines[0]}" if isinstance(error, Unsafe) else lines[0]
         raise LoadError(
-            f"cannot read data from {path.name}: {lines[0]}",
+            f"cannot read data from {path.name}: {said}",
             where=str(path),
             next_step="save plain arrays (numpy.save) or tensors (torch.save)",
         ) from error
-    raise LoadError(f"{path.name} is no data that bntool reads", where=str(path), next_step=f"give {KINDS}")
+    raise LoadError(
+        f"cannot read data from {path.name}: it is {kind.description}",
+        where=str(path),
+        next_step=f"give {KINDS}",
+    )
+
+
+def tensor_of(held: Any, where: str) -> Tensor:
+    """A tensor, or one made of a copy of an array; `UsageError` where torch has no such type."""
+    if isinstance(held, Tensor):
+        return held
+    try:
+        return torch.from_numpy(np.array(held))
+    except TypeError as error:
+        raise UsageError(
+            f"the data is of type {held.dtype}", where=where, next_step="save it as float32 or int64"
+        ) from error
 
 
 def _tensors_in(held: Any) -> dict[str, Any]:
     if isinstance(held, Tensor):
         return {"input": held}
-    items: Iterable[tuple[Any, Any]] = held.items() if isinstance(held, Mapping) else ()
-    if isinstance(held, tuple | list):
-        items = enumerate(held)
+    if not isinstance(held, Mapping | tuple | list):
+        raise Unsafe(f"holds a {type(held).__name__}, and no tensors")
+    items = held.items() if isinstance(held, Mapping) else enumerate(held)
     return {str(name): value for name, value in items if isinstance(value, Tensor)}
 
 

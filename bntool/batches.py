@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from bntool.arrays import KINDS, arrays_in, axes_fit, chosen_arrays, shape_text
+from bntool.arrays import KINDS, arrays_in, axes_fit, chosen_arrays, shape_text, tensor_of
 from bntool.errors import BntoolError, LoadError, UsageError
 from bntool.files.scripts import import_path, import_script, running_user_code
 from bntool.images import Preparation, find_images, image_batch
@@ -206,22 +206,12 @@ def _bounds(length: int, batch_size: int, where: str = "") -> list[tuple[int, in
 def _sliced(arrays: dict[str, Any], start: int, stop: int, like: Inputs | None, where: str) -> Inputs:
     parts: dict[str, Tensor] = {}
     for name, array in arrays.items():
-        part = array[start:stop]
-        parts[name] = part if isinstance(part, Tensor) else _tensor(np.array(part), where)
+        parts[name] = tensor_of(array[start:stop], where)
     if len({len(part) for part in arrays.values()}) > 1:
         lengths = ", ".join(f"{name} {len(array)}" for name, array in arrays.items())
         raise UsageError(f"the arrays do not hold equally many samples: {lengths}", where=where)
     kwargs = {name: parts.pop(name) for name in list(parts) if like is not None and name in like.kwargs}
     return fitted(Inputs(tuple(parts.values()), kwargs), like, where)
-
-
-def _tensor(array: Any, where: str) -> Tensor:
-    try:
-        return torch.from_numpy(array)
-    except TypeError as error:
-        raise UsageError(
-            f"the data is of type {array.dtype}", where=where, next_step="save it as float32 or int64"
-        ) from error
 
 
 # -- fitting -------------------------------------------------------------------------------------------------

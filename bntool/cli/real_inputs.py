@@ -23,7 +23,7 @@ def read_inputs(path: str, like: Inputs, *, full: bool) -> list[Inputs]:
     Arrays go to the inputs of the same name, a single one to a single input, in the input's type. Raises
     `LoadError` for a file that cannot be read, `UsageError` for arrays that are not inputs like `like`.
     """
-    from bntool.arrays import arrays_in, chosen_arrays
+    from bntool.arrays import arrays_in, chosen_arrays, tensor_of
 
     file = Path(path)
     if not file.is_file():
@@ -36,7 +36,7 @@ def read_inputs(path: str, like: Inputs, *, full: bool) -> list[Inputs]:
             next_step=f"name them {', '.join(wanted)}",
         )
     named = held if set(held) == set(wanted) else dict(zip(wanted, held.values(), strict=True))
-    tensors = {name: _tensor(named[name]) for name in wanted}
+    tensors = {name: tensor_of(named[name], path) for name in wanted}
     counts = {len(tensor) for tensor in tensors.values()}
     if len(counts) != 1 or 0 in counts:
         raise UsageError(f"the arrays of {path} do not hold equally many samples, one at least")
@@ -45,13 +45,6 @@ def read_inputs(path: str, like: Inputs, *, full: bool) -> list[Inputs]:
     ends += range(ends[-1] + _BATCH, count + _BATCH, _BATCH) if full else []
     cuts = [(a, min(b, count)) for a, b in itertools.pairwise(ends) if a < count]
     return [_filled(like, {name: t[a:b] for name, t in tensors.items()}, path) for a, b in cuts]
-
-
-def _tensor(held: Any) -> Tensor:
-    import numpy as np
-    import torch
-
-    return held if isinstance(held, torch.Tensor) else torch.from_numpy(np.array(held))
 
 
 def _filled(like: Inputs, tensors: dict[str, Tensor], path: str) -> Inputs:

@@ -6,16 +6,14 @@ import dataclasses
 import enum
 import struct
 import tarfile
-import zipfile
 from pathlib import Path
 from typing import BinaryIO
 
 from bntool.errors import LoadError
+from bntool.files.security.archives import Archive, Damaged, Unsafe
 
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 _MAX_SAFETENSORS_HEADER = 100_000_000
-_MAX_DIRECTORY = 1 << 26
-_END = (1 << 16) + 200  # where the end of a zip directory begins at the earliest, with the longest comment
 _MAX_INDEX = 1 << 24
 _HEAD = 4096
 
@@ -42,6 +40,7 @@ class Kind(str, enum.Enum):
     HDF5 = "hdf5"
     PICKLE = "pickle"
     ZIP_DAMAGED = "zip-damaged"
+    ZIP_UNSAFE = "zip-unsafe"
     ZIP_OTHER = "zip-other"
     TEXT = "text"
     UNKNOWN = "unknown"
@@ -74,6 +73,7 @@ _DESCRIBED: dict[Kind, tuple[str, str]] = {
     Kind.HDF5: ("an HDF5 file (Keras?), which holds no PyTorch model", _RESAVE),
     Kind.PICKLE: ("a plain pickle, not a file that torch.save wrote", _RESAVE),
     Kind.ZIP_DAMAGED: ("a zip archive that is cut short or damaged", "download or copy it again"),
+    Kind.ZIP_UNSAFE: ("a zip archive that no program of PyTorch or NumPy writes", _RESAVE),
     Kind.ZIP_OTHER: ("a zip archive that holds no PyTorch model", "name the model file inside it"),
     Kind.TEXT: ("a text file", "name a model file, or path/file.py:Class for a class in a script"),
     Kind.UNKNOWN: ("of no kind that bntool knows", "name a .pt, .pth or .safetensors file"),
@@ -90,7 +90,8 @@ class FileKind:
     @property
     def description(self) -> str:
         """One line for a person: `a Git LFS pointer, not the file itself`."""
-        return _DESCRIBED[self.kind][0]
+        unsafe = self.kind is Kind.ZIP_UNSAFE
+        return _DESCRIBED[self.kind][0] + (f": it {self.detail}" if unsafe else "")
 
     @property
     def next_step(self) -> str:
@@ -125,7 +126,7 @@ def _detect(path: Path, file: BinaryIO) -> FileKind:
     if _looks_like_html(head):
         return FileKind(Kind.HTML)
     if head[:4] in (b"PK\x03\x04", b"PK\x05\x06"):
-        return _detect_zip(path)
+        return _detect_zip(file)
     for magic, kind in (
         (b"\x93NUMPY", Kind.NPY),
         (b"GGUF", Kind.GGUF),
@@ -157,14 +158,13 @@ def _looks_like_html(head: bytes) -> bool:
     return start.startswith((b"<!doctype", b"<html", b"<head", b"<?xml", b"<!--"))
 
 
-def _detect_zip(path: Path) -> FileKind:
+def _detect_zip(file: BinaryIO) -> FileKind:
     try:
-        if (size := _directory_bytes(path)) > _MAX_DIRECTORY:
-            return FileKind(Kind.ZIP_OTHER, f"its directory claims {size:,} bytes")
-        with zipfile.ZipFile(path) as archive:
-            names = archive.namelist()
-    except (zipfile.BadZipFile, ValueError, OSError, NotImplementedError, struct.error) as error:
-        return FileKind(Kind.ZIP_DAMAGED, f"{type(error).__name__}: {error}")
+        names = list(Archive(file).members)
+    except Damaged as error:
+        return FileKind(Kind.ZIP_DAMAGED, str(error))
+    except Unsafe as error:
+        return FileKind(Kind.ZIP_UNSAFE, str(error))
     if not names:
         return FileKind(Kind.ZIP_OTHER, "no members")
     root = names[0].split("/")[0]
@@ -180,16 +180,6 @@ def _detect_zip(path: Path) -> FileKind:
     if any(n.endswith(".npy") for n in names):
         return FileKind(Kind.NPZ)
     return FileKind(Kind.ZIP_OTHER, names[0])
-
-
-def _directory_bytes(path: Path) -> int:
-    """What the zip directory claims to take: Python reads it whole, and makes objects of every entry."""
-    with path.open("rb") as file:
-        file.seek(max(path.stat().st_size - _END, 0))
-        end = file.read()
-    at, at64 = end.rfind(b"PK\x05\x06"), end.rfind(b"PK\x06\x06")
-    short = struct.unpack_from("<L", end, at + 12)[0] if at >= 0 else 0
-    return struct.unpack_from("<Q", end, at64 + 40)[0] if short == 0xFFFFFFFF and at64 >= 0 else int(short)
 
 
 def _is_safetensors(head: bytes, size: int) -> bool:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import io
-import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -24,13 +23,24 @@ from bntool.files.inspecting_program import look_at_program
 from bntool.files.limits import Limit
 from bntool.files.looking import Found, TensorRow
 from bntool.files.safetensors_files import Header, read_header, read_index
-from bntool.files.security.archives import Records, Unsafe, check_archive
-from bntool.files.security.exported import why_not_read
+from bntool.files.security.archives import Unsafe
+from bntool.files.security.containers import PICKLED, SCRIPT, Container, within
+from bntool.files.security.dry_runs import dry_run_of_archive
+from bntool.files.security.exported import judge_program, open_program
 from bntool.files.security.opcodes import DamagedPickle, DryRun
 from bntool.files.security.pickled_calls import shown
 from bntool.files.security.pickles import standing
-from bntool.files.security.scripted import why_unsafe
+from bntool.files.security.scripted import check_script
 from bntool.files.security.stand_ins import Picture, StandIn, pictured_tensors
+
+
+@contextlib.contextmanager
+def _noted(found: Found) -> Iterator[None]:
+    """What is unsafe is written down; it is no damage."""
+    try:
+        yield
+    except Unsafe as error:
+        found.suspect(str(error))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +84,8 @@ def inspect_file(path: Path, limit: Limit | None = None) -> Inspection:
         look = _LOOKS.get(kind.kind)
         if look is None:
             raise LoadError(f"{path.name} is {kind.description}", where=str(path), next_step=kind.next_step)
-        look(path, kind, limit, found)
+        with _noted(found):
+            look(path, kind, limit, found)
         if found.suspicious:
             error = LoadError(
                 f"{path.name} is not to be trusted: it {found.suspicious[0]}",
@@ -92,16 +103,12 @@ def inspect_file(path: Path, limit: Limit | None = None) -> Inspection:
 
 
 def _torch_zip(path: Path, _: FileKind, limit: Limit, found: Found) -> None:
-    with _noted(found):
-        check_archive(path)
-    structure = _member(path, "data.pkl", limit, found)
-    run = _pickle(structure, path, found)
-    sizes = Records(path).sizes
-    for key, storage in run.storages.items():
-        if sizes.get(f"data/{key}", -1) < storage.nbytes:
-            raise DamagedPickle(f"the data of tensor {shown(key)} is missing or cut short")
-    cost = {"data": sum(row.nbytes for row in found.tensors), "tensors": len(found.tensors)}
-    limit.require(path.name, **cost, structure=len(structure), where=str(path))
+    with path.open("rb") as opened:
+        container = Container(opened, PICKLED, within(limit, path))
+        _pickle(container.read("data.pkl"), path, found)
+        dry_run_of_archive(container)
+        cost = {"data": sum(row.nbytes for row in found.tensors), "tensors": len(found.tensors)}
+        limit.require(path.name, **cost, structure=container.sizes["data.pkl"], where=str(path))
 
 
 def _torch_legacy(path: Path, _: FileKind, limit: Limit, found: Found) -> None:
@@ -126,6 +133,10 @@ def _torch_legacy(path: Path, _: FileKind, limit: Limit, found: Found) -> None:
     limit.require(path.name, **cost, structure=len(content) - len(rest), where=str(path))
 
 
+def _unsafe_zip(_: Path, kind: FileKind, __: Limit, found: Found) -> None:
+    found.suspect(kind.detail)
+
+
 def _plain_pickle(path: Path, kind: FileKind, limit: Limit, found: Found) -> None:
     with path.open("rb") as file:
         _pickle(file.read(limit.structure), path, found)
@@ -143,32 +154,32 @@ def _perhaps_pickle(path: Path, kind: FileKind, limit: Limit, found: Found) -> N
 
 
 def _script(path: Path, _: FileKind, limit: Limit, found: Found) -> None:
-    names = _list_members(path, found)
-    with _noted(found):
-        check_archive(path, packed=limit.structure)
-    found.facts["code"] = [n for n in names if "/code/" in n and n.endswith(".py")][:20]
-    picture = Picture(_member(path, "data.pkl", limit, found)).read_all()
-    _list_tensors(picture.value, found)
-    if picture.damage:
-        raise DamagedPickle(picture.damage)
-    found.facts["holds"] = "a TorchScript module"
-    if why := why_unsafe(path):
-        found.suspect(why)
+    with path.open("rb") as opened:
+        container = Container(opened, SCRIPT, within(limit, path))
+        names = _list_members(container, found)
+        found.facts["code"] = [n for n in names if n.startswith("code/") and n.endswith(".py")][:20]
+        picture = Picture(container.read("data.pkl")).read_all()
+        _list_tensors(picture.value, found)
+        if picture.damage:
+            raise DamagedPickle(picture.damage)
+        found.facts["holds"] = "a TorchScript module"
+        check_script(container)
 
 
 def _program(path: Path, _: FileKind, limit: Limit, found: Found) -> None:
-    names = _list_members(path, found)
-    found.facts["members"] = names[:200]
-    with zipfile.ZipFile(path) as archive:
-        for name in names:
-            if name.endswith((".pt", ".pkl")) and archive.getinfo(name).file_size <= limit.structure:
-                _nested(name, archive.read(name), path, found)
-        look_at_program(archive, limit, found)
-    refusal = why_not_read(path)
-    if refusal is not None:
-        if "refused unread" in refusal.what:
-            found.suspect(refusal.what.partition(": it ")[2])
-        raise refusal
+    with path.open("rb") as opened:
+        container = open_program(opened, path, limit)
+        found.facts["members"] = _list_members(container, found)[:200]
+        for name, size in container.sizes.items():
+            if name.endswith((".pt", ".pkl")) and size <= limit.structure:
+                _nested(name, container.read(name), path, found)
+        look_at_program(container, limit, found)
+        try:
+            judge_program(container, path)
+        except LoadError as refusal:
+            if "refused unread" in refusal.what:
+                found.suspect(refusal.what.partition(": it ")[2])
+            raise
 
 
 def _nested(name: str, content: bytes, path: Path, found: Found) -> None:
@@ -176,7 +187,7 @@ def _nested(name: str, content: bytes, path: Path, found: Found) -> None:
     inner = Found()
     with contextlib.suppress(Exception):
         if content[:2] == b"PK":
-            content = Records(io.BytesIO(content)).read("data.pkl")
+            content = Container(io.BytesIO(content), PICKLED).read("data.pkl")
         _pickle(content, path, inner)
     found.classes.update({n: s for n, s in inner.classes.items() if n not in found.classes})
     found.suspicious += [f"has in {shown(name)} a pickle that {why}" for why in inner.suspicious]
@@ -210,6 +221,7 @@ _LOOKS: dict[Kind, Callable[[Path, FileKind, Limit, Found], None]] = {
     Kind.PICKLE: _plain_pickle,
     Kind.TORCHSCRIPT: _script,
     Kind.PT2: _program,
+    Kind.ZIP_UNSAFE: _unsafe_zip,
     Kind.SAFETENSORS: _safetensors,
     Kind.SAFETENSORS_INDEX: _index,
     Kind.ONNX: _onnx,
@@ -271,34 +283,7 @@ def _what(value: Any) -> str:
     return f"a {type(value).__name__}"
 
 
-def _list_members(path: Path, found: Found) -> list[str]:
-    with zipfile.ZipFile(path) as archive:
-        infos = archive.infolist()
-    packed = [info.filename for info in infos if info.file_size > max(info.compress_size, 1) * 8]
-    if packed:
-        found.suspect(f"has members that unpack to far more than they take, such as {shown(packed[0])}")
-    found.facts["member_count"] = len(infos)
-    found.facts["extensions"] = dict(Counter(Path(info.filename).suffix for info in infos).most_common(8))
-    return [shown(info.filename) for info in infos]
-
-
-def _member(path: Path, name: str, limit: Limit, found: Found) -> bytes:
-    """A member by both readers of zip archives; by Python's alone, and said, where they disagree."""
-    with zipfile.ZipFile(path) as archive:
-        full = next((n for n in archive.namelist() if n.partition("/")[2] == name), name)
-        size = archive.getinfo(full).file_size if full in archive.namelist() else 0
-        limit.require(path.name, structure=size, where=str(path))
-        try:
-            return Records(path).read(name)
-        except Unsafe as error:
-            found.suspect(str(error))
-            return archive.read(full)
-
-
-@contextlib.contextmanager
-def _noted(found: Found) -> Iterator[None]:
-    """What is unsafe is written down, and the look goes on."""
-    try:
-        yield
-    except Unsafe as error:
-        found.suspect(str(error))
+def _list_members(container: Container, found: Found) -> list[str]:
+    found.facts["member_count"] = len(container.sizes)
+    found.facts["extensions"] = dict(Counter(Path(name).suffix for name in container.sizes).most_common(8))
+    return [shown(name) for name in container.sizes]

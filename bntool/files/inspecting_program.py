@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import zipfile
 from collections import Counter
 from typing import Any
 
 from bntool.files.limits import Limit
 from bntool.files.looking import Found, TensorRow
+from bntool.files.security.containers import Container
 from bntool.files.security.pickled_calls import shown
 
 # torch.ScalarType as the schema numbers it -> torch's name and the bytes of one element.
@@ -18,13 +18,13 @@ _SCALAR_TYPES = {
 }  # fmt: skip
 
 
-def look_at_program(archive: zipfile.ZipFile, limit: Limit, found: Found) -> None:
+def look_at_program(container: Container, limit: Limit, found: Found) -> None:
     """Fill `found` from the JSON of the archive, as far as it is what torch.export.save writes."""
-    for info in archive.infolist():
-        if not info.filename.endswith(".json") or info.file_size > limit.structure:
+    for name, size in container.sizes.items():
+        if not name.endswith(".json") or size > limit.structure:
             continue
         try:
-            document = json.loads(archive.read(info))
+            document = json.loads(container.read(name))
         except (ValueError, RecursionError):
             continue  # whoever reads the program says so
         graph = _table(_table(_table(document).get("graph_module")).get("graph"))

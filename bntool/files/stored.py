@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
@@ -14,8 +15,8 @@ from bntool.errors import LoadError
 from bntool.files.detect import Kind, detect
 from bntool.files.limits import Limit
 from bntool.files.safetensors_files import Header, read_header, read_index
-from bntool.files.security.archives import Records
-from bntool.files.security.pickles import require_plain_weights
+from bntool.files.security.containers import Container
+from bntool.files.security.pickles import open_weights
 from bntool.files.security.stand_ins import Picture, PicturedTensor, pictured_tensors
 
 
@@ -59,8 +60,9 @@ def open_stored(path: Path, limit: Limit | None = None) -> Stored:
         index = read_index(path, limit)
         return _of_headers(path, index.shards, index.metadata, sharded=True)
     if kind.kind is Kind.TORCH_ZIP:
-        require_plain_weights(path, kind, limit)
-        return _of_archive(path)
+        with path.open("rb") as opened:
+            container = open_weights(opened, path, limit)
+            return _of_archive(path, container, os.fstat(opened.fileno()))
     raise LoadError(
         f"{path.name} is {kind.description}; weights are read one at a time from a state_dict or safetensors",
         where=str(path),
@@ -79,35 +81,40 @@ def _of_headers(
     return Stored(path, tensors, lambda name: headers[held[name]].read(name), metadata, sharded)
 
 
-def _of_archive(path: Path) -> Stored:
-    records = Records(path)
-    if records.sizes.get("byteorder") and records.read("byteorder") != b"little":
+def _of_archive(path: Path, container: Container, judged: os.stat_result) -> Stored:
+    if container.sizes.get("byteorder") and container.read("byteorder") != b"little":
         raise _unfit(path, "was written on a machine of another byte order")
-    picture = Picture(records.read("data.pkl")).read_all()
+    picture = Picture(container.read("data.pkl")).read_all()
     found = {tensor.name: tensor for tensor in pictured_tensors(picture.value)}
     plain = isinstance(picture.value, dict) and found.keys() == picture.value.keys()
     if not plain:
         raise _unfit(path, "holds more than a plain state_dict, or one tensor under two names")
-    places = {t.storage: records.offset(f"data/{t.storage}") for t in found.values()}
+    places = {t.storage: container.offset(f"data/{t.storage}") for t in found.values()}
 
     def read(name: str) -> Tensor:
-        return _read_part(path, found[name], places[found[name].storage])
+        with path.open("rb") as file:
+            if _changes(os.fstat(file.fileno())) != _changes(judged):
+                raise _unfit(path, "has changed while it was read")
+            return _read_part(path, file, found[name], places[found[name].storage])
 
     tensors = {name: Described(t.dtype, t.shape, path.name) for name, t in found.items()}
     return Stored(path, tensors, read, {"format": "pt"})
 
 
-def _read_part(path: Path, tensor: PicturedTensor, place: int) -> Tensor:
+def _changes(file: os.stat_result) -> tuple[int, ...]:
+    return file.st_dev, file.st_ino, file.st_size, file.st_mtime_ns
+
+
+def _read_part(path: Path, file: BinaryIO, tensor: PicturedTensor, place: int) -> Tensor:
     """The bytes from a tensor's first number to its last, and no others of its storage."""
     dtype = getattr(torch, tensor.dtype)
     if 0 in tensor.shape:
         return torch.empty(tensor.shape, dtype=dtype)
     span = 1 + sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride, strict=True))
     data = bytearray(span * dtype.itemsize)
-    with path.open("rb") as file:
-        file.seek(place + tensor.offset * dtype.itemsize)
-        if file.readinto(data) != len(data):
-            raise _unfit(path, "is cut short")
+    file.seek(place + tensor.offset * dtype.itemsize)
+    if file.readinto(data) != len(data):  # type: ignore[attr-defined]
+        raise _unfit(path, "is cut short")
     return torch.frombuffer(data, dtype=dtype).as_strided(tensor.shape, tensor.stride)
 
 

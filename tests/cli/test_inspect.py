@@ -20,7 +20,7 @@ from onnx import TensorProto, helper, numpy_helper
 from safetensors.torch import save_file
 from torch import nn
 
-from bntool.files.security.archives import Records
+from bntool.files.security.containers import PICKLED, Container
 from bntool.files.security.stand_ins import Picture, pictured_tensors
 from tests.cli import nets
 from tests.cli.conftest import Shell
@@ -227,7 +227,7 @@ def test_buffers_of_the_model_itself_have_their_names() -> None:
     net.register_buffer("seen", torch.zeros(3, dtype=torch.int16))
     buffer = io.BytesIO()
     torch.save(net, buffer)
-    picture = Picture(Records(buffer).read("data.pkl")).read_all()
+    picture = Picture(Container(buffer, PICKLED).read("data.pkl")).read_all()
     found = {t.name: (t.dtype, t.shape) for t in pictured_tensors(picture.value)}
     assert found == {n: (str(t.dtype)[6:], tuple(t.shape)) for n, t in net.state_dict().items()}
 

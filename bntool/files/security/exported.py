@@ -12,7 +12,6 @@ import logging
 import os
 import threading
 import warnings
-import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -23,7 +22,8 @@ from torch.export import ExportedProgram
 from bntool.errors import LoadError
 from bntool.files.limits import Limit
 from bntool.files.scripts import running_user_code
-from bntool.files.security.archives import Damaged, Records, Unsafe, check_archive
+from bntool.files.security.archives import Archive, Damaged, Unsafe
+from bntool.files.security.containers import OLD_PROGRAM, PROGRAM, Container, within
 from bntool.files.security.operators import UnknownOperator
 from bntool.files.security.payloads import check_table
 from bntool.files.security.pickled_calls import shown
@@ -43,73 +43,48 @@ def read_exported(path: Path, *, trust_pickle: bool = False, limit: Limit | None
     Nothing in the file is run unless `trust_pickle`. Raises `LoadError` for a file that is damaged, that
     cannot be shown to be harmless, is larger than `limit`, or needs operators which are not there.
     """
-    with _as_load_error(path), path.open("rb") as file:
-        check_archive(file)
-        _require_room(path, limit or Limit())
+    with _as_load_error(path), path.open("rb") as opened:
+        container = open_program(opened, path, limit or Limit())
         if trust_pickle:
             with running_user_code(Path.cwd(), first=False):
-                return _load(file)
-        _scan(file)
+                return _load(container.file)
+        _scan(container)
         with _only_plain_pickles():
-            program = _load(file)
+            program = _load(container.file)
         wrong = next(complaints([program.state_dict, program.constants, program.example_inputs]), None)
         if wrong:
             raise Unsafe(wrong)
         return program
 
 
-def why_not_read(path: Path) -> LoadError | None:
-    """Why `read_exported` would not read this file without the user's trust; None where it would."""
-    try:
-        with _as_load_error(path), path.open("rb") as file:
-            check_archive(file)
-            _scan(file)
-    except LoadError as error:
-        return error
-    return None
+def open_program(opened: BinaryIO, path: Path, limit: Limit) -> Container:
+    """The archive of an exported program. Raises `Unsafe`, `Damaged`, or `LoadError` beyond the limit."""
+    # torch looks for today's format first, and an archive cannot hold both.
+    old = _OLD_PROGRAM in Archive(opened).members
+    return Container(opened, OLD_PROGRAM if old else PROGRAM, within(limit, path))
 
 
-def _require_room(path: Path, limit: Limit) -> None:
-    with zipfile.ZipFile(path) as archive:
-        sizes = {member.filename: member.file_size for member in archive.infolist()}
-    structure = sum(size for name, size in sizes.items() if name.endswith(".json"))
-    limit.require(path.name, data=sum(sizes.values()), structure=structure, where=str(path))
+def judge_program(container: Container, path: Path) -> None:
+    """Raises the `LoadError` with which `read_exported` would refuse it without the user's trust."""
+    with _as_load_error(path):
+        _scan(container)
 
 
-def _scan(file: BinaryIO) -> None:
+def _scan(container: Container) -> None:
     """Raises `Unsafe`, `UnknownOperator` or `Damaged` for what may not be handed to `torch.export.load`."""
-    old = _old_members(file)
-    if old is not None:
-        check_program(read_json(old[_OLD_PROGRAM], _OLD_PROGRAM))
+    if _OLD_PROGRAM in container.sizes:
+        check_program(read_json(container.read(_OLD_PROGRAM), _OLD_PROGRAM))
         for member in _OLD_PICKLES:
-            _check_pickle(member, old.get(member, b""))
+            _check_pickle(member, container.read(member))
         return
-    records = Records(file)
-    programs = [name for name in records.sizes if name.startswith("models/")]
-    if programs != [_MODEL]:
-        raise Unsafe(f"holds {len(programs)} programs, and bntool reads a single one named model")
-    if any(name.startswith("data/aotinductor/") for name in records.sizes):
-        raise Unsafe("holds compiled code")
-    check_program(read_json(records.read(_MODEL), _MODEL))
+    check_program(read_json(container.read(_MODEL), _MODEL))
     for folder, table in (("data/weights/", "model_weights"), ("data/constants/", "model_constants")):
         # What PyTorch 2.7 and 2.8 wrote, and what wins where both are there.
-        if f"{folder}model.pt" in records.sizes:
-            _check_pickle(f"{folder}model.pt", records.read(f"{folder}model.pt"))
+        if f"{folder}model.pt" in container.sizes:
+            _check_pickle(f"{folder}model.pt", container.read(f"{folder}model.pt"))
         else:
-            check_table(records, folder, f"{folder}{table}_config.json")
-    _check_pickle("data/sample_inputs/model.pt", records.read("data/sample_inputs/model.pt"))
-
-
-def _old_members(file: BinaryIO) -> dict[str, bytes] | None:
-    """The members of an archive of PyTorch before 2.8, which has no folder; None for today's."""
-    with zipfile.ZipFile(file) as archive:
-        names = archive.namelist()
-        if _OLD_PROGRAM not in names:
-            return None
-        known = {"version", _OLD_PROGRAM, *_OLD_PICKLES}
-        if odd := [n for n in names if n not in known and not n.startswith("extra_files/")]:
-            raise Unsafe(f"has a member that torch.export.save did not write: {shown(odd[0])}")
-        return {name: archive.read(name) for name in names if name in known}
+            check_table(container, folder, f"{folder}{table}_config.json")
+    _check_pickle("data/sample_inputs/model.pt", container.read("data/sample_inputs/model.pt"))
 
 
 def _check_pickle(member: str, content: bytes) -> None:

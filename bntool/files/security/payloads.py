@@ -6,7 +6,8 @@ import math
 import re
 from typing import Any
 
-from bntool.files.security.archives import Damaged, Records, Unsafe
+from bntool.files.security.archives import Damaged, Unsafe
+from bntool.files.security.containers import Container
 from bntool.files.security.pickled_calls import MAX_EXPANSION_BYTES, shown
 from bntool.files.security.pickles import check_plain_data
 from bntool.files.security.program_scan import check_name, read_json
@@ -19,9 +20,9 @@ _ITEM_BYTES = {
 }  # fmt: skip
 
 
-def check_table(records: Records, folder: str, table: str) -> None:
+def check_table(container: Container, folder: str, table: str) -> None:
     """Judge every entry of a table of weights or constants. Raises `Unsafe` or `Damaged`."""
-    document = read_json(records.read(table), table)
+    document = read_json(container.read(table), table)
     entries = document.get("config") if isinstance(document, dict) else None
     if not isinstance(entries, dict):
         raise Damaged(f"{table} has no table of tensors")
@@ -35,21 +36,21 @@ def check_table(records: Records, folder: str, table: str) -> None:
         if member.startswith(("custom_obj", "opaque_obj")):
             raise Unsafe(f"holds a custom object, {shown(name)}, which is made by code of its own")
         if entry.get("use_pickle"):
-            _check_pickled(records, folder + member, name)
+            _check_pickled(container, folder + member, name)
         else:
-            _check_tensor(entry.get("tensor_meta"), records, folder + member, name)
+            _check_tensor(entry.get("tensor_meta"), container, folder + member, name)
 
 
-def _check_pickled(records: Records, member: str, name: str) -> None:
+def _check_pickled(container: Container, member: str, name: str) -> None:
     try:
-        check_plain_data(records.read(member))
+        check_plain_data(container.read(member))
     except Unsafe as error:
         raise Unsafe(f"holds a pickle for {shown(name)} that {error}") from error
 
 
-def _check_tensor(meta: Any, records: Records, member: str, name: str) -> None:
+def _check_tensor(meta: Any, container: Container, member: str, name: str) -> None:
     """A tensor reads its own bytes and no others, and is not blown up far beyond them."""
-    if member not in records.sizes:
+    if member not in container.sizes:
         raise Damaged(f"the data of {shown(name)} is missing")
     if not isinstance(meta, dict):
         raise Damaged(f"{shown(name)} is not described")
@@ -58,7 +59,7 @@ def _check_tensor(meta: Any, records: Records, member: str, name: str) -> None:
     item = _ITEM_BYTES.get(meta.get("dtype", 0))
     if item is None or len(sizes) != len(strides):
         raise Unsafe(f"describes the tensor {shown(name)} wrongly")
-    held = records.sizes[member]
+    held = container.sizes[member]
     if 0 in sizes:
         return
     last = offset + sum((n - 1) * step for n, step in zip(sizes, strides, strict=True))

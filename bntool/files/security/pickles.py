@@ -15,18 +15,20 @@ import threading
 import types
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
 from bntool.errors import LoadError, UsageError
-from bntool.files.detect import FileKind, Kind
+from bntool.files.detect import FileKind
 from bntool.files.limits import Limit
 from bntool.files.scripts import running_user_code
 from bntool.files.security.allowed import builtin_allowance, can_be_allowed, only_these, user_allowance
-from bntool.files.security.archives import Records, Source, Unsafe, check_archive
+from bntool.files.security.archives import Unsafe
+from bntool.files.security.containers import PICKLED, Container, within
+from bntool.files.security.dry_runs import dry_run_of_archive, dry_runs, file_of, open_saved
 from bntool.files.security.missing import inert_classes, may_be_missing
-from bntool.files.security.opcodes import DamagedPickle, DryRun
+from bntool.files.security.opcodes import DryRun
 from bntool.files.security.pickled_calls import (
     FROM_TYPE,
     PARAMETER,
@@ -36,6 +38,7 @@ from bntool.files.security.pickled_calls import (
     item_bytes,
     shown,
 )
+from bntool.files.security.pinned import Pinned
 from bntool.files.security.vetting import complaints
 
 _CALLS = REBUILD_TENSOR | REBUILD_PARAMETER | {
@@ -63,20 +66,18 @@ def read_pickled(
     classes that hold state and run nothing (`missing_names`). Raises `LoadError` for a file that is damaged,
     hostile, larger than `limit`, or needs classes that neither bntool nor `allow` knows.
     """
-    if kind.kind is Kind.TORCH_ZIP:
-        with _as_load_error(path):
-            check_archive(path)
-    if trust_pickle:
-        return _load_trusting(path, user_allowance(allow))
-    runs = _dry_runs(path, kind, limit or Limit())
-    allowed = _allowance(path, runs, user_allowance(allow), stand_ins)
-    with _unpickling, only_these(allowed):
-        loaded = _load(path, weights_only=True)
-    with _as_load_error(path):
+    with _as_load_error(path), path.open("rb") as opened:
+        saved = open_saved(opened, path, kind.kind, limit or Limit())
+        if trust_pickle:
+            return _load_trusting(path, file_of(saved), user_allowance(allow))
+        runs = dry_runs(saved, path, limit or Limit())
+        allowed = _allowance(path, runs, user_allowance(allow), stand_ins)
+        with _unpickling, only_these(allowed):
+            loaded = torch.load(file_of(saved), map_location="cpu", weights_only=True)
         wrong = next(complaints(loaded), None)
-    if wrong:
-        raise _refused(path, wrong)
-    return loaded
+        if wrong:
+            raise Unsafe(wrong)
+        return loaded
 
 
 def check_plain_data(content: bytes) -> frozenset[str]:
@@ -86,11 +87,7 @@ def check_plain_data(content: bytes) -> frozenset[str]:
     """
     if not content.startswith(b"PK\x03\x04"):
         raise Unsafe("is no zip archive of torch.save")
-    check_archive(io.BytesIO(content))
-    # torch.load takes an archive with this member for TorchScript.
-    if "constants.pkl" in Records(io.BytesIO(content)).sizes:
-        raise Unsafe("is a TorchScript archive")
-    run = _dry_run_zip(io.BytesIO(content))
+    run = dry_run_of_archive(Container(io.BytesIO(content), PICKLED))
     unknown, known = _unknown([run], {})
     needed = sorted({*unknown, *known})
     if needed:
@@ -101,17 +98,20 @@ def check_plain_data(content: bytes) -> frozenset[str]:
     return frozenset(run.strings)
 
 
-def require_plain_weights(path: Path, kind: FileKind, limit: Limit) -> None:
-    """Refuse an archive of `torch.save` that is damaged or holds more than tensors and plain data."""
+def open_weights(opened: BinaryIO, path: Path, limit: Limit) -> Container:
+    """An archive of `torch.save`; `LoadError` where it holds more than plain data and tensors."""
     with _as_load_error(path):
-        check_archive(path)
-    runs = _dry_runs(path, kind, limit)
-    _allowance(path, runs, {})
+        container = Container(opened, PICKLED, within(limit, path))
+        _allowance(path, dry_runs(container, path, limit), {})
+        return container
 
 
 def unknown_globals(path: Path, kind: FileKind) -> tuple[str, ...]:
     """The names a file of `torch.save` refers to that bntool does not know by itself, sorted."""
-    return tuple(sorted(_unknown(_dry_runs(path, kind, Limit(1 << 62)), {})[0]))
+    limit = Limit(1 << 62)
+    with _as_load_error(path), path.open("rb") as opened:
+        runs = dry_runs(open_saved(opened, path, kind.kind, limit), path, limit)
+    return tuple(sorted(_unknown(runs, {})[0]))
 
 
 def standing(names: set[str]) -> dict[str, str]:
@@ -130,53 +130,6 @@ def standing(names: set[str]) -> dict[str, str]:
         return "known" if name in known else "plain"
 
     return {name: of(name) for name in sorted(names)}
-
-
-def _dry_runs(path: Path, kind: FileKind, limit: Limit) -> list[DryRun]:
-    with _as_load_error(path):
-        if kind.kind is Kind.TORCH_ZIP:
-            structure = Records(path).sizes.get("data.pkl", 0)
-            limit.require(path.name, structure=structure, where=str(path))
-            runs = [_dry_run_zip(path)]
-        else:
-            runs, structure = _dry_run_legacy(path, limit)
-        storages = {key: s.nbytes for run in runs for key, s in run.storages.items()}
-        cost = {"data": sum(storages.values()), "tensors": len(storages), "structure": structure}
-        limit.require(path.name, **cost, where=str(path))
-        return runs
-
-
-def _dry_run_zip(source: Source) -> DryRun:
-    records = Records(source)
-    run = DryRun().run(io.BytesIO(records.read("data.pkl")))
-    for key, storage in run.storages.items():
-        if records.sizes.get(f"data/{key}", -1) < storage.nbytes:
-            raise DamagedPickle(f"the data of tensor {shown(key)} is missing or cut short")
-    return run
-
-
-def _dry_run_legacy(path: Path, limit: Limit) -> tuple[list[DryRun], int]:
-    """Five pickles in a row (magic, protocol, machine, object, storage keys), then the raw storages.
-
-    Also gives the bytes that the pickles take.
-    """
-    size = path.stat().st_size
-    with path.open("rb") as opened:
-        file = io.BytesIO(opened.read(limit.structure))
-    runs: list[DryRun] = []
-    try:
-        while len(runs) < 5:
-            runs.append(DryRun().run(file))
-            if not runs[-1].whole:
-                return runs, file.tell()
-    except DamagedPickle:
-        limit.require(path.name, structure=size if file.read(1) == b"" else 0, where=str(path))
-        raise
-    left = size - file.tell()
-    storages = runs[3].storages
-    if not storages.keys() <= runs[4].strings or sum(s.nbytes for s in storages.values()) > left:
-        raise DamagedPickle("the data of some tensors is missing")
-    return runs, file.tell()
 
 
 def _unknown(runs: list[DryRun], user: Mapping[str, Any]) -> tuple[set[str], dict[str, Any]]:
@@ -228,11 +181,6 @@ def _allowance(
     return {**known, **inert_classes(missing)}
 
 
-def _load(path: Path, **options: Any) -> Any:
-    with _as_load_error(path):
-        return torch.load(path, map_location="cpu", **options)
-
-
 @contextlib.contextmanager
 def _as_load_error(path: Path) -> Iterator[None]:
     # Any exception type can come out of a damaged file: KeyError, UnicodeDecodeError, MemoryError, ...
@@ -246,7 +194,7 @@ def _as_load_error(path: Path) -> Iterator[None]:
         raise _damaged(path, error) from error
 
 
-def _load_trusting(path: Path, user: Mapping[str, Any]) -> Any:
+def _load_trusting(path: Path, file: Pinned, user: Mapping[str, Any]) -> Any:
     class Unpickler(pickle.Unpickler):
         def find_class(self, module: str, name: str, /) -> Any:
             return user.get(f"{module}.{name}") or super().find_class(module, name)
@@ -256,17 +204,14 @@ def _load_trusting(path: Path, user: Mapping[str, Any]) -> Any:
     vars(trusting).update(vars(pickle), Unpickler=Unpickler, load=lambda f, **k: Unpickler(f, **k).load())
     with running_user_code(Path.cwd(), first=False):
         try:
-            return _load(path, weights_only=False, pickle_module=trusting)
-        except LoadError as error:
-            cause = error.__cause__
-            if isinstance(cause, ImportError | AttributeError):
-                raise LoadError(
-                    f"{path.name} needs code that is not here: {shown(str(cause))}",
-                    where=str(path),
-                    next_step="run bntool where that code is importable; for a class of a script also "
-                    "pass --allow script.py:Class",
-                ) from cause
-            raise
+            return torch.load(file, map_location="cpu", weights_only=False, pickle_module=trusting)
+        except (ImportError, AttributeError) as error:
+            raise LoadError(
+                f"{path.name} needs code that is not here: {shown(str(error))}",
+                where=str(path),
+                next_step="run bntool where that code is importable; for a class of a script also "
+                "pass --allow script.py:Class",
+            ) from error
 
 
 def _listed(names: list[str]) -> str:

@@ -9,14 +9,14 @@ from __future__ import annotations
 import io
 import re
 import warnings
-import zipfile
 from pathlib import Path
 
 import torch
 
 from bntool.errors import LoadError
 from bntool.files.limits import Limit
-from bntool.files.security.archives import Unsafe, check_archive
+from bntool.files.security.archives import Unsafe, quoted
+from bntool.files.security.containers import SCRIPT, Container, within
 from bntool.files.security.pickled_calls import shown
 
 DEPRECATED = "TorchScript is deprecated by PyTorch; torch.export.save the nn.Module that it was made from"
@@ -24,26 +24,25 @@ _REACHES_OUT = re.compile(rb"\b(save|from_file|load_tensor|rpc_async|rpc_sync|rp
 _NAMESPACE = re.compile(rb"\bops\s*\.\s*(\w+)")
 _ANY_OPS = re.compile(rb"\bops\b")
 _PLAIN_NAMESPACES = frozenset({b"aten", b"prim", b"prims", b"torchvision"})
+_GETATTR = re.compile(rb"\bgetattr\b")
+_PLAIN_GETATTR = re.compile(rb'\bgetattr\(((?:(?!getattr)[\w.()\[\]])+), "[^"\\\n]*"\)')
+_DEEPEST = 64
+# A name of a class in the file, or in torch's own modules, but none on the way to torch.classes.
+_CLASSES = re.compile(rb"\b__torch__\.(?!torch\b(?!\.(?!classes\b)\w))\w")
 _CUSTOM_CLASS = re.compile(rb"\btorch\s*\.\s*classes\b")
+_PICKLED_CLASS = re.compile(rb"__torch__[.\n]torch[.\n]classes")
 
 
 def read_script(
     path: Path, *, trust_pickle: bool = False, limit: Limit | None = None
 ) -> torch.jit.ScriptModule:
     """The module in a TorchScript archive, on the CPU. `LoadError` for a damaged or hostile one."""
-    limit = limit or Limit()
     try:
-        check_archive(path, packed=limit.structure)
-        with zipfile.ZipFile(path) as archive:
-            members = archive.infolist()
-            code = sum(m.file_size for m in members if m.filename.endswith((".py", ".pkl")))
-            limit.require(path.name, data=sum(m.file_size for m in members), structure=code, where=str(path))
+        with path.open("rb") as opened:
+            container = Container(opened, SCRIPT, within(limit or Limit(), path))
             if not trust_pickle:
-                _search(archive)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # said by whoever loads it
-            loaded: torch.jit.ScriptModule = torch.jit.load(str(path), map_location="cpu")
-            return loaded
+                check_script(container)
+            return _load(container)
     except LoadError:
         raise
     except Unsafe as error:
@@ -70,30 +69,41 @@ def script_bytes(module: torch.jit.ScriptModule) -> bytes:
     return content.getvalue()
 
 
-def why_unsafe(path: Path) -> str | None:
-    """What in the archive's code reaches beyond the model, in words that follow `it`; None for nothing."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            _search(archive)
-    except Unsafe as error:
-        return str(error)
-    return None
+def check_script(container: Container) -> None:
+    """Raises `Unsafe` where loading or running the module would reach beyond it.
+
+    Every part that is parsed is read here, so that torch parses the same bytes. Code is judged by words and
+    not by syntax: an operator can only be called by its name, as the lexer takes no escapes in names.
+    """
+    for name in container.sizes:
+        if name.startswith("code/") and name.endswith(".py"):
+            _check_code(container.read(name), quoted(name))
+        elif name.endswith("pkl") and _PICKLED_CLASS.search(container.read(name)):
+            raise Unsafe(f"holds objects of C++ classes in {quoted(name)}")
 
 
-def _search(archive: zipfile.ZipFile) -> None:
-    """By words, not by syntax: an operator can only be called by its name."""
-    for member in archive.infolist():
-        if not member.filename.endswith(".py"):
-            continue
-        code = archive.read(member)
-        place = shown(member.filename)
-        if found := _REACHES_OUT.search(code):
-            raise Unsafe(f"names {found[1].decode()} in {place}, which reaches files or other machines")
-        if _CUSTOM_CLASS.search(code):
-            raise Unsafe(f"makes objects of C++ classes in {place}")
-        spaces = _NAMESPACE.findall(code)
-        odd = [space.decode("ascii", "replace") for space in spaces if space not in _PLAIN_NAMESPACES]
-        if odd or len(spaces) != len(_ANY_OPS.findall(code)):
-            raise Unsafe(
-                f"calls operators that are not PyTorch's own in {place}: {', '.join(odd[:3]) or 'ops'}"
-            )
+def _check_code(code: bytes, place: str) -> None:
+    if found := _REACHES_OUT.search(code):
+        raise Unsafe(f"names {found[1].decode()} in {place}, which reaches files or other machines")
+    # A text may be put together of parts and escapes, so attributes are named by plain ones alone.
+    plain = code
+    for _ in range(_DEEPEST):
+        plain, count = _PLAIN_GETATTR.subn(rb"(\1)", plain)
+        if not count:
+            break
+    if _GETATTR.search(plain):
+        raise Unsafe(f"names an attribute in {place} by something else than a plain text")
+    if _CUSTOM_CLASS.search(code) or len(_CLASSES.findall(code)) != code.count(b"__torch__"):
+        raise Unsafe(f"makes objects of C++ classes in {place}")
+    spaces = _NAMESPACE.findall(code)
+    odd = [space.decode("ascii", "replace") for space in spaces if space not in _PLAIN_NAMESPACES]
+    if odd or len(spaces) != len(_ANY_OPS.findall(code)):
+        raise Unsafe(f"calls operators that are not PyTorch's own in {place}: {', '.join(odd[:3]) or 'ops'}")
+
+
+def _load(container: Container) -> torch.jit.ScriptModule:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # said by whoever loads it
+        container.file.seek(0)
+        loaded: torch.jit.ScriptModule = torch.jit.load(container.file, map_location="cpu")
+        return loaded
