@@ -103,11 +103,14 @@ class DamagedPlan(PlanError, LoadError):
 
     exit_code = LoadError.exit_code
     status = LoadError.status
+    why = ""
 
     @classmethod
     def of(cls, why: str, place: str) -> DamagedPlan:
         """The error for the place in a plan that is at fault."""
-        return cls(f"this plan is damaged: {why}", where=place, next_step="make the plan again")
+        made = cls(f"this plan is damaged: {why}", where=place, next_step="make the plan again")
+        made.why = why
+        return made
 
 
 class ObserveError(LoadError):

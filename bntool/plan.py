@@ -273,7 +273,7 @@ class Plan:
         """
         version = version_of(data)
         if version is None:
-            raise DamagedPlan("this document is not a bntool plan (no schema_version)")
+            raise DamagedPlan.of("it is not a bntool plan (no schema_version)", "")
         if version > SCHEMA_VERSION:
             raise PlanError(
                 f"this plan has schema version {version}; this bntool reads up to {SCHEMA_VERSION}",

@@ -80,6 +80,7 @@ def fitted(data: Any, kind: type[_T]) -> _T:
         return msgspec.convert(data, type=kind)
     except msgspec.ValidationError as error:
         why, _, place = str(error).partition(" - at `$")
+        why = "this text cannot stand here" if " matching regex " in why else why
         raise Damaged(why[:1].lower() + why[1:], place.strip("`.")) from None
     except RecursionError:
         raise Damaged("it is nested too deeply") from None

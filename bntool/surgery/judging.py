@@ -41,6 +41,14 @@ class EditJudge:
     def __init__(self, held: Callable[[str], Held | None], numbers: int) -> None:
         self.held = held
         self.allowance = Allowance(numbers)
+        self.seen: set[tuple[str, ...]] = set()
+
+    def once(self, edit: Edit, bn: str) -> None:
+        """`Damaged` where the plan has this edit already: it would be carried out twice."""
+        key = (edit.kind, edit.layer, edit.weight, edit.bias, bn)
+        if key in self.seen:
+            raise Damaged("it stands here twice")
+        self.seen.add(key)
 
     def change(self, edit: Edit) -> int:
         """Judge the edit of a weight, and tell how many outputs that has.

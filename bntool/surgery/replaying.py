@@ -53,7 +53,6 @@ class _FoldJudge:
         self.modules = _by_name(merged)
         self.edits = EditJudge(self._held, _numbers(merged))
         self.made: dict[tuple[int, str], Held] = {}
-        self.seen: set[tuple[str, ...]] = set()
 
     def judge(self, plan: Plan) -> None:
         if plan.merges:
@@ -76,10 +75,7 @@ class _FoldJudge:
         module = self.modules.get(edit.layer)
         if module is None:
             raise Damaged(f"the model has no layer {edit.layer!r}", "layer")
-        once = (edit.kind, edit.layer, edit.weight, edit.bias, site.bn)
-        if once in self.seen:
-            raise Damaged("it stands here twice")
-        self.seen.add(once)
+        self.edits.once(edit, site.bn)
         if edit.kind == "remove":
             if edit.layer != site.bn:
                 raise Damaged(f"this site is that of {site.bn!r}", "layer")
