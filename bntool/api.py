@@ -13,7 +13,7 @@ from torch.export import ExportedProgram
 
 from bntool.checking import check_onnx, check_surgery, seeded_batches
 from bntool.collecting import paused
-from bntool.errors import BntoolError, InvariantError, PlanError, UsageError
+from bntool.errors import BntoolError, DamagedPlan, PlanError, UsageError
 from bntool.exporting import ExportResult
 from bntool.exporting import export_onnx as _export_onnx
 from bntool.inputs import Inputs
@@ -28,6 +28,7 @@ from bntool.reference import Reference
 from bntool.report.checks import Comparison
 from bntool.report.summary import Summary, summarize
 from bntool.results import SurgeryResult
+from bntool.schema import Damaged, read
 from bntool.surgeries import (
     as_result,
     check_insert,
@@ -39,8 +40,7 @@ from bntool.surgeries import (
     on_its_own,
     with_checks,
 )
-from bntool.surgery.fold_modules import apply_fold
-from bntool.surgery.insert_modules import apply_insert
+from bntool.surgery.replaying import replay_fold, replay_insert
 
 CheckLevel = Literal["full", "fast", "none"]
 Progress = Callable[[str], None]
@@ -207,49 +207,64 @@ def apply(
     `init="identity"` it is held to the bit.
 
     Raises:
+        DamagedPlan: the plan is none, or names what the model has not; where in it is told.
         PlanError: the plan was made for another model; the first difference is named.
         CheckFailed: the plan does not hold on this model.
     """
     if not isinstance(plan, Plan):
         plan = read_plan(plan)
     plan.require_signature(signature_of(model), class_name(type(model)))
-    if plan.action == "insert":
-        observation = observed(model, example_inputs, small=True) if check != "none" and plan else None
-        if observation is not None:
-            require_same_places(observation.graph, plan)
-        try:
-            modified = apply_insert(model, plan)
-        except KeyError as error:
-            raise PlanError(f"this plan is damaged: it lacks, or this model lacks, {error}") from error
-        except InvariantError as error:
-            raise PlanError(f"this plan is damaged: {error}") from error
-        result = as_result(model, modified, plan, None)
-        if observation is not None and plan.options.get("init") != "default":
-            rows = check_insert(model, result.model, plan, observation.inputs, full=check == "full")
-            result = with_checks(result, rows)
-    else:
-        result = as_result(model, apply_fold(model, plan), plan, None)
-        if check != "none" and plan:
-            inputs = observed(model, example_inputs, small=True).inputs
-            reference = Reference(model, [inputs] if check == "fast" else seeded_batches(inputs))
-            elsewhere = reference_elsewhere(model, inputs)
-            result = with_checks(result, check_fold(model, result.model, plan, reference, elsewhere))
+    replayed = _replayed_insert if plan.action == "insert" else _replayed_fold
+    try:
+        result = replayed(model, plan, example_inputs, check)
+    except Damaged as error:
+        raise DamagedPlan.of(error.why, error.place) from error
     return result if share else on_its_own(result, model)
 
 
-def read_plan(path: str | Path) -> Plan:
-    """A plan from a plan file, or from the side file that `insert` and `fold` write."""
-    import json
+def _replayed_insert(model: nn.Module, plan: Plan, example_inputs: Any, check: CheckLevel) -> SurgeryResult:
+    observation = observed(model, example_inputs, small=True) if check != "none" and plan else None
+    if observation is not None:
+        require_same_places(observation.graph, plan)
+    result = as_result(model, replay_insert(model, plan), plan, None)
+    if observation is not None and plan.options.get("init") != "default":
+        rows = check_insert(model, result.model, plan, observation.inputs, full=check == "full")
+        result = with_checks(result, rows)
+    return result
 
+
+def _replayed_fold(model: nn.Module, plan: Plan, example_inputs: Any, check: CheckLevel) -> SurgeryResult:
+    result = as_result(model, replay_fold(model, plan), plan, None)
+    if check != "none" and plan:
+        inputs = observed(model, example_inputs, small=True).inputs
+        reference = Reference(model, [inputs] if check == "fast" else seeded_batches(inputs))
+        elsewhere = reference_elsewhere(model, inputs)
+        result = with_checks(result, check_fold(model, result.model, plan, reference, elsewhere))
+    return result
+
+
+def read_plan(path: str | Path) -> Plan:
+    """A plan from a plan file, or from the side file that `insert` and `fold` write.
+
+    Raises:
+        DamagedPlan: the file holds no plan; where in it the fault is.
+        PlanError: the file cannot be read, or is of a newer bntool.
+    """
+    prefix = ""
     try:
-        data = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise PlanError(f"cannot read a plan from {path}: {error}") from error
-    if isinstance(data, dict) and isinstance(data.get("plan"), dict):
-        data = data["plan"]
-    if not isinstance(data, dict):
-        raise PlanError(f"{path} holds no plan")
-    return Plan.from_dict(data)
+        data = read(Path(path))
+        if isinstance(data, dict) and isinstance(data.get("plan"), dict):
+            data, prefix = data["plan"], "plan."
+        return Plan.from_dict(data)
+    except OSError as error:
+        raise PlanError(
+            f"cannot read a plan from {path}: {error.strerror}", next_step="name a plan"
+        ) from error
+    except Damaged as error:
+        raise DamagedPlan.of(error.why, str(path)) from error
+    except DamagedPlan as error:
+        error.where = f"{path}, {prefix}{error.where}" if error.where else str(path)
+        raise
 
 
 def summary(

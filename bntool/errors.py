@@ -118,6 +118,21 @@ class PlanError(UsageError):
     status = "bad-plan"
 
 
+class DamagedPlan(PlanError, LoadError):
+    """A plan that is none, or that names what its model has not; where in the plan the fault is."""
+
+    exit_code = LoadError.exit_code
+    status = LoadError.status
+    why = ""
+
+    @classmethod
+    def of(cls, why: str, place: str) -> DamagedPlan:
+        """The error for the place in a plan that is at fault."""
+        made = cls(f"this plan is damaged: {why}", where=place, next_step="make the plan again")
+        made.why = why
+        return made
+
+
 class ObserveError(LoadError):
     """The model could not be run once on the example input."""
 

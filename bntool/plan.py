@@ -8,15 +8,36 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Iterator, Mapping
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from bntool.errors import PlanError
+import msgspec
+
+from bntool.errors import DamagedPlan, PlanError
+from bntool.maps import nested_tuples
 from bntool.reasons import Reason
+from bntool.schema import (
+    Count,
+    Damaged,
+    Finite,
+    Name,
+    Positive,
+    Shape,
+    Text,
+    fitted,
+    parsed,
+    require_known,
+    version_of,
+)
 
 SCHEMA_VERSION = 1
 
 Expr = tuple[Any, ...]
 """A per-channel affine map as data: `("bn", "layer1.bn1")`, `("slice", expr, axis, start, stop)`, …"""
+
+Dims = Annotated[int, msgspec.Meta(ge=1, le=3)]
+Layout = Annotated[str, msgspec.Meta(pattern=r"\A(conv|linear|transposed|matmul|norm)?\Z")]
+Method = Annotated[str, msgspec.Meta(pattern=r"\A(reparameterize|switch_to_deploy|fuse)?\Z")]
+"""The methods that the planner calls on a block; a plan can have no other called."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,15 +51,15 @@ class InsertSite:
     A layer that runs several times has a BatchNorm for each of its `calls`, the children of `bn`.
     """
 
-    conv: str
-    activation: str
-    bn: str
-    channels: int
+    conv: Name
+    activation: Name
+    bn: Name
+    channels: Positive
     form: Literal["identity", "sequential", "wrap", "subclass", "pair", "node"]
-    dims: int
-    activation_kind: str = ""
-    slot: str = ""
-    calls: int = 1
+    dims: Dims
+    activation_kind: Name = ""
+    slot: Name = ""
+    calls: Positive = 1
 
     @property
     def norms(self) -> tuple[str, ...]:
@@ -60,10 +81,10 @@ class DroppedBias:
     `conv` and `bias` are names in the model as it was, `norms` in the model as it will be.
     """
 
-    conv: str
-    bias: str
-    norms: tuple[str, ...]
-    channels: int
+    conv: Name
+    bias: Name
+    norms: tuple[Name, ...]
+    channels: Positive
 
     def to_dict(self) -> dict[str, Any]:
         return {**dataclasses.asdict(self), "norms": list(self.norms)}
@@ -81,15 +102,15 @@ class Edit:
     """
 
     kind: Literal["scale_output", "scale_input", "remove", "reparameterize", "unshare"]
-    layer: str
+    layer: Name
     map: Expr | None = None
-    weight: str = ""
-    bias: str = ""
-    layout: str = ""
-    groups: int = 1
-    method: str = ""
-    parameters: int = 0
-    bytes: int = 0
+    weight: Name = ""
+    bias: Name = ""
+    layout: Layout = ""
+    groups: Positive = 1
+    method: Method = ""
+    parameters: Count = 0
+    bytes: Count = 0
 
     def to_dict(self) -> dict[str, Any]:
         fields = dataclasses.asdict(self).items()
@@ -112,9 +133,9 @@ class Unshared:
 class FoldSite:
     """A BatchNorm that goes: into which layers, by which laws, and the edits that do it."""
 
-    bn: str
-    into: tuple[str, ...]
-    laws: tuple[str, ...]
+    bn: Name
+    into: tuple[Name, ...]
+    laws: tuple[Name, ...]
     edits: tuple[Edit, ...]
     level: Literal["module", "graph"] = "module"
 
@@ -132,21 +153,21 @@ class FoldSite:
 class Window:
     """How a convolution looks at its input, axis by axis; `before` and `after` count the zeros it pads."""
 
-    kernel: tuple[int, ...]
-    stride: tuple[int, ...]
-    dilation: tuple[int, ...]
-    before: tuple[int, ...]
-    after: tuple[int, ...]
-    groups: int
+    kernel: Shape
+    stride: Shape
+    dilation: Shape
+    before: Shape
+    after: Shape
+    groups: Positive
 
 
 @dataclasses.dataclass(frozen=True)
 class Branch:
     """A branch of a sum: a convolution, or without a `layer` the value itself, and the map behind it."""
 
-    layer: str
-    weight: str
-    bias: str
+    layer: Name
+    weight: Name
+    bias: Name
     map: Expr
     window: Window
 
@@ -159,22 +180,22 @@ class Merge:
     readers of the last one read the convolution instead.
     """
 
-    layer: str
-    weight: str
-    bias: str
+    layer: Name
+    weight: Name
+    bias: Name
     window: Window
     branches: tuple[Branch, ...]
-    norms: tuple[str, ...]
-    values: tuple[str, ...]
+    norms: tuple[Name, ...]
+    values: tuple[Name, ...]
 
 
 @dataclasses.dataclass(frozen=True)
 class Skip:
     """A place that is not cut, and the reason."""
 
-    name: str
+    name: Name
     reason: Reason
-    detail: str = ""
+    detail: Text = ""
 
     def to_dict(self, key: str = "name") -> dict[str, Any]:
         return {key: self.name, "reason": self.reason.value, "detail": self.detail}
@@ -244,46 +265,24 @@ class Plan:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Plan:
-        """Read a plan back. `PlanError` for a newer schema or a document that is not a plan."""
-        version = data.get("schema_version") if isinstance(data, Mapping) else None
-        if not isinstance(version, int):
-            raise PlanError("this document is not a bntool plan (no schema_version)")
+        """Read a plan back.
+
+        Raises:
+            DamagedPlan: the document is no plan; where in it the fault is.
+            PlanError: it has a newer schema.
+        """
+        version = version_of(data)
+        if version is None:
+            raise DamagedPlan.of("it is not a bntool plan (no schema_version)", "")
         if version > SCHEMA_VERSION:
             raise PlanError(
                 f"this plan has schema version {version}; this bntool reads up to {SCHEMA_VERSION}",
                 next_step="pip install --upgrade bntool",
             )
         try:
-            action = data["action"]
-            if action not in ("insert", "fold"):
-                raise ValueError(f"unknown action {action!r}")
-            sites: tuple[InsertSite | FoldSite, ...]
-            if action == "insert":
-                sites = tuple(InsertSite(**s) for s in data["sites"])
-            else:
-                sites = tuple(_fold_site(s) for s in data["sites"])
-            skips = tuple(
-                Skip(s.get("bn", s.get("name")), Reason(s["reason"]), s.get("detail", ""))
-                for s in data["skips"]
-            )
-            return cls(
-                action=action,
-                sites=sites,
-                skips=skips,
-                model_class=data.get("model_class", ""),
-                signature={k: tuple(v) for k, v in data.get("signature", {}).items()},
-                options=dict(data.get("options", {})),
-                key_map=dict(data.get("key_map", {})),
-                notes=tuple(data.get("notes", ())),
-                dropped=tuple(
-                    DroppedBias(**{**d, "norms": tuple(d["norms"])}) for d in data.get("dropped_biases", ())
-                ),
-                aliases={k: tuple(v) for k, v in data.get("aliases", {}).items()},
-                merges=tuple(_merge(m) for m in data.get("merges", ())),
-                eps={name: float(eps) for name, eps in data.get("eps", {}).items()},
-            )
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise PlanError(f"this plan is damaged: {error}") from error
+            return _plan(data)
+        except Damaged as error:
+            raise DamagedPlan.of(error.why, error.place) from error
 
     def to_json(self) -> str:
         return json.dumps(self.to_dict(), indent=1)
@@ -291,9 +290,9 @@ class Plan:
     @classmethod
     def from_json(cls, text: str) -> Plan:
         try:
-            data = json.loads(text)
-        except ValueError as error:
-            raise PlanError(f"this plan is not JSON: {error}") from error
+            data = parsed(text.encode("utf-8", "surrogatepass"))
+        except Damaged as error:
+            raise DamagedPlan.of(error.why, error.place) from error
         return cls.from_dict(data)
 
     def require_signature(self, signature: Mapping[str, tuple[int, ...]], model_class: str) -> None:
@@ -336,22 +335,78 @@ class ByPlan:
         return bool(self.plan)
 
 
-def _fold_site(data: Mapping[str, Any]) -> FoldSite:
-    edits = tuple(Edit(**{**e, "map": _tuples(e.get("map"))}) for e in data["edits"])
-    return FoldSite(data["bn"], tuple(data["into"]), tuple(data["laws"]), edits, data.get("level", "module"))
+# -- the document ---------------------------------------------------------------------------------------
 
 
-def _merge(data: Mapping[str, Any]) -> Merge:
-    branches = tuple(
-        Branch(**{**b, "map": _tuples(b["map"]), "window": _window(b["window"])}) for b in data["branches"]
+class _Kept(msgspec.Struct):
+    """A skip of a fold, which calls its place a BatchNorm."""
+
+    bn: Name
+    reason: Reason
+    detail: Text = ""
+
+
+class _Document(msgspec.Struct, tag_field="action", kw_only=True):
+    sites: tuple[Any, ...]
+    skips: tuple[Any, ...]
+    model_class: Name = ""
+    signature: dict[Name, Shape] = {}
+    options: dict[Name, Any] = {}
+    key_map: dict[Name, Name] = {}
+    notes: tuple[Text, ...] = ()
+    dropped_biases: tuple[DroppedBias, ...] = ()
+    aliases: dict[Name, tuple[Name, ...]] = {}
+    merges: tuple[Merge, ...] = ()
+    eps: dict[Name, Finite] = {}
+
+
+class _Insertion(_Document, tag="insert", kw_only=True):
+    sites: tuple[InsertSite, ...]
+    skips: tuple[Skip, ...]
+
+
+class _Fold(_Document, tag="fold", kw_only=True):
+    sites: tuple[FoldSite, ...]
+    skips: tuple[_Kept, ...]
+
+
+def _plan(data: Mapping[str, Any]) -> Plan:
+    """The plan that a document holds; `Damaged` where it holds none."""
+    document: _Insertion | _Fold = fitted(data, _Insertion | _Fold)  # type: ignore[arg-type]
+    require_known(data.get("dropped_biases", ()), DroppedBias, "dropped_biases")
+    require_known(data.get("merges", ()), Merge, "merges")
+    sites: tuple[InsertSite | FoldSite, ...]
+    if isinstance(document, _Fold):
+        require_known(data["sites"], FoldSite, "sites")
+        for number, site in enumerate(data["sites"]):
+            require_known(site["edits"], Edit, f"sites[{number}].edits")
+        sites = tuple(_with_maps(site, f"sites[{i}]", "edits") for i, site in enumerate(document.sites))
+        skips = tuple(Skip(kept.bn, kept.reason, kept.detail) for kept in document.skips)
+    else:
+        require_known(data["sites"], InsertSite, "sites")
+        sites, skips = document.sites, document.skips
+    return Plan(
+        action="fold" if isinstance(document, _Fold) else "insert",
+        sites=sites,
+        skips=skips,
+        model_class=document.model_class,
+        signature=document.signature,
+        options=document.options,
+        key_map=document.key_map,
+        notes=document.notes,
+        dropped=document.dropped_biases,
+        aliases=document.aliases,
+        merges=tuple(_with_maps(m, f"merges[{i}]", "branches") for i, m in enumerate(document.merges)),
+        eps=document.eps,
     )
-    names = {key: tuple(data[key]) for key in ("norms", "values")}
-    return Merge(**{**data, **names, "branches": branches, "window": _window(data["window"])})
 
 
-def _window(data: Mapping[str, Any]) -> Window:
-    return Window(**{key: _tuples(value) for key, value in data.items()})
-
-
-def _tuples(value: Any) -> Any:
-    return tuple(_tuples(v) for v in value) if isinstance(value, list) else value
+def _with_maps(held: Any, place: str, key: str) -> Any:
+    """A site or a merge whose parts have their maps as tuples."""
+    parts = []
+    for number, part in enumerate(getattr(held, key)):
+        try:
+            parts.append(dataclasses.replace(part, map=nested_tuples(part.map)))
+        except Damaged as error:
+            raise error.within(f"{place}.{key}[{number}].map") from None
+    return dataclasses.replace(held, **{key: tuple(parts)})

@@ -13,7 +13,7 @@ import pytest
 PACKAGE = Path(__file__).resolve().parents[1] / "bntool"
 
 FLOORS: dict[str, tuple[int, str]] = {
-    "words": (0, "text errors reasons explanations patterns plan verdicts latencies blame"),
+    "words": (0, "text errors reasons explanations patterns plan schema maps verdicts latencies blame"),
     "graph": (1, "inputs graph affine layers frozen collecting casting shaking"),
     "processes": (1, "world"),
     "observe": (2, "observe"),

@@ -64,21 +64,45 @@ def recorded_architecture(path: str) -> str | None:
 
 
 def _replay_of(path: str) -> tuple[list[Plan], Any]:
-    """The plans that made a file of weights, so that its architecture can be made to fit it."""
-    from bntool.files.sidecar import describes, read_sidecar
+    """The plans that made a file of weights, so that its architecture can be made to fit it.
+
+    Raises `LoadError`, with the place in the side file, for a plan that is none or that does not fit the
+    architecture: then when it is replayed.
+    """
+    from bntool.errors import DamagedPlan, LoadError, PlanError
+    from bntool.files.sidecar import damaged, describes, read_sidecar, sidecar_path
     from bntool.plan import Plan
 
-    document = read_sidecar(path) if Path(path).exists() else None
+    document = read_sidecar(path) if Path(path).is_file() else None
     if document is None or not describes(document, path):
         return [], None
-    raw = [*document.get("earlier_plans", []), *([document["plan"]] if document.get("plan") else [])]
-    plans = [Plan.from_dict(data) for data in raw]
+    last = document.get("plan")
+    raw = {f"earlier_plans[{i}]": plan for i, plan in enumerate(document.get("earlier_plans", ()))}
+    raw |= {"plan": last} if last else {}
+    plans: list[Plan] = []
+
+    def refused(error: PlanError, place: str) -> LoadError:
+        if isinstance(error, DamagedPlan):
+            return damaged(sidecar_path(path), error.why, f"{place}.{error.where}".rstrip("."))
+        return damaged(sidecar_path(path), error.what, place)
+
+    for place, data in raw.items():
+        try:
+            plans.append(Plan.from_dict(data))
+        except DamagedPlan as error:
+            raise refused(error, place) from error
+        except PlanError as error:  # of a newer bntool
+            where = f"{sidecar_path(path)}, {place}"
+            raise LoadError(error.what, where=where, next_step=error.next_step) from error
 
     def prepare(model: nn.Module) -> nn.Module:
         from bntool.api import apply
 
-        for plan in plans:
-            model = apply(model, plan, check="none", share=True).model
+        for place, plan in zip(raw, plans, strict=True):
+            try:
+                model = apply(model, plan, check="none", share=True).model
+            except PlanError as error:
+                raise refused(error, place) from error
         return model
 
     return plans, prepare

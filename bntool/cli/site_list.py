@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import glob
-import json
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+import msgspec
 
 from bntool.errors import UsageError
+from bntool.schema import MOST_BYTES, Damaged, Name, fitted, read
+
+_Names = Annotated[tuple[Name, ...], msgspec.Meta(min_length=1)]
+_NEXT = 'write JSON, ["features.0", …], or TOML, sites = ["features.0", …]'
 
 
 def read_site_list(path: str) -> tuple[str, ...]:
@@ -20,23 +25,28 @@ def read_site_list(path: str) -> tuple[str, ...]:
         UsageError: the file cannot be read, or is no such list.
     """
     try:
-        text = Path(path).read_text(encoding="utf-8")
-        document = _toml(text) if path.endswith(".toml") else json.loads(text)
-    except (OSError, ValueError) as error:
+        document = _toml(Path(path)) if path.endswith(".toml") else read(Path(path))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UsageError(f"cannot read a list of sites: {error}", where=path, next_step=_NEXT) from error
+    inside = isinstance(document, dict)
+    try:
+        names = fitted(document.get("sites") if inside else document, _Names)
+    except Damaged as error:
+        place = ("sites" if inside else "") + error.place
+        where = f"{path}, {place}" if place else path
         raise UsageError(
-            f"cannot read a list of sites: {error}",
-            where=path,
-            next_step='write JSON, ["features.0", …], or TOML, sites = ["features.0", …]',
+            f"this is no list of layer names: {error.why}", where=where, next_step=_NEXT
         ) from error
-    names = document.get("sites") if isinstance(document, dict) else document
-    if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
-        raise UsageError("this is no list of layer names", where=path, next_step='write ["features.0", …]')
     return tuple(glob.escape(name) for name in names)
 
 
-def _toml(text: str) -> Any:
+def _toml(path: Path) -> Any:
     if sys.version_info >= (3, 11):
         import tomllib
     else:
         import tomli as tomllib  # type: ignore[import-not-found]
-    return tomllib.loads(text)
+    with path.open("rb") as file:
+        raw = file.read(MOST_BYTES + 1)
+    if len(raw) > MOST_BYTES:
+        raise Damaged(f"it is larger than {MOST_BYTES >> 20} MiB")
+    return tomllib.loads(raw.decode("utf-8"))

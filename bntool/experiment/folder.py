@@ -11,16 +11,19 @@ from typing import Any
 import torch
 from torch import nn
 
-from bntool.errors import UsageError
+from bntool.errors import LoadError, UsageError
 from bntool.experiment.datasets import Data
 from bntool.experiment.outcome import ARMS, TrainingComparison
 from bntool.experiment.settings import Settings
 from bntool.files.atomic import write_atomically, write_text
 from bntool.files.placing import remove
+from bntool.schema import Damaged, Name, fitted, read
 from bntool.world import World
 
 SCHEMA_VERSION = 1
 RUNS = "runs"
+_Scalar = bool | int | float | Name | None
+_Setting = _Scalar | tuple[_Scalar, ...]
 _TELLING = frozenset(Settings.__dataclass_fields__) | {"torch", "number_of_processes"}
 
 
@@ -57,7 +60,7 @@ def open_folder(folder: Path, identity: dict[str, Any], *, force: bool) -> None:
     text = json.dumps(identity, indent=1) + "\n"
     if path.is_file():
         # What a folder leaves out that was begun before there were several processes.
-        held = {"sync": False, "number_of_processes": 1, **_read(path)}
+        held = {"sync": False, "number_of_processes": 1, **_held(path)}
         other = next((k for k in identity if held.get(k) != identity[k]), None)
         if other is not None and not force:
             raise UsageError(
@@ -87,12 +90,25 @@ def _is_run(path: Path) -> bool:
     return bool(re.fullmatch(rf"(?:{'|'.join(ARMS)})-[-+.e\d]+-\d+\.pt", path.name))
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _held(path: Path) -> dict[str, Any]:
+    """The settings that a folder holds; `LoadError` where they are damaged, and so perhaps not bntool's."""
     try:
-        held = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return held if isinstance(held, dict) else {}
+        data = read(path)
+        fitted(data, dict[Name, _Setting])
+    except Damaged as error:
+        raise LoadError(
+            f"{path.name} is damaged: {error.why}",
+            where=f"{path}, {error.place}" if error.place else str(path),
+            next_step="name another folder with -o",
+        ) from error
+    except OSError as error:
+        raise LoadError(
+            f"{path.name} cannot be read: {error.strerror}",
+            where=str(path),
+            next_step="name another folder with -o",
+        ) from error
+    held: dict[str, Any] = data
+    return held
 
 
 def write_document(folder: Path, found: TrainingComparison) -> Path:

@@ -11,10 +11,10 @@ import hashlib
 import json
 import os
 from pathlib import Path
-from typing import Any
 
-from bntool.errors import BntoolError, UsageError
+from bntool.errors import BntoolError, LoadError, UsageError
 from bntool.files.atomic import sha256_of, write_atomically
+from bntool.schema import Damaged, Text, fitted, read, version_of
 
 SCHEMA_VERSION = 1
 
@@ -27,18 +27,18 @@ class Record:
     summary compares with. `allow` and `trust_pickle` are what the user granted for that command.
     """
 
-    command: str
-    output: str
-    output_sha256: str
-    source: str = ""
-    source_sha256: str = ""
-    arch: str | None = None
-    weights: str | None = None
-    key: str | None = None
-    allow: tuple[str, ...] = ()
+    command: Text
+    output: Text
+    output_sha256: Text
+    source: Text = ""
+    source_sha256: Text = ""
+    arch: Text | None = None
+    weights: Text | None = None
+    key: Text | None = None
+    allow: tuple[Text, ...] = ()
     trust_pickle: bool = False
     pretrained: bool = False
-    input_shapes: tuple[str, ...] = ()
+    input_shapes: tuple[Text, ...] = ()
 
     def granted(self, path: str | Path) -> Grant:
         """What may be used to load `path`: nothing, unless it is still the very file it was granted for.
@@ -81,15 +81,27 @@ def remember(folder: str | Path, record: Record) -> str | None:
 def recall(folder: str | Path) -> Record | None:
     """The record kept for `folder`; None when there is none or it cannot be read."""
     try:
-        data = json.loads(_record_path(folder).read_text(encoding="utf-8"))
-        return _record(data)
-    except (OSError, ValueError, TypeError, RuntimeError):
+        return _record(folder)
+    except (OSError, RuntimeError, Damaged):
         return None
 
 
 def last_output(folder: str | Path) -> Record:
-    """The record for a command given no MODEL; `UsageError` when there is none or its file is gone."""
-    record = recall(folder)
+    """The record for a command given no MODEL.
+
+    Raises `UsageError` when there is none or its file is gone, `LoadError` when it is damaged.
+    """
+    try:
+        record = _record(folder)
+    except Damaged as error:
+        path = _record_path(folder)
+        raise LoadError(
+            f"no MODEL given, and the record of this folder is damaged: {error.why}",
+            where=f"{path}, {error.place}" if error.place else str(path),
+            next_step="name a MODEL",
+        ) from error
+    except (OSError, RuntimeError):
+        record = None
     if record is None:
         raise UsageError(
             "no MODEL given, and no bntool command has written a file in this folder yet",
@@ -105,17 +117,12 @@ def last_output(folder: str | Path) -> Record:
     return record
 
 
-def _record(data: Any) -> Record:
-    if not isinstance(data, dict) or data.pop("schema_version", None) != SCHEMA_VERSION:
-        raise ValueError("not a record of this version")
-    for name in ("allow", "input_shapes"):
-        data[name] = tuple(str(v) for v in data.get(name, ()))
-    record = Record(**data)
-    if not all(
-        isinstance(v, str) for v in (record.command, record.output, record.output_sha256, record.source)
-    ):
-        raise ValueError("not a record")
-    return record
+def _record(folder: str | Path) -> Record:
+    """The record kept for `folder`; `Damaged` for one that is none, `OSError` where there is none."""
+    data = read(_record_path(folder))
+    if version_of(data) != SCHEMA_VERSION:
+        raise Damaged("not a record of this version", "schema_version")
+    return fitted(data, Record)
 
 
 def _record_path(folder: str | Path) -> Path:

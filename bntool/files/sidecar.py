@@ -11,13 +11,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+import msgspec
+
 from bntool.errors import LoadError
 from bntool.files.atomic import sha256_of, write_atomically, write_text
+from bntool.schema import Damaged, Name, fitted, read, version_of
 
 SCHEMA_VERSION = 1
 Action = Literal["insert", "fold", "calibrate", "compare", "export"]
 
-_MAX_BYTES = 1 << 26
 _SUFFIX = ".bntool.json"
 _ENDINGS: dict[str, str] = {
     "insert": "_bn",
@@ -26,6 +28,26 @@ _ENDINGS: dict[str, str] = {
     "compare": "_trained",
     "export": "",
 }
+
+
+class _Output(msgspec.Struct):
+    name: Name = ""
+    sha256: Name = ""
+
+
+class _Reload(msgspec.Struct):
+    arch: Name | None = None
+    weights: Name | None = None
+    key: Name | None = None
+
+
+class _SideFile(msgspec.Struct):
+    """What is read back of a side file; a plan in it is read where it is replayed."""
+
+    output: _Output | None = None
+    reload: _Reload | None = None
+    plan: dict[str, Any] | None = None
+    earlier_plans: tuple[dict[str, Any], ...] = ()
 
 
 def output_name(source: str | Path, action: Action, *, suffix: str | None = None) -> Path:
@@ -116,14 +138,16 @@ def read_sidecar(output: str | Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
-        if path.stat().st_size > _MAX_BYTES:
-            raise ValueError("it is too large")
-        document: Any = json.loads(path.read_text(encoding="utf-8"))
-        version = document.get("schema_version") if isinstance(document, dict) else None
-        if not isinstance(version, int):
-            raise ValueError("it has no schema_version")  # noqa: TRY004  one kind of damage among others
-    except (OSError, ValueError, RecursionError) as error:
-        raise LoadError(f"{path.name} is damaged: {error}", where=str(path), next_step="remove it") from error
+        document: Any = read(path)
+        version = version_of(document)
+        if version is None:
+            raise Damaged("it has no schema_version")
+        if version <= SCHEMA_VERSION:
+            fitted(document, _SideFile)
+    except Damaged as error:
+        raise damaged(path, error.why, error.place) from error
+    except OSError as error:
+        raise damaged(path, f"it cannot be read: {error.strerror}", "") from error
     if version > SCHEMA_VERSION:
         raise LoadError(
             f"{path.name} has schema version {version}; this bntool reads up to {SCHEMA_VERSION}",
@@ -131,6 +155,15 @@ def read_sidecar(output: str | Path) -> dict[str, Any] | None:
             next_step="pip install --upgrade bntool",
         )
     return dict(document)
+
+
+def damaged(path: Path, why: str, place: str) -> LoadError:
+    """The error for a side file of which `place` is not what it must be."""
+    return LoadError(
+        f"{path.name} is damaged: {why}",
+        where=f"{path}, {place}" if place else str(path),
+        next_step=f"remove {path}, or make the model again",
+    )
 
 
 def describes(document: Mapping[str, Any], output: str | Path) -> bool:

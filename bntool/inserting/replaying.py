@@ -7,33 +7,38 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
-from typing import Any, get_args
+from typing import get_args
 
-from bntool.errors import PlanError, UsageError
+from bntool.errors import UsageError
 from bntool.graph import Graph
 from bntool.inserting.options import InsertOptions
 from bntool.inserting.places import Form
 from bntool.inserting.planner import plan_insert
 from bntool.plan import InsertSite, Plan
 from bntool.reasons import Reason
+from bntool.schema import Damaged, fitted
 
 
 def require_same_places(graph: Graph, plan: Plan) -> None:
     """Plan the same insertion for this graph: every site and every bias that moves must be found again.
 
     Raises:
-        PlanError: the first that is not, and how it is here; or the plan holds options that there are not.
+        PlanError: the first that is not, and how it is here.
+        Damaged: the plan holds options that there are not.
     """
-    options = _options(plan)
+    options = options_of(plan)
     here = plan_insert(graph, options)
     differences = (*_sites(plan, here), *_biases(plan, here))
     if differences:
         raise plan.other_model(graph.model_class, differences[0])
 
 
-def _options(plan: Plan) -> InsertOptions:
-    """The plan's own options, with the forms banned that were given up on the way to it."""
-    given: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in plan.options.items()}
+def options_of(plan: Plan) -> InsertOptions:
+    """The plan's own options, with the forms banned that were given up on the way to it.
+
+    Raises:
+        Damaged: there is no such option, or it has no such value.
+    """
     forms = get_args(Form)
     banned = {
         site.conv: frozenset(forms[: forms.index(site.form)])
@@ -41,12 +46,15 @@ def _options(plan: Plan) -> InsertOptions:
         if site.form in forms
     }
     banned |= {skip.name: frozenset(forms) for skip in plan.skips if skip.reason is Reason.FORM_BROKE_MODEL}
+    for name in plan.options.keys() - InsertOptions().to_dict().keys():
+        raise Damaged(f"there is no option {name!r}", "options")
     try:
-        options = InsertOptions(**given, banned=banned)
+        options = dataclasses.replace(fitted(dict(plan.options), InsertOptions), banned=banned)
         options.validate()
-    except (TypeError, UsageError) as error:
-        what = error.what if isinstance(error, UsageError) else error
-        raise PlanError(f"this plan is damaged: {what}") from error
+    except Damaged as error:
+        raise error.within("options") from None
+    except UsageError as error:
+        raise Damaged(error.what, "options") from error
     return options
 
 

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
 from bntool.errors import LoadError
+from bntool.pages.shapes import require_report
+from bntool.schema import Damaged, read, version_of
 from bntool.text import visible
 
 SCHEMA_VERSION = 1
-_MOST_BYTES = 1 << 26
 _COMMANDS = {
     # command -> keys of which one tells it, where a document does not name its command
     "compare": ("arms",),
@@ -36,21 +36,23 @@ def read_document(path: str | Path) -> Document:
     """The document in a file; `LoadError` for one that is damaged, foreign or of a newer schema."""
     path = Path(path)
     try:
-        if path.stat().st_size > _MOST_BYTES:
-            raise ValueError(f"it is larger than {_MOST_BYTES >> 20} MiB")
-        # a number that is none is no JSON either, and a browser would refuse the whole page for it
-        data = json.loads(path.read_text(encoding="utf-8"), parse_constant=lambda _: None)
+        data = read(path)
     except FileNotFoundError as error:
         raise LoadError(f"no such file: {path}", next_step="bntool fold MODEL --json > FILE.json") from error
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, Damaged) as error:
         raise _unreadable(path, f"cannot be read as JSON: {error}") from error
-    return as_document(data, path.name)
+    document = as_document(data, path.name)
+    try:
+        require_report(document.command, document.data)
+    except Damaged as error:
+        raise _unreadable(path, f"is damaged: {error.why}", error.place) from error
+    return document
 
 
 def as_document(data: Any, name: str) -> Document:
     """`data` as a document; `LoadError` where it is none of bntool's."""
-    version = data.get("schema_version") if isinstance(data, dict) else None
-    if not isinstance(version, int) or isinstance(version, bool):
+    version = version_of(data)
+    if version is None:
         raise _unreadable(name, "is not a document of bntool (it has no schema_version)")
     if version > SCHEMA_VERSION:
         raise LoadError(
@@ -88,9 +90,9 @@ def damaged(name: str, error: Exception) -> LoadError:
     return _unreadable(name, f"is damaged: {type(error).__name__}: {error}")
 
 
-def _unreadable(name: str | Path, what: str) -> LoadError:
+def _unreadable(name: str | Path, what: str, place: str = "") -> LoadError:
     return LoadError(
         f"{Path(name).name} {what}",
-        where=str(name),
+        where=f"{name}, {place}" if place else str(name),
         next_step="name a document that bntool wrote: --json, a .bntool.json file, or compare.json",
     )

@@ -14,8 +14,7 @@ from bntool.errors import InvariantError, StateError
 from bntool.layers import NORMED
 from bntool.observe.copying import is_plain, structural_copy, take_apart
 from bntool.plan import Edit, Plan
-from bntool.surgery.reparameterising import reparameterised
-from bntool.surgery.replacing import replace_everywhere
+from bntool.surgery.reparameterising import merge_blocks_of
 from bntool.surgery.tensors import edited, edited_norm
 
 _TENSOR_SLOTS = frozenset({"_parameters", "_buffers", "_modules"})
@@ -29,11 +28,12 @@ def apply_fold(model: nn.Module, plan: Plan) -> nn.Module:
     argument is not changed. Parameters keep `requires_grad`, type, device and memory format.
     """
     copied = structural_copy(model)
-    for site in plan.fold_sites:
-        for edit in site.edits:
-            if edit.kind == "reparameterize":
-                block = copied.get_submodule(edit.layer)
-                replace_everywhere(copied, block, reparameterised(block, edit.method))
+    merge_blocks_of(copied, plan)
+    return carry_out(copied, plan)
+
+
+def carry_out(copied: nn.Module, plan: Plan) -> nn.Module:
+    """The edits of a plan on a structural copy whose blocks have merged their branches; changes the copy."""
     work = _FoldWork(copied)
     with torch.no_grad():
         for site in plan.fold_sites:

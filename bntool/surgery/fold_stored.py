@@ -7,6 +7,7 @@ BatchNorm that goes straight into the layer before it.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,13 +15,15 @@ import torch
 from torch import Tensor
 
 from bntool.affine import Pair, batch_norm_affine, evaluate
-from bntool.errors import NothingToDo, PlanError, StateError
+from bntool.errors import DamagedPlan, NothingToDo, PlanError, StateError
 from bntool.files.atomic import sha256_of
 from bntool.files.safetensors_files import Entry, layout, write_safetensors
 from bntool.files.shards import write_shards
 from bntool.files.stored import Described, Stored
 from bntool.files.targets import Drafts, Target
 from bntool.plan import Edit, Plan
+from bntool.schema import Damaged
+from bntool.surgery.judging import EditJudge, Held, at
 from bntool.surgery.tensors import edited
 
 _STATISTICS = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
@@ -39,14 +42,18 @@ class _Layer:
 class StoredFold:
     """What a plan makes of a file of weights: which tensors the new file has, each made when it is written.
 
-    Raises `PlanError` for a plan that was made for other weights, or that needs the model; `StateError` for
-    statistics that are not finite, or negative.
+    Raises `DamagedPlan` for a plan that names what the file has not, `PlanError` for one that was made for
+    other weights, or that needs the model; `StateError` for statistics that are not finite, or negative.
     """
 
     def __init__(self, stored: Stored, plan: Plan) -> None:
         self.stored, self.plan = stored, plan
         _require_fitting(stored, plan)
-        self.layers = self._layers()
+        try:
+            _judge(stored, plan)
+            self.layers = self._layers()
+        except Damaged as error:
+            raise DamagedPlan.of(error.why, error.place) from error
         self._last: tuple[str, tuple[Tensor, Tensor]] | None = None
         self.gone = {f"{site.bn}.{slot}" for site in plan.fold_sites for slot in _STATISTICS}
         self.tensors = dict(self._described())
@@ -128,11 +135,16 @@ class StoredFold:
         layers: dict[str, _Layer] = {}
         every = [edit for site in self.plan.fold_sites for edit in site.edits]
         bias_of = {edit.weight: edit.bias for edit in every if edit.bias}
-        for site in self.plan.fold_sites:
-            for edit in site.edits:
+        for number, site in enumerate(self.plan.fold_sites):
+            for place, edit in enumerate(site.edits):
                 if edit.map is None:
                     continue
                 pair = evaluate(edit.map, self._leaf)
+                if not all(map(torch.equal, pair, self._leaf("bn", site.bn))):
+                    # what nothing can run beside the original must be plain to see
+                    raise Damaged(
+                        f"it is not what {site.bn!r} computes", f"sites[{number}].edits[{place}].map"
+                    )
                 if edit.weight not in bias_of and bool((pair[1] != 0).any()):
                     raise PlanError(
                         f"the plan makes no bias for {edit.layer}, and these weights need one: the BatchNorm "
@@ -211,3 +223,24 @@ def _require_fitting(stored: Stored, plan: Plan) -> None:
                 where=str(stored.path),
                 next_step="fold with the model: --arch instead of --plan",
             )
+
+
+def _judge(stored: Stored, plan: Plan) -> None:
+    """Raise `Damaged`, with the place, unless each BatchNorm goes once, into a layer that the file holds."""
+
+    def held(handle: str) -> Held | None:
+        found = stored.tensors.get(handle)
+        return found if found is None else Held(found.shape, getattr(torch, found.dtype).is_floating_point)
+
+    edits = EditJudge(held, sum(math.prod(d.shape) for d in stored.tensors.values()))
+    for number, site in enumerate(plan.fold_sites):
+        for place, edit in enumerate(site.edits):
+            with at(f"sites[{number}].edits[{place}]"):
+                edits.once(edit, site.bn)
+                if edit.kind == "remove" and edit.layer != site.bn:
+                    raise Damaged(f"this site is that of {site.bn!r}", "layer")
+                if edit.kind != "remove":
+                    beside = f"{edit.layer}.bias".lstrip(".")
+                    if not edit.bias and held(beside) is not None:
+                        raise Damaged(f"it leaves out {beside!r}", "bias")
+                    edits.change(edit)

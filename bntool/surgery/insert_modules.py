@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from bntool.errors import InvariantError
 from bntool.inserting import sequential_names
 from bntool.layers import NORMED, BatchNormPerCall, count_calls_anew, load_old_checkpoints
 from bntool.observe.copying import structural_copy
-from bntool.plan import InsertSite, Plan
+from bntool.plan import DroppedBias, InsertSite, Plan
 from bntool.surgery.replacing import replace_everywhere
 
 _NORMS: dict[int, type[nn.modules.batchnorm._BatchNorm]] = {
@@ -55,7 +55,7 @@ def apply_insert(model: nn.Module, plan: Plan) -> nn.Module:
     _require_names(copy, plan)
     load_old_checkpoints(copy, [name for site in plan.insert_sites for name in site.norms])
     for dropped in plan.dropped:
-        _move_bias(modules[dropped.conv], [copy.get_submodule(name) for name in dropped.norms])
+        _move_bias(modules[dropped.conv], dropped, dict(copy.named_modules(remove_duplicate=False)))
     if any(site.calls > 1 for site in plan.insert_sites):
         count_calls_anew(copy)
     return copy
@@ -70,12 +70,15 @@ def _newcomer(layer: nn.Module, site: InsertSite, options: Mapping[str, Any]) ->
     return norms
 
 
-def _move_bias(layer: nn.Module, norms: Sequence[nn.Module]) -> None:
+def _move_bias(layer: nn.Module, dropped: DroppedBias, modules: Mapping[str, nn.Module]) -> None:
     """BN(W·x + b) as BN'(W·x): the running mean loses b, in float64 and rounded once."""
     bias = layer.bias
     assert isinstance(bias, Tensor)
     layer.register_parameter("bias", None)
-    for norm in norms:
+    for name in dropped.norms:
+        norm = modules.get(name)
+        if not isinstance(norm, nn.modules.batchnorm._NormBase) or norm.num_features != len(bias):
+            raise InvariantError(f"the plan moves {dropped.bias} into {name}, which has not its channels")
         mean = norm.running_mean
         if isinstance(mean, Tensor):  # else the mean of each batch takes the bias away
             moved = (mean.double() - bias.detach().double()).to(mean.dtype)

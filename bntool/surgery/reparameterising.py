@@ -17,6 +17,8 @@ from torch import nn
 
 from bntool.observe.copying import structural_copy
 from bntool.observe.modules import is_batch_norm_class, once_per_class
+from bntool.plan import Edit, Plan
+from bntool.schema import Damaged
 from bntool.surgery.replacing import replace_everywhere
 
 _METHODS = ("reparameterize", "switch_to_deploy")
@@ -64,6 +66,36 @@ def with_blocks_merged(model: nn.Module, blocks: list[Block]) -> nn.Module:
     for block in blocks:
         replace_everywhere(copied, copied.get_submodule(block.name), block.merged)
     return copied
+
+
+def merge_blocks_of(copied: nn.Module, plan: Plan) -> None:
+    """Put what they become in the place of the blocks that a plan merges, in the plan's order.
+
+    Only the method that the planner itself would call is called, and only where a BatchNorm goes by it;
+    `Damaged`, with the place, for any other.
+    """
+    for number, site in enumerate(plan.fold_sites):
+        for place, edit in enumerate(site.edits):
+            if edit.kind == "reparameterize":
+                try:
+                    _merge_block(copied, edit)
+                except Damaged as error:
+                    raise error.within(f"sites[{number}].edits[{place}]") from error
+
+
+def _merge_block(copied: nn.Module, edit: Edit) -> None:
+    block = dict(copied.named_modules(remove_duplicate=False)).get(edit.layer) if edit.layer else None
+    if block is None:
+        raise Damaged(f"the model has no block {edit.layer!r}", "layer")
+    if not edit.method or _method_of(block) != edit.method:
+        raise Damaged(f"{edit.layer!r} merges no branches by a method {edit.method!r}", "method")
+    try:
+        merged = reparameterised(block, edit.method)
+    except Exception as error:  # the method is the model's own, and may fail in any way
+        raise Damaged(f"{edit.method}() of {edit.layer!r} fails: {error}", "method") from error
+    if not _norm_names(block) - _norm_names(merged):
+        raise Damaged(f"no BatchNorm goes by {edit.method}() of {edit.layer!r}", "method")
+    replace_everywhere(copied, block, merged)
 
 
 def reparameterised(module: nn.Module, method: str) -> nn.Module:
