@@ -67,8 +67,8 @@ def _members(model: Model, draw: random.Random) -> None:
         model.parts.insert(place, twin)
         if how == "double":
             model.listed.insert(place, twin)
-    elif how == "drop" and len(model.parts) > 1:
-        draw.choice((model.parts, model.listed)).remove(part)
+    elif how == "drop" and min(len(model.parts), len(model.listed)) > 1:
+        del draw.choice((model.parts, model.listed))[0]
     elif how == "shuffle":
         draw.shuffle(model.parts)
         model.listed = list(model.parts)
@@ -134,7 +134,7 @@ def _extra(model: Model, draw: random.Random) -> None:
 
 def _descriptor(model: Model, draw: random.Random) -> None:
     part = draw.choice(model.parts)
-    sums = part.entry["crc"], part.entry["packed"], part.entry["size"]
+    sums = [part.entry[name] & FULL_32 for name in ("crc", "packed", "size")]
     part.descriptor = draw.choice(
         (
             *(b"", part.descriptor[4:], struct.pack("<4s3L", b"PK\7\10", *sums), struct.pack("<3L", *sums)),

@@ -29,7 +29,7 @@ _NEWEST = 45  # the version that knows ZIP64
 _ZIP_64, _PADDING = 1, int.from_bytes(b"FB", "little")
 _LONGEST_NAME = 511  # torch's reader cuts longer ones
 _COMMENT = 1 << 16
-_UPWARD = re.compile(r"(^|/)\.{1,2}(/|$)|^/|\\|^[A-Za-z]:")
+_UPWARD = re.compile(r"(^|/)\.{0,2}(/|$)|\\|^[A-Za-z]:")  # also a folder: its name ends with a slash
 
 
 class Unsafe(ValueError):
@@ -134,7 +134,8 @@ class Archive:
         end = self.file.pin(at, _END.size) if at >= 0 else b""
         if end[:4] != b"PK\5\6" or end[-2:] != b"\0\0":
             start = max(self.file.size - _COMMENT - _END.size, 0)
-            if b"PK\5\6" in b"".join(self.file.chunks(start, self.file.size - start)):
+            tail = b"".join(self.file.chunks(start, self.file.size - start))
+            if b"PK\5\6" in tail[: 4 - _END.size]:
                 raise Unsafe("has a comment, or something else behind its end")
             raise Damaged("it ends before its directory")
         _, *disks, count_here, count, size, begin, _ = _END.unpack(end)
@@ -229,8 +230,8 @@ def _name_of(raw: bytes, flags: int) -> str:
         name = raw.decode("utf-8" if flags & _UTF_8 else "ascii")
     except UnicodeDecodeError as error:
         raise Unsafe("has a member whose name readers decode in different ways") from error
-    if not name or _UPWARD.search(name) or not name.isprintable():
-        raise Unsafe(f"has a member whose name leads out of it: {quoted(name)}")
+    if _UPWARD.search(name) or not name.isprintable():
+        raise Unsafe(f"has a member whose name is no plain path inside of it: {quoted(name)}")
     if len(raw) > _LONGEST_NAME:
         raise Unsafe(f"has a member whose name is too long: {quoted(name)}")
     return name
@@ -269,7 +270,11 @@ def _headers_of(entry: _Entry, size: int, packed: int, offset: int) -> set[tuple
         return {(entry.crc, packed, size, None), (entry.crc, _FULL_32, _FULL_32, both)}
     # torch writes them behind the member, and Python where it cannot go back.
     place = struct.pack("<Q", offset) if offset >= _FULL_32 else b""
-    wide = {both + place, struct.pack("<2Q", size, 0) + place} if size >= _FULL_32 else {place or None}
+    wide = (
+        {both + place, struct.pack("<2Q", size, 0) + place}
+        if max(size, packed) >= _FULL_32
+        else {place or None}
+    )
     return {(0, _FULL_32, _FULL_32, bytes(16)), *((0, 0, 0, field) for field in wide)}
 
 
