@@ -1,160 +1,170 @@
-"""Which names a model file may refer to: PyTorch's own layers and models, and what the user allows.
+"""What a model file may refer to: the layers and models of PyTorch, and a few reviewed names.
 
 A name is looked up only when it passes these rules, so a file cannot make an arbitrary module be imported.
+The same rules judge what the user allows. Reasons are phrases that follow "X is".
 """
 
 from __future__ import annotations
 
 import contextlib
 import enum
+import functools
 import importlib
 import sys
-import types
-from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
-from bntool.errors import LoadError, UsageError
-from bntool.files.scripts import import_path, import_script, script_of
-from bntool.files.security.pickled_calls import PARTIAL, shown
+from bntool.files.security.pickled_calls import PARTIAL
 
 _LAYER_PACKAGES = ("torch.nn.modules", "torchvision.models", "torchvision.ops", "timm.models", "timm.layers")
 _OWN_LAYERS = ("bntool.layers", "bntool.frozen")
-# Reviewed one by one: plain holders of data and pure functions that honest model files refer to.
-_HELPERS = frozenset(
+_ACTIVATIONS = """relu relu6 elu selu celu leaky_relu rrelu gelu silu mish hardtanh hardswish hardsigmoid
+softshrink tanhshrink softplus softsign softmin softmax log_softmax logsigmoid sigmoid tanh glu
+_threshold"""
+_TIMM_ACTIVATIONS = """swish mish sigmoid tanh hard_swish hard_sigmoid hard_mish gelu gelu_tanh quick_gelu"""
+# Reviewed one by one: they compute a tensor from tensors and numbers, and do nothing else.
+_FUNCTIONS = frozenset(
     {
+        *(f"torch.nn.functional.{name}" for name in _ACTIVATIONS.split()),
+        *(f"timm.layers.activations.{name}" for name in _TIMM_ACTIVATIONS.split()),
+        # What functions of torch.nn.functional that are written in C call themselves.
+        *(f"torch._C._nn.{name}" for name in ("gelu", "softplus", "softshrink", "log_sigmoid")),
+        "torchvision.ops.boxes.box_iou",
+        "torchvision.models.optical_flow.raft._pass_through_h",
+    }
+)
+# Reviewed too: holders of plain data that are restored by their attributes alone.
+_DATA = frozenset(
+    {
+        "argparse.Namespace",
+        "bntool.layers.StartOfForward",
+        "timm.layers.format.Format",
+        "timm.models._features.FeatureInfo",
         "torchvision.models.detection._utils.BoxCoder",
         "torchvision.models.detection._utils.BoxLinearCoder",
         "torchvision.models.detection._utils.Matcher",
         "torchvision.models.detection._utils.SSDMatcher",
         "torchvision.models.detection._utils.BalancedPositiveNegativeSampler",
-        "torchvision.ops.boxes.box_iou",
-        "torchvision.models.optical_flow.raft._pass_through_h",
-        "timm.layers.format.Format",
-        "timm.models._features.FeatureInfo",
-        "torch.nn.functional.relu",
-        "torch.nn.functional.gelu",
-        "torch._C._nn.gelu",
-        "bntool.layers.StartOfForward",
-        # What torchvision's quantizable models hold before anything is quantized.
+    }
+)
+# What torchvision's quantizable models hold before anything is quantized.
+_OTHER_LAYERS = frozenset(
+    {
         "torch.ao.nn.quantized.modules.functional_modules.FloatFunctional",
         "torch.ao.quantization.stubs.DeQuantStub",
         "torch.ao.quantization.stubs.QuantStub",
     }
 )
-_STANDARD_DATA = frozenset({"argparse.Namespace"})
-# Its classes make Python source of the names of layers when they are called.
-_TRACING = ("timm.models._features_fx",)
-# Names that no flag but --trust-pickle lets through although their package is not the standard library's.
-_NEVER = (
-    "torch.fx", "torch.jit", "torch.hub", "torch._dynamo", "torch.package", "numpy.f2py", "numpy.testing",
-    "dill", "cloudpickle", "joblib", "jsonpickle", "yaml", "pip",
+# A layer may keep these classes to make layers of them: their constructors make tensors, and nothing else.
+_MADE_LATER = (
+    "torch.nn.modules", "torchvision.ops.misc", "torchvision.models.convnext.LayerNorm2d",
+    "timm.layers.activations", "timm.layers.norm", "timm.layers.norm_act",
+    "timm.models.nextvit.NextConvBlock", "timm.models.nextvit.NextTransformerBlock",
 )  # fmt: skip
+# Libraries that run or load code; whatever is built on them is refused as well.
+_CODE = (
+    "torch.fx", "torch.jit", "torch.hub", "torch._dynamo", "torch.package", "torch.export", "numpy.f2py",
+    "numpy.testing", "dill", "cloudpickle", "joblib", "jsonpickle", "yaml", "pip", "setuptools",
+    # Its classes make Python source of the names of layers when they are called.
+    "timm.models._features_fx",
+    # They rewrite their own class.
+    "torch.nn.modules.lazy",
+)  # fmt: skip
+_TORCH_LAYERS = ("torch.nn", "torch.ao.nn", "torch.ao.quantization")
+# Methods that Python or torch runs while an object is made, restored or dropped: before anything is checked.
+RUN_UNASKED = ("__new__", "__setstate__", "__getattribute__", "__del__", "_missing_")
+_REVIEWED = ("builtins", "typing", "torch.nn.modules", "timm.layers.ml_decoder")
+NO_LAYER = "neither a layer (nn.Module) nor an enum"
+FUNCTION = "a function, which could run, read or write anything"
+
+
+def runs_unasked(method: str) -> str:
+    """The reason against a class with a method of `RUN_UNASKED` that nobody reviewed."""
+    return f"restored by a {method} of its own, which runs with whatever the file holds"
 
 
 def builtin_allowance(name: str) -> Any | None:
     """The class or function behind `name` if bntool's own rules allow it, else None."""
     if name == PARTIAL:
-        import functools
-
         return functools.partial
     module, _, attribute = name.rpartition(".")
-    if name in _HELPERS:
+    if name in _FUNCTIONS | _DATA | _OTHER_LAYERS:
         return _find(module, attribute)
-    own = module in _OWN_LAYERS
-    if not own and not any(module == p or module.startswith(p + ".") for p in _LAYER_PACKAGES):
+    if module not in _OWN_LAYERS and not _within(name, _LAYER_PACKAGES):
         return None
     found = _find(module, attribute)
-    if not isinstance(found, type) or not issubclass(found, nn.Module):
-        return None
-    # A lazy layer rewrites its own class, and a re-export could name what lives elsewhere.
-    if issubclass(found, nn.modules.lazy.LazyModuleMixin | torch.fx.GraphModule) or module in _TRACING:
-        return None
-    return found if f"{found.__module__}.{found.__qualname__}" == name else None
+    layer = isinstance(found, type) and issubclass(found, nn.Module) and why_not(found) is None
+    # A re-export could name what lives elsewhere.
+    return found if layer and home_of(found) == name else None
 
 
-def user_allowance(entries: Iterable[str]) -> dict[str, Any]:
-    """Name in a file -> class, for entries `pkg.mod.Class`, `script:Class` and `path/script.py:Class`.
-
-    The last two also stand for `__main__.Class`. Raises `UsageError` for an entry that may never be
-    allowed, `LoadError` for one that cannot be imported.
-    """
-    allowed: dict[str, Any] = {}
-    for entry in entries:
-        allowed.update(_entry(entry))
-    return allowed
+def home_of(found: Any) -> str:
+    """Where a class is defined, whatever name it was found by."""
+    return f"{found.__module__}.{found.__qualname__}"
 
 
-def can_be_allowed(name: str) -> bool:
-    """Whether `--allow` may ever name it: not the standard library's functions, nor code loaders."""
+def why_never(name: str) -> str | None:
+    """What no flag but --trust-pickle lets in, judged by the name alone; None where it may be looked at."""
     top = name.partition(".")[0]
-    if name in _STANDARD_DATA or top == "__main__":
-        return True
-    if top in sys.stdlib_module_names or any(name == n or name.startswith(n + ".") for n in _NEVER):
-        return False
-    # Of torch, its classes and pure functions: what it loads, compiles or downloads with are functions too.
-    function = top == "torch" and name.rpartition(".")[2][:1].islower()
-    return not name.startswith("torch._") and (not function or name.startswith("torch.nn.functional."))
+    if name in _FUNCTIONS | _DATA | _OTHER_LAYERS:
+        return None
+    if top in sys.stdlib_module_names:
+        return "part of Python's standard library"
+    if top == "bntool":
+        return "part of bntool itself"
+    if _within(name, _CODE):
+        return "part of what makes, loads or changes code"
+    if top == "torch" and not _within(name, _TORCH_LAYERS):
+        return "part of torch, and none of its layers"
+    return None
 
 
-def allow_entries_for(names: Iterable[str]) -> tuple[str, ...]:
-    """The `--allow` entries under which these names load again; a script's classes by its path."""
-    entries = []
-    for name in sorted(names):
-        module, _, attribute = name.rpartition(".")
-        script = script_of(module)
-        entries.append(f"{script}:{attribute}" if script else name)
-    return tuple(entries)
+def why_not(found: Any) -> str | None:
+    """What a class is that no file may be given; None for a layer or an enum that runs nothing unasked."""
+    if not isinstance(found, type):
+        return FUNCTION if callable(found) else NO_LAYER
+    if issubclass(found, enum.Enum):
+        return _why_no_enum(found)
+    if not issubclass(found, nn.Module):
+        return NO_LAYER
+    for base in found.__mro__:
+        if why := why_no_base(home_of(base)):
+            return why
+        for method in RUN_UNASKED:
+            if method in vars(base) and not _within(base.__module__, _REVIEWED):
+                return runs_unasked(method)
+    return None
 
 
-def _entry(entry: str) -> Mapping[str, Any]:
-    module, colon, attribute = entry.rpartition(":")
-    if not colon:
-        module, _, attribute = entry.rpartition(".")
-    if not module or not attribute.isidentifier() or (attribute == "py" and Path(entry).is_file()):
-        raise UsageError(
-            f"--allow {shown(entry)} names no class",
-            next_step="write --allow pkg.mod.Class, or --allow script.py:Class for a class of a script",
-        )
-    name = f"{module}.{attribute}"
-    if not module.endswith(".py") and not can_be_allowed(name):
-        raise _never(entry)
-    found_in = import_script(Path(module)) if module.endswith(".py") else import_path(module)
-    found = getattr(found_in, attribute, None)
-    if found is None:
-        raise LoadError(
-            f"--allow {shown(entry)}: {found_in.__name__} has no {attribute}",
-            where=getattr(found_in, "__file__", None) or "",
-            next_step="check the name of the class",
-        )
-    if not _is_harmless_kind(found):
-        raise _never(entry)
-    names = {f"{found_in.__name__}.{attribute}", f"{found.__module__}.{found.__qualname__}"}
-    if colon:
-        names.add(f"__main__.{attribute}")
-    return dict.fromkeys(names, found)
+def why_no_base(home: str) -> str | None:
+    """Why nothing may be built on the class of this name."""
+    return f"a kind of {home}, which makes, loads or changes code" if _within(home, _CODE) else None
 
 
-def _is_harmless_kind(found: Any) -> bool:
-    """A class or a Python function whose real home may be allowed too (not `from os import system`)."""
-    if not isinstance(found, type | types.FunctionType):
-        return False
-    home = f"{found.__module__}.{found.__qualname__}"
-    if isinstance(found, type) and issubclass(found, nn.Module | enum.Enum):
-        return not any(home.startswith(n + ".") for n in _NEVER)
-    if found.__module__.partition(".")[0] == "torch":
-        return found.__module__ == "torch.nn.functional"
-    return can_be_allowed(home)
+def may_be_called(found: Any) -> bool:
+    """Whether a file may keep a class or function itself, which the model may call with the file's values.
+
+    Reviewed functions, the classes of plain layers, and enums, which only look a member up.
+    """
+    if isinstance(found, type):
+        return issubclass(found, enum.Enum) or _within(home_of(found), _MADE_LATER)
+    names = (name.rpartition(".") for name in _FUNCTIONS)
+    return any(getattr(sys.modules.get(module), name, None) is found for module, _, name in names)
 
 
-def _never(entry: str) -> UsageError:
-    return UsageError(
-        f"--allow {shown(entry)} is refused: a file could run code through it",
-        next_step="allow model classes only; --trust-pickle runs whatever a file holds",
-    )
+def _why_no_enum(found: type[enum.Enum]) -> str | None:
+    if type(found) is not enum.EnumMeta or not found.__members__:
+        return "an enum that makes members of what it is called with"
+    if next(base for base in found.__mro__ if "_missing_" in vars(base)).__module__ != "enum":
+        return runs_unasked("_missing_")
+    return None
+
+
+def _within(name: str, packages: tuple[str, ...]) -> bool:
+    return any(name == package or name.startswith(package + ".") for package in packages)
 
 
 def _find(module: str, attribute: str) -> Any | None:
