@@ -21,6 +21,7 @@ class BntoolError(Exception):
 
     exit_code = 1
     status = "failed"
+    uncut = False  # True where every word of `what` is needed, however long
 
     def __init__(self, what: str, *, where: str = "", next_step: str = "") -> None:
         super().__init__(what)

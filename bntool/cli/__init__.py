@@ -199,7 +199,8 @@ def _speaker(as_json: bool, help_line: str, *, whole: bool) -> Callable[[BntoolE
         if as_json:
             emit_error(error.status, error.to_dict())
         else:
-            if not whole and len(error.what) > _LONGEST and _has_verbose(help_line.split()[1]):
+            too_long = len(error.what) > _LONGEST and not (whole or error.uncut)
+            if too_long and _has_verbose(help_line.split()[1]):
                 error.what = f"{error.what[:_LONGEST].rstrip()} … (-v shows all of it)"
             say(error.told("error: "), err=True)
         return error.exit_code

@@ -319,6 +319,7 @@ def _read(path: Path, options: _Reading) -> _Read:
         return _Read(find_weights(held, options.key, str(path)), kind, index.metadata, shards)
     if kind.kind not in (Kind.TORCH_ZIP, Kind.TORCH_LEGACY):
         raise _not_loadable(path, kind)
+    notes: list[str] = []
     held = read_pickled(
         path,
         kind,
@@ -326,8 +327,10 @@ def _read(path: Path, options: _Reading) -> _Read:
         trust_pickle=options.trust_pickle,
         limit=options.limit,
         stand_ins=options.stand_ins,
+        say=notes.append,
     )
-    return _Read(find_weights(held, options.key, str(path)), kind)
+    found = find_weights(held, options.key, str(path))
+    return _Read(dataclasses.replace(found, notes=(*found.notes, *notes)), kind)
 
 
 def _read_safetensors(path: Path) -> StateDict:

@@ -18,6 +18,7 @@ _COLUMNS = (
 _SHOWN = 60
 _STANDING = {
     "unknown": "not known here: --allow",
+    "other": "no layer and no enum: no flag but --trust-pickle lets it in",
     "refused": "refused: a file can run code through it",
 }
 

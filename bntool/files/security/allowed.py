@@ -1,103 +1,127 @@
-"""Which names a model file may refer to: PyTorch's own layers and models, and what the user allows.
-
-A name is looked up only when it passes these rules, so a file cannot make an arbitrary module be imported.
-"""
+"""What the user names with --allow: classes, and packages of which a file may use the classes."""
 
 from __future__ import annotations
 
 import contextlib
-import enum
-import importlib
-import sys
+import dataclasses
+import re
 import types
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
+from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import nn
-
 from bntool.errors import LoadError, UsageError
 from bntool.files.scripts import import_path, import_script, script_of
-from bntool.files.security.pickled_calls import PARTIAL, shown
+from bntool.files.security.pickled_calls import shown
+from bntool.files.security.rules import builtin_allowance, home_of, why_never, why_not
 
-_LAYER_PACKAGES = ("torch.nn.modules", "torchvision.models", "torchvision.ops", "timm.models", "timm.layers")
-_OWN_LAYERS = ("bntool.layers", "bntool.frozen")
-# Reviewed one by one: plain holders of data and pure functions that honest model files refer to.
-_HELPERS = frozenset(
-    {
-        "torchvision.models.detection._utils.BoxCoder",
-        "torchvision.models.detection._utils.BoxLinearCoder",
-        "torchvision.models.detection._utils.Matcher",
-        "torchvision.models.detection._utils.SSDMatcher",
-        "torchvision.models.detection._utils.BalancedPositiveNegativeSampler",
-        "torchvision.ops.boxes.box_iou",
-        "torchvision.models.optical_flow.raft._pass_through_h",
-        "timm.layers.format.Format",
-        "timm.models._features.FeatureInfo",
-        "torch.nn.functional.relu",
-        "torch.nn.functional.gelu",
-        "torch._C._nn.gelu",
-        "bntool.layers.StartOfForward",
-        # What torchvision's quantizable models hold before anything is quantized.
-        "torch.ao.nn.quantized.modules.functional_modules.FloatFunctional",
-        "torch.ao.quantization.stubs.DeQuantStub",
-        "torch.ao.quantization.stubs.QuantStub",
-    }
+_WORD = r"[A-Za-z_]\w*"
+_ENTRY = re.compile(
+    rf"(?P<module>{_WORD}(?:\.{_WORD})*|.+\.py(?=:))(?P<colon>[.:])(?P<name>{_WORD}|\*)", re.ASCII | re.DOTALL
 )
-_STANDARD_DATA = frozenset({"argparse.Namespace"})
-# Its classes make Python source of the names of layers when they are called.
-_TRACING = ("timm.models._features_fx",)
-# Names that no flag but --trust-pickle lets through although their package is not the standard library's.
-_NEVER = (
-    "torch.fx", "torch.jit", "torch.hub", "torch._dynamo", "torch.package", "numpy.f2py", "numpy.testing",
-    "dill", "cloudpickle", "joblib", "jsonpickle", "yaml", "pip",
-)  # fmt: skip
 
 
-def builtin_allowance(name: str) -> Any | None:
-    """The class or function behind `name` if bntool's own rules allow it, else None."""
-    if name == PARTIAL:
-        import functools
+@dataclasses.dataclass(frozen=True)
+class Granted:
+    """Name in a file -> class, for what --allow names; and why names below its packages are refused."""
 
-        return functools.partial
-    module, _, attribute = name.rpartition(".")
-    if name in _HELPERS:
-        return _find(module, attribute)
-    own = module in _OWN_LAYERS
-    if not own and not any(module == p or module.startswith(p + ".") for p in _LAYER_PACKAGES):
-        return None
-    found = _find(module, attribute)
-    if not isinstance(found, type) or not issubclass(found, nn.Module):
-        return None
-    # A lazy layer rewrites its own class, and a re-export could name what lives elsewhere.
-    if issubclass(found, nn.modules.lazy.LazyModuleMixin | torch.fx.GraphModule) or module in _TRACING:
-        return None
-    return found if f"{found.__module__}.{found.__qualname__}" == name else None
+    classes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    refused: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
-def user_allowance(entries: Iterable[str]) -> dict[str, Any]:
-    """Name in a file -> class, for entries `pkg.mod.Class`, `script:Class` and `path/script.py:Class`.
+@dataclasses.dataclass(frozen=True)
+class _Entry:
+    """`pkg.mod.name`, `script:name`, `path/script.py:name`, or with the name `*` all below `pkg.mod`."""
 
-    The last two also stand for `__main__.Class`. Raises `UsageError` for an entry that may never be
-    allowed, `LoadError` for one that cannot be imported.
+    text: str
+    module: str
+    name: str
+    of_script: bool
+
+    @classmethod
+    def parse(cls, text: str) -> _Entry:
+        match = _ENTRY.fullmatch(text)
+        unclear = match is None or (match["name"] == "*" and match["colon"] == ":")
+        if match is None or unclear or (match["name"] == "py" and Path(text).is_file()):
+            raise UsageError(
+                f"--allow {shown(text)} names no class",
+                next_step="write --allow pkg.mod.Class, --allow script.py:Class for a class of a script, or "
+                "--allow pkg.mod.* for the classes of a package",
+            )
+        entry = cls(text, match["module"], match["name"], match["colon"] == ":")
+        name = f"{entry.module}.{entry.name}"
+        why = why_never(name)
+        if why and not entry.module.endswith(".py") and builtin_allowance(name) is None:
+            raise entry.refused(why)
+        return entry
+
+    def refused(self, why: str, next_step: str = "") -> UsageError:
+        return UsageError(
+            f"--allow {shown(self.text)} is refused: it is {why}",
+            next_step=next_step or "allow layers and enums only; --trust-pickle runs whatever a file holds",
+        )
+
+    def imported(self) -> types.ModuleType:
+        if self.module.endswith(".py"):
+            return import_script(Path(self.module))
+        try:
+            return import_path(self.module)
+        except LoadError:
+            outer, _, inner = self.module.rpartition(".")
+            with contextlib.suppress(LoadError):
+                if outer and isinstance(getattr(import_path(outer), inner, None), type):
+                    raise self.refused(f"inside the class {self.module}, and no class of a module") from None
+            raise
+
+    def found(self) -> tuple[types.ModuleType, Any]:
+        """The class, not judged yet, and the module that it was found in."""
+        module = self.imported()
+        found = getattr(module, self.name, None)
+        if found is None:
+            raise LoadError(
+                f"--allow {shown(self.text)}: {module.__name__} has no {self.name}",
+                where=getattr(module, "__file__", None) or "",
+                next_step="check the name of the class",
+            )
+        return module, found
+
+    def names(self, module: types.ModuleType, found: Any) -> dict[str, Any]:
+        names = [f"{module.__name__}.{self.name}"]
+        if isinstance(found, type):
+            names.append(home_of(found))
+        if self.of_script:
+            names.append(f"__main__.{self.name}")
+        return dict.fromkeys(names, found)
+
+
+def user_allowance(entries: Iterable[str], names: Iterable[str] = ()) -> Granted:
+    """What the entries let a file use that refers to `names`.
+
+    Entries: `pkg.mod.Class`, `script:Class` and `path/script.py:Class`, which also stand for
+    `__main__.Class`, and `pkg.mod.*` for the names of the file below that package. Raises `UsageError` for
+    an entry that may never be allowed, `LoadError` for one that cannot be imported.
     """
-    allowed: dict[str, Any] = {}
-    for entry in entries:
-        allowed.update(_entry(entry))
-    return allowed
+    classes: dict[str, Any] = {}
+    refused: dict[str, str] = {}
+    for entry in map(_Entry.parse, entries):
+        if entry.name == "*":
+            below = _below(entry.imported(), sorted(names))
+            classes.update({name: found for name, found in below.items() if not isinstance(found, str)})
+            refused.update({name: why for name, why in below.items() if isinstance(why, str)})
+        else:
+            classes.update(_class(entry))
+    return Granted(classes, refused)
 
 
-def can_be_allowed(name: str) -> bool:
-    """Whether `--allow` may ever name it: not the standard library's functions, nor code loaders."""
-    top = name.partition(".")[0]
-    if name in _STANDARD_DATA or top == "__main__":
-        return True
-    if top in sys.stdlib_module_names or any(name == n or name.startswith(n + ".") for n in _NEVER):
-        return False
-    # Of torch, its classes and pure functions: what it loads, compiles or downloads with are functions too.
-    function = top == "torch" and name.rpartition(".")[2][:1].islower()
-    return not name.startswith("torch._") and (not function or name.startswith("torch.nn.functional."))
+def trusted_names(entries: Iterable[str]) -> dict[str, Any]:
+    """What the entries stand for in a file that is trusted wholly: found, and not judged."""
+    return {
+        name: found
+        for entry in map(_Entry.parse, entries)
+        if entry.name != "*"
+        for name, found in entry.names(*entry.found()).items()
+    }
 
 
 def allow_entries_for(names: Iterable[str]) -> tuple[str, ...]:
@@ -110,68 +134,59 @@ def allow_entries_for(names: Iterable[str]) -> tuple[str, ...]:
     return tuple(entries)
 
 
-def _entry(entry: str) -> Mapping[str, Any]:
-    module, colon, attribute = entry.rpartition(":")
-    if not colon:
-        module, _, attribute = entry.rpartition(".")
-    if not module or not attribute.isidentifier() or (attribute == "py" and Path(entry).is_file()):
-        raise UsageError(
-            f"--allow {shown(entry)} names no class",
-            next_step="write --allow pkg.mod.Class, or --allow script.py:Class for a class of a script",
-        )
-    name = f"{module}.{attribute}"
-    if not module.endswith(".py") and not can_be_allowed(name):
-        raise _never(entry)
-    found_in = import_script(Path(module)) if module.endswith(".py") else import_path(module)
-    found = getattr(found_in, attribute, None)
-    if found is None:
-        raise LoadError(
-            f"--allow {shown(entry)}: {found_in.__name__} has no {attribute}",
-            where=getattr(found_in, "__file__", None) or "",
-            next_step="check the name of the class",
-        )
-    if not _is_harmless_kind(found):
-        raise _never(entry)
-    names = {f"{found_in.__name__}.{attribute}", f"{found.__module__}.{found.__qualname__}"}
-    if colon:
-        names.add(f"__main__.{attribute}")
-    return dict.fromkeys(names, found)
+def _class(entry: _Entry) -> dict[str, Any]:
+    known = builtin_allowance(f"{entry.module}.{entry.name}")
+    if known is not None:
+        return {f"{entry.module}.{entry.name}": known}
+    module, found = entry.found()
+    why = why_not(found)
+    if why:
+        raise entry.refused(why)
+    home = home_of(found)
+    own = {module.__name__} if entry.of_script else {module.__name__, entry.module.partition(".")[0]}
+    if not any(_is_below(home, package) for package in own):
+        why = why_never(home)
+        raise entry.refused(f"defined elsewhere: {home}", f"--allow {home}" if why is None else "")
+    return entry.names(module, found)
 
 
-def _is_harmless_kind(found: Any) -> bool:
-    """A class or a Python function whose real home may be allowed too (not `from os import system`)."""
-    if not isinstance(found, type | types.FunctionType):
-        return False
-    home = f"{found.__module__}.{found.__qualname__}"
-    if isinstance(found, type) and issubclass(found, nn.Module | enum.Enum):
-        return not any(home.startswith(n + ".") for n in _NEVER)
-    if found.__module__.partition(".")[0] == "torch":
-        return found.__module__ == "torch.nn.functional"
-    return can_be_allowed(home)
+def _below(package: types.ModuleType, names: Iterable[str]) -> dict[str, Any]:
+    """For each of the names that lies below the package: its class, or in words why it is refused."""
+    found: dict[str, Any] = {}
+    for name in names:
+        module, _, attribute = name.rpartition(".")
+        if not _is_below(module, package.__name__) or builtin_allowance(name) is not None:
+            continue
+        inside = _module_inside(package, module)
+        # Not getattr: the package's own __getattr__ would be called with the file's words.
+        value = vars(inside).get(attribute) if inside else None
+        if value is not None:
+            why = why_never(name) or why_not(value)
+            if not why and not _is_below(home_of(value), package.__name__):
+                why = f"defined elsewhere: {home_of(value)}"
+            found[name] = why or value
+    return found
 
 
-def _never(entry: str) -> UsageError:
-    return UsageError(
-        f"--allow {shown(entry)} is refused: a file could run code through it",
-        next_step="allow model classes only; --trust-pickle runs whatever a file holds",
-    )
+def _module_inside(package: types.ModuleType, name: str) -> types.ModuleType | None:
+    """A module of the package, imported only where it lies in the package's own folder."""
+    roots = [Path(root).resolve() for root in getattr(package, "__path__", ())]
+    module, path = package, package.__name__
+    for part in name.removeprefix(package.__name__).split(".")[1:]:
+        path = f"{path}.{part}"
+        spec = PathFinder.find_spec(path, getattr(module, "__path__", ()))
+        # __main__ is no module to import, but a program.
+        if part.startswith("__") or spec is None or not _lies_in(spec, roots):
+            return None
+        module = import_path(path)
+    return module
 
 
-def _find(module: str, attribute: str) -> Any | None:
-    try:
-        return getattr(importlib.import_module(module), attribute, None)
-    except Exception:  # noqa: BLE001  an optional library may fail to import in any way
-        return None
+def _lies_in(spec: ModuleSpec, roots: list[Path]) -> bool:
+    """Whether the file of a module, or every folder of a package without one, lies below one of the roots."""
+    places = [spec.origin] if spec.origin else [*(spec.submodule_search_locations or ())]
+    return bool(places) and all(any(Path(p).resolve().is_relative_to(r) for r in roots) for p in places)
 
 
-@contextlib.contextmanager
-def only_these(allowed: Mapping[str, Any]) -> Iterator[None]:
-    """Let torch's unpickler know `allowed`; afterwards its process-wide list is as it was."""
-    before = torch.serialization.get_safe_globals()
-    torch.serialization.clear_safe_globals()
-    try:
-        torch.serialization.add_safe_globals([(found, name) for name, found in allowed.items()])
-        yield
-    finally:
-        torch.serialization.clear_safe_globals()
-        torch.serialization.add_safe_globals(before)
+def _is_below(name: str, package: str) -> bool:
+    return name == package or name.startswith(package + ".")

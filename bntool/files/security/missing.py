@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable
 from typing import Any, NoReturn
 
 from torch import nn
 
 from bntool.errors import LoadError
-from bntool.files.security.allowed import can_be_allowed
+from bntool.files.security.rules import why_never
 
 _DATA = frozenset(
     {
@@ -60,10 +59,7 @@ def may_be_missing(name: str) -> bool:
 
     Names through which a file can run code are refused, with or without a stand-in.
     """
-    top = name.partition(".")[0]
-    # Of torch itself only layers, of another version perhaps.
-    ours = top == "torch" and not name.startswith("torch.nn.")
-    return name in _DATA or (top not in sys.stdlib_module_names and can_be_allowed(name) and not ours)
+    return name in _DATA or why_never(name) is None
 
 
 def inert_classes(names: Iterable[str]) -> dict[str, type]:

@@ -57,6 +57,8 @@ class DryRun:
         self.instantiated: set[str] = set()
         self.partial_targets: set[str] = set()
         self.odd_states: set[str] = set()
+        self.odd_calls: set[str] = set()
+        self.given_state: set[str] = set()
         self.storages: dict[str, Storage] = {}
         self.strings: set[str] = set()
         self.problems: list[str] = []
@@ -116,6 +118,8 @@ class DryRun:
             self._stack.append(_OTHER)
             return
         self.called.add(function.name)
+        if len(args) != 1 or not is_plain(args[0]):
+            self.odd_calls.add(function.name)
         if function.name == PARTIAL:
             self._partial(args)
         elif wrong := wrong_arguments(function.name, args):
@@ -124,6 +128,7 @@ class DryRun:
 
     def _build(self, _: BinaryIO) -> None:
         state, target = self._stack.pop(), self._stack[-1]
+        self.given_state.add(getattr(target, "name", ""))
         if not isinstance(target, Made):
             self._problem("sets the state of something it did not make")
         elif target.name in TENSORS:

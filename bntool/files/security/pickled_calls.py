@@ -92,6 +92,9 @@ def wrong_state(cls: str, state: Entries) -> str | None:
         # Layers look their members up while they are loaded; any other object could answer with a call.
         if not isinstance(value, Entries) and not (isinstance(value, Made) and value.name in MAPPINGS):
             return f"keeps the {registry} of a {shown(cls)} in something that is not a dict"
+    for key in state.texts:
+        if key.startswith("__") and key.endswith("__"):
+            return f"sets {shown(key)} of a {shown(cls)}"
     layers = state.texts.get("num_layers", 0)
     # It writes down a name for every one of them while it is loaded.
     if cls.startswith(_RECURRENT) and not (isinstance(layers, int) and layers <= _MAX_RECURRENT_LAYERS):
@@ -101,11 +104,20 @@ def wrong_state(cls: str, state: Entries) -> str | None:
 
 def is_plain(value: Any) -> bool:
     """Whether this is a number, a text, None, a class or function by name, or a tuple or dict of such."""
-    if isinstance(value, Entries):
-        return not value.has_other_keys and all(map(is_plain, value.texts.values()))
-    if isinstance(value, tuple):
-        return all(map(is_plain, value))
-    return not isinstance(value, Made | Storage | list)
+    waiting, seen = [value], set[int]()
+    while waiting:
+        part = waiting.pop()
+        # Tuples that hold one another twice over and over would never end.
+        if id(part) in seen:
+            continue
+        seen.add(id(part))
+        if isinstance(part, Made | Storage | list) or (isinstance(part, Entries) and part.has_other_keys):
+            return False
+        if isinstance(part, Entries):
+            waiting.extend(part.texts.values())
+        elif isinstance(part, tuple):
+            waiting.extend(part)
+    return True
 
 
 def _tensor(args: tuple[Any, ...]) -> str | None:

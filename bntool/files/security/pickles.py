@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import enum
-import importlib.util
 import io
 import pickle
 import threading
 import types
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -23,7 +22,7 @@ from bntool.errors import LoadError, UsageError
 from bntool.files.detect import FileKind
 from bntool.files.limits import Limit
 from bntool.files.scripts import running_user_code
-from bntool.files.security.allowed import builtin_allowance, can_be_allowed, only_these, user_allowance
+from bntool.files.security.allowed import Granted, trusted_names, user_allowance
 from bntool.files.security.archives import Unsafe
 from bntool.files.security.containers import PICKLED, Container, within
 from bntool.files.security.dry_runs import dry_run_of_archive, dry_runs, file_of, open_saved
@@ -39,6 +38,8 @@ from bntool.files.security.pickled_calls import (
     shown,
 )
 from bntool.files.security.pinned import Pinned
+from bntool.files.security.rules import builtin_allowance, may_be_called, only_these
+from bntool.files.security.telling import closed_names, listed, unknown_classes, why_closed
 from bntool.files.security.vetting import complaints
 
 _CALLS = REBUILD_TENSOR | REBUILD_PARAMETER | {
@@ -47,7 +48,6 @@ _CALLS = REBUILD_TENSOR | REBUILD_PARAMETER | {
     "torch.serialization._get_layout", "_codecs.encode",
 }  # fmt: skip
 _PLAIN = (_CALLS | {PARAMETER, "torch.Tensor"}) - {PARTIAL}
-_NAMES_SHOWN = 8
 _unpickling = threading.Lock()
 
 
@@ -59,19 +59,24 @@ def read_pickled(
     trust_pickle: bool = False,
     limit: Limit | None = None,
     stand_ins: bool = False,
+    say: Callable[[str], object] | None = None,
 ) -> Any:
     """What a file of `torch.save` holds, on the CPU. `kind` is `TORCH_ZIP` or `TORCH_LEGACY`.
 
     Nothing in the file is run unless `trust_pickle`. With `stand_ins`, classes that are not known become
-    classes that hold state and run nothing (`missing_names`). Raises `LoadError` for a file that is damaged,
+    classes that hold state and run nothing (`missing_names`). `say` takes a line on which classes a package
+    of `allow` let in. Raises `LoadError` for a file that is damaged,
     hostile, larger than `limit`, or needs classes that neither bntool nor `allow` knows.
     """
     with _as_load_error(path), path.open("rb") as opened:
         saved = open_saved(opened, path, kind.kind, limit or Limit())
         if trust_pickle:
-            return _load_trusting(path, file_of(saved), user_allowance(allow))
+            return _load_trusting(path, file_of(saved), trusted_names(allow))
         runs = dry_runs(saved, path, limit or Limit())
-        allowed = _allowance(path, runs, user_allowance(allow), stand_ins)
+        granted = user_allowance(allow, set().union(*(run.globals for run in runs)))
+        allowed = _allowance(path, runs, granted, stand_ins)
+        if say and any(entry.endswith(".*") for entry in allow):
+            say(f"let in by --allow: {listed(sorted(granted.classes.keys() & allowed.keys())) or 'no class'}")
         with _unpickling, only_these(allowed):
             loaded = torch.load(file_of(saved), map_location="cpu", weights_only=True)
         wrong = next(complaints(loaded), None)
@@ -91,7 +96,7 @@ def check_plain_data(content: bytes) -> frozenset[str]:
     unknown, known = _unknown([run], {})
     needed = sorted({*unknown, *known})
     if needed:
-        raise Unsafe(f"refers to {_listed(needed)}, and only tensors and plain data are expected there")
+        raise Unsafe(f"refers to {listed(needed)}, and only tensors and plain data are expected there")
     called = sorted(run.called - _CALLS)
     if run.problems or called or run.odd_states:
         raise Unsafe(run.problems[0] if run.problems else f"makes {shown([*called, *run.odd_states][0])}")
@@ -102,7 +107,7 @@ def open_weights(opened: BinaryIO, path: Path, limit: Limit) -> Container:
     """An archive of `torch.save`; `LoadError` where it holds more than plain data and tensors."""
     with _as_load_error(path):
         container = Container(opened, PICKLED, within(limit, path))
-        _allowance(path, dry_runs(container, path, limit), {})
+        _allowance(path, dry_runs(container, path, limit), Granted())
         return container
 
 
@@ -118,15 +123,19 @@ def standing(names: set[str]) -> dict[str, str]:
     """For every name that a pickle refers to, by name, what becomes of it when the file is loaded.
 
     `plain` is data of torch's and Python's own, `known` a class of PyTorch, torchvision or timm, `unknown`
-    one that --allow may name, `refused` one through which a file can run code.
+    one that --allow may name, `other` what is no layer and no enum, `refused` one through which a file can
+    run code.
     """
     run = DryRun()
     run.globals = names - _CALLS
     unknown, known = _unknown([run], {})
+    closed = why_closed(unknown)
 
     def of(name: str) -> str:
+        if name in unknown and may_be_missing(name):
+            return "other" if name in closed else "unknown"
         if name in unknown:
-            return "unknown" if may_be_missing(name) else "refused"
+            return "refused"
         return "known" if name in known else "plain"
 
     return {name: of(name) for name in sorted(names)}
@@ -152,33 +161,39 @@ def _is_dtype(name: str) -> bool:
     return module == "torch" and isinstance(getattr(torch, attribute, None), torch.dtype)
 
 
-def _allowance(
-    path: Path, runs: list[DryRun], user: Mapping[str, Any], stand_ins: bool = False
-) -> dict[str, Any]:
+def _allowance(path: Path, runs: list[DryRun], granted: Granted, stand_ins: bool = False) -> dict[str, Any]:
     """Name -> class for torch's unpickler, or `LoadError` naming everything that is in the way."""
-    unknown, known = _unknown(runs, user)
+    unknown, known = _unknown(runs, granted.classes)
     missing = {n for n in unknown if may_be_missing(n)} if stand_ins else set()
     unknown -= missing
-    dangerous = sorted(n for n in unknown if not can_be_allowed(n))
-    if dangerous:
-        raise _refused(path, f"refers to {_listed(dangerous)}, through which a file can run code")
+    closed = why_closed(unknown) | {n: why for n, why in granted.refused.items() if n in unknown}
+    if closed:
+        raise _refused(path, closed_names(closed))
     # What a stand-in is given does no harm.
     harmless = {f"instantiates {shown(n)} with arguments of its own" for n in missing}
     problems = [p for run in runs for p in run.problems if p not in harmless]
     if problems:
         raise _refused(path, problems[0])
     if unknown:
-        raise _unknown_classes(path, sorted(unknown))
-    for name in sorted(set().union(*(run.odd_states for run in runs)) - user.keys() - missing):
-        raise _refused(path, f"gives a {shown(name)} attributes that are not in a dict")
-    for name in sorted(set().union(*(run.called for run in runs)) - _CALLS - missing):
-        # An enum is restored by calling it; that only looks a member up.
-        if not (isinstance(known.get(name), type) and issubclass(known[name], enum.Enum)):
-            raise _refused(path, f"calls {shown(name)} with arguments of its own")
-    for name in sorted(set().union(*(run.partial_targets for run in runs))):
-        if name not in known:
-            raise _refused(path, f"makes a functools.partial of {shown(name)}")
+        raise unknown_classes(path, sorted(unknown))
+    if misused := next((problem for run in runs for problem in _misuses(run, known, missing)), None):
+        raise _refused(path, misused)
     return {**known, **inert_classes(missing)}
+
+
+def _misuses(run: DryRun, known: Mapping[str, Any], missing: set[str]) -> Iterator[str]:
+    """What a pickle does with names that it may refer to, and no honest one does."""
+    enums = {n for n, found in known.items() if isinstance(found, type) and issubclass(found, enum.Enum)}
+    for name in sorted(run.odd_states - missing):
+        yield f"gives a {shown(name)} attributes that are not in a dict"
+    for name in sorted(enums & (run.given_state | run.instantiated)):
+        yield f"changes the enum {shown(name)}"
+    # An enum is restored by calling it with a value; that only looks a member up.
+    for name in sorted((run.called - enums - _CALLS - missing) | (enums & run.odd_calls)):
+        yield f"calls {shown(name)} with arguments of its own"
+    for name in sorted(run.partial_targets):
+        if name not in known or not may_be_called(known[name]):
+            yield f"makes a functools.partial of {shown(name)}"
 
 
 @contextlib.contextmanager
@@ -212,34 +227,6 @@ def _load_trusting(path: Path, file: Pinned, user: Mapping[str, Any]) -> Any:
                 next_step="run bntool where that code is importable; for a class of a script also "
                 "pass --allow script.py:Class",
             ) from error
-
-
-def _listed(names: list[str]) -> str:
-    rest = len(names) - _NAMES_SHOWN
-    return ", ".join(map(shown, names[:_NAMES_SHOWN])) + (f" and {rest} more" if rest > 0 else "")
-
-
-def _unknown_classes(path: Path, names: list[str]) -> LoadError:
-    for package in ("torchvision", "timm"):
-        if any(n.startswith(package + ".") for n in names) and importlib.util.find_spec(package) is None:
-            return LoadError(
-                f"{path.name} needs {package}, which is not installed",
-                where=str(path),
-                next_step=f"pip install {package}",
-            )
-    flags = " ".join(
-        f"--allow SCRIPT.py:{n.removeprefix('__main__.')}" if n.startswith("__main__.") else f"--allow {n}"
-        for n in map(shown, names[:_NAMES_SHOWN])
-    )
-    classes = "1 class" if len(names) == 1 else f"{len(names)} classes"
-    pronoun, its = ("it", "its") if len(names) == 1 else ("them", "their")
-    return LoadError(
-        f"{path.name} holds pickled objects, and needs {classes} bntool does not know: {_listed(names)}",
-        where=str(path),
-        next_step=f"if you trust {pronoun}: {flags} ({its} code must be importable from here); if you trust "
-        "the file: --trust-pickle (runs code from the file); safer: torch.save(model.state_dict(), ...) "
-        "and pass --arch",
-    )
 
 
 def _refused(path: Path, why: str) -> LoadError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import enum
 import functools
 import types
 from collections.abc import Iterable, Iterator, Mapping
@@ -10,12 +11,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from bntool.files.security.missing import Opaque
 from bntool.files.security.pickled_calls import shown
+from bntool.files.security.rules import home_of, may_be_called
 from bntool.layers import has_foreign_hook
 
-_LEAVES = (str, bytes, bytearray, int, float, complex, type, types.FunctionType, types.BuiltinFunctionType)
-# What torch's unpickler makes tensors with; a layer that held one could make them from anything.
-_MAKERS = ("torch._utils", "torch._tensor", "torch.serialization", "_codecs")
+_CODE = (type, types.FunctionType, types.BuiltinFunctionType)
+# The members of an enum are the process's own: a file only looks them up.
+_LEAVES = (str, bytes, bytearray, int, float, complex, enum.Enum, *_CODE)
 _REGISTRIES = {"_parameters": nn.Parameter, "_buffers": Tensor, "_modules": nn.Module}
 
 
@@ -29,8 +32,8 @@ def complaints(loaded: Any) -> Iterator[str]:
     waiting: list[Any] = [loaded]
     while waiting:
         value = waiting.pop()
-        if getattr(value, "__module__", None) in _MAKERS:
-            yield f"keeps a function of torch's own unpickler ({shown(getattr(value, '__name__', ''))})"
+        if isinstance(value, _CODE) and not _is_harmless(value):
+            yield f"keeps {shown(home_of(value))} itself, which a layer could call"
         if value is None or isinstance(value, _LEAVES) or id(value) in seen:
             continue
         # Kept alive, so that no id is given out twice.
@@ -44,6 +47,11 @@ def complaints(loaded: Any) -> Iterator[str]:
         waiting.extend(attributes.values())
         waiting.extend(_items(value))
     yield from _circles([value for value in seen.values() if isinstance(value, nn.Module)])
+
+
+def _is_harmless(code: Any) -> bool:
+    """A function or class that may be called with whatever the file holds; a stand-in does nothing."""
+    return may_be_called(code) or (isinstance(code, type) and issubclass(code, Opaque))
 
 
 def _attributes(value: Any) -> Mapping[Any, Any]:
