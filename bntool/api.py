@@ -13,9 +13,10 @@ from torch.export import ExportedProgram
 
 from bntool.checking import check_onnx, check_surgery, seeded_batches
 from bntool.collecting import paused
-from bntool.errors import BntoolError, InvariantError, PlanError, UsageError
+from bntool.errors import BntoolError, InvariantError, LoadError, PlanError, UsageError
 from bntool.exporting import ExportResult
 from bntool.exporting import export_onnx as _export_onnx
+from bntool.files.regular import read_text
 from bntool.inputs import Inputs
 from bntool.inserting import InsertOptions, redundant_biases, require_same_places
 from bntool.inserting import plan_insert as _plan_insert
@@ -242,8 +243,10 @@ def read_plan(path: str | Path) -> Plan:
     import json
 
     try:
-        data = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        data = json.loads(read_text(path))
+    except LoadError as error:
+        raise PlanError(error.what, next_step=error.next_step) from error
+    except (ValueError, RecursionError) as error:
         raise PlanError(f"cannot read a plan from {path}: {error}") from error
     if isinstance(data, dict) and isinstance(data.get("plan"), dict):
         data = data["plan"]

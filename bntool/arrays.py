@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from bntool.errors import LoadError, UsageError
+from bntool.files.tensors import require_dense
 from bntool.inputs import Inputs
 
 KINDS = "an .npy, .npz or .pt file, a folder of images, or pkg.mod:loader"
@@ -47,6 +48,7 @@ def _tensors_in(held: Any) -> dict[str, Any]:
 
 def chosen_arrays(arrays: dict[str, Any], like: Inputs | None, where: str) -> dict[str, Any]:
     """The arrays that are the model's inputs, by the names of `like`."""
+    require_dense(arrays.items(), Path(where))
     arrays = {name: array for name, array in arrays.items() if array.ndim}
     if not arrays:
         raise UsageError("the file holds no array of samples", where=where, next_step=f"give {KINDS}")

@@ -5,10 +5,10 @@ from __future__ import annotations
 import glob
 import json
 import sys
-from pathlib import Path
 from typing import Any
 
-from bntool.errors import UsageError
+from bntool.errors import LoadError, UsageError
+from bntool.files.regular import read_text
 
 
 def read_site_list(path: str) -> tuple[str, ...]:
@@ -20,9 +20,11 @@ def read_site_list(path: str) -> tuple[str, ...]:
         UsageError: the file cannot be read, or is no such list.
     """
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = read_text(path)
         document = _toml(text) if path.endswith(".toml") else json.loads(text)
-    except (OSError, ValueError) as error:
+    except LoadError as error:
+        raise UsageError(error.what, next_step=error.next_step) from error
+    except (ValueError, RecursionError) as error:
         raise UsageError(
             f"cannot read a list of sites: {error}",
             where=path,

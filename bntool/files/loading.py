@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import difflib
+import itertools
 import os
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -25,6 +26,7 @@ from bntool.files.security.missing import missing_names
 from bntool.files.security.pickled_calls import shown
 from bntool.files.security.pickles import read_pickled
 from bntool.files.security.scripted import DEPRECATED, read_script
+from bntool.files.tensors import require_dense
 from bntool.files.weights import (
     Found,
     StateDict,
@@ -311,12 +313,12 @@ def _read(path: Path, options: _Reading) -> _Read:
     if kind.kind is Kind.SAFETENSORS:
         header = read_header(path, options.limit)
         held: Any = _read_safetensors(path)
-        return _Read(find_weights(held, options.key, str(path)), kind, header.metadata)
+        return _Read(_dense(held, options.key, path), kind, header.metadata)
     if kind.kind is Kind.SAFETENSORS_INDEX:
         index = read_index(path, options.limit)
         held = _read_shards(index)
         shards = {name: tuple(header.entries) for name, header in index.shards.items()}
-        return _Read(find_weights(held, options.key, str(path)), kind, index.metadata, shards)
+        return _Read(_dense(held, options.key, path), kind, index.metadata, shards)
     if kind.kind not in (Kind.TORCH_ZIP, Kind.TORCH_LEGACY):
         raise _not_loadable(path, kind)
     held = read_pickled(
@@ -327,7 +329,20 @@ def _read(path: Path, options: _Reading) -> _Read:
         limit=options.limit,
         stand_ins=options.stand_ins,
     )
-    return _Read(find_weights(held, options.key, str(path)), kind)
+    return _Read(_dense(held, options.key, path), kind)
+
+
+def _dense(held: Any, key: str | None, path: Path) -> Found:
+    """The weights in what a file holds, all of them tensors that can be computed with."""
+    found = find_weights(held, key, str(path))
+    require_dense(_tensors_of(found.value), path)
+    return found
+
+
+def _tensors_of(value: nn.Module | StateDict) -> Iterable[tuple[str, Any]]:
+    if isinstance(value, nn.Module):
+        return itertools.chain(value.named_parameters(), value.named_buffers())
+    return value.items()
 
 
 def _read_safetensors(path: Path) -> StateDict:

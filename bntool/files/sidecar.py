@@ -13,11 +13,11 @@ from typing import Any, Literal
 
 from bntool.errors import LoadError
 from bntool.files.atomic import sha256_of, write_atomically
+from bntool.files.regular import read_text
 
 SCHEMA_VERSION = 1
 Action = Literal["insert", "fold", "calibrate", "compare", "export"]
 
-_MAX_BYTES = 1 << 26
 _ENDINGS: dict[str, str] = {
     "insert": "_bn",
     "fold": "_folded",
@@ -98,13 +98,11 @@ def read_sidecar(output: str | Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
-        if path.stat().st_size > _MAX_BYTES:
-            raise ValueError("it is too large")
-        document: Any = json.loads(path.read_text(encoding="utf-8"))
+        document: Any = json.loads(read_text(path))
         version = document.get("schema_version") if isinstance(document, dict) else None
         if not isinstance(version, int):
             raise ValueError("it has no schema_version")  # noqa: TRY004  one kind of damage among others
-    except (OSError, ValueError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise LoadError(f"{path.name} is damaged: {error}", where=str(path), next_step="remove it") from error
     if version > SCHEMA_VERSION:
         raise LoadError(

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from bntool.errors import LoadError
+from bntool.files.regular import read_text
 
 SCHEMA_VERSION = 1
-_MOST_BYTES = 1 << 26
 _COMMANDS = {
     # command -> keys of which one tells it, where a document does not name its command
     "compare": ("arms",),
@@ -35,13 +35,12 @@ def read_document(path: str | Path) -> Document:
     """The document in a file; `LoadError` for one that is damaged, foreign or of a newer schema."""
     path = Path(path)
     try:
-        if path.stat().st_size > _MOST_BYTES:
-            raise ValueError(f"it is larger than {_MOST_BYTES >> 20} MiB")
         # a number that is none is no JSON either, and a browser would refuse the whole page for it
-        data = json.loads(path.read_text(encoding="utf-8"), parse_constant=lambda _: None)
-    except FileNotFoundError as error:
-        raise LoadError(f"no such file: {path}", next_step="bntool fold MODEL --json > FILE.json") from error
-    except (OSError, ValueError, RecursionError) as error:
+        data = json.loads(read_text(path), parse_constant=lambda _: None)
+    except LoadError as error:
+        error.next_step = "bntool fold MODEL --json > FILE.json"
+        raise
+    except (ValueError, RecursionError) as error:
         raise _unreadable(path, f"cannot be read as JSON: {error}") from error
     return as_document(data, path.name)
 

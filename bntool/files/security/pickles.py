@@ -37,6 +37,7 @@ from bntool.files.security.pickled_calls import (
     shown,
 )
 from bntool.files.security.vetting import complaints
+from bntool.files.tensors import told_by
 
 _CALLS = REBUILD_TENSOR | REBUILD_PARAMETER | {
     FROM_TYPE, PARTIAL, "collections.OrderedDict", "collections.Counter", "builtins.set",
@@ -207,6 +208,9 @@ def _allowance(
     missing = {n for n in unknown if may_be_missing(n)} if stand_ins else set()
     unknown -= missing
     dangerous = sorted(n for n in unknown if not can_be_allowed(n))
+    other = told_by(unknown, dangerous)
+    if other is not None:
+        raise other.error(path)
     if dangerous:
         raise _refused(path, f"refers to {_listed(dangerous)}, through which a file can run code")
     # What a stand-in is given does no harm.
