@@ -207,7 +207,7 @@ def _sliced(arrays: dict[str, Any], start: int, stop: int, like: Inputs | None, 
     parts: dict[str, Tensor] = {}
     for name, array in arrays.items():
         part = array[start:stop]
-        parts[name] = part if isinstance(part, Tensor) else _tensor(np.array(part), where)
+        parts[name] = part if isinstance(part, Tensor) else tensor_of(np.array(part), where)
     if len({len(part) for part in arrays.values()}) > 1:
         lengths = ", ".join(f"{name} {len(array)}" for name, array in arrays.items())
         raise UsageError(f"the arrays do not hold equally many samples: {lengths}", where=where)
@@ -215,7 +215,8 @@ def _sliced(arrays: dict[str, Any], start: int, stop: int, like: Inputs | None, 
     return fitted(Inputs(tuple(parts.values()), kwargs), like, where)
 
 
-def _tensor(array: Any, where: str) -> Tensor:
+def tensor_of(array: Any, where: str) -> Tensor:
+    """A NumPy array as a tensor over the same memory. `UsageError` for a type that torch does not have."""
     try:
         return torch.from_numpy(array)
     except TypeError as error:

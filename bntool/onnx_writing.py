@@ -12,7 +12,7 @@ import onnx_ir as ir
 from bntool.capturing import essence
 from bntool.errors import ExportError, UsageError
 from bntool.files.drafts import draft_folder
-from bntool.onnx_files import SINGLE_FILE_LIMIT, move_onnx
+from bntool.onnx_files import SINGLE_FILE_LIMIT, check_structure, move_onnx
 
 ExternalData = Literal["auto", "always", "never"]
 
@@ -62,7 +62,7 @@ def write_checked(model: ir.Model, target: Path, external_data: ExternalData = "
             written = folder / target.name
             data = folder / f"{target.name}.data"
             ir.save(model, written, external_data=data.name if split else None)
-            onnx.checker.check_model(str(written), full_check=True)
+            _require_valid(written)
             # No weight may have been large enough to leave the file.
             return move_onnx(written, data if data.exists() else None, target)
     except onnx.checker.ValidationError as error:
@@ -78,6 +78,18 @@ def write_checked(model: ir.Model, target: Path, external_data: ExternalData = "
         raise cannot_write(target, error) from error
     except UsageError as error:
         raise ExportError(error.what, next_step="choose another -o") from error
+
+
+def _require_valid(written: Path) -> None:
+    """ONNX's own check, with that of all shapes where its library can be told the file's name in UTF-8."""
+    import onnx
+
+    try:
+        str(written).encode()
+    except UnicodeEncodeError:
+        check_structure(onnx.load(written, load_external_data=False))
+    else:
+        onnx.checker.check_model(str(written), full_check=True)
 
 
 def append_metadata(path: Path, entries: Mapping[str, str]) -> None:

@@ -36,7 +36,7 @@ def read_inputs(path: str, like: Inputs, *, full: bool) -> list[Inputs]:
             next_step=f"name them {', '.join(wanted)}",
         )
     named = held if set(held) == set(wanted) else dict(zip(wanted, held.values(), strict=True))
-    tensors = {name: _tensor(named[name]) for name in wanted}
+    tensors = {name: _tensor(named[name], path) for name in wanted}
     counts = {len(tensor) for tensor in tensors.values()}
     if len(counts) != 1 or 0 in counts:
         raise UsageError(f"the arrays of {path} do not hold equally many samples, one at least")
@@ -47,17 +47,25 @@ def read_inputs(path: str, like: Inputs, *, full: bool) -> list[Inputs]:
     return [_filled(like, {name: t[a:b] for name, t in tensors.items()}, path) for a, b in cuts]
 
 
-def _tensor(held: Any) -> Tensor:
+def _tensor(held: Any, path: str) -> Tensor:
     import numpy as np
     import torch
 
-    return held if isinstance(held, torch.Tensor) else torch.from_numpy(np.array(held))
+    from bntool.batches import tensor_of
+
+    return held if isinstance(held, torch.Tensor) else tensor_of(np.array(held), path)
 
 
 def _filled(like: Inputs, tensors: dict[str, Tensor], path: str) -> Inputs:
     left = iter(tensors.values())
 
     def fill(old: Tensor) -> Any:
-        return next(left).to(old.dtype)
+        given = next(left)
+        if given.is_complex() and not old.is_complex():
+            raise UsageError(
+                f"{path} holds {given.dtype}, and the model takes {old.dtype}",
+                next_step="save real numbers: the imaginary parts would be dropped",
+            )
+        return given.to(old.dtype)
 
     return dataclasses.replace(like.map(fill), origin=path)

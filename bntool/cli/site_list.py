@@ -22,11 +22,10 @@ def read_site_list(path: str) -> tuple[str, ...]:
     try:
         text = read_text(path)
         document = _toml(text) if path.endswith(".toml") else json.loads(text)
-    except LoadError as error:
-        raise UsageError(error.what, next_step=error.next_step) from error
-    except (ValueError, RecursionError) as error:
+    except (LoadError, ValueError, RecursionError) as error:
+        why = error.what if isinstance(error, LoadError) else error
         raise UsageError(
-            f"cannot read a list of sites: {error}",
+            f"cannot read a list of sites: {why}",
             where=path,
             next_step='write JSON, ["features.0", …], or TOML, sites = ["features.0", …]',
         ) from error

@@ -15,6 +15,14 @@ MOST_TEXT = 1 << 26
 """The most bytes of a document that is read whole."""
 
 
+def exists(path: str | Path) -> bool:
+    """Whether anything is there; False, too, for a name that nothing can have, such as one too long."""
+    try:
+        return Path(path).exists()
+    except (OSError, ValueError):
+        return False
+
+
 def open_regular(path: str | Path) -> BinaryIO:
     """A regular file, opened for reading.
 

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from bntool.errors import LoadError
 from bntool.files.atomic import sha256_of, write_atomically
-from bntool.files.regular import read_text
+from bntool.files.regular import exists, read_text
 
 SCHEMA_VERSION = 1
 Action = Literal["insert", "fold", "calibrate", "compare", "export"]
@@ -95,7 +95,7 @@ def write_sidecar(output: str | Path, document: Mapping[str, Any], force: bool =
 def read_sidecar(output: str | Path) -> dict[str, Any] | None:
     """The document beside `output`, None when there is none; `LoadError` when it cannot be read."""
     path = sidecar_path(output)
-    if not path.is_file():
+    if not exists(path) or not path.is_file():
         return None
     try:
         document: Any = json.loads(read_text(path))
@@ -132,4 +132,5 @@ def _version(package: str) -> str:
 
 
 def _write_text(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8", newline="\n")
+    # In JSON, half a surrogate pair is escaped in the very way that Python replaces it.
+    path.write_text(text, encoding="utf-8", errors="backslashreplace", newline="\n")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import struct
 import zipfile
@@ -66,8 +67,10 @@ class Records:
         if not isinstance(source, Path):
             # torch takes the place it finds the file at for its beginning.
             source.seek(0)
+        # A path as bytes, since not every name is UTF-8.
+        place: Any = os.fsencode(source) if isinstance(source, Path) else source
         try:
-            self._reader = torch._C.PyTorchFileReader(str(source) if isinstance(source, Path) else source)
+            self._reader = torch._C.PyTorchFileReader(place)
         except RuntimeError as error:
             raise Damaged(str(error).split("\n")[0]) from error
         self._source = source
