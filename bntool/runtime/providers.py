@@ -213,8 +213,7 @@ def _create(
         options.add_session_config_entry(key, value)
     try:
         with quiet(ort):
-            source = model if isinstance(model, bytes) else _NativePath(model)
-            return ort.InferenceSession(source, options, providers=providers)
+            return ort.InferenceSession(_opened_by(model), options, providers=providers)
     except Exception as error:  # its exceptions share no base class but Exception
         raise ExportError(
             f"ONNX Runtime refuses the model: {first_line(error)}",
@@ -223,9 +222,16 @@ def _create(
         ) from error
 
 
+def _opened_by(model: str | bytes) -> str | bytes | os.PathLike[bytes]:
+    """The model as ONNX Runtime takes it, which makes UTF-8 of a text: not every name can be that."""
+    if isinstance(model, str) and os.fsencode(model) != model.encode(errors="replace"):
+        return _NativePath(model)
+    return model
+
+
 @dataclasses.dataclass(frozen=True)
 class _NativePath(os.PathLike[bytes]):
-    """A path as the system's own bytes: not every name is UTF-8, which ONNX Runtime makes of a text."""
+    """A path as the system's own bytes."""
 
     path: str
 
