@@ -15,6 +15,7 @@ from bntool.files.detect import Kind, detect
 from bntool.files.numpy_files import read_npy, read_npz
 from bntool.files.security.archives import Unsafe
 from bntool.files.security.pickles import read_pickled
+from bntool.files.tensors import require_dense
 from bntool.inputs import Inputs
 
 KINDS = "an .npy, .npz or .pt file, a folder of images, or pkg.mod:loader"
@@ -71,6 +72,7 @@ def _tensors_in(held: Any) -> dict[str, Any]:
 
 def chosen_arrays(arrays: dict[str, Any], like: Inputs | None, where: str) -> dict[str, Any]:
     """The arrays that are the model's inputs, by the names of `like`."""
+    require_dense(arrays.items(), Path(where))
     arrays = {name: array for name, array in arrays.items() if array.ndim}
     if not arrays:
         raise UsageError("the file holds no array of samples", where=where, next_step=f"give {KINDS}")

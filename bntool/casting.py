@@ -62,6 +62,13 @@ def cast_copy(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     return copy.deepcopy(model).to(dtype)
 
 
+def is_finite(tensor: Tensor) -> bool:
+    """Whether no value is NaN or infinite."""
+    # torch has no such test for float8.
+    narrow = tensor.is_floating_point() and tensor.itemsize == 1
+    return bool(torch.isfinite(tensor.float() if narrow else tensor).all())
+
+
 def _overflows(tensor: Tensor, dtype: torch.dtype) -> bool:
     if not tensor.is_floating_point():
         return False

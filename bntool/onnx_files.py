@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import itertools
 import os
+import shlex
 from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
@@ -67,7 +68,7 @@ def open_onnx(path: str | Path) -> OnnxFile:
         ) from error
     try:
         data_files = dict.fromkeys(_require_data(path, tensor) for tensor in _external_tensors(proto))
-        _check(path, proto, bool(data_files))
+        check_structure(proto)
         model = ir.from_proto(proto)
         for _, tensor, _ in _slots(model):
             _require_numbers(path, tensor)
@@ -107,7 +108,7 @@ def write_drafts(file: OnnxFile, path: Path, drafts: Drafts) -> tuple[Path, Path
     draft = drafts.of(path)
     moving = _to_move(file)
     _write(file.model, draft, moving)
-    _require_valid(draft, bool(moving))
+    _require_valid(draft)
     data = draft.with_name(f"{draft.name}.data") if moving else None
     add_data(path, draft, data, drafts)
     return draft, data
@@ -158,26 +159,34 @@ def _write(model: ir.Model, draft: Path, moving: list[tuple[Any, Callable[[Any],
             put(tensor)
 
 
-def _check(path: Path, proto: onnx.ModelProto, has_data: bool) -> None:
-    """ONNX's own check, but that an output needs no shape: runtimes take it without one."""
+def check_structure(proto: onnx.ModelProto) -> None:
+    """ONNX's own check of everything but data outside the file, whose place is checked before it is read.
+
+    An output needs no shape: runtimes take it without one. The proto is afterwards what it was. Raises
+    `ValidationError`.
+    """
     told = [info.type.tensor_type for info in proto.graph.output if info.type.HasField("tensor_type")]
     untold = [tensor for tensor in told if not tensor.HasField("shape")]
-    if not untold:
-        onnx.checker.check_model(str(path))
-    elif not has_data:
-        # External data is looked for beside a path only, so such a file goes without.
-        for tensor in untold:
-            tensor.shape.SetInParent()
-        try:
-            onnx.checker.check_model(proto)
-        finally:
-            for tensor in untold:
-                tensor.ClearField("shape")
-
-
-def _require_valid(draft: Path, has_data: bool) -> None:
+    outside = [(tensor, list(tensor.dims)) for tensor in _external_tensors(proto)]
+    for tensor in untold:
+        tensor.shape.SetInParent()
+    for held, _ in outside:
+        # Without values it needs no data.
+        held.data_location = onnx.TensorProto.DEFAULT
+        held.dims[:] = [0]
     try:
-        _check(draft, onnx.load(draft, format="protobuf", load_external_data=False), has_data)
+        onnx.checker.check_model(proto)
+    finally:
+        for tensor in untold:
+            tensor.ClearField("shape")
+        for held, dims in outside:
+            held.data_location = onnx.TensorProto.EXTERNAL
+            held.dims[:] = dims
+
+
+def _require_valid(draft: Path) -> None:
+    try:
+        check_structure(onnx.load(draft, format="protobuf", load_external_data=False))
     except onnx.checker.ValidationError as error:
         raise InvariantError(f"the file to be written is not valid ONNX: {_first_line(error)}") from error
 
@@ -225,9 +234,8 @@ def _require_data(path: Path, tensor: onnx.TensorProto) -> Path:
             where=str(path),
             next_step="move the data beside the model and export it again",
         )
-    data = path.parent / info.location
-    homes = (os.path.realpath(path.parent), Path(os.path.realpath(path)).parent)
-    if not any(Path(os.path.realpath(data)).is_relative_to(home) for home in homes):
+    data, name = path.parent / info.location, shlex.quote(info.location)
+    if not Path(os.path.realpath(data)).is_relative_to(os.path.realpath(path.parent)):
         raise LoadError(
             f"{info.location}, which holds the weight {tensor.name}, is a link out of the model's folder",
             where=str(path),
@@ -238,6 +246,13 @@ def _require_data(path: Path, tensor: onnx.TensorProto) -> Path:
             f"the weight {tensor.name} is in {info.location}, which is not there",
             where=str(path),
             next_step=f"put {info.location} beside the model",
+        )
+    # ONNX's libraries will not read it: the other name may be that of a file elsewhere.
+    if data.stat().st_nlink > 1:
+        raise LoadError(
+            f"{info.location}, which holds the weight {tensor.name}, has a second name (a hard link)",
+            where=str(path),
+            next_step=f"cd {shlex.quote(str(path.parent))} && cp {name} {name}.own && mv {name}.own {name}",
         )
     end = (info.offset or 0) + (info.length or 0)
     if data.stat().st_size < end:

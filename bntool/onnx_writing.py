@@ -12,7 +12,7 @@ import onnx_ir as ir
 from bntool.capturing import essence
 from bntool.errors import ExportError, UsageError
 from bntool.files.targets import Target
-from bntool.onnx_files import SINGLE_FILE_LIMIT, add_data
+from bntool.onnx_files import SINGLE_FILE_LIMIT, add_data, check_structure
 
 ExternalData = Literal["auto", "always", "never"]
 
@@ -67,7 +67,7 @@ def write_checked(
             draft = drafts.of(claimed)
             data = draft.with_name(f"{draft.name}.data")
             ir.save(model, draft, external_data=data.name if split else None)
-            onnx.checker.check_model(str(draft), full_check=True)
+            _require_valid(draft)
             # No weight may have been large enough to leave the file.
             add_data(claimed, draft, data if data.exists() else None, drafts)
         return drafts.part_of(claimed)
@@ -84,6 +84,18 @@ def write_checked(
         if isinstance(error.__cause__, OSError):
             raise cannot_write(path, error.__cause__) from error
         raise
+
+
+def _require_valid(written: Path) -> None:
+    """ONNX's own check, with that of all shapes where its library can be told the file's name in UTF-8."""
+    import onnx
+
+    try:
+        str(written).encode()
+    except UnicodeEncodeError:
+        check_structure(onnx.load(written, load_external_data=False))
+    else:
+        onnx.checker.check_model(str(written), full_check=True)
 
 
 def append_metadata(path: Path, entries: Mapping[str, str]) -> None:

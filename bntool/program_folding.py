@@ -233,9 +233,15 @@ class RunnableProgram(nn.Module):
         self.program = module
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        before = [(buffer, buffer.clone()) for buffer in self.program.buffers()]
+        # An expanded one cannot be written, by the program or afterwards.
+        written = [buffer for buffer in self.program.buffers() if not _is_expanded(buffer)]
+        before = [(buffer, buffer.clone()) for buffer in written]
         try:
             return self.program(*map_tensors(args, torch.clone), **map_tensors(kwargs, torch.clone))
         finally:
             for buffer, numbers in before:
                 buffer.copy_(numbers)
+
+
+def _is_expanded(tensor: Tensor) -> bool:
+    return any(size > 1 and step == 0 for size, step in zip(tensor.shape, tensor.stride(), strict=True))

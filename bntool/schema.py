@@ -48,6 +48,8 @@ class Damaged(ValueError):
 
 def read(path: Path) -> Any:
     """What the JSON in a file says; `Damaged` where it is none or too large."""
+    if path.exists() and not path.is_file():
+        raise Damaged("it is not a regular file")  # a pipe would keep us waiting, a device never end
     with path.open("rb") as file:
         return parsed(file.read(MOST_BYTES + 1))
 

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bntool.casting import is_finite
 from bntool.errors import CheckFailed, ExportError, StateError
 from bntool.files.security.scripted import script_bytes
 from bntool.inputs import Inputs, named_tensors
@@ -65,7 +66,7 @@ def fold_script(script: torch.jit.ScriptModule, inputs: Inputs | None) -> Folded
         )
         result = folded.to(types.pop()) if len(types) == 1 else folded
     for name, tensor in result.state_dict().items():
-        if not bool(torch.isfinite(tensor).all()):
+        if not is_finite(tensor):
             raise StateError(
                 f"{name} is not finite after the fold", next_step="train or calibrate the model again"
             )

@@ -121,8 +121,9 @@ def _put(norm: Any, name: str, tensor: Tensor) -> None:
 
 
 def _require_good(name: str, mean: Tensor, variance: Tensor, dtype: torch.dtype) -> None:
-    kept = variance.to(dtype)
-    bad = ~(torch.isfinite(mean.to(dtype)) & torch.isfinite(kept) & (kept >= 0))
+    # Some types can be stored and not compared.
+    kept, middle = variance.to(dtype).double(), mean.to(dtype).double()
+    bad = ~(torch.isfinite(middle) & torch.isfinite(kept) & (kept >= 0))
     if not bad.any():
         return
     channels = bad.nonzero().flatten().tolist()

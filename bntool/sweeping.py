@@ -13,6 +13,7 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from torch.overrides import TorchFunctionMode
 
 from bntool.batches import inputs_of
+from bntool.casting import is_finite
 from bntool.comparing import difference
 from bntool.errors import BntoolError, StateError, UsageError
 from bntool.inputs import Inputs, outputs_of
@@ -210,7 +211,7 @@ def _require_finite(inputs: Inputs, batch: int) -> None:
     if not any(t.numel() for t in tensors.values()):
         raise UsageError("a batch holds no data", where=f"batch {batch}", next_step="leave empty batches out")
     for name, tensor in tensors.items():
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+        if tensor.is_floating_point() and not is_finite(tensor):
             raise UsageError(
                 "the data holds NaN or infinite values",
                 where=f"batch {batch}, {name}",

@@ -16,6 +16,7 @@ import click
 from bntool.cli.completing import VARIABLE as COMPLETION_VARIABLE
 from bntool.cli.documents import emit_error
 from bntool.cli.examples import epilog
+from bntool.cli.folder import require_folder
 from bntool.cli.job import first_to_fail, require_alone
 from bntool.cli.streams import Streams, say
 from bntool.errors import BntoolError, InvariantError, LoadError, UsageError
@@ -117,8 +118,10 @@ def cli(ctx: click.Context) -> None:
     """  # noqa: D301 - click's mark for lines to keep
     if ctx.invoked_subcommand is None:
         say(*ctx.get_help().split("\n"))
-    elif ctx.invoked_subcommand in _ALONE and not {"-h", "--help"} & set(ctx.args):
-        require_alone(f"bntool {ctx.invoked_subcommand}", but=_SHARED)
+    elif not {"-h", "--help"} & set(ctx.args):
+        require_folder()
+        if ctx.invoked_subcommand in _ALONE:
+            require_alone(f"bntool {ctx.invoked_subcommand}", but=_SHARED)
 
 
 def main(args: Sequence[str] | None = None) -> None:

@@ -28,6 +28,8 @@ def not_empty(ctx: click.Context, param: click.Parameter, value: str | None) -> 
     """An empty name is a shell variable that was never set, not a name left out."""
     if value is not None and not value.strip():
         raise click.BadParameter("it is empty", ctx, param)
+    if value is not None and "\0" in value:
+        raise click.BadParameter("it holds a zero byte", ctx, param)
     return value
 
 

@@ -51,6 +51,12 @@ def _filled(like: Inputs, tensors: dict[str, Tensor], path: str) -> Inputs:
     left = iter(tensors.values())
 
     def fill(old: Tensor) -> Any:
-        return next(left).to(old.dtype)
+        given = next(left)
+        if given.is_complex() and not old.is_complex():
+            raise UsageError(
+                f"{path} holds {given.dtype}, and the model takes {old.dtype}",
+                next_step="save real numbers: the imaginary parts would be dropped",
+            )
+        return given.to(old.dtype)
 
     return dataclasses.replace(like.map(fill), origin=path)

@@ -41,4 +41,5 @@ def write_atomically(
 
 def write_text(path: Path, text: str) -> None:
     """Fill a draft with a text as UTF-8, with the same line ends everywhere."""
-    path.write_text(text, encoding="utf-8", newline="\n")
+    # In JSON, half a surrogate pair is escaped in the very way that Python replaces it.
+    path.write_text(text, encoding="utf-8", errors="backslashreplace", newline="\n")

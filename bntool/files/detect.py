@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import os
 import struct
 import tarfile
 from pathlib import Path
 from typing import BinaryIO
 
-from bntool.errors import LoadError
+from bntool.files.regular import open_regular, unreadable
 from bntool.files.security.archives import Archive, Damaged, Unsafe
 
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
@@ -103,21 +104,14 @@ def detect(path: str | Path) -> FileKind:
     """Tell a file's kind by its content. `LoadError` when it is missing, a folder, or cannot be read."""
     path = Path(path)
     try:
-        if path.is_dir():
-            raise LoadError(f"{path} is a folder", next_step="name a model file inside it")
-        # A pipe or a device would block or never end.
-        if path.exists() and not path.is_file():
-            raise LoadError(f"{path} is not a regular file", next_step="name a model file")
-        with path.open("rb") as file:
-            return _detect(path, file)
-    except FileNotFoundError as error:
-        raise LoadError(f"no such file: {path}", next_step="check the name and the folder") from error
-    except (OSError, ValueError) as error:
-        raise LoadError(f"cannot read {path}: {error}", next_step="check the file's permissions") from error
+        with open_regular(path) as file:
+            return _detect(file)
+    except OSError as error:
+        raise unreadable(path, error) from error
 
 
-def _detect(path: Path, file: BinaryIO) -> FileKind:
-    size = path.stat().st_size
+def _detect(file: BinaryIO) -> FileKind:
+    size = os.fstat(file.fileno()).st_size
     head = file.read(_HEAD)
     if not head:
         return FileKind(Kind.EMPTY)

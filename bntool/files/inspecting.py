@@ -32,6 +32,7 @@ from bntool.files.security.pickled_calls import shown
 from bntool.files.security.pickles import standing
 from bntool.files.security.scripted import check_script
 from bntool.files.security.stand_ins import Picture, StandIn, pictured_tensors
+from bntool.files.tensors import told_by
 
 
 @contextlib.contextmanager
@@ -235,7 +236,8 @@ def _pickle(content: bytes, path: Path, found: Found) -> DryRun:
     picture = Picture(content).read_all()
     found.classes.update(standing(picture.globals))
     refused = [name for name, how in found.classes.items() if how == "refused"]
-    if refused:
+    other = told_by(found.classes, refused)
+    if refused and other is None:
         found.suspect(f"refers to {', '.join(map(shown, refused[:8]))}, through which a file can run code")
     run = DryRun()
     damage = picture.damage
@@ -253,6 +255,8 @@ def _pickle(content: bytes, path: Path, found: Found) -> DryRun:
             where=str(path),
             next_step="download or copy it again",
         )
+    if other is not None:
+        raise other.error(path)
     return run
 
 

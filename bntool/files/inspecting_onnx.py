@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from bntool.errors import LoadError
 from bntool.files.looking import Found, TensorRow
 from bntool.files.security.pickled_calls import shown
 
@@ -35,13 +36,18 @@ def look_at_onnx(path: Path, found: Found) -> None:
         "metadata": {shown(p.key): shown(p.value) for p in model.metadata_props},
     }
     external: dict[str, int] = {}
+    problems: list[str] = []
     for graph in graphs:
         for tensor in graph.initializer:
             found.tensors.append(_row(tensor))
             if tensor.data_location == onnx.TensorProto.EXTERNAL:
-                _look_outside(path, tensor, external, found)
+                problems += _look_outside(path, tensor, external, found)
     if external:
         found.facts["external_data"] = external
+    if problems and not found.suspicious:
+        raise LoadError(
+            f"{path.name} takes {problems[0]}", where=str(path), next_step="copy the data beside the model"
+        )
 
 
 def _graphs(graph: Any, depth: int = 0) -> Iterator[Any]:
@@ -92,8 +98,11 @@ def _row(tensor: Any) -> TensorRow:
     return TensorRow.of(shown(tensor.name), _dtype(tensor.data_type), shape, _item_bytes(tensor.data_type))
 
 
-def _look_outside(path: Path, tensor: Any, external: dict[str, int], found: Found) -> None:
-    """External data stands in a file beside the model, and has as many bytes as the tensor takes."""
+def _look_outside(path: Path, tensor: Any, external: dict[str, int], found: Found) -> Iterator[str]:
+    """External data stands in a file beside the model, and has as many bytes as the tensor takes.
+
+    Gives what is in the way of reading it though the model is honest: it was copied without its data.
+    """
     given = {entry.key: entry.value for entry in tensor.external_data}
     location, name = given.get("location", ""), shown(tensor.name)
     parts = location.replace("\\", "/").split("/")
@@ -102,11 +111,14 @@ def _look_outside(path: Path, tensor: Any, external: dict[str, int], found: Foun
         found.suspect(f"takes {name} from a file outside its folder: {shown(location)}")
         return
     inside = path.parent.resolve()
-    if file.is_symlink() or not file.resolve().is_relative_to(inside):
+    if not file.resolve().is_relative_to(inside):
         found.suspect(f"takes {name} through a link: {shown(location)}")
         return
     if not file.is_file():
-        found.suspect(f"takes {name} from a file that is not there: {shown(location)}")
+        yield f"{name} from a file that is not there: {shown(location)}"
+        return
+    if file.stat().st_nlink > 1:
+        yield f"{name} from a file that has a second name (a hard link): {shown(location)}"
         return
     size = external[shown(location)] = file.stat().st_size
     needed = _row(tensor).nbytes

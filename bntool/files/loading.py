@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import difflib
+import itertools
 import os
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -19,12 +20,14 @@ from bntool.files.atomic import sha256_of
 from bntool.files.detect import FileKind, Kind, detect
 from bntool.files.limits import DEFAULT_MAX_SIZE, Limit
 from bntool.files.references import build, full_names, is_reference, recorded_inputs
-from bntool.files.safetensors_files import Index, read_header, read_index
+from bntool.files.regular import exists
+from bntool.files.safetensors_files import read_header, read_index
 from bntool.files.security.exported import read_exported
 from bntool.files.security.missing import missing_names
 from bntool.files.security.pickled_calls import shown
 from bntool.files.security.pickles import read_pickled
 from bntool.files.security.scripted import DEPRECATED, read_script
+from bntool.files.tensors import require_dense
 from bntool.files.weights import (
     Found,
     StateDict,
@@ -118,7 +121,7 @@ def load(
     allow = (allow,) if isinstance(allow, str) else tuple(allow)
     options = _Reading(key, allow, trust_pickle, Limit(max_size), stand_ins, tell)
     path = Path(ref)
-    if path.exists() or not is_reference(ref):
+    if exists(path) or not is_reference(ref):
         if weights is not None or pretrained:
             flag = "--weights" if weights is not None else "--pretrained"
             raise UsageError(
@@ -166,9 +169,10 @@ def _from_file(
     options: _Reading,
     prepare: Callable[[nn.Module], nn.Module] | None,
 ) -> Loaded:
-    if path.is_file() and detect(path).kind is Kind.PT2:
+    kind_there = detect(path).kind if exists(path) else None
+    if kind_there is Kind.PT2:
         return _program(path, ref, arch, options)
-    if path.is_file() and detect(path).kind is Kind.TORCHSCRIPT:
+    if kind_there is Kind.TORCHSCRIPT:
         return Loaded(
             model=read_script(path, trust_pickle=options.trust_pickle, limit=options.limit),
             reference=ref,
@@ -305,18 +309,18 @@ def _from_reference(
 
 
 def _read(path: Path, options: _Reading) -> _Read:
-    if not path.exists():
+    if not exists(path):
         raise _missing(path)
     kind = detect(path)
     if kind.kind is Kind.SAFETENSORS:
         header = read_header(path, options.limit)
-        held: Any = _read_safetensors(path)
-        return _Read(find_weights(held, options.key, str(path)), kind, header.metadata)
+        held: Any = {name: header.read(name) for name in header.entries}
+        return _Read(_dense(held, options.key, path), kind, header.metadata)
     if kind.kind is Kind.SAFETENSORS_INDEX:
         index = read_index(path, options.limit)
-        held = _read_shards(index)
+        held = {name: header.read(name) for name, header in index.headers()}
         shards = {name: tuple(header.entries) for name, header in index.shards.items()}
-        return _Read(find_weights(held, options.key, str(path)), kind, index.metadata, shards)
+        return _Read(_dense(held, options.key, path), kind, index.metadata, shards)
     if kind.kind not in (Kind.TORCH_ZIP, Kind.TORCH_LEGACY):
         raise _not_loadable(path, kind)
     notes: list[str] = []
@@ -329,29 +333,21 @@ def _read(path: Path, options: _Reading) -> _Read:
         stand_ins=options.stand_ins,
         say=notes.append,
     )
-    found = find_weights(held, options.key, str(path))
+    found = _dense(held, options.key, path)
     return _Read(dataclasses.replace(found, notes=(*found.notes, *notes)), kind)
 
 
-def _read_safetensors(path: Path) -> StateDict:
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="pt", device="cpu") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  it is no dict
-    except (SafetensorError, OSError, ValueError) as error:
-        raise LoadError(
-            f"{path.name} is damaged: {shown(str(error))}",
-            where=str(path),
-            next_step="download or copy it again",
-        ) from error
+def _dense(held: Any, key: str | None, path: Path) -> Found:
+    """The weights in what a file holds, all of them tensors that can be computed with."""
+    found = find_weights(held, key, str(path))
+    require_dense(_tensors_of(found.value), path)
+    return found
 
 
-def _read_shards(index: Index) -> StateDict:
-    state: StateDict = {}
-    for header in index.shards.values():
-        state |= _read_safetensors(header.path)
-    return state
+def _tensors_of(value: nn.Module | StateDict) -> Iterable[tuple[str, Any]]:
+    if isinstance(value, nn.Module):
+        return itertools.chain(value.named_parameters(), value.named_buffers())
+    return value.items()
 
 
 def _weights_of(found: Found) -> StateDict:

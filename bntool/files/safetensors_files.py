@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 import struct
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from bntool.errors import LoadError
 from bntool.files.limits import Limit
+from bntool.files.regular import open_regular, read_text
 from bntool.files.security.pickled_calls import shown
 
 if TYPE_CHECKING:
@@ -100,8 +102,8 @@ def read_header(path: Path, limit: Limit | None = None) -> Header:
     Raises `LoadError` for a file that is damaged, or that asks for more than `limit`.
     """
     limit = limit or Limit()
-    size = path.stat().st_size
-    with path.open("rb") as file:
+    with open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
         prefix = file.read(8)
         if len(prefix) < 8:
             raise _damaged(path, "it ends inside its header")
@@ -136,7 +138,7 @@ def read_index(path: Path, limit: Limit | None = None) -> Index:
     limit = limit or Limit()
     limit.require(path.name, structure=path.stat().st_size, where=str(path))
     try:
-        document = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_once)
+        document = json.loads(read_text(path, limit.structure), object_pairs_hook=_once)
         places = document["weight_map"]
         metadata = document.get("metadata", {})
         plain = all(isinstance(n, str) and isinstance(f, str) for n, f in places.items())

@@ -15,6 +15,7 @@ import msgspec
 
 from bntool.errors import LoadError
 from bntool.files.atomic import sha256_of, write_atomically, write_text
+from bntool.files.regular import exists
 from bntool.schema import Damaged, Name, fitted, read, version_of
 
 SCHEMA_VERSION = 1
@@ -135,7 +136,7 @@ def is_sidecar(path: Path) -> bool:
 def read_sidecar(output: str | Path) -> dict[str, Any] | None:
     """The document beside `output`, None when there is none; `LoadError` when it cannot be read."""
     path = sidecar_path(output)
-    if not path.is_file():
+    if not exists(path) or not path.is_file():
         return None
     try:
         document: Any = read(path)

@@ -16,6 +16,7 @@ from bntool.files.detect import Kind, detect
 from bntool.files.limits import Limit
 from bntool.files.safetensors_files import Header, read_header, read_index
 from bntool.files.security.containers import Container
+from bntool.files.security.pickled_calls import shown
 from bntool.files.security.pickles import open_weights
 from bntool.files.security.stand_ins import Picture, PicturedTensor, pictured_tensors
 
@@ -89,6 +90,9 @@ def _of_archive(path: Path, container: Container, judged: os.stat_result) -> Sto
     plain = isinstance(picture.value, dict) and found.keys() == picture.value.keys()
     if not plain:
         raise _unfit(path, "holds more than a plain state_dict, or one tensor under two names")
+    for tensor in found.values():
+        if tensor.flipped:
+            raise _unfit(path, f"keeps {shown(tensor.name)} as its negative or conjugate")
     places = {t.storage: container.offset(f"data/{t.storage}") for t in found.values()}
 
     def read(name: str) -> Tensor:

@@ -132,17 +132,18 @@ def fill(model: nn.Module, state: Mapping[str, Any], what: str, where: str) -> N
     """Load `state` into `model` in place, every key and shape; the tensors keep the file's types.
 
     A missing key is let pass only when its tensor is tied to one that is there. Raises `LoadError` with
-    the missing, unexpected and differently shaped keys.
+    the missing and unexpected keys, and those whose tensors differ in shape or are complex where the model's
+    are real.
     """
     own = model.state_dict()
-    shapes = [
-        f"{shown(k)} is {list(v.shape)}, the model has {list(own[k].shape)}"
+    unlike = [
+        f"{shown(k)} is {difference}"
         for k, v in state.items()
-        if isinstance(v, Tensor) and isinstance(own.get(k), Tensor) and v.shape != own[k].shape
+        if isinstance(v, Tensor) and isinstance(own.get(k), Tensor) and (difference := _difference(v, own[k]))
     ]
     missing: list[str] = []
     unexpected: list[str] = []
-    if shapes:
+    if unlike:
         missing, unexpected = [k for k in own if k not in state], [k for k in state if k not in own]
     else:
         _match_dtypes(model, state)
@@ -156,11 +157,22 @@ def fill(model: nn.Module, state: Mapping[str, Any], what: str, where: str) -> N
     missing = [k for k in missing if id(kept[k]) not in given]
     lines = [
         f"{len(keys)} {label} ({_some(keys)})"
-        for label, keys in (("missing", missing), ("unexpected", unexpected), ("of another shape", shapes))
+        for label, keys in (
+            ("missing", missing),
+            ("unexpected", unexpected),
+            ("of another shape or type", unlike),
+        )
         if keys
     ]
     if lines:
         raise _misfit(what, where, lines)
+
+
+def _difference(given: Tensor, own: Tensor) -> str:
+    if given.shape != own.shape:
+        return f"{list(given.shape)}, the model has {list(own.shape)}"
+    # Copied into real numbers, complex ones would lose their other half.
+    return f"{given.dtype}, the model has {own.dtype}" if given.is_complex() and not own.is_complex() else ""
 
 
 def _match_dtypes(model: nn.Module, state: Mapping[str, Any]) -> None:

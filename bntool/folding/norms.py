@@ -109,9 +109,10 @@ def _what_is_bad(tensors: Mapping[Any, Tensor | None]) -> str:
     for role, tensor in tensors.items():
         if tensor is None:
             continue
-        odd = ~torch.isfinite(tensor.detach())
+        values = tensor.detach().double()  # float8 has no comparisons
+        odd = ~torch.isfinite(values)
         if role == "running_var":
-            odd |= tensor.detach() < 0
+            odd |= values < 0
         if bool(odd.any()):
             channel = int(odd.nonzero()[0])
             number = float(tensor.detach()[channel])

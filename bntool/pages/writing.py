@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from bntool.errors import UsageError
+from bntool.files.regular import open_regular, unreadable
 from bntool.files.targets import Target
 from bntool.pages import charts
 from bntool.pages.chapters import chapters_of
@@ -68,6 +69,9 @@ def _named(chapter: str, found: Any, *, several: bool) -> Iterable[tuple[str, An
 def _is_report(path: Path) -> bool:
     if not path.is_file():
         return False
-    with path.open("rb") as file:
-        return _OURS in file.read(_HEAD)
+    try:
+        with open_regular(path) as file:
+            return _OURS in file.read(_HEAD)
+    except OSError as error:
+        raise unreadable(path, error) from error
 

@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import functools
 import io
+import os
 import re
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -212,7 +213,7 @@ def _create(
         options.add_session_config_entry(key, value)
     try:
         with quiet(ort):
-            return ort.InferenceSession(model, options, providers=providers)
+            return ort.InferenceSession(_opened_by(model), options, providers=providers)
     except Exception as error:  # its exceptions share no base class but Exception
         raise ExportError(
             f"ONNX Runtime refuses the model: {first_line(error)}",
@@ -221,9 +222,28 @@ def _create(
         ) from error
 
 
+def _opened_by(model: str | bytes) -> str | bytes | os.PathLike[bytes]:
+    """The model as ONNX Runtime takes it, which makes UTF-8 of a text: not every name can be that."""
+    if isinstance(model, str) and os.fsencode(model) != model.encode(errors="replace"):
+        return _NativePath(model)
+    return model
+
+
+@dataclasses.dataclass(frozen=True)
+class _NativePath(os.PathLike[bytes]):
+    """A path as the system's own bytes."""
+
+    path: str
+
+    def __fspath__(self) -> bytes:
+        return os.fsencode(self.path)
+
+
 def _after_refusal(message: str) -> str:
     if "NOT_IMPLEMENTED" in message:
         return "this provider has no kernel for that op and type: convert the model to float32"
+    if "External data path" in message:
+        return "copy the data beside the model"
     return "try another --opset, or report the model to bntool"
 
 

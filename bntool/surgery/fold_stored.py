@@ -21,12 +21,13 @@ from bntool.files.safetensors_files import Entry, layout, write_safetensors
 from bntool.files.shards import write_shards
 from bntool.files.stored import Described, Stored
 from bntool.files.targets import Drafts, Target
-from bntool.plan import Edit, Plan
+from bntool.plan import Edit, FoldSite, Plan
 from bntool.schema import Damaged
 from bntool.surgery.judging import EditJudge, Held, at
 from bntool.surgery.tensors import edited
 
 _STATISTICS = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+_FOLDED_TYPES = ("float64", "float32", "float16", "bfloat16")
 _STRAIGHT = frozenset({"conv", "linear"})
 
 
@@ -215,13 +216,26 @@ def _require_fitting(stored: Stored, plan: Plan) -> None:
                 where=str(stored.path),
                 next_step=f"fold with the model (--arch), or make the plan with --exclude {site.bn}",
             )
-    for edit in (e for site in plan.fold_sites for e in site.edits if e.kind != "remove"):
-        weight = stored.tensors.get(edit.weight)
-        if weight is None or not getattr(torch, weight.dtype).is_floating_point:
+    for site in plan.fold_sites:
+        for name in (edit.weight for edit in site.edits if edit.kind != "remove"):
+            if name not in stored.tensors:
+                raise PlanError(
+                    f"the plan changes {name}, which the file does not hold",
+                    where=str(stored.path),
+                    next_step="fold with the model: --arch instead of --plan",
+                )
+        _require_foldable_types(stored, site)
+
+
+def _require_foldable_types(stored: Stored, site: FoldSite) -> None:
+    """What is read and changed is in a type whose arithmetic is that of real numbers."""
+    changed = {name for edit in site.edits for name in (edit.weight, edit.bias)}
+    for name in stored.tensors.keys() & {*changed, *(f"{site.bn}.{slot}" for slot in _STATISTICS[:4])}:
+        if stored.tensors[name].dtype not in _FOLDED_TYPES:
             raise PlanError(
-                f"the plan changes {edit.weight}, which the file does not hold as floating-point numbers",
+                f"{name} is stored as {stored.tensors[name].dtype}, in which nothing is folded",
                 where=str(stored.path),
-                next_step="fold with the model: --arch instead of --plan",
+                next_step=f"store it as one of {', '.join(_FOLDED_TYPES)}",
             )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import io
 import json
+import os
 import pickle
 import struct
 import time
@@ -96,7 +97,6 @@ def test_an_onnx_file_tells_what_it_needs_and_holds(bntool: Shell) -> None:
         ({"location": "../w.bin"}, "outside its folder"),
         ({"location": "/etc/passwd"}, "outside its folder"),
         ({"location": "link.bin"}, "through a link"),
-        ({"location": "gone.bin"}, "not there"),
         ({"location": "w.bin", "offset": "40"}, "beyond the end"),
         ({"location": "w.bin", "length": "1000"}, "beyond the end"),
         ({"location": "w.bin", "offset": "x"}, "no number"),
@@ -104,19 +104,34 @@ def test_an_onnx_file_tells_what_it_needs_and_holds(bntool: Shell) -> None:
 )
 def test_external_data_that_is_not_what_it_should_be(bntool: Shell, external: Any, says: str) -> None:
     Path("w.bin").write_bytes(bytes(48))
-    Path("link.bin").symlink_to("w.bin")
+    Path("../w.bin").write_bytes(bytes(48))
+    Path("link.bin").symlink_to("../w.bin")
     _onnx("net.onnx", **external)
     said = bntool("inspect", "net.onnx", "--json")
     assert said.code == 3
     assert says in said.document["suspicious"][0]
 
 
-def test_honest_external_data_is_measured(bntool: Shell) -> None:
+def test_a_model_without_its_data_is_no_suspect(bntool: Shell) -> None:
+    _onnx("net.onnx", location="w.bin")
+    said = bntool("inspect", "net.onnx", "--json")
+    assert (said.code, said.document["suspicious"]) == (3, [])
+    assert "a file that is not there: w.bin" in said.document["error"]["what"]
+    Path("other.bin").write_bytes(bytes(48))
+    os.link("other.bin", "w.bin")
+    said = bntool("inspect", "net.onnx", "--json")
+    assert (said.code, said.document["suspicious"]) == (3, [])
+    assert "a hard link" in said.document["error"]["what"]
+
+
+@pytest.mark.parametrize("name", ["w.bin", "link.bin"])
+def test_honest_external_data_is_measured(bntool: Shell, name: str) -> None:
     Path("w.bin").write_bytes(bytes(48))
-    _onnx("net.onnx", location="w.bin", offset="0", length="48")
+    Path("link.bin").symlink_to("w.bin")
+    _onnx("net.onnx", location=name, offset="0", length="48")
     said = bntool("inspect", "net.onnx", "--json")
     assert said.code == 0
-    assert said.document["facts"]["external_data"] == {"w.bin": 48}
+    assert said.document["facts"]["external_data"] == {name: 48}
 
 
 @pytest.mark.parametrize(

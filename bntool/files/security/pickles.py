@@ -41,6 +41,7 @@ from bntool.files.security.pinned import Pinned
 from bntool.files.security.rules import builtin_allowance, may_be_called, only_these
 from bntool.files.security.telling import closed_names, listed, unknown_classes, why_closed
 from bntool.files.security.vetting import complaints
+from bntool.files.tensors import told_by
 
 _CALLS = REBUILD_TENSOR | REBUILD_PARAMETER | {
     FROM_TYPE, PARTIAL, "collections.OrderedDict", "collections.Counter", "builtins.set",
@@ -167,6 +168,9 @@ def _allowance(path: Path, runs: list[DryRun], granted: Granted, stand_ins: bool
     missing = {n for n in unknown if may_be_missing(n)} if stand_ins else set()
     unknown -= missing
     closed = why_closed(unknown) | {n: why for n, why in granted.refused.items() if n in unknown}
+    other = told_by(unknown, sorted(closed))
+    if other is not None:
+        raise other.error(path)
     if closed:
         raise _refused(path, closed_names(closed))
     # What a stand-in is given does no harm.

@@ -40,7 +40,10 @@ class StandIn:
 
 @dataclasses.dataclass(frozen=True)
 class PicturedTensor:
-    """A tensor in a picture: its qualified name, torch dtype and shape, where its numbers are kept."""
+    """A tensor in a picture: its qualified name, torch dtype and shape, where its numbers are kept.
+
+    `flipped`: they are the negative or the conjugate of what is kept.
+    """
 
     name: str
     dtype: str
@@ -48,6 +51,7 @@ class PicturedTensor:
     stride: tuple[int, ...]
     offset: int
     storage: str
+    flipped: bool = False
 
 
 class Picture(pickle._Unpickler):
@@ -197,7 +201,9 @@ def _tensor(name: str, found: Any) -> PicturedTensor | None:
     dtype = DTYPES.get(kind.removesuffix("Storage").rpartition(".")[2], "unknown")
     if len(found.args) > 6 and isinstance(found.args[6], Name):
         dtype = found.args[6].full.removeprefix("torch.")
-    return PicturedTensor(name, dtype, size, stride, offset, str(pid[2]))
+    marks = [extra for extra in found.args[6:] if isinstance(extra, dict)]
+    flipped = any(mark.get("neg") or mark.get("conj") for mark in marks)
+    return PicturedTensor(name, dtype, size, stride, offset, str(pid[2]), flipped)
 
 
 DTYPES: Mapping[str, str] = {

@@ -191,8 +191,8 @@ CASES: dict[str, tuple[Callable[[Path, Path], Path], str]] = {
         "data of some tensors is missing"),
     "bytearray": (_zip(call("builtins.bytearray", number(1 << 40))), "byte array"),
     "codec": (_zip(call("_codecs.encode", text("x"), text("idna"))), "codec"),
-    "sparse": (_zip(call("torch._utils._rebuild_sparse_tensor", EMPTY_LIST)), "_rebuild_sparse_tensor"),
-    "quantized": (_zip(call("torch._utils._rebuild_qtensor", EMPTY_LIST)), "_rebuild_qtensor"),
+    "sparse": (_zip(call("torch._utils._rebuild_sparse_tensor", EMPTY_LIST)), "a sparse tensor"),
+    "quantized": (_zip(call("torch._utils._rebuild_qtensor", EMPTY_LIST)), "a quantized tensor"),
     "opcode-inst": (
         lambda p, m: write_zip(p, pickled(b"(" + text(f"touch {m}") + b"iposix\nsystem\n")), "opcode b'i'"),
     "opcode-obj": (
