@@ -82,7 +82,10 @@ def loading_options() -> Decorator:
         ),
         click.option("--key", metavar="KEY", help="Entry of a checkpoint that holds the weights."),
         click.option(
-            "--allow", multiple=True, metavar="CLASS", help="A class of a pickled model that you trust."
+            "--allow",
+            multiple=True,
+            metavar="CLASS",
+            help="A layer or enum of a pickled model that you trust, or all of a package: pkg.*.",
         ),
         click.option(
             "--trust-pickle", is_flag=True, help="Run the code in the file. Only for files you trust."

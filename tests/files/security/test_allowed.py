@@ -338,3 +338,23 @@ def test_what_is_no_layer_is_told_apart_from_what_may_be_allowed(tmp_path: Path)
         "gone.Net": "unknown", "os.system": "refused", "pkg_told.kinds.Config": "other",
         "pkg_told.net.Net": "unknown",
     }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [(tf.text("sum"), tf.text("A B")), (), (tf.EMPTY_LIST,), (tf.module(f"{HERE}.Plain"),)],
+    ids=["two", "none", "a list", "a layer"],
+)
+def test_an_enum_is_called_with_one_plain_value_or_not_at_all(
+    arguments: tuple[bytes, ...], tmp_path: Path
+) -> None:
+    body = tf.module(f"{HERE}.Plain", ("mode", tf.call(f"{HERE}.Mode", *arguments)))
+    tf.write_zip(tmp_path / "model.pt", tf.pickled(body))
+    with pytest.raises(LoadError, match=r"calls \S+Mode with arguments of its own"):
+        load(tmp_path / "model.pt", allow=[f"{HERE}.*"])
+
+
+def test_a_partial_of_an_allowed_layer_is_refused_before_it_is_made(tmp_path: Path) -> None:
+    ATTACKS["partial/a-layer"](tmp_path / "model.pt", tmp_path / "marker")
+    with pytest.raises(LoadError, match=r"makes a functools\.partial of \S+Opens"):
+        load(tmp_path / "model.pt", allow=[f"{HERE}.Opens"])
