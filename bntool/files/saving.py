@@ -18,7 +18,7 @@ from bntool.files.atomic import sha256_of, write_atomically
 from bntool.files.detect import detect
 from bntool.files.loading import Loaded
 from bntool.files.safetensors_files import INDEX_SUFFIX
-from bntool.files.security.entries import allow_entries_for
+from bntool.files.security.allowed import allow_entries_for
 from bntool.files.security.pickles import unknown_globals
 from bntool.files.security.scripted import script_bytes
 from bntool.files.shards import shard_of, write_shards

@@ -12,7 +12,7 @@ from bntool.errors import LoadError, UsageError
 from bntool.files import references
 from bntool.files.loading import load
 from bntool.files.saving import allow_entries_of, save_model
-from bntool.files.security.entries import allow_entries_for
+from bntool.files.security.allowed import allow_entries_for
 
 SOURCE = """
 import bnt_sibling

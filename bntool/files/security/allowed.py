@@ -1,187 +1,192 @@
-"""What a model file may refer to: the layers and models of PyTorch, and a few reviewed names.
-
-A name is looked up only when it passes these rules, so a file cannot make an arbitrary module be imported.
-The same rules judge what the user allows. Reasons are phrases that follow "X is".
-"""
+"""What the user names with --allow: classes, and packages of which a file may use the classes."""
 
 from __future__ import annotations
 
 import contextlib
-import enum
-import functools
-import importlib
-import sys
-from collections.abc import Iterator, Mapping
+import dataclasses
+import re
+import types
+from collections.abc import Iterable, Mapping
+from importlib.machinery import ModuleSpec, PathFinder
+from pathlib import Path
 from typing import Any
 
-import torch
-from torch import nn
+from bntool.errors import LoadError, UsageError
+from bntool.files.scripts import import_path, import_script, script_of
+from bntool.files.security.pickled_calls import shown
+from bntool.files.security.rules import builtin_allowance, home_of, why_never, why_not
 
-from bntool.files.security.pickled_calls import PARTIAL
-
-_LAYER_PACKAGES = ("torch.nn.modules", "torchvision.models", "torchvision.ops", "timm.models", "timm.layers")
-_OWN_LAYERS = ("bntool.layers", "bntool.frozen")
-_ACTIVATIONS = """relu relu6 elu selu celu leaky_relu rrelu gelu silu mish hardtanh hardswish hardsigmoid
-softshrink tanhshrink softplus softsign softmin softmax log_softmax logsigmoid sigmoid tanh glu
-_threshold"""
-_TIMM_ACTIVATIONS = """swish mish sigmoid tanh hard_swish hard_sigmoid hard_mish gelu gelu_tanh quick_gelu"""
-# Reviewed one by one: they compute a tensor from tensors and numbers, and do nothing else.
-_FUNCTIONS = frozenset(
-    {
-        *(f"torch.nn.functional.{name}" for name in _ACTIVATIONS.split()),
-        *(f"timm.layers.activations.{name}" for name in _TIMM_ACTIVATIONS.split()),
-        # What functions of torch.nn.functional that are written in C call themselves.
-        *(f"torch._C._nn.{name}" for name in ("gelu", "softplus", "softshrink", "log_sigmoid")),
-        "torchvision.ops.boxes.box_iou",
-        "torchvision.models.optical_flow.raft._pass_through_h",
-    }
+_WORD = r"[A-Za-z_]\w*"
+_ENTRY = re.compile(
+    rf"(?P<module>{_WORD}(?:\.{_WORD})*|.+\.py(?=:))(?P<colon>[.:])(?P<name>{_WORD}|\*)", re.ASCII | re.DOTALL
 )
-# Reviewed too: holders of plain data that are restored by their attributes alone.
-_DATA = frozenset(
-    {
-        "argparse.Namespace",
-        "bntool.layers.StartOfForward",
-        "timm.layers.format.Format",
-        "timm.models._features.FeatureInfo",
-        "torchvision.models.detection._utils.BoxCoder",
-        "torchvision.models.detection._utils.BoxLinearCoder",
-        "torchvision.models.detection._utils.Matcher",
-        "torchvision.models.detection._utils.SSDMatcher",
-        "torchvision.models.detection._utils.BalancedPositiveNegativeSampler",
-    }
-)
-# What torchvision's quantizable models hold before anything is quantized.
-_OTHER_LAYERS = frozenset(
-    {
-        "torch.ao.nn.quantized.modules.functional_modules.FloatFunctional",
-        "torch.ao.quantization.stubs.DeQuantStub",
-        "torch.ao.quantization.stubs.QuantStub",
-    }
-)
-# A layer may keep these classes to make layers of them: their constructors make tensors, and nothing else.
-_MADE_LATER = (
-    "torch.nn.modules", "torchvision.ops.misc", "torchvision.models.convnext.LayerNorm2d",
-    "timm.layers.activations", "timm.layers.norm", "timm.layers.norm_act",
-    "timm.models.nextvit.NextConvBlock", "timm.models.nextvit.NextTransformerBlock",
-)  # fmt: skip
-# Libraries that run or load code; whatever is built on them is refused as well.
-_CODE = (
-    "torch.fx", "torch.jit", "torch.hub", "torch._dynamo", "torch.package", "torch.export", "numpy.f2py",
-    "numpy.testing", "dill", "cloudpickle", "joblib", "jsonpickle", "yaml", "pip", "setuptools",
-    # Its classes make Python source of the names of layers when they are called.
-    "timm.models._features_fx",
-    # They rewrite their own class.
-    "torch.nn.modules.lazy",
-)  # fmt: skip
-_TORCH_LAYERS = ("torch.nn", "torch.ao.nn", "torch.ao.quantization")
-# Methods that Python or torch runs while an object is made, restored or dropped: before anything is checked.
-RUN_UNASKED = ("__new__", "__setstate__", "__getattribute__", "__del__", "_missing_")
-_REVIEWED = ("builtins", "typing", "torch.nn.modules", "timm.layers.ml_decoder")
-NO_LAYER = "neither a layer (nn.Module) nor an enum"
-FUNCTION = "a function, which could run, read or write anything"
 
 
-def runs_unasked(method: str) -> str:
-    """The reason against a class with a method of `RUN_UNASKED` that nobody reviewed."""
-    return f"restored by a {method} of its own, which runs with whatever the file holds"
+@dataclasses.dataclass(frozen=True)
+class Granted:
+    """Name in a file -> class, for what --allow names; and why names below its packages are refused."""
+
+    classes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    refused: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
-def builtin_allowance(name: str) -> Any | None:
-    """The class or function behind `name` if bntool's own rules allow it, else None."""
-    if name == PARTIAL:
-        return functools.partial
-    module, _, attribute = name.rpartition(".")
-    if name in _FUNCTIONS | _DATA | _OTHER_LAYERS:
-        return _find(module, attribute)
-    if module not in _OWN_LAYERS and not _within(name, _LAYER_PACKAGES):
-        return None
-    found = _find(module, attribute)
-    layer = isinstance(found, type) and issubclass(found, nn.Module) and why_not(found) is None
-    # A re-export could name what lives elsewhere.
-    return found if layer and home_of(found) == name else None
+@dataclasses.dataclass(frozen=True)
+class _Entry:
+    """`pkg.mod.name`, `script:name`, `path/script.py:name`, or with the name `*` all below `pkg.mod`."""
+
+    text: str
+    module: str
+    name: str
+    of_script: bool
+
+    @classmethod
+    def parse(cls, text: str) -> _Entry:
+        match = _ENTRY.fullmatch(text)
+        unclear = match is None or (match["name"] == "*" and match["colon"] == ":")
+        if match is None or unclear or (match["name"] == "py" and Path(text).is_file()):
+            raise UsageError(
+                f"--allow {shown(text)} names no class",
+                next_step="write --allow pkg.mod.Class, --allow script.py:Class for a class of a script, or "
+                "--allow pkg.mod.* for the classes of a package",
+            )
+        entry = cls(text, match["module"], match["name"], match["colon"] == ":")
+        name = f"{entry.module}.{entry.name}"
+        why = why_never(name)
+        if why and not entry.module.endswith(".py") and builtin_allowance(name) is None:
+            raise entry.refused(why)
+        return entry
+
+    def refused(self, why: str, next_step: str = "") -> UsageError:
+        return UsageError(
+            f"--allow {shown(self.text)} is refused: it is {why}",
+            next_step=next_step or "allow layers and enums only; --trust-pickle runs whatever a file holds",
+        )
+
+    def imported(self) -> types.ModuleType:
+        if self.module.endswith(".py"):
+            return import_script(Path(self.module))
+        try:
+            return import_path(self.module)
+        except LoadError:
+            outer, _, inner = self.module.rpartition(".")
+            with contextlib.suppress(LoadError):
+                if outer and isinstance(getattr(import_path(outer), inner, None), type):
+                    raise self.refused(f"inside the class {self.module}, and no class of a module") from None
+            raise
+
+    def found(self) -> tuple[types.ModuleType, Any]:
+        """The class, not judged yet, and the module that it was found in."""
+        module = self.imported()
+        found = getattr(module, self.name, None)
+        if found is None:
+            raise LoadError(
+                f"--allow {shown(self.text)}: {module.__name__} has no {self.name}",
+                where=getattr(module, "__file__", None) or "",
+                next_step="check the name of the class",
+            )
+        return module, found
+
+    def names(self, module: types.ModuleType, found: Any) -> dict[str, Any]:
+        names = [f"{module.__name__}.{self.name}"]
+        if isinstance(found, type):
+            names.append(home_of(found))
+        if self.of_script:
+            names.append(f"__main__.{self.name}")
+        return dict.fromkeys(names, found)
 
 
-def home_of(found: Any) -> str:
-    """Where a class is defined, whatever name it was found by."""
-    return f"{found.__module__}.{found.__qualname__}"
+def user_allowance(entries: Iterable[str], names: Iterable[str] = ()) -> Granted:
+    """What the entries let a file use that refers to `names`.
 
-
-def why_never(name: str) -> str | None:
-    """What no flag but --trust-pickle lets in, judged by the name alone; None where it may be looked at."""
-    top = name.partition(".")[0]
-    if name in _FUNCTIONS | _DATA | _OTHER_LAYERS:
-        return None
-    if top in sys.stdlib_module_names:
-        return "part of Python's standard library"
-    if top == "bntool":
-        return "part of bntool itself"
-    if _within(name, _CODE):
-        return "part of what makes, loads or changes code"
-    if top == "torch" and not _within(name, _TORCH_LAYERS):
-        return "part of torch, and none of its layers"
-    return None
-
-
-def why_not(found: Any) -> str | None:
-    """What a class is that no file may be given; None for a layer or an enum that runs nothing unasked."""
-    if not isinstance(found, type):
-        return FUNCTION if callable(found) else NO_LAYER
-    if issubclass(found, enum.Enum):
-        return _why_no_enum(found)
-    if not issubclass(found, nn.Module):
-        return NO_LAYER
-    for base in found.__mro__:
-        if why := why_no_base(home_of(base)):
-            return why
-        for method in RUN_UNASKED:
-            if method in vars(base) and not _within(base.__module__, _REVIEWED):
-                return runs_unasked(method)
-    return None
-
-
-def why_no_base(home: str) -> str | None:
-    """Why nothing may be built on the class of this name."""
-    return f"a kind of {home}, which makes, loads or changes code" if _within(home, _CODE) else None
-
-
-def may_be_called(found: Any) -> bool:
-    """Whether a file may keep a class or function itself, which the model may call with the file's values.
-
-    Reviewed functions, the classes of plain layers, and enums, which only look a member up.
+    Entries: `pkg.mod.Class`, `script:Class` and `path/script.py:Class`, which also stand for
+    `__main__.Class`, and `pkg.mod.*` for the names of the file below that package. Raises `UsageError` for
+    an entry that may never be allowed, `LoadError` for one that cannot be imported.
     """
-    if isinstance(found, type):
-        return issubclass(found, enum.Enum) or _within(home_of(found), _MADE_LATER)
-    names = (name.rpartition(".") for name in _FUNCTIONS)
-    return any(getattr(sys.modules.get(module), name, None) is found for module, _, name in names)
+    classes: dict[str, Any] = {}
+    refused: dict[str, str] = {}
+    for entry in map(_Entry.parse, entries):
+        if entry.name == "*":
+            below = _below(entry.imported(), sorted(names))
+            classes.update({name: found for name, found in below.items() if not isinstance(found, str)})
+            refused.update({name: why for name, why in below.items() if isinstance(why, str)})
+        else:
+            classes.update(_class(entry))
+    return Granted(classes, refused)
 
 
-def _why_no_enum(found: type[enum.Enum]) -> str | None:
-    if type(found) is not enum.EnumMeta or not found.__members__:
-        return "an enum that makes members of what it is called with"
-    if next(base for base in found.__mro__ if "_missing_" in vars(base)).__module__ != "enum":
-        return runs_unasked("_missing_")
-    return None
+def trusted_names(entries: Iterable[str]) -> dict[str, Any]:
+    """What the entries stand for in a file that is trusted wholly: found, and not judged."""
+    return {
+        name: found
+        for entry in map(_Entry.parse, entries)
+        if entry.name != "*"
+        for name, found in entry.names(*entry.found()).items()
+    }
 
 
-def _within(name: str, packages: tuple[str, ...]) -> bool:
-    return any(name == package or name.startswith(package + ".") for package in packages)
+def allow_entries_for(names: Iterable[str]) -> tuple[str, ...]:
+    """The `--allow` entries under which these names load again; a script's classes by its path."""
+    entries = []
+    for name in sorted(names):
+        module, _, attribute = name.rpartition(".")
+        script = script_of(module)
+        entries.append(f"{script}:{attribute}" if script else name)
+    return tuple(entries)
 
 
-def _find(module: str, attribute: str) -> Any | None:
-    try:
-        return getattr(importlib.import_module(module), attribute, None)
-    except Exception:  # noqa: BLE001  an optional library may fail to import in any way
-        return None
+def _class(entry: _Entry) -> dict[str, Any]:
+    known = builtin_allowance(f"{entry.module}.{entry.name}")
+    if known is not None:
+        return {f"{entry.module}.{entry.name}": known}
+    module, found = entry.found()
+    why = why_not(found)
+    if why:
+        raise entry.refused(why)
+    home = home_of(found)
+    own = {module.__name__} if entry.of_script else {module.__name__, entry.module.partition(".")[0]}
+    if not any(_is_below(home, package) for package in own):
+        why = why_never(home)
+        raise entry.refused(f"defined elsewhere: {home}", f"--allow {home}" if why is None else "")
+    return entry.names(module, found)
 
 
-@contextlib.contextmanager
-def only_these(allowed: Mapping[str, Any]) -> Iterator[None]:
-    """Let torch's unpickler know `allowed`; afterwards its process-wide list is as it was."""
-    before = torch.serialization.get_safe_globals()
-    torch.serialization.clear_safe_globals()
-    try:
-        torch.serialization.add_safe_globals([(found, name) for name, found in allowed.items()])
-        yield
-    finally:
-        torch.serialization.clear_safe_globals()
-        torch.serialization.add_safe_globals(before)
+def _below(package: types.ModuleType, names: Iterable[str]) -> dict[str, Any]:
+    """For each of the names that lies below the package: its class, or in words why it is refused."""
+    found: dict[str, Any] = {}
+    for name in names:
+        module, _, attribute = name.rpartition(".")
+        if not _is_below(module, package.__name__) or builtin_allowance(name) is not None:
+            continue
+        inside = _module_inside(package, module)
+        # Not getattr: the package's own __getattr__ would be called with the file's words.
+        value = vars(inside).get(attribute) if inside else None
+        if value is not None:
+            why = why_never(name) or why_not(value)
+            if not why and not _is_below(home_of(value), package.__name__):
+                why = f"defined elsewhere: {home_of(value)}"
+            found[name] = why or value
+    return found
+
+
+def _module_inside(package: types.ModuleType, name: str) -> types.ModuleType | None:
+    """A module of the package, imported only where it lies in the package's own folder."""
+    roots = [Path(root).resolve() for root in getattr(package, "__path__", ())]
+    module, path = package, package.__name__
+    for part in name.removeprefix(package.__name__).split(".")[1:]:
+        path = f"{path}.{part}"
+        spec = PathFinder.find_spec(path, getattr(module, "__path__", ()))
+        # __main__ is no module to import, but a program.
+        if part.startswith("__") or spec is None or not _lies_in(spec, roots):
+            return None
+        module = import_path(path)
+    return module
+
+
+def _lies_in(spec: ModuleSpec, roots: list[Path]) -> bool:
+    """Whether the file of a module, or every folder of a package without one, lies below one of the roots."""
+    places = [spec.origin] if spec.origin else [*(spec.submodule_search_locations or ())]
+    return bool(places) and all(any(Path(p).resolve().is_relative_to(r) for r in roots) for p in places)
+
+
+def _is_below(name: str, package: str) -> bool:
+    return name == package or name.startswith(package + ".")

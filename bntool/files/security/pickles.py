@@ -22,9 +22,8 @@ from bntool.errors import LoadError, UsageError
 from bntool.files.detect import FileKind, Kind
 from bntool.files.limits import Limit
 from bntool.files.scripts import running_user_code
-from bntool.files.security.allowed import builtin_allowance, may_be_called, only_these
+from bntool.files.security.allowed import Granted, trusted_names, user_allowance
 from bntool.files.security.archives import Records, Source, Unsafe, check_archive
-from bntool.files.security.entries import Granted, trusted_names, user_allowance
 from bntool.files.security.missing import inert_classes, may_be_missing
 from bntool.files.security.opcodes import DamagedPickle, DryRun
 from bntool.files.security.pickled_calls import (
@@ -36,6 +35,7 @@ from bntool.files.security.pickled_calls import (
     item_bytes,
     shown,
 )
+from bntool.files.security.rules import builtin_allowance, may_be_called, only_these
 from bntool.files.security.telling import closed_names, listed, unknown_classes, why_closed
 from bntool.files.security.vetting import complaints
 

@@ -12,7 +12,7 @@ from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import NamedTuple
 
-from bntool.files.security.allowed import FUNCTION, NO_LAYER, RUN_UNASKED, runs_unasked, why_no_base, why_not
+from bntool.files.security.rules import FUNCTION, NO_LAYER, RUN_UNASKED, runs_unasked, why_no_base, why_not
 
 _LARGEST = 2 << 20
 _MOST_FILES = 300

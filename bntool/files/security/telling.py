@@ -8,8 +8,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from bntool.errors import LoadError
-from bntool.files.security.allowed import why_never
 from bntool.files.security.pickled_calls import shown
+from bntool.files.security.rules import why_never
 from bntool.files.security.sources import Sources
 
 _MOST_NAMES = 10_000

@@ -11,9 +11,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from bntool.files.security.allowed import home_of, may_be_called
 from bntool.files.security.missing import Opaque
 from bntool.files.security.pickled_calls import shown
+from bntool.files.security.rules import home_of, may_be_called
 from bntool.layers import has_foreign_hook
 
 _CODE = (type, types.FunctionType, types.BuiltinFunctionType)

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from bntool.errors import BntoolError, LoadError, UsageError
 from bntool.files.loading import load
-from bntool.files.security.entries import user_allowance
+from bntool.files.security.allowed import user_allowance
 from bntool.files.security.pickles import standing
 from tests.files import torch_files as tf
 from tests.files.security import tempting

@@ -19,7 +19,7 @@ from torch import nn
 from bntool.errors import LoadError, UsageError
 from bntool.files.detect import detect
 from bntool.files.loading import load
-from bntool.files.security.entries import user_allowance
+from bntool.files.security.allowed import user_allowance
 from bntool.files.security.pickles import unknown_globals
 from tests.files.torch_files import (
     BUILD,
