@@ -24,10 +24,11 @@ _ENTRY = re.compile(
 
 @dataclasses.dataclass(frozen=True)
 class Granted:
-    """Name in a file -> class, for what --allow names; and why names below its packages are refused."""
+    """Name in a file -> class, for what --allow names; why names of its packages are refused or absent."""
 
     classes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     refused: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    absent: frozenset[str] = frozenset()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,14 +105,16 @@ def user_allowance(entries: Iterable[str], names: Iterable[str] = ()) -> Granted
     """
     classes: dict[str, Any] = {}
     refused: dict[str, str] = {}
+    absent: set[str] = set()
     for entry in map(_Entry.parse, entries):
         if entry.name == "*":
             below = _below(entry.imported(), sorted(names))
-            classes.update({name: found for name, found in below.items() if not isinstance(found, str)})
+            absent.update(name for name, found in below.items() if found is None)
             refused.update({name: why for name, why in below.items() if isinstance(why, str)})
+            classes.update({name: found for name, found in below.items() if isinstance(found, type)})
         else:
             classes.update(_class(entry))
-    return Granted(classes, refused)
+    return Granted(classes, refused, frozenset(absent))
 
 
 def trusted_names(entries: Iterable[str]) -> dict[str, Any]:
@@ -151,7 +154,7 @@ def _class(entry: _Entry) -> dict[str, Any]:
 
 
 def _below(package: types.ModuleType, names: Iterable[str]) -> dict[str, Any]:
-    """For each of the names that lies below the package: its class, or in words why it is refused."""
+    """For each name below the package: its class, or in words why it is refused, or None for none there."""
     found: dict[str, Any] = {}
     for name in names:
         module, _, attribute = name.rpartition(".")
@@ -160,11 +163,10 @@ def _below(package: types.ModuleType, names: Iterable[str]) -> dict[str, Any]:
         inside = _module_inside(package, module)
         # Not getattr: the package's own __getattr__ would be called with the file's words.
         value = vars(inside).get(attribute) if inside else None
-        if value is not None:
-            why = why_never(name) or why_not(value)
-            if not why and not _is_below(home_of(value), package.__name__):
-                why = f"defined elsewhere: {home_of(value)}"
-            found[name] = why or value
+        why = None if value is None else why_never(name) or why_not(value)
+        if value is not None and not why and not _is_below(home_of(value), package.__name__):
+            why = f"defined elsewhere: {home_of(value)}"
+        found[name] = why or value
     return found
 
 

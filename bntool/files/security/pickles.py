@@ -39,7 +39,14 @@ from bntool.files.security.pickled_calls import (
 )
 from bntool.files.security.pinned import Pinned
 from bntool.files.security.rules import builtin_allowance, may_be_called, only_these
-from bntool.files.security.telling import closed_names, listed, unknown_classes, why_closed
+from bntool.files.security.telling import (
+    absent_names,
+    closed_names,
+    listed,
+    refused,
+    unknown_classes,
+    why_closed,
+)
 from bntool.files.security.vetting import complaints
 from bntool.files.tensors import told_by
 
@@ -77,7 +84,8 @@ def read_pickled(
         granted = user_allowance(allow, set().union(*(run.globals for run in runs)))
         allowed = _allowance(path, runs, granted, stand_ins)
         if say and any(entry.endswith(".*") for entry in allow):
-            say(f"let in by --allow: {listed(sorted(granted.classes.keys() & allowed.keys())) or 'no class'}")
+            let_in = sorted(granted.classes.keys() & allowed.keys())
+            say(f"let in by --allow: {listed(let_in) or 'no class'}")
         with _unpickling, only_these(allowed):
             loaded = torch.load(file_of(saved), map_location="cpu", weights_only=True)
         wrong = next(complaints(loaded), None)
@@ -133,11 +141,11 @@ def standing(names: set[str]) -> dict[str, str]:
     closed = why_closed(unknown)
 
     def of(name: str) -> str:
-        if name in unknown and may_be_missing(name):
-            return "other" if name in closed else "unknown"
-        if name in unknown:
+        if name not in unknown:
+            return "known" if name in known else "plain"
+        if not may_be_missing(name):
             return "refused"
-        return "known" if name in known else "plain"
+        return "other" if name in closed else "unknown"
 
     return {name: of(name) for name in sorted(names)}
 
@@ -172,16 +180,18 @@ def _allowance(path: Path, runs: list[DryRun], granted: Granted, stand_ins: bool
     if other is not None:
         raise other.error(path)
     if closed:
-        raise _refused(path, closed_names(closed))
+        raise closed_names(path, closed)
+    if absent := sorted(unknown & granted.absent):
+        raise absent_names(path, absent)
     # What a stand-in is given does no harm.
     harmless = {f"instantiates {shown(n)} with arguments of its own" for n in missing}
     problems = [p for run in runs for p in run.problems if p not in harmless]
     if problems:
-        raise _refused(path, problems[0])
+        raise refused(path, problems[0])
     if unknown:
         raise unknown_classes(path, sorted(unknown))
     if misused := next((problem for run in runs for problem in _misuses(run, known, missing)), None):
-        raise _refused(path, misused)
+        raise refused(path, misused)
     return {**known, **inert_classes(missing)}
 
 
@@ -208,7 +218,7 @@ def _as_load_error(path: Path) -> Iterator[None]:
     except (LoadError, UsageError):
         raise
     except Unsafe as error:
-        raise _refused(path, str(error)) from error
+        raise refused(path, str(error)) from error
     except Exception as error:
         raise _damaged(path, error) from error
 
@@ -231,15 +241,6 @@ def _load_trusting(path: Path, file: Pinned, user: Mapping[str, Any]) -> Any:
                 next_step="run bntool where that code is importable; for a class of a script also "
                 "pass --allow script.py:Class",
             ) from error
-
-
-def _refused(path: Path, why: str) -> LoadError:
-    return LoadError(
-        f"{path.name} was refused unread: it {why}",
-        where=str(path),
-        next_step="get the weights as a state_dict or safetensors and pass --arch; only for a file you made "
-        "yourself: --trust-pickle (runs code from the file)",
-    )
 
 
 def _damaged(path: Path, error: Exception | str) -> LoadError:

@@ -15,7 +15,7 @@ from typing import NamedTuple
 from bntool.files.security.rules import FUNCTION, NO_LAYER, RUN_UNASKED, runs_unasked, why_no_base, why_not
 
 _LARGEST = 2 << 20
-_MOST_FILES = 300
+_MOST_FILES = 100
 _MOST_STEPS = 40
 _ENUMS = frozenset(f"enum.{name}" for name in ("Enum", "IntEnum", "StrEnum", "Flag", "IntFlag"))
 _FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
@@ -28,7 +28,7 @@ class _Module(NamedTuple):
 
 
 class Sources:
-    """The source files that Python would find from here, each read once and at most 300 of them."""
+    """The source files that Python would find from here, each read once and at most 100 of them."""
 
     def __init__(self) -> None:
         self._path = [*sys.path, str(Path.cwd())]
@@ -76,6 +76,8 @@ class Sources:
 
     def _parsed(self, name: str) -> _Module | None:
         path, spec, parts = self._path, None, name.split(".")
+        if not all(map(str.isidentifier, parts)):
+            return None
         try:
             for depth in range(len(parts)):
                 spec = PathFinder.find_spec(".".join(parts[: depth + 1]), path)

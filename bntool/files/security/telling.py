@@ -23,13 +23,35 @@ def why_closed(names: Iterable[str]) -> dict[str, str]:
     return {name: why for name, why in reasons.items() if why}
 
 
-def closed_names(reasons: Mapping[str, str]) -> str:
-    """What an error says of names that are refused, those of one reason together."""
+def closed_names(path: Path, reasons: Mapping[str, str]) -> LoadError:
+    """The error for a file that refers to names --allow never lets in, those of one reason together."""
     grouped = defaultdict(list)
     for name, why in reasons.items():
         grouped[why].append(name)
     told = "; ".join(f"{listed(names)} ({why})" for why, names in grouped.items())
-    return f"refers to {told}, through which a file can run code"
+    return _uncut(refused(path, f"refers to {told}, through which a file can run code"))
+
+
+def absent_names(path: Path, names: list[str]) -> LoadError:
+    """The error for a file that names what the packages of --allow do not have."""
+    package = names[0].partition(".")[0]
+    return _uncut(
+        LoadError(
+            f"{path.name} needs what is not in the code that is found here: {listed(names)}",
+            where=str(path),
+            next_step=f"run bntool with the version of {shown(package)} that the file was made with",
+        )
+    )
+
+
+def refused(path: Path, why: str) -> LoadError:
+    """The error for a file that does what no honest file does; `why` follows "it"."""
+    return LoadError(
+        f"{path.name} was refused unread: it {why}",
+        where=str(path),
+        next_step="get the weights as a state_dict or safetensors and pass --arch; only for a file you made "
+        "yourself: --trust-pickle (runs code from the file)",
+    )
 
 
 def listed(names: list[str]) -> str:
@@ -51,12 +73,17 @@ def unknown_classes(path: Path, names: list[str]) -> LoadError:
     pronoun, its = ("it", "its") if len(names) == 1 else ("them", "their")
     flags = " ".join(f"--allow {entry}" for entry in _proposed(names))
     step = f"if you trust {pronoun}: {flags} ({its} code must be importable from here); " if flags else ""
-    error = LoadError(
-        f"{path.name} holds pickled objects, and needs {classes} bntool does not know: {listed(names)}",
-        where=str(path),
-        next_step=f"{step}if you trust the file: --trust-pickle (runs code from the file); safer: "
-        "torch.save(model.state_dict(), ...) and pass --arch",
+    return _uncut(
+        LoadError(
+            f"{path.name} holds pickled objects, and needs {classes} bntool does not know: {listed(names)}",
+            where=str(path),
+            next_step=f"{step}if you trust the file: --trust-pickle (runs code from the file); safer: "
+            "torch.save(model.state_dict(), ...) and pass --arch",
+        )
     )
+
+
+def _uncut(error: LoadError) -> LoadError:
     error.uncut = True
     return error
 

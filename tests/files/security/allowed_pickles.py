@@ -92,7 +92,7 @@ _saved("partial/a-layer-by-keyword", lambda m: tempting.CallsWithout(
 _saved("partial/in-a-sequential", lambda m: nn.Sequential(
     nn.Linear(8, 8), _transformer(functools.partial(tempting.Opens, code(m)))))  # fmt: skip
 _saved("partial/of-an-editor", lambda m: tempting.Calls(
-    functools.partial(click.edit, editor=f"touch {m} ; true"), "text"))  # fmt: skip
+    functools.partial(click.edit, editor=f"touch {m}"), "text"))  # fmt: skip
 _saved("partial/torch.hub", lambda m: tempting.Calls(functools.partial(
     torch.hub.load, _repository(m), "make", source="local"), "make"))  # fmt: skip
 _raw(

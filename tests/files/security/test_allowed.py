@@ -308,12 +308,24 @@ def test_a_package_gives_no_function_and_no_class_of_another(tmp_path: Path) -> 
     ]
     granted = user_allowance(["pkg_strict.*"], names)
     assert granted.classes == {}
+    assert granted.absent == {"pkg_strict.odd.Gone"}
     reasons = {name.rpartition(".")[2]: why for name, why in granted.refused.items()}
     assert reasons.keys() == {"autopad", "Plain", "make", "Bad"}
     assert reasons["Plain"] == f"defined elsewhere: {HERE}.Plain"
     path = _refers_to(tmp_path / "model.pt", "pkg_strict.odd.Bad")
     with pytest.raises(LoadError, match=r"pkg_strict\.odd\.Bad \(restored by a __setstate__"):
         load(path, allow=["pkg_strict.*"])
+
+
+def test_what_a_package_does_not_have_is_named_and_not_proposed_again(tmp_path: Path) -> None:
+    _package(tmp_path, "pkg_older")
+    names = ["pkg_older.blocks.New", "pkg_older.heads.Head", "pkg_older.net.Net", "pkg_older.net.Neck"]
+    path = _refers_to(tmp_path / "model.pt", *names)
+    with pytest.raises(LoadError) as caught:
+        load(path, allow=["pkg_older.*"])
+    assert caught.value.what.endswith("here: pkg_older.blocks.New, pkg_older.heads.Head, pkg_older.net.Neck")
+    assert "--allow" not in caught.value.next_step
+    assert "pkg_older" in caught.value.next_step
 
 
 def test_a_package_imports_only_its_own_modules_and_runs_no_program(tmp_path: Path) -> None:
