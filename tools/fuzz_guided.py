@@ -20,7 +20,7 @@ with atheris.instrument_imports(include=["bntool.files"]):
     from bntool.errors import BntoolError
     from bntool.files.detect import detect
     from bntool.files.loading import load
-    from bntool.files.security.archives import Damaged, Unsafe
+    from bntool.files.security.archives import Archive, Damaged, Unsafe
     from bntool.files.security.expressions import is_guard, is_size_expression
     from bntool.files.security.opcodes import DamagedPickle, DryRun
     from bntool.files.security.operators import UnknownOperator
@@ -54,6 +54,7 @@ PARSERS: tuple[Callable[[bytes], object], ...] = (
     check_plain_data,
     lambda data: check_program(read_json(data, "model.json")),
     _expression,
+    lambda data: Archive(io.BytesIO(data)).check_sums(),
 )
 
 
@@ -71,7 +72,7 @@ def seeds(folder: Path) -> None:
     with tempfile.TemporaryDirectory() as made:
         for name, path in samples(Path(made)).items():
             content = path.read_bytes()
-            for parser in (0, 1, 3):
+            for parser in (0, 1, 3, 6):
                 (folder / f"{parser}-{name}").write_bytes(bytes([parser]) + content)
             if zipfile.is_zipfile(path):
                 with zipfile.ZipFile(path) as archive:

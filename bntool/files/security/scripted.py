@@ -22,6 +22,7 @@ from bntool.files.security.pickled_calls import shown
 DEPRECATED = "TorchScript is deprecated by PyTorch; torch.export.save the nn.Module that it was made from"
 _REACHES_OUT = re.compile(rb"\b(save|from_file|load_tensor|rpc_async|rpc_sync|rpc_remote|RRef|owner)\b")
 _NAMESPACE = re.compile(rb"\bops\s*\.\s*(\w+)")
+_OWN = re.compile(rb"\b__torch__(?:\.\w+)+")
 _ANY_OPS = re.compile(rb"\bops\b")
 _PLAIN_NAMESPACES = frozenset({b"aten", b"prim", b"prims", b"torchvision"})
 _GETATTR = re.compile(rb"\bgetattr\b")
@@ -95,6 +96,8 @@ def _check_code(code: bytes, place: str) -> None:
         raise Unsafe(f"names an attribute in {place} by something else than a plain text")
     if _CUSTOM_CLASS.search(code) or len(_CLASSES.findall(code)) != code.count(b"__torch__"):
         raise Unsafe(f"makes objects of C++ classes in {place}")
+    # What lies under __torch__ is code of this archive, also where it is called ops.
+    code = _OWN.sub(b"__torch__", code)
     spaces = _NAMESPACE.findall(code)
     odd = [space.decode("ascii", "replace") for space in spaces if space not in _PLAIN_NAMESPACES]
     if odd or len(spaces) != len(_ANY_OPS.findall(code)):
