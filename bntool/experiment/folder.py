@@ -15,12 +15,12 @@ from bntool.experiment.datasets import Data
 from bntool.experiment.outcome import TrainingComparison
 from bntool.experiment.settings import Settings
 from bntool.files.atomic import write_atomically
-from bntool.schema import Damaged, Name, fitted, read
+from bntool.schema import Damaged, Name, Text, fitted, read
 from bntool.world import World
 
 SCHEMA_VERSION = 1
 RUNS = "runs"
-_Scalar = bool | int | float | Name | None
+_Scalar = bool | int | float | Text | None
 _Setting = _Scalar | tuple[_Scalar, ...]
 _TELLING = frozenset(Settings.__dataclass_fields__) | {"torch", "number_of_processes"}
 
