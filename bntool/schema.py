@@ -47,26 +47,30 @@ class Damaged(ValueError):
         return Damaged(self.why, f"{place}.{self.place}".rstrip("."))
 
 
-def read(path: Path) -> Any:
+def read(path: Path, *, halves: bool = False) -> Any:
     """What the JSON in a file says; `Damaged` where it is none or too large."""
     with path.open("rb") as file:
-        return parsed(file.read(MOST_BYTES + 1))
+        return parsed(file.read(MOST_BYTES + 1), halves=halves)
 
 
-def parsed(raw: bytes) -> Any:
-    """What a JSON text says. No key stands twice, no number is endless; a NaN, which is no JSON, is None."""
+def parsed(raw: bytes, *, halves: bool = False) -> Any:
+    """What a JSON text says. No key stands twice, no number is endless; a NaN, which is no JSON, is None.
+
+    With `halves` a text may hold half a character, as Python has them for names of files that are not UTF-8.
+    """
     if len(raw) > MOST_BYTES:
         raise Damaged(f"it is larger than {MOST_BYTES >> 20} MiB")
     # counted before any of it is made into objects
     if sum(map(raw.count, (b",", b":", b"[", b"{"))) > MOST_VALUES:
         raise Damaged(f"it holds more than {MOST_VALUES:,} values")
     try:
-        return json.loads(
-            raw.decode("utf-8-sig"),
-            object_pairs_hook=_once,
-            parse_int=_integer,
-            parse_constant=lambda _: None,
-        )
+        text = raw.decode("utf-8-sig")
+        said = json.loads(text, object_pairs_hook=_once, parse_int=_integer, parse_constant=lambda _: None)
+        if "\\u" in text and not halves:
+            json.dumps(said, ensure_ascii=False).encode()
+        return said
+    except UnicodeEncodeError:
+        raise Damaged("it holds a text with half a character") from None
     except Damaged:
         raise
     except RecursionError:

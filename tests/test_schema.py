@@ -34,6 +34,8 @@ from bntool.schema import Damaged, Finite, Index, Name, Shape, fitted, parsed, v
         (b"[" + b"1" * 21 + b"]", "21 digits"),
         (b"[" + b"0," * (1 << 22) + b"0]", "more than 2,097,152 values"),
         (b'"' + b"x" * (1 << 26) + b'"', "larger than 64 MiB"),
+        (b'{"a": "\\ud800"}', "half a character"),
+        (b'{"\\udfff\\ud800": 1}', "half a character"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -46,6 +48,8 @@ def test_what_is_no_document_within_bounds_is_damaged_at_once(raw: bytes, why: s
 
 def test_a_mark_before_the_text_is_let_pass_and_what_is_no_number_is_nothing() -> None:
     assert parsed(b'\xef\xbb\xbf{"a": [NaN, -Infinity, 1]}') == {"a": [None, None, 1]}
+    assert parsed(rb'"\ud83d\ude00"') == "\U0001f600"
+    assert parsed(rb'"\udcff"', halves=True) == "\udcff"
 
 
 def test_no_more_of_a_file_is_read_than_a_document_may_have(tmp_path: Path) -> None:
