@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from bntool.errors import (
         BntoolError,
         CheckFailed,
+        DamagedPlan,
         DeviceError,
         ExportError,
         LoadError,
@@ -50,8 +51,8 @@ _HOMES = {
     "batches": "open_batches",
     "calibrating": "CalibrationResult calibrate",
     "converting": "convert_state_dict",
-    "errors": """BntoolError CheckFailed DeviceError ExportError LoadError NothingToDo ObserveError PlanError
-        StateError UsageError""",
+    "errors": """BntoolError CheckFailed DamagedPlan DeviceError ExportError LoadError NothingToDo
+        ObserveError PlanError StateError UsageError""",
     "files.loading": "Loaded load",
     "plan": "DroppedBias Edit FoldSite InsertSite Plan Skip",
     "reasons": "Reason",
@@ -68,6 +69,7 @@ __all__ = [
     "Check",
     "CheckFailed",
     "Comparison",
+    "DamagedPlan",
     "DeviceError",
     "DroppedBias",
     "Edit",

@@ -18,7 +18,6 @@ from bntool.reasons import Reason
 from bntool.schema import (
     Count,
     Damaged,
-    Finite,
     Name,
     Positive,
     Shape,
@@ -83,7 +82,7 @@ class DroppedBias:
 
     conv: Name
     bias: Name
-    norms: tuple[Name, ...]
+    norms: Annotated[tuple[Name, ...], msgspec.Meta(min_length=1)]
     channels: Positive
 
     def to_dict(self) -> dict[str, Any]:
@@ -338,6 +337,10 @@ class ByPlan:
 # -- the document ---------------------------------------------------------------------------------------
 
 
+_Option = bool | int | float | Text | list[Text] | None
+_Epsilon = Annotated[float, msgspec.Meta(ge=0, le=1)]
+
+
 class _Kept(msgspec.Struct):
     """A skip of a fold, which calls its place a BatchNorm."""
 
@@ -351,13 +354,13 @@ class _Document(msgspec.Struct, tag_field="action", kw_only=True):
     skips: tuple[Any, ...]
     model_class: Name = ""
     signature: dict[Name, Shape] = {}
-    options: dict[Name, Any] = {}
+    options: dict[Name, _Option] = {}
     key_map: dict[Name, Name] = {}
     notes: tuple[Text, ...] = ()
     dropped_biases: tuple[DroppedBias, ...] = ()
     aliases: dict[Name, tuple[Name, ...]] = {}
     merges: tuple[Merge, ...] = ()
-    eps: dict[Name, Finite] = {}
+    eps: dict[Name, _Epsilon] = {}
 
 
 class _Insertion(_Document, tag="insert", kw_only=True):

@@ -15,13 +15,13 @@ import msgspec
 from msgspec import Meta
 
 MOST_BYTES = 1 << 26
-MOST_VALUES = 1 << 22
-"""Of some hundred bytes each in Python: a document takes half a GiB at most."""
+MOST_VALUES = 1 << 21
+"""Of some hundred bytes each in Python: a document takes a quarter of a GiB at most."""
 _MOST_DIGITS = 20
 _MOST_AXES = 32
 
-# No pattern: msgspec 0.22 corrupts memory where a text with one and a container stand in one union.
-Name = Annotated[str, Meta(max_length=1 << 12)]
+# msgspec 0.22 reads beyond its memory where a text with a pattern shares a union with a list or a table.
+Name = Annotated[str, Meta(max_length=1 << 12, pattern=_PRINTED)]
 Text = Annotated[str, Meta(max_length=1 << 16)]
 Size = Annotated[int, Meta(ge=0, le=1 << 31)]
 Count = Annotated[int, Meta(ge=0, le=1 << 53)]
@@ -46,28 +46,32 @@ class Damaged(ValueError):
         return Damaged(self.why, f"{place}.{self.place}".rstrip("."))
 
 
-def read(path: Path) -> Any:
+def read(path: Path, *, halves: bool = False) -> Any:
     """What the JSON in a file says; `Damaged` where it is none or too large."""
     if path.exists() and not path.is_file():
         raise Damaged("it is not a regular file")  # a pipe would keep us waiting, a device never end
     with path.open("rb") as file:
-        return parsed(file.read(MOST_BYTES + 1))
+        return parsed(file.read(MOST_BYTES + 1), halves=halves)
 
 
-def parsed(raw: bytes) -> Any:
-    """What a JSON text says. No key stands twice, no number is endless; a NaN, which is no JSON, is None."""
+def parsed(raw: bytes, *, halves: bool = False) -> Any:
+    """What a JSON text says. No key stands twice, no number is endless; a NaN, which is no JSON, is None.
+
+    With `halves` a text may hold half a character, as Python has them for names of files that are not UTF-8.
+    """
     if len(raw) > MOST_BYTES:
         raise Damaged(f"it is larger than {MOST_BYTES >> 20} MiB")
     # counted before any of it is made into objects
     if sum(map(raw.count, (b",", b":", b"[", b"{"))) > MOST_VALUES:
         raise Damaged(f"it holds more than {MOST_VALUES:,} values")
     try:
-        return json.loads(
-            raw.decode("utf-8-sig"),
-            object_pairs_hook=_once,
-            parse_int=_integer,
-            parse_constant=lambda _: None,
-        )
+        text = raw.decode("utf-8-sig")
+        said = json.loads(text, object_pairs_hook=_once, parse_int=_integer, parse_constant=lambda _: None)
+        if "\\u" in text and not halves:
+            json.dumps(said, ensure_ascii=False).encode()
+        return said
+    except UnicodeEncodeError:
+        raise Damaged("it holds a text with half a character") from None
     except Damaged:
         raise
     except RecursionError:
@@ -83,6 +87,8 @@ def fitted(data: Any, kind: type[_T]) -> _T:
     except msgspec.ValidationError as error:
         why, _, place = str(error).partition(" - at `$")
         raise Damaged(why[:1].lower() + why[1:], place.strip("`.")) from None
+    except UnicodeError:
+        raise Damaged("it holds a text with half a character") from None
     except RecursionError:
         raise Damaged("it is nested too deeply") from None
 
@@ -98,7 +104,8 @@ def require_known(rows: Iterable[Mapping[str, Any]], kind: type, place: str) -> 
 def version_of(data: Any) -> int | None:
     """The schema version that a document states; None where it states none."""
     version = data.get("schema_version") if isinstance(data, dict) else None
-    return version if isinstance(version, int) and not isinstance(version, bool) else None
+    stated = isinstance(version, int) and not isinstance(version, bool) and version > 0
+    return version if stated else None
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -75,9 +75,11 @@ def test_a_fresh_model_of_the_same_class_gets_the_same_layers(build: Any, option
         ({"conv": "9"}, "it has no layer '9'"),
         ({"channels": 99}, "channels of '0' is 4, the plan expects 99"),
         ({"dims": 1}, "dims of '0' is 2, the plan expects 1"),
-        ({"form": "no-such-form"}, "form of '0' is 'sequential', the plan expects 'no-such-form'"),
+        ({"form": "no-such-form"}, r"damaged: invalid enum value 'no-such-form'\n  where: sites\[0\]\.form"),
         ({"slot": "0"}, "slot of '0' is '', the plan expects '0'"),
-        ({"calls": "2"}, "calls of '0' is 1, the plan expects '2'"),
+        ({"calls": 2}, "calls of '0' is 1, the plan expects 2"),
+        ({"calls": "2"}, r"damaged: expected `int`, got `str`\n  where: sites\[0\]\.calls"),
+        ({"colour": "red"}, r"damaged: there is no 'colour' here\n  where: sites\[0\]"),
         ({"bn": "77"}, "this plan is damaged: the plan put a BatchNorm at 77"),
     ],
 )
@@ -92,7 +94,8 @@ def test_a_site_that_says_something_else_is_named(change: dict[str, Any], words:
     ("change", "words"),
     [
         ({"eps": "small"}, "damaged"),
-        ({"init": "zeros"}, "damaged: init is identity or calibrate or default"),
+        ({"init": "zeros"}, r"damaged: invalid enum value 'zeros'\n  where: options\.init"),
+        ({"eps": 2.0}, r"damaged: eps must lie between 0 and 1, not 2\.0\n  where: options"),
         ({"colour": "red"}, "damaged: .*colour"),
     ],
 )

@@ -31,6 +31,7 @@ from bntool.files.loading import load
 from bntool.files.memory import recall
 from bntool.files.sidecar import read_sidecar
 from bntool.onnx_files import open_onnx
+from tools.fuzz_documents import damage_documents
 
 SECONDS = 30
 MEMORY = 4 << 30
@@ -217,7 +218,9 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--keep", type=Path, help="a folder for the files on which bntool failed")
     chosen = parser.parse_args()
-    return 1 if fuzz(chosen.cases, chosen.seed, chosen.keep) else 0
+    failures = fuzz(chosen.cases, chosen.seed, chosen.keep)
+    failures += damage_documents(chosen.cases, chosen.seed)
+    return 1 if failures else 0
 
 
 if __name__ == "__main__":

@@ -31,11 +31,12 @@ def load_granted(
 
     is_file = Path(name).exists() or not is_reference(name)
     grant = record.granted(name) if record is not None and is_file else Grant()
-    if is_file and arch is None:
-        arch = recorded_architecture(name)
+    told = side_file_of(name) if is_file else None
+    if told and arch is None:
+        arch = _architecture_in(told, name)
         if arch:
             voice.note(f"--arch {arch}, as its side file says")
-    plans, prepare = _replay_of(name) if is_file and arch else ([], None)
+    plans, prepare = replay_of(name, told) if told and arch else ([], None)
     with voice.progress(f"loading {name}") as tell:
         loaded = load(
             name,
@@ -49,13 +50,24 @@ def load_granted(
     return loaded, plans
 
 
-def recorded_architecture(path: str) -> str | None:
-    """The architecture that the side file names: only a registry's, since a stranger may have written it."""
-    from bntool.files.detect import Kind, detect
+def side_file_of(path: str) -> dict[str, Any] | None:
+    """What the side file of a file tells; None where there is none, or it is that of another file."""
     from bntool.files.sidecar import describes, read_sidecar
 
-    document = read_sidecar(path) if Path(path).is_file() else None
-    reload = document.get("reload") if document and describes(document, path) else None
+    told = read_sidecar(path) if Path(path).is_file() else None
+    return told if told and describes(told, path) else None
+
+
+def recorded_architecture(path: str) -> str | None:
+    """The architecture that the side file names: only a registry's, since a stranger may have written it."""
+    told = side_file_of(path)
+    return _architecture_in(told, path) if told else None
+
+
+def _architecture_in(told: dict[str, Any], path: str) -> str | None:
+    from bntool.files.detect import Kind, detect
+
+    reload = told.get("reload")
     arch = reload.get("arch") if isinstance(reload, dict) else None
     if not isinstance(arch, str) or not arch.startswith(("torchvision:", "timm:")):
         return None
@@ -63,21 +75,18 @@ def recorded_architecture(path: str) -> str | None:
     return arch if detect(path).kind in weights else None
 
 
-def _replay_of(path: str) -> tuple[list[Plan], Any]:
+def replay_of(path: str, told: dict[str, Any]) -> tuple[list[Plan], Any]:
     """The plans that made a file of weights, so that its architecture can be made to fit it.
 
     Raises `LoadError`, with the place in the side file, for a plan that is none or that does not fit the
     architecture: then when it is replayed.
     """
     from bntool.errors import DamagedPlan, LoadError, PlanError
-    from bntool.files.sidecar import damaged, describes, read_sidecar, sidecar_path
+    from bntool.files.sidecar import damaged, sidecar_path
     from bntool.plan import Plan
 
-    document = read_sidecar(path) if Path(path).is_file() else None
-    if document is None or not describes(document, path):
-        return [], None
-    last = document.get("plan")
-    raw = {f"earlier_plans[{i}]": plan for i, plan in enumerate(document.get("earlier_plans", ()))}
+    last = told.get("plan")
+    raw = {f"earlier_plans[{i}]": plan for i, plan in enumerate(told.get("earlier_plans", ()))}
     raw |= {"plan": last} if last else {}
     plans: list[Plan] = []
 

@@ -17,12 +17,12 @@ from bntool.experiment.outcome import ARMS, TrainingComparison
 from bntool.experiment.settings import Settings
 from bntool.files.atomic import write_atomically, write_text
 from bntool.files.placing import remove
-from bntool.schema import Damaged, Name, fitted, read
+from bntool.schema import Damaged, Name, Text, fitted, read
 from bntool.world import World
 
 SCHEMA_VERSION = 1
 RUNS = "runs"
-_Scalar = bool | int | float | Name | None
+_Scalar = bool | int | float | Text | None
 _Setting = _Scalar | tuple[_Scalar, ...]
 _TELLING = frozenset(Settings.__dataclass_fields__) | {"torch", "number_of_processes"}
 

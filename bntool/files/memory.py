@@ -119,7 +119,7 @@ def last_output(folder: str | Path) -> Record:
 
 def _record(folder: str | Path) -> Record:
     """The record kept for `folder`; `Damaged` for one that is none, `OSError` where there is none."""
-    data = read(_record_path(folder))
+    data = read(_record_path(folder), halves=True)
     if version_of(data) != SCHEMA_VERSION:
         raise Damaged("not a record of this version", "schema_version")
     return fitted(data, Record)

@@ -6,57 +6,57 @@ from typing import Any
 
 from msgspec import Struct
 
-from bntool.schema import Count, Damaged, Index, Name, Positive, Shape, Text, fitted
+from bntool.schema import Count, Damaged, Index, Positive, Shape, Text, fitted
 
 Figure = float | None
 """None where it was not finite."""
 
 
 class _Folded(Struct):
-    bn: Name
-    into: tuple[Name, ...]
-    laws: tuple[Name, ...]
+    bn: Text
+    into: tuple[Text, ...]
+    laws: tuple[Text, ...]
 
 
 class _Inserted(Struct):
-    conv: Name
-    bn: Name
+    conv: Text
+    bn: Text
     channels: Count
-    activation: Name | None = None
-    activation_kind: Name | None = None
+    activation: Text | None = None
+    activation_kind: Text | None = None
     calls: Positive | None = None
 
 
 class _Kept(Struct):
-    reason: Name
-    bn: Name | None = None
-    name: Name | None = None
+    reason: Text
+    bn: Text | None = None
+    name: Text | None = None
     detail: Text | None = None
 
 
 class _Surgery(Struct):
     sites: tuple[dict[str, Any], ...] | None = None
     skips: tuple[_Kept, ...] | None = None
-    key_map: dict[Name, Name] | None = None
+    key_map: dict[Text, Text] | None = None
 
 
 class _Check(Struct):
-    stage: Name
+    stage: Text
     passed: bool
     relative: Figure
     noise_floor: Figure
     limit: Figure
     max_abs: Figure = None
     ratio: Figure = None
-    device: Name = ""
-    provider: Name = ""
-    precision: Name | None = None
+    device: Text = ""
+    provider: Text = ""
+    precision: Text | None = None
     detail: Text | None = None
 
 
 class _Layer(Struct, rename={"reads": "from"}):
-    name: Name
-    kind: Name
+    name: Text
+    kind: Text
     reads: tuple[Index, ...]
     parameters: Count
     op: bool
@@ -65,12 +65,12 @@ class _Layer(Struct, rename={"reads": "from"}):
 
 class _Side(Struct):
     layers: tuple[_Layer, ...]
-    modules: dict[Name, Name]
+    modules: dict[Text, Text]
     left_out: Count
 
 
 class _Norm(Struct):
-    name: Name
+    name: Text
     channels: Count | None
     dead: Count | None
     scale: tuple[Figure, ...] | None = None
@@ -86,12 +86,12 @@ class _Model(Struct):
 
 
 class _Row(Struct):
-    name: Name
+    name: Text
     median_seconds: float
     quartiles_seconds: tuple[float, float]
     samples_per_second: float
-    device: Name = ""
-    provider: Name = ""
+    device: Text = ""
+    provider: Text = ""
 
 
 class _Verdict(Struct):
@@ -130,7 +130,7 @@ class _Epoch(Struct):
 
 
 class _Run(Struct):
-    arm: Name
+    arm: Text
     lr: float
     history: tuple[_Epoch, ...]
 
@@ -141,7 +141,7 @@ class _Values(Struct):
 
 class _Record(Struct):
     step: Count
-    values: dict[Name, _Values]
+    values: dict[Text, _Values]
 
 
 class _Watched(Struct):
@@ -150,7 +150,7 @@ class _Watched(Struct):
 
 
 class _Blame(Struct):
-    name: Name
+    name: Text
 
 
 class _Failure(Struct):
@@ -160,20 +160,20 @@ class _Failure(Struct):
 
 
 class _Reported(_Surgery):
-    status: Name | None = None
+    status: Text | None = None
     plan: _Surgery | None = None
     check: _Check | None = None
     checks: tuple[_Check, ...] | None = None
-    parameters: dict[Name, Index | dict[Name, Index]] | None = None
-    totals: dict[Name, Index] | None = None
+    parameters: dict[Text, Index | dict[Text, Index]] | None = None
+    totals: dict[Text, Index] | None = None
     model: _Model | None = None
     latency: _Latency | None = None
-    arms: dict[Name, _Arm | None] | None = None
+    arms: dict[Text, _Arm | None] | None = None
     runs: tuple[_Run, ...] | None = None
     watched: _Watched | None = None
     blame: _Blame | None = None
     error: _Failure | None = None
-    notes: tuple[Text | dict[Name, Any], ...] | None = None
+    notes: tuple[Text | dict[Text, Any], ...] | None = None
 
 
 def require_report(command: str, data: dict[str, Any]) -> None:

@@ -2,12 +2,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import stat
+import sys
 from pathlib import Path
 
 import pytest
 
-from bntool.errors import UsageError
+from bntool.errors import LoadError, UsageError
 from bntool.files.atomic import sha256_of
 from bntool.files.memory import Grant, Record, last_output, recall, remember
 
@@ -103,6 +105,32 @@ def test_a_damaged_record_counts_as_none(damage: str, state: Path, work: Path) -
     (kept,) = state.rglob("*.json")
     kept.write_text(damage)
     assert recall(work) is None
-    data = dataclasses.asdict(_record(work))
-    kept.write_text(json.dumps({"schema_version": 1, **data, "output": 3}))
+    with pytest.raises(LoadError, match="record of this folder is damaged") as caught:
+        last_output(work)
+    assert str(kept) in caught.value.where
+    assert caught.value.next_step == "name a MODEL"
+
+
+@pytest.mark.parametrize(
+    ("change", "place"),
+    [({"output": 3}, "output"), ({"allow": "pkg.Net"}, "allow"), ({"allow": [1]}, "allow[0]"),
+     ({"trust_pickle": 1}, "trust_pickle"), ({"trust_pickle": "yes"}, "trust_pickle"), ({"key": []}, "key")],
+)  # fmt: skip
+def test_a_record_is_damaged_at_a_place(
+    change: dict[str, object], place: str, state: Path, work: Path
+) -> None:
+    remember(work, _record(work))
+    (kept,) = state.rglob("*.json")
+    kept.write_text(json.dumps({"schema_version": 1, **dataclasses.asdict(_record(work)), **change}))
     assert recall(work) is None
+    with pytest.raises(LoadError) as caught:
+        last_output(work)
+    assert caught.value.where == f"{kept}, {place}"
+    assert caught.value.exit_code == 3
+
+
+@pytest.mark.skipif(os.name == "nt" or sys.platform == "darwin", reason="names there are Unicode")
+def test_a_record_holds_names_that_are_not_utf_8(state: Path, work: Path) -> None:
+    record = dataclasses.replace(_record(work), source=os.fsdecode(b"/tmp/\xff.pt"))
+    assert remember(work, record) is None
+    assert recall(work) == record

@@ -79,11 +79,26 @@ def test_it_is_known_when_the_output_changed(tmp_path: Path) -> None:
     assert not describes({"output": 3}, output)
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"schema_version": "1"}', "\x00", "[" * 100_000])
-def test_a_damaged_one_is_a_load_error(text: str, tmp_path: Path) -> None:
-    sidecar_path(tmp_path / "m.pt").write_text(text)
-    with pytest.raises(LoadError, match="damaged"):
+@pytest.mark.parametrize(
+    ("text", "place"),
+    [
+        ("", ""), ("[]", ""), ("{}", ""), ('{"schema_version": "1"}', ""), ("\x00", ""), ("[" * 100_000, ""),
+        ('{"schema_version": 1, "schema_version": 1}', ""), ('{"schema_version": true}', ""),
+        ('{"schema_version": 1, "output": 3}', "output"),
+        ('{"schema_version": 1, "output": {"sha256": ["0"]}}', "output.sha256"),
+        ('{"schema_version": 1, "reload": {"arch": 3}}', "reload.arch"),
+        ('{"schema_version": 1, "plan": []}', "plan"),
+        ('{"schema_version": 1, "earlier_plans": {}}', "earlier_plans"),
+        ('{"schema_version": 1, "earlier_plans": [{}, 1]}', "earlier_plans[1]"),
+    ],
+)  # fmt: skip
+def test_a_damaged_one_is_a_load_error_with_its_place(text: str, place: str, tmp_path: Path) -> None:
+    path = sidecar_path(tmp_path / "m.pt")
+    path.write_text(text)
+    with pytest.raises(LoadError, match="damaged") as caught:
         read_sidecar(tmp_path / "m.pt")
+    assert caught.value.where == (f"{path}, {place}" if place else str(path))
+    assert str(path) in caught.value.next_step
 
 
 def test_a_newer_one_asks_for_an_upgrade_and_none_is_none(tmp_path: Path) -> None:

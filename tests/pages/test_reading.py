@@ -69,6 +69,43 @@ def test_a_part_that_is_not_what_its_name_promises_is_damage(key: str, value: An
 
 
 @pytest.mark.parametrize(
+    "document", [documents.fold(), documents.insert(), documents.compare(), documents.large(30)]
+)
+def test_a_file_with_what_a_command_wrote_is_read(tmp_path: Path, document: dict[str, Any]) -> None:
+    (tmp_path / "x.json").write_text(json.dumps(document), encoding="utf-8")
+    assert read_document(tmp_path / "x.json").data == document
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "place"),
+    [
+        ("sites", 7, "sites"),
+        ("sites", [{"bn": "a"}], "sites[0]"),
+        ("sites", [{"bn": "a", "into": ["b"], "laws": [3]}], "sites[0].laws[0]"),
+        ("plan", {"sites": [{"bn": "a", "into": "b", "laws": []}]}, "plan.sites[0].into"),
+        ("skips", [{"bn": "a"}], "skips[0]"),
+        ("checks", [{**documents.check(), "passed": "yes"}], "checks[0].passed"),
+        ("checks", [{**documents.check(), "limit": []}], "checks[0].limit"),
+        ("parameters", {"before": {"trainable": "1"}}, "parameters[...][...]"),
+        ("model", {"norms": [{**documents.norm("a"), "shift": ["x"]}]}, "model.norms[0].shift[0]"),
+        ("model", {"before": {"layers": [], "modules": {}, "left_out": -1}}, "model.before.left_out"),
+        ("latency", {"rows": [{}]}, "latency.rows[0]"),
+        ("blame", {"name": None}, "blame.name"),
+        ("notes", 3, "notes"),
+        ("watched", {"plain": [{"step": 1, "values": {"0": {"quantiles": 3}}}]},
+         "watched.plain[0].values[...].quantiles"),
+    ],
+)  # fmt: skip
+def test_damage_in_a_file_is_told_with_its_place(tmp_path: Path, key: str, value: Any, place: str) -> None:
+    path = tmp_path / "x.json"
+    path.write_text(json.dumps({**documents.fold(), key: value}), encoding="utf-8")
+    with pytest.raises(LoadError, match=r"x\.json is damaged") as caught:
+        read_document(path)
+    assert caught.value.where == f"{path}, {place}"
+    assert caught.value.exit_code == 3
+
+
+@pytest.mark.parametrize(
     ("document", "command"),
     [
         (documents.compare(), "compare"),

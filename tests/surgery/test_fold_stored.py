@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import bntool
 from bntool.cli import run
-from bntool.errors import BntoolError, LoadError, PlanError, StateError
+from bntool.errors import BntoolError, DamagedPlan, LoadError, PlanError, StateError
 from bntool.files.safetensors_files import read_index
 from bntool.files.stored import open_stored
 from bntool.plan import Plan
@@ -193,6 +193,37 @@ def test_a_plan_without_eps_and_one_without_the_bias_that_is_needed(tmp_path: Pa
     fresh = bntool.plan_fold(Net().eval(), X)  # statistics that shift nothing
     with pytest.raises(PlanError, match="makes no bias"):
         StoredFold(stored, fresh)
+
+
+@pytest.mark.parametrize(
+    ("damage", "place"),
+    [
+        (lambda edits: edits[0].update(map=["bn", "body.4"]), "sites[0].edits[0].map"),
+        (lambda edits: edits[0].update(map=["bn", "nope"]), "sites[0].edits[0].map"),
+        (lambda edits: edits[0].update(map=["slice", edits[0]["map"], 0, 0, 7, 1]), "sites[0].edits[0].map"),
+        (lambda edits: edits[0].update(layout="matmul"), "sites[0].edits[0].layout"),
+        (lambda edits: edits[0].update(groups=3), "sites[0].edits[0].groups"),
+        (lambda edits: edits[0].update(bias="body.3.weight"), "sites[0].edits[0].bias"),
+        (lambda edits: edits[1].update(layer="body.4"), "sites[0].edits[1].layer"),
+        (lambda edits: edits.append(edits[0]), "sites[0].edits[2]"),
+    ],
+)
+def test_an_edit_that_is_not_plainly_that_of_its_batch_norm_is_told_with_its_place(
+    tmp_path: Path, plan: Plan, damage: Callable[[list[dict[str, object]]], object], place: str
+) -> None:
+    data = json.loads(plan.to_json())
+    damage(data["sites"][0]["edits"])
+    with pytest.raises(DamagedPlan) as caught:
+        StoredFold(open_stored(_save_one(trained(1), tmp_path / "net")), Plan.from_dict(data))
+    assert caught.value.where == place
+    assert caught.value.exit_code == 3
+
+
+def test_a_bias_that_the_plan_leaves_out_is_missed(tmp_path: Path, plan: Plan) -> None:
+    data = json.loads(plan.to_json())
+    del data["sites"][1]["edits"][0]["bias"]
+    with pytest.raises(DamagedPlan, match=r"leaves out 'body\.3\.bias'"):
+        StoredFold(open_stored(_save_one(trained(1), tmp_path / "net")), Plan.from_dict(data))
 
 
 def test_tied_tensors_and_whole_modules_are_refused(tmp_path: Path, plan: Plan) -> None:
