@@ -19,6 +19,7 @@ MOST_VALUES = 1 << 21
 """Of some hundred bytes each in Python: a document takes a quarter of a GiB at most."""
 _MOST_DIGITS = 20
 _MOST_AXES = 32
+_PRINTED = r"\A[^\x00-\x1f\x7f-\x9f\ud800-\udfff]*\Z"
 
 # msgspec 0.22 reads beyond its memory where a text with a pattern shares a union with a list or a table.
 Name = Annotated[str, Meta(max_length=1 << 12, pattern=_PRINTED)]
@@ -86,6 +87,7 @@ def fitted(data: Any, kind: type[_T]) -> _T:
         return msgspec.convert(data, type=kind)
     except msgspec.ValidationError as error:
         why, _, place = str(error).partition(" - at `$")
+        why = "this text cannot stand here" if " matching regex " in why else why
         raise Damaged(why[:1].lower() + why[1:], place.strip("`.")) from None
     except UnicodeError:
         raise Damaged("it holds a text with half a character") from None
