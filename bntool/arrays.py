@@ -43,7 +43,7 @@ def arrays_in(path: Path) -> dict[str, Any]:
             next_step="save plain arrays (numpy.save) or tensors (torch.save)",
         ) from error
     raise LoadError(
-        f"cannot read data from {path.name}: it is {kind.description}",
+        f"cannot read data from {path.name}: it is {kind.description_in_full}",
         where=str(path),
         next_step=f"give {KINDS}",
     )

@@ -91,8 +91,12 @@ class FileKind:
     @property
     def description(self) -> str:
         """One line for a person: `a Git LFS pointer, not the file itself`."""
-        unsafe = self.kind is Kind.ZIP_UNSAFE
-        return _DESCRIBED[self.kind][0] + (f": it {self.detail}" if unsafe else "")
+        return _DESCRIBED[self.kind][0]
+
+    @property
+    def description_in_full(self) -> str:
+        """The description, and for an archive that is refused the reason."""
+        return self.description + (f": it {self.detail}" if self.kind is Kind.ZIP_UNSAFE else "")
 
     @property
     def next_step(self) -> str:

@@ -377,7 +377,8 @@ def _not_loadable(path: Path, kind: FileKind) -> LoadError:
     not_yet = kind.kind is Kind.ONNX
     source = kind.kind is Kind.TEXT and path.suffix == ".py"
     return LoadError(
-        f"{path.name} is {kind.description}" + ("; bntool does not load that kind yet" if not_yet else ""),
+        f"{path.name} is {kind.description_in_full}"
+        + ("; bntool does not load that kind yet" if not_yet else ""),
         where=str(path),
         next_step=f"name the class in it: {path}:Class" if source else kind.next_step,
     )

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+import bntool
 from bntool.cli import run
 from bntool.errors import LoadError
 from bntool.files.inspecting import inspect_file
@@ -177,3 +178,12 @@ def test_inspect_names_what_load_refuses(
     said = capsys.readouterr()
     assert "suspicious: nothing" not in said.out
     assert "'odd.PY'" in said.out
+
+
+def test_no_archive_of_a_stranger_is_read_by_pythons_own_reader() -> None:
+    package = Path(bntool.__file__).parent
+    users = [p.name for p in package.rglob("*.py") if "zipfile" in p.read_text(encoding="utf-8")]
+    # The index of architectures is a file of bntool's own, in the user's cache.
+    assert users == ["architectures.py"]
+    loaders = [p.name for p in package.rglob("*.py") if "np.load(" in p.read_text(encoding="utf-8")]
+    assert set(loaders) <= {"architectures.py", "repro.py"}
