@@ -16,6 +16,7 @@ from bntool.cli.completing import files, folders
 from bntool.cli.data import numbers
 from bntool.cli.job import joined
 from bntool.cli.session import Session, Voice, open_session, require_no_script
+from bntool.errors import UsageError
 
 if TYPE_CHECKING:
     from bntool.experiment.checkpoints import Progress
@@ -124,6 +125,7 @@ def _compare(voice: Voice, options: dict[str, Any], settings: Settings, world: W
     for note in data.notes:
         voice.note(note)
     folder = Path(options["output"] or f"{output_name(_source(session), 'export').stem}_compare")
+    _require_own(session, folder, force=options["force"])
     try:
         with _progress(voice, settings) as tell:
             found = compare_training(
@@ -201,17 +203,42 @@ def _source(session: Session) -> str | Path:
     return session.loaded.path or session.loaded.reference
 
 
+def _require_own(session: Session, folder: Path, *, force: bool) -> None:
+    """Before any work: nothing in the folder is read, leads out of it, or is a model of somebody else's."""
+    from bntool.cli.writing import claim_model
+    from bntool.files.sidecar import describes, is_sidecar, read_sidecar, sidecar_path
+
+    target = session.voice.target.forced()
+    for path in sorted(folder.rglob("*")) if folder.is_dir() else ():
+        target.require_unread(path)
+        if path.is_symlink():
+            raise UsageError(f"{path} is a link", next_step="remove it, or name another folder with -o")
+    for path in _model_paths(session, folder).values():
+        side = sidecar_path(path)
+        own = is_sidecar(side) and describes(read_sidecar(path) or {}, path) if path.is_file() else True
+        if not own and not force:
+            raise UsageError(f"{path} is no file of this comparison", next_step="move it, or pass --force")
+        if folder.is_dir():
+            claim_model(path, target)
+
+
+def _model_paths(session: Session, folder: Path) -> dict[str, Path]:
+    """Where the trained model of each arm goes."""
+    from bntool.files.sidecar import output_name
+
+    sources = {"plain": _source(session), "batchnorm": output_name(_source(session), "insert")}
+    return {arm: folder / output_name(source, "compare").name for arm, source in sources.items()}
+
+
 def _write_models(session: Session, found: TrainingComparison, folder: Path) -> list[Path]:
     """The trained models as files of the kind that the input was; the one with BatchNorm is remembered."""
     from bntool.cli.writing import Made, claim_model, write_model
-    from bntool.files.sidecar import output_name
     from bntool.report.counting import parameter_delta
 
     written = []
     for arm, model in found.models.items():
         plan = found.surgery.plan if arm == "batchnorm" else None
-        source = output_name(_source(session), "insert") if plan else _source(session)
-        path = folder / output_name(source, "compare").name
+        path = _model_paths(session, folder)[arm]
         made = Made(model, parameter_delta(session.model, model), plan)
         write_model(session, "compare", made, claim_model(path, session.voice.target.forced()))
         written.append(path)

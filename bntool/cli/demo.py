@@ -14,6 +14,7 @@ from bntool.cli.streams import say
 from bntool.errors import LoadError, UsageError
 from bntool.files.atomic import write_atomically
 
+_MADE = ("model_bn.pt", "model_bn_folded.pt", "model_bn_folded.onnx")
 _LINES = (["insert", "model.pt"], ["summary"], ["fold", "--export", "onnx"])
 
 
@@ -55,10 +56,16 @@ def command(folder: str, force: bool, debug: bool) -> int:  # noqa: ARG001 - rea
 
 
 def _put_sample(path: Path, force: bool) -> None:
-    """A copy of the sample; one that is there already is as good."""
+    """A copy of the sample; one that is there already is as good, and any other file stays."""
     content = _sample().read_bytes()
+    there = [name for name in _MADE if os.path.lexists(path.with_name(name))]
+    if there and not force:
+        raise UsageError(
+            f"{path.with_name(there[0])} exists already",
+            next_step="bntool demo -o ANOTHER_FOLDER, or --force to replace what an earlier demo left",
+        )
     if not (path.is_file() and path.read_bytes() == content):
-        write_atomically(path, lambda draft: draft.write_bytes(content), force=force)
+        write_atomically(path, lambda draft: draft.write_bytes(content))
 
 
 def _sample() -> Path:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -27,19 +28,16 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class OnnxPlace:
-    """Where an ONNX file goes: as the user named it, and the paths claimed for it and for one that fails."""
+    """Where an ONNX file goes: as the user named it, and really; whether one that fails its check is kept."""
 
     named: Path
     path: Path
-    unverified: Path | None = None
+    keep_unverified: bool = False
 
 
 def chosen_onnx(path: Path, target: Target, options: dict[str, Any]) -> OnnxPlace:
-    """The ONNX file, after making sure that it may be written; so may one that is kept though it fails."""
-    unverified = path.with_suffix(".unverified.onnx") if options["keep_unverified"] else None
-    if unverified is not None:
-        target.claim(unverified)
-    return OnnxPlace(path, target.claim(path), unverified)
+    """The ONNX file, after making sure that it may be written."""
+    return OnnxPlace(path, target.claim(path), options["keep_unverified"])
 
 
 def reference_of(session: Session, options: dict[str, Any]) -> Reference | None:
@@ -149,9 +147,11 @@ def keeping_unverified(draft: Path, onnx: OnnxPlace) -> Iterator[None]:
         yield
     except (CheckFailed, ExportError) as error:
         error.where = error.where.replace(str(draft), str(onnx.named))
-        if onnx.unverified is not None and draft.exists():
-            save_onnx(open_onnx(draft), onnx.unverified, force=True)
-            error.next_step = f"kept as {onnx.unverified}: do not serve it"
+        if onnx.keep_unverified and draft.exists():
+            names = (onnx.named.with_suffix(f".unverified{(n and f'.{n}') or ''}.onnx") for n in range(1000))
+            kept = next(name for name in names if not os.path.lexists(name))
+            save_onnx(open_onnx(draft), kept)
+            error.next_step = f"kept as {kept}: do not serve it"
         raise
 
 

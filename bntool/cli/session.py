@@ -20,6 +20,7 @@ from bntool.cli.reading import read_by
 from bntool.cli.streams import say
 from bntool.errors import BntoolError, InvariantError, UsageError
 from bntool.files.limits import DEFAULT_MAX_SIZE
+from bntool.files.sidecar import sidecar_path
 from bntool.files.targets import Target
 
 if TYPE_CHECKING:
@@ -255,7 +256,7 @@ def open_session(voice: Voice, options: dict[str, Any], *, stand_ins: bool = Fal
         stand_ins=stand_ins,
         voice=voice,
     )
-    voice.target.read(*loaded.files)
+    voice.target.read(*loaded.files, *map(sidecar_path, loaded.files))
     for text in loaded.notes:
         voice.note(text)
     shapes = tuple(options.get("inputs") or ()) or (ours.input_shapes if ours else ())

@@ -52,7 +52,8 @@ class Loaded:
     is an `ExportedProgram`), a TorchScript module (`script`), or a `reference` to code.
     `source_hash` is the sha256 of the file that was read (MODEL, or `weights`), empty for none.
     `wrapped_in` is what the file held around the weights, to save the same way; `metadata` and `shards` are
-    what safetensors files held beside their tensors, and the tensors of each file of several.
+    what safetensors files held beside their tensors, and the tensors of each file of several; `weight_shards`
+    are those of `weights`.
     """
 
     model: nn.Module | ExportedProgram
@@ -71,6 +72,7 @@ class Loaded:
     wrapped_in: Found | None = None
     metadata: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     shards: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+    weight_shards: tuple[str, ...] = ()
 
     @property
     def module(self) -> nn.Module:
@@ -87,7 +89,8 @@ class Loaded:
     def files(self) -> tuple[Path, ...]:
         """Every model file that was read; none may be overwritten."""
         named = [p for p in (self.path, Path(self.weights) if self.weights else None) if p]
-        return (*named, *(named[0].with_name(shard) for shard in self.shards))
+        shards = (*self.shards, *self.weight_shards)
+        return (*named, *(named[0].with_name(shard) for shard in shards))
 
 
 def load(
@@ -289,7 +292,8 @@ def _from_reference(
             example_inputs=recorded_inputs(model),
         )
     path = Path(weights)
-    found = _read(path, options).found
+    read = _read(path, options)
+    found = read.found
     if isinstance(found.value, nn.Module):
         found = dataclasses.replace(found, value=found.value.state_dict())
     found = _fill(model, found, ref, path)
@@ -305,6 +309,7 @@ def _from_reference(
         notes=found.notes,
         example_inputs=recorded_inputs(model),
         state_dict=_weights_of(found),
+        weight_shards=tuple(read.shards),
     )
 
 

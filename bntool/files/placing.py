@@ -11,6 +11,8 @@ import ctypes
 import dataclasses
 import errno
 import functools
+import itertools
+import json
 import mmap
 import os
 import re
@@ -69,7 +71,7 @@ def place(draft: Path, path: Path, *, replace: bool) -> Placed:
         if not replace:
             raise
         draft.chmod(stat.S_IMODE(path.stat().st_mode))
-        before = _kept(path, draft)
+        before: Path | None = _kept(path, draft)
         mine = identity(draft)
         draft.replace(path)
     else:
@@ -86,15 +88,16 @@ def place_folder(draft: Path, folder: Path) -> None:
 
 
 def remove_unnamed(path: Path, new: set[Path]) -> None:
-    """Remove a data file of bntool's own, unless a file beside it, but for the new ones, holds its name.
+    """Remove a data file of bntool's own, unless a file beside it, or one folder up, holds its name.
 
     A model that was renamed, or copied, still reads it. Where there is too much to search, it may be so.
     """
-    name = os.fsencode(path.name)
+    names = {os.fsencode(path.name), json.dumps(path.name)[1:-1].encode()}
     with contextlib.suppress(OSError):
-        others = [other for other in path.parent.iterdir() if other not in {path, *new} and other.is_file()]
+        beside = itertools.chain(path.parent.iterdir(), path.parent.resolve().parent.iterdir())
+        others = [other for other in beside if other not in {path, *new} and other.is_file()]
         sizes = sum(other.stat().st_size for other in others)
-        if sizes <= _MOST_SEARCHED and not any(_holds(other, name) for other in others):
+        if sizes <= _MOST_SEARCHED and not any(_holds(other, name) for other in others for name in names):
             remove(path)
 
 
@@ -139,7 +142,11 @@ def _create(draft: Path, path: Path) -> None:
                 raise
     # The name is taken first, so that of two writers one fails here; then the file takes its place.
     os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
-    draft.replace(path)
+    try:
+        draft.replace(path)
+    except BaseException:
+        remove(path)
+        raise
 
 
 def _rename_new(draft: Path, path: Path) -> None:
@@ -164,12 +171,12 @@ def _link_new(draft: Path, path: Path) -> None:
     draft.unlink()
 
 
-def _kept(path: Path, draft: Path) -> Path | None:
+def _kept(path: Path, draft: Path) -> Path:
     """The old file under a second name among the drafts, to be put back if a later file cannot be placed."""
     before = draft.parent.with_name(f"{draft.parent.name}.before")
     try:
         os.link(path, before)
     except OSError:
-        return None
+        shutil.copy2(path, before)  # where there are no hard links
     return before
 

@@ -16,6 +16,7 @@ import msgspec
 from bntool.errors import LoadError
 from bntool.files.atomic import sha256_of, write_atomically, write_text
 from bntool.files.regular import exists
+from bntool.text import visible
 from bntool.schema import Damaged, Name, fitted, read, version_of
 
 SCHEMA_VERSION = 1
@@ -102,7 +103,7 @@ def make_document(
         "schema_version": SCHEMA_VERSION,
         "command": command,
         "source": {"reference": _name(source), "sha256": source_hash},
-        "output": {"name": output.name, "sha256": digest or sha256_of(output)},
+        "output": {"name": visible(output.name), "sha256": digest or sha256_of(output)},
         "versions": {package: _version(package) for package in ("bntool", "torch")},
         "reload": {"arch": arch, "weights": _name(weights) if weights else None, "key": key},
         "plan": dict(plan) if plan is not None else None,
@@ -174,8 +175,8 @@ def describes(document: Mapping[str, Any], output: str | Path) -> bool:
 
 
 def _name(reference: str) -> str:
-    """A file without its folder, so that the document says the same wherever it is made."""
-    return Path(reference).name if ":" not in reference or Path(reference).exists() else reference
+    """A file without its folder, so that the document says the same wherever it is made; fit to be read."""
+    return visible(Path(reference).name if ":" not in reference or Path(reference).exists() else reference)
 
 
 def _version(package: str) -> str:

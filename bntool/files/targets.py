@@ -145,7 +145,8 @@ class Target:
             return self._read[known]
         folders = (self._read.get(inner) for inner in map(identity, path.parents) if inner is not None)
         folder = next((folder for folder in folders if folder is not None), None)
-        return folder or _imported(known)
+        linked = (read for read in self._read.values() if read.is_dir() and _has_link_to(read, known))
+        return folder or next(linked, None) or _imported(known)
 
 
 class Drafts:
@@ -306,6 +307,17 @@ def _cannot(path: Path, error: OSError) -> UsageError:
         f"cannot write {path}: {error.strerror or error}",
         next_step="check the folder's permissions and the space on the disk, or name another -o OUTPUT",
     )
+
+
+def _has_link_to(folder: Path, known: tuple[int, int]) -> bool:
+    """Whether a folder that is read holds a link, or a hard link, to this file."""
+    for inner, _, _ in os.walk(folder):
+        with contextlib.suppress(OSError), os.scandir(inner) as entries:
+            for entry in entries:
+                alike = entry.is_symlink() or entry.inode() == known[1]
+                if alike and identity(Path(entry.path)) == known:
+                    return True
+    return False
 
 
 def _imported(known: tuple[int, int]) -> Path | None:

@@ -39,7 +39,7 @@ def test_what_is_no_document_is_told_in_one_error(tmp_path: Path, content: str, 
 
 def test_bytes_that_are_no_text_and_a_file_that_is_not_there(tmp_path: Path) -> None:
     (tmp_path / "x.json").write_bytes(b"\x80\x02\xff")
-    with pytest.raises(LoadError, match="cannot read"):
+    with pytest.raises(LoadError, match="cannot be read"):
         read_document(tmp_path / "x.json")
     with pytest.raises(LoadError, match="no such file"):
         read_document(tmp_path / "y.json")
