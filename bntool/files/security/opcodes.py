@@ -32,6 +32,8 @@ from bntool.files.security.pickled_calls import (
 
 _NAME = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*", re.ASCII)
 _MAX_PROBLEMS = 50
+_MOST_COPIED = 1 << 24
+"""Items, of some 64 bytes each."""
 
 
 class DamagedPickle(ValueError):
@@ -58,6 +60,7 @@ class DryRun:
         self.partial_targets: set[str] = set()
         self.odd_states: set[str] = set()
         self.odd_calls: set[str] = set()
+        self.copied = 0
         self.given_state: set[str] = set()
         self.storages: dict[str, Storage] = {}
         self.strings: set[str] = set()
@@ -118,14 +121,26 @@ class DryRun:
             self._stack.append(_OTHER)
             return
         self.called.add(function.name)
-        # What is called with a container has no plain value: only enums are asked, and they take a scalar.
-        if len(args) != 1 or isinstance(args[0], tuple) and len(args[0]) > _LONGEST_VALUE or not is_plain(args[0]):
+        self._count_copies(args)
+        if len(args) != 1 or not is_plain(args[0]):
             self.odd_calls.add(function.name)
         if function.name == PARTIAL:
             self._partial(args)
         elif wrong := wrong_arguments(function.name, args):
             self._problem(wrong)
         self._stack.append(Made(function.name))
+
+    def _count_copies(self, args: tuple[Any, ...]) -> None:
+        """What is called copies what it is given, which may be one large object over and over."""
+        for value in args:
+            if isinstance(value, Entries):
+                self.copied += value.count
+            elif isinstance(value, tuple | list):
+                self.copied += len(value)
+            elif isinstance(value, str):
+                self.copied += len(value) // 64
+        if self.copied > _MOST_COPIED:
+            raise DamagedPickle("it copies what it holds over and over, to more than a gigabyte")
 
     def _build(self, _: BinaryIO) -> None:
         state, target = self._stack.pop(), self._stack[-1]
@@ -189,6 +204,7 @@ class DryRun:
         if isinstance(target, list) and not mapping:
             target.extend(items)
         elif isinstance(target, Entries) and mapping:
+            target.count += len(items)
             for key, value in zip(items[::2], items[1::2], strict=True):
                 if isinstance(key, str):
                     target.texts[key] = value

@@ -57,6 +57,7 @@ class Entries:
 
     texts: dict[str, Any] = dataclasses.field(default_factory=dict)
     has_other_keys: bool = False
+    count: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
