@@ -231,9 +231,16 @@ def test_where_rounding_decides_the_output_only_parts_that_hold_a_whole_fold_are
             module.running_mean.normal_()
             module.running_var.uniform_(0.5, 2)
     result = bntool.fold(model, torch.randn(1, 3, 6, 6))
-    assert [site.bn for site in result.plan.fold_sites] == ["bn", "body.1"]
+    folded = [site.bn for site in result.plan.fold_sites]
+    assert folded[0] == "bn"
     assert all(check.passed for check in result.checks)
-    assert any("parts" in check.detail for check in result.checks)
+    # How far rounding moves this network differs by processor: on some nothing of the body can be compared.
+    if folded == ["bn", "body.1"]:
+        assert any("parts" in check.detail for check in result.checks)
+    else:
+        (kept,) = result.plan.skips
+        assert (kept.name, kept.reason) == ("body.1", "not-proved")
+        assert "nothing is proved" in kept.detail
 
 
 def test_a_forward_of_two_inputs_asks_for_both() -> None:

@@ -40,7 +40,13 @@ def test_a_job_that_was_stopped_goes_on_to_the_same_figures(found: list[dict[str
     for rank in found:
         (whole, figures), (rest, resumed) = rank["dropout"], rank["resumed"]
         assert resumed.history == figures.history
-        assert all(torch.equal(whole[key], tensor) for key, tensor in rest.items())
+        # A sum of two has no order, and is the same to the bit. Of three it has: after the first step torch
+        # lays its buckets anew, so a run that goes on adds in another order. Each of the few steps left then
+        # errs by two roundings of a gradient that is no larger than what it changes.
+        roundings = 0.0 if len(found) < 3 else 2 * 8 * torch.finfo(torch.float32).eps
+        for key, tensor in rest.items():
+            apart = (whole[key].double() - tensor.double()).abs().max()
+            assert apart <= roundings * whole[key].double().abs().max(), key
 
 
 def test_the_dropout_of_each_process_is_its_own(found: list[dict[str, Any]], tmp_path: Path) -> None:
