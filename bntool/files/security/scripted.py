@@ -7,6 +7,7 @@ operators it may call writes any file. So the code is searched before it is load
 from __future__ import annotations
 
 import io
+import itertools
 import re
 import warnings
 from pathlib import Path
@@ -25,6 +26,8 @@ _NAMESPACE = re.compile(rb"\bops\s*\.\s*(\w+)")
 _OWN = re.compile(rb"\b__torch__(?:\.\w+)+")
 _ANY_OPS = re.compile(rb"\bops\b")
 _PLAIN_NAMESPACES = frozenset({b"aten", b"prim", b"prims", b"torchvision"})
+_DEEPEST_CODE = 500
+_LONG_PREFIX = re.compile(rb"(?:\bnot\s+|[-+~]\s*){500}|^[ \t]{2000}", re.MULTILINE)
 _GETATTR = re.compile(rb"\bgetattr\b")
 _PLAIN_GETATTR = re.compile(rb'\bgetattr\(((?:(?!getattr)[\w.()\[\]])+), "[^"\\\n]*"\)')
 _DEEPEST = 64
@@ -86,6 +89,8 @@ def check_script(container: Container) -> None:
 def _check_code(code: bytes, place: str) -> None:
     if found := _REACHES_OUT.search(code):
         raise Unsafe(f"names {found[1].decode()} in {place}, which reaches files or other machines")
+    if _is_nested_deeply(code):
+        raise Unsafe(f"nests its code in {place} deeper than any program, which ends torch's parser")
     # A text may be put together of parts and escapes, so attributes are named by plain ones alone.
     plain = code
     for _ in range(_DEEPEST):
@@ -102,6 +107,13 @@ def _check_code(code: bytes, place: str) -> None:
     odd = [space.decode("ascii", "replace") for space in spaces if space not in _PLAIN_NAMESPACES]
     if odd or len(spaces) != len(_ANY_OPS.findall(code)):
         raise Unsafe(f"calls operators that are not PyTorch's own in {place}: {', '.join(odd[:3]) or 'ops'}")
+
+
+def _is_nested_deeply(code: bytes) -> bool:
+    """Torch's parser calls itself for each bracket, prefix and block, and has no bound."""
+    steps = ({40: 1, 91: 1, 123: 1, 41: -1, 93: -1, 125: -1}.get(byte, 0) for byte in code)
+    deepest = max(itertools.accumulate(steps), default=0)
+    return deepest > _DEEPEST_CODE or _LONG_PREFIX.search(code) is not None
 
 
 def _load(container: Container) -> torch.jit.ScriptModule:

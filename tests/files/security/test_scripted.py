@@ -177,3 +177,15 @@ def test_code_under_another_name_is_not_overlooked(tmp_path: Path) -> None:
                 archive.writestr(other if n == name else n, content)
         with pytest.raises(LoadError, match="refused unread"):
             read_script(path)
+
+
+@pytest.mark.parametrize(
+    "nested", [b"(" * 200_000 + b")" * 200_000, b"not " * 200_000 + b"x", b"-" * 100_000 + b"1"], ids=len
+)
+def test_code_nested_deeper_than_any_program_is_refused_before_it_is_parsed(nested: bytes) -> None:
+    from bntool.files.security.archives import Unsafe
+    from bntool.files.security.scripted import _check_code
+
+    _check_code(b"def forward(self, x):\n  return ((x))\n", "net.py")
+    with pytest.raises(Unsafe, match="nests its code"):
+        _check_code(b"def forward(self, x):\n  y = " + nested + b"\n", "net.py")
