@@ -6,6 +6,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from bntool.files.regular import exists
+from bntool.files.sidecar import sidecar_path
+
 _WRITTEN = frozenset({"output", "report", "repro", "folder"})
 
 
@@ -30,13 +33,6 @@ def _paths(text: str) -> Iterator[Path]:
     """`net.pt` with `net.pt.bntool.json`; `net.py` of `net.py:Net`; `x.npy` of `NAME=x.npy`, too."""
     for part in {text, text.rpartition(":")[0], text.partition(":")[2], text.partition("=")[2]}:
         path = Path(part)
-        if part and _exists(path):
+        if part and exists(path):
             yield path
-            yield path.with_name(f"{path.name}.bntool.json") if path.name else path
-
-
-def _exists(path: Path) -> bool:
-    try:
-        return path.exists()
-    except (OSError, ValueError):
-        return False
+            yield sidecar_path(path) if path.name else path
