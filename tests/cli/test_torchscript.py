@@ -143,6 +143,46 @@ def test_code_that_reaches_files_is_refused_before_it_is_loaded(
     assert not Path("marker").exists()
 
 
+class LoopsAtLoad(nn.Module):
+    @torch.jit.export
+    def __getstate__(self) -> bool:
+        return self.training
+
+    @torch.jit.export
+    def __setstate__(self, state: bool) -> None:
+        self.training = state
+        while self.training:
+            pass
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+
+def test_code_that_runs_while_it_is_loaded_is_refused(bntool: Shell, refused: Refused) -> None:
+    _save(_script(LoopsAtLoad(), "script"), "evil.pt")
+    refused("summary", "evil.pt", code=3, says="__setstate__")
+    assert "__setstate__" in bntool("inspect", "evil.pt", "--json").document["suspicious"][0]
+
+
+@pytest.mark.parametrize("member", ["data.pkl", "constants.pkl"])
+def test_objects_nested_without_end_are_refused(refused: Refused, member: str) -> None:
+    """torch's own reader ends the process with a segmentation fault."""
+    Path("evil.pt").write_bytes(_with({member: b"\x80\x02)" + b"\x85" * 100_000 + b"."}))
+    refused("summary", "evil.pt", code=3, says="nests its objects")
+
+
+def _with(contents: dict[str, bytes]) -> bytes:
+    """An archive in which members hold something else."""
+    source, target = io.BytesIO(), io.BytesIO()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.jit.save(_script(nets.plain()), source)
+    with zipfile.ZipFile(source) as old, zipfile.ZipFile(target, "w") as new:
+        for member in old.infolist():
+            new.writestr(member.filename, contents.get(Path(member.filename).name, old.read(member)))
+    return target.getvalue()
+
+
 def _with_code(code: bytes) -> bytes:
     """An archive whose forward says something else."""
     source, target = io.BytesIO(), io.BytesIO()

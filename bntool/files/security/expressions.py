@@ -8,6 +8,7 @@ other form of Python does not.
 from __future__ import annotations
 
 import ast
+import math
 import re
 from collections.abc import Iterator
 
@@ -16,6 +17,10 @@ _MAX_DIGITS = 24
 _MAX_EXPONENT = 64
 _MAX_POWERS = 2
 """One power inside another; sympy works integers out, and three would make numbers without end."""
+_MAX_TERMS = 512
+"""Of an expression that is multiplied out, as sympy does to divide: 729 terms took it two seconds."""
+_MAX_ARGUMENTS = 64
+"""Of a maximum or a conjunction, whose arguments sympy compares pair by pair."""
 
 _TEXT = re.compile(r"[A-Za-z0-9_ ()\[\]<>=!+\-*/%.,']*")
 _SYMBOL = re.compile(r"[A-Za-z]\w*", re.ASCII)
@@ -29,6 +34,7 @@ _FUNCTIONS = _POWERS | frozenset(
     Identity IsNonOverlappingAndDenseIndicator floor ceiling Abs Eq Ne Gt Ge Lt Le Equality Unequality
     GreaterThan LessThan StrictGreaterThan StrictLessThan And Or Not""".split()
 )
+_COMPARED_PAIR_BY_PAIR = frozenset({"Max", "Min", "And", "Or"})
 _ASSUMPTIONS = frozenset("integer positive nonnegative negative nonpositive nonzero real zero".split())
 _GUARD_METHODS = frozenset("size stride storage_offset numel dim".split())
 _GUARD_FUNCTIONS = frozenset("max min abs".split())
@@ -64,7 +70,7 @@ def _passes(text: object, *, guard: bool) -> bool:
         if powers > _MAX_POWERS or not _fits(node, guard) or not _small_exponent(node):
             return False
         waiting.extend((operand, powers) for operand in _operands(node, guard))
-    return True
+    return guard or _is_soon_multiplied_out(tree.body)
 
 
 def _fits(node: ast.expr, guard: bool) -> bool:
@@ -152,6 +158,37 @@ def _operands(node: ast.expr, guard: bool) -> Iterator[ast.expr]:
             yield node.func.value
 
 
+def _is_soon_multiplied_out(tree: ast.expr) -> bool:
+    """Guards are run as Python and not by sympy: this is for sizes."""
+    try:
+        return _terms(tree) <= _MAX_TERMS
+    except RecursionError:
+        return False
+
+
+def _terms(node: ast.expr) -> int:
+    """How many products the expression has, at most, once it is multiplied out."""
+    counts = [_terms(operand) for operand in _operands(node, guard=False)]
+    name = node.func.id if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) else ""
+    if name in _COMPARED_PAIR_BY_PAIR and len(counts) > _MAX_ARGUMENTS:
+        return _MAX_TERMS + 1
+    if _is_power(node):
+        exponent = max(
+            (
+                abs(part.value)
+                for part in _exponents(node)
+                if isinstance(part, ast.Constant) and isinstance(part.value, int)
+            ),
+            default=1,
+        )
+        terms = math.comb(counts[0] + exponent - 1, exponent)  # multisets of that many of its terms
+    elif name == "Mul" or (isinstance(node, ast.BinOp) and isinstance(node.op, ast.Mult)):
+        terms = math.prod(counts)
+    else:
+        terms = sum(counts)
+    return min(max(terms, 1), _MAX_TERMS + 1)
+
+
 def _is_number(value: object) -> bool:
     return isinstance(value, float) or (isinstance(value, int) and abs(value) < 10**_MAX_DIGITS)
 
@@ -166,16 +203,21 @@ def _small_exponent(node: ast.expr) -> bool:
     """An exponent, or a number of bits, is a small number or a symbol: no product, sum or power in it."""
     if not _is_power(node):
         return True
-    parts = (
-        [node.right] if isinstance(node, ast.BinOp) else node.args[1:] if isinstance(node, ast.Call) else []
-    )
-    for part in (inner for exponent in parts for inner in ast.walk(exponent)):
+    for part in _exponents(node):
         if isinstance(part, ast.BinOp) or (isinstance(part, ast.Call) and not _is_leaf(part)):
             return False
         number = part.value if isinstance(part, ast.Constant) else 0
         if isinstance(number, int | float) and abs(number) > _MAX_EXPONENT:
             return False
     return True
+
+
+def _exponents(power: ast.expr) -> Iterator[ast.AST]:
+    """All that stands in the exponent of a power."""
+    if isinstance(power, ast.BinOp):
+        yield from ast.walk(power.right)
+    elif isinstance(power, ast.Call):
+        yield from (part for argument in power.args[1:] for part in ast.walk(argument))
 
 
 def _is_leaf(node: ast.Call) -> bool:

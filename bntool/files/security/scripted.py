@@ -18,15 +18,16 @@ from bntool.errors import LoadError
 from bntool.files.limits import Limit
 from bntool.files.security.archives import Unsafe, quoted
 from bntool.files.security.containers import SCRIPT, Container, within
+from bntool.files.security.nesting import DEEPEST, is_nested_deeply
 from bntool.files.security.pickled_calls import shown
 
 DEPRECATED = "TorchScript is deprecated by PyTorch; torch.export.save the nn.Module that it was made from"
 _REACHES_OUT = re.compile(rb"\b(save|from_file|load_tensor|rpc_async|rpc_sync|rpc_remote|RRef|owner)\b")
+_RUN_WHILE_READ = re.compile(rb"\b__setstate__\b")
 _NAMESPACE = re.compile(rb"\bops\s*\.\s*(\w+)")
 _OWN = re.compile(rb"\b__torch__(?:\.\w+)+")
 _ANY_OPS = re.compile(rb"\bops\b")
 _PLAIN_NAMESPACES = frozenset({b"aten", b"prim", b"prims", b"torchvision"})
-_DEEPEST_CODE = 500
 _LONG_PREFIX = re.compile(rb"(?:\bnot\s+|[-+~]\s*){500}|^[ \t]{2000}", re.MULTILINE)
 _GETATTR = re.compile(rb"\bgetattr\b")
 _PLAIN_GETATTR = re.compile(rb'\bgetattr\(((?:(?!getattr)[\w.()\[\]])+), "[^"\\\n]*"\)')
@@ -82,14 +83,23 @@ def check_script(container: Container) -> None:
     for name in container.sizes:
         if name.startswith("code/") and name.endswith(".py"):
             _check_code(container.read(name), quoted(name))
-        elif name.endswith("pkl") and _PICKLED_CLASS.search(container.read(name)):
-            raise Unsafe(f"holds objects of C++ classes in {quoted(name)}")
+        elif name.endswith("pkl"):
+            _check_pickle(container.read(name), quoted(name))
+
+
+def _check_pickle(pickle: bytes, place: str) -> None:
+    if _PICKLED_CLASS.search(pickle):
+        raise Unsafe(f"holds objects of C++ classes in {place}")
+    if is_nested_deeply(pickle):
+        raise Unsafe(f"nests its objects in {place} deeper than any program, which ends torch's reader")
 
 
 def _check_code(code: bytes, place: str) -> None:
     if found := _REACHES_OUT.search(code):
         raise Unsafe(f"names {found[1].decode()} in {place}, which reaches files or other machines")
-    if _is_nested_deeply(code):
+    if _RUN_WHILE_READ.search(code):
+        raise Unsafe(f"has a __setstate__ in {place}, which torch runs while it reads the file")
+    if _is_code_nested_deeply(code):
         raise Unsafe(f"nests its code in {place} deeper than any program, which ends torch's parser")
     # A text may be put together of parts and escapes, so attributes are named by plain ones alone.
     plain = code
@@ -109,11 +119,11 @@ def _check_code(code: bytes, place: str) -> None:
         raise Unsafe(f"calls operators that are not PyTorch's own in {place}: {', '.join(odd[:3]) or 'ops'}")
 
 
-def _is_nested_deeply(code: bytes) -> bool:
+def _is_code_nested_deeply(code: bytes) -> bool:
     """Torch's parser calls itself for each bracket, prefix and block, and has no bound."""
     steps = ({40: 1, 91: 1, 123: 1, 41: -1, 93: -1, 125: -1}.get(byte, 0) for byte in code)
     deepest = max(itertools.accumulate(steps), default=0)
-    return deepest > _DEEPEST_CODE or _LONG_PREFIX.search(code) is not None
+    return deepest > DEEPEST or _LONG_PREFIX.search(code) is not None
 
 
 def _load(container: Container) -> torch.jit.ScriptModule:

@@ -24,6 +24,11 @@ GUARDS = [
     "L['flat_args'][0].size()[1] != 1",
     "not (L['n'] == 2 and math.floor(L['x'].size()[0] / 2) < 7)",
 ]
+LARGE_SIZES = [
+    "+".join(f"s{i}*s{i + 1}" for i in range(200)),
+    "FloorDiv((s0 + 2*s1 + 1)**3*s2**64*s3*(s4 + 7), 64*s0)",
+    "Max(" + ",".join(f"s{i}" for i in range(64)) + ")",
+]  # fmt: skip
 NO_SIZES = [
     "", "exec('1')", "__import__('os')", "s0.__class__", "(1).real", "[s0 for s0 in 1]", "lambda: 1", "s0[0]",
     "Symbol('a b')", "Symbol('__x__')(1)", "Symbol('s0', commutative=exec('1'))", "Function('f')(s0)",
@@ -32,6 +37,12 @@ NO_SIZES = [
     "LShift(Integer(1), Integer(100000))", "1" * 30, "s0 # s1", "f'{s0}'", "s0; s1", "Max(*s0)",
     "s0\n+1",
     "s0 @ s1", "(s0 := 1)", "Integer('1')", "Float('exec', precision=53)", "Pow(1, 2, evaluate=exec)", "0j",
+    "FloorDiv((s0+s1)**8*(s1+s2)**8*(s2+s3)**8*(s3+s4)**8, s0+s1)",
+    "FloorDiv((s0+s1)**64*(s1+s2)**64, s0+s1)",
+    "Mod(Pow(Add(Symbol('s0'), Symbol('s1'), Symbol('s2')), Integer(64)), Symbol('s0'))",
+    "*".join(f"(s{i}+s{i + 1})" for i in range(10)),
+    "Max(" + ",".join(f"s{i}" for i in range(65)) + ")",
+    "+".join(f"s{i}" for i in range(1500)),
     "(" * 300 + "s0" + ")" * 300, "-" * 9000 + "1",
 ]  # fmt: skip
 NO_GUARDS = [
@@ -42,7 +53,7 @@ NO_GUARDS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("text", SIZES)
+@pytest.mark.parametrize("text", SIZES + LARGE_SIZES)
 def test_sizes_that_torch_writes_pass(text: str) -> None:
     assert is_size_expression(text)
 
