@@ -117,4 +117,3 @@ def write_document(folder: Path, found: TrainingComparison) -> Path:
     text = json.dumps({"schema_version": SCHEMA_VERSION, **found.to_dict()}, ensure_ascii=False) + "\n"
     write_atomically(path, lambda draft: write_text(draft, text), force=True)
     return path
-

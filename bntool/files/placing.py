@@ -179,4 +179,3 @@ def _kept(path: Path, draft: Path) -> Path:
     except OSError:
         shutil.copy2(path, before)  # where there are no hard links
     return before
-

@@ -64,4 +64,3 @@ def _earlier(output: Path, stem: str) -> set[str]:
         shards = read_index(output).shards
         return {n for n in shards if n.startswith(stem) and _OWN_SHARD.fullmatch(n[len(stem) :])}
     return set()
-

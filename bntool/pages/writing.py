@@ -74,4 +74,3 @@ def _is_report(path: Path) -> bool:
             return _OURS in file.read(_HEAD)
     except OSError as error:
         raise unreadable(path, error) from error
-

@@ -98,6 +98,14 @@ def test_strides_that_claim_terabytes(tmp_path: Path) -> None:
     assert "makes a tensor of 4398046511104 bytes from 16 bytes of data" in _refused(path)
 
 
+def test_many_views_that_are_each_allowed(tmp_path: Path) -> None:
+    views = [(tf.text(str(i)), tf.tensor(tf.storage(), (1 << 25,), (0,))) for i in range(9)]
+    few = tf.write_zip(tmp_path / "few.pt", tf.pickled(tf.mapping(*views[:8])))
+    assert "tensors of" not in _refused(few)
+    many = tf.write_zip(tmp_path / "many.pt", tf.pickled(tf.mapping(*views)))
+    assert "makes tensors of over 1073741824 bytes from far fewer bytes of data" in _refused(many)
+
+
 def test_a_zip_directory_that_fills_the_memory(tmp_path: Path) -> None:
     path = tmp_path / "directory.pt"
     end = struct.pack("<4s4H2LH", b"PK\x05\x06", 0, 0, 0xFFFF, 0xFFFF, 1 << 30, 4, 0)

@@ -245,3 +245,27 @@ def test_options_that_do_not_fit_together(arch: str) -> None:
         with pytest.raises(UsageError):
             load(**options)  # type: ignore[arg-type]
     assert any("not needed" in note for note in load("net.pt", arch=arch).notes)
+
+
+def test_a_model_that_was_scripted_once_loads(tmp_path: Path) -> None:
+    """torch.jit.script leaves a table in every layer."""
+    net = _net().eval()
+    for layer in net.modules():
+        layer.__overloads__ = {}  # what it leaves, without its deprecation
+    torch.save(net, tmp_path / "net.pt")
+    loaded = load(tmp_path / "net.pt")
+    assert _same(loaded.model, net)
+    net[0].__overloads__ = {"forward": ["half"]}
+    torch.save(net, tmp_path / "net.pt")
+    with pytest.raises(LoadError, match="__overloads__"):
+        load(tmp_path / "net.pt")
+
+
+def test_a_file_saved_without_checksums_loads(tmp_path: Path) -> None:
+    with_sums = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save(_net(), tmp_path / "net.pt")
+    finally:
+        torch.serialization.set_crc32_options(with_sums)
+    assert _same(load(tmp_path / "net.pt").model, _net())

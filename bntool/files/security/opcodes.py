@@ -15,6 +15,7 @@ from torch._utils import IMPORT_MAPPING, NAME_MAPPING
 
 from bntool.files.security.pickled_calls import (
     MAPPINGS,
+    MOST_EXPANDED,
     PARAMETER,
     PARTIAL,
     TENSORS,
@@ -22,6 +23,7 @@ from bntool.files.security.pickled_calls import (
     Global,
     Made,
     Storage,
+    expansion,
     is_plain,
     is_tensor,
     item_bytes,
@@ -60,7 +62,7 @@ class DryRun:
         self.partial_targets: set[str] = set()
         self.odd_states: set[str] = set()
         self.odd_calls: set[str] = set()
-        self.copied = 0
+        self.copied = self.expanded = 0
         self.given_state: set[str] = set()
         self.storages: dict[str, Storage] = {}
         self.strings: set[str] = set()
@@ -90,7 +92,9 @@ class DryRun:
     def _proto(self, file: BinaryIO) -> None:
         protocol = _exactly(file, 1)[0]
         if protocol != 2:
-            self._problem(f"is pickled with protocol {protocol}: save it again with torch.save's default, 2")
+            self._problem(
+                f"is pickled with protocol {protocol}: save it again with pickle_protocol=2, the default"
+            )
 
     def _global(self, file: BinaryIO) -> None:
         module, name = _line(file), _line(file)
@@ -128,6 +132,10 @@ class DryRun:
             self._partial(args)
         elif wrong := wrong_arguments(function.name, args):
             self._problem(wrong)
+        else:
+            self.expanded += expansion(function.name, args)
+            if self.expanded > MOST_EXPANDED:
+                self._problem(f"makes tensors of over {MOST_EXPANDED} bytes from far fewer bytes of data")
         self._stack.append(Made(function.name))
 
     def _count_copies(self, args: tuple[Any, ...]) -> None:
@@ -276,13 +284,10 @@ _HANDLERS: dict[bytes, _Handler] = {
     b"e": lambda r, f: r._fill(many=True, mapping=False),
     b"s": lambda r, f: r._fill(many=False, mapping=True),
     b"u": lambda r, f: r._fill(many=True, mapping=True),
-    b"N": _push(_OTHER),
-    b"\x88": _push(_OTHER),
-    b"\x89": _push(_OTHER),
+    **dict.fromkeys((b"N", b"\x88", b"\x89", b"\x8f"), _push(_OTHER)),
     b")": _push(()),
     b"]": lambda r, f: r._stack.append([]),
     b"}": lambda r, f: r._stack.append(Entries()),
-    b"\x8f": _push(_OTHER),
     b"J": _push_number("<i"),
     b"K": _push_number("<B"),
     b"M": _push_number("<H"),

@@ -8,7 +8,7 @@ from typing import Any
 
 from bntool.files.security.archives import Damaged, Unsafe
 from bntool.files.security.containers import Container
-from bntool.files.security.pickled_calls import MAX_EXPANSION_BYTES, shown
+from bntool.files.security.pickled_calls import MAX_EXPANSION_BYTES, MOST_EXPANDED, shown
 from bntool.files.security.pickles import check_plain_data
 from bntool.files.security.program_scan import check_name, read_json
 
@@ -26,6 +26,7 @@ def check_table(container: Container, folder: str, table: str) -> None:
     entries = document.get("config") if isinstance(document, dict) else None
     if not isinstance(entries, dict):
         raise Damaged(f"{table} has no table of tensors")
+    expanded = 0
     for name, entry in entries.items():
         check_name(name)
         if not isinstance(entry, dict):
@@ -38,7 +39,9 @@ def check_table(container: Container, folder: str, table: str) -> None:
         if entry.get("use_pickle"):
             _check_pickled(container, folder + member, name)
         else:
-            _check_tensor(entry.get("tensor_meta"), container, folder + member, name)
+            expanded += _check_tensor(entry.get("tensor_meta"), container, folder + member, name)
+    if expanded > MOST_EXPANDED:
+        raise Unsafe(f"makes tensors of over {MOST_EXPANDED} bytes from far fewer bytes of data")
 
 
 def _check_pickled(container: Container, member: str, name: str) -> None:
@@ -48,8 +51,8 @@ def _check_pickled(container: Container, member: str, name: str) -> None:
         raise Unsafe(f"holds a pickle for {shown(name)} that {error}") from error
 
 
-def _check_tensor(meta: Any, container: Container, member: str, name: str) -> None:
-    """A tensor reads its own bytes and no others, and is not blown up far beyond them."""
+def _check_tensor(meta: Any, container: Container, member: str, name: str) -> int:
+    """A tensor reads its own bytes and no others; by how many bytes it is larger than they are."""
     if member not in container.sizes:
         raise Damaged(f"the data of {shown(name)} is missing")
     if not isinstance(meta, dict):
@@ -61,12 +64,14 @@ def _check_tensor(meta: Any, container: Container, member: str, name: str) -> No
         raise Unsafe(f"describes the tensor {shown(name)} wrongly")
     held = container.sizes[member]
     if 0 in sizes:
-        return
+        return 0
     last = offset + sum((n - 1) * step for n, step in zip(sizes, strides, strict=True))
     if (last + 1) * item > held:
         raise Unsafe(f"describes a tensor, {shown(name)}, that reaches past the end of its data")
-    if math.prod(sizes) * item > max(held, MAX_EXPANSION_BYTES):
+    nbytes = math.prod(sizes) * item
+    if nbytes > max(held, MAX_EXPANSION_BYTES):
         raise Unsafe(f"makes a tensor, {shown(name)}, far larger than its data")
+    return max(nbytes - held, 0)
 
 
 def _numbers(values: Any, name: str) -> list[int]:

@@ -33,8 +33,10 @@ _STORAGE = re.compile(r"torch\.(?:cuda\.|storage\.)?(\w+)Storage")
 _REGISTRIES = frozenset({"_parameters", "_buffers", "_modules"})
 _RECURRENT = "torch.nn.modules.rnn."
 _MAX_RECURRENT_LAYERS = 1000
-# An expanded view may be larger than its storage; past this it can only be meant to exhaust memory.
 MAX_EXPANSION_BYTES = 1 << 28
+"""An expanded view may be larger than its storage; past this it can only be meant to exhaust memory."""
+MOST_EXPANDED = 1 << 30
+"""All of a file's expanded views together."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,8 +95,10 @@ def wrong_state(cls: str, state: Entries) -> str | None:
         # Layers look their members up while they are loaded; any other object could answer with a call.
         if not isinstance(value, Entries) and not (isinstance(value, Made) and value.name in MAPPINGS):
             return f"keeps the {registry} of a {shown(cls)} in something that is not a dict"
-    for key in state.texts:
-        if key.startswith("__") and key.endswith("__"):
+    for key, value in state.texts.items():
+        # torch.jit.script leaves an empty table of overloads in every layer that it has seen.
+        scripted = key == "__overloads__" and isinstance(value, Entries) and not value.count
+        if key.startswith("__") and key.endswith("__") and not scripted:
             return f"sets {shown(key)} of a {shown(cls)}"
     layers = state.texts.get("num_layers", 0)
     # It writes down a name for every one of them while it is loaded.
@@ -139,6 +143,14 @@ def _tensor(args: tuple[Any, ...]) -> str | None:
     if nbytes > max(storage.nbytes, MAX_EXPANSION_BYTES):
         return f"makes a tensor of {nbytes} bytes from {storage.nbytes} bytes of data"
     return None
+
+
+def expansion(function: str, args: tuple[Any, ...]) -> int:
+    """By how many bytes a tensor, rightly made, is larger than its storage; 0 for any other call."""
+    if function not in REBUILD_TENSOR:
+        return 0
+    storage, _, size = args[:3]
+    return max(math.prod(size) * (_dtype_bytes(args) or storage.item_bytes) - storage.nbytes, 0)
 
 
 def _dtype_bytes(args: tuple[Any, ...]) -> int | None:

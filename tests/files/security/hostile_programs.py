@@ -188,6 +188,13 @@ def _meta(table: str, **changes: Any) -> Attack:
     return _edit(table, change)
 
 
+def _many_views(document: Any, marker: str) -> None:
+    name, entry = next(iter(document["config"].items()))
+    sizes = {"sizes": [{"as_int": 1 << 25}], "strides": [{"as_int": 0}]}
+    entry["tensor_meta"].update(sizes)
+    document["config"].update({f"{name}{i}": copy.deepcopy(entry) for i in range(9)})
+
+
 def _argument_names(document: Any, marker: str) -> None:
     _first_signature(document)["forward_arg_names"] = [f"x=exec({touch(marker)!r})"]
 
@@ -274,6 +281,7 @@ DEAD: dict[str, Attack] = {
     "tensor-huge": _meta(
         WEIGHTS, sizes=[{"as_int": 1 << 20}] * 4, strides=[{"as_int": 0}] * 4, storage_offset={"as_int": 0}
     ),
+    "tensors-huge-together": _edit(WEIGHTS, _many_views),
     "tensor-negative": _meta(WEIGHTS, strides=[{"as_int": -1}] * 4),
     "tensor-symbolic": _meta(WEIGHTS, sizes=[{"as_expr": {"expr_str": "exec('1')", "hint": None}}] * 4),
     "two-programs": lambda members, marker: members.update({"models/other.json": members[PROGRAM]}),
