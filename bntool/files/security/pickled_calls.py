@@ -149,8 +149,8 @@ def expansion(function: str, args: tuple[Any, ...]) -> int:
     """By how many bytes a tensor, rightly made, is larger than its storage; 0 for any other call."""
     if function not in REBUILD_TENSOR:
         return 0
-    storage, _, size = args[:3]
-    return max(math.prod(size) * (_dtype_bytes(args) or storage.item_bytes) - storage.nbytes, 0)
+    storage, size = args[0], args[2]
+    return max(int(math.prod(size)) * (_dtype_bytes(args) or storage.item_bytes) - storage.nbytes, 0)
 
 
 def _dtype_bytes(args: tuple[Any, ...]) -> int | None:
