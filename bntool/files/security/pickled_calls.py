@@ -150,7 +150,8 @@ def expansion(function: str, args: tuple[Any, ...]) -> int:
     if function not in REBUILD_TENSOR:
         return 0
     storage, size = args[0], args[2]
-    return max(int(math.prod(size)) * (_dtype_bytes(args) or storage.item_bytes) - storage.nbytes, 0)
+    nbytes: int = math.prod(size) * (_dtype_bytes(args) or storage.item_bytes)
+    return max(nbytes - storage.nbytes, 0)
 
 
 def _dtype_bytes(args: tuple[Any, ...]) -> int | None:
