@@ -151,7 +151,7 @@ def expansion(function: str, args: tuple[Any, ...]) -> int:
         return 0
     storage, size = args[0], args[2]
     nbytes: int = math.prod(size) * (_dtype_bytes(args) or storage.item_bytes)
-    return max(nbytes - storage.nbytes, 0)
+    return max(nbytes - int(storage.nbytes), 0)
 
 
 def _dtype_bytes(args: tuple[Any, ...]) -> int | None:
