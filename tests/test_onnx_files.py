@@ -179,6 +179,23 @@ def test_external_data_stays_external_and_the_rest_inside(tmp_path: Path) -> Non
     assert_nothing_left(tmp_path, "model.onnx", "weights.bin", "out.onnx", "out.onnx.data", "inside.onnx")
 
 
+def test_old_data_goes_also_after_ctrl_c_between_the_moves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = saved(tmp_path, external=True)
+    fold_onnx(path, tmp_path / "out.onnx")
+
+    def pressed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("bntool.files.targets.remove_unnamed", pressed)
+        with pytest.raises(KeyboardInterrupt):
+            fold_onnx(path, tmp_path / "out.onnx", force=True)
+    assert places(tmp_path / "out.onnx")["w"] == "out.onnx.data.1"
+    assert_nothing_left(tmp_path, "model.onnx", "weights.bin", "out.onnx", "out.onnx.data.1")
+
+
 def _numbers(path: Path) -> dict[str, Any]:
     return {t.name: numpy_helper.to_array(t) for t in onnx.load(path).graph.initializer}
 

@@ -56,6 +56,7 @@ def draft_folder(target: Path | None) -> Iterator[Path]:
             ) from error
         yield folder
     finally:
+        _remove_leftovers(folder)  # there are some only after Ctrl-C in the middle of the moves
         remove_tree(folder)
         if lock >= 0:
             os.close(lock)
@@ -77,6 +78,11 @@ def note_leftovers(folder: Path, paths: Iterable[Path]) -> None:
     told = [_traits(path) for path in paths if path.is_file()]
     if told:
         (folder / _LEFTOVERS).write_text(json.dumps(told), encoding="utf-8")
+
+
+def forget_leftovers(folder: Path) -> None:
+    """All stands in its place, and what was noted is gone or named by a file."""
+    (folder / _LEFTOVERS).unlink(missing_ok=True)
 
 
 def _remove_leftovers(draft: Path) -> None:

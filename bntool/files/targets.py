@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from bntool.errors import UsageError
-from bntool.files.drafts import alone_in, draft_folder, note_leftovers
+from bntool.files.drafts import alone_in, draft_folder, forget_leftovers, note_leftovers
 from bntool.files.placing import Placed, flush, identity, place, remove_unnamed
 
 _NAME_MAX = 255
@@ -215,7 +215,7 @@ class Drafts:
         with contextlib.ExitStack() as alone:
             for parent in sorted(self._folders):
                 alone.enter_context(alone_in(parent))
-            old = [path for find in self._old for path in find()]
+            old = [path for find in self._old for path in find() if not self.target.is_read(path)]
             try:
                 self._flush()
                 self._note(old)
@@ -230,7 +230,12 @@ class Drafts:
             for parent in self._folders:
                 with contextlib.suppress(OSError):
                     flush(parent)
-            self._remove(old, {placed.path for placed in done})
+            new = {placed.path for placed in done}
+            for path in old:
+                if path not in new:
+                    remove_unnamed(path, new)
+            for folder in self._folders.values():
+                forget_leftovers(folder)
 
     def _flush(self) -> None:
         """All bytes first, so that the names follow each other at once."""
@@ -268,11 +273,6 @@ class Drafts:
                 part.path = there
                 return placed
         raise UsageError(f"no name beside {path} is free for its data", next_step="name another -o OUTPUT")
-
-    def _remove(self, old: list[Path], new: set[Path]) -> None:
-        for path in old:
-            if path not in new and not self.target.is_read(path):
-                remove_unnamed(path, new)
 
 
 @dataclasses.dataclass
