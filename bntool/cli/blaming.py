@@ -21,7 +21,7 @@ def require_place(repro: str | None) -> None:
         require_no_folder(Path(repro))
 
 
-def report(voice: Voice, find: Callable[[], Found | None], options: dict[str, Any]) -> dict[str, Any]:
+def report(voice: Voice, find: Callable[[], Found | None], repro: str | None) -> dict[str, Any]:
     """Find and print the first layer or node that differs; return the document's part about it."""
     from bntool.blaming import told
 
@@ -31,7 +31,7 @@ def report(voice: Voice, find: Callable[[], Found | None], options: dict[str, An
         voice.note(f"which layer or node differs first cannot be told: {found}")
         return {"blame": None, "repro": None}
     voice.say(str(found.blame))
-    return {"blame": found.blame.to_dict(), "repro": _written(voice, found, options.get("repro"))}
+    return {"blame": found.blame.to_dict(), "repro": _written(voice, found, repro)}
 
 
 def _written(voice: Voice, found: Found, repro: str | None) -> str | None:

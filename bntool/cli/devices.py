@@ -2,27 +2,33 @@
 
 from __future__ import annotations
 
-from typing import Any
+import dataclasses
 
+from bntool.core.options import PlaceOptions
 from bntool.errors import DeviceError, UsageError
 
 
-def require_places(options: dict[str, Any], *, torch_too: bool = False, onnx_too: bool = False) -> None:
-    """Before any work: what `--device` or `--providers` asks for must be there, and really run.
+@dataclasses.dataclass(frozen=True)
+class Devices:
+    """Where torch runs, and where ONNX Runtime does: `auto`, `cpu`, `cuda`, `cuda:N`, or names of providers."""
 
-    From here on `device` is where torch runs, and `onnx_device` where ONNX Runtime does.
-    """
-    options["onnx_device"] = options["device"]
-    names = options.get("providers") or ()
-    if not names:
-        require_device(options["device"], torch_too=torch_too, onnx_too=onnx_too)
-        return
+    torch: str = "auto"
+    onnx: str = "auto"
+    named: bool = False
+    """Whether `onnx` are providers that the user named."""
+
+
+def require_places(asked: PlaceOptions, *, torch_too: bool = False, onnx_too: bool = False) -> Devices:
+    """Before any work: what `--device` or `--providers` asks for must be there, and really run."""
+    if not asked.providers:
+        require_device(asked.device, torch_too=torch_too, onnx_too=onnx_too)
+        return Devices(asked.device, asked.device)
     if not onnx_too:
         raise UsageError(
             "--providers is about ONNX Runtime, and no ONNX file takes part",
             next_step="leave it out; --device says where torch runs",
         )
-    if options["device"] != "auto":
+    if asked.device != "auto":
         raise UsageError(
             "--providers and --device both say where to run", next_step="leave --device out, torch follows"
         )
@@ -30,11 +36,12 @@ def require_places(options: dict[str, Any], *, torch_too: bool = False, onnx_too
     from bntool.runtime.providers import onnxruntime, run_tiny_convolution
 
     ort = onnxruntime()
-    require_known(names, ort)
-    options["onnx_device"] = ",".join(names)
-    run_tiny_convolution(ort, options["onnx_device"])
-    options["device"] = torch_device_of(names)
-    require_device(options["device"], torch_too=torch_too)
+    require_known(asked.providers, ort)
+    names = ",".join(asked.providers)
+    run_tiny_convolution(ort, names)
+    device = torch_device_of(asked.providers)
+    require_device(device, torch_too=torch_too)
+    return Devices(device, names, named=True)
 
 
 def require_device(device: str, *, torch_too: bool = False, onnx_too: bool = False) -> None:

@@ -165,17 +165,17 @@ def insert_program_file(
     return 0
 
 
-def summarize_program_file(session: Session, program: ExportedProgram, options: dict[str, Any]) -> int:
+def summarize_program_file(session: Session, program: ExportedProgram, baseline: str | None) -> int:
     """Every parameter and buffer by qualified name, and how many BatchNorms there are."""
     from bntool.report.program_summary import summarize_program
 
-    if options["baseline"]:
+    if baseline:
         raise UsageError(
             "--baseline compares nn.Modules, and this is an exported program",
             next_step="run bntool summary on each of the two files",
         )
     found = summarize_program(program)
-    session.voice.say(found.render(verbose=not options["quiet"]))
+    session.voice.say(found.render(verbose=not session.voice.quiet))
     session.voice.emit({"status": "ok", **found.to_dict()})
     return 0
 

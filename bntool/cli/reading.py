@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from bntool.core.option import Options
 from bntool.files.regular import exists
 from bntool.files.sidecar import sidecar_path
 
-_WRITTEN = frozenset({"output", "report", "repro", "folder"})
 
-
-def read_by(options: Mapping[str, Any]) -> list[Path]:
+def read_by(*asked: Options) -> list[Path]:
     """Every file and folder that an option names, but for those to be written; a side file with its model.
 
     Whatever names something that exists is taken for a path: a wrong guess only forbids one output.
     """
-    texts = (text for name, value in options.items() if name not in _WRITTEN for text in _texts(value))
-    return [path for text in texts for path in _paths(text)]
+    values = (
+        getattr(options, one.name) for options in asked for one in options.options() if not one.spec.written
+    )
+    return [path for value in values for text in _texts(value) for path in _paths(text)]
 
 
 def _texts(value: Any) -> Iterator[str]:

@@ -18,8 +18,8 @@ from bntool.cli.example_inputs import parse_inputs
 from bntool.cli.loading import load_granted
 from bntool.cli.reading import read_by
 from bntool.cli.streams import say
+from bntool.core.options import LoadOptions, ReportOptions, SpeechOptions
 from bntool.errors import BntoolError, InvariantError, UsageError
-from bntool.files.limits import DEFAULT_MAX_SIZE
 from bntool.files.sidecar import sidecar_path
 from bntool.files.targets import Target
 
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from torch import nn
     from torch.export import ExportedProgram
 
+    from bntool.core.option import Options
     from bntool.files.loading import Loaded
     from bntool.files.memory import Record
     from bntool.inputs import Inputs
@@ -52,14 +53,20 @@ class Voice:
     _report_place: Path = Path()
 
     @classmethod
-    def of(cls, options: dict[str, Any]) -> Voice:
-        """The voice that the options ask for; a report that cannot be written is told at once."""
-        voice = cls(options["as_json"], options["quiet"], options["verbose"])
-        voice.target = Target(force=bool(options.get("force")), reads=read_by(options))
-        if options.get("report"):
+    def of(cls, *asked: Options, force: bool = False) -> Voice:
+        """The voice that the options ask for; a report that cannot be written is told at once.
+
+        Whatever they name is read, but for what they say is written.
+        """
+        speech = next((one for one in asked if isinstance(one, SpeechOptions)), SpeechOptions())
+        force = force or any(getattr(one, "force", False) for one in asked)
+        voice = cls(speech.as_json, speech.quiet, speech.verbose)
+        voice.target = Target(force=force, reads=read_by(*asked))
+        report = next((one.report for one in asked if isinstance(one, ReportOptions)), None)
+        if report:
             from bntool.pages.writing import claim_report
 
-            voice.report = Path(options["report"])
+            voice.report = Path(report)
             voice._report_place = claim_report(voice.report, voice.target)
         return voice
 
@@ -184,16 +191,16 @@ class Session:
         if self.inputs is not None:
             self.inputs = self.inputs.map(lambda t: t.to(wanted) if t.is_floating_point() else t)
 
-    def load_other(self, name: str, options: dict[str, Any]) -> nn.Module | ExportedProgram:
+    def load_other(self, name: str, options: LoadOptions) -> nn.Module | ExportedProgram:
         """A second model that the user names; what was allowed for the first holds for it too."""
         from bntool.files.references import is_reference
 
         named = is_reference(name) and not Path(name).exists()
         return self.load_recorded(
             name,
-            arch=None if named else options["arch"] or self.loaded.arch,
+            arch=None if named else options.arch or self.loaded.arch,
             allow=self.loaded.allow,
-            trust_pickle=options["trust_pickle"],
+            trust_pickle=options.trust_pickle,
         )
 
     def load_recorded(
@@ -227,42 +234,42 @@ class Session:
         return tuple(f"{name}{'x'.join(map(str, t.shape))}" for name, t in [*positional, *named])
 
 
-def open_session(voice: Voice, options: dict[str, Any], *, stand_ins: bool = False) -> Session:
+def open_session(
+    voice: Voice, model: str | None, options: LoadOptions, *, stand_ins: bool = False
+) -> Session:
     """Load MODEL, or what the last command in this folder wrote.
 
     With `stand_ins`, also one whose classes are not here, to be looked at and not run.
     """
     from bntool.files.memory import last_output, recall
 
-    given = options.get("model")
     record: Record | None
-    if given is None:
+    if model is None:
         record = last = last_output(Path.cwd())
         name = os.path.relpath(last.output)
         voice.tell(f"using {name}, written by the last bntool {last.command} here")
     else:
-        record, name = recall(Path.cwd()), given
+        record, name = recall(Path.cwd()), model
     ours = record if record is not None and _same(name, record.output) else None
     loaded, plans = load_granted(
         name,
         record,
-        arch=options.get("arch") or (ours.arch if ours else None),
-        weights=options.get("weights"),
-        key=options.get("key") or (ours.key if ours else None),
-        allow=options.get("allow", ()),
-        trust_pickle=bool(options.get("trust_pickle")),
-        pretrained=bool(options.get("pretrained")),
-        max_size=options.get("max_size") or DEFAULT_MAX_SIZE,
+        arch=options.arch or (ours.arch if ours else None),
+        weights=options.weights,
+        key=options.key or (ours.key if ours else None),
+        allow=options.allow,
+        trust_pickle=options.trust_pickle,
+        pretrained=options.pretrained,
+        max_size=options.max_size,
         stand_ins=stand_ins,
         voice=voice,
     )
     voice.target.read(*loaded.files, *map(sidecar_path, loaded.files))
     for text in loaded.notes:
         voice.note(text)
-    shapes = tuple(options.get("inputs") or ()) or (ours.input_shapes if ours else ())
-    seed = int(options.get("seed") or 0)
-    inputs = parse_inputs(shapes, loaded.module, seed) if shapes else loaded.example_inputs
-    session = Session(voice, loaded, inputs, seed, record, plans)
+    shapes = options.inputs or (ours.input_shapes if ours else ())
+    inputs = parse_inputs(shapes, loaded.module, options.seed) if shapes else loaded.example_inputs
+    session = Session(voice, loaded, inputs, options.seed, record, plans)
     if ours is not None and ours.source:
         session.baseline = ours.source
         session.baseline_options = {

@@ -2,33 +2,42 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from pathlib import Path
 from typing import Any
 
 import click
 
-from bntool.cli import options as opt
 from bntool.cli.session import Session, Voice, open_session
+from bntool.cli.taking import takes
+from bntool.core.option import Options, option
+from bntool.core.options import LoadOptions, ModelOptions, SpeechOptions
 from bntool.errors import BntoolError
 
 
+@dataclasses.dataclass(frozen=True)
+class SummaryOptions(Options):
+    """What a summary compares with."""
+
+    baseline: str | None = option(None, "Compare with this model.", metavar="MODEL", names="file")
+
+
 @click.command("summary", short_help="Layers, shapes, trainable / frozen / buffers; before and after.")
-@opt.model_options()
-@click.option("--baseline", metavar="MODEL", callback=opt.not_empty, help="Compare with this model.")
-@opt.common_options()
-def command(**options: Any) -> int:
+@takes(ModelOptions, LoadOptions, SummaryOptions, SpeechOptions)
+def command(
+    voice: Voice, model: ModelOptions, load: LoadOptions, summary: SummaryOptions, speech: SpeechOptions
+) -> int:
     """Show a model's layers, shapes and exact counts; after insert or fold, the difference too."""
-    voice = Voice.of(options)
-    session = open_session(voice, options, stand_ins=True)
+    session = open_session(voice, model.model, load, stand_ins=True)
     if session.program is not None:
         from bntool.cli.program_file import summarize_program_file
 
-        return summarize_program_file(session, session.program, options)
+        return summarize_program_file(session, session.program, summary.baseline)
     from bntool.inserting import redundant_biases
     from bntool.report.summary import summarize
 
-    before = _baseline(session, options)
+    before = _baseline(session, summary.baseline, load)
     inputs, idle = session.inputs, []
     with voice.progress("running the model"):
         try:
@@ -37,20 +46,20 @@ def command(**options: Any) -> int:
             idle = [dropped.conv for dropped in redundant_biases(observation.graph)]
         except BntoolError as error:
             # Shapes that the user gave must fit; those from elsewhere may fail, which the summary says.
-            if options["inputs"]:
+            if load.inputs:
                 raise
             if inputs is None:
                 voice.note(f"shapes are left out: {error.what}")
         found = summarize(session.model, inputs, baseline=before, idle_biases=idle)
-    voice.say(found.render(verbose=not options["quiet"]))
+    voice.say(found.render(verbose=not speech.quiet))
     voice.emit({"status": "ok", **found.to_dict()})
     return 0
 
 
-def _baseline(session: Session, options: dict[str, Any]) -> Any:
+def _baseline(session: Session, named: str | None, load: LoadOptions) -> Any:
     """The model to compare with: the one named, else what the last command made this one from."""
-    if options["baseline"]:
-        return session.load_other(options["baseline"], options)
+    if named:
+        return session.load_other(named, load)
     if not session.baseline:
         return None
     try:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bntool.cli import devices, serving
-from bntool.cli.session import Session, Voice
+from bntool.cli.devices import Devices, torch_device
+from bntool.cli.session import Voice
+from bntool.core.options import BenchOptions
 
 if TYPE_CHECKING:
     from torch import nn
@@ -16,14 +16,14 @@ if TYPE_CHECKING:
     from bntool.benchmarking import Candidate
     from bntool.inputs import Inputs
     from bntool.latencies import Benchmark
-    from bntool.results import SurgeryResult
 
 
 def timed(
     voice: Voice,
     candidates: Sequence[Candidate],
     inputs_of: Callable[[int], Inputs | None],
-    options: dict[str, Any],
+    bench: BenchOptions,
+    devices: Devices,
     pairs: Sequence[tuple[str, str]] | None = None,
 ) -> Benchmark:
     """Time the candidates beside each other."""
@@ -33,10 +33,10 @@ def timed(
         return benchmark(
             candidates,
             inputs_of,
-            batches=options["batch_sizes"],
-            rounds=options["rounds"],
-            device=devices.torch_device(options["device"]),
-            onnx_device=options["onnx_device"] if options.get("providers") else None,
+            batches=bench.batch_sizes,
+            rounds=bench.rounds,
+            device=torch_device(devices.torch),
+            onnx_device=devices.onnx if devices.named else None,
             pairs=pairs,
             progress=step,
         )
@@ -46,36 +46,15 @@ def timed_pair(
     voice: Voice,
     pair: tuple[nn.Module | Path, nn.Module | Path],
     inputs_of: Callable[[int], Inputs | None],
-    options: dict[str, Any],
+    bench: BenchOptions,
+    devices: Devices,
 ) -> dict[str, Any]:
     """Time what was folded before and after, say it, and return the document's part about it."""
     from bntool.benchmarking import Candidate
     from bntool.report.latency import latency_text
 
     candidates = [Candidate(name, what) for name, what in zip(("before", "folded"), pair, strict=True)]
-    found = timed(voice, candidates, inputs_of, options)
+    found = timed(voice, candidates, inputs_of, bench, devices)
     voice.say()
     voice.say(latency_text(found))
     return {"latency": found.to_dict()}
-
-
-def timed_fold(
-    session: Session, result: SurgeryResult, onnx: Path | None, options: dict[str, Any]
-) -> Benchmark:
-    """The model before and after in torch; with `onnx`, its file too, beside that of the model before."""
-    from bntool.benchmarking import Candidate, rebatching
-
-    inputs_of = rebatching(session.example, session.seed)
-    candidates = [Candidate("torch before", session.model), Candidate("torch folded", result.model)]
-    pairs = [("torch before", "torch folded")]
-    if onnx is None:
-        return timed(session.voice, candidates, inputs_of, options, pairs)
-    from bntool.surgeries import unchanged
-
-    with tempfile.TemporaryDirectory(prefix="bntool.bench.") as folder:
-        plain = {**options, "export_to": None}
-        original, path = unchanged(session.model), Path(folder) / "before.onnx"
-        before = serving.exported_file(session, original, path, plain, merge=False)
-        candidates += [Candidate("ONNX before", before.path), Candidate("ONNX folded", onnx)]
-        pairs += [("ONNX before", "ONNX folded"), ("torch folded", "ONNX folded")]
-        return timed(session.voice, candidates, inputs_of, options, pairs)

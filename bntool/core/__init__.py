@@ -1,0 +1,1 @@
+"""What everything else speaks in: options and what a kind of model can do of them. No torch here."""

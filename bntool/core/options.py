@@ -1,0 +1,311 @@
+"""What can be asked of bntool: every option once.
+
+The command line, `--help`, the man page and the refusals are made from these classes; the public functions
+take the same names with the same defaults.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+import sys
+from collections.abc import Mapping
+from typing import Literal
+
+from bntool.core.option import Options, option
+from bntool.errors import UsageError
+from bntool.files.limits import DEFAULT_MAX_SIZE, parse_size
+
+_LARGEST = sys.float_info.max
+
+
+def _positive_numbers(text: str) -> tuple[int, ...]:
+    if not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", text):
+        raise UsageError(f"{text!r} is not like 1,8,32")
+    return tuple(dict.fromkeys(int(n) for n in text.split(",")))
+
+
+def _names(text: str) -> tuple[str, ...]:
+    names = tuple(name.strip() for name in text.split(","))
+    if not all(names):
+        raise UsageError(f"{text!r} holds an empty name")
+    return tuple(dict.fromkeys(names))
+
+
+def _device(text: str) -> str:
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", text):
+        raise UsageError(f"{text!r} is not auto, cpu or cuda")
+    return text
+
+
+@dataclasses.dataclass(frozen=True)
+class LoadOptions(Options):
+    """How a model is loaded, and what it is run on."""
+
+    arch: str | None = option(
+        None, "Class of a bare state_dict: torchvision:resnet50, …; auto finds one.", metavar="REF"
+    )
+    weights: str | None = option(
+        None, "Weights for a model named by reference.", metavar="FILE", names="file"
+    )
+    key: str | None = option(None, "Entry of a checkpoint that holds the weights.", metavar="KEY")
+    allow: tuple[str, ...] = option(
+        (), "A layer or enum of a pickled model that you trust, or all of a package: pkg.*.", metavar="CLASS"
+    )
+    trust_pickle: bool = option(False, "Run the code in the file. Only for files you trust.")
+    max_size: int = option(
+        DEFAULT_MAX_SIZE,
+        "The most memory a file may ask for, such as 40G (default: 16G).",
+        metavar="SIZE",
+        parse=parse_size,
+        show_default=False,
+    )
+    pretrained: bool = option(False, "Download the weights of torchvision: or timm:.")
+    inputs: tuple[str, ...] = option(
+        (), "Shape of an example input; repeat for several.", "--input", metavar="[NAME:]1x3x224x224"
+    )
+    seed: int = option(0, "Seed of whatever is random.", metavar="N", least=0, most=2**63 - 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class FoldOptions(Options):
+    """Which BatchNorms may go, and at what price.
+
+    `include` and `exclude` are patterns for names of layers. `merge` lets parallel branches that are one
+    convolution become one, and blocks merge theirs by their own method. `unshare` clones a shared layer for
+    each call site that needs it changed.
+    """
+
+    include: tuple[str, ...] = option(("*",), "Only layers with these names.", metavar="GLOB")
+    exclude: tuple[str, ...] = option((), "Leave out layers with these names.", metavar="GLOB")
+    merge: bool = option(True, "Leave parallel branches as they are.")
+    unshare: bool = option(False, "Clone a shared layer for each call that needs it changed.")
+
+
+@dataclasses.dataclass(frozen=True)
+class InsertOptions(Options):
+    """What to insert and where.
+
+    `activations` are kinds (`relu`, `silu`, …) or `any`. `pooling` lets a pooling layer stand between a
+    layer and its activation. Of the sites found, `skip_last` leaves out the last, then `every` keeps each
+    N-th, the first included. `per_call` gives a layer that runs several times a BatchNorm for each call.
+    `drop_bias` moves a bias that a BatchNorm follows into its running mean. `portable` puts no class of
+    bntool's own into the model. `banned` maps a layer to the forms that broke this model when tried.
+    """
+
+    activations: tuple[str, ...] = option(
+        ("relu",), "Activations that count: relu (default), silu, …, any.", "--activation", metavar="KIND"
+    )
+    position: Literal["before", "after"] = option("before", "Which side of the activation.")
+    init: Literal["identity", "calibrate", "default"] = option(
+        "identity",
+        "identity keeps the eval output to the last bit; calibrate measures --data and keeps the first "
+        "training step close too; default is PyTorch's own, to train from scratch.",
+    )
+    affine: bool = option(True, "BatchNorm without γ and β.")
+    eps: float = option(1e-5, "ε of the new layers.")
+    momentum: float = option(0.1, "Momentum of the new layers.", least=0, most=1)
+    drop_bias: bool = option(False, "Move a bias that a BatchNorm follows into its running mean.")
+    linear: bool = option(False, "After linear layers too.")
+    pooling: bool = option(False, "Where a pooling layer stands before the activation too.")
+    per_call: bool = option(False, "A layer that runs several times gets one for each call.")
+    every: int = option(1, "Only every N-th site, the first included.", metavar="N", least=1)
+    skip_last: bool = option(False, "Leave the last site out.")
+    sync: bool = option(False, "SyncBatchNorm, for training on several GPUs.")
+    keep_keys: bool = option(False, "Name newcomers 0_bn, so that no old key moves.")
+    portable: bool = option(False, "No class of bntool's own in the model.")
+    include: tuple[str, ...] = option(("*",), "Only layers with these names.", metavar="GLOB")
+    exclude: tuple[str, ...] = option((), "Leave out layers with these names.", metavar="GLOB")
+    banned: Mapping[str, frozenset[str]] = dataclasses.field(default_factory=dict)
+
+    def validate(self) -> None:
+        """Raise `UsageError` for an unknown activation, a bad number, or two that exclude each other."""
+        from bntool.observe.aten import ACTIVATIONS
+
+        super().validate()
+        for name in self.activations:
+            if name != "any" and name not in ACTIVATIONS:
+                close = difflib.get_close_matches(name.lower(), sorted(ACTIVATIONS), n=3)
+                raise UsageError(
+                    f"unknown activation {name!r}",
+                    next_step=f"did you mean {', '.join(close)}?" if close else "see bntool insert --help",
+                )
+        if not 0 < self.eps < 1:
+            raise UsageError(f"eps must lie between 0 and 1, not {self.eps}")
+        if self.portable and self.per_call:
+            raise UsageError(
+                "a BatchNorm for each call needs a class of bntool's own, which portable rules out",
+                next_step="give one of the two",
+            )
+        if self.drop_bias and self.position == "after":
+            raise UsageError(
+                "behind the activation a BatchNorm cannot take the bias in",
+                next_step='use position "before", or keep the biases',
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class ExportOptions(Options):
+    """What an ONNX file is to be like.
+
+    `dynamic` maps an input's name to its axes that stay open besides the batch. `dtype` casts the weights and
+    with them, unless `keep_io`, inputs and outputs.
+    """
+
+    opset: int | None = option(None, "ONNX opset (default: the lowest that works).", least=1)
+    ir_version: int | None = option(None, "IR version (default: the lowest for the opset).", least=1)
+    static_batch: bool = option(False, "Fix the batch size in the ONNX file.")
+    dynamic: tuple[str, ...] = option(
+        (),
+        "Axes of an input to leave open besides the batch; repeat for several inputs.",
+        metavar="NAME:0,2,3",
+    )
+    external_data: Literal["auto", "always", "never"] = option(
+        "auto", "Weights in one file beside the model; auto: above 1.8 GiB."
+    )
+    keep_io: bool = option(False, "With --dtype: inputs and outputs stay float32.")
+    exporter: Literal["dynamo", "legacy"] = option(
+        "dynamo", "torch's exporter; legacy traces, for what torch.export cannot take."
+    )
+    keep_unverified: bool = option(False, "Keep a file that fails its check as NAME.unverified.onnx.")
+
+    def axes(self) -> dict[str, list[int]]:
+        """`dynamic` by input; without a name it is the only input's. `UsageError` for what is none."""
+        found: dict[str, list[int]] = {}
+        for text in self.dynamic:
+            match = re.fullmatch(r"(?:(?P<name>[^:]+):)?(?P<axes>\d+(?:,\d+)*)", text.strip())
+            if match is None:
+                raise UsageError(f"--dynamic {text!r} is not like input:0,2,3")
+            found.setdefault(match["name"] or "input", []).extend(int(n) for n in match["axes"].split(","))
+        return found
+
+    def validate(self) -> None:
+        """Raise `UsageError` for a number out of bounds, or axes that are not written like any."""
+        super().validate()
+        self.axes()
+
+
+@dataclasses.dataclass(frozen=True)
+class PlaceOptions(Options):
+    """Where things run."""
+
+    device: str = option(
+        "auto",
+        "Where to verify. cuda that cannot run is an error.",
+        metavar="auto|cpu|cuda",
+        parse=_device,
+    )
+    providers: tuple[str, ...] = option(
+        (),
+        "Where ONNX Runtime runs, by its own names: CUDAExecutionProvider, …; the first is proved.",
+        metavar="NAME,NAME",
+        parse=_names,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckOptions(Options):
+    """How much is verified, and by what limit."""
+
+    check: Literal["full", "fast", "none"] = option(
+        "full", "How much to verify: batches 1, 2, 3; one; or nothing."
+    )
+    tf32: Literal["off", "both"] = option(
+        "off", "both: one row more with TF32 on, for information. It needs an NVIDIA GPU."
+    )
+    atol: float | None = option(
+        None, "Absolute tolerance instead of the noise floor.", least=0, most=_LARGEST
+    )
+    rtol: float | None = option(
+        None, "Tolerance relative to the peak, instead of the noise floor.", least=0, most=_LARGEST
+    )
+    repro: str | None = option(
+        None,
+        "On a mismatch: write what shows it by itself into a new folder.",
+        metavar="DIR",
+        names="folder",
+        written=True,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class BenchOptions(Options):
+    """How long to time, and on what."""
+
+    batch_sizes: tuple[int, ...] = option(
+        (1, 8), "Batch sizes to time.", metavar="1,8,32", parse=_positive_numbers
+    )
+    rounds: int = option(
+        30, "Samples of each model; fewer where a batch size takes over 20 s.", metavar="N", least=7
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class WriteOptions(Options):
+    """Where the result goes."""
+
+    output: str | None = option(
+        None, "Output file.", "-o", "--output", metavar="FILE", names="file", written=True
+    )
+    force: bool = option(False, "Replace outputs that exist.")
+    dry_run: bool = option(False, "Show what would be done; write nothing.")
+
+
+@dataclasses.dataclass(frozen=True)
+class DataOptions(Options):
+    """Where data comes from, and how it is cut and scaled."""
+
+    data: str | None = option(
+        None,
+        "An .npy, .npz or .pt file, a folder of images, or pkg.mod:loader.",
+        metavar="DATA",
+        names="file",
+    )
+    batch_size: int = option(32, "Samples in a batch.", least=1)
+    limit: int | None = option(None, "At most N batches (default: all).", "--batches", metavar="N", least=1)
+    mean: str | None = option(None, "Mean of each channel, taken off images in 0..1.", metavar="R,G,B")
+    std: str | None = option(None, "Standard deviation of each channel of images in 0..1.", metavar="R,G,B")
+
+
+@dataclasses.dataclass(frozen=True)
+class JobOptions(Options):
+    """What the processes of torchrun share."""
+
+    timeout: float = option(
+        600.0,
+        "How long the processes of torchrun wait for each other.",
+        metavar="SECONDS",
+        least=1e-3,
+        most=1e6,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class ReportOptions(Options):
+    """What is drawn besides."""
+
+    report: str | None = option(
+        None,
+        "Draw what was found as an HTML file too.",
+        metavar="FILE.html",
+        names="file",
+        written=True,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelOptions(Options):
+    """What is worked on: a file or a reference; without one, what the last command in this folder wrote."""
+
+    model: str | None = option(None, "", argument=True, names="file")
+
+
+@dataclasses.dataclass(frozen=True)
+class SpeechOptions(Options):
+    """How a command speaks."""
+
+    as_json: bool = option(False, "One JSON document on stdout.", "--json")
+    quiet: bool = option(False, "Only the totals.", "-q", "--quiet")
+    verbose: bool = option(False, "Every layer.", "-v", "--verbose")
+    debug: bool = option(False, "Show the traceback of an error.")
