@@ -1,4 +1,4 @@
-"""`bntool demo` replaces nothing but an earlier demo, and leaves no folder behind when it comes to nothing."""
+"""`bntool demo` replaces nothing but an earlier demo, and leaves no folder when it comes to nothing."""
 
 from __future__ import annotations
 
