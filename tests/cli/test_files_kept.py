@@ -153,9 +153,7 @@ def _ways(line: Line, read: str) -> Iterator[tuple[str, tuple[str, ...]]]:
         yield "side file by a link", (*line.words, "-o", line.output)
 
 
-@pytest.mark.parametrize(
-    ("line", "read"), [(line, read) for line in LINES for read in line.reads], ids=str
-)
+@pytest.mark.parametrize(("line", "read"), [(line, read) for line in LINES for read in line.reads], ids=str)
 def test_nothing_that_is_read_is_written_over(
     bntool: Shell, folder_of_all: Path, line: Line, read: str
 ) -> None:
@@ -269,4 +267,3 @@ def test_a_later_file_that_cannot_be_placed_takes_the_earlier_back(
         assert said.code == 2, said
         assert "Input/output error" in said.err
         assert contents(folder_of_all) == before
-
