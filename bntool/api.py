@@ -1,8 +1,9 @@
-"""The public functions. Each is one pass through the flow: observe, plan, apply, check."""
+"""The public functions. Each takes a model of any kind, and is one pass: observe, plan, apply, check."""
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -11,45 +12,37 @@ import torch
 from torch import nn
 from torch.export import ExportedProgram
 
-from bntool.checking import check_onnx, check_surgery, seeded_batches
+from bntool import surgeries
 from bntool.collecting import paused
+from bntool.core.options import CheckOptions, ExportOptions, FoldOptions, InsertOptions
 from bntool.errors import BntoolError, DamagedPlan, PlanError, UsageError
 from bntool.exporting import ExportResult
 from bntool.exporting import export_onnx as _export_onnx
+from bntool.files.targets import Target
 from bntool.inputs import Inputs
-from bntool.inserting import InsertOptions, redundant_biases, require_same_places
-from bntool.inserting import plan_insert as _plan_insert
-from bntool.module_folding import plan_module_fold
+from bntool.inserting import redundant_biases, require_same_places
 from bntool.observe.modules import class_name, signature_of
 from bntool.plan import Plan
-from bntool.program_folding import ProgramResult, fold_program
-from bntool.proving import check_fold, reference_elsewhere
-from bntool.reference import Reference
 from bntool.report.checks import Comparison
 from bntool.report.summary import Summary, summarize
 from bntool.results import SurgeryResult
 from bntool.schema import Damaged, read
-from bntool.surgeries import (
-    as_result,
-    check_insert,
-    fold_observed,
-    fold_proved,
-    insert_with,
-    measured_insert,
-    observed,
-    on_its_own,
-    with_checks,
-)
+from bntool.serving import Serving, Silent, served
+from bntool.subjects import subject_of
+from bntool.subjects.base import Checking, Narrow, Subject
+from bntool.subjects.module import ModuleSubject
 from bntool.surgery.replaying import replay_fold, replay_insert
 
 CheckLevel = Literal["full", "fast", "none"]
 Progress = Callable[[str], None]
+Model = nn.Module | ExportedProgram | str | Path
+"""A model of any kind: one in memory, or the name of a file or of code that makes one."""
 
 
 @torch.inference_mode(False)
 @paused()
 def insert(
-    model: nn.Module,
+    model: Model,
     example_inputs: Any = None,
     *,
     activations: Sequence[str] = ("relu",),
@@ -70,32 +63,57 @@ def insert(
     skip_last: bool = False,
     keep_keys: bool = False,
     portable: bool = False,
+    check: CheckLevel = "fast",
     share: bool = False,
 ) -> SurgeryResult:
     """Insert BatchNorm between convolutions and their activations; what the model computes stays.
 
     With `init="identity"` the eval output is the same to the last bit, proved by running both.
-    `"calibrate"` measures each site on the batches of `data` and keeps eval outputs within rounding, and
-    the first training step close; `"default"` is PyTorch's own, for training from scratch. `drop_bias`
-    moves every bias that a BatchNorm follows into its running mean, exact in both modes up to rounding.
-    `pooling` lets a pooling layer stand between convolution and activation; `per_call` gives a layer that
-    runs several times a BatchNorm for each call; `every` and `skip_last` choose among the sites;
-    `portable` puts no class of bntool's own into the model. The result's model is new; `share=True` lets
-    it share the untouched tensors with `model`. Without `example_inputs` they are inferred from the first
-    layer.
+
+    Args:
+        model: an `nn.Module`, an `ExportedProgram`, or a path or reference of one, or of an ONNX file. A
+            program and a file take identity-initialised BatchNorms alone.
+        example_inputs: a tensor, a tuple of positional inputs, or `(args, kwargs)`, in the shapes that the
+            model takes; inferred from its first layer where they are not given.
+        activations: kinds (`relu`, `silu`, …) or `any`.
+        position: which side of the activation.
+        init: `"calibrate"` measures each site on the batches of `data` and keeps eval outputs within rounding
+            and the first training step close, `"default"` is PyTorch's own, for training from scratch.
+        data: batches, with `init="calibrate"`.
+        affine: whether the new layers have γ and β.
+        eps: ε of the new layers.
+        momentum: of the new layers.
+        drop_bias: move every bias that a BatchNorm follows into its running mean: exact in either mode,
+            up to rounding.
+        linear: after linear layers too.
+        pooling: let a pooling layer stand between convolution and activation.
+        per_call: give a layer that runs several times a BatchNorm for each call.
+        sync: SyncBatchNorm, for training on several GPUs.
+        include: patterns for names of layers.
+        exclude: the same, of layers to leave out.
+        every: of the sites found, every N-th, the first included.
+        skip_last: leave out the last site.
+        keep_keys: name newcomers `0_bn`, so that no old key moves.
+        portable: put no class of bntool's own into the model.
+        check: `fast` on the example; `full` on batches of 1, 2 and 3; `none`.
+        share: let the result share the untouched tensors with `model`.
+
+    Returns:
+        A result whose model is new, in the mode of the old one.
 
     Raises:
         ObserveError: the model does not run on the inputs.
-        UsageError: an unknown activation or option.
+        UsageError: an unknown activation or option, or one that this kind of model does not know.
+        CheckFailed: the output is not the same.
     """
     options = InsertOptions(
-        activations=tuple(activations),
+        activations=_names(activations, "activations"),
         position=position,
         linear=linear,
         pooling=pooling,
         per_call=per_call,
-        include=tuple(include),
-        exclude=tuple(exclude),
+        include=_names(include, "include"),
+        exclude=_names(exclude, "exclude"),
         every=every,
         skip_last=skip_last,
         keep_keys=keep_keys,
@@ -109,16 +127,17 @@ def insert(
     )
     if (init == "calibrate") != (data is not None):
         raise UsageError('init="calibrate" and data go together', next_step="pass both, or neither of them")
-    result = insert_with(model, observed(model, example_inputs, small=True), options)
-    if data is not None and result.modified:
-        result = measured_insert(model, result, data)
-    return result if share else on_its_own(result, model)
+    subject = subject_of(model, example_inputs, options)
+    result, _ = surgeries.insert(subject, options, _checking(check))
+    if data is not None and result.modified and isinstance(subject, ModuleSubject):
+        result = surgeries.measured_insert(subject, result, data)
+    return _owned(result, subject, share)
 
 
 @torch.inference_mode(False)
 @paused()
 def fold(
-    model: nn.Module | ExportedProgram,
+    model: Model,
     example_inputs: Any = None,
     *,
     include: Sequence[str] = ("*",),
@@ -127,56 +146,115 @@ def fold(
     unshare: bool = False,
     check: CheckLevel = "fast",
     share: bool = False,
-) -> SurgeryResult | ProgramResult:
+) -> SurgeryResult:
     """Fold every BatchNorm that algebra allows into the weights beside it, for inference in eval mode.
 
-    `check="fast"` runs the model before and after on the example inputs in its own precision, and in
-    float64 on inputs of other sizes and one sample more; `full` on several seeded batches too; `none`
-    trusts the plan. What does not stand up is not folded (reason `not-proved`). `merge` lets blocks that
-    bring their own re-parameterisation merge their branches; those of a program merge by law. `unshare`
-    clones a layer whose weight others use too for each call site that needs it changed;
-    `result.plan.unshared` says what that adds. The result's model is new and in eval mode; `share=True` lets
-    it share the untouched tensors with `model`. An `ExportedProgram` is folded as a graph, functional
-    BatchNorms too, and gives a `ProgramResult`.
+    What does not stand up is not folded (reason `not-proved`).
+
+    Args:
+        model: an `nn.Module`, an `ExportedProgram`, TorchScript, or a path or reference of one, or of an ONNX
+            file. A program and a file are folded as graphs, functional BatchNorms too.
+        example_inputs: a tensor, a tuple of positional inputs, or `(args, kwargs)`, in the shapes that the
+            model takes; inferred where they are not given, and drawn for an ONNX file.
+        include: patterns for names of BatchNorms.
+        exclude: the same, of BatchNorms to leave out.
+        merge: let blocks that bring their own re-parameterisation merge their branches; those of a program or
+            a file merge by law.
+        unshare: clone a layer whose weight others use too for each call site that needs it changed;
+            `result.plan.unshared` says what that adds.
+        check: `fast` runs the model before and after on the example inputs in its own precision, and in
+            float64 on inputs of other sizes and one sample more; `full` on batches of 1, 2 and 3 too; `none`
+            trusts the plan.
+        share: let the result share the untouched tensors with `model`.
+
+    Returns:
+        A result whose model is new and in eval mode.
 
     Raises:
-        CheckFailed: the folded model does not compute the same; the first BatchNorm at fault is named.
+        CheckFailed: the folded model does not compute the same, and no BatchNorm is at fault.
         ObserveError: the model does not run on the inputs.
+        UsageError: an option that this kind of model does not know.
     """
-    if check not in ("full", "fast", "none"):
-        raise UsageError(f"check is {check!r}", next_step='use "full", "fast" or "none"')
-    if isinstance(model, ExportedProgram):
-        return fold_program(
-            model,
-            example_inputs=example_inputs,
-            include=include,
-            exclude=exclude,
-            merge=merge,
-            unshare=unshare,
-            check=check,
+    options = FoldOptions(_names(include, "include"), _names(exclude, "exclude"), merge, unshare)
+    subject = subject_of(model, example_inputs, options)
+    checking = _checking(check)
+    proof = None if checking is None else subject.proof(checking)
+    result, _ = surgeries.fold(subject, options, proof)
+    return _owned(result, subject, share)
+
+
+@torch.inference_mode(False)
+@paused()
+def fold_to_onnx(
+    model: Model,
+    path: str | Path,
+    example_inputs: Any = None,
+    *,
+    fold: FoldOptions | None = None,
+    export: ExportOptions | None = None,
+    check: CheckOptions | None = None,
+    dtype: Narrow = "",
+    force: bool = False,
+) -> SurgeryResult:
+    """The whole way of `bntool fold --export onnx`: fold, prove, export, verify.
+
+    Args:
+        model: an `nn.Module` or an `ExportedProgram`, or a path or reference of one.
+        path: where the ONNX file goes; nothing is written unless every stage passes.
+        example_inputs: as for `fold`.
+        fold: which BatchNorms may go; by default all.
+        export: what the file is to be like.
+        check: how much is verified, and by what limit; by default on batches of 1, 2 and 3.
+        dtype: `fp16` or `bf16` casts the file's numbers.
+        force: whether `path` may be replaced.
+
+    Returns:
+        The result of the fold, with the checks of all stages and what was exported in `export`. Where nothing
+        folds, the model is exported as it is.
+
+    Raises:
+        CheckFailed: a stage does not compute the same.
+        ExportError: the model cannot be exported, or the file does not run.
+        UsageError: an option that this kind of model does not know, or a `path` that may not be written.
+    """
+    from bntool.onnx_files import put_onnx
+    from bntool.subjects.base import Exportable
+
+    options, how, asked = fold or FoldOptions(), export or ExportOptions(), check or CheckOptions()
+    subject: Any = subject_of(model, example_inputs, options, how, asked)
+    if subject.kind not in ("module", "program"):
+        raise UsageError(
+            f"{subject.name} cannot be exported from here", next_step="bntool.export_onnx takes a module"
         )
-    observation = observed(model, example_inputs, small=True)
-    options: dict[str, Any] = {"include": include, "exclude": exclude, "merge": merge, "unshare": unshare}
-    if check == "none":
-        result = fold_observed(model, observation, **options)
-    else:
-        inputs = [observation.inputs] if check == "fast" else seeded_batches(observation.inputs)
-        result = fold_proved(model, observation, Reference(model, inputs), **options)
-    return result if share else on_its_own(result, model)
+    target = Target(force=force)
+    claimed = target.claim(path)
+    checking = _checking(asked.check)
+    proof: Any = None
+    if checking is not None:
+        checking = dataclasses.replace(
+            checking, atol=asked.atol, rtol=asked.rtol, tf32=asked.tf32 == "both", axes=how.axes()
+        )
+        proof = subject.proof(checking)
+    result, after = surgeries.fold(subject, options, proof)
+    exportable: Exportable = after
+    with target.drafts() as drafts:
+        draft = drafts.folder_for(claimed) / claimed.name
+        pair = None if checking is None else (proof.reference, checking)
+        result = served(exportable, result, draft, Serving(how, dtype, options), pair, Silent())
+        assert result.export is not None
+        put_onnx(result.export.path, result.export.data_path, claimed, drafts)
+    export_result = dataclasses.replace(result.export, path=claimed, data_path=drafts.part_of(claimed))
+    return dataclasses.replace(result, export=export_result)
 
 
-def plan_insert(model: nn.Module, example_inputs: Any = None, **options: Any) -> Plan:
+def plan_insert(model: Model, example_inputs: Any = None, **options: Any) -> Plan:
     """What `insert` would do, with nothing changed; takes the options of `InsertOptions`."""
-    try:
-        given: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in options.items()}
-        chosen = InsertOptions(**given)
-    except TypeError as error:
-        raise UsageError(f"unknown option: {error}") from error
-    return _plan_insert(observed(model, example_inputs, small=True).graph, chosen)
+    chosen = InsertOptions.of(options)
+    return subject_of(model, example_inputs, chosen).plan_insert(chosen)
 
 
 def plan_fold(
-    model: nn.Module,
+    model: Model,
     example_inputs: Any = None,
     *,
     include: Sequence[str] = ("*",),
@@ -184,11 +262,9 @@ def plan_fold(
     merge: bool = True,
     unshare: bool = False,
 ) -> Plan:
-    """What `fold` would do, with nothing changed."""
-    observation = observed(model, example_inputs, small=True)
-    return plan_module_fold(
-        model, observation, include=include, exclude=exclude, merge=merge, unshare=unshare
-    ).plan
+    """What `fold` would do, with nothing changed; its arguments are those of `fold`."""
+    options = FoldOptions(_names(include, "include"), _names(exclude, "exclude"), merge, unshare)
+    return subject_of(model, example_inputs, options).plan_fold(options, thorough=True)
 
 
 @torch.inference_mode(False)
@@ -214,33 +290,32 @@ def apply(
     if not isinstance(plan, Plan):
         plan = read_plan(plan)
     plan.require_signature(signature_of(model), class_name(type(model)))
-    replayed = _replayed_insert if plan.action == "insert" else _replayed_fold
+    subject = ModuleSubject(model, example_inputs)
+    checking = _checking(check)
+    if plan.action == "insert" and checking is not None and plan:
+        require_same_places(subject.graph(), plan)
     try:
-        result = replayed(model, plan, example_inputs, check)
+        replay = replay_insert if plan.action == "insert" else replay_fold
+        result = surgeries.replayed(subject, plan, replay(model, plan), checking)
     except Damaged as error:
         raise DamagedPlan.of(error.why, error.place) from error
-    return result if share else on_its_own(result, model)
+    return _owned(result, subject, share)
 
 
-def _replayed_insert(model: nn.Module, plan: Plan, example_inputs: Any, check: CheckLevel) -> SurgeryResult:
-    observation = observed(model, example_inputs, small=True) if check != "none" and plan else None
-    if observation is not None:
-        require_same_places(observation.graph, plan)
-    result = as_result(model, replay_insert(model, plan), plan, None)
-    if observation is not None and plan.options.get("init") != "default":
-        rows = check_insert(model, result.model, plan, observation.inputs, full=check == "full")
-        result = with_checks(result, rows)
-    return result
+def _names(names: Sequence[str], option: str) -> tuple[str, ...]:
+    if isinstance(names, str):
+        raise UsageError(f"{option} is a tuple of names, not one string")
+    return tuple(names)
 
 
-def _replayed_fold(model: nn.Module, plan: Plan, example_inputs: Any, check: CheckLevel) -> SurgeryResult:
-    result = as_result(model, replay_fold(model, plan), plan, None)
-    if check != "none" and plan:
-        inputs = observed(model, example_inputs, small=True).inputs
-        reference = Reference(model, [inputs] if check == "fast" else seeded_batches(inputs))
-        elsewhere = reference_elsewhere(model, inputs)
-        result = with_checks(result, check_fold(model, result.model, plan, reference, elsewhere))
-    return result
+def _checking(level: CheckLevel) -> Checking | None:
+    CheckOptions(check=level).validate()
+    return None if level == "none" else Checking(full=level == "full")
+
+
+def _owned(result: SurgeryResult, subject: Subject, share: bool) -> SurgeryResult:
+    """The result of a module with tensors of its own, unless it may share them."""
+    return result if share or subject.kind != "module" else surgeries.on_its_own(result, subject.model)
 
 
 def read_plan(path: str | Path) -> Plan:
@@ -267,20 +342,30 @@ def read_plan(path: str | Path) -> Plan:
         raise
 
 
-def summary(
-    model: nn.Module, example_inputs: Any = None, *, baseline: nn.Module | Summary | None = None
-) -> Summary:
+def summary(model: Model, example_inputs: Any = None, *, baseline: nn.Module | Summary | None = None) -> Any:
     """Layers, shapes and exact counts of a model; with a baseline, the difference too.
 
-    Without `example_inputs` they are inferred; where that fails the shapes stay blank.
+    Args:
+        model: an `nn.Module` (a `Summary`), an `ExportedProgram` or an ONNX file (a `ProgramSummary`: its
+            tensors by name), or a path or reference of one.
+        example_inputs: inferred where they are not given; where that fails the shapes stay blank.
+        baseline: what a module is compared with.
     """
+    subject = subject_of(model, example_inputs)
+    if not isinstance(subject, ModuleSubject):
+        from bntool.report.program_summary import summarize_onnx, summarize_program
+        from bntool.subjects.onnx import OnnxSubject
+
+        return (
+            summarize_onnx(subject) if isinstance(subject, OnnxSubject) else summarize_program(subject.model)
+        )
     inputs = None if example_inputs is None else Inputs.of(example_inputs)
     idle: list[str] = []
     with contextlib.suppress(BntoolError):
-        observation = observed(model, example_inputs)
+        observation = ModuleSubject(subject.model, example_inputs, small=False).observation
         inputs = observation.inputs
         idle = [dropped.conv for dropped in redundant_biases(observation.graph)]
-    return summarize(model, inputs, baseline=baseline, idle_biases=idle)
+    return summarize(subject.model, inputs, baseline=baseline, idle_biases=idle)
 
 
 def export_onnx(
@@ -330,23 +415,34 @@ def exported(model: nn.Module, example_inputs: Any, path: str | Path, **options:
 
 
 def verify(
-    reference: nn.Module,
-    candidate: nn.Module | str | Path,
+    reference: Model,
+    candidate: Model,
     inputs: Any = None,
     *,
     device: str = "auto",
     atol: float | None = None,
     rtol: float | None = None,
+    check: Literal["full", "fast"] = "full",
 ) -> Comparison:
-    """Compare a model with another model or with an ONNX file, against the reference's own noise floor.
+    """Compare a model with another one, each of any kind, against the reference's own noise floor.
 
-    An ONNX candidate gets two rows: `export` with ONNX Runtime's optimisations off, `runtime` with them on.
+    Args:
+        reference: an `nn.Module`, an `ExportedProgram`, or a path or reference of one, or of an ONNX file.
+        candidate: the same. An ONNX file gets two rows: `export` (beside another file, `verify`) with ONNX
+            Runtime's optimisations off, `runtime` with them on.
+        inputs: what both are run on, as for `fold`; drawn or inferred where they are not given.
+        device: `auto`, `cpu` or `cuda`; CUDA that cannot run is an error.
+        atol: absolute tolerance, instead of the noise floor.
+        rtol: tolerance relative to the peak of an output, instead of the noise floor.
+        check: on batches of 1, 2 and 3, or (`fast`) on one.
+
+    Raises:
+        CheckFailed: there is nothing to compare.
+        DeviceError: the device is not there.
     """
-    example = Inputs.of(inputs) if inputs is not None else observed(reference, None).inputs
-    batches = seeded_batches(example)
-    if isinstance(candidate, nn.Module):
-        on = "cuda" if device == "auto" and torch.cuda.is_available() else device.replace("auto", "cpu")
-        rows = check_surgery(reference, candidate, batches, stage="verify", device=on, atol=atol, rtol=rtol)
-    else:
-        rows = check_onnx(reference, candidate, batches, device=device, atol=atol, rtol=rtol)
-    return Comparison(tuple(rows))
+    from bntool.verifying import compare_models
+
+    subjects = subject_of(reference, inputs), subject_of(candidate, inputs)
+    given = None if inputs is None else Inputs.of(inputs)
+    checking = Checking(check == "full", device, device, atol, rtol)
+    return Comparison(tuple(compare_models(*subjects, given, checking)))

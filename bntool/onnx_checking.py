@@ -75,21 +75,33 @@ class OnnxReference:
         draws = [[runner.run(nudged(inputs, seed)) for inputs in self.inputs] for seed in range(1, DRAWS + 1)]
         return file_limits(self.outputs, [*self._again, *draws], self._nodes)
 
-    def checks(self, after: str | Path, *, device: str = "cpu") -> list[Check]:
+    def checks(
+        self,
+        after: str | Path,
+        *,
+        device: str = "cpu",
+        atol: float | None = None,
+        rtol: float | None = None,
+    ) -> list[Check]:
         """Two rows: the fold with ONNX Runtime's optimisations off, the runtime with them on.
+
+        `atol` or `rtol` replaces the limits.
 
         Raises `DeviceError` when the device is not honoured, `CheckFailed` when the file does not run.
         """
         try:
             if not self.runtime:
-                return [self._row("fold", ReferenceRunner(after), "ONNX Runtime cannot run this file")]
-            rows = [self._row("fold", OrtRunner(after, "cpu", optimize=False))]
+                note = "ONNX Runtime cannot run this file"
+                return [self._row("fold", ReferenceRunner(after), note, atol=atol, rtol=rtol)]
+            rows = [self._row("fold", OrtRunner(after, "cpu", optimize=False), atol=atol, rtol=rtol)]
             runner = OrtRunner(after, device, optimize=True)
-            return [*rows, self._row("runtime", runner, runner.note)]
+            return [*rows, self._row("runtime", runner, runner.note, atol=atol, rtol=rtol)]
         except ExportError as error:
             raise CheckFailed(f"the folded file does not run: {error.what}") from error
 
-    def _row(self, stage: str, runner: OrtRunner | ReferenceRunner, note: str = "") -> Check:
+    def _row(
+        self, stage: str, runner: OrtRunner | ReferenceRunner, note: str = "", **tolerance: float | None
+    ) -> Check:
         sizes = "; ".join(inputs.shapes() for inputs in self.inputs)
         judged = functools.partial(
             compare,
@@ -99,6 +111,8 @@ class OnnxReference:
             device=runner.device,
             provider=runner.provider,
             detail="; ".join(filter(None, (f"inputs {sizes}", note))),
+            atol=tolerance.get("atol"),
+            rtol=tolerance.get("rtol"),
         )
         row = judged(self.limits)
         return row if row.passed else judged(self.redrawn_limits)

@@ -1,75 +1,50 @@
-"""Fold the BatchNorms of an ONNX file: open, observe, plan, apply, check, save."""
+"""A surgery from one ONNX file to another, and the fold of what an exported graph alone lets fold."""
 
 from __future__ import annotations
 
 import dataclasses
 import glob
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import onnx_ir as ir
 
-from bntool.comparing import Limit
-from bntool.errors import CheckFailed, StateError
+from bntool.core.options import FoldOptions, InsertOptions
 from bntool.exporting import ExportResult
-from bntool.files.drafts import draft_folder
 from bntool.files.targets import Target
-from bntool.folding import at_graph_level, plan_on_all
-from bntool.observe.onnx_model import OnnxObservation, observe_onnx
-from bntool.onnx_checking import OnnxReference
 from bntool.onnx_cleaning import census
-from bntool.onnx_files import OnnxFile, open_onnx, put_onnx, save_onnx, write_drafts
-from bntool.plan import ByPlan, Plan
-from bntool.reasons import Reason
-from bntool.settling import settle
-from bntool.surgery.fold_onnx import OnnxCounts, apply_fold_onnx
-from bntool.verdicts import Check
+from bntool.onnx_files import open_onnx, put_onnx, write_drafts
+from bntool.results import SurgeryResult
+from bntool.subjects.base import Checking
+from bntool.subjects.onnx import OnnxSubject, plan_fold_onnx
+from bntool.surgeries import fold, insert
+from bntool.surgery.fold_onnx import apply_fold_onnx
 
-
-@dataclasses.dataclass(frozen=True)
-class OnnxFoldResult(ByPlan):
-    """The plan, what it changed in numbers, and the files written (None where nothing was)."""
-
-    plan: Plan
-    counts: OnnxCounts
-    path: Path | None = None
-    data_path: Path | None = None
-    checks: tuple[Check, ...] = ()
-
-    def to_dict(self) -> dict[str, Any]:
-        return {
-            "plan": self.plan.to_dict(),
-            "counts": dataclasses.asdict(self.counts),
-            "unshared": self.plan.unshared.to_dict(),
-            "path": str(self.path) if self.path else None,
-            "data_path": str(self.data_path) if self.data_path else None,
-            "checks": [check.to_dict() for check in self.checks],
-        }
+__all__ = ["fold_exported", "fold_onnx", "insert_onnx", "plan_fold_onnx"]
 
 
 def fold_onnx(
     path: str | Path,
     output: str | Path | None,
     *,
-    include: Sequence[str] = ("*",),
-    exclude: Sequence[str] = (),
-    merge: bool = True,
-    unshare: bool = False,
     check: Literal["full", "fast", "none"] = "fast",
     device: str = "cpu",
     seed: int = 0,
     force: bool = False,
-) -> OnnxFoldResult:
+    **options: Any,
+) -> SurgeryResult:
     """Fold every BatchNorm of an ONNX file that algebra allows, and write the result to `output`.
 
-    `include` and `exclude` match node names. With `merge`, parallel branches that are one convolution become
-    one; where the check does not bear that out, they stay, and a note says so. With `unshare` a node that
-    shares its weight with another gets an initializer of its own, where it needs one; `plan.unshared` says
-    what that adds. Nothing is written where nothing folds, or where `output` is None. Names, metadata, opset,
-    order and external data stay as they are. Both files run in ONNX Runtime on two inputs drawn from `seed`,
-    of different sizes where the file leaves axes open (`check="full"`: three); a BatchNorm whose fold does
-    not stand up stays, as `not-proved`.
+    Args:
+        path: the file; patterns of `include` and `exclude` match names of its nodes.
+        output: where the result goes; None for nowhere. Nothing is written where nothing folds.
+        check: both files run in ONNX Runtime on two inputs (`full`: three) of different sizes where the file
+            leaves axes open; a BatchNorm whose fold does not stand up stays, as `not-proved`.
+        device: where the optimised file runs, or the names of providers.
+        seed: of the inputs.
+        force: whether `output` may be replaced.
+        options: those of `FoldOptions`.
 
     Raises:
         LoadError: the file, or its external data, cannot be read or is not valid.
@@ -78,80 +53,50 @@ def fold_onnx(
         CheckFailed: the folded file does not compute the same, and no BatchNorm of it is at fault.
         ExportError: ONNX Runtime cannot run the file as it was.
     """
-    path = Path(path)
-    target = Target(force=force, reads=open_onnx(path).files)
-    claimed = None if output is None else target.claim(output)
-    observed: list[tuple[OnnxFile, OnnxObservation]] = []
-    reference: list[OnnxReference] = []
+    checking = Checking(full=check == "full", onnx_device=device, seed=seed)
+    chosen = FoldOptions.of(options)
 
-    def plan_without(names: Sequence[str], merges: bool) -> Plan:
-        file = open_onnx(path)
-        plan, seen = plan_fold_onnx(file.model, include=include, exclude=names, merge=merges, unshare=unshare)
-        observed[:] = [(file, seen)]
-        return plan
+    def folded(subject: OnnxSubject) -> tuple[SurgeryResult, OnnxSubject]:
+        return fold(subject, chosen, None if check == "none" else subject.proof(checking))
 
-    def proof(nodes: int) -> OnnxReference:
-        """The file's own runs, which are made once there is something to prove."""
-        if not reference:
-            count = 3 if check == "full" else 2
-            reference.append(OnnxReference(path, nodes, count=count, seed=seed))
-        return reference[0]
-
-    def carry_out(plan: Plan) -> OnnxFoldResult:
-        file, seen = observed.pop()
-        counts = apply_fold_onnx(seen, plan)
-        if not plan or (output is None and check == "none"):
-            return OnnxFoldResult(plan, counts)
-        written, data = save_onnx(file, folder / (claimed or path).name, force=True)
-        if check == "none":
-            return OnnxFoldResult(plan, counts, written, data)
-        require_good_statistics(plan, path)
-        checks = tuple(proof(counts.nodes_before).checks(written, device=device))
-        failed = next((row for row in checks if not row.passed), None)
-        if failed is not None:
-            raise _not_borne_out(failed, reference[0].redrawn_limits[failed.worst[0]])
-        return OnnxFoldResult(plan, counts, written, data, checks)
-
-    def agrees(part: Plan) -> bool:
-        file = open_onnx(path)
-        counts = apply_fold_onnx(observe_onnx(file.model), part)
-        written, _ = save_onnx(file, folder / "part.onnx", force=True)
-        return all(row.passed for row in proof(counts.nodes_before).checks(written, device=device))
-
-    with target.drafts() as drafts, draft_folder(None) as elsewhere:
-        folder = elsewhere if claimed is None else drafts.folder_for(claimed)
-        plan, result = settle(plan_without, carry_out, agrees, exclude, merge)
-        result = dataclasses.replace(result, plan=plan)
-        if claimed is None or result.path is None:
-            return dataclasses.replace(result, path=None, data_path=None)
-        put_onnx(result.path, result.data_path, claimed, drafts)
-    return dataclasses.replace(result, path=claimed, data_path=drafts.part_of(claimed))
+    return _from_file_to_file(path, output, folded, force=force)
 
 
-def _not_borne_out(failed: Check, limit: Limit) -> CheckFailed:
-    where = f"output {failed.worst[0]} on {failed.provider} ({failed.stage})"
-    if limit.undecidable:
-        return CheckFailed(
-            f"the fold cannot be checked: {limit.undecidable}",
-            where=where,
-            next_step="fold it with --check none, and verify the result with inputs of your own",
-        )
-    return CheckFailed(
-        f"the folded file differs: relative error {failed.relative:.2g}, allowed {failed.limit:.2g}",
-        where=where,
-        next_step="leave BatchNorms out with --exclude, and please report it",
+def insert_onnx(
+    path: str | Path, output: str | Path | None, options: InsertOptions | None = None, *, force: bool = False
+) -> SurgeryResult:
+    """Put a BatchNormalization node between every convolution of an ONNX file and its activation.
+
+    γ = 1, β = 0, μ = 0, σ² = 1 - ε: the output stays the same. Nothing is written where there is no site, or
+    where `output` is None.
+
+    Raises:
+        LoadError: the file, or its external data, cannot be read or is not valid.
+        UsageError: an option that only modules can carry out; an `output` that cannot be written.
+    """
+    return _from_file_to_file(
+        path, output, lambda subject: insert(subject, options or InsertOptions()), force=force
     )
 
 
-def require_good_statistics(plan: Plan, path: Path) -> None:
-    """Raise `StateError`, naming the BatchNorm, where one holds statistics that no BatchNorm may hold."""
-    bad = next((skip for skip in plan.skips if skip.reason is Reason.BAD_STATISTICS), None)
-    if bad is not None:
-        raise StateError(
-            f"the statistics of BatchNorm {bad.name} are bad: {bad.detail}",
-            where=str(path),
-            next_step=f"export the model again, or leave it out with --exclude {bad.name}",
-        )
+def _from_file_to_file(
+    path: str | Path,
+    output: str | Path | None,
+    surgery: Callable[[OnnxSubject], tuple[SurgeryResult, OnnxSubject]],
+    *,
+    force: bool,
+) -> SurgeryResult:
+    target = Target(force=force, reads=open_onnx(path).files)
+    if output is None:
+        result, _ = surgery(OnnxSubject(path))
+        return dataclasses.replace(result, model=None)
+    claimed = target.claim(output)
+    with target.drafts() as drafts:
+        result, after = surgery(OnnxSubject(path, folder=drafts.folder_for(claimed)))
+        if not result.modified:
+            return dataclasses.replace(result, model=None)
+        put_onnx(after.model, after.data, claimed, drafts)
+    return dataclasses.replace(result, model=claimed, data_path=drafts.part_of(claimed))
 
 
 def fold_exported(
@@ -196,21 +141,3 @@ def _has_parallel_convolutions(model: ir.Model) -> bool:
     """Whether two convolutions read one value: without a BatchNorm, only such can merge."""
     sources = [node.inputs[0] for node in model.graph if node.op_type == "Conv"]
     return len(set(sources)) < len(sources)
-
-
-def plan_fold_onnx(
-    model: ir.Model,
-    *,
-    include: Sequence[str] = ("*",),
-    exclude: Sequence[str] = (),
-    merge: bool = True,
-    unshare: bool = False,
-) -> tuple[Plan, OnnxObservation]:
-    """A verdict for every BatchNorm of the model, and the observation it was planned on.
-
-    Where an axis has no fixed size, a fold counts only if it comes out the same for two sets of sizes.
-    """
-    observed = observe_onnx(model)
-    graphs = [observed.graph, *([observe_onnx(model, sizes=1).graph] if observed.open else [])]
-    plan = plan_on_all(graphs, include=include, exclude=exclude, merge=merge, unshare=unshare)
-    return at_graph_level(plan, observed.hidden), observed

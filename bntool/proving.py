@@ -3,167 +3,99 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
-from collections.abc import Callable, Sequence
+import functools
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from bntool.checking import check_surgery
-from bntool.errors import BntoolError, CheckFailed
-from bntool.inputs import Inputs
-from bntool.module_folding import PlannedFold, other_sizes, plan_module_fold
-from bntool.observe.eager import Observation
+from bntool.checking import check_surgery, seeded_batches
+from bntool.dynamic_axes import resized
+from bntool.errors import BntoolError
+from bntool.module_folding import other_sizes
 from bntool.observe.inference import has_fixed_size
 from bntool.plan import Plan
-from bntool.reference import Progress, Reference
-from bntool.settling import first_at_fault, settle
+from bntool.reference import Reference
+from bntool.subjects.base import Checking
 from bntool.surgery.fold_modules import apply_fold
 from bntool.verdicts import Check
 
-
-@dataclasses.dataclass(frozen=True)
-class Proved:
-    """A fold and its checks: every site of the plan stood up to both references."""
-
-    plan: Plan
-    model: nn.Module
-    checks: tuple[Check, ...]
+if TYPE_CHECKING:
+    from bntool.inputs import Inputs
+    from bntool.subjects.module import ModuleSubject
 
 
-def proved_fold(
-    model: nn.Module,
-    observation: Observation,
-    reference: Reference,
-    *,
-    include: Sequence[str] = ("*",),
-    exclude: Sequence[str] = (),
-    merge: bool = True,
-    unshare: bool = False,
-    device: str = "cpu",
-    progress: Progress | None = None,
-    atol: float | None = None,
-    rtol: float | None = None,
-) -> Proved:
-    """Plan, apply and check a fold until all that is left of it is proved.
+class ModuleProof:
+    """A module's own runs: on its example or batches of it, and in float64 on inputs of other sizes."""
 
-    Raises `CheckFailed` when the float32 rows fail although float64 agrees.
-    """
-    elsewhere: list[Reference | None] = []
+    def __init__(self, model: nn.Module, example: Inputs, checking: Checking) -> None:
+        self._model, self._example, self._checking = model, example, checking
 
-    def ground() -> Reference | None:
-        """The original on other sizes, which runs only once there is something to prove."""
-        if not elsewhere:
-            elsewhere.append(reference_elsewhere(model, observation.inputs))
-        return elsewhere[0]
+    @functools.cached_property
+    def reference(self) -> Reference:
+        """The original on the inputs that a candidate is compared on."""
+        checking = self._checking
+        inputs = seeded_batches(self._example, seed=checking.seed) if checking.full else [self._example]
+        longer = {name: [axis for axis in axes if axis] for name, axes in checking.axes.items()}
+        if any(longer.values()):  # by 32, which most strides divide
+            inputs = [*inputs, resized(self._example, longer, by=32, seed=checking.seed)]
+        return Reference(self._model, inputs)
 
-    planned: list[PlannedFold] = []
-
-    def plan_without(names: Sequence[str], merges: bool) -> Plan:
-        planned[:] = [
-            plan_module_fold(
-                model, observation, include=include, exclude=names, merge=merges, unshare=unshare
-            )
-        ]
-        return planned[0].plan
-
-    def carry_out(plan: Plan) -> tuple[nn.Module, tuple[Check, ...]]:
-        folded = planned[0].carry_out()
-        if not plan:
-            return folded, ()
-        return folded, tuple(
-            check_fold(
-                model,
-                folded,
-                plan,
-                reference,
-                ground(),
-                device=device,
-                progress=progress,
-                atol=atol,
-                rtol=rtol,
-            )
-        )
-
-    def agrees(part: Plan) -> bool:
-        return _agrees(model, part, ground() or reference)
-
-    plan, (folded, checks) = settle(plan_without, carry_out, agrees, exclude, merge)
-    return Proved(plan, folded, checks)
-
-
-def check_fold(
-    model: nn.Module,
-    folded: nn.Module,
-    plan: Plan,
-    reference: Reference,
-    elsewhere: Reference | None = None,
-    *,
-    device: str = "cpu",
-    progress: Progress | None = None,
-    atol: float | None = None,
-    rtol: float | None = None,
-) -> list[Check]:
-    """Run both models: as they are, and with the fold redone in float64 on inputs of other sizes.
-
-    Raises `CheckFailed` when they do not agree, or the folded model does not run.
-    """
-    checks = check_surgery(
-        model,
-        folded,
-        reference.inputs,
-        stage="fold",
-        candidate64=in_float64(model, lambda wide: apply_fold(wide, plan)),
-        device=device,
-        progress=progress,
-        reference=reference,
-        elsewhere=elsewhere,
-        changed_parts=_changed_parts(model, plan),
-        atol=atol,
-        rtol=rtol,
-    )
-    if not all(check.passed for check in checks):
-        raise CheckFailed(
-            f"the folded model differs from the original: {_worst(checks)}",
-            where=first_at_fault(plan, lambda part: _agrees(model, part, elsewhere or reference)),
-            next_step="leave that BatchNorm out with --exclude, and please report it",
-        )
-    return checks
-
-
-def reference_elsewhere(model: nn.Module, inputs: Inputs) -> Reference | None:
-    """The original on an input of other sizes and one sample more; None where it takes no such input."""
-    for other in other_sizes(inputs, fixed=has_fixed_size(model)):
-        found = Reference(model, [other])
-        try:
-            if found.exact is not None:
-                return found
-        except BntoolError:
-            continue
+    @functools.cached_property
+    def elsewhere(self) -> Reference | None:
+        """The original on an input of other sizes and one sample more; None where it takes no such input."""
+        for other in other_sizes(self._example, fixed=has_fixed_size(self._model)):
+            found = Reference(self._model, [other])
+            try:
+                if found.exact is not None:
+                    return found
+            except BntoolError:
+                continue
+            return None
         return None
-    return None
+
+    @property
+    def looks_elsewhere(self) -> bool:
+        return self.elsewhere is not None
+
+    def rows(self, plan: Plan, after: ModuleSubject) -> list[Check]:
+        checking = self._checking
+        return self._compared(
+            plan,
+            after.model,
+            self.reference,
+            elsewhere=self.elsewhere,
+            device=checking.torch_device,
+            progress=checking.step,
+            atol=checking.atol,
+            rtol=checking.rtol,
+        )
+
+    def agrees(self, plan: Plan) -> bool:
+        reference = self.elsewhere or self.reference
+        return all(
+            row.passed for row in self._compared(plan, apply_fold(self._model, plan).eval(), reference)
+        )
+
+    def _compared(self, plan: Plan, folded: nn.Module, reference: Reference, **how: Any) -> list[Check]:
+        return check_surgery(
+            self._model,
+            folded,
+            reference.inputs,
+            stage="fold",
+            candidate64=_folded_in_float64(self._model, plan),
+            reference=reference,
+            changed_parts=_changed_parts(self._model, plan),
+            **how,
+        )
 
 
-def in_float64(model: nn.Module, surgery: Callable[[nn.Module], nn.Module]) -> nn.Module | None:
-    """`surgery` on a float64 copy of the model; None where the model has no float64 copy."""
+def _folded_in_float64(model: nn.Module, plan: Plan) -> nn.Module | None:
+    """The same fold redone on a float64 copy; None where a class refuses to be copied."""
     try:
         wide = copy.deepcopy(model).double()
-    except Exception:  # noqa: BLE001 - a class may refuse to be copied in its own way
+    except Exception:  # noqa: BLE001 - a class may refuse in its own way
         return None
-    return surgery(wide)
-
-
-def _agrees(model: nn.Module, part: Plan, reference: Reference) -> bool:
-    """Whether a part of a fold stands up on the inputs of a reference."""
-    rows = check_surgery(
-        model,
-        apply_fold(model, part).eval(),
-        reference.inputs,
-        stage="fold",
-        candidate64=in_float64(model, lambda wide: apply_fold(wide, part)),
-        reference=reference,
-        changed_parts=_changed_parts(model, part),
-    )
-    return all(row.passed for row in rows)
+    return apply_fold(wide, plan)
 
 
 def _changed_parts(model: nn.Module, plan: Plan) -> set[str]:
@@ -174,9 +106,3 @@ def _changed_parts(model: nn.Module, plan: Plan) -> set[str]:
         homes = {name.partition(".")[0] for name in (site.bn, *site.into)}
         (whole if len(homes) == 1 else crossed).update(homes)
     return {name for name, _ in model.named_children()} - (whole - crossed)
-
-
-def _worst(checks: Sequence[Check]) -> str:
-    failed = next(check for check in checks if not check.passed)
-    why = failed.detail or failed.stage
-    return f"relative error {failed.relative:.2g}, allowed {failed.limit:.2g} ({why})"

@@ -4,29 +4,45 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from torch import nn
-
-from bntool.inputs import Inputs
 from bntool.plan import ByPlan, FoldSite, InsertSite, Plan, Skip, Unshared
 from bntool.report.tables import Column, Table, count, render, signed, size, wrapped
 from bntool.text import Lines, as_lines
 from bntool.verdicts import Check, first_failed
 
+if TYPE_CHECKING:
+    from bntool.exporting import ExportResult
+
 
 @dataclasses.dataclass(frozen=True)
 class SurgeryResult(ByPlan):
-    """A new model and how it came about; the model that was given is untouched.
+    """A new model and how it came about, whatever its kind; the model that was given is untouched.
 
-    `parameters` holds `before`, `after` and `delta`, recounted from the tensors of both models.
+    `model` is an `nn.Module`, an `ExportedProgram`, a TorchScript module or, for an ONNX file, the path of the
+    new one. `parameters` holds `before`, `after` and `delta`, recounted from the tensors of both. `data_path`
+    is the file beside a new ONNX file that holds its numbers, where there is one. `export` is what was written
+    as ONNX.
     """
 
-    model: nn.Module
+    model: Any
     plan: Plan
     parameters: dict[str, dict[str, int]]
     checks: tuple[Check, ...] = ()
-    inputs: Inputs | None = None
+    kind: str = "module"
+    data_path: Path | None = None
+    export: ExportResult | None = None
+
+    @property
+    def program(self) -> Any:
+        """The model, where it is an exported program."""
+        return self.model
+
+    @property
+    def path(self) -> Path | None:
+        """Where the new ONNX file is; None where there is none."""
+        return self.model if isinstance(self.model, Path) else None
 
     @property
     def status(self) -> str:
@@ -35,14 +51,14 @@ class SurgeryResult(ByPlan):
         return "ok" if self.modified else "nothing-to-do"
 
     def to_dict(self) -> dict[str, Any]:
-        """The document that `--json` prints, without paths."""
-        document: dict[str, Any] = {"status": self.status, "parameters": self.parameters}
+        """The document that `--json` prints, without what only a command knows: the same keys for every kind."""
         checks = [check.to_dict() for check in self.checks]
-        if self.plan.action == "fold":
-            return {**document, **fold_verdicts(self.plan), "checks": checks}
-        plan = self.plan.to_dict()
-        shown = ("sites", "skips", "key_map", "dropped_biases")
-        return {**document, **{key: plan[key] for key in shown}, "check": checks[0] if checks else None}
+        found = verdicts(self.plan)
+        document: dict[str, Any] = {"status": self.status, "kind": self.kind, "parameters": self.parameters}
+        document |= {**found, "checks": checks, "export": self.export.to_dict() if self.export else None}
+        return (
+            document if self.plan.action == "fold" else {**document, "check": checks[0] if checks else None}
+        )
 
     def __str__(self) -> str:
         return self.render()
@@ -55,15 +71,18 @@ class SurgeryResult(ByPlan):
         return as_lines(*told[told[0] == "" :], "", *delta_lines(self.parameters))
 
 
-def fold_verdicts(plan: Plan) -> dict[str, Any]:
-    """The verdicts of a fold as the document that `--json` prints, at every level; edits stay in the plan."""
+def verdicts(plan: Plan) -> dict[str, Any]:
+    """What was decided for each place, as the document that `--json` prints; edits stay in the plan."""
     data = plan.to_dict()
+    if plan.action == "insert":
+        return {key: data[key] for key in ("sites", "skips", "key_map", "dropped_biases")}
     return {
         "sites": [{key: value for key, value in site.items() if key != "edits"} for site in data["sites"]],
         "skips": data["skips"],
         "bn_total": len(plan.sites) + len(plan.skips),
         "bn_folded": len(plan.sites),
         "unshared": plan.unshared.to_dict(),
+        "merges": merges_of(plan),
     }
 
 

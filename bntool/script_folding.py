@@ -7,8 +7,8 @@ graph of each submodule; what stands otherwise stays.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import io
-import math
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -17,40 +17,31 @@ import torch
 from torch import Tensor, nn
 
 from bntool.casting import is_finite
+from bntool.checking import ALGEBRA_LIMIT
+from bntool.comparing import Limit, compare
 from bntool.errors import CheckFailed, ExportError, StateError
 from bntool.files.security.scripted import script_bytes
 from bntool.inputs import Inputs, named_tensors
 from bntool.plan import Skip
 from bntool.reasons import Reason
-
-_AGREEMENT = 1e-10
-"""Two computations in float64 of the same thing; rounding is below 1e-12 of the peak."""
+from bntool.verdicts import Check
 
 
 @dataclasses.dataclass(frozen=True)
 class FoldedScript:
-    """A new module, the BatchNorms that went, those that stay, and how far the outputs differ in float64."""
+    """A new module, the BatchNorms that went and those that stay; and both modules in float64."""
 
     model: torch.jit.ScriptModule
     folded: tuple[str, ...]
     skips: tuple[Skip, ...]
-    error: float | None
-
-    def to_dict(self) -> dict[str, Any]:
-        return {
-            "sites": [{"bn": name, "into": [], "laws": ["conv"]} for name in self.folded],
-            "skips": [skip.to_dict("bn") for skip in self.skips],
-            "bn_total": len(self.folded) + len(self.skips),
-            "bn_folded": len(self.folded),
-            "relative_error_float64": self.error,
-        }
+    wide: torch.jit.ScriptModule
+    wide_folded: torch.jit.ScriptModule
 
 
-def fold_script(script: torch.jit.ScriptModule, inputs: Inputs | None) -> FoldedScript:
-    """Fold a copy of `script` in eval mode; with `inputs`, run it beside the original in float64.
+def fold_script(script: torch.jit.ScriptModule) -> FoldedScript:
+    """Fold a copy of `script` in eval mode, in float64 and rounded once.
 
-    Raises `StateError` for statistics or weights that are not finite, `CheckFailed` where the outputs do not
-    agree, or where the module cannot be run in float64.
+    Raises `StateError` for statistics or weights that are not finite.
     """
     before = set(called_norms(script))
     original = _copy(script).eval()
@@ -61,9 +52,7 @@ def fold_script(script: torch.jit.ScriptModule, inputs: Inputs | None) -> Folded
         warnings.simplefilter("ignore")
         folded = torch.jit._recursive.wrap_cpp_module(torch._C._jit_pass_fold_convbn(exact._c))
         kept = set(called_norms(folded))
-        error = (
-            None if inputs is None else _disagreement(_copy(exact).double(), _copy(folded).double(), inputs)
-        )
+        wide, wide_folded = _copy(exact).double(), _copy(folded).double()
         result = folded.to(types.pop()) if len(types) == 1 else folded
     for name, tensor in result.state_dict().items():
         if not is_finite(tensor):
@@ -73,7 +62,7 @@ def fold_script(script: torch.jit.ScriptModule, inputs: Inputs | None) -> Folded
     skips = tuple(
         Skip(n, Reason.SCRIPTED, "no convolution right before it in its graph") for n in sorted(kept)
     )
-    return FoldedScript(result, tuple(sorted(before - kept)), skips, error)
+    return FoldedScript(result, tuple(sorted(before - kept)), skips, wide, wide_folded)
 
 
 def converted(script: torch.jit.ScriptModule, inputs: Inputs) -> nn.Module:
@@ -140,32 +129,31 @@ def _copy(script: torch.jit.ScriptModule) -> torch.jit.ScriptModule:
         return copied
 
 
-def _disagreement(original: Any, folded: Any, inputs: Inputs) -> float:
-    """The largest difference over two draws of inputs, relative to the peak."""
-    worst = 0.0
-    for seed in (0, 1):
-        generator = torch.Generator().manual_seed(seed)
+def check_script(folded: FoldedScript, inputs: Inputs) -> Check:
+    """Both modules in float64, over two draws of inputs: far apart by less than rounding, or failed.
 
-        def drawn(tensor: Tensor, generator: torch.Generator = generator) -> Tensor:
-            if not tensor.is_floating_point():
-                return tensor
-            return torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
-
-        given = inputs.map(drawn)
-        try:
-            outputs = [dict(named_tensors(m(*given.args, **given.kwargs))) for m in (original, folded)]
-        except Exception as error:
-            raise CheckFailed(
-                f"the module cannot be run in float64 ({type(error).__name__}), so no fold can be checked",
-                next_step="name its input with --input, or fold the nn.Module it was made from",
-            ) from error
-        compared = [(a.double(), outputs[1][name].double()) for name, a in outputs[0].items() if a.numel()]
-        for a, b in compared:
-            apart = float((a - b).abs().max() / a.abs().max().clamp(min=1e-300))
-            worst = max(worst, apart) if math.isfinite(apart) else math.inf
-    if worst > _AGREEMENT or not compared:
+    Raises `CheckFailed` where they cannot be run so.
+    """
+    given = [inputs.map(functools.partial(_drawn, torch.Generator().manual_seed(seed))) for seed in (0, 1)]
+    try:
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            before, after = (
+                [dict(named_tensors(module(*one.args, **one.kwargs))) for one in given]
+                for module in (folded.wide, folded.wide_folded)
+            )
+    except Exception as error:
         raise CheckFailed(
-            f"the folded module differs from the original by {worst:.2g} of the peak in float64",
-            next_step="fold the nn.Module that it was made from",
-        )
-    return worst
+            f"the module cannot be run in float64 ({type(error).__name__}), so no fold can be checked",
+            next_step="name its input with --input, or fold the nn.Module it was made from",
+        ) from error
+    noise = torch.finfo(torch.float64).eps / 2
+    limits = {name: Limit(noise, ALGEBRA_LIMIT) for outputs in before for name in outputs}
+    row = compare(before, after, limits, stage="fold", device="cpu", provider="torch")
+    return dataclasses.replace(row, precision="float64")
+
+
+def _drawn(generator: torch.Generator, tensor: Tensor) -> Tensor:
+    if not tensor.is_floating_point():
+        return tensor
+    return torch.randn(tensor.shape, generator=generator, dtype=torch.float64)

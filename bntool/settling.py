@@ -27,12 +27,14 @@ def settle(
     agrees: Callable[[Plan], bool],
     exclude: Sequence[str] = (),
     merge: bool = False,
+    look_again: Callable[[], bool] = lambda: False,
 ) -> tuple[Plan, Done]:
     """Plan and carry out until all that is left of the plan is proved.
 
     `plan_without` plans without the BatchNorms that patterns name, and with merged branches or not;
     `carry_out` applies a plan and checks it; `agrees` tells whether a part of a plan stands up. Where merged
-    branches do not, there are none, and a note says so. Raises `CheckFailed` where no BatchNorm is at fault.
+    branches do not, there are none, and a note says so. `look_again` is asked first, and tells whether
+    `plan_without` now plans more thoroughly. Raises `CheckFailed` where no BatchNorm is at fault.
     """
     unproved: dict[str, Skip] = {}
     notes: tuple[str, ...] = ()
@@ -42,6 +44,8 @@ def settle(
             done = carry_out(plan)
             return _settled(plan, unproved, exclude, notes), done
         except CheckFailed as failure:
+            if look_again():
+                continue
             if plan.merges:
                 merge, notes = False, (f"parallel branches are left as they are: {failure.what}",)
                 continue

@@ -1,83 +1,119 @@
-"""The surgeries by their steps, which the public functions and the command line share.
-
-A model is observed once; an insertion or a fold on it gives a `SurgeryResult`.
-"""
+"""One fold and one insertion, for every kind of model: plan, apply, prove, and keep what stands up."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from torch import nn
 
 from bntool.batches import inputs_of
-from bntool.checking import check_surgery, seeded_batches
-from bntool.errors import CheckFailed, UsageError
+from bntool.comparing import Limit
+from bntool.core.options import FoldOptions, InsertOptions
+from bntool.errors import CheckFailed
 from bntool.inputs import Inputs
-from bntool.inserting import InsertOptions
-from bntool.insertion import check_unchanged, insert_observed
-from bntool.module_folding import plan_module_fold
-from bntool.observe.eager import Observation, observe
-from bntool.observe.inference import observe_inferred
 from bntool.plan import Plan
-from bntool.proving import proved_fold
-from bntool.reference import Reference
-from bntool.report.counting import parameter_delta
 from bntool.results import SurgeryResult
+from bntool.settling import first_at_fault, settle
 from bntool.statistics import measure, set_preserving
+from bntool.subjects.base import Checking, Proof, S
+from bntool.subjects.module import ModuleSubject
 from bntool.surgery.fold_modules import with_own_tensors
 from bntool.sweeping import difference_in_training
-from bntool.verdicts import Check
+from bntool.verdicts import Check, first_failed
 
 
-def observed(model: nn.Module, example_inputs: Any, *, small: bool = False) -> Observation:
-    if not isinstance(model, nn.Module):
-        raise UsageError(
-            f"model is a {type(model).__name__}, not an nn.Module",
-            next_step="load a file with bntool.load(path).model",
-        )
-    if example_inputs is None:
-        return observe_inferred(model, small=small)
-    return observe(model, Inputs.of(example_inputs))
+def fold(
+    subject: S,
+    options: FoldOptions,
+    proof: Proof[S] | None = None,
+    *,
+    worth: Callable[[Plan], bool] = bool,
+) -> tuple[SurgeryResult, S]:
+    """Fold every BatchNorm that algebra allows; with a `proof`, only what stands up to it.
 
+    What does not stand up is not folded (reason `not-proved`). A plan that is not `worth` it is not carried
+    out. A first plan looks at one observation; another one, of other sizes, is made where no proof looks there,
+    or where the proof fails. The result's model shares what stays with the original.
 
-def insert_with(model: nn.Module, observation: Observation, options: InsertOptions) -> SurgeryResult:
-    """`insert` on a model already observed; the result shares its untouched tensors with `model`.
-
-    Raises `CheckFailed` where a bias moved and the eval output is not the same within rounding.
+    Raises:
+        CheckFailed: the folded model does not compute the same, and no BatchNorm is at fault.
     """
-    plan, modified, check = insert_observed(model, observation, options)
-    result = as_result(model, modified, plan, observation.inputs, (check,) if check else ())
-    if plan.dropped and (options.init == "identity" or not plan.sites):
-        return with_checks(result, check_insert(model, result.model, plan, observation.inputs))
-    return result
+    thorough = [False]
+
+    def plan_without(names: Sequence[str], merges: bool) -> Plan:
+        chosen = dataclasses.replace(options, exclude=tuple(names), merge=merges)
+        return subject.plan_fold(chosen, thorough=thorough[0])
+
+    def carry_out(plan: Plan) -> tuple[S, tuple[Check, ...]]:
+        if not worth(plan):
+            return subject, ()
+        if proof is not None and plan and not thorough[0] and not proof.looks_elsewhere:
+            raise CheckFailed("one observation alone says nothing of other sizes")
+        after = subject.folded(plan)
+        rows = tuple(proof.rows(plan, after)) if proof is not None and plan else ()
+        failed = first_failed(rows)
+        if failed is not None:
+            raise _not_borne_out(failed, proof)
+        return after, rows
+
+    def look_again() -> bool:
+        """Whether another plan is to be had, from inputs of other sizes."""
+        again, thorough[0] = not thorough[0], True
+        return again
+
+    def agrees(part: Plan) -> bool:
+        return proof is not None and proof.agrees(part)
+
+    plan, (after, rows) = settle(
+        plan_without, carry_out, agrees, options.exclude, options.merge, look_again=look_again
+    )
+    return _result(subject, after, plan, rows), after
 
 
-def check_insert(
-    model: nn.Module, modified: nn.Module, plan: Plan, inputs: Inputs, *, full: bool = False
-) -> list[Check]:
-    """The insertion held to what it promises: to the last bit, or within rounding where numbers moved.
+def insert(subject: S, options: InsertOptions, checking: Checking | None = None) -> tuple[SurgeryResult, S]:
+    """Insert BatchNorm between convolutions and their activations; with `checking`, held to what it promises.
+
+    That is the eval output to the last bit, or within rounding where numbers moved; with `init="default"`
+    nothing. The result's model shares what stays with the original.
 
     Raises `CheckFailed` where it is not so.
     """
-    if plan.options.get("init") == "identity" and not plan.dropped:
-        rows = [check_unchanged(model, modified, inputs, full=full)]
-    else:
-        batches = seeded_batches(inputs) if full else [inputs]
-        rows = check_surgery(model, modified, batches, stage="insert")
-    if not all(row.passed for row in rows):
-        raise CheckFailed("the insertion changes the output", next_step="please report this model")
-    return rows
+    options.validate()
+    plan, after = subject.inserted(options)
+    keeps = options.init == "identity" or not plan.sites
+    rows = subject.insert_rows(plan, after, checking) if checking is not None and plan and keeps else []
+    return _result(subject, after, plan, tuple(rows)), after
 
 
-def measured_insert(model: nn.Module, result: SurgeryResult, batches: Iterable[Any]) -> SurgeryResult:
+def replayed(
+    subject: ModuleSubject, plan: Plan, model: nn.Module, checking: Checking | None
+) -> SurgeryResult:
+    """The result of a plan that was carried out as `model`, checked like a new one. Raises `CheckFailed`."""
+    after = ModuleSubject(model, name=subject.name)
+    rows: list[Check] = []
+    if checking is not None and plan and plan.action == "fold":
+        proof = subject.proof(checking)
+        rows = proof.rows(plan, after)
+        failed = first_failed(rows)
+        if failed is not None:
+            error = _not_borne_out(failed, proof)
+            error.where = first_at_fault(plan, proof.agrees) or error.where
+            raise error
+    elif checking is not None and plan and plan.options.get("init") != "default":
+        rows = subject.insert_rows(plan, after, checking)
+    return _result(subject, after, plan, tuple(rows))
+
+
+def measured_insert(subject: ModuleSubject, result: SurgeryResult, batches: Iterable[Any]) -> SurgeryResult:
     """Give the BatchNorms just inserted the statistics of what they read, and the affine that undoes them.
 
     Eval outputs stay within rounding, which is checked; the first training step stays close, since each
     BatchNorm then normalises by what it undoes. A site that the data does not reach stays an identity.
     Raises `CheckFailed` where the eval output is not the same within rounding.
     """
+    model = subject.model
     names = [name for site in result.plan.insert_sites for name in site.norms]
     first: list[Inputs] = []
     found = measure(result.model, names, _first_kept(inputs_of(model, batches), first))
@@ -97,11 +133,46 @@ def measured_insert(model: nn.Module, result: SurgeryResult, batches: Iterable[A
             "first training step: where the new layers normalise by the batch, the output of the first one "
             f"moves by {moved:.1e} of its peak"
         )
-    checks = result.checks
-    if result.inputs is not None:
-        checks = tuple(check_insert(model, result.model, result.plan, result.inputs))
+    rows = subject.insert_rows(result.plan, ModuleSubject(result.model), Checking())
     plan = dataclasses.replace(result.plan, notes=(*result.plan.notes, *notes))
-    return dataclasses.replace(result, plan=plan, checks=checks)
+    return dataclasses.replace(result, plan=plan, checks=tuple(rows))
+
+
+def unchanged(subject: S) -> SurgeryResult:
+    """The result of doing nothing, for what only exports and checks."""
+    return _result(subject, subject, Plan("fold", (), ()), ())
+
+
+def with_checks(result: SurgeryResult, checks: Sequence[Check]) -> SurgeryResult:
+    return dataclasses.replace(result, checks=tuple(checks))
+
+
+def on_its_own(result: SurgeryResult, original: nn.Module) -> SurgeryResult:
+    """The result with a model that shares no tensor with the original."""
+    return dataclasses.replace(result, model=with_own_tensors(result.model, original))
+
+
+def _result(subject: S, after: S, plan: Plan, rows: tuple[Check, ...]) -> SurgeryResult:
+    return SurgeryResult(after.model, plan, subject.parameters(after), rows, kind=subject.kind)
+
+
+def _not_borne_out(failed: Check, proof: Any) -> CheckFailed:
+    limits = getattr(getattr(proof, "reference", None), "redrawn_limits", {})
+    limit: Limit | None = limits.get(failed.worst[0]) if failed.precision == "" else None
+    where = f"output {failed.worst[0]} on {failed.provider} ({failed.stage} {failed.precision}".rstrip() + ")"
+    if limit is not None and limit.undecidable:
+        return CheckFailed(
+            f"the fold cannot be checked: {limit.undecidable}",
+            where=where,
+            next_step="fold it with --check none, and verify the result with inputs of your own",
+        )
+    why = failed.detail or failed.stage
+    return CheckFailed(
+        f"the folded model differs from the original: relative error {failed.relative:.2g}, "
+        f"allowed {failed.limit:.2g} ({why})",
+        where=where,
+        next_step="leave that BatchNorm out with --exclude, and please report it",
+    )
 
 
 def _listed(channels: Sequence[int], most: int = 16) -> str:
@@ -114,48 +185,3 @@ def _first_kept(batches: Iterable[Inputs], first: list[Inputs]) -> Iterator[Inpu
         if not first:
             first.append(batch)
         yield batch
-
-
-def fold_observed(
-    model: nn.Module,
-    observation: Observation,
-    *,
-    include: Sequence[str] = ("*",),
-    exclude: Sequence[str] = (),
-    merge: bool = True,
-    unshare: bool = False,
-) -> SurgeryResult:
-    """`fold` on a model already observed, unchecked; the result shares its untouched tensors with `model`."""
-    planned = plan_module_fold(
-        model, observation, include=include, exclude=exclude, merge=merge, thorough=False, unshare=unshare
-    )
-    return as_result(model, planned.carry_out(), planned.plan, observation.inputs)
-
-
-def fold_proved(
-    model: nn.Module, observation: Observation, reference: Reference, **options: Any
-) -> SurgeryResult:
-    """`fold` on a model already observed, proved against `reference` and on inputs of other sizes."""
-    proved = proved_fold(model, observation, reference, **options)
-    result = as_result(model, proved.model, proved.plan, observation.inputs)
-    return with_checks(result, proved.checks)
-
-
-def unchanged(model: nn.Module) -> SurgeryResult:
-    """The result of doing nothing, for what only exports and checks."""
-    return as_result(model, model, Plan("fold", (), ()), None)
-
-
-def as_result(
-    before: nn.Module, after: nn.Module, plan: Plan, inputs: Inputs | None, checks: tuple[Check, ...] = ()
-) -> SurgeryResult:
-    return SurgeryResult(after, plan, parameter_delta(before, after), checks, inputs)
-
-
-def with_checks(result: SurgeryResult, checks: Sequence[Check]) -> SurgeryResult:
-    return dataclasses.replace(result, checks=tuple(checks))
-
-
-def on_its_own(result: SurgeryResult, original: nn.Module) -> SurgeryResult:
-    """The result with a model that shares no tensor with the original."""
-    return dataclasses.replace(result, model=with_own_tensors(result.model, original))

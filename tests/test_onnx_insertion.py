@@ -14,9 +14,8 @@ from bntool.errors import UsageError
 from bntool.inputs import Inputs
 from bntool.inserting import InsertOptions
 from bntool.onnx_checking import check_onnx_unchanged, example_inputs_of
-from bntool.onnx_folding import fold_onnx
-from bntool.onnx_insertion import insert_onnx
-from bntool.program_insertion import insert_program
+from bntool.onnx_folding import fold_onnx, insert_onnx
+from bntool.program_folding import insert_program
 from bntool.reasons import Reason
 from bntool.runtime.onnx_reference import ReferenceRunner
 

@@ -25,8 +25,7 @@ from bntool.errors import ExportError
 from bntool.inputs import Inputs
 from bntool.inserting import InsertOptions
 from bntool.legacy_exporting import trace
-from bntool.onnx_folding import fold_onnx
-from bntool.onnx_insertion import insert_onnx
+from bntool.onnx_folding import fold_onnx, insert_onnx
 from tools.random_nets import RandomNet
 from tools.random_trials import Run, Trial, any_is_wrong, difference, has_norms, inputs_of
 

@@ -10,12 +10,26 @@ from bntool.errors import DeviceError, UsageError
 
 @dataclasses.dataclass(frozen=True)
 class Devices:
-    """Where torch runs, and where ONNX Runtime does: `auto`, `cpu`, `cuda`, `cuda:N`, or names of providers."""
+    """Where torch runs, and where ONNX Runtime does: `auto`, `cpu`, `cuda:N`, or names of providers."""
 
     torch: str = "auto"
     onnx: str = "auto"
     named: bool = False
     """Whether `onnx` are providers that the user named."""
+
+    def require_fitting(self, kind: str) -> None:
+        """A program names the device that it runs on in its own graph, and is loaded for the CPU."""
+        if kind == "program":
+            require_cpu(self.torch)
+
+
+def require_cpu(device: str) -> None:
+    """Raise `DeviceError` where an exported program was to run elsewhere."""
+    if device not in ("auto", "cpu"):
+        raise DeviceError(
+            f"an exported program is checked on the CPU, and --device {device} was asked for",
+            next_step="leave --device out; bntool verify FILE.onnx checks its ONNX file on CUDA",
+        )
 
 
 def require_places(asked: PlaceOptions, *, torch_too: bool = False, onnx_too: bool = False) -> Devices:

@@ -2,181 +2,265 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+import dataclasses
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
-from bntool.cli import options as opt
 from bntool.cli.blaming import require_place
-from bntool.cli.completing import files
-from bntool.cli.onnx_file import fold_onnx_file, is_onnx
-from bntool.cli.session import Session, Voice, open_session
-from bntool.errors import BntoolError, NothingToDo, StateError, UsageError
+from bntool.cli.opening import Opened, open_model
+from bntool.cli.session import Voice
+from bntool.cli.taking import takes_all
+from bntool.core.option import Options, option
+from bntool.core.options import (
+    BenchOptions,
+    CheckOptions,
+    ExportOptions,
+    FoldOptions,
+    LoadOptions,
+    ModelOptions,
+    PlaceOptions,
+    ReportOptions,
+    SpeechOptions,
+    WriteOptions,
+)
+from bntool.core.refusals import require_export
+from bntool.errors import BntoolError, CheckFailed, NothingToDo, StateError, UsageError
 from bntool.reasons import Reason
 
 if TYPE_CHECKING:
+    from bntool.cli.devices import Devices
+    from bntool.plan import Plan
     from bntool.results import SurgeryResult
 
 
+@dataclasses.dataclass(frozen=True)
+class AskOptions(Options):
+    """What a fold ends in."""
+
+    export_to: Literal["onnx"] | None = option(None, "Write it as ONNX too.", "--export")
+    require_all: bool = option(False, "Fail (exit 4) if any BatchNorm that runs is kept.")
+    dtype: Literal["float32", "fp16", "bf16"] | None = option(
+        None,
+        "fp16, bf16: cast the ONNX file's numbers. float32: cast the model first, where float16 cannot hold "
+        "the folded weights.",
+    )
+    plan_file: str | None = option(
+        None,
+        "Fold a file of weights by the plan of an earlier fold, layer by layer, without the model.",
+        "--plan",
+        metavar="FILE",
+        names="file",
+    )
+    bench: bool = option(False, "Time the model before and after.")
+
+
+@dataclasses.dataclass(frozen=True)
+class Asked:
+    """All that the command takes."""
+
+    model: ModelOptions
+    load: LoadOptions
+    ask: AskOptions
+    export: ExportOptions
+    fold: FoldOptions
+    bench: BenchOptions
+    write: WriteOptions
+    place: PlaceOptions
+    check: CheckOptions
+    report: ReportOptions
+    speech: SpeechOptions
+
+    def require_fitting(self) -> None:
+        """Raise `UsageError` for options that do not go together, before any work."""
+        require_place(self.check.repro)
+        exports = bool(self.ask.export_to)
+        require_export(exports, self.export, self.check, self.place)
+        if self.ask.dtype in ("fp16", "bf16") and not exports:
+            raise UsageError("--dtype fp16 and bf16 are for the ONNX file", next_step="add --export onnx")
+        if self.export.keep_io and self.ask.dtype not in ("fp16", "bf16"):
+            raise UsageError(
+                "--keep-io goes with --dtype", next_step="add --dtype fp16, or leave --keep-io out"
+            )
+        if self.bench != BenchOptions() and not self.ask.bench:
+            raise UsageError("--batch-sizes and --rounds are for --bench", next_step="add --bench")
+
+
 @click.command("fold", short_help="Fold BatchNorm into the weights; export and verify.")
-@opt.model_options()
-@click.option("--export", "export_to", type=click.Choice(["onnx"]), help="Write it as ONNX too.")
-@opt.export_options()
-@click.option("--no-merge", is_flag=True, help="Leave parallel branches as they are.")
-@click.option("--unshare", is_flag=True, help="Clone a shared layer for each call that needs it changed.")
-@click.option("--require-all", is_flag=True, help="Fail (exit 4) if any BatchNorm that runs is kept.")
-@click.option(
-    "--dtype",
-    type=click.Choice(["float32", "fp16", "bf16"]),
-    help="fp16, bf16: cast the ONNX file's numbers. float32: cast the model first, where float16 cannot hold "
-    "the folded weights.",
-)
-@click.option(
-    "--plan",
-    "plan_file",
-    metavar="FILE",
-    shell_complete=files,
-    callback=opt.not_empty,
-    help="Fold a file of weights by the plan of an earlier fold, layer by layer, without the model.",
-)
-@click.option("--bench", is_flag=True, help="Time the model before and after.")
-@opt.bench_options()
-@opt.pattern_options()
-@opt.output_options()
-@opt.device_option()
-@opt.providers_option()
-@opt.tf32_option()
-@opt.check_option()
-@opt.tolerance_options()
-@opt.repro_option()
-@opt.report_option()
-@opt.common_options()
-def command(**options: Any) -> int:
+@takes_all(Asked)
+def command(voice: Voice, asked: Asked) -> int:
     """Fold every BatchNorm that algebra allows into the weights beside it, for inference.
 
     Writes NAME_folded beside the input, with --export onnx also NAME_folded.onnx. Every BatchNorm gets
     a verdict; what is kept is kept for a reason (bntool explain CODE).
     """
-    voice = Voice.of(options)
-    require_place(options["repro"])
-    if options["plan_file"]:
+    if asked.ask.plan_file:
         from bntool.cli.stored import fold_stored_file
 
-        return fold_stored_file(voice, options)
-    if is_onnx(options["model"]):
-        _require_own_types(options, "an ONNX file")
-        return fold_onnx_file(voice, options)
-    session = open_session(voice, options)
-    if session.program is not None:
-        from bntool.cli.program_file import fold_program_file
-
-        _require_own_types(options, "an exported program")
-        return fold_program_file(session, session.program, options)
-    if session.loaded.kind == "script":
-        from bntool.cli.script_file import fold_script_file
-
-        return fold_script_file(session, options)
-    if options["dtype"] == "float32":
-        session.cast(options["dtype"])
-    from bntool.cli import devices, picturing, serving, timing, writing
-    from bntool.files.sidecar import output_name
+        return fold_stored_file(voice, asked)
+    of_torch = (asked.export, asked.fold, asked.place, asked.check, asked.ask)
+    opened = open_model(voice, asked.model.model, asked.load, *of_torch)
+    asked.require_fitting()
+    if asked.ask.dtype == "float32" and opened.session is not None:
+        opened = opened.cast("float32")
+    from bntool.cli import serving, writing
+    from bntool.cli.devices import require_places
+    from bntool.cli.picturing import picture
     from bntool.report.checks import checks_text
-    from bntool.report.latency import latency_text
 
-    devices.require_places(options, torch_too=True, onnx_too=bool(options["export_to"]))
-    place = path = onnx = None
-    if not options["dry_run"]:
-        place = writing.chosen_output(session, "fold", options["output"])
-        path = place.named
-        if options["export_to"]:
-            onnx = serving.chosen_onnx(output_name(path, "export"), voice.target, options)
-    serving.require_axes(session, options)
-    if serving.narrow(options["dtype"]) and not options["export_to"]:
-        raise UsageError("--dtype fp16 and bf16 are for the ONNX file", next_step="add --export onnx")
-    result = _folded(session, options)
-    refusal = _refusal(result, session, options)
-    reference = serving.reference_of(session, options)
-    if reference is None:
-        voice.note("not verified (--check none)")
-    elif refusal is None:
-        result = serving.proved(session, reference, options)
-        refusal = _refusal(result, session, options)
-    picturing.picture_module(session, result.model if result.modified else None)
-    voice.say(result.render(verbose=not options["quiet"]))
-    if refusal is not None:
-        voice.fail(refusal, {**result.to_dict(), "output": None, "onnx": None})
-    record = None
+    onnx_too = opened.kind == "onnx" or bool(asked.ask.export_to)
+    devices = require_places(asked.place, torch_too=opened.kind != "onnx", onnx_too=onnx_too)
+    devices.require_fitting(opened.kind)
+    places = writing.chosen_places(voice, opened, asked.write, asked.export if asked.ask.export_to else None)
     with voice.target.drafts() as drafts:
-        result, export = serving.exported(session, result, reference, onnx, drafts, options)
-        if export is not None and options["require_all"]:
-            _require_no_node(export.nodes.get("BatchNormalization", 0), session)
-        if place is not None:
-            record = writing.draft_model(session, "fold", result, place, drafts)
-    export = serving.placed(export, onnx, drafts)
-    writing.keep_in_mind(session, record)
+        opened = opened.working_in(drafts, places.model)
+        folded = _Fold(voice, opened, asked, devices)
+        result, after = folded.result()
+        picture(voice, opened, after if result.modified else None)
+        voice.say(result.render(verbose=not voice.quiet))
+        refusal = _refusal(result, opened, asked)
+        if refusal is not None:
+            voice.fail(refusal, {**result.to_dict(), "dry_run": asked.write.dry_run})
+        for note in result.plan.notes:
+            voice.note(note)
+        if asked.check.check == "none":
+            voice.note("not verified (--check none)")
+        if places.onnx is not None:
+            result = folded.served(result, after, places.onnx, drafts)
+            if asked.ask.require_all and result.export is not None:
+                _require_no_node(result.export.nodes.get("BatchNormalization", 0), opened)
+        record = writing.draft_result(opened, "fold", (result, after), places.model, drafts)
+    result = serving.placed(result, places.onnx, drafts)
+    writing.keep_in_mind(voice, record)
     voice.say()
     voice.say(checks_text(result.checks))
-    if path is not None:
-        voice.say(f"wrote       {path}")
-    if export is not None:
-        voice.say(f"wrote       {serving.export_text(export)}")
-    onnx_path = onnx.path if onnx else None
-    latency = timing.timed_fold(session, result, onnx_path, options) if options["bench"] else None
-    if latency is not None:
-        voice.say()
-        voice.say(latency_text(latency))
+    if places.model is not None:
+        voice.say(f"wrote       {places.model.named}")
+    if result.export is not None:
+        voice.say(f"wrote       {serving.export_text(result.export)}")
+    latency = folded.timed(result, after, places) if asked.ask.bench else None
     voice.emit(
         {
             **result.to_dict(),
             # what the graph alone folded is something done too
-            **({"status": "ok"} if export and export.folded else {}),
-            "output": str(path) if path else None,
-            "onnx": str(onnx.named) if onnx else None,
-            "export": export.to_dict() if export else None,
-            "dry_run": options["dry_run"],
-            **({"latency": latency.to_dict()} if latency else {}),
+            **({"status": "ok"} if result.export and result.export.folded else {}),
+            **places.to_dict(),
+            "dry_run": asked.write.dry_run,
+            "latency": latency,
         }
     )
     return 0
 
 
-def _require_own_types(options: dict[str, Any], kind: str) -> None:
-    """A graph names the type of every value in it: it cannot be cast as a module can."""
-    if options["dtype"]:
-        raise UsageError(
-            f"--dtype is for PyTorch modules: {kind} keeps its types",
-            where=options["model"] or "",
-            next_step="fold the PyTorch model with --dtype, and --export onnx",
+class _Fold:
+    """The steps of the command: fold and prove, export and verify, time."""
+
+    def __init__(self, voice: Voice, opened: Opened, asked: Asked, devices: Devices) -> None:
+        self.voice, self.opened, self.asked, self.devices = voice, opened, asked, devices
+        self.proof: Any = None
+
+    def result(self) -> tuple[SurgeryResult, Any]:
+        """The fold, proved; unproved where it is not worth an output."""
+        from bntool.cli.devices import torch_device
+        from bntool.subjects.base import Checking
+        from bntool.surgeries import fold
+
+        voice, subject, check = self.voice, self.opened.subject, self.asked.check
+        with voice.progress(f"folding {self.opened.subject.name}") as step:
+            if check.check != "none":
+                self.checking = Checking(
+                    full=check.check == "full",
+                    torch_device=torch_device(self.devices.torch),
+                    onnx_device=self.devices.onnx,
+                    atol=check.atol,
+                    rtol=check.rtol,
+                    tf32=check.tf32 == "both",
+                    seed=self.asked.load.seed,
+                    axes=self.asked.export.axes(),
+                    step=step,
+                )
+                self.proof = subject.proof(self.checking)
+            if self.asked.ask.export_to and subject.kind == "module":
+                from bntool.dynamic_axes import DynamicAxes
+
+                DynamicAxes(asked=self.asked.export.axes()).named_for(subject.example())
+            try:
+                return fold(subject, self.asked.fold, self.proof, worth=self._is_worth_it)
+            except CheckFailed:
+                self._blame()
+                raise
+
+    def served(self, result: SurgeryResult, after: Any, place: Any, drafts: Any) -> SurgeryResult:
+        """The fold as ONNX, in a draft, and verified there."""
+        from bntool.cli import serving
+        from bntool.serving import Serving
+
+        dtype = self.asked.ask.dtype
+        narrow: Any = "" if dtype in (None, "float32") else dtype
+        how = Serving(self.asked.export, narrow, self.asked.fold, self.opened.source_hash)
+        pair = None if self.proof is None else (self.proof.reference, self.checking)
+        return serving.served(
+            self.voice, (result, after), place, how, pair, drafts, repro=self.asked.check.repro
         )
 
+    def timed(self, result: SurgeryResult, after: Any, places: Any) -> dict[str, Any]:
+        """The model before and after, and their files."""
+        from bntool.cli.timing import timed_fold
+        from bntool.report.latency import latency_text
 
-def _folded(session: Session, options: dict[str, Any]) -> SurgeryResult:
-    from bntool import surgeries
-
-    with session.voice.progress("folding"):
-        return surgeries.fold_observed(
-            session.model,
-            session.observe(),
-            include=options["include"] or ("*",),
-            exclude=options["exclude"],
-            merge=not options["no_merge"],
-            unshare=options["unshare"],
+        found = timed_fold(
+            self.voice,
+            self.opened,
+            (result, after),
+            places,
+            self.asked.bench,
+            self.devices,
+            self.asked.export,
         )
+        self.voice.say()
+        self.voice.say(latency_text(found))
+        return found.to_dict()
+
+    def _is_worth_it(self, plan: Plan) -> bool:
+        return _why_not(plan, self.opened, self.asked) is None
+
+    def _blame(self) -> None:
+        """Say at which layer or node the unproved fold and the original part."""
+        from bntool.cli import blaming
+        from bntool.surgeries import fold
+
+        subject = self.opened.subject
+        if subject.kind == "script":
+            return
+
+        def find() -> Any:
+            from bntool.blaming import blame_files, blame_modules
+
+            _, after = fold(subject, self.asked.fold)
+            if subject.kind == "onnx":
+                return blame_files(subject.model, after.model, [subject.example(1, self.asked.load.seed)])
+            return blame_modules(subject.runnable, after.runnable, self.proof.reference.inputs, stage="fold")
+
+        blaming.report(self.voice, find, self.asked.check.repro)
 
 
-def _require_no_node(count: int, session: Session) -> None:
+def _refusal(result: SurgeryResult, opened: Opened, asked: Asked) -> BntoolError | None:
+    return _why_not(result.plan, opened, asked)
+
+
+def _require_no_node(count: int, opened: Opened) -> None:
     if count:
         raise NothingToDo(
             f"--require-all: the ONNX graph keeps {count} BatchNormalization nodes",
-            where=session.loaded.reference,
+            where=opened.subject.name,
             next_step="bntool fold without --require-all says why each stays",
         )
 
 
-def _refusal(result: SurgeryResult, session: Session, options: dict[str, Any]) -> BntoolError | None:
-    """Why this result is not worth writing, if it is not."""
-    where = session.loaded.reference
-    bad = [s for s in result.skips if s.reason is Reason.BAD_STATISTICS]
+def _why_not(plan: Plan, opened: Opened, asked: Asked) -> BntoolError | None:
+    """Why a fold by this plan is not worth writing, if it is not."""
+    where = opened.subject.name
+    bad = [s for s in plan.skips if s.reason is Reason.BAD_STATISTICS]
     if bad:
         more = f" (and {len(bad) - 1} more)" if len(bad) > 1 else ""
         return StateError(
@@ -184,20 +268,13 @@ def _refusal(result: SurgeryResult, session: Session, options: dict[str, Any]) -
             where=where,
             next_step=f"train or calibrate the model again, or leave it out with --exclude {bad[0].name}",
         )
-    # what a module tree cannot express the exported graph may: a functional BatchNorm is no part of the
-    # tree, the one of an identity branch reads what others read, and a layer that is called twice from one
-    # place cannot be two
-    in_graph = {Reason.FUNCTIONAL} if options["export_to"] else set()
-    if options["export_to"] and not options["no_merge"]:
-        in_graph |= {Reason.OUTPUT_USED_ELSEWHERE, Reason.REACHES_INPUT}
-    if options["export_to"] and options["unshare"]:
-        in_graph |= {Reason.CALLED_MORE_THAN_ONCE, Reason.WEIGHT_SHARED}
-    kept = [s for s in result.skips if s.reason not in {Reason.NOT_OBSERVED, *in_graph}]
-    if not result.sites and not any(skip.reason in in_graph for skip in result.skips):
-        return _nothing_to_fold(result, where)
-    if options["require_all"] and kept:
+    in_graph = _folded_in_graph(asked) if opened.kind == "module" else frozenset()
+    kept = [s for s in plan.skips if s.reason not in {Reason.NOT_OBSERVED, *in_graph}]
+    if not plan and not any(skip.reason in in_graph for skip in plan.skips):
+        return _nothing_to_fold(plan, opened)
+    if asked.ask.require_all and kept:
         return NothingToDo(
-            f"--require-all: {len(kept)} of {len(result.sites) + len(kept)} BatchNorm layers stay, "
+            f"--require-all: {len(kept)} of {len(plan.sites) + len(kept)} BatchNorm layers stay, "
             f"the first is {kept[0].name} [{kept[0].reason}]",
             where=where,
             next_step=f"bntool explain {kept[0].reason}",
@@ -205,21 +282,37 @@ def _refusal(result: SurgeryResult, session: Session, options: dict[str, Any]) -
     return None
 
 
-def _nothing_to_fold(result: SurgeryResult, where: str) -> NothingToDo:
-    if not result.skips:
+def _folded_in_graph(asked: Asked) -> frozenset[Reason]:
+    """What a module tree cannot express the exported graph may.
+
+    A functional BatchNorm is no part of the tree, the one of an identity branch reads what others read, and a
+    layer that is called twice from one place cannot be two.
+    """
+    found = {Reason.FUNCTIONAL} if asked.ask.export_to else set()
+    if asked.ask.export_to and asked.fold.merge:
+        found |= {Reason.OUTPUT_USED_ELSEWHERE, Reason.REACHES_INPUT}
+    if asked.ask.export_to and asked.fold.unshare:
+        found |= {Reason.CALLED_MORE_THAN_ONCE, Reason.WEIGHT_SHARED}
+    return frozenset(found)
+
+
+def _nothing_to_fold(plan: Plan, opened: Opened) -> NothingToDo:
+    where, skips = opened.subject.name, plan.skips
+    if not skips:
+        exports = f"bntool export {where} writes it as ONNX as it is"
         return NothingToDo(
             "the model has no BatchNorm",
             where=where,
-            next_step=f"bntool export {where} writes it as ONNX as it is",
+            next_step=exports if opened.kind != "onnx" else "there is nothing to do for this file",
         )
-    if all(skip.reason is Reason.EXCLUDED for skip in result.skips):
+    if all(skip.reason is Reason.EXCLUDED for skip in skips):
         return NothingToDo(
-            f"--include and --exclude leave out all {len(result.skips)} BatchNorm layers",
+            f"--include and --exclude leave out all {len(skips)} BatchNorm layers",
             where=where,
-            next_step=f"their names are written like {result.skips[0].name}",
+            next_step=f"their names are written like {skips[0].name}",
         )
     return NothingToDo(
-        f"none of the {len(result.skips)} BatchNorm layers can be folded",
+        f"none of the {len(skips)} BatchNorm layers can be folded",
         where=where,
-        next_step=f"bntool explain {result.skips[0].reason}",
+        next_step=f"bntool explain {skips[0].reason}",
     )

@@ -13,11 +13,24 @@ from bntool.errors import BntoolError
 if TYPE_CHECKING:
     from torch import nn
 
+    from bntool.cli.opening import Opened
     from bntool.graph import Graph
 
 
+def picture(voice: Voice, opened: Opened, after: Any = None) -> None:
+    """The model that was opened, of whatever kind, and what a surgery made of it.
+
+    An axis that a file leaves open has a size of our own choosing.
+    """
+    name = opened.subject.name if opened.session is not None else Path(opened.subject.name).name
+    _picture(voice, name, opened.subject.graph, None if after is None else after.graph)
+    session = opened.session
+    if voice.model is not None and session is not None and session.inputs is not None:
+        voice.model["input"] = session.inputs.shapes()
+
+
 def picture_module(session: Session, changed: nn.Module | None = None) -> None:
-    """The model of the session, and what a surgery made of it."""
+    """The model of the session, and another on the same inputs."""
     from bntool.observe.eager import observe
 
     after = None if changed is None else lambda: observe(changed, session.example).graph
@@ -26,20 +39,9 @@ def picture_module(session: Session, changed: nn.Module | None = None) -> None:
         session.voice.model["input"] = session.inputs.shapes()
 
 
-def picture_onnx(voice: Voice, source: Path, changed: Path | None = None) -> None:
-    """The same of ONNX files; an axis that is open has a size of our own choosing."""
-    after = None if changed is None else lambda: _read_onnx(changed)
-    _picture(voice, source.name, lambda: _read_onnx(source), after)
-
-
-def picture_program(session: Session, changed: Any = None) -> None:
-    """The same of exported programs."""
-    from bntool.observe.exported_program import observe_program
-
-    after = None if changed is None else lambda: observe_program(changed).graph
-    before = session.program
-    assert before is not None
-    _picture(session.voice, session.loaded.reference, lambda: observe_program(before).graph, after)
+def picture_onnx(voice: Voice, source: Path) -> None:
+    """An ONNX file."""
+    _picture(voice, source.name, lambda: _read_onnx(source), None)
 
 
 def _read_onnx(path: Path) -> Graph:

@@ -225,6 +225,12 @@ class Session:
             self.voice.note(f"example input: {self.inputs.origin} (--input sets another)")
         return self._observation
 
+    def known_inputs(self) -> Inputs:
+        """The example inputs, which are found by observing the model where they are not known."""
+        if self.inputs is None:
+            self.observe()
+        return self.example
+
     def shapes(self) -> tuple[str, ...]:
         """The example inputs as `--input` takes them, where it can."""
         if self.inputs is None or any(not hasattr(a, "shape") for a in self.inputs.args):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import typing
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +16,21 @@ from bntool.errors import UsageError
 
 Command = Callable[..., int]
 _COMPLETE = {"file": files, "folder": folders}
+
+
+def takes_all(asked: type, **meanings: str) -> Callable[[Command], Command]:
+    """The same for many: the command is given its voice and one object of `asked`, whose fields are options."""
+    classes = tuple(typing.get_type_hints(asked).values())
+    names = [field.name for field in dataclasses.fields(asked)]
+
+    def decorate(function: Command) -> Command:
+        def command(voice: Voice, **made: Options) -> int:
+            return function(voice, asked(**dict(zip(names, made.values(), strict=True))))
+
+        command.__doc__ = function.__doc__
+        return takes(*classes, **meanings)(command)
+
+    return decorate
 
 
 def takes(*classes: type[Options], **meanings: str) -> Callable[[Command], Command]:

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bntool.cli.devices import Devices, torch_device
 from bntool.cli.session import Voice
-from bntool.core.options import BenchOptions
+from bntool.core.options import BenchOptions, ExportOptions
 
 if TYPE_CHECKING:
-    from torch import nn
-
     from bntool.benchmarking import Candidate
+    from bntool.cli.opening import Opened
+    from bntool.cli.writing import Places
     from bntool.inputs import Inputs
     from bntool.latencies import Benchmark
+    from bntool.results import SurgeryResult
 
 
 def timed(
@@ -42,19 +44,34 @@ def timed(
         )
 
 
-def timed_pair(
+def timed_fold(
     voice: Voice,
-    pair: tuple[nn.Module | Path, nn.Module | Path],
-    inputs_of: Callable[[int], Inputs | None],
+    opened: Opened,
+    done: tuple[SurgeryResult, Any],
+    places: Places,
     bench: BenchOptions,
     devices: Devices,
-) -> dict[str, Any]:
-    """Time what was folded before and after, say it, and return the document's part about it."""
-    from bntool.benchmarking import Candidate
-    from bntool.report.latency import latency_text
+    export: ExportOptions,
+) -> Benchmark:
+    """The model before and after; with an ONNX file, that one too, beside that of the model before."""
+    from bntool.benchmarking import Candidate, rebatching
 
-    candidates = [Candidate(name, what) for name, what in zip(("before", "folded"), pair, strict=True)]
-    found = timed(voice, candidates, inputs_of, bench, devices)
-    voice.say()
-    voice.say(latency_text(found))
-    return {"latency": found.to_dict()}
+    subject, (result, after) = opened.subject, done
+    if opened.kind == "onnx":
+        new = places.model.model if places.model is not None else after.model
+        pair = [Candidate("before", subject.model), Candidate("folded", new)]
+        return timed(voice, pair, lambda batch: subject.example(batch, 0), bench, devices)
+    inputs_of = rebatching(subject.example())
+    candidates = [Candidate("torch before", subject.runnable), Candidate("torch folded", after.runnable)]
+    pairs = [("torch before", "torch folded")]
+    if places.onnx is None:
+        return timed(voice, candidates, inputs_of, bench, devices, pairs)
+    from bntool.serving import Serving, exported
+    from bntool.surgeries import unchanged
+
+    with tempfile.TemporaryDirectory(prefix="bntool.bench.") as folder:
+        plain = Serving(export, result.export.dtype if result.export else "")  # type: ignore[arg-type]
+        before = exported(subject, unchanged(subject), Path(folder) / "before.onnx", plain, voice)
+        candidates += [Candidate("ONNX before", before.path), Candidate("ONNX folded", places.onnx.path)]
+        pairs += [("ONNX before", "ONNX folded"), ("torch folded", "ONNX folded")]
+        return timed(voice, candidates, inputs_of, bench, devices, pairs)

@@ -6,24 +6,28 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from bntool.errors import UsageError
 from bntool.files.memory import Record, remember
 from bntool.files.sidecar import fill_sidecar, is_sidecar, make_document, output_name, sidecar_path
 from bntool.files.targets import Drafts, Target
 
 if TYPE_CHECKING:
     from torch import nn
-    from torch.export import ExportedProgram
 
-    from bntool.cli.session import Session
+    from bntool.cli.opening import Opened
+    from bntool.cli.session import Session, Voice
+    from bntool.core.options import ExportOptions, WriteOptions
     from bntool.plan import Plan
     from bntool.verdicts import Check
+
+_OTHER_KINDS = frozenset({".pt", ".pth", ".pt2", ".safetensors"})
 
 
 class Result(Protocol):
     """What a command made: a model, the counts before and after, the plan it followed, and its checks."""
 
     @property
-    def model(self) -> nn.Module | ExportedProgram: ...
+    def model(self) -> Any: ...
     @property
     def parameters(self) -> dict[str, dict[str, int]]: ...
     @property
@@ -44,27 +48,88 @@ class Made:
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """Where a model and its side file go: as the user named it, and the real paths that were claimed."""
+    """Where a model and its side file go: as the user named it, and the real paths that were claimed.
+
+    An ONNX file has no side file.
+    """
 
     named: Path
     model: Path
-    sidecar: Path
+    sidecar: Path | None
     target: Target
 
 
-def chosen_output(session: Session, action: Any, output: str | Path | None) -> Place:
+@dataclasses.dataclass(frozen=True)
+class OnnxPlace:
+    """Where an ONNX file goes: as the user named it, and really; whether one that fails its check is kept."""
+
+    named: Path
+    path: Path
+    keep_unverified: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Places:
+    """Where the outputs of a command go; None for what it does not write."""
+
+    kind: str
+    model: Place | None = None
+    onnx: OnnxPlace | None = None
+
+    def to_dict(self) -> dict[str, str | None]:
+        """The part of a document that says what was written."""
+        output = str(self.model.named) if self.model else None
+        onnx = str(self.onnx.named) if self.onnx else output if self.kind == "onnx" else None
+        return {"output": output, "onnx": onnx}
+
+
+def chosen_places(
+    voice: Voice, opened: Opened, write: WriteOptions, export: ExportOptions | None = None
+) -> Places:
+    """The outputs of a fold, after making sure that all of them may be written; none for a dry run."""
+    if write.dry_run:
+        return Places(opened.kind)
+    place = chosen_output(voice, opened, "fold", write.output)
+    if export is None:
+        return Places(opened.kind, place)
+    path = output_name(place.named, "export")
+    return Places(opened.kind, place, OnnxPlace(path, voice.target.claim(path), export.keep_unverified))
+
+
+def chosen_output(voice: Voice, opened: Opened, action: Any, output: str | Path | None) -> Place:
     """The output, after making sure that it and its side file may be written."""
+    path = Path(output) if output else output_name(opened.source, action)
+    if opened.session is None:
+        if path.suffix in _OTHER_KINDS:
+            raise UsageError(
+                f"{path.name}: the output is saved as the same kind as the input (ONNX)",
+                next_step=f"name it {path.stem}.onnx",
+            )
+        return Place(path, voice.target.claim(path), None, voice.target)
     from bntool.files.saving import require_fitting_name
 
-    source = session.loaded.path or session.loaded.reference
-    path = Path(output) if output else output_name(source, action)
-    require_fitting_name(session.loaded, path)
-    return claim_model(path, session.voice.target)
+    require_fitting_name(opened.session.loaded, path)
+    return claim_model(path, voice.target)
 
 
 def claim_model(path: Path, target: Target) -> Place:
     """Claim a model's file and its side file."""
     return Place(path, target.claim(path), target.claim_beside(sidecar_path(path), is_sidecar), target)
+
+
+def draft_result(
+    opened: Opened, command: str, done: tuple[Result, Any], place: Place | None, drafts: Drafts
+) -> Record | None:
+    """Drafts of a new model of any kind, and of its side file; what to remember."""
+    if place is None:
+        return None
+    result, after = done
+    if opened.session is not None:
+        return draft_model(opened.session, command, result, place, drafts)
+    from bntool.onnx_files import put_onnx
+
+    put_onnx(after.model, after.data, place.model, drafts)
+    return None
 
 
 def draft_model(session: Session, command: str, result: Result, place: Place, drafts: Drafts) -> Record:
@@ -82,12 +147,13 @@ def draft_model(session: Session, command: str, result: Result, place: Place, dr
         arch=loaded.arch,
         weights=loaded.weights,
         key=loaded.key,
-        plan=result.plan.to_dict() if result.plan is not None else None,
+        plan=result.plan.to_dict() if result.plan is not None and loaded.kind != "script" else None,
         parameters=result.parameters,
         checks=[check.to_dict() for check in result.checks],
     )
     if session.earlier_plans:
         document["earlier_plans"] = [plan.to_dict() for plan in session.earlier_plans]
+    assert place.sidecar is not None
     fill_sidecar(drafts.of(place.sidecar), document)
     needed = loaded.allow if loaded.kind != "reference" else allow_entries_of(drafts.draft_of(place.model))
     return Record(
@@ -109,11 +175,11 @@ def write_model(session: Session, command: str, result: Result, place: Place) ->
     """Save the model and its side file, both or neither; remember them for this folder."""
     with place.target.drafts() as drafts:
         record = draft_model(session, command, result, place, drafts)
-    keep_in_mind(session, record)
+    keep_in_mind(session.voice, record)
 
 
-def keep_in_mind(session: Session, record: Record | None) -> None:
+def keep_in_mind(voice: Voice, record: Record | None) -> None:
     """Remember for this folder what was written, once it stands in its place."""
     problem = remember(Path.cwd(), record) if record is not None else None
     if problem:
-        session.voice.note(problem)
+        voice.note(problem)

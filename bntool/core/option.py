@@ -6,11 +6,12 @@ import dataclasses
 import types
 import typing
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from bntool.errors import UsageError
 
 _KEY = "option"
+O = TypeVar("O", bound="Options")
 _known: dict[type, tuple[Option, ...]] = {}
 
 
@@ -82,8 +83,8 @@ def option(
 ) -> Any:
     """A field of an option class, with its default and its meaning; `flags` where they differ from the name.
 
-    Of `spec`: `metavar`; the bounds `least` and `most`; `parse`, from text; `argument`, of no flag; `required`; whether it `names` a
-    "file" or a "folder", and whether that one is `written`; `show_default`.
+    Of `spec`: `metavar`; the bounds `least` and `most`; `parse`, from text; `argument`, of no flag;
+    `required`; whether it `names` a "file" or a "folder", and whether that one is `written`; `show_default`.
     """
     metadata = {_KEY: Spec(help, flags, **spec)}
     return dataclasses.field(default=default, metadata=metadata)
@@ -99,6 +100,17 @@ class Options:
         if cls not in _known:
             _known[cls] = _options_of(cls)
         return _known[cls]
+
+    @classmethod
+    def of(cls: type[O], given: Mapping[str, Any]) -> O:
+        """An object from names and values; `UsageError` for a name or a value that the class has not."""
+        known = [one.name for one in cls.options()]
+        for name in given:
+            if name not in known:
+                raise UsageError(f"there is no option {name!r}", next_step=f"there are {', '.join(known)}")
+        made = cls(**{name: tuple(v) if isinstance(v, list) else v for name, v in given.items()})
+        made.validate()
+        return made
 
     def validate(self) -> None:
         """Raise `UsageError` for a value out of its bounds, or two that exclude each other."""

@@ -6,10 +6,10 @@ first: an `nn.Identity` already in the slot, a sibling in a plain `nn.Sequential
 convolution subclass (or, where no class of bntool's own is wanted, the convolution wrapped).
 """
 
+from bntool.core.options import InsertOptions
 from bntool.inserting.activations import ends_one
 from bntool.inserting.biases import redundant_biases
 from bntool.inserting.names import sequential_names
-from bntool.inserting.options import InsertOptions
 from bntool.inserting.places import activation_behind, layer_before
 from bntool.inserting.planner import plan_insert, plan_insert_nodes
 from bntool.inserting.replaying import require_same_places

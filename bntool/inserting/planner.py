@@ -6,12 +6,12 @@ import dataclasses
 import math
 from collections.abc import Iterator, Sequence
 
+from bntool.core.options import InsertOptions
 from bntool.errors import UsageError
 from bntool.graph import Graph, Module, Op, Value
 from bntool.inserting.activations import Activation, activation_of
 from bntool.inserting.biases import batched_rank, own_bias, redundant_biases, untouched
 from bntool.inserting.names import Rename, name_newcomers
-from bntool.inserting.options import InsertOptions
 from bntool.inserting.places import Draft, Form, passes
 from bntool.patterns import chosen, require_matches
 from bntool.plan import DroppedBias, InsertSite, Plan, Skip

@@ -9,9 +9,9 @@ import dataclasses
 from collections.abc import Iterator
 from typing import get_args
 
+from bntool.core.options import InsertOptions
 from bntool.errors import UsageError
 from bntool.graph import Graph
-from bntool.inserting.options import InsertOptions
 from bntool.inserting.places import Form
 from bntool.inserting.planner import plan_insert
 from bntool.plan import InsertSite, Plan

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Tensor, nn
 from torch.export import ExportedProgram
@@ -11,6 +11,9 @@ from torch.export import ExportedProgram
 from bntool.observe.exported_program import observe_program
 from bntool.report.tables import Column, Table, count, render, shape_text, size
 from bntool.text import Lines, as_lines
+
+if TYPE_CHECKING:
+    from bntool.subjects.onnx import OnnxSubject
 
 _COLUMNS = (
     Column("Tensor", flexible=True),
@@ -43,6 +46,8 @@ class ProgramSummary:
 
     tensors: tuple[StoredTensor, ...]
     batch_norms: int
+    model_class: str = "ExportedProgram"
+    title: str = "exported program"
 
     def totals(self) -> dict[str, int]:
         counted = dict.fromkeys(("trainable", "frozen", "buffer", "constant"), 0)
@@ -59,7 +64,7 @@ class ProgramSummary:
 
     def to_dict(self) -> dict[str, Any]:
         return {
-            "model_class": "ExportedProgram",
+            "model_class": self.model_class,
             "tensors": [tensor.to_dict() for tensor in self.tensors],
             "totals": self.totals(),
             "batch_norms": self.batch_norms,
@@ -82,7 +87,7 @@ class ProgramSummary:
         if not verbose:
             return as_lines(*lines)
         rows = [[t.name, t.kind, shape_text(t.shape), t.dtype, count(t.elements)] for t in self.tensors]
-        return as_lines(render(Table(_COLUMNS, rows, "exported program"), width), "", *lines)
+        return as_lines(render(Table(_COLUMNS, rows, self.title), width), "", *lines)
 
 
 def summarize_program(program: ExportedProgram) -> ProgramSummary:
@@ -105,3 +110,17 @@ def summarize_program(program: ExportedProgram) -> ProgramSummary:
         shape = tuple(int(n) for n in value.shape)
         tensors.append(StoredTensor(name, kind, shape, dtype, elements, elements * value.element_size()))
     return ProgramSummary(tuple(tensors), len(observed.norms) + len(observed.hidden))
+
+
+def summarize_onnx(subject: OnnxSubject) -> ProgramSummary:
+    """Count a file's initializers and BatchNormalizations, those in a body or a function included."""
+    found = subject.file.model.graph.initializers
+    tensors = [
+        StoredTensor(
+            name, "constant", tuple(t.shape.numpy()), t.dtype.name.lower(), int(t.size), int(t.nbytes)
+        )
+        for name, t in ((name, value.const_value) for name, value in found.items())
+        if t is not None
+    ]
+    norms = len(subject.observed.norms) + len(subject.observed.hidden)
+    return ProgramSummary(tuple(tensors), norms, "ONNX", "ONNX file")

@@ -1,0 +1,118 @@
+"""What a kind of model cannot do: one table, and one sentence for every option."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+from bntool.core.option import Options
+from bntool.errors import UsageError
+
+KINDS = {
+    "module": "a PyTorch module",
+    "program": "an exported program",
+    "onnx": "an ONNX file",
+    "script": "TorchScript",
+    "weights": "a file of weights without its model",
+}
+"""Every kind, in words."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Refusal:
+    """Options that a kind does not know, why, and what to do instead."""
+
+    options: frozenset[str]
+    why: str
+    instead: str
+
+
+def _no(options: str, why: str, instead: str = "leave it out") -> _Refusal:
+    return _Refusal(frozenset(options.split()), why, instead)
+
+
+_CODE = "arch weights key allow trust_pickle pretrained"
+_SOURCE = "plan_file source in_place"
+_FORM = "opset ir_version static_batch dynamic external_data keep_io exporter keep_unverified"
+_MODULE = "use the nn.Module that it was made from"
+
+_REFUSED: Mapping[str, Sequence[_Refusal]] = {
+    "module": [],
+    "program": [
+        _no("arch weights key allow pretrained", "it holds its own graph and weights"),
+        _no("inputs", "it holds its own shapes"),
+        _no(
+            "dynamic static_batch keep_io exporter dtype",
+            "it brings its axes and its types, and was captured already",
+            "export the program anew with torch.export, in the form that you want",
+        ),
+        _no(f"{_SOURCE} data", "there is no Python and no training in it", _MODULE),
+        _no("baseline", "its summary is of tensors", "run bntool summary on each of the two files"),
+    ],
+    "onnx": [
+        _no(_CODE, "it holds its own graph and weights"),
+        _no("inputs", "it holds its own shapes"),
+        _no(
+            f"{_FORM} export_to",
+            "it is one already, and stays as it is",
+            "leave it out; bntool verify A B compares two files",
+        ),
+        _no("dtype", "it keeps its types", "fold the PyTorch model with --dtype, and --export onnx"),
+        _no("tf32", "a fold of it is checked without", "bntool verify A B --tf32 both compares two files"),
+        _no(
+            f"{_SOURCE} data init",
+            "it takes identity nodes only",
+            "insert into the PyTorch model, and export that",
+        ),
+        _no("baseline", "its summary is of tensors", "run bntool summary on each of the two files"),
+    ],
+    "script": [
+        _no("arch weights key allow pretrained", "it holds its own code and weights"),
+        _no(
+            "include exclude merge unshare dtype bench repro",
+            "torch's own pass folds it, which folds what it can",
+            _MODULE,
+        ),
+        _no("device providers tf32 atol rtol", "its fold is checked in float64 on the CPU"),
+        _no(f"{_FORM} export_to", "it is folded as it is", "bntool export writes it as ONNX"),
+    ],
+    "weights": [
+        _no(
+            f"{_CODE} inputs include exclude merge unshare dtype bench repro require_all tf32 atol rtol check "
+            f"device providers {_FORM} export_to",
+            "--plan folds it layer by layer, and that needs the model",
+            "leave out --plan, or the other",
+        ),
+    ],
+}
+"""For each kind, what it does not know wherever it is asked."""
+
+
+def require_known(kind: str, *asked: Options, name: str = "", but: str = "") -> None:
+    """Raise `UsageError` for the first option asked for, by another value than its default, that `kind` has not.
+
+    Args:
+        kind: one of `KINDS`.
+        asked: options as they were given.
+        name: of the model, for the error.
+        but: options that this command makes work all the same.
+    """
+    known = set(but.split())
+    for options in asked:
+        for option_name, one in options.chosen().items():
+            for refusal in _REFUSED[kind]:
+                if option_name in refusal.options - known:
+                    raise UsageError(
+                        f"{one.flag} is not for {KINDS[kind]}: {refusal.why}",
+                        where=name,
+                        next_step=refusal.instead,
+                    )
+
+
+def require_export(exports: bool, *asked: Options) -> None:
+    """Raise `UsageError` for an option that is about the ONNX file, where none is written."""
+    about_the_file = set(f"{_FORM} tf32 providers".split())
+    for options in asked:
+        for option_name, one in options.chosen().items():
+            if option_name in about_the_file and not exports:
+                raise UsageError(f"{one.flag} is for the ONNX file", next_step="add --export onnx")

@@ -1,0 +1,61 @@
+"""What a surgery is done to: a module, an exported program, an ONNX file or a TorchScript module.
+
+Each says how it is planned on, changed, run and exported; what is done with that is written once, in
+`surgeries`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch.export import ExportedProgram
+
+from bntool.core.option import Options
+from bntool.core.refusals import require_known
+from bntool.files.detect import Kind, detect
+
+if TYPE_CHECKING:
+    from bntool.subjects.base import Subject
+
+
+def subject_of(model: Any, example_inputs: Any = None, *asked: Options) -> Subject:
+    """A model of any kind as a subject: a module, a program, TorchScript, or a path or reference of one.
+
+    Raises:
+        UsageError: it is none; or one of the options `asked` is none that its kind knows.
+        LoadError: the file cannot be loaded.
+    """
+    found = _subject_of(model, example_inputs)
+    require_known(found.kind, *asked, name=found.name)
+    return found
+
+
+def _subject_of(model: Any, example_inputs: Any) -> Subject:
+    name = ""
+    if isinstance(model, str | Path):
+        name, path = str(model), Path(model)
+        if path.is_file() and detect(path).kind is Kind.ONNX:
+            from bntool.subjects.onnx import OnnxSubject
+
+            return OnnxSubject(path)
+        from bntool.files.loading import load
+
+        loaded = load(name)
+        model = loaded.model
+        example_inputs = loaded.example_inputs if example_inputs is None else example_inputs
+    if isinstance(model, ExportedProgram):
+        from bntool.subjects.program import ProgramSubject
+
+        return ProgramSubject(model, example_inputs, name=name or "program")
+    import torch
+
+    if isinstance(model, torch.jit.ScriptModule):
+        from bntool.inputs import Inputs
+        from bntool.subjects.script import ScriptSubject
+
+        inputs = None if example_inputs is None else Inputs.of(example_inputs)
+        return ScriptSubject(model, inputs, name=name)
+    from bntool.subjects.module import ModuleSubject
+
+    return ModuleSubject(model, example_inputs, name=name)

@@ -1,0 +1,151 @@
+"""An `nn.Module`: observed by running it, folded and inserted into as a copy that shares what stays."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from bntool.checking import check_surgery, seeded_batches
+from bntool.core.options import ExportOptions, FoldOptions, InsertOptions
+from bntool.errors import CheckFailed, UsageError
+from bntool.graph import Graph
+from bntool.inputs import Inputs
+from bntool.inserting import plan_insert
+from bntool.insertion import check_unchanged, insert_observed
+from bntool.module_folding import PlannedFold, plan_module_fold
+from bntool.observe.eager import Observation, observe
+from bntool.observe.inference import observe_inferred
+from bntool.plan import Plan
+from bntool.proving import ModuleProof
+from bntool.report.counting import parameter_delta
+from bntool.subjects.base import Checking, Kind, Narrow, Parameters
+from bntool.surgery.fold_modules import apply_fold
+from bntool.verdicts import Check
+
+if TYPE_CHECKING:
+    from bntool.exporting import ExportResult
+
+
+class ModuleSubject:
+    """A module, and what was seen when it ran.
+
+    Args:
+        model: the module.
+        example_inputs: what it is run on; without, inputs are inferred from its first layer.
+        name: how the user calls it.
+        observed: gives an observation that somebody else made, or makes.
+        small: whether an inferred image is a small one, where the model takes it.
+    """
+
+    kind: Kind = "module"
+
+    def __init__(
+        self,
+        model: nn.Module,
+        example_inputs: Any = None,
+        *,
+        name: str = "",
+        observed: Callable[[], Observation] | None = None,
+        small: bool = True,
+    ) -> None:
+        if not isinstance(model, nn.Module):
+            raise UsageError(
+                f"model is a {type(model).__name__}, not an nn.Module",
+                next_step="load a file with bntool.load(path).model",
+            )
+        self.model = model
+        self.name = name or type(model).__name__
+        self._given = example_inputs
+        self._observed = observed
+        self._small = small
+        self._planned: PlannedFold | None = None
+        self._unchanged: Check | None = None
+
+    @functools.cached_property
+    def observation(self) -> Observation:
+        if self._observed is not None:
+            return self._observed()
+        if self._given is None:
+            return observe_inferred(self.model, small=self._small)
+        return observe(self.model, Inputs.of(self._given))
+
+    @property
+    def runnable(self) -> nn.Module:
+        return self.model
+
+    def graph(self) -> Graph:
+        return self.observation.graph
+
+    def example(self) -> Inputs:
+        return self.observation.inputs
+
+    def parameters(self, after: ModuleSubject) -> Parameters:
+        return parameter_delta(self.model, after.model)
+
+    def plan_fold(self, options: FoldOptions, *, thorough: bool) -> Plan:
+        self._planned = plan_module_fold(
+            self.model,
+            self.observation,
+            include=options.include,
+            exclude=options.exclude,
+            merge=options.merge,
+            unshare=options.unshare,
+            thorough=thorough,
+        )
+        return self._planned.plan
+
+    def folded(self, plan: Plan) -> ModuleSubject:
+        if self._planned is not None and self._planned.plan is plan:
+            return self._like(self._planned.carry_out())
+        return self._like(apply_fold(self.model, plan).eval())
+
+    def proof(self, checking: Checking) -> ModuleProof:
+        return ModuleProof(self.model, self.observation.inputs, checking)
+
+    def plan_insert(self, options: InsertOptions) -> Plan:
+        return plan_insert(self.graph(), options)
+
+    def inserted(self, options: InsertOptions) -> tuple[Plan, ModuleSubject]:
+        plan, model, self._unchanged = insert_observed(self.model, self.observation, options)
+        return plan, self._like(model)
+
+    def insert_rows(self, plan: Plan, after: ModuleSubject, checking: Checking) -> list[Check]:
+        inputs = self.observation.inputs
+        if plan.options.get("init") == "identity" and not plan.dropped:
+            seen = None if checking.full else self._unchanged
+            rows = [seen or check_unchanged(self.model, after.model, inputs, full=checking.full)]
+        else:
+            batches = seeded_batches(inputs) if checking.full else [inputs]
+            rows = check_surgery(self.model, after.model, batches, stage="insert")
+        if not all(row.passed for row in rows):
+            raise CheckFailed("the insertion changes the output", next_step="please report this model")
+        return rows
+
+    def export(
+        self, path: Path, how: ExportOptions, metadata: Mapping[str, str], dtype: Narrow = ""
+    ) -> ExportResult:
+        from bntool.exporting import export_onnx
+
+        return export_onnx(
+            self.model,
+            self.example(),
+            path,
+            opset=how.opset,
+            ir_version=how.ir_version,
+            dynamic_batch=not how.static_batch,
+            dynamic=how.axes(),
+            external_data=how.external_data,
+            dtype=dtype,
+            keep_io=how.keep_io,
+            exporter=how.exporter,
+            metadata=metadata,
+            force=True,  # a draft, which a first try may have left
+        )
+
+    def _like(self, model: nn.Module) -> ModuleSubject:
+        """Another model on the same inputs."""
+        return ModuleSubject(model, name=self.name, observed=lambda: observe(model, self.observation.inputs))

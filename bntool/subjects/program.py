@@ -1,0 +1,180 @@
+"""An exported program: its own graph is planned on and edited; it runs as a module."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch.export import ExportedProgram
+
+from bntool.checking import check_surgery, seeded_batches
+from bntool.core.options import ExportOptions, FoldOptions, InsertOptions
+from bntool.errors import CheckFailed, UsageError
+from bntool.folding import at_graph_level, plan_on_all
+from bntool.graph import Graph
+from bntool.inputs import Inputs
+from bntool.inserting import plan_insert_nodes
+from bntool.insertion import check_unchanged
+from bntool.observe.exported_program import ProgramObservation, observe_program
+from bntool.plan import Plan
+from bntool.reference import Reference
+from bntool.report.counting import parameter_delta
+from bntool.runtime.programs import RunnableProgram, drawn_inputs, example_inputs_of
+from bntool.subjects.base import Checking, Kind, Narrow, Parameters
+from bntool.surgery.fold_program import apply_fold_program, in_float64
+from bntool.surgery.insert_program import apply_insert_program
+from bntool.verdicts import Check
+
+if TYPE_CHECKING:
+    from bntool.exporting import ExportResult
+
+
+class ProgramSubject:
+    """A program, and its graph.
+
+    Args:
+        program: the program.
+        example_inputs: what it is run on; without, the inputs that it keeps, or drawn ones of its shapes.
+        name: how the user calls it.
+        seed: of drawn inputs.
+    """
+
+    kind: Kind = "program"
+
+    def __init__(
+        self, program: ExportedProgram, example_inputs: Any = None, *, name: str = "program", seed: int = 0
+    ) -> None:
+        if not isinstance(program, ExportedProgram):
+            raise UsageError(
+                f"the program is a {type(program).__name__}, not an ExportedProgram",
+                next_step="make one with torch.export.export, or fold an nn.Module with bntool.fold",
+            )
+        self.model = program
+        self.name = name
+        self.given = None if example_inputs is None else Inputs.of(example_inputs)
+        self._seed = seed
+
+    @functools.cached_property
+    def observed(self) -> ProgramObservation:
+        return observe_program(self.model)
+
+    @functools.cached_property
+    def runnable(self) -> RunnableProgram:
+        return RunnableProgram(self.model)
+
+    def graph(self) -> Graph:
+        return self.observed.graph
+
+    def example(self) -> Inputs:
+        return self.given or example_inputs_of(self.model, self._seed)
+
+    def parameters(self, after: ProgramSubject) -> Parameters:
+        return parameter_delta(self.runnable, after.runnable)
+
+    def plan_fold(self, options: FoldOptions, *, thorough: bool = True) -> Plan:  # noqa: ARG002 - costs nothing
+        """Where an axis has no fixed size, a fold counts only if it comes out the same for two sets of sizes."""
+        other = [observe_program(self.model, sizes=1).graph] if self.observed.open else []
+        plan = plan_on_all(
+            [self.observed.graph, *other],
+            include=options.include,
+            exclude=options.exclude,
+            merge=options.merge,
+            unshare=options.unshare,
+        )
+        return at_graph_level(plan, self.observed.hidden)
+
+    def folded(self, plan: Plan) -> ProgramSubject:
+        return self._like(apply_fold_program(self.observed, plan))
+
+    def proof(self, checking: Checking) -> ProgramProof:
+        return ProgramProof(self, checking)
+
+    def plan_insert(self, options: InsertOptions) -> Plan:
+        if options.init != "identity":
+            raise UsageError("a program takes identity-initialised BatchNorms only")
+        return plan_insert_nodes(self.observed.graph, options)
+
+    def inserted(self, options: InsertOptions) -> tuple[Plan, ProgramSubject]:
+        plan = self.plan_insert(options)
+        return plan, self._like(apply_insert_program(self.observed, plan)) if plan else self
+
+    def insert_rows(self, plan: Plan, after: ProgramSubject, checking: Checking) -> list[Check]:  # noqa: ARG002
+        row = check_unchanged(self.runnable, after.runnable, self.example(), full=checking.full)
+        if not row.passed:
+            raise CheckFailed("the insertion changes the output", next_step="please report this program")
+        return [row]
+
+    def export(
+        self, path: Path, how: ExportOptions, metadata: Mapping[str, str], dtype: Narrow = ""
+    ) -> ExportResult:
+        from bntool.exporting import export_program
+
+        return export_program(
+            self.model,
+            self.example(),
+            path,
+            opset=how.opset,
+            ir_version=how.ir_version,
+            external_data=how.external_data,
+            metadata=metadata,
+        )
+
+    def _like(self, program: ExportedProgram) -> ProgramSubject:
+        return ProgramSubject(program, self.given, name=self.name, seed=self._seed)
+
+
+class ProgramProof:
+    """A program's own runs, in its own precision and in float64."""
+
+    looks_elsewhere = True
+
+    def __init__(self, subject: ProgramSubject, checking: Checking) -> None:
+        self._subject, self._checking = subject, checking
+
+    @functools.cached_property
+    def reference(self) -> Reference:
+        subject, checking = self._subject, self._checking
+        first = subject.example()
+        others = seeded_batches(first, seed=checking.seed) if checking.full else []
+        if subject.observed.open and subject.given is None:
+            others.append(drawn_inputs(subject.model, 1))
+        return Reference(subject.runnable, [first, *others])
+
+    @functools.cached_property
+    def _wide(self) -> ProgramSubject:
+        return ProgramSubject(in_float64(self._subject.model))
+
+    def rows(self, plan: Plan, after: ProgramSubject) -> list[Check]:
+        return check_surgery(
+            self._subject.runnable,
+            after.runnable,
+            self.reference.inputs,
+            stage="fold",
+            candidate64=self._folded_in_float64(plan).runnable,
+            progress=self._checking.step,
+            reference=self.reference,
+            atol=self._checking.atol,
+            rtol=self._checking.rtol,
+        )
+
+    def agrees(self, plan: Plan) -> bool:
+        return all(row.passed for row in self.rows(plan, self._subject.folded(plan)))
+
+    def _folded_in_float64(self, plan: Plan) -> ProgramSubject:
+        """The same fold planned and done again on the float64 program: constants differ in their digits."""
+        again = self._wide.plan_fold(
+            FoldOptions(
+                include=tuple(plan.options["include"]),
+                exclude=tuple(plan.options["exclude"]),
+                merge=bool(plan.merges),
+                unshare=bool(plan.options.get("unshare")),
+            )
+        )
+        names = [site.bn for site in plan.fold_sites]
+        sites = tuple(site for site in again.fold_sites if site.bn in names)
+        if [site.bn for site in sites] != names or len(again.merges) != len(plan.merges):
+            raise CheckFailed("the fold does not come out the same in float64")
+        return self._wide.folded(dataclasses.replace(again, sites=sites))
