@@ -26,7 +26,7 @@ class Spec:
     parse: Callable[[str], Any] | None = None
     argument: bool = False
     required: bool = False
-    names: Literal["", "file", "folder"] = ""
+    names: Literal["", "file", "folder", "reason"] = ""
     written: bool = False
     show_default: bool = True
 
@@ -82,8 +82,9 @@ def option(
 ) -> Any:
     """A field of an option class, with its default and its meaning; `flags` where they differ from the name.
 
-    Of `spec`: `metavar`; the bounds `least` and `most`; `parse`, from text; `argument`, of no flag; `required`; whether it `names` a
-    "file" or a "folder", and whether that one is `written`; `show_default`.
+    Of `spec`: `metavar`; the bounds `least` and `most`; `parse`, from text; `argument`, of no flag;
+    `required`; whether it `names` a "file", a "folder" or a "reason" (a code), and whether that one is
+    `written`; `show_default`.
     """
     metadata = {_KEY: Spec(help, flags, **spec)}
     return dataclasses.field(default=default, metadata=metadata)
