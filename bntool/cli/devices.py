@@ -10,7 +10,7 @@ from bntool.errors import DeviceError, UsageError
 
 @dataclasses.dataclass(frozen=True)
 class Devices:
-    """Where torch runs, and where ONNX Runtime does: `auto`, `cpu`, `cuda`, `cuda:N`, or names of providers."""
+    """Where torch runs, and where ONNX Runtime does: `auto`, `cpu`, `cuda`, `cuda:N`; names of providers."""
 
     torch: str = "auto"
     onnx: str = "auto"
@@ -68,6 +68,15 @@ def require_device(device: str, *, torch_too: bool = False, onnx_too: bool = Fal
     if reason:
         what = "CUDA was asked for, but ONNX Runtime cannot use it"
         raise DeviceError(what, where=reason, next_step=GPU_EXTRA)
+
+
+def require_cpu(device: str) -> None:
+    """A program names its device in its own graph, and is loaded for the CPU. Raises `DeviceError` for another."""
+    if device not in ("auto", "cpu"):
+        raise DeviceError(
+            f"an exported program is checked on the CPU, and --device {device} was asked for",
+            next_step="leave --device out; bntool verify FILE.onnx checks its ONNX file on CUDA",
+        )
 
 
 def torch_device(device: str) -> str:
