@@ -71,7 +71,7 @@ def require_device(device: str, *, torch_too: bool = False, onnx_too: bool = Fal
 
 
 def require_cpu(device: str) -> None:
-    """A program names its device in its own graph, and is loaded for the CPU. Raises `DeviceError` for another."""
+    """A program names its device in its own graph, and is loaded for the CPU; `DeviceError` for another."""
     if device not in ("auto", "cpu"):
         raise DeviceError(
             f"an exported program is checked on the CPU, and --device {device} was asked for",

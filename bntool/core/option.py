@@ -64,13 +64,14 @@ class Option:
                 f"{self.name} is {' or '.join(map(repr, self.choices))}, not {value!r}",
                 next_step=f"use one of {', '.join(self.choices)}",
             )
+        words = self.name.replace("_", " ")
         least, most = self.spec.least, self.spec.most
         for number in value if self.many else (value,):
             low = least is not None and not number >= least
             if low or (most is not None and not number <= most):
                 bounds = f"at least {least:g}" if most is None else f"from {least:g} to {most:g}"
                 raise UsageError(
-                    f"{self.name} is {number!r}, and must be {bounds}", next_step=f"give another {self.flag}"
+                    f"{words} is {number!r}, and must be {bounds}", next_step=f"give another {self.flag}"
                 )
 
 
