@@ -196,6 +196,13 @@ def test_every_link_leads_somewhere(page: Path) -> None:
             assert (page.parent / target).exists(), f"{page.name} links to {target}"
 
 
+def test_no_page_holds_two_versions_of_itself() -> None:
+    """What a merge leaves where two people changed one place."""
+    marked = re.compile(r"^(<{7} |={7}$|>{7} )", re.MULTILINE)
+    pages = [*PAGES, ROOT / "CHANGELOG.md"]
+    assert [page.name for page in pages if marked.search(page.read_text(encoding="utf-8"))] == []
+
+
 def test_the_algebra_names_every_law_and_shows_every_drawing() -> None:
     text = (DOCS / "algebra.md").read_text(encoding="utf-8")
     laws = {up.__qualname__.split(".")[0] for up, _ in LAWS.values()}

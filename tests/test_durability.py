@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import subprocess
 import sys
@@ -19,7 +20,7 @@ from torch import nn
 from bntool.files import load, save_model
 from bntool.files.atomic import write_atomically
 from bntool.files.drafts import draft_folder
-from bntool.files.placing import Placed, place
+from bntool.files.placing import Placed, place, remove_unnamed
 from bntool.files.targets import Target
 from bntool.onnx_files import open_onnx, put_onnx, save_onnx
 
@@ -123,6 +124,34 @@ def test_data_that_another_model_reads_stays(tmp_path: Path, by_bntool: bool) ->
     output.unlink()
     _, data = save_onnx(open_onnx(tmp_path / "other.onnx"), output)
     assert (_value(renamed), _value(output)) == (1.0, 2.0)
+
+
+@pytest.mark.parametrize(
+    ("other", "content"),
+    [
+        ("models/copy.onnx", b"\x12\x0dd\xc3\xa4ta.bin\x1a"),
+        ("models/index.json", json.dumps({"w": "d\u00e4ta.bin"}).encode()),
+        ("models/index.json", json.dumps({"w": "d\u00e4ta.bin"}, ensure_ascii=False).encode()),
+        ("above.onnx", b"\x12\x14models/d\xc3\xa4ta.bin\x1a"),
+        ("models/below/deep.onnx", b"\x12\x10../d\xc3\xa4ta.bin\x1a"),
+    ],
+)
+def test_old_data_stays_while_any_file_near_names_it(tmp_path: Path, other: str, content: bytes) -> None:
+    data, new, reader = (
+        tmp_path / "models" / "d\u00e4ta.bin",
+        tmp_path / "models" / "new.onnx",
+        tmp_path / other,
+    )
+    for folder in (data.parent, reader.parent):
+        folder.mkdir(exist_ok=True)
+    data.write_bytes(b"numbers")
+    new.write_bytes(content)  # the model that is being written: what it names is asked of others alone
+    reader.write_bytes(content)
+    remove_unnamed(data, {new})
+    assert data.read_bytes() == b"numbers"
+    reader.write_bytes(content.replace(b"ta.bin", b"ta.bin.1"))  # the data that came after it
+    remove_unnamed(data, {new})
+    assert not data.exists()
 
 
 def test_a_foreign_data_file_stays_though_its_model_is_replaced(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from bntool.cli.session import Session, Voice, open_session, require_no_script
 from bntool.errors import UsageError
 
 if TYPE_CHECKING:
+    from bntool.cli.writing import Place
     from bntool.experiment.checkpoints import Progress
     from bntool.experiment.datasets import Data
     from bntool.experiment.outcome import TrainingComparison
@@ -125,7 +126,7 @@ def _compare(voice: Voice, options: dict[str, Any], settings: Settings, world: W
     for note in data.notes:
         voice.note(note)
     folder = Path(options["output"] or f"{output_name(_source(session), 'export').stem}_compare")
-    _require_own(session, folder, force=options["force"])
+    places = _claim(session, folder, force=options["force"]) if world.is_main else {}
     try:
         with _progress(voice, settings) as tell:
             found = compare_training(
@@ -141,7 +142,7 @@ def _compare(voice: Voice, options: dict[str, Any], settings: Settings, world: W
         session.inputs = data.example()
     picture_module(session, found.models.get("batchnorm"))
     files = [write_document(folder, found), *write_plots(found, folder)]
-    files += _write_models(session, found, folder)
+    files += _write_models(session, found, places)
     for path in files:
         if path.suffix != ".svg":
             voice.say(f"wrote       {path}")
@@ -203,46 +204,34 @@ def _source(session: Session) -> str | Path:
     return session.loaded.path or session.loaded.reference
 
 
-def _require_own(session: Session, folder: Path, *, force: bool) -> None:
-    """Before any work: nothing in the folder is read, leads out of it, or is a model of somebody else's."""
+def _claim(session: Session, folder: Path, *, force: bool) -> dict[str, Place]:
+    """Before any work: all files of the comparison; returns where the trained model of each arm goes."""
     from bntool.cli.writing import claim_model
-    from bntool.files.sidecar import describes, is_sidecar, read_sidecar, sidecar_path
+    from bntool.experiment.folder import FILES, require_no_other
+    from bntool.files.sidecar import is_result, output_name
 
-    target = session.voice.target.forced()
-    for path in sorted(folder.rglob("*")) if folder.is_dir() else ():
-        target.require_unread(path)
-        if path.is_symlink():
-            raise UsageError(f"{path} is a link", next_step="remove it, or name another folder with -o")
-    for path in _model_paths(session, folder).values():
-        side = sidecar_path(path)
-        own = is_sidecar(side) and describes(read_sidecar(path) or {}, path) if path.is_file() else True
-        if not own and not force:
-            raise UsageError(f"{path} is no file of this comparison", next_step="move it, or pass --force")
-        if folder.is_dir():
-            claim_model(path, target)
-
-
-def _model_paths(session: Session, folder: Path) -> dict[str, Path]:
-    """Where the trained model of each arm goes."""
-    from bntool.files.sidecar import output_name
-
+    require_no_other(folder)
+    target = session.voice.target
+    target.claim_folder(folder)
+    for name in FILES:
+        target.claim(folder / name)
     sources = {"plain": _source(session), "batchnorm": output_name(_source(session), "insert")}
-    return {arm: folder / output_name(source, "compare").name for arm, source in sources.items()}
+    paths = {arm: folder / output_name(source, "compare").name for arm, source in sources.items()}
+    for path in paths.values():
+        if path.is_file() and not force and not is_result(path, "compare"):
+            raise UsageError(f"{path} is no file of this comparison", next_step="move it, or pass --force")
+    return {arm: claim_model(path, target) for arm, path in paths.items()}
 
 
-def _write_models(session: Session, found: TrainingComparison, folder: Path) -> list[Path]:
+def _write_models(session: Session, found: TrainingComparison, places: dict[str, Place]) -> list[Path]:
     """The trained models as files of the kind that the input was; the one with BatchNorm is remembered."""
-    from bntool.cli.writing import Made, claim_model, write_model
+    from bntool.cli.writing import Made, write_model
     from bntool.report.counting import parameter_delta
 
-    written = []
     for arm, model in found.models.items():
         plan = found.surgery.plan if arm == "batchnorm" else None
-        path = _model_paths(session, folder)[arm]
-        made = Made(model, parameter_delta(session.model, model), plan)
-        write_model(session, "compare", made, claim_model(path, session.voice.target.forced()))
-        written.append(path)
-    return written
+        write_model(session, "compare", Made(model, parameter_delta(session.model, model), plan), places[arm])
+    return [places[arm].named for arm in found.models]
 
 
 @contextlib.contextmanager

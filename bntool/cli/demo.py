@@ -13,8 +13,10 @@ from bntool.cli.completing import folders
 from bntool.cli.streams import say
 from bntool.errors import LoadError, UsageError
 from bntool.files.atomic import write_atomically
+from bntool.files.placing import remove, remove_empty
+from bntool.files.sidecar import is_result
 
-_MADE = ("model_bn.pt", "model_bn_folded.pt", "model_bn_folded.onnx")
+_MADE = {"model_bn.pt": "insert", "model_bn_folded.pt": "fold", "model_bn_folded.onnx": ""}
 _LINES = (["insert", "model.pt"], ["summary"], ["fold", "--export", "onnx"])
 
 
@@ -34,15 +36,9 @@ def command(folder: str, force: bool, debug: bool) -> int:  # noqa: ARG001 - rea
     """Insert, summary and fold on the sample: a small MNIST network, trained, without BatchNorm."""
     from bntool.cli import cli
 
-    target = Path(folder)
-    try:
-        target.mkdir(parents=True, exist_ok=True)
-        _put_sample(target / "model.pt", force)
-    except OSError as error:
-        raise UsageError(
-            f"cannot write into {target}: {error.strerror}", next_step="name another folder with -o"
-        ) from error
-    with _inside(target):
+    target, content = Path(folder), _sample().read_bytes()
+    _require_own(target, content, force)
+    with _sample_in(target, content), _inside(target):
         for line in _LINES:
             say("", f"$ bntool {' '.join(line)}")
             replacing = ["--force"] if force and line != ["summary"] else []
@@ -55,17 +51,55 @@ def command(folder: str, force: bool, debug: bool) -> int:  # noqa: ARG001 - rea
     return 0
 
 
-def _put_sample(path: Path, force: bool) -> None:
-    """A copy of the sample; one that is there already is as good, and any other file stays."""
-    content = _sample().read_bytes()
-    there = [name for name in _MADE if os.path.lexists(path.with_name(name))]
-    if there and not force:
+def _require_own(folder: Path, content: bytes, force: bool) -> None:
+    """Raise `UsageError` where the files of an earlier demo stand, but with `force`, or any other file."""
+    for name, command in {"model.pt": "", **_MADE}.items():
+        path = folder / name
+        if not os.path.lexists(path):
+            continue
+        if not _is_own(path, command, content):
+            raise UsageError(f"{path} is no file of the demo's", next_step="bntool demo -o ANOTHER_FOLDER")
+        if name in _MADE and not force:
+            raise UsageError(
+                f"{path} exists already",
+                next_step="bntool demo -o ANOTHER_FOLDER, or --force to replace what an earlier demo left",
+            )
+
+
+def _is_own(path: Path, command: str, content: bytes) -> bool:
+    if path.is_symlink() or not path.is_file():
+        return False
+    if command:
+        return is_result(path, command)
+    held = path.read_bytes()
+    return held == content if path.suffix == ".pt" else b"bntool_source_sha256" in held
+
+
+@contextlib.contextmanager
+def _sample_in(folder: Path, content: bytes) -> Iterator[None]:
+    """Make the folder, and the sample in it; where an error leaves nothing beside it, neither stays."""
+    sample = folder / "model.pt"
+    new = [path for path in (folder, *folder.parents) if not path.exists()]
+    put = not sample.exists()
+    try:
+        _make(folder)
+        if put:
+            write_atomically(sample, lambda draft: draft.write_bytes(content))
+        yield
+    except BaseException:
+        if put and folder.is_dir() and [*folder.iterdir()] == [sample]:
+            remove(sample)
+        remove_empty(*new)
+        raise
+
+
+def _make(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
         raise UsageError(
-            f"{path.with_name(there[0])} exists already",
-            next_step="bntool demo -o ANOTHER_FOLDER, or --force to replace what an earlier demo left",
-        )
-    if not (path.is_file() and path.read_bytes() == content):
-        write_atomically(path, lambda draft: draft.write_bytes(content))
+            f"cannot write into {folder}: {error.strerror}", next_step="name another folder with -o"
+        ) from error
 
 
 def _sample() -> Path:

@@ -16,12 +16,17 @@ from bntool.experiment.datasets import Data
 from bntool.experiment.outcome import ARMS, TrainingComparison
 from bntool.experiment.settings import Settings
 from bntool.files.atomic import write_atomically, write_text
-from bntool.files.placing import remove
+from bntool.files.placing import remove, remove_unnamed
+from bntool.files.shards import own_shards
+from bntool.files.sidecar import is_result, sidecar_path
 from bntool.schema import Damaged, Name, Text, fitted, read
 from bntool.world import World
 
 SCHEMA_VERSION = 1
-RUNS = "runs"
+RUNS, SETTINGS, DOCUMENT = "runs", "settings.json", "compare.json"
+_PICTURES = ("curves", "distributions", "gradients", "rates")
+FILES = (SETTINGS, DOCUMENT, *(f"{name}.{ending}" for name in _PICTURES for ending in ("png", "svg")))
+"""All that a comparison writes into its folder, but for checkpoints and models."""
 _Scalar = bool | int | float | Text | None
 _Setting = _Scalar | tuple[_Scalar, ...]
 _TELLING = frozenset(Settings.__dataclass_fields__) | {"torch", "number_of_processes"}
@@ -54,9 +59,21 @@ def identity_of(model: nn.Module, data: Data, settings: Settings, world: World) 
     }
 
 
+def require_no_other(folder: Path) -> None:
+    """Raise `UsageError` for a folder that holds anything but a comparison."""
+    held = folder.exists() and not (folder / SETTINGS).is_file()
+    if held and (not folder.is_dir() or any(folder.iterdir())):
+        raise UsageError(f"{folder} exists, and is no comparison", next_step="name another folder with -o")
+
+
 def open_folder(folder: Path, identity: dict[str, Any], *, force: bool) -> None:
-    """Make the folder, or go on in one of the same settings; `force` begins one of others anew."""
-    path = folder / "settings.json"
+    """Make the folder, or go on in one of the same settings.
+
+    `force` begins anew: the results of the comparison that is there go, and then its checkpoints, so that
+    none is ever beside settings that it did not come from.
+    """
+    require_no_other(folder)
+    path = folder / SETTINGS
     text = json.dumps(identity, indent=1) + "\n"
     if path.is_file():
         # What a folder leaves out that was begun before there were several processes.
@@ -72,10 +89,9 @@ def open_folder(folder: Path, identity: dict[str, Any], *, force: bool) -> None:
         if other is not None and not held.keys() >= identity.keys():
             raise UsageError(f"{path} is no record of a comparison", next_step="name another folder with -o")
         if force:
+            _remove_results(folder)
             for checkpoint in filter(_is_run, (folder / RUNS).glob("*.pt")):
                 remove(checkpoint)
-    elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UsageError(f"{folder} exists, and is no comparison", next_step="name another folder with -o")
     try:
         (folder / RUNS).mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -83,6 +99,19 @@ def open_folder(folder: Path, identity: dict[str, Any], *, force: bool) -> None:
             f"cannot write into {folder}: {error.strerror}", next_step="name another folder with -o"
         ) from error
     write_atomically(path, lambda draft: write_text(draft, text), force=True)
+
+
+def _remove_results(folder: Path) -> None:
+    """What the comparison ended with, as it wrote it; a model that was changed since stays."""
+    for name in FILES:
+        if name != SETTINGS:
+            remove(folder / name)
+    for model in [path for path in folder.iterdir() if is_result(path, "compare")]:
+        shards = own_shards(model)
+        remove(model)
+        for shard in shards:
+            remove_unnamed(shard, set())
+        remove(sidecar_path(model))
 
 
 def _is_run(path: Path) -> bool:
@@ -113,7 +142,7 @@ def _held(path: Path) -> dict[str, Any]:
 
 def write_document(folder: Path, found: TrainingComparison) -> Path:
     """Write `compare.json`: no time and no folder is in it."""
-    path = folder / "compare.json"
+    path = folder / DOCUMENT
     text = json.dumps({"schema_version": SCHEMA_VERSION, **found.to_dict()}, ensure_ascii=False) + "\n"
     write_atomically(path, lambda draft: write_text(draft, text), force=True)
     return path

@@ -30,13 +30,16 @@ _CANNOT = frozenset(
 )
 """What a file system says that has no such rename, or no hard links."""
 
+Identity = tuple[int, int]
+"""What tells a file from every other, whatever it is called."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Placed:
     """A file that stands in its place, and the one that stood there before, if one did."""
 
     path: Path
-    identity: tuple[int, int]
+    identity: Identity
     before: Path | None
 
     def take_back(self) -> None:
@@ -50,8 +53,8 @@ class Placed:
                 self.path.unlink()
 
 
-def identity(path: Path) -> tuple[int, int] | None:
-    """What tells a file from every other, whatever it is called; None where there is none."""
+def identity(path: Path) -> Identity | None:
+    """The identity of a file, or of what a link leads to; None where there is none."""
     try:
         found = path.stat()
     except (OSError, ValueError):
@@ -88,14 +91,18 @@ def place_folder(draft: Path, folder: Path) -> None:
 
 
 def remove_unnamed(path: Path, new: set[Path]) -> None:
-    """Remove a data file of bntool's own, unless a file beside it, or one folder up, holds its name.
+    """Remove a data file of bntool's own, unless a file beside it, or a folder up or down, holds its name.
 
     A model that was renamed, or copied, still reads it. Where there is too much to search, it may be so.
     """
     names = {os.fsencode(path.name), json.dumps(path.name)[1:-1].encode()}
     with contextlib.suppress(OSError):
-        beside = itertools.chain(path.parent.iterdir(), path.parent.resolve().parent.iterdir())
-        others = [other for other in beside if other not in {path, *new} and other.is_file()]
+        folder = path.parent
+        # Files from below name it as ../NAME; only models do, and data folders hold too much to be searched.
+        near = itertools.chain(
+            folder.iterdir(), folder.resolve().parent.iterdir(), folder.glob("[!.]*/*.onnx")
+        )
+        others = [other for other in near if other not in {path, *new} and other.is_file()]
         sizes = sum(other.stat().st_size for other in others)
         if sizes <= _MOST_SEARCHED and not any(_holds(other, name) for other in others for name in names):
             remove(path)
@@ -105,6 +112,13 @@ def remove(path: Path) -> None:
     """Remove a file that is bntool's own; nothing where it cannot be."""
     with contextlib.suppress(OSError):
         path.unlink()
+
+
+def remove_empty(*folders: Path) -> None:
+    """Remove folders, one after the other, as far as nothing is in them."""
+    for folder in folders:
+        with contextlib.suppress(OSError):
+            folder.rmdir()
 
 
 def remove_tree(folder: Path) -> None:

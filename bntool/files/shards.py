@@ -47,7 +47,7 @@ def write_shards(
         # Told by what is in it, so that the same model has the same names.
         names[shard] = f"{stem}-{sha256_of(draft)[:12]}-{number:05}-of-{len(shards):05}.safetensors"
         drafts.put(draft, output.with_name(names[shard]))
-    drafts.retire(lambda: [output.with_name(name) for name in _earlier(output, stem) - set(names.values())])
+    drafts.retire(lambda: own_shards(output) - {output.with_name(name) for name in names.values()})
     total = {"total_size": sum(sizes[name] for name in parts)}
     index = {
         "metadata": {**metadata, **total},
@@ -58,9 +58,11 @@ def write_shards(
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _earlier(output: Path, stem: str) -> set[str]:
-    """The shards of the index that is replaced, as far as bntool gave them their names."""
+def own_shards(index: Path) -> set[Path]:
+    """The shards of an index, as far as bntool gave them their names."""
+    stem = index.name.removesuffix(INDEX_SUFFIX)
     with contextlib.suppress(LoadError, OSError):
-        shards = read_index(output).shards
-        return {n for n in shards if n.startswith(stem) and _OWN_SHARD.fullmatch(n[len(stem) :])}
+        shards = read_index(index).shards
+        own = (n for n in shards if n.startswith(stem) and _OWN_SHARD.fullmatch(n[len(stem) :]))
+        return {index.with_name(name) for name in own}
     return set()

@@ -168,6 +168,14 @@ def damaged(path: Path, why: str, place: str) -> LoadError:
     )
 
 
+def is_result(output: Path, command: str) -> bool:
+    """Whether `output` is what this command of bntool's wrote, as its side file says, and unchanged."""
+    if not (output.is_file() and is_sidecar(sidecar_path(output))):
+        return False
+    document = read_sidecar(output) or {}
+    return document.get("command") == command and describes(document, output)
+
+
 def describes(document: Mapping[str, Any], output: str | Path) -> bool:
     """Whether the document was written for `output` as it is now (its sha256 agrees)."""
     recorded = document.get("output")

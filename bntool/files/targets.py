@@ -12,13 +12,13 @@ import dataclasses
 import filecmp
 import itertools
 import os
-import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from bntool.errors import UsageError
 from bntool.files.drafts import alone_in, draft_folder, forget_leftovers, note_leftovers
-from bntool.files.placing import Placed, flush, identity, place, remove_unnamed
+from bntool.files.placing import Placed, flush, place, remove_unnamed
+from bntool.files.reads import Reads
 
 _NAME_MAX = 255
 
@@ -34,25 +34,28 @@ class Target:
 
     def __init__(self, *, force: bool = False, reads: Iterable[str | Path] = ()) -> None:
         self.force = force
-        self._read: dict[tuple[int, int], Path] = {}
+        self._reads = Reads()
         self._claimed: dict[Path, bool] = {}
         self._in_place: set[Path] = set()
+        self._own: set[Path] = set()
         self.read(*reads)
 
     def read(self, *paths: str | Path) -> None:
         """Tell of more that is read. Raises `UsageError` where one of them was to be written."""
         for path in map(Path, paths):
-            known = identity(path)
-            if known is not None:
-                self._read.setdefault(known, path)
-        for claimed in self._claimed:
-            self.require_unread(claimed)
+            self._reads.add(path)
+        self.require_unread(*self._claimed)
 
-    def forced(self) -> Target:
-        """Another target that reads the same, and may replace: for a folder that is a command's own."""
-        other = Target(force=True)
-        other._read = self._read
-        return other
+    def claim_folder(self, folder: str | Path) -> None:
+        """Have a folder be the command's own, there or not: what is claimed in it may be replaced.
+
+        Raises `UsageError` where anything in it is read, or is a link.
+        """
+        inside = sorted(Path(folder).rglob("*"))
+        self.require_unread(*inside)
+        for path in filter(Path.is_symlink, inside):
+            raise UsageError(f"{path} is a link", next_step="remove it, or name another folder with -o")
+        self._own.add(Path(os.path.realpath(folder)))
 
     def claim(self, path: str | Path, *, force: bool | None = None, though_read: bool = False) -> Path:
         """The real path (a link's target) of a file that the user names, or `UsageError`.
@@ -67,24 +70,25 @@ class Target:
             raise _cannot(path, error) from error
         if though_read:
             self._in_place.add(real)
-        return self._claim(path, real, self.force if force is None else force)
+        return self._claim(path, real, self._forces(real) if force is None else force)
 
     def claim_beside(self, path: Path, belongs: Callable[[Path], bool]) -> Path:
         """The path of a file that bntool names after an output, or `UsageError`.
 
         Such a file is replaced only with `force` and where it `belongs` to bntool; a link is never followed.
         """
+        real = Path(os.path.realpath(path.parent)) / path.name
         if path.is_symlink():
             raise UsageError(
                 f"{path} is a link, and bntool writes a file of its own there",
                 next_step=f"rm {path}, or name another -o OUTPUT",
             )
-        if path.is_file() and self.force and not belongs(path):
+        if path.is_file() and self._forces(real) and not belongs(path):
             raise UsageError(
                 f"{path} is no file of bntool's, and would be lost",
                 next_step="move it away, or name another -o OUTPUT",
             )
-        return self._claim(path, Path(os.path.realpath(path.parent)) / path.name, self.force)
+        return self._claim(path, real, self._forces(real))
 
     def may_replace(self, path: Path) -> bool:
         """Whether `path` may be replaced: only one that was claimed, and with `force`."""
@@ -100,7 +104,7 @@ class Target:
 
     def is_read(self, path: Path) -> bool:
         """Whether the file at `path`, by any name, is one of those read, or lies in a folder that is."""
-        return self._reader_of(path) is not None
+        return self._reads.first_of(path) is not None
 
     @contextlib.contextmanager
     def drafts(self) -> Iterator[Drafts]:
@@ -116,37 +120,30 @@ class Target:
             except OSError as error:
                 raise _cannot(drafts.last, error) from error
 
+    def require_unread(self, *paths: Path) -> None:
+        """Raise `UsageError` where one of the files is read, unless it was claimed to be changed in place."""
+        found = self._reads.first_of(*(path for path in paths if path not in self._in_place))
+        if found is not None:
+            raise _is_input(*found)
+
+    def _forces(self, real: Path) -> bool:
+        return self.force or real.parent in self._own
+
     def _claim(self, path: Path, real: Path, force: bool) -> Path:
         try:
-            self.require_unread(path, real)
-            _require_possible(path, real, force)
+            asked = real in self._in_place or real.parent in self._own
+            found = None if asked else self._reads.first_of(real)
+            if found is not None:
+                raise _is_input(path, found[1])
+            _require_possible(path, real, force=force)
         except OSError as error:
             raise _cannot(path, error) from error
         if real in self._claimed:
             raise UsageError(f"{path} is to be written twice", next_step="name two files")
+        if real.parent not in self._own and not real.parent.is_dir():
+            raise UsageError(f"the folder {real.parent} does not exist", next_step=f"mkdir -p {real.parent}")
         self._claimed[real] = force
         return real
-
-    def require_unread(self, path: Path, real: Path | None = None) -> None:
-        """Raise `UsageError` where the file at `path` is one of those read."""
-        source = self._reader_of(real or path)
-        if source is not None and (real or path) not in self._in_place:
-            raise UsageError(
-                f"the output {path} is the input itself",
-                where="" if os.fspath(source) == os.fspath(path) else f"{source}, which is read",
-                next_step="name another -o OUTPUT",
-            )
-
-    def _reader_of(self, path: Path) -> Path | None:
-        known = identity(path)
-        if known is None:
-            return None
-        if known in self._read:
-            return self._read[known]
-        folders = (self._read.get(inner) for inner in map(identity, path.parents) if inner is not None)
-        folder = next((folder for folder in folders if folder is not None), None)
-        linked = (read for read in self._read.values() if read.is_dir() and _has_link_to(read, known))
-        return folder or next(linked, None) or _imported(known)
 
 
 class Drafts:
@@ -283,7 +280,7 @@ class _Part:
     path: Path | None = None
 
 
-def _require_possible(path: Path, real: Path, force: bool) -> None:
+def _require_possible(path: Path, real: Path, *, force: bool) -> None:
     if len(os.fsencode(real.name)) > _NAME_MAX:
         raise UsageError(f"the name {real.name} is too long", next_step="name a shorter -o OUTPUT")
     if real.is_dir():
@@ -292,8 +289,14 @@ def _require_possible(path: Path, real: Path, force: bool) -> None:
         raise UsageError(f"the output {path} is not a regular file", next_step="name a file: -o NAME.pt")
     if os.path.lexists(real) and not force:
         raise _exists(path)
-    if not real.parent.is_dir():
-        raise UsageError(f"the folder {real.parent} does not exist", next_step=f"mkdir -p {real.parent}")
+
+
+def _is_input(path: Path, source: Path) -> UsageError:
+    return UsageError(
+        f"the output {path} is the input itself",
+        where="" if os.fspath(source) == os.fspath(path) else f"{source}, which is read",
+        next_step="name another -o OUTPUT",
+    )
 
 
 def _exists(path: Path) -> UsageError:
@@ -307,23 +310,6 @@ def _cannot(path: Path, error: OSError) -> UsageError:
         f"cannot write {path}: {error.strerror or error}",
         next_step="check the folder's permissions and the space on the disk, or name another -o OUTPUT",
     )
-
-
-def _has_link_to(folder: Path, known: tuple[int, int]) -> bool:
-    """Whether a folder that is read holds a link, or a hard link, to this file."""
-    for inner, _, _ in os.walk(folder):
-        with contextlib.suppress(OSError), os.scandir(inner) as entries:
-            for entry in entries:
-                alike = entry.is_symlink() or entry.inode() == known[1]
-                if alike and identity(Path(entry.path)) == known:
-                    return True
-    return False
-
-
-def _imported(known: tuple[int, int]) -> Path | None:
-    """The file of Python code in use that is this one."""
-    files = (getattr(module, "__file__", None) for module in list(sys.modules.values()))
-    return next((Path(file) for file in files if file and identity(Path(file)) == known), None)
 
 
 def _same(a: Path, b: Path) -> bool:

@@ -201,6 +201,22 @@ def test_a_file_that_fails_is_kept_only_when_asked_for(
     onnx.checker.check_model("model.unverified.onnx")
 
 
+def test_a_file_kept_unverified_takes_a_name_that_is_free(bntool: Shell) -> None:
+    """Whoever asks for it typed none of its names, so `--force` replaces none of them either."""
+    nets.save(nets.normalised(), "model.pt")
+    line = ("export", "model.pt", *nets.INPUT, "--atol", "0", "--keep-unverified", "--force")
+    Path("model.unverified.onnx").write_bytes(b"precious")
+    Path("model.unverified.1.onnx").symlink_to("nowhere")
+    for number in (2, 3):
+        said = bntool(*line)
+        assert said.code == 1
+        assert f"kept as model.unverified.{number}.onnx: do not serve it" in said.err
+        onnx.checker.check_model(f"model.unverified.{number}.onnx")
+    assert Path("model.unverified.onnx").read_bytes() == b"precious"
+    assert Path("model.unverified.1.onnx").is_symlink()
+    assert not Path("nowhere").exists()
+
+
 def test_a_folder_that_cannot_be_written(refused: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
     nets.save(nets.normalised(), "model.pt")
 

@@ -222,18 +222,6 @@ def test_two_outputs_are_never_one_file(bntool: Shell, folder_of_all: Path) -> N
         assert "written twice" in said.err
 
 
-def test_the_demo_keeps_what_is_in_its_folder(bntool: Shell, folder_of_all: Path) -> None:
-    Path("out").mkdir()
-    for name in ("model.pt", "model_bn.pt"):
-        Path("out", name).write_bytes(b"precious")
-        before = contents(folder_of_all)
-        assert bntool("demo", "-o", "out").code == 2
-        assert contents(folder_of_all) == before | {
-            k: v for k, v in contents(folder_of_all).items() if k not in before
-        }
-        Path("out", name).unlink()
-
-
 def test_a_folder_that_is_no_comparison_is_left_alone(bntool: Shell, folder_of_all: Path) -> None:
     Path("runs_of_mine", "runs").mkdir(parents=True)
     Path("runs_of_mine", "settings.json").write_text('{"epochs": 3}')

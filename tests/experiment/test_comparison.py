@@ -12,7 +12,7 @@ from torch import nn
 import bntool
 from bntool.errors import CheckFailed, NothingToDo, UsageError
 from bntool.experiment.comparison import compare_training, draw_weights
-from bntool.experiment.folder import write_document
+from bntool.experiment.folder import FILES, RUNS, write_document
 from bntool.experiment.plots import write_plots
 from bntool.experiment.settings import Settings
 from tests.experiment.nets import classifier, thirds
@@ -59,6 +59,7 @@ def test_both_arms_by_rate_and_repeat(tmp_path: Path) -> None:
         for name in ("curves", "distributions", "gradients", "rates")
         for kind in ("png", "svg")
     ]
+    assert {path.name for path in (tmp_path / "c").iterdir()} == {*FILES, RUNS}
     first = {path: path.read_bytes() for path in files}
     assert all(
         path.read_bytes() == content for path, content in first.items() if write_plots(found, path.parent)

@@ -88,6 +88,52 @@ def test_several_files_are_made_together_or_not_at_all(tmp_path: Path) -> None:
         late.unlink()
 
 
+def test_a_group_is_taken_back_where_there_are_no_hard_links(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What stood there is copied then, or taking the new file back would leave nothing of either."""
+
+    def forbidden(*_: object, **__: object) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(placing, "_rename_new", _unable)
+    monkeypatch.setattr(os, "link", forbidden)
+    old, fresh, late = paths = [tmp_path / name for name in ("old.pt", "b.json", "c.onnx")]
+    old.write_text("old")
+    old.chmod(0o640)
+    with pytest.raises(UsageError, match=r"c\.onnx exists already"):
+        _write(Target(), *paths, meanwhile=lambda: late.write_text("somebody else's"))
+    assert (old.read_text(), late.read_text()) == ("old", "somebody else's")
+    assert old.stat().st_mode & 0o777 == 0o640
+    assert _names(tmp_path) == ["c.onnx", "old.pt"]
+    late.unlink()
+    _write(Target(), *paths)
+    assert [path.read_text() for path in (old, fresh, late)] == ["new"] * 3
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()])
+def test_a_name_that_was_taken_first_is_given_back_where_its_file_cannot_follow(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
+) -> None:
+    old, fresh = tmp_path / "old.pt", tmp_path / "b.json"
+    old.write_text("old")
+    move = Path.replace
+
+    def fails(draft: Path, path: Path) -> Path:
+        if path == fresh:
+            assert path.stat().st_size == 0
+            raise error
+        return move(draft, path)
+
+    for way in ("_rename_new", "_link_new"):
+        monkeypatch.setattr(placing, way, _unable)
+    monkeypatch.setattr(Path, "replace", fails)
+    with pytest.raises(UsageError if isinstance(error, OSError) else KeyboardInterrupt):
+        _write(Target(), old, fresh)
+    assert old.read_text() == "old"
+    assert _names(tmp_path) == ["old.pt"]
+
+
 def test_nothing_is_placed_after_an_error_or_ctrl_c(tmp_path: Path) -> None:
     def stop(error: type[BaseException]) -> None:
         raise error
