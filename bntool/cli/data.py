@@ -19,14 +19,13 @@ def opened_data(
 ) -> Batches:
     """The batches of `--data`, made to fit what the model takes; of several processes, those of `share`.
 
-    `load` tells whether the user chose the size of the inputs. Raises `UsageError` without `--data`.
+    `load` tells whether the user chose the size of the inputs.
     """
     import torch
 
     from bntool.batches import open_batches
 
-    if data.data is None:
-        raise UsageError("no data is named", next_step="give --data")
+    assert data.data is not None  # the commands require it
     images = Path(data.data).is_dir()
     like = example_of(session, small=not images)
     if images and like is not None:
