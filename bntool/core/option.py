@@ -64,7 +64,7 @@ class Option:
                 f"{self.name} is {' or '.join(map(repr, self.choices))}, not {value!r}",
                 next_step=f"use one of {', '.join(self.choices)}",
             )
-        words = self.name.replace("_", " ")
+        words = self.flag.removeprefix("--").replace("-", " ")
         least, most = self.spec.least, self.spec.most
         for number in value if self.many else (value,):
             low = least is not None and not number >= least
