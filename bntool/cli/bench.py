@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from bntool.cli import options as opt
-from bntool.cli.completing import files
 from bntool.cli.onnx_file import is_onnx
 from bntool.cli.session import Session, Voice, open_session
+from bntool.cli.taking import takes
+from bntool.core.option import Options, option
+from bntool.core.options import BenchOptions, LoadOptions, PlaceOptions, SpeechOptions
 
 if TYPE_CHECKING:
     from torch import nn
@@ -19,37 +21,41 @@ if TYPE_CHECKING:
     from bntool.inputs import Inputs
 
 
+@dataclasses.dataclass(frozen=True)
+class PairOptions(Options):
+    """What is timed beside each other."""
+
+    first: str = option("", "", metavar="A", argument=True, required=True, names="file")
+    second: str = option("", "", metavar="B", argument=True, required=True, names="file")
+
+
 @click.command("bench", short_help="Time two models beside each other.")
-@click.argument("first", metavar="A", callback=opt.not_empty, shell_complete=files)
-@click.argument("second", metavar="B", callback=opt.not_empty, shell_complete=files)
-@opt.loading_options()
-@opt.bench_options()
-@opt.device_option()
-@opt.providers_option()
-@opt.common_options()
-def command(first: str, second: str, **options: Any) -> int:
+@takes(PairOptions, LoadOptions, BenchOptions, PlaceOptions, SpeechOptions)
+def command(
+    voice: Voice, pair: PairOptions, load: LoadOptions, bench: BenchOptions, place: PlaceOptions
+) -> int:
     """Time A and B on the same inputs and device: models, exported programs, ONNX files.
 
     They run in turn, so that a machine that slows down slows both. A difference is claimed only where the
     middle halves of the samples do not overlap.
     """
-    voice = Voice.of(options)
     from bntool.benchmarking import Candidate
     from bntool.cli import devices, timing
     from bntool.report.latency import latency_text
 
-    files = [name for name in (first, second) if is_onnx(name)]
-    modules = [name for name in (first, second) if name not in files]
-    devices.require_places(options, torch_too=bool(modules), onnx_too=bool(files))
-    session = open_session(voice, {**options, "model": modules[0]}) if modules else None
-    inputs_of = _inputs_of(session, files, options["seed"])
+    names = (pair.first, pair.second)
+    files = [name for name in names if is_onnx(name)]
+    modules = [name for name in names if name not in files]
+    places = devices.require_places(place, torch_too=bool(modules), onnx_too=bool(files))
+    session = open_session(voice, modules[0], load) if modules else None
+    inputs_of = _inputs_of(session, files, load.seed)
     candidates = []
-    for name, label in zip((first, second), _labels(first, second), strict=True):
+    for name, label in zip(names, _labels(*names), strict=True):
         what: nn.Module | Path = Path(name)
         if name not in files and session is not None:
-            what = _module(session.loaded.model if name == modules[0] else session.load_other(name, options))
+            what = _module(session.loaded.model if name == modules[0] else session.load_other(name, load))
         candidates.append(Candidate(label, what))
-    found = timing.timed(voice, candidates, inputs_of, options)
+    found = timing.timed(voice, candidates, inputs_of, bench, places)
     voice.say(latency_text(found))
     voice.emit({"status": "ok", "latency": found.to_dict()})
     return 0

@@ -2,56 +2,86 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+import dataclasses
+from typing import TYPE_CHECKING
 
 import click
 
-from bntool.cli import options as opt
 from bntool.cli.data import opened_data
 from bntool.cli.job import joined
 from bntool.cli.session import Session, Voice, open_session, require_no_script
+from bntool.cli.taking import takes
+from bntool.core.option import Options, option
+from bntool.core.options import (
+    DataOptions,
+    JobOptions,
+    LoadOptions,
+    ModelOptions,
+    SpeechOptions,
+    WriteOptions,
+)
 from bntool.errors import UsageError
 
 if TYPE_CHECKING:
     from bntool.world import World
 
 
+@dataclasses.dataclass(frozen=True)
+class CalibrateOptions(Options):
+    """What becomes of the layers besides."""
+
+    freeze: bool = option(False, "Keep BatchNorm frozen through model.train().")
+
+
 @click.command("calibrate", short_help="Recompute running statistics from data.")
-@opt.model_options()
-@opt.data_options(required=True)
-@click.option("--freeze", is_flag=True, help="Keep BatchNorm frozen through model.train().")
-@opt.output_options()
-@opt.job_option()
-@opt.common_options()
-def command(**options: Any) -> int:
+@takes(
+    ModelOptions,
+    LoadOptions,
+    DataOptions,
+    CalibrateOptions,
+    WriteOptions,
+    JobOptions,
+    SpeechOptions,
+    required=("data",),
+)
+def command(
+    voice: Voice,
+    model: ModelOptions,
+    load: LoadOptions,
+    data: DataOptions,
+    calibrate: CalibrateOptions,
+    write: WriteOptions,
+    job: JobOptions,
+) -> int:
     """Recompute every BatchNorm's running mean and variance from data, exactly and without momentum.
 
     The data must be prepared as in training. Writes NAME_calibrated beside the input; the input is never
     touched. Layers with track_running_stats=False get running statistics, so that they can be folded.
     Under torchrun each process reads its share of the batches.
     """
-    voice = Voice.of(options)
-    with joined(options["timeout"]) as world:
+    with joined(job.timeout) as world:
         voice.silent = not world.is_main
-        return _calibrate(voice, options, world)
+        session = open_session(voice, model.model, load)
+        require_no_script(session, "calibrate")
+        return _calibrate(session, data, load, write, world, freeze=calibrate.freeze)
 
 
-def _calibrate(voice: Voice, options: dict[str, Any], world: World) -> int:
-    session = open_session(voice, options)
-    require_no_script(session, "calibrate")
+def _calibrate(
+    session: Session, data: DataOptions, load: LoadOptions, write: WriteOptions, world: World, *, freeze: bool
+) -> int:
     from bntool.calibrating import calibrate
     from bntool.cli.writing import chosen_output, write_model
 
-    place = None
-    if world.is_main and not options["dry_run"]:
-        place = chosen_output(session, "calibrate", options["output"])
-        _require_storable(session, options["freeze"])
-    batches = opened_data(session, options, (world.rank, world.size))
+    voice, place = session.voice, None
+    if world.is_main and not write.dry_run:
+        place = chosen_output(session, "calibrate", write.output)
+        _require_storable(session, freeze)
+    batches = opened_data(session, data, load, (world.rank, world.size))
     if world.size > 1:
         voice.note(f"{world.size} processes, each with one of every {world.size} batches")
     with voice.progress("calibrating") as step:
-        result = calibrate(session.model, batches, freeze=options["freeze"], progress=step)
-    voice.say(result.render(verbose=not options["quiet"]))
+        result = calibrate(session.model, batches, freeze=freeze, progress=step)
+    voice.say(result.render(verbose=not voice.quiet))
     if place is not None:
         write_model(session, "calibrate", result, place)
         voice.say(f"wrote       {place.named}")
@@ -60,7 +90,7 @@ def _calibrate(voice: Voice, options: dict[str, Any], world: World) -> int:
             **result.to_dict(),
             "data": batches.origin,
             "output": str(place.named) if place else None,
-            "dry_run": options["dry_run"],
+            "dry_run": write.dry_run,
         }
     )
     return 0

@@ -11,11 +11,20 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from bntool.cli import options as opt
-from bntool.cli.completing import files, folders
-from bntool.cli.data import numbers
+from bntool.cli.compare_options import CompareOptions, settings_of
 from bntool.cli.job import joined
 from bntool.cli.session import Session, Voice, open_session, require_no_script
+from bntool.cli.taking import some, takes
+from bntool.core.options import (
+    DataOptions,
+    InsertOptions,
+    JobOptions,
+    LoadOptions,
+    ModelOptions,
+    PlaceOptions,
+    ReportOptions,
+    SpeechOptions,
+)
 from bntool.errors import UsageError
 
 if TYPE_CHECKING:
@@ -28,91 +37,49 @@ if TYPE_CHECKING:
 
 
 @click.command("compare", short_help="Train with and without BatchNorm, and compare.")
-@opt.model_options()
-@click.option(
-    "--data",
-    required=True,
-    metavar="DATA",
-    shell_complete=files,
-    callback=opt.not_empty,
-    help="mnist, fashion-mnist, a folder of images, an .npz file, or pkg.mod:loader.",
+@takes(
+    ModelOptions,
+    LoadOptions,
+    some(DataOptions, "data", "mean", "std"),
+    CompareOptions,
+    some(InsertOptions, "activations", "position", "affine"),
+    some(PlaceOptions, "device"),
+    JobOptions,
+    ReportOptions,
+    SpeechOptions,
+    required=("data",),
+    data="mnist, fashion-mnist, a folder of images, an .npz file, or pkg.mod:loader.",
+    activations="As in bntool insert.",
+    position="",
+    device="Where to train.",
 )
-@click.option(
-    "--root",
-    metavar="FOLDER",
-    shell_complete=folders,
-    help="Where mnist and fashion-mnist lie (default: data).",
-)
-@click.option("--download", is_flag=True, help="Let torchvision load the data down.")
-@click.option("--mean", metavar="R,G,B", help="Mean of each channel, taken off images in 0..1.")
-@click.option("--std", metavar="R,G,B", help="Standard deviation of each channel of images in 0..1.")
-@click.option("--epochs", type=int, required=True, metavar="N", help="Passes over the training data.")
-@click.option("--batch-size", type=int, default=128, show_default=True)
-@click.option("--optimizer", type=click.Choice(["sgd", "adam", "adamw"]), default="sgd", show_default=True)
-@click.option("--lr", default="0.01", show_default=True, metavar="R[,R]", help="Learning rates, a run each.")
-@click.option("--momentum", type=float, default=0.9, show_default=True, help="Of SGD.")
-@click.option("--weight-decay", type=float, default=0.0, show_default=True)
-@click.option(
-    "--schedule",
-    type=click.Choice(["constant", "cosine", "step"]),
-    default="constant",
-    show_default=True,
-    help="cosine falls to 0; step to a tenth after 1/2 of the steps and a hundredth after 3/4.",
-)
-@click.option("--repeats", type=int, default=1, show_default=True, help="Runs with seeds N, N + 1, …")
-@click.option("--from-scratch", is_flag=True, help="Draw new weights by the seed, the same for both.")
-@click.option("--activation", multiple=True, metavar="KIND", help="As in bntool insert.")
-@click.option("--position", type=click.Choice(["before", "after"]), default="before", show_default=True)
-@click.option("--no-affine", is_flag=True, help="BatchNorm without γ and β.")
-@click.option("--sync", is_flag=True, help="SyncBatchNorm: processes of torchrun normalise together.")
-@click.option(
-    "--init",
-    type=click.Choice(["identity", "default"]),
-    help="As in bntool insert. Default: default from scratch, else identity.",
-)
-@click.option(
-    "--watch-every",
-    type=int,
-    metavar="N",
-    help="Look into the layers at every N-th step; 0 for never (default: a hundred times a run).",
-)
-@click.option(
-    "--device",
-    default="auto",
-    show_default=True,
-    callback=opt.device,
-    metavar="auto|cpu|cuda",
-    help="Where to train.",
-)
-@click.option(
-    "-o",
-    "--output",
-    metavar="FOLDER",
-    callback=opt.not_empty,
-    shell_complete=folders,
-    help="Default: NAME_compare.",
-)
-@click.option("--force", is_flag=True, help="Begin anew where the folder holds another comparison.")
-@opt.job_option()
-@opt.report_option()
-@opt.common_options()
-def command(**options: Any) -> int:
+def command(
+    voice: Voice,
+    model: ModelOptions,
+    load: LoadOptions,
+    data: DataOptions,
+    compare: CompareOptions,
+    insert: InsertOptions,
+    place: PlaceOptions,
+    job: JobOptions,
+) -> int:
     """Train MODEL as it is and with BatchNorm, on the same batches, and compare.
 
     Writes NAME_compare/ here: compare.json, plots, both trained models, and a checkpoint of each run. The
     same command goes on where it was stopped, and gives the same figures. Under torchrun the processes share
     each batch.
     """
-    voice = Voice.of(options)
-    settings = _settings(options)
-    with joined(options["timeout"], settings.device) as world:
+    settings = settings_of(compare, insert, seed=load.seed, device=place.device)
+    with joined(job.timeout, settings.device) as world:
         voice.silent = not world.is_main
-        return _compare(voice, options, settings, world)
+        session = open_session(voice, model.model, load)
+        require_no_script(session, "train")
+        return _compare(session, data, compare, settings, world)
 
 
-def _compare(voice: Voice, options: dict[str, Any], settings: Settings, world: World) -> int:
-    session = open_session(voice, options)
-    require_no_script(session, "train")
+def _compare(
+    session: Session, named: DataOptions, compare: CompareOptions, settings: Settings, world: World
+) -> int:
     from bntool.cli.picturing import picture_module
     from bntool.experiment.comparison import compare_training
     from bntool.experiment.folder import write_document
@@ -120,17 +87,18 @@ def _compare(voice: Voice, options: dict[str, Any], settings: Settings, world: W
     from bntool.files.sidecar import output_name
     from bntool.runtime.torch_runner import require_torch_device
 
+    voice = session.voice
     require_torch_device(settings.device)
     require_matplotlib()
-    data = _data_in_turn(session, options, world)
+    data = _data_in_turn(session, named, compare, world)
     for note in data.notes:
         voice.note(note)
-    folder = Path(options["output"] or f"{output_name(_source(session), 'export').stem}_compare")
-    places = _claim(session, folder, force=options["force"]) if world.is_main else {}
+    folder = Path(compare.output or f"{output_name(_source(session), 'export').stem}_compare")
+    places = _claim(session, folder, force=compare.force) if world.is_main else {}
     try:
         with _progress(voice, settings) as tell:
             found = compare_training(
-                session.model, data, settings, folder, force=options["force"], world=world, tell=tell
+                session.model, data, settings, folder, force=compare.force, world=world, tell=tell
             )
     except KeyboardInterrupt:
         voice.note(f"the same command goes on from the last checkpoint in {folder}")
@@ -150,52 +118,29 @@ def _compare(voice: Voice, options: dict[str, Any], settings: Settings, world: W
     return 0
 
 
-def _settings(options: dict[str, Any]) -> Settings:
-    from bntool.experiment.settings import Settings
-
-    same = (
-        "epochs batch_size optimizer momentum weight_decay schedule repeats seed from_scratch position sync "
-        "init watch_every"
-    )
-    return Settings(
-        lrs=tuple(numbers(options["lr"], "--lr") or ()),
-        activations=options["activation"] or ("relu",),
-        affine=not options["no_affine"],
-        device=_device(options["device"]),
-        **{name: options[name] for name in same.split()},
-    )
-
-
-def _device(name: str) -> str:
-    import torch
-
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    return name
-
-
-def _data_in_turn(session: Session, options: dict[str, Any], world: World) -> Data:
+def _data_in_turn(session: Session, named: DataOptions, compare: CompareOptions, world: World) -> Data:
     """The data, which the first process of each machine loads down, where it is to be, before the others."""
-    if not options["download"]:
-        return _data(session, options)
+    if not compare.download:
+        return _data(session, named, compare)
     first = os.environ.get("LOCAL_RANK", "0") == "0"
-    data = _data(session, options) if first else None
+    data = _data(session, named, compare) if first else None
     world.gather(None)
-    return data if data is not None else _data(session, options)
+    return data if data is not None else _data(session, named, compare)
 
 
-def _data(session: Session, options: dict[str, Any]) -> Data:
-    from bntool.cli.data import example_of
+def _data(session: Session, named: DataOptions, compare: CompareOptions) -> Data:
+    from bntool.cli.data import example_of, numbers
     from bntool.experiment.datasets import open_dataset
 
-    folder = Path(options["data"]).is_dir()
+    assert named.data is not None  # the command requires it
+    folder = Path(named.data).is_dir()
     return open_dataset(
-        options["data"],
-        root=options["root"],
-        download=options["download"],
+        named.data,
+        root=compare.root,
+        download=compare.download,
         like=example_of(session, small=False) if folder else None,
-        mean=numbers(options["mean"], "--mean"),
-        std=numbers(options["std"], "--std"),
+        mean=numbers(named.mean, "--mean"),
+        std=numbers(named.std, "--std"),
         seed=session.seed,
     )
 

@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
+import dataclasses
+from typing import Literal
+
 import click
 from click.shell_completion import get_completion_class
 
 from bntool.cli.completing import VARIABLE
 from bntool.cli.streams import say
+from bntool.cli.taking import some, takes
+from bntool.core.option import Options, option
+from bntool.core.options import SpeechOptions
+
+
+@dataclasses.dataclass(frozen=True)
+class CompletionOptions(Options):
+    """Whose script is printed."""
+
+    shell: Literal["bash", "zsh", "fish"] = option("bash", "", argument=True, required=True)
 
 
 @click.command("completion", short_help="Completion for bash, zsh or fish.")
-@click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
-@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
-def command(shell: str, debug: bool) -> int:  # noqa: ARG001 - read by main
+@takes(CompletionOptions, some(SpeechOptions, "debug"))
+def command(completion: CompletionOptions) -> int:
     """Print the script that completes commands, options, files and reason codes in SHELL.
 
     \b
@@ -23,7 +35,7 @@ def command(shell: str, debug: bool) -> int:  # noqa: ARG001 - read by main
     """  # noqa: D301 - click's mark for lines to keep
     from bntool.cli import cli
 
-    script = get_completion_class(shell)
+    script = get_completion_class(completion.shell)
     assert script is not None  # click knows all three
     say(*script(cli, {}, "bntool", VARIABLE).source().split("\n"))
     return 0

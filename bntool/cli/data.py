@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from bntool.cli.session import Session
+from bntool.core.options import DataOptions, LoadOptions
 from bntool.errors import ObserveError, UsageError
 
 if TYPE_CHECKING:
@@ -13,27 +14,33 @@ if TYPE_CHECKING:
     from bntool.inputs import Inputs
 
 
-def opened_data(session: Session, options: dict[str, Any], share: tuple[int, int] = (0, 1)) -> Batches:
-    """The batches of `--data`, made to fit what the model takes; of several processes, those of `share`."""
+def opened_data(
+    session: Session, data: DataOptions, load: LoadOptions, share: tuple[int, int] = (0, 1)
+) -> Batches:
+    """The batches of `--data`, made to fit what the model takes; of several processes, those of `share`.
+
+    `load` tells whether the user chose the size of the inputs.
+    """
     import torch
 
     from bntool.batches import open_batches
 
-    images = Path(options["data"]).is_dir()
+    assert data.data is not None  # the commands require it
+    images = Path(data.data).is_dir()
     like = example_of(session, small=not images)
     if images and like is not None:
-        why = "" if options["inputs"] else f": {like.origin} (--input sets another size)"
+        why = "" if load.inputs else f": {like.origin} (--input sets another size)"
         session.voice.note(f"images are made {like.shapes()}{why}")
-        if options["mean"] is None and options["std"] is None:
+        if data.mean is None and data.std is None:
             session.voice.note("images are scaled to 0..1; --mean and --std if training normalised them")
     torch.manual_seed(session.seed)  # a loader that shuffles does so the same way every time
     return open_batches(
-        options["data"],
-        batch_size=options["batch_size"],
-        limit=options["limit"],
+        data.data,
+        batch_size=data.batch_size,
+        limit=data.limit,
         like=like,
-        mean=numbers(options["mean"], "--mean"),
-        std=numbers(options["std"], "--std"),
+        mean=numbers(data.mean, "--mean"),
+        std=numbers(data.std, "--std"),
         share=share,
     )
 

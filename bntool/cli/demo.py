@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import click
 
-from bntool.cli.completing import folders
 from bntool.cli.streams import say
+from bntool.cli.taking import some, takes
+from bntool.core.option import Options, option
+from bntool.core.options import SpeechOptions, WriteOptions
 from bntool.errors import LoadError, UsageError
 from bntool.files.atomic import write_atomically
 from bntool.files.placing import remove, remove_empty
@@ -20,28 +23,30 @@ _MADE = {"model_bn.pt": "insert", "model_bn_folded.pt": "fold", "model_bn_folded
 _LINES = (["insert", "model.pt"], ["summary"], ["fold", "--export", "onnx"])
 
 
+@dataclasses.dataclass(frozen=True)
+class DemoOptions(Options):
+    """Where the demo takes place."""
+
+    folder: str = option("demo-out", "", "-o", "--output", metavar="FOLDER", names="folder", written=True)
+
+
 @click.command("demo", short_help="The three lines on the sample network.")
-@click.option(
-    "-o",
-    "--output",
-    "folder",
-    default="demo-out",
-    show_default=True,
-    metavar="FOLDER",
-    shell_complete=folders,
+@takes(
+    DemoOptions,
+    some(WriteOptions, "force"),
+    some(SpeechOptions, "debug"),
+    force="Replace what an earlier demo left there.",
 )
-@click.option("--force", is_flag=True, help="Replace what an earlier demo left there.")
-@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
-def command(folder: str, force: bool, debug: bool) -> int:  # noqa: ARG001 - read by main
+def command(demo: DemoOptions, write: WriteOptions) -> int:
     """Insert, summary and fold on the sample: a small MNIST network, trained, without BatchNorm."""
     from bntool.cli import cli
 
-    target, content = Path(folder), _sample().read_bytes()
-    _require_own(target, content, force)
+    target, content = Path(demo.folder), _sample().read_bytes()
+    _require_own(target, content, write.force)
     with _sample_in(target, content), _inside(target):
         for line in _LINES:
             say("", f"$ bntool {' '.join(line)}")
-            replacing = ["--force"] if force and line != ["summary"] else []
+            replacing = ["--force"] if write.force and line != ["summary"] else []
             code = cli.main(args=[*line, *replacing], prog_name="bntool", standalone_mode=False)
             if code:
                 return int(code)

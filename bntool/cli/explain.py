@@ -2,28 +2,37 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import click
 
-from bntool.cli.completing import reason_codes
 from bntool.cli.documents import emit
 from bntool.cli.streams import say
+from bntool.cli.taking import some, takes
+from bntool.core.option import Options, option
+from bntool.core.options import SpeechOptions
 from bntool.reasons import Reason
 
 
-@click.command("explain", short_help="What a reason code means, and what to do.")
-@click.argument("code", required=False, shell_complete=reason_codes)
-@click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
-@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
-def command(code: str | None, as_json: bool, debug: bool) -> int:  # noqa: ARG001 - read by main
-    """Explain a reason CODE; without one, list them all."""
-    from bntool.explanations import explain
+@dataclasses.dataclass(frozen=True)
+class ExplainOptions(Options):
+    """What is explained; without a code, all of them are listed."""
 
-    codes = [reason.value for reason in Reason] if code is None else [code]
-    found = {name: explain(name) for name in codes}
-    if as_json:
+    code: str | None = option(None, "", argument=True, names="reason")
+
+
+@click.command("explain", short_help="What a reason code means, and what to do.")
+@takes(ExplainOptions, some(SpeechOptions, "as_json", "debug"))
+def command(explain: ExplainOptions, speech: SpeechOptions) -> int:
+    """Explain a reason CODE; without one, list them all."""
+    from bntool.explanations import explain as explanation_of
+
+    codes = [reason.value for reason in Reason] if explain.code is None else [explain.code]
+    found = {name: explanation_of(name) for name in codes}
+    if speech.as_json:
         emit({"status": "ok", "reasons": {name: e.to_dict() for name, e in found.items()}})
-    elif code is not None:
-        say(str(found[code]))
+    elif explain.code is not None:
+        say(str(found[explain.code]))
     else:
         width = max(len(name) for name in found)
         for name, explanation in found.items():

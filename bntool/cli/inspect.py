@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
-from typing import Any
 
 import click
 
-from bntool.cli import options as opt
-from bntool.cli.completing import files
 from bntool.cli.session import Voice
+from bntool.cli.taking import some, takes
+from bntool.core.option import Options, option
+from bntool.core.options import LoadOptions, SpeechOptions
+
+
+@dataclasses.dataclass(frozen=True)
+class InspectOptions(Options):
+    """What is looked at."""
+
+    file: str = option("", "", argument=True, required=True, names="file")
 
 
 @click.command("inspect", short_help="What a file is and holds, without loading it.")
-@click.argument("file", metavar="FILE", callback=opt.not_empty, shell_complete=files)
-@opt.max_size_option()
-@opt.common_options()
-def command(**options: Any) -> int:
+@takes(InspectOptions, some(LoadOptions, "max_size"), SpeechOptions)
+def command(voice: Voice, inspect: InspectOptions, load: LoadOptions) -> int:
     """Say what a file is, which classes it needs, its tensors, and anything suspicious.
 
     Nothing in the file is run, and no weights are read. Exit 3 for a file that is damaged, hostile or of a
@@ -26,9 +32,8 @@ def command(**options: Any) -> int:
     from bntool.files.limits import Limit
     from bntool.report.inspection import inspection_text
 
-    voice = Voice.of(options)
-    inspection = inspect_file(Path(options["file"]), Limit(options["max_size"]))
-    voice.say(inspection_text(inspection, quiet=options["quiet"], verbose=options["verbose"]))
+    inspection = inspect_file(Path(inspect.file), Limit(load.max_size))
+    voice.say(inspection_text(inspection, quiet=voice.quiet, verbose=voice.verbose))
     if inspection.error is not None:
         voice.fail(inspection.error, inspection.to_dict())
     voice.emit(inspection.to_dict())

@@ -9,22 +9,20 @@ if TYPE_CHECKING:
     from torch import nn
 
     from bntool.cli.session import Voice
+    from bntool.core.options import LoadOptions
     from bntool.files.loading import Loaded
     from bntool.files.memory import Record
     from bntool.plan import Plan
 
 
 def load_granted(
-    name: str,
-    record: Record | None,
-    *,
-    arch: str | None,
-    allow: tuple[str, ...],
-    trust_pickle: bool,
-    voice: Voice,
-    **options: Any,
+    name: str, record: Record | None, asked: LoadOptions, voice: Voice, *, stand_ins: bool = False
 ) -> tuple[Loaded, list[Plan]]:
-    """Load a model with what was granted for it, made to fit the surgery that its side file tells of."""
+    """Load a model with what was granted for it, made to fit the surgery that its side file tells of.
+
+    `record` holds what was granted before, `asked` what is granted now. With `stand_ins`, also a model whose
+    classes are not here, to be looked at and not run.
+    """
     from bntool.files.loading import load
     from bntool.files.memory import Grant
     from bntool.files.references import is_reference
@@ -32,6 +30,7 @@ def load_granted(
     is_file = Path(name).exists() or not is_reference(name)
     grant = record.granted(name) if record is not None and is_file else Grant()
     told = side_file_of(name) if is_file else None
+    arch = asked.arch
     if told and arch is None:
         arch = _architecture_in(told, name)
         if arch:
@@ -41,11 +40,15 @@ def load_granted(
         loaded = load(
             name,
             arch=arch,
-            allow=(*allow, *grant.allow),
-            trust_pickle=trust_pickle or grant.trust_pickle,
+            weights=asked.weights,
+            key=asked.key,
+            allow=(*asked.allow, *grant.allow),
+            trust_pickle=asked.trust_pickle or grant.trust_pickle,
+            pretrained=asked.pretrained,
             prepare=prepare,
+            max_size=asked.max_size,
+            stand_ins=stand_ins,
             tell=tell,
-            **options,
         )
     return loaded, plans
 

@@ -156,7 +156,7 @@ class Session:
     record: Record | None = None
     earlier_plans: list[Plan] = dataclasses.field(default_factory=list)
     baseline: str = ""
-    baseline_options: dict[str, Any] = dataclasses.field(default_factory=dict)
+    baseline_load: LoadOptions = dataclasses.field(default_factory=LoadOptions)
     _observation: Observation | None = None
 
     @property
@@ -198,18 +198,17 @@ class Session:
         named = is_reference(name) and not Path(name).exists()
         return self.load_recorded(
             name,
-            arch=None if named else options.arch or self.loaded.arch,
-            allow=self.loaded.allow,
-            trust_pickle=options.trust_pickle,
+            LoadOptions(
+                arch=None if named else options.arch or self.loaded.arch,
+                allow=self.loaded.allow,
+                trust_pickle=options.trust_pickle,
+                max_size=options.max_size,
+            ),
         )
 
-    def load_recorded(
-        self, name: str, *, allow: tuple[str, ...] = (), trust_pickle: bool = False, **options: Any
-    ) -> nn.Module | ExportedProgram:
-        """A second model, with no more trust than was granted for that very file."""
-        loaded, _ = load_granted(
-            name, self.record, allow=allow, trust_pickle=trust_pickle, voice=self.voice, **options
-        )
+    def load_recorded(self, name: str, options: LoadOptions) -> nn.Module | ExportedProgram:
+        """A second model, with no more trust than `options` and what was granted for that very file."""
+        loaded, _ = load_granted(name, self.record, options, self.voice)
         return loaded.model
 
     def observe(self) -> Observation:
@@ -257,19 +256,10 @@ def open_session(
     else:
         record, name = recall(Path.cwd()), model
     ours = record if record is not None and _same(name, record.output) else None
-    loaded, plans = load_granted(
-        name,
-        record,
-        arch=options.arch or (ours.arch if ours else None),
-        weights=options.weights,
-        key=options.key or (ours.key if ours else None),
-        allow=options.allow,
-        trust_pickle=options.trust_pickle,
-        pretrained=options.pretrained,
-        max_size=options.max_size,
-        stand_ins=stand_ins,
-        voice=voice,
-    )
+    asked = options
+    if ours is not None:
+        asked = dataclasses.replace(options, arch=options.arch or ours.arch, key=options.key or ours.key)
+    loaded, plans = load_granted(name, record, asked, voice, stand_ins=stand_ins)
     voice.target.read(*loaded.files, *map(sidecar_path, loaded.files))
     for text in loaded.notes:
         voice.note(text)
@@ -278,12 +268,9 @@ def open_session(
     session = Session(voice, loaded, inputs, options.seed, record, plans)
     if ours is not None and ours.source:
         session.baseline = ours.source
-        session.baseline_options = {
-            "arch": ours.arch,
-            "weights": ours.weights,
-            "key": ours.key,
-            "pretrained": ours.pretrained,
-        }
+        session.baseline_load = LoadOptions(
+            arch=ours.arch, weights=ours.weights, key=ours.key, pretrained=ours.pretrained
+        )
     return session
 
 

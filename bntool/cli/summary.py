@@ -63,7 +63,7 @@ def _baseline(session: Session, named: str | None, load: LoadOptions) -> Any:
     if not session.baseline:
         return None
     try:
-        model = session.load_recorded(session.baseline, **session.baseline_options)
+        model = session.load_recorded(session.baseline, session.baseline_load)
     except BntoolError as error:
         session.voice.note(f"no comparison with {session.baseline}: {error.what}")
         return None

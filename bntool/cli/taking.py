@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import click
 
-from bntool.cli.completing import files, folders
+from bntool.cli.completing import files, folders, reason_codes
 from bntool.cli.session import Voice
 from bntool.core.option import Option, Options
 from bntool.errors import UsageError
 
 Command = Callable[..., int]
-_COMPLETE = {"file": files, "folder": folders}
+_COMPLETE = {"file": files, "folder": folders, "reason": reason_codes}
 
 
 def takes_all(asked: type, **meanings: str) -> Callable[[Command], Command]:
@@ -33,32 +34,68 @@ def takes_all(asked: type, **meanings: str) -> Callable[[Command], Command]:
     return decorate
 
 
-def takes(*classes: type[Options], **meanings: str) -> Callable[[Command], Command]:
+@dataclasses.dataclass(frozen=True)
+class Some:
+    """Of an option class only these options; the others keep their defaults."""
+
+    cls: type[Options]
+    names: tuple[str, ...]
+
+
+def some(cls: type[Options], *names: str) -> Some:
+    """The options `names` of `cls`, for a command that does not take the others."""
+    return Some(cls, names)
+
+
+def takes(
+    *classes: type[Options] | Some, required: Sequence[str] = (), **meanings: str
+) -> Callable[[Command], Command]:
     """Options of these classes: the command is given its voice, and an object of each, named like its class.
 
-    `meanings` are texts for the help of this command alone, by the option's name.
+    It is given those that its parameters name. `required` names options that this command alone cannot do
+    without; `meanings` are texts for the help of this command alone, by the option's name.
     """
+    asked = [one if isinstance(one, Some) else some(one, *_names_of(one)) for one in classes]
 
     def decorate(function: Command) -> Command:
+        wanted = inspect.signature(function).parameters
+        all_of_them = any(one.kind is one.VAR_KEYWORD for one in wanted.values())
+
         def command(**given: Any) -> int:
-            made: dict[str, Options] = {}
-            for cls in classes:
-                values = {one.name: given.pop(one.name) for one in cls.options()}
-                # No value of an option that may be given several times is its default.
-                chosen = {one.name: values[one.name] or one.default for one in cls.options() if one.many}
-                made[_word(cls)] = cls(**{**values, **chosen})
-            for asked in made.values():
-                asked.validate()
-            return function(Voice.of(*made.values()), **made)
+            made = {_word(part.cls): _made(part, given) for part in asked}
+            for options in made.values():
+                options.validate()
+            voice = Voice.of(*made.values())
+            return function(
+                **{
+                    word: one
+                    for word, one in {"voice": voice, **made}.items()
+                    if all_of_them or word in wanted
+                }
+            )
 
         command.__doc__ = function.__doc__
         command.__click_params__ = getattr(function, "__click_params__", [])  # type: ignore[attr-defined]
-        for cls in reversed(classes):
-            for one in reversed(cls.options()):
-                command = _click_option(one, meanings.get(one.name))(command)
+        for part in reversed(asked):
+            for one in reversed(part.cls.options()):
+                if one.name in part.names:
+                    must = one.spec.required or one.name in required
+                    command = _click_option(one, meanings.get(one.name), must)(command)
         return command
 
     return decorate
+
+
+def _names_of(cls: type[Options]) -> tuple[str, ...]:
+    return tuple(one.name for one in cls.options())
+
+
+def _made(part: Some, given: dict[str, Any]) -> Options:
+    """The part's options, taken from what click gives the command."""
+    values = {one.name: given[one.name] for one in part.cls.options() if one.name in part.names}
+    # No value of an option that may be given several times is its default.
+    left_out = {one.name for one in part.cls.options() if one.many and not values.get(one.name)}
+    return part.cls(**{name: value for name, value in values.items() if name not in left_out})
 
 
 def chosen(*asked: Options) -> dict[str, Option]:
@@ -79,32 +116,35 @@ def _word(cls: type[Options]) -> str:
     return cls.__name__.removesuffix("Options").lower()
 
 
-def _click_option(one: Option, meaning: str | None) -> Callable[[Command], Command]:
+def _click_option(one: Option, meaning: str | None, required: bool) -> Callable[[Command], Command]:
     spec = one.spec
-    if spec.argument:
-        name = one.name.upper() if spec.required else f"[{one.name.upper()}]"
-        return click.argument(
-            one.name, required=spec.required, metavar=name, callback=not_empty, shell_complete=files
-        )
-    about: dict[str, Any] = {"help": meaning or spec.help, "required": spec.required}
-    if one.kind is bool:
-        # `--no-merge` turns off what is on.
-        value = not one.default
-        return click.option(
-            *one.flags, one.name, is_flag=True, flag_value=value, default=one.default, **about
-        )
-    about["metavar"] = spec.metavar or None
-    about["callback"] = _callback(one)
+    about: dict[str, Any] = {"required": required, "callback": _callback(one)}
     about["type"] = click.Choice(one.choices) if one.choices else str if spec.parse else one.kind
     if spec.names:
         about["shell_complete"] = _COMPLETE[spec.names]
+    if spec.argument:
+        return _click_argument(one, about)
+    about["help"] = spec.help if meaning is None else meaning
+    if one.kind is bool:
+        # `--no-merge` turns off what is on.
+        value = not one.default
+        about |= {"is_flag": True, "flag_value": value, "type": None, "callback": None}
+        return click.option(*one.flags, one.name, default=one.default, **about)
+    about["metavar"] = spec.metavar or None
     if one.many and spec.parse is None:
         return click.option(*one.flags, one.name, multiple=True, **about)
-    if one.default is not None:
+    if one.default is not None and not required:
         told = ",".join(map(str, one.default)) if one.many else one.default
         if told != "":
             about |= {"default": told, "show_default": spec.show_default}
     return click.option(*one.flags, one.name, **about)
+
+
+def _click_argument(one: Option, about: dict[str, Any]) -> Callable[[Command], Command]:
+    named = one.name.upper() if about["required"] else f"[{one.name.upper()}]"
+    # The choices that there are say more than a name does.
+    metavar = one.spec.metavar or (None if one.choices else named)
+    return click.argument(one.name, nargs=-1 if one.many else 1, metavar=metavar, **about)
 
 
 def _callback(one: Option) -> Callable[[click.Context, click.Parameter, Any], Any]:

@@ -2,65 +2,84 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from bntool.cli import options as opt
-from bntool.cli.completing import files
 from bntool.cli.session import Session, Voice, open_session
+from bntool.cli.taking import takes
+from bntool.core.option import Options, option
+from bntool.core.options import (
+    CheckOptions,
+    LoadOptions,
+    ModelOptions,
+    PlaceOptions,
+    ReportOptions,
+    SpeechOptions,
+)
 from bntool.errors import CheckFailed, LoadError, UsageError
 
 if TYPE_CHECKING:
     from bntool.blaming import Found
+    from bntool.cli.devices import Devices
     from bntool.reference import Reference
     from bntool.verdicts import Check
 
 
+@dataclasses.dataclass(frozen=True)
+class VerifyOptions(Options):
+    """What is compared, and on which inputs."""
+
+    candidate: str = option("", "", argument=True, required=True, names="file")
+    inputs_file: str | None = option(
+        None, "Real inputs: an .npy, .npz or .pt file.", "--inputs", metavar="FILE", names="file"
+    )
+
+
 @click.command("verify", short_help="Compare any two models or ONNX files; blame what differs.")
-@click.argument("candidate", required=True, callback=opt.not_empty, shell_complete=files)
-@opt.model_options()
-@click.option(
-    "--inputs",
-    "inputs_file",
-    metavar="FILE",
-    shell_complete=files,
-    callback=opt.not_empty,
-    help="Real inputs: an .npy, .npz or .pt file.",
+@takes(
+    VerifyOptions,
+    ModelOptions,
+    LoadOptions,
+    PlaceOptions,
+    CheckOptions,
+    ReportOptions,
+    SpeechOptions,
 )
-@opt.device_option()
-@opt.providers_option()
-@opt.tf32_option()
-@opt.check_option()
-@opt.tolerance_options()
-@opt.repro_option()
-@opt.report_option()
-@opt.common_options()
-def command(candidate: str, **options: Any) -> int:
+def command(
+    voice: Voice,
+    verify: VerifyOptions,
+    model: ModelOptions,
+    load: LoadOptions,
+    place: PlaceOptions,
+    check: CheckOptions,
+) -> int:
     """Compare CANDIDATE with MODEL, against MODEL's own rounding noise.
 
     Each is a PyTorch model, an exported program or an ONNX file. Without MODEL, CANDIDATE is compared with
     what the last command here wrote; an ONNX file of another name with itself, at every optimisation level.
     """
-    voice = Voice.of(options)
-    if options["check"] == "none":
+    if check.check == "none":
         raise UsageError("--check none leaves nothing to verify", next_step="use --check full or fast")
     from bntool.cli import blaming
 
-    blaming.require_place(options["repro"])
-    if _is_onnx(candidate) and (_is_onnx(options["model"]) or _stands_alone(candidate, options)):
+    blaming.require_place(check.repro)
+    candidate, other = verify.candidate, model.model
+    if _is_onnx(candidate) and (_is_onnx(other) or _stands_alone(candidate, other)):
         from bntool.cli.verify_files import verify_files
 
-        other = Path(options["model"]) if options["model"] else None
-        return _concluded(voice, candidate, str(other or "it without optimisations"),
-                          *verify_files(voice, Path(candidate), other, options))  # fmt: skip
-    if options["model"] and _is_onnx(options["model"]):
+        file = Path(other) if other else None
+        found = verify_files(voice, Path(candidate), file, load, place, check, verify.inputs_file)
+        return _concluded(voice, candidate, str(file or "it without optimisations"), *found)
+    if other and _is_onnx(other):
         voice.note(f"{candidate} runs in float64, so the noise floor is its own")
-        candidate, options["model"] = options["model"], candidate
-    options["arch"] = options["arch"] or _arch_of_both(candidate, options["model"], voice)
-    session = open_session(voice, options)
-    return _concluded(voice, candidate, session.loaded.reference, *_checked(session, candidate, options))
+        candidate, other = other, candidate
+    load = dataclasses.replace(load, arch=load.arch or _arch_of_both(candidate, other, voice))
+    session = open_session(voice, other, load)
+    found = _checked(session, candidate, load, place, check, verify.inputs_file)
+    return _concluded(voice, candidate, session.loaded.reference, *found)
 
 
 def _arch_of_both(candidate: str, model: str | None, voice: Voice) -> str | None:
@@ -75,21 +94,36 @@ def _arch_of_both(candidate: str, model: str | None, voice: Voice) -> str | None
     return arch
 
 
-def _checked(session: Session, candidate: str, options: dict[str, Any]) -> tuple[list[Check], dict[str, Any]]:
+def _checked(
+    session: Session,
+    candidate: str,
+    load: LoadOptions,
+    place: PlaceOptions,
+    check: CheckOptions,
+    inputs_file: str | None,
+) -> tuple[list[Check], dict[str, Any]]:
+    from torch.export import ExportedProgram
+
     from bntool.cli import blaming, devices, picturing
     from bntool.cli.program_file import runnable, with_runnable_program
     from bntool.verdicts import first_failed
 
     is_onnx = _is_onnx(candidate)
     if session.program is not None:
-        session = with_runnable_program(session, session.program, options)
-    devices.require_places(options, torch_too=not is_onnx, onnx_too=is_onnx)
-    other = None if is_onnx else runnable(session.load_other(candidate, options), options)
+        devices.require_cpu(place.device)
+        session = with_runnable_program(session, session.program)
+        # Named providers are about the ONNX file, and say where it runs.
+        place = place if place.providers else dataclasses.replace(place, device="cpu")
+    places = devices.require_places(place, torch_too=not is_onnx, onnx_too=is_onnx)
+    other = None if is_onnx else session.load_other(candidate, load)
+    if isinstance(other, ExportedProgram):
+        devices.require_cpu(place.device)
+        places, other = dataclasses.replace(places, torch="cpu"), runnable(other)
     if session.loaded.kind != "program":
         session.observe()
-    reference = _reference(session, options)
+    reference = _reference(session, inputs_file, full=check.check == "full")
     with session.voice.progress("comparing") as step:
-        checks = _compared(session, other or Path(candidate), reference, options, step)
+        checks = _compared(session, other or Path(candidate), reference, check, places, step)
     if session.loaded.kind != "program":
         picturing.picture_module(session)
     if first_failed(checks) is None:
@@ -102,7 +136,7 @@ def _checked(session: Session, candidate: str, options: dict[str, Any]) -> tuple
             return blame_onnx(session.model, Path(candidate), reference.inputs, checks)
         return blame_modules(session.model, other, reference.inputs, stage="verify")
 
-    return checks, blaming.report(session.voice, find, options)
+    return checks, blaming.report(session.voice, find, check.repro)
 
 
 def _concluded(
@@ -123,25 +157,24 @@ def _concluded(
     return 0
 
 
-def _stands_alone(candidate: str, options: dict[str, Any]) -> bool:
+def _stands_alone(candidate: str, model: str | None) -> bool:
     """Whether an ONNX file without MODEL is not the export of what the last command here wrote."""
     from bntool.files.memory import recall
 
-    if options["model"]:
+    if model:
         return False
     record, path = recall(Path.cwd()), Path(candidate).resolve()
     return record is None or Path(record.output).resolve().with_suffix("") != path.with_suffix("")
 
 
-def _reference(session: Session, options: dict[str, Any]) -> Reference:
+def _reference(session: Session, inputs_file: str | None, *, full: bool) -> Reference:
     from bntool.cli import serving
     from bntool.cli.real_inputs import read_inputs
     from bntool.reference import Reference
 
-    full = options["check"] == "full"
-    if not options["inputs_file"]:
+    if not inputs_file:
         return serving.reference_with(session, full=full)
-    return Reference(session.model, read_inputs(options["inputs_file"], session.example, full=full))
+    return Reference(session.model, read_inputs(inputs_file, session.example, full=full))
 
 
 def _is_onnx(candidate: str | None) -> bool:
@@ -158,7 +191,7 @@ def _is_onnx(candidate: str | None) -> bool:
 
 
 def _compared(
-    session: Session, other: Any, reference: Reference, options: dict[str, Any], step: Any
+    session: Session, other: Any, reference: Reference, check: CheckOptions, places: Devices, step: Any
 ) -> list[Check]:
     from bntool.checking import check_onnx, check_surgery, check_tf32, no_tf32
     from bntool.cli import devices
@@ -167,15 +200,15 @@ def _compared(
         "progress": step,
         "reference": reference,
         "twice": True,
-        "atol": options["atol"],
-        "rtol": options["rtol"],
+        "atol": check.atol,
+        "rtol": check.rtol,
     }
     if isinstance(other, Path):
-        both = {"device": options["onnx_device"], "tf32": options["tf32"] == "both"}
+        both: dict[str, Any] = {"device": places.onnx, "tf32": check.tf32 == "both"}
         return check_onnx(session.model, other, reference.inputs, **both, **common)
-    device = devices.torch_device(options["device"])
+    device = devices.torch_device(places.torch)
     rows = check_surgery(session.model, other, reference.inputs, stage="verify", device=device, **common)
-    if options["tf32"] == "both":
+    if check.tf32 == "both":
         missing = no_tf32(device, reference.eps)
         if missing:
             session.voice.note(missing)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bntool.cli.session import Voice
+from bntool.core.options import CheckOptions, LoadOptions, PlaceOptions
 from bntool.errors import UsageError
 
 if TYPE_CHECKING:
@@ -15,9 +16,18 @@ if TYPE_CHECKING:
 
 
 def verify_files(
-    voice: Voice, candidate: Path, reference: Path | None, options: dict[str, Any]
+    voice: Voice,
+    candidate: Path,
+    reference: Path | None,
+    load: LoadOptions,
+    place: PlaceOptions,
+    check: CheckOptions,
+    inputs_file: str | None,
 ) -> tuple[list[Check], dict[str, Any]]:
-    """The checks, and the document's part about blame; without `reference` the file is its own."""
+    """The checks, and the document's part about blame; without `reference` the file is its own.
+
+    Of `load` the shapes and the seed of the inputs are taken, unless `inputs_file` holds real ones.
+    """
     from bntool.cli import blaming, devices, picturing
     from bntool.onnx_files import open_onnx
     from bntool.onnx_verifying import check_files, check_itself
@@ -25,10 +35,10 @@ def verify_files(
 
     for path in filter(None, (candidate, reference)):
         open_onnx(path)
-    devices.require_places(options, onnx_too=True)
-    inputs = _inputs(reference or candidate, options)
-    common: dict[str, Any] = {"device": options["onnx_device"], "tf32": options["tf32"] == "both"}
-    common |= {name: options[name] for name in ("atol", "rtol")}
+    places = devices.require_places(place, onnx_too=True)
+    inputs = _inputs(reference or candidate, load, inputs_file, full=check.check == "full")
+    common: dict[str, Any] = {"device": places.onnx, "tf32": check.tf32 == "both"}
+    common |= {"atol": check.atol, "rtol": check.rtol}
     with voice.progress("comparing"):
         if reference is None:
             checks = check_itself(candidate, inputs, **common)
@@ -38,7 +48,7 @@ def verify_files(
     failed = first_failed(checks)
     if failed is None:
         return checks, {}
-    return checks, blaming.report(voice, lambda: _found(candidate, reference, inputs, failed), options)
+    return checks, blaming.report(voice, lambda: _found(candidate, reference, inputs, failed), check.repro)
 
 
 def _found(candidate: Path, reference: Path | None, inputs: list[Inputs], failed: Check) -> Found | None:
@@ -52,18 +62,17 @@ def _found(candidate: Path, reference: Path | None, inputs: list[Inputs], failed
     )
 
 
-def _inputs(path: Path, options: dict[str, Any]) -> list[Inputs]:
+def _inputs(path: Path, load: LoadOptions, inputs_file: str | None, *, full: bool) -> list[Inputs]:
     from bntool.cli.real_inputs import read_inputs
     from bntool.onnx_checking import SIDES, drawn_inputs
     from bntool.onnx_verifying import seeded_file_inputs
     from bntool.runtime.ort_runner import OrtRunner
 
-    full = options["check"] == "full"
-    if options["inputs_file"]:
-        like = drawn_inputs(OrtRunner(path, "cpu", optimize=False), 1, SIDES[0], options["seed"])
-        return read_inputs(options["inputs_file"], like, full=full)
-    shapes = _shapes(path, options["inputs"])
-    return seeded_file_inputs(path, (1, 2, 3) if full else (1,), options["seed"], shapes)
+    if inputs_file:
+        like = drawn_inputs(OrtRunner(path, "cpu", optimize=False), 1, SIDES[0], load.seed)
+        return read_inputs(inputs_file, like, full=full)
+    shapes = _shapes(path, load.inputs)
+    return seeded_file_inputs(path, (1, 2, 3) if full else (1,), load.seed, shapes)
 
 
 def _shapes(path: Path, texts: tuple[str, ...]) -> dict[str, list[int]]:

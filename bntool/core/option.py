@@ -27,7 +27,7 @@ class Spec:
     parse: Callable[[str], Any] | None = None
     argument: bool = False
     required: bool = False
-    names: Literal["", "file", "folder"] = ""
+    names: Literal["", "file", "folder", "reason"] = ""
     written: bool = False
     show_default: bool = True
 
@@ -65,13 +65,14 @@ class Option:
                 f"{self.name} is {' or '.join(map(repr, self.choices))}, not {value!r}",
                 next_step=f"use one of {', '.join(self.choices)}",
             )
+        words = self.flag.removeprefix("--").replace("-", " ")
         least, most = self.spec.least, self.spec.most
         for number in value if self.many else (value,):
             low = least is not None and not number >= least
             if low or (most is not None and not number <= most):
                 bounds = f"at least {least:g}" if most is None else f"from {least:g} to {most:g}"
                 raise UsageError(
-                    f"{self.name} is {number!r}, and must be {bounds}", next_step=f"give another {self.flag}"
+                    f"{words} is {number!r}, and must be {bounds}", next_step=f"give another {self.flag}"
                 )
 
 
@@ -84,7 +85,8 @@ def option(
     """A field of an option class, with its default and its meaning; `flags` where they differ from the name.
 
     Of `spec`: `metavar`; the bounds `least` and `most`; `parse`, from text; `argument`, of no flag;
-    `required`; whether it `names` a "file" or a "folder", and whether that one is `written`; `show_default`.
+    `required`; whether it `names` a "file", a "folder" or a "reason" (a code), and whether that one is
+    `written`; `show_default`.
     """
     metadata = {_KEY: Spec(help, flags, **spec)}
     return dataclasses.field(default=default, metadata=metadata)

@@ -33,6 +33,13 @@ def test_providers_by_their_own_names(bntool: Shell, refused: Shell) -> None:
     refused("verify", "net.pt", "net.pt", *nets.INPUT, "--providers", CPU, code=2, says="no ONNX file")
 
 
+def test_providers_say_where_the_file_of_a_program_runs(bntool: Shell, folder: Path) -> None:
+    program = torch.export.export(broken.network(), (torch.zeros(1, 3, 12, 12),))
+    torch.export.save(program, folder / "net.pt2")
+    said = bntool("verify", "net.onnx", "net.pt2", "--providers", CPU, "--check", "fast", "--json")
+    assert {check["provider"] for check in said.document["checks"]} == {CPU}
+
+
 @no_gpu
 def test_no_flags_print_a_pass_for_what_did_not_run(refused: Shell) -> None:
     for named in (CUDA, TENSORRT, f"{TENSORRT},{CUDA}", f"{CUDA},{CPU}", f"{TENSORRT},{CUDA},{CPU}"):
