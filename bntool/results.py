@@ -20,10 +20,10 @@ if TYPE_CHECKING:
 class SurgeryResult(ByPlan):
     """A new model and how it came about, whatever its kind; the model that was given is untouched.
 
-    `model` is an `nn.Module`, an `ExportedProgram`, a TorchScript module or, for an ONNX file, the path of the
-    new one. `parameters` holds `before`, `after` and `delta`, recounted from the tensors of both. `data_path`
-    is the file beside a new ONNX file that holds its numbers, where there is one. `export` is what was written
-    as ONNX.
+    `model` is an `nn.Module`, an `ExportedProgram`, a TorchScript module or, for an ONNX file, the path of
+    the new one. `parameters` holds `before`, `after` and `delta`, recounted from the tensors of both.
+    `data_path` is the file beside a new ONNX file that holds its numbers, where there is one. `export` is what
+    was written as ONNX.
     """
 
     model: Any

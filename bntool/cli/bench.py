@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from bntool.cli.onnx_file import is_onnx
+from bntool.cli.opening import is_onnx
 from bntool.cli.session import Session, Voice, open_session
 from bntool.cli.taking import takes
 from bntool.core.option import Options, option
@@ -78,7 +78,7 @@ def _module(model: Any) -> nn.Module:
 def _inputs_of(session: Session | None, files: list[str], seed: int) -> Callable[[int], Inputs | None]:
     from bntool.benchmarking import rebatching
     from bntool.onnx_checking import example_inputs_of
-    from bntool.program_folding import example_inputs_of as inputs_of_program
+    from bntool.runtime.programs import example_inputs_of as inputs_of_program
 
     if session is None:
         return lambda batch: example_inputs_of(files[0], batch, seed)

@@ -9,7 +9,8 @@ import click
 
 from bntool.cli.data import opened_data
 from bntool.cli.job import joined
-from bntool.cli.session import Session, Voice, open_session, require_no_script
+from bntool.cli.opening import of_session, open_module
+from bntool.cli.session import Session, Voice
 from bntool.cli.taking import takes
 from bntool.core.option import Options, option
 from bntool.core.options import (
@@ -61,8 +62,7 @@ def command(
     """
     with joined(job.timeout) as world:
         voice.silent = not world.is_main
-        session = open_session(voice, model.model, load)
-        require_no_script(session, "calibrate")
+        session = open_module(voice, model.model, load, "calibrate")
         return _calibrate(session, data, load, write, world, freeze=calibrate.freeze)
 
 
@@ -74,7 +74,7 @@ def _calibrate(
 
     voice, place = session.voice, None
     if world.is_main and not write.dry_run:
-        place = chosen_output(session, "calibrate", write.output)
+        place = chosen_output(voice, of_session(session), "calibrate", write.output)
         _require_storable(session, freeze)
     batches = opened_data(session, data, load, (world.rank, world.size))
     if world.size > 1:

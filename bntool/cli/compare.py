@@ -13,7 +13,8 @@ import click
 
 from bntool.cli.compare_options import CompareOptions, settings_of
 from bntool.cli.job import joined
-from bntool.cli.session import Session, Voice, open_session, require_no_script
+from bntool.cli.opening import open_module
+from bntool.cli.session import Session, Voice
 from bntool.cli.taking import some, takes
 from bntool.core.options import (
     DataOptions,
@@ -72,8 +73,7 @@ def command(
     settings = settings_of(compare, insert, seed=load.seed, device=place.device)
     with joined(job.timeout, settings.device) as world:
         voice.silent = not world.is_main
-        session = open_session(voice, model.model, load)
-        require_no_script(session, "train")
+        session = open_module(voice, model.model, load, "train")
         return _compare(session, data, compare, settings, world)
 
 

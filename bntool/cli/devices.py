@@ -84,15 +84,6 @@ def require_device(device: str, *, torch_too: bool = False, onnx_too: bool = Fal
         raise DeviceError(what, where=reason, next_step=GPU_EXTRA)
 
 
-def require_cpu(device: str) -> None:
-    """A program names its device in its own graph, and is loaded for the CPU; `DeviceError` for another."""
-    if device not in ("auto", "cpu"):
-        raise DeviceError(
-            f"an exported program is checked on the CPU, and --device {device} was asked for",
-            next_step="leave --device out; bntool verify FILE.onnx checks its ONNX file on CUDA",
-        )
-
-
 def torch_device(device: str) -> str:
     """Where torch checks: CUDA if it was asked for or is there, else the CPU. `DeviceError` if it cannot."""
     import torch

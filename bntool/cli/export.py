@@ -2,63 +2,108 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
 import click
 
-from bntool.cli import options as opt
-from bntool.cli.session import Voice, open_session
-from bntool.errors import InvariantError
+from bntool.cli.opening import open_model
+from bntool.cli.session import Voice
+from bntool.cli.taking import takes_all
+from bntool.core.option import Options, option
+from bntool.core.options import (
+    CheckOptions,
+    ExportOptions,
+    LoadOptions,
+    ModelOptions,
+    PlaceOptions,
+    SpeechOptions,
+    WriteOptions,
+)
+from bntool.core.refusals import KINDS
+from bntool.errors import InvariantError, UsageError
+
+
+@dataclasses.dataclass(frozen=True)
+class AskOptions(Options):
+    """What the file's numbers are."""
+
+    dtype: Literal["fp16", "bf16"] | None = option(None, "Cast the ONNX file's numbers.")
+
+
+@dataclasses.dataclass(frozen=True)
+class Asked:
+    """All that the command takes."""
+
+    model: ModelOptions
+    load: LoadOptions
+    export: ExportOptions
+    ask: AskOptions
+    write: WriteOptions
+    place: PlaceOptions
+    check: CheckOptions
+    speech: SpeechOptions
 
 
 @click.command("export", short_help="Write a model as ONNX and verify it.")
-@opt.model_options()
-@opt.export_options()
-@click.option("--dtype", type=click.Choice(["fp16", "bf16"]), help="Cast the ONNX file's numbers.")
-@opt.output_option()
-@click.option("--force", is_flag=True, help="Replace outputs that exist.")
-@opt.device_option()
-@opt.providers_option()
-@opt.tf32_option()
-@opt.check_option()
-@opt.tolerance_options()
-@opt.common_options()
-def command(**options: Any) -> int:
+@takes_all(Asked, without=("dry_run", "repro"))
+def command(voice: Voice, asked: Asked) -> int:
     """Write a model as ONNX, as it is (no folding), and verify it against torch."""
-    voice = Voice.of(options)
-    session = open_session(voice, options)
-    from bntool import surgeries
-
-    if session.loaded.kind == "script":
-        from bntool.cli.script_file import with_converted_script
-
-        session = with_converted_script(session)
-    from bntool.cli import devices, serving
+    opened = open_model(
+        voice, asked.model.model, asked.load, asked.export, asked.place, asked.ask, but="export"
+    )
+    from bntool.cli import serving
+    from bntool.cli.devices import require_places
+    from bntool.cli.writing import OnnxPlace
+    from bntool.dynamic_axes import DynamicAxes
     from bntool.files.sidecar import output_name
     from bntool.report.checks import checks_text
+    from bntool.serving import Serving
+    from bntool.subjects.base import Checking
+    from bntool.surgeries import unchanged
 
-    devices.require_places(options, onnx_too=True)
-    source = session.loaded.path or session.loaded.reference
-    wanted = Path(options["output"]) if options["output"] else output_name(source, "export")
-    onnx = serving.chosen_onnx(wanted, voice.target, options)
-    session.observe()
-    serving.require_axes(session, options)
-    result = surgeries.unchanged(session.model)
-    reference = serving.reference_of(session, options)
+    if opened.kind == "onnx":
+        raise UsageError(
+            f"{opened.subject.name} is {KINDS['onnx']} already",
+            next_step=f"bntool fold {opened.subject.name}, or bntool verify {opened.subject.name}",
+        )
+    if asked.export.keep_io and not asked.ask.dtype:
+        raise UsageError("--keep-io goes with --dtype", next_step="add --dtype fp16, or leave --keep-io out")
+    opened = opened.exportable()
+    devices = require_places(asked.place, onnx_too=True)
+    wanted = Path(asked.write.output) if asked.write.output else output_name(opened.source, "export")
+    place = OnnxPlace(wanted, voice.target.claim(wanted), asked.export.keep_unverified)
+    subject = opened.subject
+    DynamicAxes(asked=asked.export.axes()).named_for(subject.example())
+    check = asked.check
+    checking = Checking(
+        full=check.check == "full",
+        onnx_device=devices.onnx,
+        atol=check.atol,
+        rtol=check.rtol,
+        tf32=check.tf32 == "both",
+        seed=asked.load.seed,
+        axes=asked.export.axes(),
+    )
+    pair = None if check.check == "none" else (subject.proof(checking).reference, checking)
+    how = Serving(asked.export, asked.ask.dtype or "", source_hash=opened.source_hash)
+    if pair is None:
+        voice.note("not verified (--check none)")
     with voice.target.drafts() as drafts:
-        result, export = serving.exported(session, result, reference, onnx, drafts, options)
-    export = serving.placed(export, onnx, drafts)
-    if export is None:
+        result = serving.served(voice, (unchanged(subject), subject), place, how, pair, drafts, repro=None)
+    result = serving.placed(result, place, drafts)
+    if result.export is None:
         raise InvariantError("a target was given, and nothing was exported")
     voice.say(checks_text(result.checks))
-    voice.say(f"wrote       {serving.export_text(export)}")
+    voice.say(f"wrote       {serving.export_text(result.export)}")
     voice.emit(
         {
             "status": "ok",
-            "onnx": str(onnx.named),
-            "export": export.to_dict(),
-            "checks": [check.to_dict() for check in result.checks],
+            "kind": opened.kind,
+            "onnx": str(place.named),
+            "export": result.export.to_dict(),
+            "checks": [row.to_dict() for row in result.checks],
         }
     )
     return 0

@@ -6,218 +6,188 @@ import dataclasses
 from typing import TYPE_CHECKING, Any
 
 import click
-from click.core import ParameterSource
 
-from bntool.cli import options as opt
-from bntool.cli.completing import files
 from bntool.cli.data import opened_data
-from bntool.cli.onnx_file import is_onnx
-from bntool.cli.onnx_insert import insert_onnx_file
-from bntool.cli.session import Session, Voice, open_session, require_no_script
+from bntool.cli.opening import Opened, open_model
+from bntool.cli.session import Voice
 from bntool.cli.source import require_fitting, rewritten, show_source, tell_refusals, write_source
-from bntool.errors import CheckFailed, NothingToDo, PlanError, UsageError
+from bntool.cli.taking import chosen, takes_all
+from bntool.core.option import Options, option
+from bntool.core.options import (
+    CheckOptions,
+    DataOptions,
+    InsertOptions,
+    LoadOptions,
+    ModelOptions,
+    ReportOptions,
+    SpeechOptions,
+    WriteOptions,
+)
+from bntool.errors import NothingToDo, PlanError, UsageError
 from bntool.reasons import Reason
 
 if TYPE_CHECKING:
-    from bntool.inserting import InsertOptions
     from bntool.plan import Plan
     from bntool.results import SurgeryResult
     from bntool.source.rewriting import Rewritten
 
-_PLAIN = (
-    "position linear pooling exclude every skip_last per_call keep_keys portable drop_bias eps momentum init "
-    "sync"
-).split()
-"""Options that the planner takes under the name and with the value that the command line has."""
-_MAKE_A_PLAN = frozenset({*_PLAIN, "activation", "include", "sites", "no_affine", "data"})
+
+@dataclasses.dataclass(frozen=True)
+class AskOptions(Options):
+    """Where the places come from, and whether the class itself gets the layers."""
+
+    sites: str | None = option(
+        None, "Only the layers that a JSON or TOML file lists.", metavar="FILE", names="file"
+    )
+    plan_file: str | None = option(
+        None, "Replay a plan instead of making one.", "--plan", metavar="FILE", names="file"
+    )
+    source: bool = option(False, "Edit the class in file.py:Class; shows the diff.")
+    in_place: bool = option(False, "With --source: write the file itself.")
+
+
+@dataclasses.dataclass(frozen=True)
+class Asked:
+    """All that the command takes."""
+
+    model: ModelOptions
+    load: LoadOptions
+    insert: InsertOptions
+    data: DataOptions
+    ask: AskOptions
+    write: WriteOptions
+    check: CheckOptions
+    report: ReportOptions
+    speech: SpeechOptions
+
+    def require_fitting(self) -> None:
+        """Raise `UsageError` for options that do not go together, before any work."""
+        require_fitting(self)
+        if self.ask.plan_file:
+            others = {**chosen(self.insert, self.data), **({"--sites": None} if self.ask.sites else {})}
+            for flag in others:
+                raise UsageError(
+                    f"--plan and {flag} do not go together: the plan says where and how",
+                    next_step="leave one of them out",
+                )
+        if (self.data.data is not None) != (self.insert.init == "calibrate"):
+            raise UsageError(
+                "--data and --init calibrate go together", next_step="give both, or neither of them"
+            )
+        if self.ask.sites and self.insert.include != ("*",):
+            raise UsageError("--sites and --include both say where", next_step="give one of them")
+
+    def options(self) -> InsertOptions:
+        """What is asked of the insertion, with the layers that a file lists."""
+        from bntool.cli.site_list import read_site_list
+
+        if not self.ask.sites:
+            return self.insert
+        return dataclasses.replace(self.insert, include=read_site_list(self.ask.sites))
 
 
 @click.command("insert", short_help="Put BatchNorm between convolutions and their activations.")
-@opt.model_options()
-@click.option(
-    "--activation",
-    multiple=True,
-    metavar="KIND",
-    help="Activations that count: relu (default), silu, …, any.",
-)
-@click.option("--position", type=click.Choice(["before", "after"]), default="before", show_default=True)
-@click.option(
-    "--init",
-    type=click.Choice(["identity", "calibrate", "default"]),
-    default="identity",
-    show_default=True,
-    help="identity keeps the eval output to the last bit; calibrate measures --data and keeps the first "
-    "training step close too; default is PyTorch's own, to train from scratch.",
-)
-@opt.data_options(required=False)
-@click.option("--no-affine", is_flag=True, help="BatchNorm without γ and β.")
-@click.option("--eps", type=float, default=1e-5, show_default=True)
-@click.option("--momentum", type=float, default=0.1, show_default=True)
-@click.option("--drop-bias", is_flag=True, help="Move a bias that a BatchNorm follows into its running mean.")
-@click.option("--linear", is_flag=True, help="After linear layers too.")
-@click.option("--pooling", is_flag=True, help="Where a pooling layer stands before the activation too.")
-@click.option("--per-call", is_flag=True, help="A layer that runs several times gets one for each call.")
-@click.option("--every", type=int, default=1, metavar="N", help="Only every N-th site, the first included.")
-@click.option("--skip-last", is_flag=True, help="Leave the last site out.")
-@click.option(
-    "--sites",
-    metavar="FILE",
-    shell_complete=files,
-    callback=opt.not_empty,
-    help="Only the layers that a JSON or TOML file lists.",
-)
-@click.option("--sync", is_flag=True, help="SyncBatchNorm, for training on several GPUs.")
-@click.option("--keep-keys", is_flag=True, help="Name newcomers 0_bn, so that no old key moves.")
-@click.option("--portable", is_flag=True, help="No class of bntool's own in the model.")
-@click.option(
-    "--plan",
-    "plan_file",
-    metavar="FILE",
-    shell_complete=files,
-    callback=opt.not_empty,
-    help="Replay a plan instead of making one.",
-)
-@click.option("--source", is_flag=True, help="Edit the class in file.py:Class; shows the diff.")
-@click.option("--in-place", is_flag=True, help="With --source: write the file itself.")
-@opt.pattern_options()
-@opt.output_options()
-@opt.check_option()
-@opt.report_option()
-@opt.common_options()
-def command(**options: Any) -> int:
+@takes_all(Asked, position="", eps="", momentum="")
+def command(voice: Voice, asked: Asked) -> int:
     """Put BatchNorm between convolutions and their activations; the model's output stays the same.
 
-    MODEL is a file (.pt, .pth, .safetensors, .onnx), torchvision:NAME, timm:NAME, pkg.mod:factory or
+    MODEL is a file (.pt, .pth, .safetensors, .pt2, .onnx), torchvision:NAME, timm:NAME, pkg.mod:factory or
     path/file.py:Class. Writes NAME_bn beside it; the input is never touched.
     With --source the class itself gets the layers, in Python.
     """
-    voice = Voice.of(options)
-    require_fitting(options)
-    _require_plan_alone(options)
-    if is_onnx(options["model"]):
-        return insert_onnx_file(voice, options, _chosen(options))
-    session = open_session(voice, options)
-    require_no_script(session, "insert into")
-    if session.program is not None:
-        from bntool.cli.program_file import insert_program_file
-
-        return insert_program_file(session, session.program, options, _chosen(options))
-    from bntool.cli.picturing import picture_module
-    from bntool.cli.writing import chosen_output, write_model
+    asked.require_fitting()
+    opened = open_model(voice, asked.model.model, asked.load, asked.insert, asked.data, asked.ask)
+    from bntool.cli import writing
+    from bntool.cli.picturing import picture
 
     place = None
-    if not options["dry_run"] and not options["source"]:
-        place = chosen_output(session, "insert", options["output"])
-    result = _inserted(session, options)
-    picture_module(session, result.model if result.modified else None)
-    if not result.modified:
-        for skip in result.skips:
-            voice.say(f"not cut: {skip.name} [{skip.reason}] {skip.detail}")
-        voice.fail(_no_site(session, result), {**result.to_dict(), "output": None})
+    if not asked.write.dry_run and not asked.ask.source:
+        place = writing.chosen_output(voice, opened, "insert", asked.write.output)
     document: dict[str, Any] = {}
-    if options["source"]:
-        source = rewritten(session, result, options)
-        if not source.refusals:
-            return _done_in_source(voice, source, result, options)
-        tell_refusals(voice, source)
-        document["source"] = source.to_dict()
-        if not options["dry_run"] and (options["output"] or options["in_place"]):
-            place = chosen_output(session, "insert", None)
-        else:
-            voice.note("nothing is written; -o FILE or --in-place writes the changed model")
-    voice.say(result.render(verbose=not options["quiet"]))
-    if result.checks and not all(check.passed for check in result.checks):
-        raise CheckFailed("the output of the new model differs", next_step="please report this model")
-    for note in result.plan.notes:
-        voice.note(note)
-    if len(result.checks) == 1 and not result.checks[0].limit:
-        check = result.checks[0]
-        inputs = f"{check.batches} {'inputs' if check.batches > 1 else 'input'}"
-        voice.say(f"output      unchanged to the last bit ({check.device}, {inputs}, eval mode)")
-    elif result.checks:
-        ratio = max(check.ratio for check in result.checks)
-        voice.say(f"output      unchanged within rounding: {ratio:.2f} x the model's own noise, eval mode")
+    with voice.target.drafts() as drafts:
+        opened = opened.working_in(drafts, place)
+        result, after = _inserted(voice, opened, asked)
+        picture(voice, opened, after if result.modified else None)
+        if not result.modified:
+            for skip in result.skips:
+                voice.say(f"not cut: {skip.name} [{skip.reason}] {skip.detail}")
+            voice.fail(_no_site(opened, result), {**result.to_dict(), "dry_run": asked.write.dry_run})
+        if asked.ask.source and opened.session is not None:
+            source = rewritten(opened.session, result, asked)
+            if not source.refusals:
+                return _done_in_source(voice, source, result, asked)
+            tell_refusals(voice, source)
+            document["source"] = source.to_dict()
+            if not asked.write.dry_run and (asked.write.output or asked.ask.in_place):
+                place = writing.chosen_output(voice, opened, "insert", None)
+            else:
+                voice.note("nothing is written; -o FILE or --in-place writes the changed model")
+        voice.say(result.render(verbose=not voice.quiet))
+        for note in result.plan.notes:
+            voice.note(note)
+        _tell_checks(voice, result, asked)
+        record = writing.draft_result(opened, "insert", (result, after), place, drafts)
+    writing.keep_in_mind(voice, record)
     if place is not None:
-        write_model(session, "insert", result, place)
         voice.say(f"wrote       {place.named}")
-        if result.plan.key_map:
+        if result.plan.key_map and place.sidecar is not None:
             moved = len(result.plan.key_map)
             voice.say(f"            {moved} keys moved; the map is in {place.sidecar.name}")
-    voice.note("build the optimizer after the insertion, so that it trains the new layers")
-    output = str(place.named) if place else None
-    document |= {**result.to_dict(), "output": output, "dry_run": options["dry_run"]}
-    voice.emit(document)
+    if opened.kind == "module":
+        voice.note("build the optimizer after the insertion, so that it trains the new layers")
+    places = writing.Places(opened.kind, place).to_dict()
+    voice.emit({**result.to_dict(), **places, "dry_run": asked.write.dry_run, **document})
     return 0
 
 
-def _done_in_source(voice: Voice, source: Rewritten, result: SurgeryResult, options: dict[str, Any]) -> int:
+def _inserted(voice: Voice, opened: Opened, asked: Asked) -> tuple[SurgeryResult, Any]:
+    from bntool import surgeries
+    from bntool.subjects.base import Checking
+
+    full = asked.check.check == "full"
+    checking = None if asked.check.check == "none" else Checking(full=full, seed=asked.load.seed)
+    subject = opened.subject
+    with voice.progress("inserting") as step:
+        if asked.ask.plan_file:
+            from bntool.api import apply
+
+            plan = _insert_plan(asked.ask.plan_file)
+            example = subject.observation.inputs
+            result = apply(subject.model, plan, example, check=asked.check.check, share=True)
+            return result, subject.like(result.model)
+        step("running both models")
+        result, after = surgeries.insert(subject, asked.options(), checking)
+        if result.modified and asked.data.data is not None and opened.session is not None:
+            step("measuring")
+            batches = opened_data(opened.session, asked.data, asked.load)
+            result = surgeries.measured_insert(subject, result, batches)
+    return result, after
+
+
+def _tell_checks(voice: Voice, result: SurgeryResult, asked: Asked) -> None:
+    """How far the output stayed the same, on one line."""
+    if asked.check.check == "none":
+        voice.note("not verified (--check none)")
+    if len(result.checks) == 1 and not result.checks[0].limit:
+        check = result.checks[0]
+        inputs = f"{check.batches} {'inputs' if check.batches > 1 else 'input'}"
+        where = check.device if check.provider == "torch" else check.provider
+        voice.say(f"output      unchanged to the last bit ({where}, {inputs}, eval mode)")
+    elif result.checks:
+        ratio = max(check.ratio for check in result.checks)
+        voice.say(f"output      unchanged within rounding: {ratio:.2f} x the model's own noise, eval mode")
+
+
+def _done_in_source(voice: Voice, source: Rewritten, result: SurgeryResult, asked: Asked) -> int:
     """Show and write the new source; the document holds its names, not those of a changed module."""
     show_source(voice, source, result)
-    output = write_source(voice, source, options)
+    output = write_source(voice, source, asked)
     checks = (source.check,) if source.check is not None else ()
     named = dataclasses.replace(result, plan=source.plan, checks=checks).to_dict()
     for site in named["sites"]:
         site["form"] = "source"
-    voice.emit({**named, "output": output, "dry_run": options["dry_run"], "source": source.to_dict()})
+    voice.emit({**named, "output": output, "dry_run": asked.write.dry_run, "source": source.to_dict()})
     return 0
-
-
-def _inserted(session: Session, options: dict[str, Any]) -> SurgeryResult:
-    from bntool import surgeries
-    from bntool.api import apply
-
-    with session.voice.progress("inserting") as step:
-        if options["plan_file"]:
-            plan = _insert_plan(options["plan_file"])
-            result = apply(session.model, plan, session.observe().inputs, share=True)
-        else:
-            chosen = _chosen(options)
-            chosen.validate()
-            result = surgeries.insert_with(session.model, session.observe(), chosen)
-            if result.modified and options["data"] is not None:
-                step("measuring")
-                return surgeries.measured_insert(session.model, result, opened_data(session, options))
-        keeps = result.plan.options.get("init") == "identity"
-        if result.modified and keeps and options["check"] != "none":
-            step("running both models")
-            full = options["check"] == "full"
-            rows = surgeries.check_insert(
-                session.model, result.model, result.plan, session.example, full=full
-            )
-            result = surgeries.with_checks(result, rows)
-    return result
-
-
-def _require_plan_alone(options: dict[str, Any]) -> None:
-    """`UsageError` where `--plan` was given with what would make another plan."""
-    if not options["plan_file"]:
-        return
-    context = click.get_current_context()
-    for parameter in context.command.params:
-        given = context.get_parameter_source(str(parameter.name)) is ParameterSource.COMMANDLINE
-        if given and parameter.name in _MAKE_A_PLAN:
-            raise UsageError(
-                f"--plan and {parameter.opts[0]} do not go together: the plan says where and how",
-                next_step="leave one of them out",
-            )
-
-
-def _chosen(options: dict[str, Any]) -> InsertOptions:
-    """What the command line asks for, in the planner's words."""
-    from bntool.cli.site_list import read_site_list
-    from bntool.inserting import InsertOptions
-
-    if (options["data"] is not None) != (options["init"] == "calibrate"):
-        raise UsageError("--data and --init calibrate go together", next_step="give both, or neither of them")
-    if options["sites"] and options["include"]:
-        raise UsageError("--sites and --include both say where", next_step="give one of them")
-    listed = read_site_list(options["sites"]) if options["sites"] else ()
-    return InsertOptions(
-        activations=options["activation"] or ("relu",),
-        include=listed or options["include"] or ("*",),
-        affine=not options["no_affine"],
-        **{name: options[name] for name in _PLAIN},
-    )
 
 
 def _insert_plan(path: str) -> Plan:
@@ -229,10 +199,8 @@ def _insert_plan(path: str) -> Plan:
     return plan
 
 
-def _no_site(session: Session, result: SurgeryResult) -> NothingToDo:
+def _no_site(opened: Opened, result: SurgeryResult) -> NothingToDo:
     """Why nothing was inserted; the layers that were looked at are told one by one before it."""
-    from torch import nn
-
     reasons = {skip.reason for skip in result.skips}
     if reasons:
         looked = "1 layer was" if len(result.skips) == 1 else f"{len(result.skips)} layers were"
@@ -241,7 +209,7 @@ def _no_site(session: Session, result: SurgeryResult) -> NothingToDo:
         what = "no place for a BatchNorm: the model has no convolution that runs"
     if Reason.OTHER_ACTIVATION in reasons:
         next_step = "--activation any takes every activation"
-    elif not reasons and any(isinstance(m, nn.Linear) for m in session.model.modules()):
+    elif not reasons and opened.subject.graph().of_kind("linear"):
         next_step = "--linear takes linear layers too"
     elif Reason.ALREADY_NORMALISED in reasons <= {Reason.ALREADY_NORMALISED, Reason.NO_ACTIVATION}:
         next_step = (
@@ -252,4 +220,4 @@ def _no_site(session: Session, result: SurgeryResult) -> NothingToDo:
         next_step = f"bntool explain {min(reasons)}"
     else:
         next_step = "name another MODEL"
-    return NothingToDo(what, where=session.loaded.reference, next_step=next_step)
+    return NothingToDo(what, where=opened.subject.name, next_step=next_step)

@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING, Any, cast
 from bntool.cli.session import Session, Voice, open_session
 from bntool.core.option import Options
 from bntool.core.options import LoadOptions
-from bntool.core.refusals import require_known
+from bntool.core.refusals import require_known, require_module
 from bntool.files.detect import Kind, detect
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
+    from torch.export import ExportedProgram
 
     from bntool.cli.writing import Place
     from bntool.files.targets import Drafts
@@ -48,6 +50,16 @@ class Opened:
         self.session.cast(dtype)
         return of_session(self.session)
 
+    def exportable(self) -> Opened:
+        """The same, where TorchScript is a module that can be exported, on the same inputs."""
+        if self.kind != "script" or self.session is None:
+            return self
+        from bntool.script_folding import converted
+
+        module = converted(self.subject.model, self.subject.example())
+        loaded = dataclasses.replace(self.session.loaded, model=module, kind="module")
+        return of_session(dataclasses.replace(self.session, loaded=loaded, _observation=None))
+
     @property
     def source_hash(self) -> str:
         return self.session.loaded.source_hash if self.session is not None else ""
@@ -58,23 +70,41 @@ def is_onnx(name: str | None) -> bool:
     return bool(name) and Path(str(name)).is_file() and detect(str(name)).kind is Kind.ONNX
 
 
-def open_model(voice: Voice, name: str | None, load: LoadOptions, *asked: Options) -> Opened:
+def open_model(
+    voice: Voice,
+    name: str | None,
+    load: LoadOptions,
+    *asked: Options,
+    but: str = "",
+    stand_ins: bool = False,
+) -> Opened:
     """MODEL of any kind, or what the last command in this folder wrote.
 
-    Raises `UsageError` for an option that its kind does not know.
+    `but` is a command that makes more of its kind's options work; with `stand_ins` also a model whose classes
+    are not here is opened, to be looked at and not run. Raises `UsageError` for an option that its kind does
+    not know.
     """
     if is_onnx(name):
         from bntool.subjects.onnx import OnnxSubject
 
         path = Path(str(name))
-        require_known("onnx", load, *asked, name=str(name))
+        require_known("onnx", load, *asked, name=str(name), command=but)
         found = OnnxSubject(path)
         voice.target.read(*found.files)
         return Opened(found, path)
-    session = open_session(voice, name, load)
+    session = open_session(voice, name, load, stand_ins=stand_ins)
     opened = of_session(session)
-    require_known(opened.kind, load, *asked, name=session.loaded.reference)
+    require_known(opened.kind, load, *asked, name=session.loaded.reference, command=but)
     return opened
+
+
+def open_module(voice: Voice, name: str | None, load: LoadOptions, what: str) -> Session:
+    """MODEL where it is an `nn.Module`; `UsageError` for another kind, which bntool does not do `what` of."""
+    if is_onnx(name):
+        require_module("onnx", what, str(name))
+    session = open_session(voice, name, load)
+    require_module(of_session(session).kind, what, session.loaded.reference)
+    return session
 
 
 def of_session(session: Session) -> Opened:
@@ -96,3 +126,20 @@ def of_session(session: Session) -> Opened:
 
         subject = ModuleSubject(session.model, name=loaded.reference, observed=session.observe)
     return Opened(subject, source, session)
+
+
+def runnable(model: nn.Module | ExportedProgram) -> nn.Module:
+    """The model itself, or a program as a module that runs."""
+    from torch.export import ExportedProgram
+
+    from bntool.runtime.programs import RunnableProgram
+
+    return RunnableProgram(model) if isinstance(model, ExportedProgram) else model
+
+
+def with_runnable_program(session: Session, program: ExportedProgram) -> Session:
+    """The session with the program as a module that runs, on the example inputs of the program."""
+    from bntool.runtime.programs import example_inputs_of
+
+    loaded = dataclasses.replace(session.loaded, model=runnable(program))
+    return dataclasses.replace(session, loaded=loaded, inputs=example_inputs_of(program, session.seed))

@@ -1,4 +1,4 @@
-"""Export into a draft, verify it there, and say where it stands; for the commands that end in a served file."""
+"""Export into a draft, verify it there, and say where it stands."""
 
 from __future__ import annotations
 

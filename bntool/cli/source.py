@@ -5,11 +5,12 @@ from __future__ import annotations
 import re
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from bntool.errors import UsageError
 
 if TYPE_CHECKING:
+    from bntool.cli.insert import Asked
     from bntool.cli.session import Session, Voice
     from bntool.results import SurgeryResult
     from bntool.source.rewriting import Rewritten
@@ -17,44 +18,44 @@ if TYPE_CHECKING:
 _SCRIPT = re.compile(r"(?P<path>.+\.py):[A-Za-z_][\w.]*")
 
 
-def require_fitting(options: dict[str, Any]) -> None:
+def require_fitting(asked: Asked) -> None:
     """`UsageError` where `--source` was given with what it cannot serve, before anything is loaded."""
-    if options["in_place"] and not options["source"]:
+    if asked.ask.in_place and not asked.ask.source:
         raise UsageError(
             "--in-place is for --source", next_step="bntool insert net.py:Net --source --in-place"
         )
-    if not options["source"]:
+    if not asked.ask.source:
         return
-    script = _SCRIPT.fullmatch(options["model"] or "")
+    script = _SCRIPT.fullmatch(asked.model.model or "")
     if script is None:
         raise UsageError(
-            f"--source edits the class in a Python file; {options['model'] or 'no MODEL'} names none",
+            f"--source edits the class in a Python file; {asked.model.model or 'no MODEL'} names none",
             next_step="bntool insert path/net.py:Net --source",
         )
     against = {
-        "--position after": options["position"] == "after",
-        "--keep-keys": options["keep_keys"],
-        "--drop-bias": options["drop_bias"],
-        "--per-call": options["per_call"],
-        "--data": options["data"] is not None,
-        "--init calibrate": options["init"] == "calibrate",
-        "--plan": options["plan_file"] is not None,
+        "--position after": asked.insert.position == "after",
+        "--keep-keys": asked.insert.keep_keys,
+        "--drop-bias": asked.insert.drop_bias,
+        "--per-call": asked.insert.per_call,
+        "--data": asked.data.data is not None,
+        "--init calibrate": asked.insert.init == "calibrate",
+        "--plan": asked.ask.plan_file is not None,
     }
     for option, given in against.items():
         if given:
             raise UsageError(f"--source and {option} do not go together", next_step="leave one of them out")
-    output = options["output"]
-    if output is not None and options["in_place"]:
+    output = asked.write.output
+    if output is not None and asked.ask.in_place:
         raise UsageError("-o and --in-place exclude each other", next_step="drop one of them")
     if output is not None and not output.endswith(".py"):
         raise UsageError(f"--source writes Python; {output} is no .py file", next_step="-o new.py")
-    if output is not None and not options["dry_run"]:
+    if output is not None and not asked.write.dry_run:
         from bntool.files.targets import Target
 
-        Target(force=options["force"], reads=[script["path"]]).claim(output)
+        Target(force=asked.write.force, reads=[script["path"]]).claim(output)
 
 
-def rewritten(session: Session, result: SurgeryResult, options: dict[str, Any]) -> Rewritten:
+def rewritten(session: Session, result: SurgeryResult, asked: Asked) -> Rewritten:
     """The source with the sites of the result's plan in it, proved; or why that is not safe."""
     from bntool.source.rewriting import rewrite
 
@@ -64,8 +65,8 @@ def rewritten(session: Session, result: SurgeryResult, options: dict[str, Any]) 
             session.model,
             session.observe(),
             result.plan,
-            full=options["check"] == "full",
-            output=options["output"] or "",
+            full=asked.check.check == "full",
+            output=asked.write.output or "",
         )
 
 
@@ -107,18 +108,19 @@ def show_source(voice: Voice, source: Rewritten, result: SurgeryResult) -> None:
         voice.note(f"{len(source.plan.key_map)} keys of old checkpoints moved; --json lists them as key_map")
 
 
-def write_source(voice: Voice, source: Rewritten, options: dict[str, Any]) -> str | None:
+def write_source(voice: Voice, source: Rewritten, asked: Asked) -> str | None:
     """Write the new source where the user said so; the path, or None."""
-    if options["dry_run"] or not (options["output"] or options["in_place"]):
+    output = asked.write.output
+    if asked.write.dry_run or not (output or asked.ask.in_place):
         voice.note("nothing is written; -o FILE or --in-place writes the source")
         return None
     if source.path.read_bytes() != source.before:
         raise UsageError(f"{source.path} has changed meanwhile", next_step="run it again")
-    if options["in_place"]:
+    if asked.ask.in_place:
         target = source.path
         path = voice.target.claim(target, force=True, though_read=True)
     else:
-        target = Path(options["output"])
+        target = Path(str(output))
         path = voice.target.claim(target)
     with voice.target.drafts() as drafts:
         drafts.of(path).write_bytes(source.after)

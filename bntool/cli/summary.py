@@ -9,7 +9,8 @@ from typing import Any
 
 import click
 
-from bntool.cli.session import Session, Voice, open_session
+from bntool.cli.opening import open_model
+from bntool.cli.session import Session, Voice
 from bntool.cli.taking import takes
 from bntool.core.option import Options, option
 from bntool.core.options import LoadOptions, ModelOptions, SpeechOptions
@@ -29,11 +30,16 @@ def command(
     voice: Voice, model: ModelOptions, load: LoadOptions, summary: SummaryOptions, speech: SpeechOptions
 ) -> int:
     """Show a model's layers, shapes and exact counts; after insert or fold, the difference too."""
-    session = open_session(voice, model.model, load, stand_ins=True)
-    if session.program is not None:
-        from bntool.cli.program_file import summarize_program_file
+    opened = open_model(voice, model.model, load, summary, stand_ins=True)
+    session = opened.session
+    if session is None or opened.kind == "program":
+        from bntool.report.program_summary import summarize_onnx, summarize_program
 
-        return summarize_program_file(session, session.program, summary.baseline)
+        subject = opened.subject
+        tensors = summarize_onnx(subject) if session is None else summarize_program(subject.model)
+        voice.say(tensors.render(verbose=not speech.quiet))
+        voice.emit({"status": "ok", "kind": opened.kind, **tensors.to_dict()})
+        return 0
     from bntool.inserting import redundant_biases
     from bntool.report.summary import summarize
 
@@ -52,7 +58,7 @@ def command(
                 voice.note(f"shapes are left out: {error.what}")
         found = summarize(session.model, inputs, baseline=before, idle_biases=idle)
     voice.say(found.render(verbose=not speech.quiet))
-    voice.emit({"status": "ok", **found.to_dict()})
+    voice.emit({"status": "ok", "kind": opened.kind, **found.to_dict()})
     return 0
 
 

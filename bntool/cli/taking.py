@@ -19,9 +19,15 @@ Command = Callable[..., int]
 _COMPLETE = {"file": files, "folder": folders, "reason": reason_codes}
 
 
-def takes_all(asked: type, **meanings: str) -> Callable[[Command], Command]:
-    """The same for many: the command is given its voice and one object of `asked`, whose fields are options."""
-    classes = tuple(typing.get_type_hints(asked).values())
+def takes_all(asked: type, without: Sequence[str] = (), **meanings: str) -> Callable[[Command], Command]:
+    """The same for many: the command is given its voice and one object of `asked`, whose fields are options.
+
+    Those `without` which it does keep their defaults.
+    """
+    classes = [
+        some(cls, *(name for name in _names_of(cls) if name not in without))
+        for cls in typing.get_type_hints(asked).values()
+    ]
     names = [field.name for field in dataclasses.fields(asked)]
 
     def decorate(function: Command) -> Command:

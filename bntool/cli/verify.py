@@ -105,7 +105,7 @@ def _checked(
     from torch.export import ExportedProgram
 
     from bntool.cli import blaming, devices, picturing
-    from bntool.cli.program_file import runnable, with_runnable_program
+    from bntool.cli.opening import runnable, with_runnable_program
     from bntool.verdicts import first_failed
 
     is_onnx = _is_onnx(candidate)

@@ -11,7 +11,7 @@ from typing import Any, Literal, TypeVar
 from bntool.errors import UsageError
 
 _KEY = "option"
-O = TypeVar("O", bound="Options")
+Chosen = TypeVar("Chosen", bound="Options")
 _known: dict[type, tuple[Option, ...]] = {}
 
 
@@ -104,7 +104,7 @@ class Options:
         return _known[cls]
 
     @classmethod
-    def of(cls: type[O], given: Mapping[str, Any]) -> O:
+    def of(cls: type[Chosen], given: Mapping[str, Any]) -> Chosen:
         """An object from names and values; `UsageError` for a name or a value that the class has not."""
         known = [one.name for one in cls.options()]
         for name in given:

@@ -78,26 +78,28 @@ _REFUSED: Mapping[str, Sequence[_Refusal]] = {
     ],
     "weights": [
         _no(
-            f"{_CODE} inputs include exclude merge unshare dtype bench repro require_all tf32 atol rtol check "
-            f"device providers {_FORM} export_to",
+            f"{_CODE} inputs include exclude merge unshare dtype bench repro require_all tf32 atol rtol "
+            f"check device providers {_FORM} export_to",
             "--plan folds it layer by layer, and that needs the model",
             "leave out --plan, or the other",
         ),
     ],
 }
 """For each kind, what it does not know wherever it is asked."""
+_BUT = {("export", "script"): f"{_FORM} dtype device providers tf32 atol rtol"}
+"""What a command makes work all the same: TorchScript is converted before it is exported."""
 
 
-def require_known(kind: str, *asked: Options, name: str = "", but: str = "") -> None:
-    """Raise `UsageError` for the first option asked for, by another value than its default, that `kind` has not.
+def require_known(kind: str, *asked: Options, name: str = "", command: str = "") -> None:
+    """Raise `UsageError` for the first option with another value than its default that `kind` has not.
 
     Args:
         kind: one of `KINDS`.
         asked: options as they were given.
         name: of the model, for the error.
-        but: options that this command makes work all the same.
+        command: that asks, where it makes more of the options work.
     """
-    known = set(but.split())
+    known = set(_BUT.get((command, kind), "").split())
     for options in asked:
         for option_name, one in options.chosen().items():
             for refusal in _REFUSED[kind]:
@@ -107,6 +109,12 @@ def require_known(kind: str, *asked: Options, name: str = "", but: str = "") -> 
                         where=name,
                         next_step=refusal.instead,
                     )
+
+
+def require_module(kind: str, what: str, name: str) -> None:
+    """Raise `UsageError` for a kind of which bntool does not do `what`: it takes a module's own layers."""
+    if kind != "module":
+        raise UsageError(f"{name} is {KINDS[kind]}, and bntool does not {what} it", next_step=_MODULE)
 
 
 def require_export(exports: bool, *asked: Options) -> None:

@@ -122,7 +122,8 @@ class _Job:
                 draw_weights(model)
         if arm == "plain":
             return model
-        return apply(model, self.plan, check="none", share=True).model
+        with_norms: nn.Module = apply(model, self.plan, check="none", share=True).model
+        return with_norms
 
     def final(self, arm: str, found: TrainingComparison) -> nn.Module:
         """The model of the first repeat that came to its end at the arm's best rate."""

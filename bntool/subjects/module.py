@@ -100,8 +100,8 @@ class ModuleSubject:
 
     def folded(self, plan: Plan) -> ModuleSubject:
         if self._planned is not None and self._planned.plan is plan:
-            return self._like(self._planned.carry_out())
-        return self._like(apply_fold(self.model, plan).eval())
+            return self.like(self._planned.carry_out())
+        return self.like(apply_fold(self.model, plan).eval())
 
     def proof(self, checking: Checking) -> ModuleProof:
         return ModuleProof(self.model, self.observation.inputs, checking)
@@ -111,7 +111,7 @@ class ModuleSubject:
 
     def inserted(self, options: InsertOptions) -> tuple[Plan, ModuleSubject]:
         plan, model, self._unchanged = insert_observed(self.model, self.observation, options)
-        return plan, self._like(model)
+        return plan, self.like(model)
 
     def insert_rows(self, plan: Plan, after: ModuleSubject, checking: Checking) -> list[Check]:
         inputs = self.observation.inputs
@@ -146,6 +146,6 @@ class ModuleSubject:
             force=True,  # a draft, which a first try may have left
         )
 
-    def _like(self, model: nn.Module) -> ModuleSubject:
+    def like(self, model: nn.Module) -> ModuleSubject:
         """Another model on the same inputs."""
         return ModuleSubject(model, name=self.name, observed=lambda: observe(model, self.observation.inputs))
