@@ -22,8 +22,8 @@ class SurgeryResult(ByPlan):
 
     `model` is an `nn.Module`, an `ExportedProgram`, a TorchScript module or, for an ONNX file, the path of
     the new one. `parameters` holds `before`, `after` and `delta`, recounted from the tensors of both.
-    `data_path` is the file beside a new ONNX file that holds its numbers, where there is one. `export` is what
-    was written as ONNX.
+    `data_path` is the file beside a new ONNX file that holds its numbers, where there is one. `export` is
+    what was written as ONNX.
     """
 
     model: Any
@@ -51,7 +51,7 @@ class SurgeryResult(ByPlan):
         return "ok" if self.modified else "nothing-to-do"
 
     def to_dict(self) -> dict[str, Any]:
-        """The document that `--json` prints, without what only a command knows: the same keys for every kind."""
+        """The document that `--json` prints, less what only a command knows: the same keys for every kind."""
         checks = [check.to_dict() for check in self.checks]
         found = verdicts(self.plan)
         document: dict[str, Any] = {"status": self.status, "kind": self.kind, "parameters": self.parameters}

@@ -46,7 +46,7 @@ class Silent:
 
 
 class StageFailed(CheckFailed):
-    """A stage of a file's check failed: all checks, and what finds the node at fault where one can be told."""
+    """A stage of a check failed: all rows, and what finds the node at fault where one can be told."""
 
     checks: tuple[Check, ...] = ()
     find: Callable[[], Found | None] | None = None
@@ -59,7 +59,7 @@ class Serving:
     Args:
         how: the options of the export.
         dtype: what its numbers are cast to, `fp16` or `bf16`; empty for none.
-        fold: how to fold what a module tree cannot express and the graph can; None to leave the graph as it is.
+        fold: how to fold what a module tree cannot express and the graph can; None leaves the graph as it is.
         source_hash: sha256 of what the model was read from, for the file's metadata.
     """
 
@@ -79,9 +79,9 @@ def served(
 ) -> SurgeryResult:
     """Write the model of a result as ONNX to a new file at `path`, and hold it to the original.
 
-    The result has the export and its checks. With `checking` (the original's own runs, and how) the file runs
-    twice: as it is written, and as ONNX Runtime optimises it. Where merged branches do not stand up, they stay
-    as they are, and a note says so.
+    The result has the export and its checks. With `checking` (the original's own runs, and how) the file
+    runs twice: as it is written, and as ONNX Runtime optimises it. Where merged branches do not stand up, they
+    stay as they are, and a note says so.
 
     Raises:
         StageFailed: the file does not compute the same.

@@ -1,4 +1,4 @@
-"""Running an exported program: as a module that runs alike every time, on inputs of the shapes it declares."""
+"""Running an exported program: as a module, on inputs of the shapes that it declares."""
 
 from __future__ import annotations
 

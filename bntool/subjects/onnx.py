@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import tempfile
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -25,6 +26,16 @@ from bntool.surgery.insert_onnx import apply_insert_onnx
 from bntool.verdicts import Check
 
 
+class Scratch:
+    """A folder that is made when it is first asked for, and is gone with the last who holds this object."""
+
+    @functools.cached_property
+    def path(self) -> Path:
+        folder = tempfile.TemporaryDirectory(prefix="bntool.")
+        weakref.finalize(self, folder.cleanup)
+        return Path(folder.name)
+
+
 class OnnxSubject:
     """A file, and where new files are made from it.
 
@@ -41,7 +52,7 @@ class OnnxSubject:
         self,
         path: str | Path,
         *,
-        folder: Path | tempfile.TemporaryDirectory[str] | None = None,
+        folder: Path | Scratch | None = None,
         data: Path | None = None,
         name: str = "",
     ) -> None:
@@ -50,7 +61,7 @@ class OnnxSubject:
         self.name = name or str(path)
         self._file: OnnxFile | None = open_onnx(path)
         self.files = self._file.files
-        self._folder = folder or tempfile.TemporaryDirectory(prefix="bntool.")
+        self._folder = folder or Scratch()
         self._observed: OnnxObservation | None = None
 
     @property
@@ -95,7 +106,7 @@ class OnnxSubject:
         }
 
     def plan_fold(self, options: FoldOptions, *, thorough: bool = True) -> Plan:  # noqa: ARG002 - costs nothing
-        """Where an axis has no fixed size, a fold counts only if it comes out the same for two sets of sizes."""
+        """Where an axis has no fixed size, a fold counts only if it is the same for two sets of sizes."""
         plan, self._observed = plan_fold_onnx(
             self.file.model,
             include=options.include,
@@ -144,7 +155,7 @@ class OnnxSubject:
         return found
 
     def _written(self, file: OnnxFile) -> OnnxSubject:
-        folder = self._folder if isinstance(self._folder, Path) else Path(self._folder.name)
+        folder = self._folder if isinstance(self._folder, Path) else self._folder.path
         path, data = save_onnx(file, folder / self.model.name, force=True)
         return OnnxSubject(path, folder=self._folder, data=data, name=self.name)
 

@@ -75,7 +75,7 @@ class ProgramSubject:
         return parameter_delta(self.runnable, after.runnable)
 
     def plan_fold(self, options: FoldOptions, *, thorough: bool = True) -> Plan:  # noqa: ARG002 - costs nothing
-        """Where an axis has no fixed size, a fold counts only if it comes out the same for two sets of sizes."""
+        """Where an axis has no fixed size, a fold counts only if it is the same for two sets of sizes."""
         other = [observe_program(self.model, sizes=1).graph] if self.observed.open else []
         plan = plan_on_all(
             [self.observed.graph, *other],
