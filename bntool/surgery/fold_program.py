@@ -48,7 +48,6 @@ class _ProgramTensors:
         self.observed, self.copied = observed, ProgramCopy(observed.program)
         self.new: dict[str, Tensor] = {}
         self.made_for: dict[str, Edit | Branch | Merge] = {}
-        self.made_affine: dict[str, tuple[str, Role]] = {}
         self.names = dict(observed.names)
         self.calls = {layer: list(labels) for layer, labels in observed.layers.items()}
         self.places = {op.place: op for op in observed.graph.ops if op.place}
@@ -65,14 +64,10 @@ class _ProgramTensors:
 
     def norm(self, name: str) -> StoredNorm:
         op, graph = self.norms[name], self.observed.graph
-        slots = {role: f"{name}.{role}".lstrip(".") for role in ROLES}
-        for role in ROLES:
-            if role in op.inputs:
-                slots[role] = graph.input(op, role).handle
-            else:
-                self.made_affine[slots[role]] = name, role
+        # what a BatchNorm without γ would get is told by no name: there may be a tensor that it does not use
+        gamma, beta = (graph.input(op, r).handle if r in op.inputs else (name, r) for r in ROLES)
         mean, variance = (self.constant(graph.input(op, r).handle) for r in ("running_mean", "running_var"))
-        return StoredNorm(slots["weight"], slots["bias"], mean, variance, float(op.attrs["eps"]))
+        return StoredNorm(gamma, beta, mean, variance, float(op.attrs["eps"]))
 
     def constant(self, handle: str) -> Tensor:
         found = self.stored(handle)
@@ -81,27 +76,28 @@ class _ProgramTensors:
         return found
 
     def stored(self, slot: Slot) -> Tensor | None:
-        handle = str(slot)
-        names = self.names.get(handle)
-        return self.copied.tensor(names[0]).detach() if names else self.observed.graph.tensors.get(handle)
+        if not isinstance(slot, str):
+            return None
+        names = self.names.get(slot)
+        return self.copied.tensor(names[0]).detach() if names else self.observed.graph.tensors.get(slot)
 
     def like(self, slot: Slot) -> Tensor:
+        if isinstance(slot, tuple):
+            return self.norm(slot[0]).mean
         handle = str(slot)
-        if handle in self.made_for:
-            return self.constant(self.made_for[handle].weight)
-        if handle in self.made_affine:
-            return self.norm(self.made_affine[handle][0]).mean
-        return self.constant(handle)
+        return self.constant(self.made_for[handle].weight if handle in self.made_for else handle)
 
     def put(self, slot: Slot, tensor: Tensor) -> None:
+        if isinstance(slot, tuple):
+            norm, role = slot
+            self._create_affine(norm, role, tensor)
+            return
         handle = str(slot)
         self.new[handle] = tensor
         if names := self.names.get(handle):
             self.copied.set_tensor(names, tensor)
         elif handle in self.made_for:
             self._create_bias(self.made_for[handle], tensor)
-        elif handle in self.made_affine:
-            self._create_affine(handle, *self.made_affine[handle], tensor)
 
     def unshare(self, edit: Edit) -> Iterator[tuple[Slot, Slot]]:
         """One call leaves the others of its layer, with clones of the tensors that it shares."""
@@ -221,10 +217,11 @@ class _ProgramTensors:
         for label in self.calls[part.layer]:
             self._give_bias(self.copied.nodes[label], parameter)
 
-    def _create_affine(self, handle: str, norm: str, role: str, tensor: Tensor) -> None:
+    def _create_affine(self, norm: str, role: Role, tensor: Tensor) -> None:
         """A γ or β that was not there, for the one call of a BatchNorm that stays."""
         mean = self.names[self.observed.graph.input(self.norms[norm], "running_mean").handle][0]
-        parameter = self.copied.add_parameter(self.copied.free_name(handle), tensor, mean)
+        name = self.copied.free_name(f"{norm}.{role}".lstrip("."))
+        parameter = self.copied.add_parameter(name, tensor, mean)
         (label,) = self.observed.norms[norm]
         _set_argument(self.copied.nodes[label], role, parameter)
 
