@@ -103,6 +103,6 @@ def added_up(terms: Iterable[Term], target: Window) -> tuple[Tensor, Tensor]:
         scale, shift = scale.to(own.device), shift.to(own.device)
         part = widened(own.double() * scale.reshape(-1, *(1,) * (own.dim() - 1)), window, target)
         weight = part if weight is None else weight.to(part.device) + part
-        total = total.to(part.device) + shift + (0 if bias is None else scale * bias.double())
+        total = total.to(part.device) + shift + (0 if bias is None else scale * bias.double().to(own.device))
     assert weight is not None
     return weight, total

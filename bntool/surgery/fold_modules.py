@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import copy
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from bntool.affine import Pair, batch_norm_affine, evaluate, is_finite
-from bntool.errors import InvariantError, StateError
+from bntool.errors import InvariantError
 from bntool.layers import NORMED
 from bntool.observe.copying import is_plain, structural_copy, take_apart
-from bntool.plan import Edit, Plan
+from bntool.plan import Branch, Edit, Merge, Plan
+from bntool.surgery.editing import ROLES, Role, Slot, StoredNorm, apply_edits, removed_norms
 from bntool.surgery.reparameterising import merge_blocks_of
-from bntool.surgery.tensors import edited, edited_norm
 
 _TENSOR_SLOTS = frozenset({"_parameters", "_buffers", "_modules"})
 _STOCK_OF = {normed: stock for stock, normed in NORMED.items()}
@@ -34,13 +34,10 @@ def apply_fold(model: nn.Module, plan: Plan) -> nn.Module:
 
 def carry_out(copied: nn.Module, plan: Plan) -> nn.Module:
     """The edits of a plan on a structural copy whose blocks have merged their branches; changes the copy."""
-    work = _FoldWork(copied)
-    with torch.no_grad():
-        for site in plan.fold_sites:
-            for edit in site.edits:
-                work.carry_out(edit)
-        work.write()
-    return work.model
+    tensors = _ModuleTensors(copied)
+    apply_edits(tensors, plan)
+    tensors.write(removed_norms(plan))
+    return copied
 
 
 def with_own_tensors(folded: nn.Module, original: nn.Module) -> nn.Module:
@@ -92,94 +89,84 @@ def _clone(tensor: Tensor) -> Tensor:
     return copied
 
 
-class _FoldWork:
-    """The numbers of every tensor as the edits so far have left them, on the way to the copy's modules.
-
-    Tensors are told by identity: a name can pass from a shared tensor to a clone of it.
-    """
+class _ModuleTensors:
+    """The tensors of a structural copy, told by identity: a name can pass from a shared tensor to a clone."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.modules = dict(model.named_modules(remove_duplicate=False))
-        self.numbers: dict[int, tuple[Tensor, Tensor]] = {}
-        self.given: dict[str, Tensor] = {}
-        self.removed: list[str] = []
-        self.pairs: dict[str, Pair] = {}
+        self.held: dict[Slot, Tensor] = {}
+        self.made: set[Slot] = set()
+        self.new: dict[Slot, Tensor] = {}
 
-    def carry_out(self, edit: Edit) -> None:
-        if edit.kind == "reparameterize":
-            return
-        if edit.kind == "remove":
-            self.removed.append(edit.layer)
-            return
-        if edit.kind == "unshare":
-            self._unshare(edit)
-            return
-        assert edit.map is not None
-        pair = evaluate(edit.map, self._leaf)
-        weight = self._tensor(edit.weight)
-        bias = self._tensor(edit.bias) if edit.bias else None
-        if edit.layout == "norm":
-            new_weight, new_bias = edited_norm(edit, weight, bias, *self._statistics(edit.layer), pair)
-            self._set(edit.weight, new_weight)
-            self._set(edit.bias, new_bias)
-            norm: Any = self.modules[edit.layer]
-            norm.affine = True
-            self.pairs.clear()
-            return
-        if weight is None:
-            raise InvariantError(f"the plan edits {edit.weight}, which the model does not have")
-        changed, made = edited(edit, weight, bias, pair)
-        self._set(edit.weight, changed)
-        if made is not None and edit.bias:
-            self._set(edit.bias, made)
+    def slot(self, part: Edit | Branch | Merge, role: Role) -> Slot:
+        weight = self.constant(part.weight)
+        return self._slot(part.weight if role == "weight" else part.bias, weight)
 
-    def _unshare(self, edit: Edit) -> None:
+    def norm(self, name: str) -> StoredNorm:
+        module: Any = self.modules[name]
+        mean = module.running_mean
+        gamma, beta = (self._slot(f"{name}.{role}".lstrip("."), mean) for role in ROLES)
+        return StoredNorm(gamma, beta, mean, module.running_var, float(module.eps))
+
+    def constant(self, handle: str) -> Tensor:
+        held = self._tensor(handle)
+        if held is None:
+            raise InvariantError(f"the plan names {handle}, which the model does not have")
+        return held
+
+    def stored(self, slot: Slot) -> Tensor | None:
+        return None if slot in self.made else self.held[slot]
+
+    def like(self, slot: Slot) -> Tensor:
+        return self.held[slot]
+
+    def put(self, slot: Slot, tensor: Tensor) -> None:
+        self.new[slot] = _as_kind(self.held[slot], tensor)
+
+    def unshare(self, edit: Edit) -> Iterator[tuple[Slot, Slot]]:
         """Part a layer from its other names, and give it clones of the tensors that it shares."""
         if take_apart(self.model, self.modules[edit.layer]):
             self.modules = dict(self.model.named_modules(remove_duplicate=False))
         for handle in filter(None, (edit.weight, edit.bias)):
-            shared = self._slot(handle)
-            if shared is None:
-                raise InvariantError(f"the plan clones {handle}, which the model does not have")
-            self.given.setdefault(handle, shared)
-            clone = _clone(shared)
-            if id(shared) in self.numbers:
-                self.numbers[id(clone)] = clone, self.numbers[id(shared)][1]
+            shared = self.constant(handle)
+            old, clone = self._slot(handle, shared), _clone(shared)
             self._put(handle, clone)
+            if old in self.made:
+                self.made.add(id(clone))
+            yield old, self._slot(handle, shared)
 
-    def _leaf(self, kind: str, name: str) -> Any:
-        if kind == "tensor":
-            # a factor that a law read is no weight that a fold changes; a clone may have taken its name
-            return self.given.get(name, self._tensor(name))
-        if name not in self.pairs:
-            self.pairs[name] = self._norm_pair(name)
-        return self.pairs[name]
-
-    def _norm_pair(self, name: str) -> Pair:
-        pair: Pair = batch_norm_affine(
-            self._tensor(f"{name}.weight" if name else "weight"),
-            self._tensor(f"{name}.bias" if name else "bias"),
-            *self._statistics(name),
-        )
-        if not is_finite(pair):
-            raise StateError(
-                f"the statistics of BatchNorm {name} are not finite, or its variance is negative",
-                next_step="make a new plan for these weights: it says which channel",
-            )
-        return pair
-
-    def _statistics(self, name: str) -> tuple[Tensor, Tensor, float]:
-        module: Any = self.modules[name]
-        return module.running_mean, module.running_var, float(module.eps)
+    def write(self, removed: Iterable[str]) -> None:
+        """Put the new tensors into every slot that held the old one, and take the BatchNorms out."""
+        module: Any
+        for module in self.modules.values():
+            for slots in (module._parameters, module._buffers):
+                for name, tensor in slots.items():
+                    slot = id(tensor)
+                    if slot in self.held:
+                        slots[name] = self.new.get(slot, None if slot in self.made else tensor)
+                    if slot in self.made and hasattr(module, "affine"):
+                        module.affine = slot in self.new
+        for norm in {id(self.modules[name]): self.modules[name] for name in removed}.values():
+            _become(norm, _what_remains(norm))
+        for parent in self.modules.values():
+            _unwrap(parent)
 
     # -- tensors ----------------------------------------------------------------------------------------
 
-    def _tensor(self, handle: str) -> Tensor | None:
-        held = self._slot(handle)
-        return held if held is None else self.numbers.get(id(held), (held, held))[1]
+    def _slot(self, handle: str, like: Tensor) -> Slot:
+        """The tensor of this name; one that is not there yet is put there empty, for all who share it."""
+        held = self._tensor(handle)
+        if held is None:
+            weight = self.modules[handle.rpartition(".")[0]]._parameters.get("weight")
+            trains = weight is None or weight.requires_grad
+            held = nn.Parameter(like.new_empty(0), requires_grad=trains)
+            self._put(handle, held)
+            self.made.add(id(held))
+        self.held[id(held)] = held
+        return id(held)
 
-    def _slot(self, handle: str) -> Tensor | None:
+    def _tensor(self, handle: str) -> Tensor | None:
         owner, _, slot = handle.rpartition(".")
         module = self.modules[owner]
         found: Tensor | None = module._parameters.get(slot)
@@ -190,30 +177,6 @@ class _FoldWork:
         module = self.modules[owner]
         slots: dict[str, Any] = module._buffers if slot in module._buffers else module._parameters
         slots[slot] = tensor
-
-    def _set(self, handle: str, numbers: Tensor) -> None:
-        """New numbers for the tensor of this name; a bias that was not there trains where the weight does."""
-        held = self._slot(handle)
-        if held is None:
-            weight = self.modules[handle.rpartition(".")[0]]._parameters.get("weight")
-            held = nn.Parameter(numbers, requires_grad=weight.requires_grad if weight is not None else True)
-            self._put(handle, held)
-        self.numbers[id(held)] = held, numbers
-
-    # -- writing ----------------------------------------------------------------------------------------
-
-    def write(self) -> None:
-        """Put the new tensors into every slot that held the old one, and take the BatchNorms out."""
-        replaced = {key: _as_kind(held, new) for key, (held, new) in self.numbers.items()}
-        for module in self.modules.values():
-            for slots in (module._parameters, module._buffers):
-                for name, tensor in slots.items():
-                    if id(tensor) in replaced:
-                        slots[name] = replaced[id(tensor)]
-        for norm in {id(self.modules[name]): self.modules[name] for name in self.removed}.values():
-            _become(norm, _what_remains(norm))
-        for parent in self.modules.values():
-            _unwrap(parent)
 
 
 def _as_kind(held: Tensor, new: Tensor) -> Tensor:

@@ -14,30 +14,21 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from bntool.affine import Pair, batch_norm_affine, evaluate
+from bntool.affine import batch_norm_affine, evaluate, is_finite
 from bntool.errors import DamagedPlan, NothingToDo, PlanError, StateError
 from bntool.files.atomic import sha256_of
 from bntool.files.safetensors_files import Entry, layout, write_safetensors
 from bntool.files.shards import write_shards
 from bntool.files.stored import Described, Stored
 from bntool.files.targets import Drafts, Target
-from bntool.plan import Edit, FoldSite, Plan
+from bntool.plan import Branch, Edit, FoldSite, Merge, Plan
 from bntool.schema import Damaged
+from bntool.surgery.editing import Edits, Role, Slot, StoredNorm
 from bntool.surgery.judging import EditJudge, Held, at
-from bntool.surgery.tensors import edited
 
 _STATISTICS = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
 _FOLDED_TYPES = ("float64", "float32", "float16", "bfloat16")
 _STRAIGHT = frozenset({"conv", "linear"})
-
-
-@dataclasses.dataclass(frozen=True)
-class _Layer:
-    """A layer that changes: where its tensors are, and the edits with their maps, in the plan's order."""
-
-    weight: str
-    bias: str
-    steps: list[tuple[Edit, Pair]]
 
 
 class StoredFold:
@@ -48,33 +39,36 @@ class StoredFold:
     """
 
     def __init__(self, stored: Stored, plan: Plan) -> None:
-        self.stored, self.plan = stored, plan
+        self.file, self.plan = stored, plan
         _require_fitting(stored, plan)
+        every = [edit for site in plan.fold_sites for edit in site.edits]
+        self.bias_of = {edit.weight: edit.bias for edit in every if edit.bias}
+        self.edits = Edits(self)
         try:
             _judge(stored, plan)
-            self.layers = self._layers()
+            self._edit()
         except Damaged as error:
             raise DamagedPlan.of(error.why, error.place) from error
-        self._last: tuple[str, tuple[Tensor, Tensor]] | None = None
+        self.changed = {str(slot) for slot in self.edits.changed()}
         self.gone = {f"{site.bn}.{slot}" for site in plan.fold_sites for slot in _STATISTICS}
         self.tensors = dict(self._described())
 
     def write(self, output: Path, *, force: bool = False) -> str:
         """Write the new file, or files, as safetensors, whole or not at all; return its sha256."""
-        target = Target(force=force, reads=self.stored.files)
+        target = Target(force=force, reads=self.file.files)
         path = target.claim(output)
         with target.drafts() as drafts:
             return self.write_draft(path, drafts)
 
     def write_draft(self, path: Path, drafts: Drafts) -> str:
         """The same into the drafts of a claimed `path`, to be put into place with the other files."""
-        if not self.stored.sharded:
+        if not self.file.sharded:
             draft = drafts.of(path)
             self._fill("", draft)
             return sha256_of(draft)
         parts = {name: described.shard for name, described in self.tensors.items()}
         sizes = {name: entry.nbytes for name, entry in self._entries("").items()}
-        return write_shards(path, parts, sizes, self.stored.metadata, self._fill, drafts)
+        return write_shards(path, parts, sizes, self.file.metadata, self._fill, drafts)
 
     def _entries(self, shard: str) -> dict[str, Entry]:
         chosen = ((n, d) for n, d in self.tensors.items() if shard in ("", d.shard))
@@ -82,89 +76,66 @@ class StoredFold:
 
     def _fill(self, shard: str, path: Path) -> None:
         entries = self._entries(shard)
-        metadata = {"format": "pt"} if self.stored.sharded else dict(self.stored.metadata)
+        metadata = {"format": "pt"} if self.file.sharded else dict(self.file.metadata)
         write_safetensors(path, entries, metadata, map(self.tensor, entries))
 
     def tensor(self, name: str) -> Tensor:
         """One tensor of the new file."""
-        layer = self.layers.get(name)
-        if layer is None:
-            return self.stored.read(name)
-        weight, bias = self._changed(layer.weight)
-        return weight if name == layer.weight else bias
-
-    def _changed(self, handle: str) -> tuple[Tensor, Tensor]:
-        """A layer's weight and bias, kept until another layer is asked for: they are written together."""
-        if self._last is None or self._last[0] != handle:
-            self._last = None
-            self._last = handle, self._computed(self.layers[handle])
-        return self._last[1]
-
-    def _computed(self, layer: _Layer) -> tuple[Tensor, Tensor]:
-        weight = self.stored.read(layer.weight)
-        bias: Tensor | None = self.stored.read(layer.bias) if layer.bias in self.stored.tensors else None
-        for edit, pair in layer.steps:
-            weight, bias = edited(edit, weight, bias, pair)
-        made = torch.zeros(1) if bias is None else bias
-        for name, tensor in ((layer.weight, weight), (layer.bias, made)):
-            # NaN passes through to both ends; no copy is made, as isfinite would.
-            if tensor.numel() and not bool(torch.isfinite(torch.stack(torch.aminmax(tensor))).all()):
-                raise StateError(
-                    f"the folded {name} is not finite in {tensor.dtype}",
-                    where=str(self.stored.path),
-                    next_step="make a plan that leaves its BatchNorm out, or store the weights in float32",
-                )
-        return weight, made
+        if name not in self.changed:
+            return self.file.read(name)
+        tensor = self.edits.rounded(name)
+        # NaN passes through to both ends; no copy is made, as isfinite would.
+        if tensor.numel() and not bool(torch.isfinite(torch.stack(torch.aminmax(tensor))).all()):
+            raise StateError(
+                f"the folded {name} is not finite in {tensor.dtype}",
+                where=str(self.file.path),
+                next_step="make a plan that leaves its BatchNorm out, or store the weights in float32",
+            )
+        return tensor
 
     def _described(self) -> Iterator[tuple[str, Described]]:
         """The tensors of the new file, a layer's bias right behind its weight."""
-        for name, described in self.stored.tensors.items():
-            layer = self.layers.get(name)
-            if name in self.gone or (layer is not None and name == layer.bias):
+        biases = set(self.bias_of.values())
+        for name, described in self.file.tensors.items():
+            if name in self.gone or name in biases:
                 continue
             yield name, described
-            if layer is None:
-                continue
-            if layer.bias in self.stored.tensors:
-                yield layer.bias, dataclasses.replace(self.stored.tensors[layer.bias], shard=described.shard)
-            elif layer.bias:
-                channels = len(layer.steps[0][1][1])
-                yield layer.bias, Described(described.dtype, (channels,), described.shard)
+            bias = self.bias_of.get(name, "")
+            if bias in self.file.tensors:
+                yield bias, dataclasses.replace(self.file.tensors[bias], shard=described.shard)
+            elif bias:
+                yield bias, Described(described.dtype, (self.edits.length(bias),), described.shard)
 
-    def _layers(self) -> dict[str, _Layer]:
-        """Every layer that changes, by the name of its weight and by that of its bias."""
-        layers: dict[str, _Layer] = {}
-        every = [edit for site in self.plan.fold_sites for edit in site.edits]
-        bias_of = {edit.weight: edit.bias for edit in every if edit.bias}
+    def _edit(self) -> None:
         for number, site in enumerate(self.plan.fold_sites):
             for place, edit in enumerate(site.edits):
                 if edit.map is None:
                     continue
-                pair = evaluate(edit.map, self._leaf)
-                if not all(map(torch.equal, pair, self._leaf("bn", site.bn))):
+                if not all(
+                    map(torch.equal, evaluate(edit.map, self.edits.leaf), self.edits.leaf("bn", site.bn))
+                ):
                     # what nothing can run beside the original must be plain to see
                     raise Damaged(
                         f"it is not what {site.bn!r} computes", f"sites[{number}].edits[{place}].map"
                     )
-                if edit.weight not in bias_of and bool((pair[1] != 0).any()):
-                    raise PlanError(
-                        f"the plan makes no bias for {edit.layer}, and these weights need one: the BatchNorm "
-                        "that it was made from shifted nothing",
-                        next_step="make the plan from a trained checkpoint of the same architecture",
-                    )
-                layer = layers.setdefault(edit.weight, _Layer(edit.weight, bias_of.get(edit.weight, ""), []))
-                layer.steps.append((edit, pair))
-                if layer.bias:
-                    layers[layer.bias] = layer
-        return layers
+                self.edits.change(dataclasses.replace(edit, bias=self.bias_of.get(edit.weight, "")))
 
-    def _leaf(self, kind: str, name: str) -> Pair | Tensor:
-        if kind == "tensor":
-            return self.stored.read(name)
-        gamma, beta, mean, variance = (
-            self.stored.read(f"{name}.{slot}") if f"{name}.{slot}" in self.stored.tensors else None
-            for slot in _STATISTICS[:4]
-        )
+    # -- the tensors of the file ------------------------------------------------------------------------
+
+    def slot(self, part: Edit | Branch | Merge, role: Role) -> str:
+        return part.weight if role == "weight" else part.bias
+
+    def constant(self, handle: str) -> Tensor:
+        return self.file.read(handle)
+
+    def stored(self, slot: Slot) -> Tensor | None:
+        return self.file.read(str(slot)) if slot in self.file.tensors else None
+
+    def like(self, slot: Slot) -> Tensor:
+        return torch.empty(0, dtype=getattr(torch, self.tensors[str(slot)].dtype))
+
+    def norm(self, name: str) -> StoredNorm:
+        gamma, beta, mean, variance = (self.stored(f"{name}.{slot}") for slot in _STATISTICS[:4])
         if mean is None or variance is None or name not in self.plan.eps:
             raise PlanError(
                 f"the plan does not tell ε of {name}"
@@ -172,14 +143,14 @@ class StoredFold:
                 else f"{name} has no running statistics",
                 next_step="make the plan again with this version of bntool",
             )
-        pair = batch_norm_affine(gamma, beta, mean, variance, self.plan.eps[name])
-        if not bool(torch.isfinite(pair[0] + pair[1]).all()) or bool((variance < 0).any()):
+        eps = self.plan.eps[name]
+        if not is_finite(batch_norm_affine(gamma, beta, mean, variance, eps)) or bool((variance < 0).any()):
             raise StateError(
                 f"the statistics of BatchNorm {name} are not finite, or its variance is negative",
-                where=str(self.stored.path),
+                where=str(self.file.path),
                 next_step=f"train or calibrate the model again, or leave it out with --exclude {name}",
             )
-        return pair
+        return StoredNorm(f"{name}.weight", f"{name}.bias", mean, variance, eps)
 
 
 def _require_fitting(stored: Stored, plan: Plan) -> None:

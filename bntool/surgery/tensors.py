@@ -1,81 +1,60 @@
-"""Carry out one edit of a fold on tensors: float64 arithmetic, one cast to the storage type."""
+"""The arithmetic of a fold's edits: in float64, with one cast to the storage type."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from bntool.affine import Pair
-from bntool.laws.taking import bias_from_input_shift, rows
-from bntool.plan import Edit
 
 _CHUNK = 1 << 18
 """Elements of a weight worked on at a time, so that the float64 copy stays in the cache."""
 
 
-def edited(edit: Edit, weight: Tensor, bias: Tensor | None, pair: Pair) -> tuple[Tensor, Tensor | None]:
-    """Weight and bias after the edit; a missing bias is made where the plan names one or the shift needs it.
+def scaled(weight: Tensor, factors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    """The product of a weight and all factors in float64, cast to `dtype` once.
 
-    `pair` is the map as float64 vectors of length out (`scale_output`) or in (`scale_input`). The
-    results keep the weight's type, device and memory format.
-    """
-    scale, shift = (part.to(weight.device) for part in pair)
-    side = "output" if edit.kind == "scale_output" else "input"
-    factors = rows(edit.layout, weight, edit.groups, scale, side)
-    new_weight = _scaled(weight, factors)
-    shifted = bool(shift.count_nonzero())
-    if bias is None and not shifted and not edit.bias:
-        return new_weight, None
-    old = torch.zeros((), dtype=torch.float64, device=weight.device) if bias is None else bias.double()
-    if side == "output":
-        new_bias = scale * old + shift
-    elif shifted or bias is None:
-        new_bias = old + bias_from_input_shift(edit.layout, weight, edit.groups, shift)
-    else:
-        return new_weight, bias
-    return new_weight, new_bias.to(weight.dtype if bias is None else bias.dtype)
-
-
-def edited_norm(
-    edit: Edit,
-    gamma: Tensor | None,
-    beta: Tensor | None,
-    mean: Tensor,
-    variance: Tensor,
-    eps: float,
-    pair: Pair,
-) -> tuple[Tensor, Tensor]:
-    """γ and β of a BatchNorm that stays and takes a map in, made where it had none; its statistics stay.
-
-    Output side: γ' = s·γ, β' = s·β + t. Input side, with S = γ/√(σ²+ε): γ' = γ·s and
-    β' = β + S·(t − μ + s·μ), so that BN'(x) = BN(s·x + t).
-    """
-    gamma = torch.ones_like(mean) if gamma is None else gamma
-    beta = torch.zeros_like(mean) if beta is None else beta
-    scale, shift = (part.to(gamma.device) for part in pair)
-    if edit.kind == "scale_output":
-        new_gamma, new_beta = scale * gamma.double(), scale * beta.double() + shift
-    else:
-        own = gamma.double() * (variance.double() + eps).rsqrt()
-        new_gamma = gamma.double() * scale
-        new_beta = beta.double() + own * (shift - mean.double() + scale * mean.double())
-    return new_gamma.to(gamma.dtype), new_beta.to(beta.dtype)
-
-
-def _scaled(weight: Tensor, factors: Tensor) -> Tensor:
-    """The product weight · factors in float64, cast once; a large weight in chunks along the first axis.
-
-    One float64 buffer serves all chunks: three times as fast as a new one for each.
+    Each factor broadcasts against the weight. A large weight goes in chunks along the first axis; one float64
+    buffer serves all of them: three times as fast as a new one for each. The memory format stays.
     """
     if weight.numel() <= _CHUNK:
-        return (weight * factors).to(weight.dtype)
-    out = torch.empty_like(weight)
-    step = min(weight.shape[0], max(1, _CHUNK * weight.shape[0] // max(weight.numel(), 1)))
-    per_row = factors.shape[0] == weight.shape[0]
+        return _multiplied(weight.to(torch.float64, copy=True), factors).to(dtype)
+    out = torch.empty_like(weight, dtype=dtype)
+    step = max(1, _CHUNK * weight.shape[0] // weight.numel())
     buffer = torch.empty((step, *weight.shape[1:]), dtype=torch.float64, device=weight.device)
     for start in range(0, weight.shape[0], step):
-        rows_ = slice(start, start + step)
-        part = buffer[: min(step, weight.shape[0] - start)]
-        part.copy_(weight[rows_]).mul_(factors[rows_] if per_row else factors)
-        out[rows_].copy_(part)
+        chunk = slice(start, start + step)
+        part = buffer[: min(step, weight.shape[0] - start)].copy_(weight[chunk])
+        out[chunk].copy_(_multiplied(part, [f[chunk] if len(f) > 1 else f for f in factors]))
     return out
+
+
+def _multiplied(numbers: Tensor, factors: Sequence[Tensor]) -> Tensor:
+    for factor in factors:
+        numbers.mul_(factor)
+    return numbers
+
+
+def cast_like(tensor: Tensor, like: Tensor) -> Tensor:
+    """The storage type and device of `like`, rounded once; its memory format too."""
+    made = tensor.to(like.dtype).to(like.device)
+    if made.dim() == 4 and like.is_contiguous(memory_format=torch.channels_last):
+        return made.contiguous(memory_format=torch.channels_last)
+    return made.contiguous()
+
+
+def norm_taking_in(
+    kind: str, gamma: Tensor, beta: Tensor, mean: Tensor, variance: Tensor, eps: float, pair: Pair
+) -> Pair:
+    """γ and β, in float64 as all of these are, of a BatchNorm that stays and takes a map in.
+
+    Output side (`scale_output`): γ' = s·γ, β' = s·β + t. Input side, with S = γ/√(σ²+ε): γ' = γ·s and
+    β' = β + S·(t − μ + s·μ), so that BN'(x) = BN(s·x + t). The statistics stay.
+    """
+    scale, shift = pair
+    if kind == "scale_output":
+        return scale * gamma, scale * beta + shift
+    own = gamma * (variance + eps).rsqrt()
+    return gamma * scale, beta + own * (shift - mean + scale * mean)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import onnx
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from tests.cli import nets
 from tests.cli.conftest import Shell
@@ -16,7 +17,7 @@ from tests.cli.conftest import Shell
 FUNCTIONAL = """
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 
 class Net(nn.Module):
@@ -34,7 +35,7 @@ class Net(nn.Module):
 
 BRANCHING = """
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 class Net(nn.Module):
@@ -167,10 +168,15 @@ def test_a_merge_that_fails_its_check_is_left_out(
     bntool: Shell, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The numbers of a merge are spoilt: the branches stay, the BatchNorms still go, and a note says so."""
-    from bntool.surgery import fold_onnx
+    from bntool.surgery import editing
 
-    spoilt = fold_onnx.merged
-    monkeypatch.setattr(fold_onnx, "merged", lambda *given: (2 * spoilt(*given)[0], spoilt(*given)[1]))
+    right = editing.added_up
+
+    def spoilt(*given: Any) -> tuple[Tensor, Tensor]:
+        weight, bias = right(*given)
+        return 2 * weight, bias
+
+    monkeypatch.setattr(editing, "added_up", spoilt)
     (folder / "net.py").write_text(BRANCHING)
     said = bntool("fold", "net.py:Net", "--export", "onnx", *nets.INPUT)
     assert said.code == 0

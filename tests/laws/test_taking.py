@@ -14,10 +14,9 @@ from bntool.folding import plan_fold
 from bntool.inputs import Inputs
 from bntool.laws.taking import bias_from_input_shift, rows
 from bntool.observe.eager import observe
-from bntool.plan import Edit
 from bntool.reasons import Reason
 from bntool.surgery.fold_modules import apply_fold
-from bntool.surgery.tensors import edited
+from bntool.surgery.tensors import scaled
 from tests.laws.exactness import (
     CONVS,
     NORMS,
@@ -173,11 +172,8 @@ def test_large_weights_are_worked_on_in_parts(layer: tuple[str, int, Any], side:
         else (weight.shape[0], weight.shape[1] * groups)
     )
     scale = data(out_in[0] if side == "output" else out_in[1])
-    edit = Edit(
-        "scale_output" if side == "output" else "scale_input", "", (), "weight", "bias", layout, groups
-    )
-    found, _ = edited(edit, weight, module.bias.detach(), (scale, torch.zeros_like(scale)))
-    assert torch.equal(found, (weight.double() * rows(layout, weight, groups, scale, side)).float())
+    factors = rows(layout, weight, groups, scale, side)
+    assert torch.equal(scaled(weight, [factors], weight.dtype), (weight.double() * factors).float())
 
 
 @few
