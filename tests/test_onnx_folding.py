@@ -64,14 +64,14 @@ def test_the_result_counts_and_goes_to_json(tmp_path: Path) -> None:
     result = fold_onnx(saved(tmp_path, "conv"), tmp_path / "out.onnx")
     document = json.loads(json.dumps(result.to_dict()))
     # 4 · 6 numbers of the BatchNorm go, a bias of 6 comes.
-    assert document["counts"] == {
-        "nodes_before": 2,
-        "nodes_after": 1,
-        "numbers_before": 6 * 4 * 9 + 24,
-        "numbers_after": 6 * 4 * 9 + 6,
-    }
-    assert document["path"] == str(tmp_path / "out.onnx")
-    assert Plan.from_dict(document["plan"]).to_dict() == result.plan.to_dict()
+    counts = document["parameters"]
+    assert [counts[when]["frozen"] for when in ("before", "after", "delta")] == [6 * 40, 6 * 37, 6 - 24]
+    assert [counts[when]["bytes"] for when in ("before", "after", "delta")] == [4 * 240, 4 * 222, -4 * 18]
+    assert (document["status"], document["kind"]) == ("ok", "onnx")
+    assert (document["bn_total"], document["bn_folded"]) == (1, 1)
+    assert result.path == tmp_path / "out.onnx"
+    plan = json.loads(json.dumps(result.plan.to_dict()))
+    assert Plan.from_dict(plan).to_dict() == result.plan.to_dict()
     (site,) = result.plan.fold_sites
     assert (site.bn, site.into, site.level) == ("y", ("c",), "graph")
 

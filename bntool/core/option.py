@@ -70,10 +70,17 @@ class Option:
         for number in value if self.many else (value,):
             low = least is not None and not number >= least
             if low or (most is not None and not number <= most):
-                bounds = f"at least {least:g}" if most is None else f"from {least:g} to {most:g}"
+                bounds = f"at least {_told(least)}"
+                if most is not None:
+                    bounds = f"from {_told(least)} to {_told(most)}"
                 raise UsageError(
                     f"{words} is {number!r}, and must be {bounds}", next_step=f"give another {self.flag}"
                 )
+
+
+def _told(bound: float | None) -> str:
+    """A bound so that it can be typed: a whole number to its last digit."""
+    return str(bound) if isinstance(bound, int) else f"{bound:g}"
 
 
 def option(

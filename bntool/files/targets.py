@@ -118,6 +118,8 @@ class Target:
                 yield drafts
                 drafts.place()
             except OSError as error:
+                if drafts.last == Path():  # nothing was being written: it is of the work that is done inside
+                    raise
                 raise _cannot(drafts.last, error) from error
 
     def require_unread(self, *paths: Path) -> None:

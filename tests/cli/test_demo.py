@@ -60,8 +60,8 @@ def _failing(*_: object, **__: object) -> None:
     ("where", "fails", "code"),
     [
         ("bntool.files.targets.place", _full, 2),
-        ("bntool.cli.writing.write_model", _stopped, 130),
-        ("bntool.cli.writing.write_model", _failing, 1),
+        ("bntool.cli.writing.draft_result", _stopped, 130),
+        ("bntool.cli.writing.draft_result", _failing, 1),
     ],
 )
 def test_a_demo_that_comes_to_nothing_leaves_nothing(

@@ -119,7 +119,7 @@ def test_70_a_bug_130_ctrl_c(
 ) -> None:
     from bntool import surgeries
 
-    monkeypatch.setattr(surgeries, "fold_observed", _raising(error))
+    monkeypatch.setattr(surgeries, "fold", _raising(error))
     assert _line(bntool, "fold", "model_bn.pt") == code
 
 

@@ -107,14 +107,14 @@ def test_what_a_model_prints_stays_out_of_the_document(bntool: Shell) -> None:
 def test_ctrl_c_leaves_nothing(
     bntool: Shell, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from bntool.cli import serving
+    from bntool import serving
 
     def interrupted(*args: object, **options: object) -> None:
         raise KeyboardInterrupt
 
     nets.save(nets.normalised(), "model.pt")
     before = contents(folder.parent)
-    monkeypatch.setattr(serving, "_check_onnx", interrupted)
+    monkeypatch.setattr(serving, "check_onnx", interrupted)
     said = bntool("fold", "model.pt", *nets.INPUT, "--export", "onnx")
     assert (said.code, said.err.strip()) == (130, "bntool: stopped")
     assert contents(folder.parent) == before
@@ -129,7 +129,7 @@ def test_a_bug_is_called_a_bug(bntool: Shell, monkeypatch: pytest.MonkeyPatch) -
         raise EOFError("the end")
 
     nets.save(nets.normalised(), "model.pt")
-    monkeypatch.setattr(surgeries, "fold_observed", broken)
+    monkeypatch.setattr(surgeries, "fold", broken)
     said = bntool("fold", "model.pt", *nets.INPUT)
     assert said.code == 70
     assert "a bug in bntool" in said.err

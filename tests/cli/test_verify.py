@@ -108,9 +108,9 @@ def test_what_cannot_be_verified(refused: Shell) -> None:
 def test_the_export_that_a_fold_would_have_written_is_blamed(
     bntool: Shell, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from bntool import onnx_folding
+    from bntool import serving
 
-    honest = onnx_folding.fold_exported
+    honest = serving.fold_exported
 
     def off(export, *args, **options):
         export = honest(export, *args, **options)
@@ -118,7 +118,7 @@ def test_the_export_that_a_fold_would_have_written_is_blamed(
         return export
 
     nets.save(broken.network(), "net.pt")
-    monkeypatch.setattr(onnx_folding, "fold_exported", off)
+    monkeypatch.setattr(serving, "fold_exported", off)
     said = bntool("fold", "net.pt", *nets.INPUT, "--export", "onnx", "--repro", "repro")
     assert said.code == 1
     assert "first differs at conv2/Conv (Conv), export stage" in said.out
