@@ -80,8 +80,8 @@ def served(
     """Write the model of a result as ONNX to a new file at `path`, and hold it to the original.
 
     The result has the export and its checks. With `checking` (the original's own runs, and how) the file
-    runs twice: as it is written, and as ONNX Runtime optimises it. Where merged branches do not stand up, they
-    stay as they are, and a note says so.
+    runs twice: as it is written, and as ONNX Runtime optimises it. Where merged branches do not stand up,
+    they stay as they are, and a note says so.
 
     Raises:
         StageFailed: the file does not compute the same.

@@ -34,8 +34,8 @@ def fold(
     """Fold every BatchNorm that algebra allows; with a `proof`, only what stands up to it.
 
     What does not stand up is not folded (reason `not-proved`). A plan that is not `worth` it is not carried
-    out. A first plan looks at one observation; another, of other sizes, is made where no proof looks there, or
-    where the proof fails. The result's model shares what stays with the original.
+    out. A first plan looks at one observation; another, of other sizes, is made where no proof looks there,
+    or where the proof fails. The result's model shares what stays with the original.
 
     Raises:
         CheckFailed: the folded model does not compute the same, and no BatchNorm is at fault.

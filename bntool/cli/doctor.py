@@ -18,7 +18,7 @@ def command(speech: SpeechOptions) -> int:
 
     found = diagnose()
     if speech.as_json:
-        emit({"status": "ok" if found else "failed", **found.to_dict()})
+        emit("doctor", {"status": "ok" if found else "failed", **found.to_dict()})
     else:
         say(str(found))
     return 0 if found else 5

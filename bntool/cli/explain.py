@@ -30,7 +30,7 @@ def command(explain: ExplainOptions, speech: SpeechOptions) -> int:
     codes = [reason.value for reason in Reason] if explain.code is None else [explain.code]
     found = {name: explanation_of(name) for name in codes}
     if speech.as_json:
-        emit({"status": "ok", "reasons": {name: e.to_dict() for name, e in found.items()}})
+        emit("explain", {"status": "ok", "reasons": {name: e.to_dict() for name, e in found.items()}})
     elif explain.code is not None:
         say(str(found[explain.code]))
     else:

@@ -60,7 +60,7 @@ def command(voice: Voice, page: PageOptions, write: WriteOptions, speech: Speech
         else:
             write_page(documents, drafts.of(claimed), chosen)
     if speech.as_json:
-        emit({"status": "ok", "output": str(path), "format": chosen})
+        emit("report", {"status": "ok", "output": str(path), "format": chosen})
     voice.say(f"wrote       {path}")
     return 0
 

@@ -12,7 +12,7 @@ from torch.export import ExportedProgram
 
 from bntool.checking import check_surgery, seeded_batches
 from bntool.core.options import ExportOptions, FoldOptions, InsertOptions
-from bntool.errors import CheckFailed, UsageError
+from bntool.errors import CheckFailed, InvariantError, UsageError
 from bntool.folding import at_graph_level, plan_on_all
 from bntool.graph import Graph
 from bntool.inputs import Inputs
@@ -111,6 +111,9 @@ class ProgramSubject:
         self, path: Path, how: ExportOptions, metadata: Mapping[str, str], dtype: Narrow = ""
     ) -> ExportResult:
         from bntool.exporting import export_program
+
+        if dtype:
+            raise InvariantError("a program keeps its types, which was told before")
 
         return export_program(
             self.model,
