@@ -14,7 +14,6 @@ from bntool.core.option import Options, option
 from bntool.core.options import (
     CheckOptions,
     LoadOptions,
-    ModelOptions,
     PlaceOptions,
     ReportOptions,
     SpeechOptions,
@@ -32,7 +31,8 @@ if TYPE_CHECKING:
 class VerifyOptions(Options):
     """What is compared, and on which inputs."""
 
-    candidate: str = option("", "", argument=True, required=True, names="file")
+    first: str = option("", "", argument=True, required=True, names="file", metavar="[REFERENCE]")
+    second: str | None = option(None, "", argument=True, names="file", metavar="CANDIDATE")
     inputs_file: str | None = option(
         None, "Real inputs: an .npy, .npz or .pt file.", "--inputs", metavar="FILE", names="file"
     )
@@ -41,7 +41,6 @@ class VerifyOptions(Options):
 @click.command("verify", short_help="Compare any two models or ONNX files; blame what differs.")
 @takes(
     VerifyOptions,
-    ModelOptions,
     LoadOptions,
     PlaceOptions,
     CheckOptions,
@@ -51,22 +50,22 @@ class VerifyOptions(Options):
 def command(
     voice: Voice,
     verify: VerifyOptions,
-    model: ModelOptions,
     load: LoadOptions,
     place: PlaceOptions,
     check: CheckOptions,
 ) -> int:
-    """Compare CANDIDATE with MODEL, against MODEL's own rounding noise.
+    """Compare CANDIDATE with REFERENCE, against the reference's own rounding noise.
 
-    Each is a PyTorch model, an exported program or an ONNX file. Without MODEL, CANDIDATE is compared with
-    what the last command here wrote; an ONNX file of another name with itself, at every optimisation level.
+    Each is a PyTorch model, an exported program or an ONNX file. Without REFERENCE, CANDIDATE is compared
+    with what the last command here wrote; an ONNX file of another name with itself, at every optimisation
+    level.
     """
     if check.check == "none":
         raise UsageError("--check none leaves nothing to verify", next_step="use --check full or fast")
     from bntool.cli import blaming
 
     blaming.require_place(check.repro)
-    candidate, other = verify.candidate, model.model
+    other, candidate = (verify.first, verify.second) if verify.second else (None, verify.first)
     if _is_onnx(candidate) and (_is_onnx(other) or _stands_alone(candidate, other)):
         from bntool.cli.verify_files import verify_files
 
