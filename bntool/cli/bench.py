@@ -11,7 +11,7 @@ import click
 
 from bntool.cli.opening import is_onnx
 from bntool.cli.session import Session, Voice, open_session
-from bntool.cli.taking import takes
+from bntool.cli.options import takes
 from bntool.core.option import Options, option
 from bntool.core.options import BenchOptions, LoadOptions, PlaceOptions, SpeechOptions
 

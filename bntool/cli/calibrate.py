@@ -11,7 +11,7 @@ from bntool.cli.data import opened_data
 from bntool.cli.job import joined
 from bntool.cli.opening import of_session, open_module
 from bntool.cli.session import Session, Voice
-from bntool.cli.taking import takes
+from bntool.cli.options import takes
 from bntool.core.option import Options, option
 from bntool.core.options import (
     DataOptions,

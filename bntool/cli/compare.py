@@ -15,7 +15,7 @@ from bntool.cli.compare_options import CompareOptions, settings_of
 from bntool.cli.job import joined
 from bntool.cli.opening import open_module
 from bntool.cli.session import Session, Voice
-from bntool.cli.taking import some, takes
+from bntool.cli.options import some, takes
 from bntool.core.options import (
     DataOptions,
     InsertOptions,

@@ -11,7 +11,7 @@ from pathlib import Path
 import click
 
 from bntool.cli.streams import say
-from bntool.cli.taking import some, takes
+from bntool.cli.options import some, takes
 from bntool.core.option import Options, option
 from bntool.core.options import SpeechOptions, WriteOptions
 from bntool.errors import LoadError, UsageError

@@ -9,7 +9,7 @@ from typing import Literal
 import click
 
 from bntool.cli.session import Voice
-from bntool.cli.taking import some, takes
+from bntool.cli.options import some, takes
 from bntool.core.option import Options, option
 from bntool.core.options import SpeechOptions, WriteOptions
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from bntool.cli.session import Session, Voice, open_session
-from bntool.cli.taking import takes
+from bntool.cli.options import takes
 from bntool.core.option import Options, option
 from bntool.core.options import (
     CheckOptions,
