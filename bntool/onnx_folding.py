@@ -137,7 +137,7 @@ def _not_borne_out(failed: Check, limit: Limit) -> CheckFailed:
             next_step="fold it with --check none, and verify the result with inputs of your own",
         )
     return CheckFailed(
-        f"the folded file differs: relative error {failed.relative:.2g}, allowed {failed.limit:.2g}",
+        f"the folded file differs: {failed.figures}",
         where=where,
         next_step="leave BatchNorms out with --exclude, and please report it",
     )

@@ -92,8 +92,7 @@ def fold_program(
         failed = next((row for row in checks if not row.passed), None)
         if failed is not None:
             raise CheckFailed(
-                f"the folded program differs from the original: relative error {failed.relative:.2g}, "
-                f"allowed {failed.limit:.2g}",
+                f"the folded program differs from the original: {failed.figures}",
                 where=f"{failed.stage} {failed.precision}".strip(),
                 next_step="leave a BatchNorm out with exclude=, and please report it",
             )

@@ -179,4 +179,4 @@ def _changed_parts(model: nn.Module, plan: Plan) -> set[str]:
 def _worst(checks: Sequence[Check]) -> str:
     failed = next(check for check in checks if not check.passed)
     why = failed.detail or failed.stage
-    return f"relative error {failed.relative:.2g}, allowed {failed.limit:.2g} ({why})"
+    return f"{failed.figures} ({why})"

@@ -167,6 +167,66 @@ def test_tolerances_of_the_user_replace_the_noise_floor():
     assert not compare(ref, cand, limits, atol=0.4, **keys).passed
 
 
+KEYS = {"stage": "verify", "device": "cpu", "provider": "torch"}
+
+
+def test_rtol_is_relative_to_the_peak_of_the_output():
+    ref, off = [{"y": torch.tensor([0.0, 0.001, -100.0])}], [{"y": torch.tensor([0.0, 0.501, -100.0])}]
+    limits = {"y": Limit(1e-7, 1e-6)}
+    assert compare(ref, off, limits, rtol=0.01, **KEYS).passed
+    assert not compare(ref, off, limits, rtol=0.004, **KEYS).passed
+    assert compare(ref, off, limits, atol=0.3, rtol=0.003, **KEYS).passed  # they add up: 0.3 + 0.003 * 100
+    assert not compare(ref, off, limits, atol=0.1, rtol=0.003, **KEYS).passed
+    assert not compare(ref, off, limits, atol=0.0, **KEYS).passed
+
+
+def test_the_peak_is_that_of_each_output_and_leaves_infinity_out():
+    ref = [{"large": torch.tensor([1e6]), "small": torch.tensor([1.0, math.inf, math.nan])}]
+    off = [{"large": torch.tensor([1e6]), "small": torch.tensor([1.5, math.inf, math.nan])}]
+    limits = dict.fromkeys(ref[0], Limit(1e-7, 1e-6))
+    assert not compare(ref, off, limits, rtol=0.4, **KEYS).passed
+    assert compare(ref, off, limits, rtol=0.6, **KEYS).passed
+    gone = [{"large": torch.tensor([1e6]), "small": torch.tensor([1.0, 5.0, math.nan])}]
+    assert not compare(ref, gone, limits, atol=1e9, rtol=1e9, **KEYS).passed
+
+
+def test_an_output_of_zeros_has_no_peak_and_is_held_to_atol():
+    ref, off = [{"y": torch.zeros(3)}], [{"y": torch.tensor([0.0, 0.1, 0.0])}]
+    limits = {"y": Limit(1e-7, 1e-6)}
+    assert not compare(ref, off, limits, rtol=10.0, **KEYS).passed
+    assert compare(ref, off, limits, atol=0.2, **KEYS).passed
+    assert not compare(ref, off, limits, atol=0.05, **KEYS).passed
+
+
+def test_integers_are_held_to_a_tolerance_by_value():
+    ref, off = [{"label": torch.tensor([10, 20, 100])}], [{"label": torch.tensor([10, 20, 101])}]
+    assert compare(ref, off, {"label": Limit(0.0, 0.0)}, atol=1.0, **KEYS).passed
+    assert not compare(ref, off, {"label": Limit(0.0, 0.0)}, atol=0.5, **KEYS).passed
+    assert compare(ref, off, {"label": Limit(0.0, 0.0)}, rtol=0.01, **KEYS).passed
+
+
+def test_the_limit_of_a_row_is_what_decided_and_its_figures_say_whence():
+    ref, off = [{"y": torch.tensor([1.0, 100.0])}], [{"y": torch.tensor([1.0, 100.5])}]
+    limits = {"y": Limit(1e-7, 1e-6)}
+    row = compare(ref, off, limits, rtol=0.004, **KEYS)
+    assert (row.limit, row.relative, row.noise_floor) == (0.004, 0.005, 1e-7)
+    assert row.figures == "relative error 0.005, allowed 0.004 by rtol 0.004"
+    row = compare(ref, off, limits, atol=0.4, rtol=0.0, **KEYS)
+    assert row.figures == "relative error 0.005, allowed 0.004 by atol 0.4, rtol 0"
+    assert row.to_dict()["tolerance"] == "atol 0.4, rtol 0"
+    own = compare(ref, off, limits, **KEYS)
+    assert own.figures == "relative error 0.005, allowed 1e-06"
+
+
+def test_the_output_that_is_told_is_the_one_farthest_beyond_its_tolerance():
+    """By its noise floor `noisy` is within, and `quiet` beyond; by atol it is the other way round."""
+    ref = [{"noisy": torch.tensor([100.0]), "quiet": torch.tensor([1.0])}]
+    off = [{"noisy": torch.tensor([101.0]), "quiet": torch.tensor([1.1])}]
+    limits = {"noisy": Limit(0.1, 0.8), "quiet": Limit(1e-7, 1e-6)}
+    assert compare(ref, off, limits, **KEYS).worst[0] == "quiet"
+    assert compare(ref, off, limits, atol=0.5, **KEYS).worst[0] == "noisy"
+
+
 def test_the_limit_is_k_times_the_noise_plus_the_rounding_term():
     ref = reference()
     own = rounded(ref)

@@ -271,8 +271,7 @@ def _exported(
         runnable_program = RunnableProgram(folded.model)
         blaming.report(session.voice, lambda: blame_onnx(runnable_program, path, batches, checks), options)
         raise CheckFailed(
-            f"the {failed.stage} stage differs: "
-            f"relative error {failed.relative:.2g}, allowed {failed.limit:.2g}",
+            f"the {failed.stage} stage differs: {failed.figures}",
             where=f"output {failed.worst[0]} on {failed.provider} ({failed.device})",
             next_step="nothing was written; leave BatchNorms out with --exclude to find the one at fault",
         )

@@ -279,8 +279,7 @@ def _check_onnx(
             found = partial(blame_onnx, result.model, path, reference.inputs, checks)
             blaming.report(session.voice, found, options)
         raise CheckFailed(
-            f"the {failed.stage} stage differs: "
-            f"relative error {failed.relative:.2g}, allowed {failed.limit:.2g}",
+            f"the {failed.stage} stage differs: {failed.figures}",
             where=f"output {failed.worst[0]} on {failed.provider} ({failed.device})",
             next_step="see the table above; nothing was written",
         )
