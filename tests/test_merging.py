@@ -92,6 +92,14 @@ def asymmetric_parts() -> dict[str, nn.Module]:
     }
 
 
+def into_the_source(m: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+    """What is written to is seen by another, who would miss it."""
+    y = torch.sigmoid(x)
+    seen = y[:, :2]
+    dense, point = m.dense(y), m.point(y)
+    return y.add_(dense).add_(point), seen
+
+
 def plain_parts() -> dict[str, nn.Module]:
     return {"dense": conv(3, bias=True), "point": conv(1), "itself": nn.Identity()}
 
@@ -167,6 +175,7 @@ SEPARATE = {
     "a residual alone": (lambda m, x: m.dense(x) + x, lambda: {"dense": conv(3)}, 1),
     "onto the source": (lambda m, x: (y := torch.sigmoid(x)).add_(m.dense(y) + m.relu(m.point(y))) + y,
         lambda: {"dense": conv(3), "point": conv(1), "relu": nn.ReLU()}, 2),
+    "into the source": (into_the_source, lambda: {"dense": conv(3), "point": conv(1)}, 2),
     "weight shared": (
         lambda m, x: m.point(m.dense(x) + m.point(x)),
         repvgg_parts,

@@ -167,8 +167,6 @@ class _Merger:
         if rows * width * math.prod(window.kernel) > sum(math.prod(w.shape) for w in weights.values()):
             return None
         heir = max(convs, key=lambda conv: math.prod(weights[conv.id].shape))
-        if window.before != window.after and len(heir.attrs["padding"]) != 2 * dims:
-            return None  # an operator that pads both sides alike
         try:
             vectors = [output_demand(self.context, heir, own) for _, own in total.terms]
         except Refused:

@@ -34,9 +34,6 @@ class Context(Protocol):
     def choose(self, options: int) -> int:
         """Pick one of several exact ways; the planner comes back with another where it fails."""
 
-    def require_nothing_later(self, value: Value) -> None:
-        """Refuse to change a value that is read after the BatchNorm: nothing there asks for a change."""
-
 
 Maps = dict[str, Affine]
 """Maps by input role."""

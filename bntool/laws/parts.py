@@ -276,12 +276,11 @@ class Concat:
 
 
 def _require_open(context: Context, op: Op, role: str, part: Affine) -> None:
-    """A part that must change is no constant, and is not read after the BatchNorm."""
+    """A part that must change is no constant."""
     if part.is_identity:
         return
     if context.graph.input(op, role).constant:
         raise Refused(Reason.MIXED_BRANCHES, f"a part of {op.label} is a constant")
-    context.require_nothing_later(context.graph.input(op, role))
 
 
 def _joined(context: Context, op: Op) -> tuple[int, int, list[str], list[int]]:
