@@ -167,6 +167,28 @@ def test_tolerances_of_the_user_replace_the_noise_floor():
     assert not compare(ref, cand, limits, atol=0.4, **keys).passed
 
 
+def test_the_worst_cosine_and_top_class_of_all_outputs_are_told():
+    ref = [{"a": torch.eye(4), "b": torch.eye(4)}, {"a": torch.eye(4), "b": torch.eye(4)}]
+    off = [{k: t.clone() for k, t in run.items()} for run in ref]
+    off[0]["b"][0] = torch.tensor([0.0, 1.0, 0.0, 0.0])  # one sample of four, of one output, in one batch
+    row = compare(ref, off, dict.fromkeys("ab", Limit(1e-7, 1e-6)), **KEYS)
+    assert row.top1 == 0.75
+    assert row.cosine == 0.75
+    assert compare(ref, ref, dict.fromkeys("ab", Limit(1e-7, 1e-6)), **KEYS).cosine == 1.0
+
+
+def test_integers_that_rounding_decides_are_held_to_half_of_them():
+    """Eight times a noise of a quarter would let all of them differ."""
+    ref = [{"label": torch.arange(8)}]
+    own = [{"label": torch.tensor([0, 1, 2, 3, 4, 5, 0, 0])}]
+    limit = noise_limits(ref, own, 1, EPS)["label"]
+    assert (limit.noise_floor, limit.limit) == (0.25, 0.5)
+    assert "25% of these integers" in limit.undecidable
+    assert noise_limits(ref, ref, 1, EPS)["label"] == Limit(0.0, 0.0)
+    one = [{"label": torch.tensor([*range(31), 0])}]
+    assert noise_limits([{"label": torch.arange(32)}], one, 1, EPS)["label"].limit == K_NOISE / 32
+
+
 KEYS = {"stage": "verify", "device": "cpu", "provider": "torch"}
 
 

@@ -241,6 +241,18 @@ class BiasReadElsewhere(nn.Module):
         return self.n(self.a(x)) + self.a.bias.sum()
 
 
+class BiasOfAnIdleLayer(nn.Module):
+    """The layer that does not run keeps its bias, and would lose it in a checkpoint."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.idle, self.n = nn.Conv2d(3, 4, 1), nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)
+        self.idle.bias = self.a.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.n(self.a(x))
+
+
 class DroppedOut(nn.Module):
     """In train mode the dropout takes the bias of some channels away: BatchNorm cannot."""
 
@@ -257,7 +269,10 @@ def before_a_frozen_norm() -> nn.Module:
     return nn.Sequential(nn.Conv2d(3, 4, 1), FrozenBatchNorm2d(4))
 
 
-@pytest.mark.parametrize("net", [SharedBias, BiasReadElsewhere, DroppedOut, before_a_frozen_norm])
+NEEDED = [SharedBias, BiasReadElsewhere, BiasOfAnIdleLayer, DroppedOut, before_a_frozen_norm]
+
+
+@pytest.mark.parametrize("net", NEEDED)
 def test_a_bias_that_somebody_else_needs_stays(net: Any) -> None:
     result = bntool.insert(net().eval(), X, drop_bias=True)
     assert not result.plan.dropped
