@@ -7,12 +7,14 @@ run that is killed leaves nothing changed, and the next goes on where it stopped
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import hashlib
 import json
 import os
 import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 from collections.abc import Iterable, Sequence
@@ -61,8 +63,9 @@ that no test notices **survives**, and gets a verdict: *equivalent* where nobody
 original, else why there is no test for it; without a verdict it is *open*. Mutants of annotations are left
 out, and all but one replacement of each operator.
 
-`make mutants ONLY=comparing` runs the modules whose path has that word, and goes on where it stopped. It is
-no part of `make test`: each mutant is a run of the tests.
+`make mutants ONLY=comparing` runs the modules whose path has that word, and goes on where it stopped. Where
+the tests have changed since, what survived them runs again; what was noticed once is taken to be noticed
+still, until the module changes. It is no part of `make test`: each mutant is a run of the tests.
 """
 COLUMNS = "| module | mutants | noticed | survive | of those equivalent | open |\n|---|---|---|---|---|---|"
 
@@ -78,46 +81,50 @@ class Session:
     def name(self) -> str:
         return self.module.removeprefix("bntool/").removesuffix(".py").replace("/", "-")
 
-    @property
-    def stamp(self) -> str:
-        """What tells a session of an older module or older tests from this one."""
-        files = [ROOT / self.module]
-        for part in self.tests.split():
-            path = ROOT / part
-            files += sorted(path.rglob("*.py")) if path.is_dir() else [path]
-        return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:12]
-
     def run(self, minutes: float) -> list[Row] | None:
         """The rows of what survives and one with the counts; None where the time was up before the end."""
-        place = WORK / f"{self.name}-{self.stamp}"
+        place = WORK / f"{self.name}-{_stamp([ROOT / self.module])}"
         session = place / "session.sqlite"
+        self._copy(place)
         if not session.is_file():
-            shutil.rmtree(place, ignore_errors=True)
             self._prepare(place)
-        # the run before may have been killed while the module was changed
-        shutil.copy2(ROOT / self.module, place / self.module)
+        self._try_again(place, session)
         if not self._execute(place, minutes):
             return None
         dumped = self._tester(place, "cosmic-ray", "dump", session.name)
         return rows(self.module, self.tests, map(json.loads, dumped.splitlines()))
 
-    def _prepare(self, place: Path) -> None:
-        place.mkdir(parents=True)
+    def _copy(self, place: Path) -> None:
+        """The repository as it is: the run before may have been killed while the module was changed."""
         for part in PARTS:
-            source = ROOT / part
-            ignored = shutil.ignore_patterns("__pycache__")
+            source, target = ROOT / part, place / part
             if source.is_dir():
-                shutil.copytree(source, place / part, ignore=ignored)
+                shutil.rmtree(target, ignore_errors=True)
+                shutil.copytree(source, target, ignore=shutil.ignore_patterns("__pycache__"))
             else:
-                shutil.copy2(source, place / part)
+                place.mkdir(parents=True, exist_ok=True)
+                shutil.copy2(source, target)
+
+    def _prepare(self, place: Path) -> None:
         command = f"{sys.executable} -m pytest -x -q -p no:cacheprovider {self.tests}"
         config = f'[cosmic-ray]\nmodule-path = "{self.module}"\ntimeout = 300.0\nexcluded-modules = []\n'
         config += f'test-command = "{command}"\n[cosmic-ray.distributor]\nname = "local"\n'
         (place / "mutants.toml").write_text(config, encoding="utf-8")
         self._tester(place, "cosmic-ray", "baseline", "mutants.toml")  # the tests pass without a change
-        self._tester(place, "cosmic-ray", "init", "mutants.toml", "new.sqlite")
+        self._tester(place, "cosmic-ray", "init", "mutants.toml", "new.sqlite", "--force")
         self._tester(place, "python", str(ROOT / "tools" / "mutant_filter.py"), "new.sqlite")
         (place / "new.sqlite").rename(place / "session.sqlite")
+
+    def _try_again(self, place: Path, session: Path) -> None:
+        """Where the tests are others than before, what survived them runs again."""
+        files: list[Path] = []
+        for part in self.tests.split():
+            files += sorted((ROOT / part).rglob("*.py")) if (ROOT / part).is_dir() else [ROOT / part]
+        before, now = place / "tests.stamp", _stamp(files)
+        if before.is_file() and before.read_text(encoding="utf-8") != now:
+            with contextlib.closing(sqlite3.connect(session)) as database, database:
+                database.execute("DELETE FROM work_results WHERE test_outcome = 'SURVIVED'")
+        before.write_text(now, encoding="utf-8")
 
     def _execute(self, place: Path, minutes: float) -> bool:
         command = [str(TESTER / "cosmic-ray"), "exec", "mutants.toml", "session.sqlite"]
@@ -136,6 +143,10 @@ class Session:
         if done.returncode:
             raise SystemExit(f"{self.module}: {program} {arguments[0]} failed\n{done.stdout}{done.stderr}")
         return done.stdout
+
+
+def _stamp(files: Iterable[Path]) -> str:
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:12]
 
 
 def _environment(place: Path) -> dict[str, str]:
