@@ -35,7 +35,7 @@ TESTS: dict[str, str] = {
     "bntool/comparing.py": "tests/test_comparing.py",
     "bntool/checking.py": "tests/test_checkers.py tests/test_checking.py",
     "bntool/reference.py": "tests/test_reference.py tests/test_checking.py",
-    "bntool/laws/base.py": "tests/laws",
+    "bntool/laws/base.py": "tests/laws/test_base.py",
     "bntool/laws/averaging.py": f"tests/laws/test_averaging.py {_LAWS}",
     "bntool/laws/merging.py": "tests/laws/test_merging.py",
     "bntool/laws/parts.py": f"tests/laws/test_shapes.py {_LAWS}",
