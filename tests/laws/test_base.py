@@ -35,7 +35,7 @@ def affine(scale: Any, shift: Any = 0.0, shape: tuple[int, ...] = (1, -1, 1)) ->
 
 
 class Seen:
-    """A context over one op; `inputs` gives by role what is constant, and its numbers where they are known."""
+    """A context over one op; `inputs` gives by role the numbers of a constant, None for what is none."""
 
     def __init__(
         self, attrs: dict[str, Any] | None = None, outputs: int = 1, **inputs: Tensor | None
