@@ -264,6 +264,23 @@ def test_of_outputs_that_may_not_differ_at_all_the_one_that_does_is_told():
     row = compare(ref, off, dict.fromkeys("abc", Limit(0.0, 0.0)), **KEYS)
     assert row.worst == ("b", (2,))
     assert (row.relative, row.ratio, row.limit) == (1 / 3, 1 / 3, 0.0)
+    ref = [{"a": torch.arange(3), "y": torch.tensor([1.0])}]
+    off = [{"a": torch.arange(3), "y": torch.tensor([1.25])}]
+    row = compare(ref, off, {"a": Limit(0.0, 0.0), "y": Limit(0.125, 0.5)}, **KEYS)
+    assert (row.passed, row.worst[0], row.ratio) == (True, "y", 2.0)
+
+
+def test_integers_among_the_outputs_stop_no_other_limit():
+    """Eight times the noise, as docs/checking.md has it, and a rounding term."""
+    ref = [{"n": torch.arange(3), "y": torch.ones(2).double(), "c": torch.ones(2, dtype=torch.complex128)}]
+    own = [{"n": torch.arange(3), "y": torch.tensor([1.0, 1.0001]), "c": torch.tensor([1 + 0.0001j, 1])}]
+    limits = noise_limits(ref, own, 4, EPS)
+    assert list(limits) == ["n", "y", "c"]
+    assert limits["n"] == Limit(0.0, 0.0)
+    for name in "yc":
+        assert limits[name].noise_floor == pytest.approx(1e-4, rel=1e-3)
+        assert limits[name].limit == pytest.approx(8 * limits[name].noise_floor + 2 * EPS, rel=1e-9)
+        assert not limits[name].undecidable
 
 
 def test_integers_that_rounding_decides_are_held_to_half_of_them():
@@ -297,6 +314,9 @@ def test_the_peak_is_that_of_each_output_and_leaves_infinity_out():
     limits = dict.fromkeys(ref[0], Limit(1e-7, 1e-6))
     assert not compare(ref, off, limits, rtol=0.4, **KEYS).passed
     assert compare(ref, off, limits, rtol=0.6, **KEYS).passed
+    tiny = [{"large": torch.tensor([1e6]), "small": torch.tensor([0.01, math.inf, math.nan])}]
+    moved = [{"large": torch.tensor([1e6]), "small": torch.tensor([0.015, math.inf, math.nan])}]
+    assert not compare(tiny, moved, limits, rtol=0.1, **KEYS).passed
     gone = [{"large": torch.tensor([1e6]), "small": torch.tensor([1.0, 5.0, math.nan])}]
     for tolerance in (1e9, math.inf):  # what is no number is within no tolerance
         assert not compare(ref, gone, limits, atol=tolerance, rtol=tolerance, **KEYS).passed
