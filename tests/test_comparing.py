@@ -328,7 +328,9 @@ def test_an_output_of_zeros_has_no_peak_and_is_held_to_atol():
     limits = {"y": Limit(1e-7, 1e-6)}
     assert not compare(ref, off, limits, rtol=10.0, **KEYS).passed
     assert compare(ref, off, limits, atol=0.2, **KEYS).passed
-    assert not compare(ref, off, limits, atol=0.05, **KEYS).passed
+    row = compare(ref, off, limits, atol=0.05, **KEYS)
+    assert (row.passed, row.limit) == (False, 0.05)
+    assert row.relative == row.max_abs == pytest.approx(0.1)
 
 
 def test_integers_are_held_to_a_tolerance_by_value():
