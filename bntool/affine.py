@@ -70,7 +70,7 @@ class Affine:
     @functools.cached_property
     def is_partial(self) -> bool:
         """Whether nobody asks for anything (NaN) somewhere."""
-        return bool((torch.isnan(self.scale) | torch.isnan(self.shift)).any())
+        return bool(torch.isnan(self.scale).any())  # and of the shift where of the scale
 
     @property
     def is_identity(self) -> bool:

@@ -83,7 +83,7 @@ def difference(reference: Tensor, candidate: Tensor | None) -> Difference:
         return Difference()
     delta = (cand - ref).abs()
     at = _unravel(int(delta.flatten().argmax()), delta.shape)
-    max_abs, peak = float(delta.max()), float(ref.abs().max())
+    max_abs, peak = float(delta.max()), _peak(ref)
     if not reference.is_floating_point() and not reference.is_complex():
         # Integers carry no rounding: what counts is how many of them differ.
         relative = float((delta != 0).double().mean())
@@ -112,10 +112,12 @@ def compare(
     atol: float | None = None,
     rtol: float | None = None,
 ) -> Check:
-    """One verdict over every output of every batch; `atol` or `rtol` replace the noise-floor limit.
+    """One verdict over every output of every batch.
 
-    An output out of a limit that cannot decide it fails, and the detail says why. Raises `CheckFailed` when
-    there is nothing to compare, and `StateError` when the reference holds no finite value: never a pass.
+    `atol` or `rtol` replace the noise-floor limit: no element of an output may then lie further off than
+    atol + rtol · peak |reference| of that output. An output out of a limit that cannot decide it fails, and
+    the detail says why. Raises `CheckFailed` when there is nothing to compare, and `StateError` when the
+    reference holds no finite value: never a pass.
     """
     if not reference or len(reference) != len(candidate):
         raise _nothing(f"{len(candidate)} result(s) for {len(reference)} batch(es)")
@@ -135,7 +137,9 @@ def compare(
         passed &= not extra
         for name, tensor in expected.items():
             limit, diff = limits[name], difference(tensor, got.get(name))
-            within = _within(tensor, got.get(name), diff, limit, atol, rtol)
+            if atol is not None or rtol is not None:
+                limit, diff = _by_tolerance(tensor, limit, diff, atol or 0.0, rtol or 0.0)
+            within = math.isfinite(diff.max_abs) and diff.relative <= limit.limit
             passed &= within
             if diff.problem:
                 remarks.append(f"{name}: {diff.problem}")
@@ -160,6 +164,7 @@ def compare(
         batches=len(reference),
         detail="; ".join(dict.fromkeys(remarks)),
         worst=(name, diff.index),
+        tolerance=", ".join(f"{k} {v:g}" for k, v in (("atol", atol), ("rtol", rtol)) if v is not None),
     )
 
 
@@ -198,21 +203,25 @@ def _severity(diff: Difference, limit: Limit) -> float:
     return diff.relative / limit.limit if limit.limit else (math.inf if diff.relative else 0.0)
 
 
-def _within(
-    reference: Tensor,
-    candidate: Tensor | None,
-    diff: Difference,
-    limit: Limit,
-    atol: float | None,
-    rtol: float | None,
-) -> bool:
-    if candidate is None or not math.isfinite(diff.max_abs):
-        return False
-    if atol is None and rtol is None:
-        return diff.relative <= limit.limit
-    ref = _float64(reference)
-    bound = (atol or 0.0) + (rtol or 0.0) * ref.abs()
-    return bool((((_float64(candidate) - ref).abs() <= bound) | ~ref.isfinite()).all())
+def _by_tolerance(
+    reference: Tensor, limit: Limit, diff: Difference, atol: float, rtol: float
+) -> tuple[Limit, Difference]:
+    """The limit that tolerances set, and the difference on its scale: the peak, or 1 where that is zero.
+
+    Of integers `relative` is otherwise the share of them that differ, which no tolerance is about.
+    """
+    peak = _peak(_float64(reference))
+    scale = peak or 1.0
+    allowed = atol / scale + (rtol if peak else 0.0)
+    return (
+        dataclasses.replace(limit, limit=allowed),
+        dataclasses.replace(diff, relative=diff.max_abs / scale),
+    )
+
+
+def _peak(exact: Tensor) -> float:
+    """The largest finite |value|; zero where there is none."""
+    return float(exact.masked_fill(~exact.isfinite(), 0.0).abs().max()) if exact.numel() else 0.0
 
 
 def _broken(problem: str) -> Difference:

@@ -46,6 +46,7 @@ class Value:
 class Op:
     """One operation that ran. `inputs` maps roles to value ids; `scope` is the innermost module.
 
+    `out` (and `out_1`, …) is what an op was given to write its results to, and does not read.
     `views` are the roles of the inputs whose memory an output was seen to share.
     `place` tells apart the call sites of one scope that can each be given tensors of their own: the other
     names of a module that has several, or the node of a graph. Empty where that is the scope itself.
@@ -63,9 +64,24 @@ class Op:
     place: str = ""
 
     @property
+    def reads(self) -> list[str]:
+        """The roles of the inputs whose numbers it reads."""
+        return [role for role in self.inputs if not is_out(role)]
+
+    @property
+    def writes(self) -> list[str]:
+        """The roles of the inputs that an in-place op writes to."""
+        return [role for role in self.inputs if is_out(role)] or [r for r in self.inputs if r == "input"]
+
+    @property
     def label(self) -> str:
         """How reports name this op: its module, or its kind where it belongs to the root."""
         return f"{self.kind} in {self.scope}" if self.scope else self.kind
+
+
+def is_out(role: str) -> bool:
+    """Whether an input is only written to: `torch.add(a, b, out=c)`."""
+    return role == "out" or role.startswith("out_")
 
 
 @dataclasses.dataclass(slots=True)

@@ -181,7 +181,7 @@ def _checked(
     if failed is None:
         return rows
     failure = StageFailed(
-        f"the {failed.stage} stage differs: relative error {failed.relative:.2g}, allowed {failed.limit:.2g}",
+        f"the {failed.stage} stage differs: {failed.figures}",
         where=f"output {failed.worst[0]} on {failed.provider} ({failed.device})",
         next_step="see the table above; nothing was written",
     )

@@ -168,8 +168,7 @@ def _not_borne_out(failed: Check, proof: Any) -> CheckFailed:
         )
     why = failed.detail or failed.stage
     return CheckFailed(
-        f"the folded model differs from the original: relative error {failed.relative:.2g}, "
-        f"allowed {failed.limit:.2g} ({why})",
+        f"the folded model differs from the original: {failed.figures} ({why})",
         where=where,
         next_step="leave that BatchNorm out with --exclude, and please report it",
     )

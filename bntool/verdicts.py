@@ -16,6 +16,7 @@ class Check:
     """One verdict: `relative` (max |d| / peak of the reference), `noise_floor` and `limit` share a scale.
 
     The figures are those of the worst output, `worst` (name and index); `ratio` is relative / noise_floor.
+    `limit` is what decided; `tolerance` tells where it comes from if not from the noise floor ("rtol 0.01").
     `top1` is None where no output looks like class scores. `precision` is `float64` for the row that proves
     the algebra, `TF32` for one with TF32 on, judged by a limit of its own, empty for the model's own.
     """
@@ -36,6 +37,13 @@ class Check:
     detail: str = ""
     worst: tuple[str, tuple[int, ...]] = ("", ())
     precision: str = ""
+    tolerance: str = ""
+
+    @property
+    def figures(self) -> str:
+        """How far the worst output lies off and how far it may, for a message."""
+        given = f" by {self.tolerance}" if self.tolerance else ""
+        return f"relative error {self.relative:.2g}, allowed {self.limit:.2g}{given}"
 
     @property
     def decides(self) -> bool:

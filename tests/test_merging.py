@@ -92,6 +92,13 @@ def asymmetric_parts() -> dict[str, nn.Module]:
     }
 
 
+def into_the_source(m: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+    """What is written to is seen by another, who would miss it."""
+    y = torch.sigmoid(x)
+    seen = y[:, :2]
+    return y.add_(m.dense(y) + m.point(y)), seen
+
+
 def plain_parts() -> dict[str, nn.Module]:
     return {"dense": conv(3, bias=True), "point": conv(1), "itself": nn.Identity()}
 
@@ -227,6 +234,14 @@ def test_branches_that_are_not_one_convolution_stay(name: str) -> None:
     kept = apply_fold_program(observed, plan)
     assert calls(kept, "conv") == left
     agree(program, kept, EXACT)
+
+
+def test_a_write_to_what_others_see_is_no_part_of_a_merge() -> None:
+    program = program_of(into_the_source, lambda: {"dense": conv(3), "point": conv(1)})
+    plan, observed = plan_fold_program(program)
+    merged = apply_fold_program(observed, plan)
+    assert calls(merged, "add_") == 1
+    agree(program, merged, EXACT)
 
 
 def test_without_merging_the_branches_stay() -> None:

@@ -218,8 +218,7 @@ def _compared(
 
 def _mismatch(check: Check, candidate: str, reference: str) -> CheckFailed:
     return CheckFailed(
-        f"{candidate} does not compute what {reference} computes: "
-        f"relative error {check.relative:.2g}, allowed {check.limit:.2g}",
+        f"{candidate} does not compute what {reference} computes: {check.figures}",
         where=f"{check.stage}: output {check.worst[0]} on {check.provider} ({check.device})",
         next_step="look at the table; --atol and --rtol set another limit",
     )

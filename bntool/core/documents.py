@@ -51,6 +51,7 @@ class Check(msgspec.Struct, forbid_unknown_fields=True):
     detail: str
     worst: Place
     precision: str
+    tolerance: str
 
 
 class Counts(msgspec.Struct, forbid_unknown_fields=True):

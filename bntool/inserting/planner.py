@@ -314,7 +314,7 @@ class _Planner:
         """The module that is nothing but these activations, call by call; None for a function call."""
         scope = activations[0].last.scope
         module = self.graph.modules.get(scope)
-        if module is None or module.calls != len(activations) or not scope:
+        if module is None:
             return None
         ran = [[op.id for op in activation.ops] for activation in activations]
         if module.whole != ran or module.role or module.children:

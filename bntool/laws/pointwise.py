@@ -15,6 +15,7 @@ from bntool.laws.base import (
     law,
     no_shift,
     non_negative,
+    of_input,
     only_input,
     variable_roles,
 )
@@ -31,7 +32,7 @@ class PositivelyHomogeneous:
 
     @staticmethod
     def down(context: Context, op: Op, maps: Maps) -> list[Affine]:
-        return [_homogeneous(context, op, maps["input"])]
+        return [_homogeneous(context, op, of_input(op, maps))]
 
 
 def _homogeneous(context: Context, op: Op, affine: Affine) -> Affine:

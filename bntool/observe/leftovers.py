@@ -46,7 +46,7 @@ class Kept:
     def restore(self) -> None:
         with torch.inference_mode():
             for tensor, copy in self.copies.values():
-                tensor.copy_(copy)
+                tensor.resize_(copy.shape).copy_(copy)  # what `out=` is given is made to fit
 
 
 def storage_of(tensor: Tensor) -> int | None:

@@ -55,6 +55,16 @@ def test_files_and_models_are_compared_in_either_order(bntool: Shell, refused: S
 
 
 @pytest.mark.usefixtures("files")
+def test_a_mismatch_tells_the_tolerance_that_was_given(bntool: Shell, refused: Shell) -> None:
+    nets.save(broken.broken_module(broken.network(), "one weight off by 1e-3"), "off.pt")
+    for pair in (("net.pt", "off.pt", *nets.INPUT), ("off.pt", "net.onnx", *nets.INPUT)):
+        assert bntool("verify", *pair, "--rtol", "0.1").code == 0
+        text = refused("verify", *pair, "--rtol", "1e-7", code=1, says="allowed 1e-07 by rtol 1e-07")
+        assert "1.0e-07" in text.out  # the limit of the rows
+        refused("verify", *pair, "--atol", "1e-9", code=1, says="by atol 1e-09")
+
+
+@pytest.mark.usefixtures("files")
 def test_a_mismatch_leaves_a_repro_that_runs_by_itself(bntool: Shell) -> None:
     nets.save(broken.broken_module(broken.network(), "one weight off by 1e-3"), "off.pt")
     said = bntool("verify", "off.pt", "net.pt", *nets.INPUT, "--repro", "repro", "--json")

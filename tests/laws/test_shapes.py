@@ -179,6 +179,14 @@ def test_channels_by_number_and_by_mask(fill: Numbers, mask: list[bool]) -> None
         assert verdict(cut, data(2, 4, 3, 3)) is None
 
 
+@pytest.mark.filterwarnings("ignore:indexing with dtype torch.uint8:UserWarning")
+def test_a_mask_of_bytes_is_a_mask() -> None:
+    mask = torch.tensor([1, 0, 1, 1, 0, 1], dtype=torch.uint8)
+    norm = Numbers("mixed", True, 1e-5, 1.0, 0).fill(nn.BatchNorm2d(6))
+    model = Chain(norm, lambda x: x[:, mask], nn.Conv2d(4, 3, 1))
+    assert verdict(model, data(2, 6, 3, 3)) is None
+
+
 @few
 @given(numbers)
 def test_an_index_of_other_axes_or_of_data_is_no_law(fill: Numbers) -> None:
