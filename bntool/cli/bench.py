@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from bntool.cli.opening import is_onnx
-from bntool.cli.session import Session, Voice, open_session
 from bntool.cli.options import takes
+from bntool.cli.session import Session, Voice, open_session
 from bntool.core.option import Options, option
 from bntool.core.options import BenchOptions, LoadOptions, PlaceOptions, SpeechOptions
 

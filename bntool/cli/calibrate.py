@@ -10,8 +10,8 @@ import click
 from bntool.cli.data import opened_data
 from bntool.cli.job import joined
 from bntool.cli.opening import of_session, open_module
-from bntool.cli.session import Session, Voice
 from bntool.cli.options import takes
+from bntool.cli.session import Session, Voice
 from bntool.core.option import Options, option
 from bntool.core.options import (
     DataOptions,

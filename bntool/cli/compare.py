@@ -14,8 +14,8 @@ import click
 from bntool.cli.compare_options import CompareOptions, settings_of
 from bntool.cli.job import joined
 from bntool.cli.opening import open_module
-from bntool.cli.session import Session, Voice
 from bntool.cli.options import some, takes
+from bntool.cli.session import Session, Voice
 from bntool.core.options import (
     DataOptions,
     InsertOptions,

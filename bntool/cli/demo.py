@@ -10,8 +10,8 @@ from pathlib import Path
 
 import click
 
-from bntool.cli.streams import say
 from bntool.cli.options import some, takes
+from bntool.cli.streams import say
 from bntool.core.option import Options, option
 from bntool.core.options import SpeechOptions, WriteOptions
 from bntool.errors import LoadError, UsageError

@@ -5,8 +5,8 @@ from __future__ import annotations
 import click
 
 from bntool.cli.documents import emit
-from bntool.cli.streams import say
 from bntool.cli.options import some, takes
+from bntool.cli.streams import say
 from bntool.core.options import SpeechOptions
 
 

@@ -7,8 +7,8 @@ import dataclasses
 import click
 
 from bntool.cli.documents import emit
-from bntool.cli.streams import say
 from bntool.cli.options import some, takes
+from bntool.cli.streams import say
 from bntool.core.option import Options, option
 from bntool.core.options import SpeechOptions
 from bntool.reasons import Reason

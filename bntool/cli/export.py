@@ -9,8 +9,8 @@ from typing import Literal
 import click
 
 from bntool.cli.opening import open_model
-from bntool.cli.session import Voice
 from bntool.cli.options import takes_all
+from bntool.cli.session import Voice
 from bntool.core.option import Options, option
 from bntool.core.options import (
     CheckOptions,

@@ -9,8 +9,8 @@ import click
 
 from bntool.cli.blaming import require_place
 from bntool.cli.opening import Opened, open_model
-from bntool.cli.session import Voice
 from bntool.cli.options import takes_all
+from bntool.cli.session import Voice
 from bntool.core.option import Options, option
 from bntool.core.options import (
     BenchOptions,

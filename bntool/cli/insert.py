@@ -9,9 +9,9 @@ import click
 
 from bntool.cli.data import opened_data
 from bntool.cli.opening import Opened, open_model
+from bntool.cli.options import chosen, takes_all
 from bntool.cli.session import Voice
 from bntool.cli.source import require_fitting, rewritten, show_source, tell_refusals, write_source
-from bntool.cli.options import chosen, takes_all
 from bntool.core.option import Options, option
 from bntool.core.options import (
     CheckOptions,

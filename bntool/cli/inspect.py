@@ -7,8 +7,8 @@ from pathlib import Path
 
 import click
 
-from bntool.cli.session import Voice
 from bntool.cli.options import some, takes
+from bntool.cli.session import Voice
 from bntool.core.option import Options, option
 from bntool.core.options import LoadOptions, SpeechOptions
 

@@ -8,8 +8,8 @@ from typing import Literal
 
 import click
 
-from bntool.cli.session import Voice
 from bntool.cli.options import some, takes
+from bntool.cli.session import Voice
 from bntool.core.option import Options, option
 from bntool.core.options import SpeechOptions, WriteOptions
 

@@ -10,8 +10,8 @@ from typing import Any
 import click
 
 from bntool.cli.opening import open_model
-from bntool.cli.session import Session, Voice
 from bntool.cli.options import takes
+from bntool.cli.session import Session, Voice
 from bntool.core.option import Options, option
 from bntool.core.options import LoadOptions, ModelOptions, SpeechOptions
 from bntool.errors import BntoolError

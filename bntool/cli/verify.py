@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from bntool.cli.session import Session, Voice, open_session
 from bntool.cli.options import takes
+from bntool.cli.session import Session, Voice, open_session
 from bntool.core.option import Options, option
 from bntool.core.options import (
     CheckOptions,

@@ -7,8 +7,8 @@ import click
 import pytest
 from click.testing import CliRunner
 
-from bntool.cli.session import Voice
 from bntool.cli.options import some, takes
+from bntool.cli.session import Voice
 from bntool.core.option import Options, option
 
 
