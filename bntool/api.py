@@ -357,7 +357,9 @@ def summary(model: Model, example_inputs: Any = None, *, baseline: nn.Module | S
         from bntool.subjects.onnx import OnnxSubject
 
         return (
-            summarize_onnx(subject) if isinstance(subject, OnnxSubject) else summarize_program(subject.model)
+            summarize_onnx(subject.observed)
+            if isinstance(subject, OnnxSubject)
+            else summarize_program(subject.model)
         )
     inputs = None if example_inputs is None else Inputs.of(example_inputs)
     idle: list[str] = []

@@ -9,7 +9,6 @@ from functools import partial
 from pathlib import Path
 from typing import Protocol
 
-from bntool import __version__
 from bntool.blaming import Found, blame_onnx
 from bntool.casting import DTYPES, stored_as
 from bntool.checking import check_onnx
@@ -23,6 +22,7 @@ from bntool.reference import Reference
 from bntool.results import SurgeryResult, unshared_text
 from bntool.subjects.base import Checking, Exportable, Narrow
 from bntool.verdicts import Check, first_failed
+from bntool.version import __version__
 
 
 class Teller(Protocol):

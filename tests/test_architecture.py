@@ -13,34 +13,35 @@ import pytest
 PACKAGE = Path(__file__).resolve().parents[1] / "bntool"
 
 FLOORS: dict[str, tuple[int, str]] = {
-    "words": (0, "text errors reasons explanations patterns plan schema maps verdicts latencies blame"),
+    "words": (
+        0,
+        "text errors reasons explanations patterns plan schema maps verdicts latencies blame version",
+    ),
     "graph": (1, "inputs graph affine layers frozen collecting casting shaking"),
     "processes": (1, "world"),
     "observe": (2, "observe"),
     "files": (2, "files"),
     "laws": (2, "laws"),
-    "planners": (3, "inserting folding"),
-    "surgery": (4, "surgery"),
-    "checking": (4, "comparing reference checking onnx_checking runtime doctor"),
-    "verifying": (5, "onnx_verifying tracing onnx_cutting blaming repro"),
+    "options": (3, "core"),
+    "planners": (4, "inserting folding"),
+    "surgery": (5, "surgery"),
+    "checking": (5, "comparing reference checking onnx_checking runtime doctor"),
+    "verifying": (6, "onnx_verifying tracing onnx_cutting blaming repro"),
     "exporting": (
-        4,
+        5,
         """exporting capturing dynamic_axes legacy_exporting onnx_cleaning onnx_files onnx_versions
         onnx_writing""",
     ),
-    "statistics": (5, "statistics moments sweeping batches arrays images"),
-    "proved": (
-        5,
-        """insertion converting module_folding proving settling onnx_folding program_folding onnx_insertion
-        program_insertion script_folding""",
-    ),
-    "benchmarking": (5, "benchmarking onnx_flops"),
-    "report": (5, "report"),
-    "pages": (5, "pages"),
-    "source": (6, "source"),
-    "api": (6, "results surgeries api calibrating"),
-    "experiment": (7, "experiment"),
-    "cli": (8, "bntool __main__ cli"),
+    "statistics": (6, "statistics moments sweeping batches arrays images"),
+    "looking again": (6, "insertion converting module_folding settling script_folding"),
+    "benchmarking": (6, "benchmarking onnx_flops"),
+    "report": (6, "report"),
+    "pages": (6, "pages"),
+    "source": (7, "source"),
+    "subjects": (7, "subjects proving"),
+    "api": (8, "results surgeries serving verifying onnx_folding program_folding api calibrating"),
+    "experiment": (9, "experiment"),
+    "cli": (10, "bntool __main__ cli"),
 }
 """Room -> its floor, and the files and folders it holds; `bntool` is the package's own `__init__`."""
 

@@ -10,15 +10,17 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from bntool.core.options import FoldOptions
 from bntool.errors import UsageError
 from bntool.explanations import EXPLANATIONS, explain
 from bntool.folding import plan_fold
 from bntool.inserting import InsertOptions
 from bntool.insertion import insert_observed
 from bntool.observe.inference import observe_inferred
-from bntool.proving import proved_fold
 from bntool.reasons import Reason
-from bntool.reference import Reference
+from bntool.subjects.base import Checking
+from bntool.subjects.module import ModuleSubject
+from bntool.surgeries import fold
 from tools.make_reasons import document
 
 EXCLUDING = {Reason.EXCLUDED: ("*",)}
@@ -56,7 +58,8 @@ def _reasons_given(model: nn.Module, exclude: tuple[str, ...]) -> set[Reason]:
     folded = plan_fold(seen.graph, exclude=exclude)
     given = {skip.reason for skip in (*inserted.skips, *folded.skips)}
     if folded.sites:
-        proved = proved_fold(model, seen, Reference(model, [seen.inputs]), exclude=exclude)
+        subject = ModuleSubject(model, observed=lambda: seen)
+        proved, _ = fold(subject, FoldOptions(exclude=exclude), subject.proof(Checking()))
         given |= {skip.reason for skip in proved.plan.skips}
     return given
 

@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torchvision.ops import FrozenBatchNorm2d
 
-from bntool import program_folding
 from bntool.errors import CheckFailed
 from bntool.onnx_folding import fold_onnx, plan_fold_onnx
 from bntool.plan import Plan
 from bntool.program_folding import fold_program, plan_fold_program
+from bntool.subjects.program import ProgramProof
 from bntool.surgery.fold_onnx import apply_fold_onnx
 from bntool.surgery.fold_program import apply_fold_program, in_float64
 from tests.fold_zoo import Net, enliven
@@ -304,14 +304,14 @@ def test_a_sum_that_float16_cannot_hold_is_not_made() -> None:
 
 
 def test_a_merge_that_the_check_does_not_bear_out_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    checks = program_folding._Prover.checks
+    rows = ProgramProof.rows
 
-    def distrusting(prover: Any, plan: Plan, folded: Any) -> Any:
+    def distrusting(proof: ProgramProof, plan: Plan, after: Any) -> Any:
         if plan.merges:
             raise CheckFailed("it differs")
-        return checks(prover, plan, folded)
+        return rows(proof, plan, after)
 
-    monkeypatch.setattr(program_folding._Prover, "checks", distrusting)
+    monkeypatch.setattr(ProgramProof, "rows", distrusting)
     result = fold_program(program_of(*ONE["repvgg"]))
     assert result.plan.merges == ()
     assert len(result.plan.sites) == 2

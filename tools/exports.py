@@ -46,30 +46,29 @@ def examine(name: str) -> dict[str, Any]:
     import onnx
     import torch
 
-    from bntool.checking import check_onnx, seeded_batches
+    from bntool.checking import check_onnx
+    from bntool.core.options import FoldOptions
     from bntool.exporting import export_onnx
     from bntool.files.references import build
-    from bntool.module_folding import plan_module_fold
     from bntool.onnx_folding import fold_exported
-    from bntool.proving import check_fold, reference_elsewhere
-    from bntool.reference import Reference
+    from bntool.subjects.base import Checking
+    from bntool.subjects.module import ModuleSubject
 
     torch.set_num_threads(1)
     model = build(name).model.eval()
     row: dict[str, Any] = {"parameters": sum(p.numel() for p in model.parameters())}
     randomise(model)
     observation = observed(name, model)
-    planned = plan_module_fold(model, observation)
-    folded = planned.carry_out().eval()
-    reference = Reference(model, seeded_batches(observation.inputs, (1, 2)))
-    kept = {skip.name: str(skip.reason) for skip in planned.plan.skips}
-    checks = []
-    if planned.plan:
-        elsewhere = reference_elsewhere(model, observation.inputs)
-        checks += check_fold(model, folded, planned.plan, reference, elsewhere)
+    subject = ModuleSubject(model, observed=lambda: observation)
+    plan = subject.plan_fold(FoldOptions(), thorough=True)
+    folded = subject.folded(plan)
+    proof = subject.proof(Checking(full=True))
+    reference = proof.reference
+    kept = {skip.name: str(skip.reason) for skip in plan.skips}
+    checks = proof.rows(plan, folded) if plan else []
     with tempfile.TemporaryDirectory(prefix="bntool.exports.") as folder:
         start = time.perf_counter()
-        export = export_onnx(folded, observation.inputs, Path(folder) / "model.onnx")
+        export = export_onnx(folded.model, observation.inputs, Path(folder) / "model.onnx")
         # Merged branches are a matter of the fold, proved elsewhere; here is what folds in the graph alone.
         export = fold_exported(export, merge=False)
         row["seconds_export"] = round(time.perf_counter() - start, 1)
@@ -79,7 +78,7 @@ def examine(name: str) -> dict[str, Any]:
     row |= {
         "opset": export.opset,
         "nodes": sum(export.nodes.values()),
-        "folded": sum(1 for _ in planned.plan.fold_sites),
+        "folded": sum(1 for _ in plan.fold_sites),
         "left": left,
         "kept": dict(collections.Counter(kept[name] for name in kept)) if left else {},
         "stages": {f"{c.stage} {c.precision}".strip(): round(c.ratio, 2) for c in checks},

@@ -105,7 +105,8 @@ def judged(make: Callable[[], Any], observed: Callable[[Any], Any]) -> dict[str,
 
 def _judged(make: Callable[[], Any], observed: Callable[[Any], Any], gain: float) -> dict[str, Any]:
     """One model, and how long each step took."""
-    from bntool import surgeries
+    from bntool.core.options import FoldOptions
+    from bntool.subjects.module import ModuleSubject
 
     model = make().eval()
     row: dict[str, Any] = {"parameters": sum(p.numel() for p in model.parameters())}
@@ -115,27 +116,24 @@ def _judged(make: Callable[[], Any], observed: Callable[[Any], Any], gain: float
     row["seconds_observe"] = round(time.perf_counter() - start, 3)
     row["ops"] = len(observation.graph.ops)
     start = time.perf_counter()
-    from bntool.module_folding import plan_module_fold
-
-    planned = plan_module_fold(model, observation)
-    result = surgeries.as_result(model, planned.carry_out(), planned.plan, observation.inputs)
+    subject = ModuleSubject(model, observed=lambda: observation)
+    plan = subject.plan_fold(FoldOptions(), thorough=True)
+    folded = subject.folded(plan)
     row["seconds_fold"] = round(time.perf_counter() - start, 3)
-    row["bn_total"] = len(result.sites) + len(result.skips)
-    row["folded"] = len(result.sites)
-    row["kept"] = dict(collections.Counter(skip.reason.value for skip in result.skips))
-    if result.sites:
-        row.update(_checked(model, result, observation.inputs))
+    row["bn_total"] = len(plan.sites) + len(plan.skips)
+    row["folded"] = len(plan.sites)
+    row["kept"] = dict(collections.Counter(skip.reason.value for skip in plan.skips))
+    if plan.sites:
+        row.update(_checked(subject, plan, folded))
     row.update(_inserted(model, observation))
     row["peak_gb"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2)
     return {"status": "ok", **row}
 
 
-def _checked(model: Any, result: Any, inputs: Any) -> dict[str, Any]:
-    from bntool.proving import check_fold, reference_elsewhere
-    from bntool.reference import Reference
+def _checked(subject: Any, plan: Any, folded: Any) -> dict[str, Any]:
+    from bntool.subjects.base import Checking
 
-    elsewhere = reference_elsewhere(model, inputs)
-    checks = check_fold(model, result.model, result.plan, Reference(model, [inputs]), elsewhere)
+    checks = subject.proof(Checking()).rows(plan, folded)
     own = next((c for c in checks if not c.precision), None)
     exact = next((c for c in checks if c.precision), None)
     row: dict[str, Any] = {}
@@ -151,44 +149,45 @@ def _inserted(model: Any, observation: Any) -> dict[str, Any]:
     """Insert at every site that is left, to the last bit, and fold back to the weights that were."""
     import torch
 
-    from bntool import api, surgeries
+    from bntool import api
     from bntool.inserting import InsertOptions
+    from bntool.insertion import insert_observed
     from tools.fx_pairs import disagreements
 
-    result = surgeries.insert_with(model, observation, InsertOptions(activations=("any",)))
-    wrong = disagreements(model, result.plan)
+    plan, made, check = insert_observed(model, observation, InsertOptions(activations=("any",)))
+    wrong = disagreements(model, plan)
     second: dict[str, Any] = {"fx": "cannot trace" if wrong is None else wrong or "agrees"}
-    if not result.modified:
+    if not plan:
         return {"sites": 0, **second}
-    names = [glob.escape(name) for site in result.plan.insert_sites for name in site.norms]
-    back = api.fold(result.model, observation.inputs, include=names, check="none", merge=False)
-    old = {result.plan.key_map.get(k, k): t for k, t in model.state_dict().items()}
+    names = [glob.escape(name) for site in plan.insert_sites for name in site.norms]
+    back = api.fold(made, observation.inputs, include=names, check="none", merge=False)
+    old = {plan.key_map.get(k, k): t for k, t in model.state_dict().items()}
     new = back.model.state_dict()
-    inserted = {site.conv for site in result.plan.insert_sites}
+    inserted = {site.conv for site in plan.insert_sites}
     worst = 0.0
     for conv in inserted:
-        key = result.plan.key_map.get(f"{conv}.weight", f"{conv}.weight")
+        key = plan.key_map.get(f"{conv}.weight", f"{conv}.weight")
         if key in new and key in old and new[key].shape == old[key].shape:
             peak = float(old[key].abs().max()) or 1.0
             worst = max(worst, float((new[key] - old[key]).abs().max()) / peak)
     del torch
     return {
-        "sites": len(result.sites),
-        "forms": dict(collections.Counter(site.form for site in result.plan.insert_sites)),
-        "insert_exact": all(check.passed for check in result.checks),
+        "sites": len(plan.sites),
+        "forms": dict(collections.Counter(site.form for site in plan.insert_sites)),
+        "insert_exact": check is None or check.passed,
         "round_trip": worst,
-        "sites_again": sites_again(result.model, observation.inputs),
+        "sites_again": sites_again(made, observation.inputs),
         **second,
     }
 
 
 def sites_again(inserted: Any, inputs: Any) -> int:
     """How many sites a second insertion finds: it should change nothing."""
-    from bntool import surgeries
     from bntool.inserting import InsertOptions
+    from bntool.insertion import insert_observed
     from bntool.observe.eager import observe
 
-    again = surgeries.insert_with(inserted, observe(inserted, inputs), InsertOptions(activations=("any",)))
+    again, *_ = insert_observed(inserted, observe(inserted, inputs), InsertOptions(activations=("any",)))
     return len(again.sites)
 
 

@@ -36,7 +36,7 @@ def command(
         from bntool.report.program_summary import summarize_onnx, summarize_program
 
         subject = opened.subject
-        tensors = summarize_onnx(subject) if session is None else summarize_program(subject.model)
+        tensors = summarize_onnx(subject.observed) if session is None else summarize_program(subject.model)
         voice.say(tensors.render(verbose=not speech.quiet))
         voice.emit({"status": "ok", "kind": opened.kind, **tensors.to_dict()})
         return 0

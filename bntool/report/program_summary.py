@@ -13,7 +13,7 @@ from bntool.report.tables import Column, Table, count, render, shape_text, size
 from bntool.text import Lines, as_lines
 
 if TYPE_CHECKING:
-    from bntool.subjects.onnx import OnnxSubject
+    from bntool.observe.onnx_model import OnnxObservation
 
 _COLUMNS = (
     Column("Tensor", flexible=True),
@@ -112,9 +112,9 @@ def summarize_program(program: ExportedProgram) -> ProgramSummary:
     return ProgramSummary(tuple(tensors), len(observed.norms) + len(observed.hidden))
 
 
-def summarize_onnx(subject: OnnxSubject) -> ProgramSummary:
+def summarize_onnx(observed: OnnxObservation) -> ProgramSummary:
     """Count a file's initializers and BatchNormalizations, those in a body or a function included."""
-    found = subject.file.model.graph.initializers
+    found = observed.model.graph.initializers
     tensors = [
         StoredTensor(
             name, "constant", tuple(t.shape.numpy()), t.dtype.name.lower(), int(t.size), int(t.nbytes)
@@ -122,5 +122,5 @@ def summarize_onnx(subject: OnnxSubject) -> ProgramSummary:
         for name, t in ((name, value.const_value) for name, value in found.items())
         if t is not None
     ]
-    norms = len(subject.observed.norms) + len(subject.observed.hidden)
+    norms = len(observed.norms) + len(observed.hidden)
     return ProgramSummary(tuple(tensors), norms, "ONNX", "ONNX file")

@@ -108,7 +108,11 @@ class ProgramSubject:
         return [row]
 
     def export(
-        self, path: Path, how: ExportOptions, metadata: Mapping[str, str], dtype: Narrow = ""
+        self,
+        path: Path,
+        how: ExportOptions,
+        metadata: Mapping[str, str],
+        dtype: Narrow = "",  # noqa: ARG002
     ) -> ExportResult:
         from bntool.exporting import export_program
 

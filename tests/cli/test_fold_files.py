@@ -31,10 +31,12 @@ def program_file(folder: Path) -> None:
 @pytest.mark.parametrize(
     "words",
     ["--opset 17", "--ir-version 8", "--static-batch", "--dynamic 0,2", "--external-data always", "--keep-io",
-     "--exporter legacy", "--keep-unverified", "--atol 1", "--rtol 0", "--tf32 both"],
+     "--exporter legacy", "--keep-unverified", "--tf32 both", "--export onnx", "--dtype fp16"],
 )  # fmt: skip
 def test_an_onnx_file_is_not_exported_again(refused: Shell, words: str) -> None:
-    refused("fold", "net.onnx", *words.split(), code=2, says=f"{words.split(maxsplit=1)[0]} is for a model")
+    flag = words.split(maxsplit=1)[0]
+    refused("fold", "net.onnx", *words.split(), code=2, says=f"{flag} is not for an ONNX file")
+    assert [p.name for p in Path().iterdir()] == ["net.onnx"]
 
 
 @pytest.mark.usefixtures("onnx_file")
@@ -44,11 +46,21 @@ def test_an_onnx_file_is_timed_before_and_after(bntool: Shell) -> None:
     assert [row["name"] for row in said.document["latency"]["rows"]] == ["before", "folded"]
 
 
+@pytest.mark.usefixtures("onnx_file")
+@pytest.mark.parametrize("flag", ["--atol", "--rtol"])
+def test_the_tolerances_of_an_onnx_file_are_honoured(bntool: Shell, flag: str) -> None:
+    """Nothing that was folded is within zero of what it was."""
+    none = bntool("fold", "net.onnx", flag, "0")
+    assert none.code == 1, none
+    assert [p.name for p in Path().iterdir()] == ["net.onnx"]
+    assert bntool("fold", "net.onnx", flag, "1").code == 0
+
+
 @pytest.mark.usefixtures("program_file")
 def test_a_program_is_timed_and_its_tolerances_are_honoured(bntool: Shell, refused: Shell) -> None:
     said = bntool("fold", "net.pt2", "--bench", "--rounds", "7", "--batch-sizes", "1", "--json")
     assert said.code == 0, said
-    assert [row["name"] for row in said.document["latency"]["rows"]] == ["before", "folded"]
+    assert [row["name"] for row in said.document["latency"]["rows"]] == ["torch before", "torch folded"]
     # Nothing is within zero of what was folded, except what was not folded at all: so nothing stands up.
     none = bntool("fold", "net.pt2", "--atol", "0", "--force")
     assert none.code != 0, none
@@ -77,7 +89,7 @@ def _spoil(monkeypatch: pytest.MonkeyPatch, where: str) -> None:
 def test_a_folded_onnx_file_that_differs_is_blamed_and_leaves_a_repro(
     bntool: Shell, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    _spoil(monkeypatch, "bntool.onnx_folding")
+    _spoil(monkeypatch, "bntool.subjects.onnx")
     said = bntool("fold", "net.onnx", "--repro", "repro")
     assert said.code == 1, said
     assert "first differs at" in said.out
@@ -90,9 +102,9 @@ def test_a_folded_onnx_file_that_differs_is_blamed_and_leaves_a_repro(
 def test_the_export_of_a_program_is_blamed_and_kept_when_asked(
     bntool: Shell, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from bntool import onnx_folding
+    from bntool import serving
 
-    honest = onnx_folding.fold_exported
+    honest = serving.fold_exported
 
     def off(export, *args, **options):
         export = honest(export, *args, **options)
@@ -100,7 +112,7 @@ def test_the_export_of_a_program_is_blamed_and_kept_when_asked(
         return export
 
     monkeypatch.setitem(broken.FILES, "NaN in one output", (_first_nan, ""))
-    monkeypatch.setattr(onnx_folding, "fold_exported", off)
+    monkeypatch.setattr(serving, "fold_exported", off)
     said = bntool("fold", "net.pt2", "--export", "onnx", "--keep-unverified")
     assert said.code == 1, said
     assert "net_folded.unverified.onnx: do not serve it" in said.err

@@ -135,16 +135,17 @@ def test_the_plan_in_the_side_file_can_be_replayed(bntool: Shell, refused: Shell
 
 
 def test_a_check_that_differs_writes_nothing(refused: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
-    from bntool import surgeries
+    from bntool.subjects import module
 
     def corrupted(*args: object, **options: object) -> object:
         check = honest(*args, **options)
         return type(check)(**{**vars(check), "passed": False})
 
-    honest = surgeries.check_unchanged
+    honest = module.check_unchanged
     nets.save(nets.plain(), "model.pt")
-    monkeypatch.setattr(surgeries, "check_unchanged", corrupted)
+    monkeypatch.setattr(module, "check_unchanged", corrupted)
     refused("insert", "model.pt", code=1, says="changes the output")
+    assert [p.name for p in Path().iterdir()] == ["model.pt"]
 
 
 def test_quiet_shows_totals_alone(bntool: Shell) -> None:
