@@ -10,12 +10,12 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
+from bntool.core.activations import ACTIVATIONS
 from bntool.errors import StateError, UsageError
 from bntool.inputs import Inputs, outputs_of
 from bntool.inserting import InsertOptions, plan_insert, sequential_names
 from bntool.insertion import insert_observed
 from bntool.layers import NORMED, ConvBN2d
-from bntool.observe.aten import ACTIVATIONS
 from bntool.observe.eager import observe
 from bntool.plan import InsertSite, Plan
 from bntool.reasons import Reason

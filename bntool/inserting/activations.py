@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 
+from bntool.core.activations import ACTIVATIONS
 from bntool.graph import Graph, Op, Value
-from bntool.observe.aten import ACTIVATIONS
 
 _ARITHMETIC = frozenset({"add", "sub", "mul", "div", "pow", "identity"})
 _WRITTEN_OUT = {

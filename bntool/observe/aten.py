@@ -14,12 +14,6 @@ from bntool.graph import Value, is_out
 Bound = dict[str, Any]
 Translation = tuple[str, dict[str, Any]]
 
-ACTIVATIONS = frozenset(
-    """relu relu6 silu gelu hardswish hardsigmoid sigmoid tanh leaky_relu elu selu celu mish prelu softplus
-    hardtanh logsigmoid threshold hardshrink softshrink rrelu glu clamp""".split()
-)
-"""Kinds that count as an activation after a convolution: each is one operator."""
-
 SHAPE_ONLY: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("reshape_as", "view_as", "expand_as", "type_as"), ("other",)),
     **dict.fromkeys(

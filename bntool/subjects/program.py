@@ -112,7 +112,7 @@ class ProgramSubject:
         path: Path,
         how: ExportOptions,
         metadata: Mapping[str, str],
-        dtype: Narrow = "",  # noqa: ARG002
+        dtype: Narrow = "",
     ) -> ExportResult:
         from bntool.exporting import export_program
 
