@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from bntool.version import __version__
+from bntool.core.version import __version__
 
 if TYPE_CHECKING:
     from bntool.api import (
@@ -22,10 +22,10 @@ if TYPE_CHECKING:
         summary,
         verify,
     )
-    from bntool.batches import open_batches
-    from bntool.calibrating import CalibrationResult, calibrate
-    from bntool.converting import convert_state_dict
-    from bntool.errors import (
+    from bntool.data.batches import open_batches
+    from bntool.calibrate.calibrating import CalibrationResult, calibrate
+    from bntool.surgery.converting import convert_state_dict
+    from bntool.core.errors import (
         BntoolError,
         CheckFailed,
         DamagedPlan,
@@ -39,27 +39,27 @@ if TYPE_CHECKING:
         UsageError,
     )
     from bntool.files.loading import Loaded, load
-    from bntool.plan import DroppedBias, Edit, FoldSite, InsertSite, Plan, Skip
-    from bntool.reasons import Reason
+    from bntool.core.plan import DroppedBias, Edit, FoldSite, InsertSite, Plan, Skip
+    from bntool.core.reasons import Reason
     from bntool.report.checks import Comparison
     from bntool.report.summary import Summary
-    from bntool.results import SurgeryResult
-    from bntool.verdicts import Check
+    from bntool.report.results import SurgeryResult
+    from bntool.core.verdicts import Check
 
 _HOMES = {
     "api": "apply export_onnx fold insert plan_fold plan_insert read_plan summary verify",
-    "batches": "open_batches",
-    "calibrating": "CalibrationResult calibrate",
-    "converting": "convert_state_dict",
-    "errors": """BntoolError CheckFailed DamagedPlan DeviceError ExportError LoadError NothingToDo
+    "data.batches": "open_batches",
+    "calibrate.calibrating": "CalibrationResult calibrate",
+    "surgery.converting": "convert_state_dict",
+    "core.errors": """BntoolError CheckFailed DamagedPlan DeviceError ExportError LoadError NothingToDo
         ObserveError PlanError StateError UsageError""",
     "files.loading": "Loaded load",
-    "plan": "DroppedBias Edit FoldSite InsertSite Plan Skip",
-    "reasons": "Reason",
+    "core.plan": "DroppedBias Edit FoldSite InsertSite Plan Skip",
+    "core.reasons": "Reason",
     "report.checks": "Comparison",
     "report.summary": "Summary",
-    "results": "SurgeryResult",
-    "verdicts": "Check",
+    "report.results": "SurgeryResult",
+    "core.verdicts": "Check",
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names.split()}
 

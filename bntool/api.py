@@ -12,22 +12,22 @@ import torch
 from torch import nn
 from torch.export import ExportedProgram
 
-from bntool import surgeries
-from bntool.collecting import paused
+from bntool.pipeline import surgeries
+from bntool.models.collecting import paused
 from bntool.core.options import CheckOptions, ExportOptions, FoldOptions, InsertOptions
-from bntool.errors import BntoolError, DamagedPlan, PlanError, UsageError
-from bntool.exporting import ExportResult
-from bntool.exporting import export_onnx as _export_onnx
+from bntool.core.errors import BntoolError, DamagedPlan, PlanError, UsageError
+from bntool.export.exporting import ExportResult
+from bntool.export.exporting import export_onnx as _export_onnx
 from bntool.files.targets import Target
-from bntool.inputs import Inputs
+from bntool.graph.inputs import Inputs
 from bntool.inserting import redundant_biases, require_same_places
 from bntool.observe.modules import class_name, signature_of
-from bntool.plan import Plan
+from bntool.core.plan import Plan
 from bntool.report.checks import Comparison
 from bntool.report.summary import Summary, summarize
-from bntool.results import SurgeryResult
-from bntool.schema import Damaged, read
-from bntool.serving import Serving, Silent, served
+from bntool.report.results import SurgeryResult
+from bntool.core.schema import Damaged, read
+from bntool.pipeline.serving import Serving, Silent, served
 from bntool.subjects import subject_of
 from bntool.subjects.base import Checking, Narrow, Subject
 from bntool.subjects.module import ModuleSubject
@@ -217,7 +217,7 @@ def fold_to_onnx(
         ExportError: the model cannot be exported, or the file does not run.
         UsageError: an option that this kind of model does not know, or a `path` that may not be written.
     """
-    from bntool.onnx_files import put_onnx
+    from bntool.files.onnx_files import put_onnx
     from bntool.subjects.base import Exportable
 
     options, how, asked = fold or FoldOptions(), export or ExportOptions(), check or CheckOptions()
@@ -442,7 +442,7 @@ def verify(
         CheckFailed: there is nothing to compare.
         DeviceError: the device is not there.
     """
-    from bntool.verifying import compare_models
+    from bntool.pipeline.verifying import compare_models
 
     subjects = subject_of(reference, inputs), subject_of(candidate, inputs)
     given = None if inputs is None else Inputs.of(inputs)

@@ -17,7 +17,7 @@ import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
-from bntool.reasons import Reason
+from bntool.core.reasons import Reason
 
 FOLDED = "folded"
 Verdict = str | Reason

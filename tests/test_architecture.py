@@ -165,7 +165,7 @@ def _modules_after(code: str) -> set[str]:
 
 
 def test_importing_bntool_imports_no_torch() -> None:
-    loaded = _modules_after("import sys, bntool, bntool.plan, bntool.explanations")
+    loaded = _modules_after("import sys, bntool, bntool.core.plan, bntool.core.explanations")
     assert "bntool" in loaded
     assert loaded.isdisjoint({"torch", "numpy", "onnx", "onnxruntime"})
 

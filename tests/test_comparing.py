@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from bntool.comparing import K_NOISE, Difference, Limit, compare, difference, noise_limits, rounding_term
-from bntool.errors import CheckFailed, StateError
+from bntool.verify.comparing import K_NOISE, Difference, Limit, compare, difference, noise_limits, rounding_term
+from bntool.core.errors import CheckFailed, StateError
 from bntool.report.checks import Comparison
-from bntool.verdicts import Check
+from bntool.core.verdicts import Check
 
 EPS = torch.finfo(torch.float32).eps
 LAYERS = 20

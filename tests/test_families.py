@@ -17,11 +17,11 @@ from torch import Tensor, nn
 
 from bntool.files.references import build
 from bntool.folding import plan_fold
-from bntool.inputs import Inputs
-from bntool.module_folding import plan_module_fold
+from bntool.graph.inputs import Inputs
+from bntool.subjects.module_folding import plan_module_fold
 from bntool.observe.eager import observe
-from bntool.plan import Plan
-from bntool.reasons import Reason
+from bntool.core.plan import Plan
+from bntool.core.reasons import Reason
 from tools.zoo import randomise
 
 SHARED = Reason.OUTPUT_USED_ELSEWHERE

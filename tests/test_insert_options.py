@@ -17,10 +17,10 @@ from torchvision.models.detection.faster_rcnn import TwoMLPHead
 from torchvision.ops import FrozenBatchNorm2d
 
 import bntool
-from bntool.errors import CheckFailed, UsageError
-from bntool.layers import BatchNormPerCall
-from bntool.plan import Plan
-from bntool.reasons import Reason
+from bntool.core.errors import CheckFailed, UsageError
+from bntool.models.layers import BatchNormPerCall
+from bntool.core.plan import Plan
+from bntool.core.reasons import Reason
 
 X = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
@@ -492,6 +492,6 @@ def test_a_calibration_that_changes_the_output_is_an_error(monkeypatch: pytest.M
     def wrong(norm: Any, mean: Tensor, variance: Tensor) -> None:
         norm.running_mean += 1
 
-    monkeypatch.setattr("bntool.surgeries.set_preserving", wrong)
+    monkeypatch.setattr("bntool.pipeline.surgeries.set_preserving", wrong)
     with pytest.raises(CheckFailed, match="the insertion changes the output"):
         bntool.insert(three_convs(), X, init="calibrate", data=[X])

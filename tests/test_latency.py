@@ -12,13 +12,13 @@ import pytest
 import torch
 from torch import nn
 
-from bntool import benchmarking
-from bntool.benchmarking import Candidate, benchmark, rebatching
-from bntool.errors import ExportError, UsageError
-from bntool.exporting import export_onnx
-from bntool.inputs import Inputs
-from bntool.latencies import Benchmark, Cost, Latency, Versus
-from bntool.onnx_flops import onnx_flops
+from bntool.runtime import benchmarking
+from bntool.runtime.benchmarking import Candidate, benchmark, rebatching
+from bntool.core.errors import ExportError, UsageError
+from bntool.export.exporting import export_onnx
+from bntool.graph.inputs import Inputs
+from bntool.core.latencies import Benchmark, Cost, Latency, Versus
+from bntool.runtime.onnx_flops import onnx_flops
 from bntool.report.latency import latency_text
 from bntool.runtime import ort_runner, ready
 from bntool.runtime.libraries import CPU, CUDA

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bntool.checking import seeded_batches
-from bntool.comparing import K_NOISE
-from bntool.inputs import Inputs
-from bntool.reference import Reference
+from bntool.verify.checking import seeded_batches
+from bntool.verify.comparing import K_NOISE
+from bntool.graph.inputs import Inputs
+from bntool.verify.reference import Reference
 
 
 class Counted(nn.Linear):

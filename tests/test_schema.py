@@ -12,13 +12,17 @@ from typing import Any
 import pytest
 from msgspec import inspect
 
-from bntool import maps, plan, schema
+from bntool.core import maps
+
+from bntool.core import plan
+
+from bntool.core import schema
 from bntool.cli import site_list
 from bntool.experiment import folder
 from bntool.files import memory, sidecar
 from bntool.inserting import InsertOptions
 from bntool.pages import shapes
-from bntool.schema import Damaged, Finite, Index, Name, Shape, fitted, parsed, version_of
+from bntool.core.schema import Damaged, Finite, Index, Name, Shape, fitted, parsed, version_of
 
 
 @pytest.mark.parametrize(

@@ -17,10 +17,10 @@ import torchvision
 from torch import nn
 
 import bntool
-from bntool.benchmarking import Candidate, benchmark, rebatching
-from bntool.exporting import export_onnx
-from bntool.inputs import Inputs
-from bntool.latencies import Benchmark
+from bntool.runtime.benchmarking import Candidate, benchmark, rebatching
+from bntool.export.exporting import export_onnx
+from bntool.graph.inputs import Inputs
+from bntool.core.latencies import Benchmark
 from bntool.report.latency import latency_text
 
 NETS = ("resnet18", "resnet50", "vgg11_bn", "mobilenet_v2")

@@ -19,7 +19,7 @@ from bntool.cli.examples import epilog
 from bntool.cli.folder import require_folder
 from bntool.cli.job import first_to_fail, require_alone
 from bntool.cli.streams import Streams, say
-from bntool.errors import BntoolError, InvariantError, LoadError, UsageError
+from bntool.core.errors import BntoolError, InvariantError, LoadError, UsageError
 
 _COMMANDS = {
     "insert": "Put BatchNorm between convolutions and their activations.",

@@ -18,7 +18,7 @@ from bntool.core.options import BenchOptions, LoadOptions, PlaceOptions, SpeechO
 if TYPE_CHECKING:
     from torch import nn
 
-    from bntool.inputs import Inputs
+    from bntool.graph.inputs import Inputs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +39,7 @@ def command(
     They run in turn, so that a machine that slows down slows both. A difference is claimed only where the
     middle halves of the samples do not overlap.
     """
-    from bntool.benchmarking import Candidate
+    from bntool.runtime.benchmarking import Candidate
     from bntool.cli import devices, timing
     from bntool.report.latency import latency_text
 
@@ -76,8 +76,8 @@ def _module(model: Any) -> nn.Module:
 
 
 def _inputs_of(session: Session | None, files: list[str], seed: int) -> Callable[[int], Inputs | None]:
-    from bntool.benchmarking import rebatching
-    from bntool.onnx_checking import example_inputs_of
+    from bntool.runtime.benchmarking import rebatching
+    from bntool.verify.onnx_checking import example_inputs_of
     from bntool.runtime.programs import example_inputs_of as inputs_of_program
 
     if session is None:

@@ -26,7 +26,7 @@ from bntool.core.options import (
     ReportOptions,
     SpeechOptions,
 )
-from bntool.errors import UsageError
+from bntool.core.errors import UsageError
 
 if TYPE_CHECKING:
     from bntool.cli.writing import Place
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from bntool.experiment.datasets import Data
     from bntool.experiment.outcome import TrainingComparison
     from bntool.experiment.settings import Settings
-    from bntool.world import World
+    from bntool.runtime.world import World
 
 
 @click.command("compare", short_help="Train with and without BatchNorm, and compare.")

@@ -14,7 +14,7 @@ from bntool.core.options import SpeechOptions
 @takes(some(SpeechOptions, "as_json", "debug"))
 def command(speech: SpeechOptions) -> int:
     """Look at Python, torch, CUDA and ONNX Runtime, and really run a small convolution on each."""
-    from bntool.doctor import diagnose
+    from bntool.runtime.doctor import diagnose
 
     found = diagnose()
     if speech.as_json:

@@ -6,8 +6,8 @@ import json
 from typing import Any
 
 from bntool.cli.streams import say_result
-from bntool.errors import BntoolError
-from bntool.text import Lines
+from bntool.core.errors import BntoolError
+from bntool.core.text import Lines
 
 
 def emit(command: str, document: dict[str, Any]) -> None:

@@ -22,7 +22,7 @@ from bntool.core.options import (
     WriteOptions,
 )
 from bntool.core.refusals import KINDS
-from bntool.errors import InvariantError, UsageError
+from bntool.core.errors import InvariantError, UsageError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,12 +56,12 @@ def command(voice: Voice, asked: Asked) -> int:
     from bntool.cli import serving
     from bntool.cli.devices import require_places
     from bntool.cli.writing import OnnxPlace
-    from bntool.dynamic_axes import DynamicAxes
+    from bntool.export.dynamic_axes import DynamicAxes
     from bntool.files.sidecar import output_name
     from bntool.report.checks import checks_text
-    from bntool.serving import Serving
+    from bntool.pipeline.serving import Serving
     from bntool.subjects.base import Checking
-    from bntool.surgeries import unchanged
+    from bntool.pipeline.surgeries import unchanged
 
     if opened.kind == "onnx":
         raise UsageError(

@@ -25,13 +25,13 @@ from bntool.core.options import (
     WriteOptions,
 )
 from bntool.core.refusals import require_export
-from bntool.errors import BntoolError, CheckFailed, NothingToDo, StateError, UsageError
-from bntool.reasons import Reason
+from bntool.core.errors import BntoolError, CheckFailed, NothingToDo, StateError, UsageError
+from bntool.core.reasons import Reason
 
 if TYPE_CHECKING:
     from bntool.cli.devices import Devices
-    from bntool.plan import Plan
-    from bntool.results import SurgeryResult
+    from bntool.core.plan import Plan
+    from bntool.report.results import SurgeryResult
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,7 +163,7 @@ class _Fold:
         """The fold, proved; unproved where it is not worth an output."""
         from bntool.cli.devices import torch_device
         from bntool.subjects.base import Checking
-        from bntool.surgeries import fold
+        from bntool.pipeline.surgeries import fold
 
         voice, subject, check = self.voice, self.opened.subject, self.asked.check
         with voice.progress(f"folding {self.opened.subject.name}") as step:
@@ -181,7 +181,7 @@ class _Fold:
                 )
                 self.proof = subject.proof(self.checking)
             if self.asked.ask.export_to and subject.kind == "module":
-                from bntool.dynamic_axes import DynamicAxes
+                from bntool.export.dynamic_axes import DynamicAxes
 
                 DynamicAxes(asked=self.asked.export.axes()).named_for(subject.example())
             try:
@@ -193,7 +193,7 @@ class _Fold:
     def served(self, result: SurgeryResult, after: Any, place: Any, drafts: Any) -> SurgeryResult:
         """The fold as ONNX, in a draft, and verified there."""
         from bntool.cli import serving
-        from bntool.serving import Serving
+        from bntool.pipeline.serving import Serving
 
         dtype = self.asked.ask.dtype
         narrow: Any = "" if dtype in (None, "float32") else dtype
@@ -227,14 +227,14 @@ class _Fold:
     def _blame(self) -> None:
         """Say at which layer or node the unproved fold and the original part."""
         from bntool.cli import blaming
-        from bntool.surgeries import fold
+        from bntool.pipeline.surgeries import fold
 
         subject = self.opened.subject
         if subject.kind == "script":
             return
 
         def find() -> Any:
-            from bntool.blaming import blame_files, blame_modules
+            from bntool.verify.blaming import blame_files, blame_modules
 
             _, after = fold(subject, self.asked.fold)
             if subject.kind == "onnx":

@@ -23,12 +23,12 @@ from bntool.core.options import (
     SpeechOptions,
     WriteOptions,
 )
-from bntool.errors import NothingToDo, PlanError, UsageError
-from bntool.reasons import Reason
+from bntool.core.errors import NothingToDo, PlanError, UsageError
+from bntool.core.reasons import Reason
 
 if TYPE_CHECKING:
-    from bntool.plan import Plan
-    from bntool.results import SurgeryResult
+    from bntool.core.plan import Plan
+    from bntool.report.results import SurgeryResult
     from bntool.source.rewriting import Rewritten
 
 
@@ -141,7 +141,7 @@ def command(voice: Voice, asked: Asked) -> int:
 
 
 def _inserted(voice: Voice, opened: Opened, asked: Asked) -> tuple[SurgeryResult, Any]:
-    from bntool import surgeries
+    from bntool.pipeline import surgeries
     from bntool.subjects.base import Checking
 
     full = asked.check.check == "full"

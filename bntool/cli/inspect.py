@@ -29,7 +29,7 @@ def command(voice: Voice, inspect: InspectOptions, load: LoadOptions) -> int:
     kind that bntool does not load.
     """
     from bntool.files.inspecting import inspect_file
-    from bntool.files.limits import Limit
+    from bntool.core.limits import Limit
     from bntool.report.inspection import inspection_text
 
     inspection = inspect_file(Path(inspect.file), Limit(load.max_size))

@@ -19,7 +19,7 @@ from bntool.cli.loading import load_granted
 from bntool.cli.reading import read_by
 from bntool.cli.streams import say
 from bntool.core.options import LoadOptions, ReportOptions, SpeechOptions
-from bntool.errors import BntoolError, InvariantError, UsageError
+from bntool.core.errors import BntoolError, InvariantError, UsageError
 from bntool.files.sidecar import sidecar_path
 from bntool.files.targets import Target
 
@@ -30,9 +30,9 @@ if TYPE_CHECKING:
     from bntool.core.option import Options
     from bntool.files.loading import Loaded
     from bntool.files.memory import Record
-    from bntool.inputs import Inputs
+    from bntool.graph.inputs import Inputs
     from bntool.observe.eager import Observation
-    from bntool.plan import Plan
+    from bntool.core.plan import Plan
 
 
 @dataclasses.dataclass

@@ -14,7 +14,7 @@ from bntool.cli.options import takes
 from bntool.cli.session import Session, Voice
 from bntool.core.option import Options, option
 from bntool.core.options import LoadOptions, ModelOptions, SpeechOptions
-from bntool.errors import BntoolError
+from bntool.core.errors import BntoolError
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,13 +18,13 @@ from bntool.core.options import (
     ReportOptions,
     SpeechOptions,
 )
-from bntool.errors import CheckFailed, LoadError, UsageError
+from bntool.core.errors import CheckFailed, LoadError, UsageError
 
 if TYPE_CHECKING:
-    from bntool.blaming import Found
+    from bntool.verify.blaming import Found
     from bntool.cli.devices import Devices
-    from bntool.reference import Reference
-    from bntool.verdicts import Check
+    from bntool.verify.reference import Reference
+    from bntool.core.verdicts import Check
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,7 +105,7 @@ def _checked(
 
     from bntool.cli import blaming, devices, picturing
     from bntool.cli.opening import runnable, with_runnable_program
-    from bntool.verdicts import first_failed
+    from bntool.core.verdicts import first_failed
 
     is_onnx = _is_onnx(candidate)
     if session.program is not None:
@@ -129,7 +129,7 @@ def _checked(
         return checks, {}
 
     def find() -> Found | None:
-        from bntool.blaming import blame_modules, blame_onnx
+        from bntool.verify.blaming import blame_modules, blame_onnx
 
         if other is None:
             return blame_onnx(session.model, Path(candidate), reference.inputs, checks)
@@ -142,7 +142,7 @@ def _concluded(
     voice: Voice, candidate: str, reference: str, checks: list[Check], blame: dict[str, Any]
 ) -> int:
     from bntool.report.checks import checks_text
-    from bntool.verdicts import first_failed
+    from bntool.core.verdicts import first_failed
 
     voice.say(checks_text(checks))
     scores = [check.top1 for check in checks if check.top1 is not None]
@@ -169,7 +169,7 @@ def _stands_alone(candidate: str, model: str | None) -> bool:
 def _reference(session: Session, inputs_file: str | None, *, full: bool) -> Reference:
     from bntool.cli import serving
     from bntool.cli.real_inputs import read_inputs
-    from bntool.reference import Reference
+    from bntool.verify.reference import Reference
 
     if not inputs_file:
         return serving.reference_with(session, full=full)
@@ -192,7 +192,7 @@ def _is_onnx(candidate: str | None) -> bool:
 def _compared(
     session: Session, other: Any, reference: Reference, check: CheckOptions, places: Devices, step: Any
 ) -> list[Check]:
-    from bntool.checking import check_onnx, check_surgery, check_tf32, no_tf32
+    from bntool.verify.checking import check_onnx, check_surgery, check_tf32, no_tf32
     from bntool.cli import devices
 
     common: dict[str, Any] = {

@@ -15,8 +15,8 @@ from typing import Literal
 
 from bntool.core.activations import ACTIVATIONS
 from bntool.core.option import Options, option
-from bntool.errors import UsageError
-from bntool.files.limits import DEFAULT_MAX_SIZE, parse_size
+from bntool.core.errors import UsageError
+from bntool.core.limits import DEFAULT_MAX_SIZE, parse_size
 
 _LARGEST = sys.float_info.max
 

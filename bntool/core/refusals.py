@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 
 from bntool.core.option import Options
-from bntool.errors import UsageError
+from bntool.core.errors import UsageError
 
 KINDS = {
     "module": "a PyTorch module",

@@ -14,11 +14,11 @@ from typing import Any
 
 import torch
 
-from bntool.affine import evaluate
+from bntool.graph.affine import evaluate
 from bntool.folding.planner import plan_fold
-from bntool.graph import Graph
-from bntool.plan import Expr, FoldSite, Plan, Skip
-from bntool.reasons import Reason
+from bntool.graph.dataflow import Graph
+from bntool.core.plan import Expr, FoldSite, Plan, Skip
+from bntool.core.reasons import Reason
 
 _DETAIL = "the fold would come out otherwise on an input of other sizes or numbers"
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from bntool.affine import Affine, Constant, add, identity
-from bntool.graph import Op
+from bntool.graph.affine import Affine, Constant, add, identity
+from bntool.graph.dataflow import Op
 from bntool.laws.base import (
     Context,
     Maps,
@@ -19,7 +19,7 @@ from bntool.laws.base import (
     only_input,
     variable_roles,
 )
-from bntool.reasons import Reason
+from bntool.core.reasons import Reason
 
 
 @law("relu", "leaky_relu", "prelu")

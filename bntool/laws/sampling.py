@@ -6,8 +6,8 @@ import math
 
 import torch
 
-from bntool.affine import Affine, Constant, concat, identity
-from bntool.graph import Op
+from bntool.graph.affine import Affine, Constant, concat, identity
+from bntool.graph.dataflow import Op
 from bntool.laws.base import (
     Context,
     Maps,
@@ -21,7 +21,7 @@ from bntool.laws.base import (
     of_input,
     only_input,
 )
-from bntool.reasons import Reason
+from bntool.core.reasons import Reason
 
 
 def _spatial(context: Context, op: Op, affine: Affine, dims: int) -> Affine:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from bntool.graph import Value, is_out
+from bntool.graph.dataflow import Value, is_out
 
 Bound = dict[str, Any]
 Translation = tuple[str, dict[str, Any]]

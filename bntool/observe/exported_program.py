@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.export import ExportedProgram
 from torch.fx import GraphModule, Node
 
-from bntool.graph import Graph, Module, Op
+from bntool.graph.dataflow import Graph, Module, Op
 from bntool.observe.aten import SHAPE_ONLY, product_of, translate
 from bntool.observe.program_calls import LinearCall, Stored, layer_names, linear_calls
 from bntool.observe.program_memory import Memory, nodes_in

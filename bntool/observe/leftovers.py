@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from bntool.errors import ObserveError
+from bntool.core.errors import ObserveError
 from bntool.observe.copying import tensors_of
 
 _UNDECLARED = frozenset({"batch_norm", "native_batch_norm", "cudnn_batch_norm", "instance_norm"})

@@ -12,7 +12,7 @@ from bntool.pages.chapters import Chapter, chapters_of, guarded
 from bntool.pages.charts import ARMS
 from bntool.pages.page import environment
 from bntool.pages.reading import Document
-from bntool.text import visible
+from bntool.core.text import visible
 
 _MEANING = r"\`*_[]()#|~!"
 _LINKING = re.compile(r"(?i)@|:(?=//)|www(?=\.)")

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from bntool.core.documents import SCHEMA_VERSION
-from bntool.errors import LoadError
+from bntool.core.errors import LoadError
 from bntool.pages.shapes import require_report
-from bntool.schema import Damaged, read, version_of
-from bntool.text import visible
+from bntool.core.schema import Damaged, read, version_of
+from bntool.core.text import visible
 
 _COMMANDS = {
     # command -> keys of which one tells it, where a document does not name its command

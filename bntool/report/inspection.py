@@ -7,7 +7,7 @@ from typing import Any
 
 from bntool.files.inspecting import Inspection
 from bntool.report.tables import Column, Table, count, render, size, wrapped
-from bntool.text import Lines, as_lines
+from bntool.core.text import Lines, as_lines
 
 _COLUMNS = (
     Column("Tensor", flexible=True),

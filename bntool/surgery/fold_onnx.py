@@ -11,7 +11,7 @@ from torch import Tensor
 
 from bntool.observe.onnx_layers import PRODUCTS, Call, Norm
 from bntool.observe.onnx_model import OnnxObservation
-from bntool.plan import Branch, Edit, Merge, Plan, Window
+from bntool.core.plan import Branch, Edit, Merge, Plan, Window
 from bntool.surgery.editing import ROLES, Role, Slot, StoredNorm, apply_edits, removed_norms
 from bntool.surgery.onnx_wiring import Place, Wiring
 

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from bntool.observe.onnx_model import OnnxObservation
-from bntool.plan import Plan
+from bntool.core.plan import Plan
 from bntool.surgery.onnx_wiring import Wiring
 
 

@@ -6,7 +6,7 @@ import torch
 from torch.export import ExportedProgram
 
 from bntool.observe.exported_program import ProgramObservation
-from bntool.plan import Plan
+from bntool.core.plan import Plan
 from bntool.surgery.program_graph import ProgramCopy
 
 

@@ -8,7 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from bntool import proving, settling
+from bntool.subjects import proving
+
+from bntool.pipeline import settling
 from tests.cli import nets
 from tests.cli.conftest import Said, Shell, contents
 

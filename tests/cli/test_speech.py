@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 
 from bntool.cli import run
-from bntool.errors import LoadError
+from bntool.core.errors import LoadError
 from tests.cli import nets
 from tests.cli.conftest import Shell, contents
 
 needs_explanations = pytest.mark.skipif(
-    importlib.util.find_spec("bntool.explanations") is None, reason="bntool.explanations is not there yet"
+    importlib.util.find_spec("bntool.core.explanations") is None, reason="bntool.core.explanations is not there yet"
 )
 
 
@@ -123,7 +123,7 @@ def test_ctrl_c_leaves_nothing(
 
 
 def test_a_bug_is_called_a_bug(bntool: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
-    from bntool import surgeries
+    from bntool.pipeline import surgeries
 
     def broken(*args: object, **options: object) -> None:
         raise EOFError("the end")

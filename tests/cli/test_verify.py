@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from bntool.exporting import export_onnx
+from bntool.export.exporting import export_onnx
 from tests import broken
 from tests.cli import nets
 from tests.cli.conftest import Shell
@@ -118,7 +118,7 @@ def test_what_cannot_be_verified(refused: Shell) -> None:
 def test_the_export_that_a_fold_would_have_written_is_blamed(
     bntool: Shell, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from bntool import onnx_folding
+    from bntool.pipeline import onnx_folding
 
     honest = onnx_folding.fold_exported
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from bntool.errors import LoadError, UsageError
+from bntool.core.errors import LoadError, UsageError
 from bntool.files.atomic import sha256_of
 from bntool.files.sidecar import (
     describes,
@@ -15,8 +15,8 @@ from bntool.files.sidecar import (
     sidecar_path,
     write_sidecar,
 )
-from bntool.plan import Plan, Skip
-from bntool.reasons import Reason
+from bntool.core.plan import Plan, Skip
+from bntool.core.reasons import Reason
 
 
 @pytest.mark.parametrize(

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from bntool.folding.agreement import plan_on_all
-from bntool.inputs import Inputs
+from bntool.graph.inputs import Inputs
 from bntool.observe.eager import observe
-from bntool.program_folding import plan_fold_program
-from bntool.reasons import Reason
+from bntool.pipeline.program_folding import plan_fold_program
+from bntool.core.reasons import Reason
 from tests.fold_zoo import Net
 from tests.laws.exactness import Numbers, data
 

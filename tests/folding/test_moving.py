@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bntool.reasons import Reason
+from bntool.core.reasons import Reason
 from tests.fold_zoo import Net
 from tests.laws.exactness import Numbers, data, folded_exactly
 

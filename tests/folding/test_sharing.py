@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from torch import Tensor, nn
 
-from bntool.reasons import Reason
+from bntool.core.reasons import Reason
 from tests.fold_zoo import Net
 from tests.laws.exactness import Numbers, data, folded_exactly
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from bntool.affine import Affine, identity
-from bntool.graph import Graph, Op
+from bntool.graph.affine import Affine, identity
+from bntool.graph.dataflow import Graph, Op
 from bntool.laws.base import (
     LAWS,
     Refused,
@@ -23,7 +23,7 @@ from bntool.laws.base import (
     only_input,
     variable_roles,
 )
-from bntool.reasons import Reason
+from bntool.core.reasons import Reason
 
 NAN = float("nan")
 

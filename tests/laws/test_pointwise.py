@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from bntool.reasons import Reason
+from bntool.core.reasons import Reason
 from tests.laws.exactness import Chain, Numbers, data, few, folded_exactly, numbers, verdict
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {

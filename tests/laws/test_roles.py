@@ -11,12 +11,12 @@ from torch import Tensor, nn
 
 import bntool
 from bntool.folding import plan_fold
-from bntool.inputs import Inputs
+from bntool.graph.inputs import Inputs
 from bntool.observe.eager import observe
-from bntool.onnx_folding import plan_fold_onnx
-from bntool.plan import Plan
-from bntool.program_folding import fold_program
-from bntool.reasons import Reason
+from bntool.pipeline.onnx_folding import plan_fold_onnx
+from bntool.core.plan import Plan
+from bntool.pipeline.program_folding import fold_program
+from bntool.core.reasons import Reason
 from tests.laws.exactness import Numbers, data, folded_exactly
 
 FILL = Numbers("mixed", True, 1e-5, 1.0, 0)

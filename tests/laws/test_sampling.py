@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from bntool.reasons import Reason
+from bntool.core.reasons import Reason
 from tests.laws.exactness import CONVS, NORMS, Chain, Numbers, data, few, numbers, verdict
 
 SIDE = {1: (9,), 2: (7, 6), 3: (5, 4, 6)}

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from bntool.laws import Refused
 from bntool.laws.shapes import shape_groups
-from bntool.reasons import Reason
+from bntool.core.reasons import Reason
 from tests.laws.exactness import Chain, Numbers, data, few, folded_exactly, numbers, verdict
 
 Step = Callable[[Tensor], Tensor]

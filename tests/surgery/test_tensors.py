@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from bntool.plan import Edit
+from bntool.core.plan import Edit
 from bntool.surgery.tensors import edited
 
 SCALE = torch.tensor([1.0, 2.0], dtype=torch.float64)
