@@ -22,9 +22,7 @@ if TYPE_CHECKING:
         summary,
         verify,
     )
-    from bntool.data.batches import open_batches
     from bntool.calibrate.calibrating import CalibrationResult, calibrate
-    from bntool.surgery.converting import convert_state_dict
     from bntool.core.errors import (
         BntoolError,
         CheckFailed,
@@ -38,13 +36,15 @@ if TYPE_CHECKING:
         StateError,
         UsageError,
     )
-    from bntool.files.loading import Loaded, load
     from bntool.core.plan import DroppedBias, Edit, FoldSite, InsertSite, Plan, Skip
     from bntool.core.reasons import Reason
-    from bntool.report.checks import Comparison
-    from bntool.report.summary import Summary
-    from bntool.report.results import SurgeryResult
     from bntool.core.verdicts import Check
+    from bntool.data.batches import open_batches
+    from bntool.files.loading import Loaded, load
+    from bntool.report.checks import Comparison
+    from bntool.report.results import SurgeryResult
+    from bntool.report.summary import Summary
+    from bntool.surgery.converting import convert_state_dict
 
 _HOMES = {
     "api": "apply export_onnx fold insert plan_fold plan_insert read_plan summary verify",

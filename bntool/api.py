@@ -12,22 +12,22 @@ import torch
 from torch import nn
 from torch.export import ExportedProgram
 
-from bntool.pipeline import surgeries
-from bntool.models.collecting import paused
-from bntool.core.options import CheckOptions, ExportOptions, FoldOptions, InsertOptions
 from bntool.core.errors import BntoolError, DamagedPlan, PlanError, UsageError
+from bntool.core.options import CheckOptions, ExportOptions, FoldOptions, InsertOptions
+from bntool.core.plan import Plan
+from bntool.core.schema import Damaged, read
 from bntool.export.exporting import ExportResult
 from bntool.export.exporting import export_onnx as _export_onnx
 from bntool.files.targets import Target
 from bntool.graph.inputs import Inputs
 from bntool.inserting import redundant_biases, require_same_places
+from bntool.models.collecting import paused
 from bntool.observe.modules import class_name, signature_of
-from bntool.core.plan import Plan
-from bntool.report.checks import Comparison
-from bntool.report.summary import Summary, summarize
-from bntool.report.results import SurgeryResult
-from bntool.core.schema import Damaged, read
+from bntool.pipeline import surgeries
 from bntool.pipeline.serving import Serving, Silent, served
+from bntool.report.checks import Comparison
+from bntool.report.results import SurgeryResult
+from bntool.report.summary import Summary, summarize
 from bntool.subjects import subject_of
 from bntool.subjects.base import Checking, Narrow, Subject
 from bntool.subjects.module import ModuleSubject

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from bntool.data.batches import inputs_of, open_batches
 from bntool.core.errors import LoadError, UsageError
+from bntool.data.batches import inputs_of, open_batches
 from bntool.graph.inputs import Inputs
 
 LIKE = Inputs((torch.zeros(1, 3, 8, 8),))

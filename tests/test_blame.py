@@ -10,14 +10,13 @@ import pytest
 import torch
 from torch import nn
 
-from bntool.verify import blaming
-
 from bntool import api
 from bntool.core.blame import Step, first_fault
-from bntool.verify.checking import check_onnx, check_surgery, seeded_batches
 from bntool.core.errors import BntoolError, CheckFailed, UsageError
 from bntool.export.exporting import export_onnx
 from bntool.graph.inputs import Inputs
+from bntool.verify import blaming
+from bntool.verify.checking import check_onnx, check_surgery, seeded_batches
 from bntool.verify.repro import write_repro
 from tests import broken
 

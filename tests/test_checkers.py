@@ -12,14 +12,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bntool.verify.checking import check_onnx, check_surgery, seeded_batches
-from bntool.verify.comparing import compare, noise_limits
+from bntool.core.verdicts import Check
 from bntool.export.exporting import export_onnx
 from bntool.graph.inputs import Inputs
+from bntool.runtime.ort_runner import OrtRunner
+from bntool.verify.checking import check_onnx, check_surgery, seeded_batches
+from bntool.verify.comparing import compare, noise_limits
 from bntool.verify.onnx_checking import OnnxReference, check_onnx_unchanged
 from bntool.verify.onnx_verifying import check_files, check_itself
-from bntool.runtime.ort_runner import OrtRunner
-from bntool.core.verdicts import Check
 
 Run = dict[str, Tensor]
 BATCHES = (1, 2, 100)

@@ -7,12 +7,12 @@ import torch
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
-from bntool.verify.checking import ALGEBRA_LIMIT, check_onnx, check_surgery, named_as, seeded_batches
 from bntool.core.errors import CheckFailed, DeviceError, ExportError
 from bntool.export.exporting import export_onnx
 from bntool.graph.inputs import Inputs
-from bntool.verify.reference import Reference
 from bntool.report.checks import Comparison
+from bntool.verify.checking import ALGEBRA_LIMIT, check_onnx, check_surgery, named_as, seeded_batches
+from bntool.verify.reference import Reference
 
 
 def randomised(model: nn.Module) -> nn.Module:

@@ -8,10 +8,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from bntool.verify.comparing import K_NOISE, Difference, Limit, compare, difference, noise_limits, rounding_term
 from bntool.core.errors import CheckFailed, StateError
-from bntool.report.checks import Comparison
 from bntool.core.verdicts import Check
+from bntool.report.checks import Comparison
+from bntool.verify.comparing import (
+    K_NOISE,
+    Difference,
+    Limit,
+    compare,
+    difference,
+    noise_limits,
+    rounding_term,
+)
 
 EPS = torch.finfo(torch.float32).eps
 LAYERS = 20

@@ -5,9 +5,9 @@ import json
 import pytest
 import torch
 
+from bntool.core.errors import DeviceError
 from bntool.runtime import doctor
 from bntool.runtime.doctor import Diagnosis, Row, diagnose
-from bntool.core.errors import DeviceError
 
 
 def rows(diagnosis: Diagnosis) -> dict[str, Row]:

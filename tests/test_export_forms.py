@@ -9,15 +9,15 @@ from onnx import TensorProto, numpy_helper
 from torch import nn
 from torch.nn import functional as F
 
-from bntool.export import onnx_writing
-from bntool.models.casting import stored_as
-from bntool.verify.checking import check_onnx, seeded_batches
-from bntool.export.dynamic_axes import DynamicAxes, resized
 from bntool.core.errors import CheckFailed, ExportError, UsageError
+from bntool.export import onnx_writing
+from bntool.export.dynamic_axes import DynamicAxes, resized
 from bntool.export.exporting import export_onnx
-from bntool.graph.inputs import Inputs
 from bntool.export.onnx_versions import chosen_ir_version, loads_in
 from bntool.export.onnx_writing import append_metadata
+from bntool.graph.inputs import Inputs
+from bntool.models.casting import stored_as
+from bntool.verify.checking import check_onnx, seeded_batches
 from bntool.verify.reference import Reference
 
 IMAGE = Inputs((torch.zeros(1, 3, 8, 8),))

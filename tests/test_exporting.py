@@ -9,13 +9,11 @@ import torch.nn.functional as F
 from onnx import numpy_helper
 from torch import nn
 
-from bntool.export import exporting
-
-from bntool.export import onnx_writing
-from bntool.verify.checking import check_onnx, seeded_batches
 from bntool.core.errors import ExportError
+from bntool.export import exporting, onnx_writing
 from bntool.export.exporting import export_onnx
 from bntool.graph.inputs import Inputs
+from bntool.verify.checking import check_onnx, seeded_batches
 
 
 def convolutions() -> nn.Module:

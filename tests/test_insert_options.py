@@ -18,9 +18,9 @@ from torchvision.ops import FrozenBatchNorm2d
 
 import bntool
 from bntool.core.errors import CheckFailed, UsageError
-from bntool.models.layers import BatchNormPerCall
 from bntool.core.plan import Plan
 from bntool.core.reasons import Reason
+from bntool.models.layers import BatchNormPerCall
 
 X = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 

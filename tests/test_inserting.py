@@ -12,13 +12,13 @@ from torch import Tensor, nn
 
 from bntool.core.activations import ACTIVATIONS
 from bntool.core.errors import StateError, UsageError
-from bntool.graph.inputs import Inputs, outputs_of
-from bntool.inserting import InsertOptions, plan_insert, sequential_names
-from bntool.subjects.insertion import insert_observed
-from bntool.models.layers import NORMED, ConvBN2d
-from bntool.observe.eager import observe
 from bntool.core.plan import InsertSite, Plan
 from bntool.core.reasons import Reason
+from bntool.graph.inputs import Inputs, outputs_of
+from bntool.inserting import InsertOptions, plan_insert, sequential_names
+from bntool.models.layers import NORMED, ConvBN2d
+from bntool.observe.eager import observe
+from bntool.subjects.insertion import insert_observed
 from bntool.surgery.insert_modules import apply_insert
 from tests.insert_zoo import WRITTEN_OUT, ZOO, FunctionalRelu, Net, ReluModule, TiedWeights, conv
 

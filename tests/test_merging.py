@@ -17,8 +17,8 @@ from torch.export import ExportedProgram
 from torchvision.ops import FrozenBatchNorm2d
 
 from bntool.core.errors import CheckFailed
-from bntool.pipeline.onnx_folding import fold_onnx, plan_fold_onnx
 from bntool.core.plan import Plan
+from bntool.pipeline.onnx_folding import fold_onnx, plan_fold_onnx
 from bntool.pipeline.program_folding import fold_program, plan_fold_program
 from bntool.subjects.program import ProgramProof
 from bntool.surgery.fold_onnx import apply_fold_onnx

@@ -10,8 +10,8 @@ import onnx
 import pytest
 from onnx import helper, numpy_helper
 
-from bntool.files import onnx_files
 from bntool.core.errors import LoadError, UsageError
+from bntool.files import onnx_files
 from bntool.files.onnx_files import open_onnx, save_onnx
 from bntool.pipeline.onnx_folding import fold_onnx
 from tests.onnx_zoo import ONNX_ZOO

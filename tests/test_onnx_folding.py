@@ -14,15 +14,15 @@ import onnx_ir as ir
 import pytest
 import torch
 
-from bntool.verify import onnx_checking
-from bntool.verify.comparing import K_NOISE, Limit
 from bntool.core.errors import CheckFailed
-from bntool.folding import agreement, plan_fold
-from bntool.graph.inputs import Inputs
-from bntool.verify.onnx_checking import OnnxReference, file_limits
-from bntool.pipeline.onnx_folding import fold_onnx, plan_fold_onnx
 from bntool.core.plan import Plan
 from bntool.core.reasons import Reason
+from bntool.folding import agreement, plan_fold
+from bntool.graph.inputs import Inputs
+from bntool.pipeline.onnx_folding import fold_onnx, plan_fold_onnx
+from bntool.verify import onnx_checking
+from bntool.verify.comparing import K_NOISE, Limit
+from bntool.verify.onnx_checking import OnnxReference, file_limits
 from bntool.verify.reference import DRAWS
 from tests.onnx_zoo import ONNX_ZOO
 

@@ -15,8 +15,8 @@ from torch.nn import functional as F
 import bntool
 from bntool.core.errors import UsageError
 from bntool.core.plan import Plan
-from bntool.pipeline.program_folding import fold_program
 from bntool.core.reasons import Reason
+from bntool.pipeline.program_folding import fold_program
 from bntool.runtime.programs import example_inputs_of
 from tests.fold_zoo import FOLDED, bn, conv, enliven
 from tests.program_zoo import BATCH, PROGRAM_ZOO, ProgramNet, decomposed, exported

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from bntool.graph.inputs import Inputs
 from bntool.verify.checking import seeded_batches
 from bntool.verify.comparing import K_NOISE
-from bntool.graph.inputs import Inputs
 from bntool.verify.reference import Reference
 
 

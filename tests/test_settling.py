@@ -10,14 +10,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bntool.graph.affine import Affine
 from bntool.core.errors import CheckFailed
+from bntool.core.plan import FoldSite, Plan, Skip
+from bntool.core.reasons import Reason
+from bntool.graph.affine import Affine
 from bntool.graph.dataflow import Op
 from bntool.laws import LAWS, Context, Maps
 from bntool.pipeline.onnx_folding import fold_onnx
-from bntool.core.plan import FoldSite, Plan, Skip
 from bntool.pipeline.program_folding import fold_program
-from bntool.core.reasons import Reason
 from bntool.pipeline.settling import first_at_fault, settle
 from tests.fold_zoo import bn, conv, enliven
 from tests.onnx_zoo import OnnxNet, W

@@ -11,11 +11,11 @@ from torch import nn
 
 import bntool
 from bntool.calibrate.calibrating import calibrate
-from bntool.core.errors import NothingToDo, StateError, UsageError
-from bntool.models.frozen import freeze_layer
 from bntool.calibrate.moments import Moments
 from bntool.calibrate.statistics import measure, set_preserving
 from bntool.calibrate.sweeping import sweep
+from bntool.core.errors import NothingToDo, StateError, UsageError
+from bntool.models.frozen import freeze_layer
 
 U32 = 2.0**-24
 U64 = 2.0**-53

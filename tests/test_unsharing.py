@@ -17,6 +17,8 @@ from onnx.reference import ReferenceEvaluator
 from torch import Tensor, nn
 
 import bntool
+from bntool.core.plan import Plan
+from bntool.core.reasons import Reason
 from bntool.folding.claims import Claims
 from bntool.folding.moving import Take, Way
 from bntool.folding.norms import find_norms, why_unfit
@@ -24,9 +26,7 @@ from bntool.graph.inputs import Inputs
 from bntool.laws import Refused
 from bntool.observe.eager import observe
 from bntool.pipeline.onnx_folding import fold_exported, fold_onnx, plan_fold_onnx
-from bntool.core.plan import Plan
 from bntool.pipeline.program_folding import fold_program, plan_fold_program
-from bntool.core.reasons import Reason
 from bntool.surgery.fold_onnx import apply_fold_onnx
 from bntool.surgery.fold_program import apply_fold_program
 from tests.fold_zoo import FOLDED, ZOO, bn, conv, enliven

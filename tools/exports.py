@@ -46,13 +46,13 @@ def examine(name: str) -> dict[str, Any]:
     import onnx
     import torch
 
-    from bntool.verify.checking import check_onnx
     from bntool.core.options import FoldOptions
     from bntool.export.exporting import export_onnx
     from bntool.files.references import build
     from bntool.pipeline.onnx_folding import fold_exported
     from bntool.subjects.base import Checking
     from bntool.subjects.module import ModuleSubject
+    from bntool.verify.checking import check_onnx
 
     torch.set_num_threads(1)
     model = build(name).model.eval()

@@ -88,8 +88,8 @@ def observed(name: str, model: Any) -> Any:
 
 def judged(make: Callable[[], Any], observed: Callable[[Any], Any]) -> dict[str, Any]:
     """What becomes of a model, with the first gain at which that can be judged to float64's own digits."""
-    from bntool.verify.checking import ALGEBRA_LIMIT
     from bntool.core.errors import CheckFailed
+    from bntool.verify.checking import ALGEBRA_LIMIT
 
     try:
         row = _judged(make, observed, GAINS[0])
@@ -184,8 +184,8 @@ def _inserted(model: Any, observation: Any) -> dict[str, Any]:
 def sites_again(inserted: Any, inputs: Any) -> int:
     """How many sites a second insertion finds: it should change nothing."""
     from bntool.inserting import InsertOptions
-    from bntool.subjects.insertion import insert_observed
     from bntool.observe.eager import observe
+    from bntool.subjects.insertion import insert_observed
 
     again, *_ = insert_observed(inserted, observe(inserted, inputs), InsertOptions(activations=("any",)))
     return len(again.sites)

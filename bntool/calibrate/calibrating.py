@@ -9,20 +9,20 @@ from typing import Any
 import torch
 from torch import nn
 
-from bntool.core.errors import NothingToDo, UsageError
-from bntool.models.frozen import FrozenNorm, freeze_layer, frozen_class
 from bntool.calibrate.moments import Seen
+from bntool.calibrate.statistics import store
+from bntool.calibrate.sweeping import Sweep, pooled, require_batches, sweep
+from bntool.core.errors import NothingToDo, UsageError
+from bntool.core.text import Lines, as_lines
+from bntool.core.verdicts import Check
+from bntool.models.frozen import FrozenNorm, freeze_layer, frozen_class
 from bntool.observe.copying import structural_copy
 from bntool.observe.modules import is_batch_norm_class, is_decomposed
 from bntool.report.counting import parameter_delta
-from bntool.report.tables import Column, Table, count, render, wrapped
 from bntool.report.results import delta_lines
-from bntool.calibrate.statistics import store
-from bntool.surgery.fold_modules import with_own_tensors
-from bntool.calibrate.sweeping import Sweep, pooled, require_batches, sweep
-from bntool.core.text import Lines, as_lines
-from bntool.core.verdicts import Check
+from bntool.report.tables import Column, Table, count, render, wrapped
 from bntool.runtime.world import World
+from bntool.surgery.fold_modules import with_own_tensors
 
 Progress = Callable[[str], None]
 

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bntool.core.errors import StateError, UsageError
 from bntool.calibrate.moments import Moments, Seen
 from bntool.calibrate.sweeping import require_batches, sweep
+from bntool.core.errors import StateError, UsageError
 from bntool.runtime.world import World
 
 _SHOWN_CHANNELS = 5

@@ -12,16 +12,16 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode
 
-from bntool.data.batches import inputs_of
-from bntool.models.casting import is_finite
-from bntool.verify.comparing import difference
-from bntool.core.errors import BntoolError, StateError, UsageError
-from bntool.graph.inputs import Inputs, outputs_of
 from bntool.calibrate.moments import Moments, Seen
+from bntool.core.errors import BntoolError, StateError, UsageError
+from bntool.data.batches import inputs_of
+from bntool.graph.inputs import Inputs, outputs_of
+from bntool.models.casting import is_finite
 from bntool.observe.copying import structural_copy
 from bntool.observe.leftovers import random_state_kept, require_materialised
 from bntool.runtime.torch_runner import float32_products
 from bntool.runtime.world import World
+from bntool.verify.comparing import difference
 
 Progress = Callable[[str], None]
 

@@ -39,9 +39,9 @@ def command(
     They run in turn, so that a machine that slows down slows both. A difference is claimed only where the
     middle halves of the samples do not overlap.
     """
-    from bntool.runtime.benchmarking import Candidate
     from bntool.cli import devices, timing
     from bntool.report.latency import latency_text
+    from bntool.runtime.benchmarking import Candidate
 
     names = (pair.first, pair.second)
     files = [name for name in names if is_onnx(name)]
@@ -77,8 +77,8 @@ def _module(model: Any) -> nn.Module:
 
 def _inputs_of(session: Session | None, files: list[str], seed: int) -> Callable[[int], Inputs | None]:
     from bntool.runtime.benchmarking import rebatching
-    from bntool.verify.onnx_checking import example_inputs_of
     from bntool.runtime.programs import example_inputs_of as inputs_of_program
+    from bntool.verify.onnx_checking import example_inputs_of
 
     if session is None:
         return lambda batch: example_inputs_of(files[0], batch, seed)

@@ -16,6 +16,7 @@ from bntool.cli.job import joined
 from bntool.cli.opening import open_module
 from bntool.cli.options import some, takes
 from bntool.cli.session import Session, Voice
+from bntool.core.errors import UsageError
 from bntool.core.options import (
     DataOptions,
     InsertOptions,
@@ -26,7 +27,6 @@ from bntool.core.options import (
     ReportOptions,
     SpeechOptions,
 )
-from bntool.core.errors import UsageError
 
 if TYPE_CHECKING:
     from bntool.cli.writing import Place

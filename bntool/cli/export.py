@@ -11,6 +11,7 @@ import click
 from bntool.cli.opening import open_model
 from bntool.cli.options import takes_all
 from bntool.cli.session import Voice
+from bntool.core.errors import InvariantError, UsageError
 from bntool.core.option import Options, option
 from bntool.core.options import (
     CheckOptions,
@@ -22,7 +23,6 @@ from bntool.core.options import (
     WriteOptions,
 )
 from bntool.core.refusals import KINDS
-from bntool.core.errors import InvariantError, UsageError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,10 +58,10 @@ def command(voice: Voice, asked: Asked) -> int:
     from bntool.cli.writing import OnnxPlace
     from bntool.export.dynamic_axes import DynamicAxes
     from bntool.files.sidecar import output_name
-    from bntool.report.checks import checks_text
     from bntool.pipeline.serving import Serving
-    from bntool.subjects.base import Checking
     from bntool.pipeline.surgeries import unchanged
+    from bntool.report.checks import checks_text
+    from bntool.subjects.base import Checking
 
     if opened.kind == "onnx":
         raise UsageError(

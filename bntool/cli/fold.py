@@ -11,6 +11,7 @@ from bntool.cli.blaming import require_place
 from bntool.cli.opening import Opened, open_model
 from bntool.cli.options import takes_all
 from bntool.cli.session import Voice
+from bntool.core.errors import BntoolError, CheckFailed, NothingToDo, StateError, UsageError
 from bntool.core.option import Options, option
 from bntool.core.options import (
     BenchOptions,
@@ -24,9 +25,8 @@ from bntool.core.options import (
     SpeechOptions,
     WriteOptions,
 )
-from bntool.core.refusals import require_export
-from bntool.core.errors import BntoolError, CheckFailed, NothingToDo, StateError, UsageError
 from bntool.core.reasons import Reason
+from bntool.core.refusals import require_export
 
 if TYPE_CHECKING:
     from bntool.cli.devices import Devices
@@ -162,8 +162,8 @@ class _Fold:
     def result(self) -> tuple[SurgeryResult, Any]:
         """The fold, proved; unproved where it is not worth an output."""
         from bntool.cli.devices import torch_device
-        from bntool.subjects.base import Checking
         from bntool.pipeline.surgeries import fold
+        from bntool.subjects.base import Checking
 
         voice, subject, check = self.voice, self.opened.subject, self.asked.check
         with voice.progress(f"folding {self.opened.subject.name}") as step:

@@ -12,6 +12,7 @@ from bntool.cli.opening import Opened, open_model
 from bntool.cli.options import chosen, takes_all
 from bntool.cli.session import Voice
 from bntool.cli.source import require_fitting, rewritten, show_source, tell_refusals, write_source
+from bntool.core.errors import NothingToDo, PlanError, UsageError
 from bntool.core.option import Options, option
 from bntool.core.options import (
     CheckOptions,
@@ -23,7 +24,6 @@ from bntool.core.options import (
     SpeechOptions,
     WriteOptions,
 )
-from bntool.core.errors import NothingToDo, PlanError, UsageError
 from bntool.core.reasons import Reason
 
 if TYPE_CHECKING:

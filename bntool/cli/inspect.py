@@ -28,8 +28,8 @@ def command(voice: Voice, inspect: InspectOptions, load: LoadOptions) -> int:
     Nothing in the file is run, and no weights are read. Exit 3 for a file that is damaged, hostile or of a
     kind that bntool does not load.
     """
-    from bntool.files.inspecting import inspect_file
     from bntool.core.limits import Limit
+    from bntool.files.inspecting import inspect_file
     from bntool.report.inspection import inspection_text
 
     inspection = inspect_file(Path(inspect.file), Limit(load.max_size))

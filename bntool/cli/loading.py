@@ -10,9 +10,9 @@ if TYPE_CHECKING:
 
     from bntool.cli.session import Voice
     from bntool.core.options import LoadOptions
+    from bntool.core.plan import Plan
     from bntool.files.loading import Loaded
     from bntool.files.memory import Record
-    from bntool.core.plan import Plan
 
 
 def load_granted(
@@ -85,8 +85,8 @@ def replay_of(path: str, told: dict[str, Any]) -> tuple[list[Plan], Any]:
     architecture: then when it is replayed.
     """
     from bntool.core.errors import DamagedPlan, LoadError, PlanError
-    from bntool.files.sidecar import damaged, sidecar_path
     from bntool.core.plan import Plan
+    from bntool.files.sidecar import damaged, sidecar_path
 
     last = told.get("plan")
     raw = {f"earlier_plans[{i}]": plan for i, plan in enumerate(told.get("earlier_plans", ()))}

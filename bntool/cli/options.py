@@ -12,8 +12,8 @@ import click
 
 from bntool.cli.completing import files, folders, reason_codes
 from bntool.cli.session import Voice
-from bntool.core.option import Option, Options
 from bntool.core.errors import UsageError
+from bntool.core.option import Option, Options
 
 Command = Callable[..., int]
 _COMPLETE = {"file": files, "folder": folders, "reason": reason_codes}

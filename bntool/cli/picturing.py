@@ -45,8 +45,8 @@ def picture_onnx(voice: Voice, source: Path) -> None:
 
 
 def _read_onnx(path: Path) -> Graph:
-    from bntool.observe.onnx_model import observe_onnx
     from bntool.files.onnx_files import open_onnx
+    from bntool.observe.onnx_model import observe_onnx
 
     return observe_onnx(open_onnx(path).model).graph
 

@@ -19,10 +19,10 @@ if TYPE_CHECKING:
     from bntool.cli.writing import OnnxPlace
     from bntool.export.exporting import ExportResult
     from bntool.files.targets import Drafts
-    from bntool.verify.reference import Reference
-    from bntool.report.results import SurgeryResult
     from bntool.pipeline.serving import Serving
+    from bntool.report.results import SurgeryResult
     from bntool.subjects.base import Checking
+    from bntool.verify.reference import Reference
 
 
 def served(

@@ -18,8 +18,8 @@ from bntool.cli.example_inputs import parse_inputs
 from bntool.cli.loading import load_granted
 from bntool.cli.reading import read_by
 from bntool.cli.streams import say
-from bntool.core.options import LoadOptions, ReportOptions, SpeechOptions
 from bntool.core.errors import BntoolError, InvariantError, UsageError
+from bntool.core.options import LoadOptions, ReportOptions, SpeechOptions
 from bntool.files.sidecar import sidecar_path
 from bntool.files.targets import Target
 
@@ -28,11 +28,11 @@ if TYPE_CHECKING:
     from torch.export import ExportedProgram
 
     from bntool.core.option import Options
+    from bntool.core.plan import Plan
     from bntool.files.loading import Loaded
     from bntool.files.memory import Record
     from bntool.graph.inputs import Inputs
     from bntool.observe.eager import Observation
-    from bntool.core.plan import Plan
 
 
 @dataclasses.dataclass

@@ -79,8 +79,8 @@ def tell_refusals(voice: Voice, source: Rewritten) -> None:
 
 def show_source(voice: Voice, source: Rewritten, result: SurgeryResult) -> None:
     """The diff, then every new layer with the line it goes to."""
-    from bntool.report.tables import Column, Table, count, render
     from bntool.report.results import delta_lines
+    from bntool.report.tables import Column, Table, count, render
 
     _show_diff(voice, source.diff)
     if voice.quiet:

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bntool.cli.session import Voice
-from bntool.core.refusals import require_known
 from bntool.core.errors import LoadError, UsageError
+from bntool.core.refusals import require_known
 
 if TYPE_CHECKING:
     from bntool.cli.fold import Asked

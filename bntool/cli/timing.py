@@ -12,12 +12,12 @@ from bntool.cli.session import Voice
 from bntool.core.options import BenchOptions, ExportOptions
 
 if TYPE_CHECKING:
-    from bntool.runtime.benchmarking import Candidate
     from bntool.cli.opening import Opened
     from bntool.cli.writing import Places
-    from bntool.graph.inputs import Inputs
     from bntool.core.latencies import Benchmark
+    from bntool.graph.inputs import Inputs
     from bntool.report.results import SurgeryResult
+    from bntool.runtime.benchmarking import Candidate
 
 
 def timed(

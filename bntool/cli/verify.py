@@ -10,6 +10,7 @@ import click
 
 from bntool.cli.options import takes
 from bntool.cli.session import Session, Voice, open_session
+from bntool.core.errors import CheckFailed, LoadError, UsageError
 from bntool.core.option import Options, option
 from bntool.core.options import (
     CheckOptions,
@@ -18,13 +19,12 @@ from bntool.core.options import (
     ReportOptions,
     SpeechOptions,
 )
-from bntool.core.errors import CheckFailed, LoadError, UsageError
 
 if TYPE_CHECKING:
-    from bntool.verify.blaming import Found
     from bntool.cli.devices import Devices
-    from bntool.verify.reference import Reference
     from bntool.core.verdicts import Check
+    from bntool.verify.blaming import Found
+    from bntool.verify.reference import Reference
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,8 +141,8 @@ def _checked(
 def _concluded(
     voice: Voice, candidate: str, reference: str, checks: list[Check], blame: dict[str, Any]
 ) -> int:
-    from bntool.report.checks import checks_text
     from bntool.core.verdicts import first_failed
+    from bntool.report.checks import checks_text
 
     voice.say(checks_text(checks))
     scores = [check.top1 for check in checks if check.top1 is not None]
@@ -192,8 +192,8 @@ def _is_onnx(candidate: str | None) -> bool:
 def _compared(
     session: Session, other: Any, reference: Reference, check: CheckOptions, places: Devices, step: Any
 ) -> list[Check]:
-    from bntool.verify.checking import check_onnx, check_surgery, check_tf32, no_tf32
     from bntool.cli import devices
+    from bntool.verify.checking import check_onnx, check_surgery, check_tf32, no_tf32
 
     common: dict[str, Any] = {
         "progress": step,

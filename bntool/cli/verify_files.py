@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bntool.cli.session import Voice
-from bntool.core.options import CheckOptions, LoadOptions, PlaceOptions
 from bntool.core.errors import UsageError
+from bntool.core.options import CheckOptions, LoadOptions, PlaceOptions
 
 if TYPE_CHECKING:
-    from bntool.verify.blaming import Found
-    from bntool.graph.inputs import Inputs
     from bntool.core.verdicts import Check
+    from bntool.graph.inputs import Inputs
+    from bntool.verify.blaming import Found
 
 
 def verify_files(
@@ -29,9 +29,9 @@ def verify_files(
     Of `load` the shapes and the seed of the inputs are taken, unless `inputs_file` holds real ones.
     """
     from bntool.cli import blaming, devices, picturing
+    from bntool.core.verdicts import first_failed
     from bntool.files.onnx_files import open_onnx
     from bntool.verify.onnx_verifying import check_files, check_itself
-    from bntool.core.verdicts import first_failed
 
     for path in filter(None, (candidate, reference)):
         open_onnx(path)
@@ -64,9 +64,9 @@ def _found(candidate: Path, reference: Path | None, inputs: list[Inputs], failed
 
 def _inputs(path: Path, load: LoadOptions, inputs_file: str | None, *, full: bool) -> list[Inputs]:
     from bntool.cli.real_inputs import read_inputs
+    from bntool.runtime.ort_runner import OrtRunner
     from bntool.verify.onnx_checking import SIDES, drawn_inputs
     from bntool.verify.onnx_verifying import seeded_file_inputs
-    from bntool.runtime.ort_runner import OrtRunner
 
     if inputs_file:
         like = drawn_inputs(OrtRunner(path, "cpu", optimize=False), 1, SIDES[0], load.seed)

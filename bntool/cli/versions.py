@@ -7,7 +7,7 @@ import re
 from importlib import metadata
 from pathlib import Path
 
-from bntool import __version__
+from bntool.core.version import __version__
 from bntool.core.text import Lines, as_lines
 
 _CUDA_IN = {

@@ -14,9 +14,9 @@ from collections.abc import Mapping
 from typing import Literal
 
 from bntool.core.activations import ACTIVATIONS
-from bntool.core.option import Options, option
 from bntool.core.errors import UsageError
 from bntool.core.limits import DEFAULT_MAX_SIZE, parse_size
+from bntool.core.option import Options, option
 
 _LARGEST = sys.float_info.max
 

@@ -15,10 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from bntool.data.arrays import KINDS, arrays_in, axes_fit, chosen_arrays, shape_text, tensor_of
 from bntool.core.errors import BntoolError, LoadError, UsageError
-from bntool.files.scripts import import_path, import_script, running_user_code
+from bntool.data.arrays import KINDS, arrays_in, axes_fit, chosen_arrays, shape_text, tensor_of
 from bntool.data.images import Preparation, find_images, image_batch
+from bntool.files.scripts import import_path, import_script, running_user_code
 from bntool.graph.inputs import Inputs
 
 _Make = Callable[[slice], Iterator[Inputs]]

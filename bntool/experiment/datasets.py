@@ -15,10 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bntool.data.arrays import arrays_in
 from bntool.core.errors import BntoolError, LoadError, UsageError
-from bntool.files.scripts import import_path, import_script, running_user_code
+from bntool.data.arrays import arrays_in
 from bntool.data.images import Preparation, image_batch
+from bntool.files.scripts import import_path, import_script, running_user_code
 from bntool.graph.inputs import Inputs
 
 KINDS = "mnist, fashion-mnist, a folder of images, an .npz file, or pkg.mod:loader"

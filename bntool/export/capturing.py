@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from bntool.export.dynamic_axes import BATCH_AXIS, DynamicAxes, sample_for, shapes_for, symbols_of
 from bntool.core.errors import ExportError, InvariantError
-from bntool.graph.inputs import Inputs
+from bntool.export.dynamic_axes import BATCH_AXIS, DynamicAxes, sample_for, shapes_for, symbols_of
 from bntool.export.onnx_versions import LEAST_OPSET, OPSETS
+from bntool.graph.inputs import Inputs
 
 _BFLOAT16_OPSET = 22
 _BATCH_NORM_OPS = (

@@ -11,6 +11,8 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from bntool.core.errors import ExportError, UsageError
+from bntool.core.plan import Unshared
 from bntool.export.capturing import (
     batch_norm_nodes,
     capture,
@@ -20,15 +22,13 @@ from bntool.export.capturing import (
     refuse_batch_statistics,
     silent,
 )
-from bntool.models.casting import DTYPES, cast_copy
 from bntool.export.dynamic_axes import DynamicAxes
-from bntool.core.errors import ExportError, UsageError
-from bntool.files.targets import Target
-from bntool.graph.inputs import Inputs, named_tensors
 from bntool.export.onnx_cleaning import census, clean, name_axes, rename_initializers, rename_values
 from bntool.export.onnx_versions import chosen_ir_version, loads_in
 from bntool.export.onnx_writing import ExternalData, keep_float32_io, narrow_type, write_checked
-from bntool.core.plan import Unshared
+from bntool.files.targets import Target
+from bntool.graph.inputs import Inputs, named_tensors
+from bntool.models.casting import DTYPES, cast_copy
 
 Exporter = Literal["dynamo", "legacy"]
 

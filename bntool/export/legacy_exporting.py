@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from torch.jit._trace import TracerWarning
 from torch.overrides import TorchFunctionMode
 
+from bntool.core.errors import BntoolError, ExportError
 from bntool.export.capturing import essence, fixed_batch, silent, user_line, why_no_batch_axis
 from bntool.export.dynamic_axes import DynamicAxes, name_of, sample_for
-from bntool.core.errors import BntoolError, ExportError
-from bntool.graph.inputs import Inputs, outputs_of
 from bntool.export.onnx_versions import LEAST_OPSET
+from bntool.graph.inputs import Inputs, outputs_of
 
 _PREFIX = "model."
 

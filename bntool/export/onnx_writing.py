@@ -9,10 +9,10 @@ from typing import Any, Literal
 
 import onnx_ir as ir
 
-from bntool.export.capturing import essence
 from bntool.core.errors import ExportError, UsageError
-from bntool.files.targets import Target
+from bntool.export.capturing import essence
 from bntool.files.onnx_files import SINGLE_FILE_LIMIT, add_data, check_structure
+from bntool.files.targets import Target
 
 ExternalData = Literal["auto", "always", "never"]
 

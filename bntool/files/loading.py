@@ -15,10 +15,10 @@ from torch import nn
 from torch.export import ExportedProgram
 
 from bntool.core.errors import InvariantError, LoadError, UsageError
+from bntool.core.limits import DEFAULT_MAX_SIZE, Limit
 from bntool.files.architectures import closest, load_index, take_exact
 from bntool.files.atomic import sha256_of
 from bntool.files.detect import FileKind, Kind, detect
-from bntool.core.limits import DEFAULT_MAX_SIZE, Limit
 from bntool.files.references import build, full_names, is_reference, recorded_inputs
 from bntool.files.regular import exists
 from bntool.files.safetensors_files import read_header, read_index

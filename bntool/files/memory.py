@@ -13,8 +13,8 @@ import os
 from pathlib import Path
 
 from bntool.core.errors import BntoolError, LoadError, UsageError
-from bntool.files.atomic import sha256_of, write_atomically
 from bntool.core.schema import Damaged, Text, fitted, read, version_of
+from bntool.files.atomic import sha256_of, write_atomically
 
 SCHEMA_VERSION = 1
 

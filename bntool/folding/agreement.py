@@ -14,11 +14,11 @@ from typing import Any
 
 import torch
 
-from bntool.graph.affine import evaluate
-from bntool.folding.planner import plan_fold
-from bntool.graph.dataflow import Graph
 from bntool.core.plan import Expr, FoldSite, Plan, Skip
 from bntool.core.reasons import Reason
+from bntool.folding.planner import plan_fold
+from bntool.graph.affine import evaluate
+from bntool.graph.dataflow import Graph
 
 _DETAIL = "the fold would come out otherwise on an input of other sizes or numbers"
 

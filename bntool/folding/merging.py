@@ -13,15 +13,15 @@ from collections.abc import Mapping
 
 import torch
 
-from bntool.graph.affine import Affine, Constant, compose, identity
+from bntool.core.plan import Branch, Merge
 from bntool.folding.claims import Claims
 from bntool.folding.norms import Norm
+from bntool.graph.affine import Affine, Constant, compose, identity
 from bntool.graph.dataflow import Graph, Op
 from bntool.laws import Context, Refused
 from bntool.laws.base import constant_operand
 from bntool.laws.merging import added_up, identity_window, joined, window_of
 from bntool.laws.taking import channel_axis, output_demand
-from bntool.core.plan import Branch, Merge
 
 _ROOTS = frozenset({"add", "sub", "mul", "div", "batch_norm"})
 

@@ -6,14 +6,14 @@ import dataclasses
 import heapq
 from collections.abc import Iterator
 
-from bntool.graph.affine import Affine, identity, merge
+from bntool.core.reasons import Reason
 from bntool.folding.norms import Norm
+from bntool.graph.affine import Affine, identity, merge
 from bntool.graph.dataflow import Edge, Graph, Op, Value, is_out
 from bntool.laws import LAWS, Refused
 from bntool.laws.base import Down, Up
 from bntool.laws.nonlinear import NONLINEAR
 from bntool.laws.taking import TAKERS, input_map, output_demand
-from bntool.core.reasons import Reason
 
 _MAX_ATTEMPTS = 16
 """How many ways to hand out shifts among summed branches are tried for one BatchNorm."""

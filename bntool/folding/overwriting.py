@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from bntool.core.reasons import Reason
 from bntool.graph.dataflow import Graph, Op, Value
 from bntool.laws import Refused
-from bntool.core.reasons import Reason
 
 _VIEWS = frozenset(
     """identity reshape flatten squeeze unsqueeze permute slice select split expand unbind unfold

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from bntool.core.reasons import Reason
 from bntool.graph.dataflow import Edge, Graph, Op, Value
 from bntool.laws import Refused
-from bntool.core.reasons import Reason
 
 _GRAPH_LEVEL = "the exported graph can give each call its own (fold --unshare --export onnx)"
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from bntool.graph.dataflow import Graph, Op, Value
 from bntool.core.plan import DroppedBias
+from bntool.graph.dataflow import Graph, Op, Value
 
 
 def redundant_biases(graph: Graph) -> Iterator[DroppedBias]:

@@ -6,16 +6,16 @@ import dataclasses
 import math
 from collections.abc import Iterator, Sequence
 
-from bntool.core.options import InsertOptions
 from bntool.core.errors import UsageError
+from bntool.core.options import InsertOptions
+from bntool.core.patterns import chosen, require_matches
+from bntool.core.plan import DroppedBias, InsertSite, Plan, Skip
+from bntool.core.reasons import Reason
 from bntool.graph.dataflow import Graph, Module, Op, Value
 from bntool.inserting.activations import Activation, activation_of
 from bntool.inserting.biases import batched_rank, own_bias, redundant_biases, untouched
 from bntool.inserting.names import Rename, name_newcomers
 from bntool.inserting.places import Draft, Form, passes
-from bntool.core.patterns import chosen, require_matches
-from bntool.core.plan import DroppedBias, InsertSite, Plan, Skip
-from bntool.core.reasons import Reason
 
 _NORMS = frozenset(
     {"batch_norm", "instance_norm", "group_norm", "layer_norm", "native_layer_norm", "rms_norm"}

@@ -9,14 +9,14 @@ import dataclasses
 from collections.abc import Iterator
 from typing import get_args
 
-from bntool.core.options import InsertOptions
 from bntool.core.errors import UsageError
-from bntool.graph.dataflow import Graph
-from bntool.inserting.places import Form
-from bntool.inserting.planner import plan_insert
+from bntool.core.options import InsertOptions
 from bntool.core.plan import InsertSite, Plan
 from bntool.core.reasons import Reason
 from bntool.core.schema import Damaged, fitted
+from bntool.graph.dataflow import Graph
+from bntool.inserting.places import Form
+from bntool.inserting.planner import plan_insert
 
 
 def require_same_places(graph: Graph, plan: Plan) -> None:

@@ -7,10 +7,10 @@ is a softmax over them.
 
 from __future__ import annotations
 
+from bntool.core.reasons import Reason
 from bntool.graph.affine import Affine
 from bntool.graph.dataflow import Op, Value
 from bntool.laws.base import Context, Maps, Refused, along, constant_over, law, no_shift
-from bntool.core.reasons import Reason
 
 
 @law("product")

@@ -12,9 +12,9 @@ from typing import Protocol
 
 import torch
 
+from bntool.core.reasons import Reason
 from bntool.graph.affine import Affine, Constant, first_asked, identity
 from bntool.graph.dataflow import Graph, Op, Value
-from bntool.core.reasons import Reason
 
 
 class Refused(Exception):

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 import torch
 
+from bntool.core.reasons import Reason
 from bntool.graph.affine import Affine, concat, identity, merge
 from bntool.graph.dataflow import Op
 from bntool.laws.base import Context, Maps, Refused, along, constant_over, law, of_input, only_input
-from bntool.core.reasons import Reason
 
 
 @law("slice")

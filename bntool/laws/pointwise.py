@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from bntool.core.reasons import Reason
 from bntool.graph.affine import Affine, Constant, add, identity
 from bntool.graph.dataflow import Op
 from bntool.laws.base import (
@@ -19,7 +20,6 @@ from bntool.laws.base import (
     only_input,
     variable_roles,
 )
-from bntool.core.reasons import Reason
 
 
 @law("relu", "leaky_relu", "prelu")

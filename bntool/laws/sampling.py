@@ -6,6 +6,7 @@ import math
 
 import torch
 
+from bntool.core.reasons import Reason
 from bntool.graph.affine import Affine, Constant, concat, identity
 from bntool.graph.dataflow import Op
 from bntool.laws.base import (
@@ -21,7 +22,6 @@ from bntool.laws.base import (
     of_input,
     only_input,
 )
-from bntool.core.reasons import Reason
 
 
 def _spatial(context: Context, op: Op, affine: Affine, dims: int) -> Affine:

@@ -8,9 +8,9 @@ from typing import Any
 
 from bntool.core.documents import SCHEMA_VERSION
 from bntool.core.errors import LoadError
-from bntool.pages.shapes import require_report
 from bntool.core.schema import Damaged, read, version_of
 from bntool.core.text import visible
+from bntool.pages.shapes import require_report
 
 _COMMANDS = {
     # command -> keys of which one tells it, where a document does not name its command

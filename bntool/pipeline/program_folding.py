@@ -7,12 +7,12 @@ from typing import Any, Literal
 from torch.export import ExportedProgram
 
 from bntool.core.options import FoldOptions, InsertOptions
-from bntool.observe.exported_program import ProgramObservation
 from bntool.core.plan import Plan
+from bntool.observe.exported_program import ProgramObservation
+from bntool.pipeline.surgeries import fold, insert
 from bntool.report.results import SurgeryResult
 from bntool.subjects.base import Checking
 from bntool.subjects.program import ProgramSubject
-from bntool.pipeline.surgeries import fold, insert
 
 
 def fold_program(

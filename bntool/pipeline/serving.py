@@ -9,20 +9,20 @@ from functools import partial
 from pathlib import Path
 from typing import Protocol
 
-from bntool.verify.blaming import Found, blame_onnx
-from bntool.models.casting import DTYPES, stored_as
-from bntool.verify.checking import check_onnx
-from bntool.core.options import ExportOptions, FoldOptions
 from bntool.core.errors import CheckFailed, ExportError
-from bntool.export.exporting import ExportResult
-from bntool.pipeline.onnx_folding import fold_exported
-from bntool.export.onnx_writing import append_metadata
+from bntool.core.options import ExportOptions, FoldOptions
 from bntool.core.reasons import Reason
-from bntool.verify.reference import Reference
-from bntool.report.results import SurgeryResult, unshared_text
-from bntool.subjects.base import Checking, Exportable, Narrow
 from bntool.core.verdicts import Check, first_failed
 from bntool.core.version import __version__
+from bntool.export.exporting import ExportResult
+from bntool.export.onnx_writing import append_metadata
+from bntool.models.casting import DTYPES, stored_as
+from bntool.pipeline.onnx_folding import fold_exported
+from bntool.report.results import SurgeryResult, unshared_text
+from bntool.subjects.base import Checking, Exportable, Narrow
+from bntool.verify.blaming import Found, blame_onnx
+from bntool.verify.checking import check_onnx
+from bntool.verify.reference import Reference
 
 
 class Teller(Protocol):

@@ -8,20 +8,20 @@ from typing import Any
 
 from torch import nn
 
-from bntool.data.batches import inputs_of
-from bntool.verify.comparing import Limit
-from bntool.core.options import FoldOptions, InsertOptions
-from bntool.core.errors import CheckFailed
-from bntool.graph.inputs import Inputs
-from bntool.core.plan import Plan
-from bntool.report.results import SurgeryResult
-from bntool.pipeline.settling import first_at_fault, settle
 from bntool.calibrate.statistics import measure, set_preserving
+from bntool.calibrate.sweeping import difference_in_training
+from bntool.core.errors import CheckFailed
+from bntool.core.options import FoldOptions, InsertOptions
+from bntool.core.plan import Plan
+from bntool.core.verdicts import Check, first_failed
+from bntool.data.batches import inputs_of
+from bntool.graph.inputs import Inputs
+from bntool.pipeline.settling import first_at_fault, settle
+from bntool.report.results import SurgeryResult
 from bntool.subjects.base import Checking, Proof, S
 from bntool.subjects.module import ModuleSubject
 from bntool.surgery.fold_modules import with_own_tensors
-from bntool.calibrate.sweeping import difference_in_training
-from bntool.core.verdicts import Check, first_failed
+from bntool.verify.comparing import Limit
 
 
 def fold(

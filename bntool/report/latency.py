@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from bntool.core.latencies import Benchmark, Latency
-from bntool.report.tables import Column, Table, count, render, size, wrapped
 from bntool.core.text import Lines, as_lines
+from bntool.report.tables import Column, Table, count, render, size, wrapped
 
 
 def latency_text(found: Benchmark) -> Lines:

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bntool.graph.affine import batch_norm_affine
 from bntool.folding.norms import Norm, find_norms
+from bntool.graph.affine import batch_norm_affine
 from bntool.graph.dataflow import Graph, Op
 
 MOST_LAYERS = 2000

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bntool.core.plan import ByPlan, FoldSite, InsertSite, Plan, Skip, Unshared
-from bntool.report.tables import Column, Table, count, render, signed, size, wrapped
 from bntool.core.text import Lines, as_lines
 from bntool.core.verdicts import Check, first_failed
+from bntool.report.tables import Column, Table, count, render, signed, size, wrapped
 
 if TYPE_CHECKING:
     from bntool.export.exporting import ExportResult

@@ -14,11 +14,11 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from bntool.core.errors import BntoolError, ExportError, UsageError
-from bntool.graph.inputs import Inputs
 from bntool.core.latencies import LEAST_ROUNDS, Benchmark, Cost, Latency
 from bntool.files.onnx_files import open_onnx
-from bntool.runtime.onnx_flops import onnx_flops
+from bntool.graph.inputs import Inputs
 from bntool.runtime.libraries import first_line
+from bntool.runtime.onnx_flops import onnx_flops
 from bntool.runtime.ready import Ready, onnx_ready, torch_ready, torch_threads
 from bntool.runtime.torch_runner import eval_mode
 

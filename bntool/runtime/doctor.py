@@ -10,10 +10,10 @@ from collections.abc import Iterator
 from typing import Any, Literal
 
 from bntool.core.errors import BntoolError, DeviceError
+from bntool.core.text import as_lines
 from bntool.runtime.cuda_versions import CUDNN_MAJOR, OLDEST_DRIVER, built_for, driver_cuda, wheel_version
 from bntool.runtime.libraries import CPU, CUDA, TENSORRT, first_line
 from bntool.runtime.providers import GPU_EXTRA, onnxruntime, run_tiny_convolution, why_no_cuda
-from bntool.core.text import as_lines
 
 Status = Literal["ok", "warn", "fail"]
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from bntool.graph.inputs import Inputs
 from bntool.files.onnx_files import open_onnx
+from bntool.graph.inputs import Inputs
 
 _COUNTED = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 _SUBGRAPHS = ("If", "Loop", "Scan")

@@ -15,8 +15,8 @@ import libcst as cst
 import torch
 from torch import nn
 
-from bntool.inserting import sequential_names
 from bntool.core.plan import InsertSite, Plan
+from bntool.inserting import sequential_names
 from bntool.source.mentions import Assignment, Family, methods
 from bntool.source.naming import norm_name
 from bntool.source.reading import Insertion, SourceFile, Unsafe

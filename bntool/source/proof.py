@@ -25,21 +25,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bntool.verify.checking import seeded_batches
-from bntool.surgery.converting import convert_state_dict
 from bntool.core.errors import BntoolError
+from bntool.core.plan import InsertSite, Plan
+from bntool.core.verdicts import Check
 from bntool.files.references import build
 from bntool.files.scripts import running_user_code, seeded
 from bntool.files.weights import fill
 from bntool.graph.dataflow import Graph
 from bntool.graph.inputs import Inputs
 from bntool.inserting import InsertOptions
-from bntool.subjects.insertion import Outline, exactly, outline, stands
 from bntool.observe.eager import Observation, observe
-from bntool.core.plan import InsertSite, Plan
-from bntool.verify.reference import Reference
 from bntool.runtime.torch_runner import TorchRunner
-from bntool.core.verdicts import Check
+from bntool.subjects.insertion import Outline, exactly, outline, stands
+from bntool.surgery.converting import convert_state_dict
+from bntool.verify.checking import seeded_batches
+from bntool.verify.reference import Reference
 
 _CHILD = "import sys; from bntool.source.proof import child; child(*sys.argv[1:])"
 

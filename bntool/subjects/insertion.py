@@ -13,19 +13,19 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from bntool.verify.checking import seeded_batches
-from bntool.verify.comparing import Limit, Outputs, compare
 from bntool.core.errors import CheckFailed, ObserveError, StateError
+from bntool.core.plan import InsertSite, Plan
+from bntool.core.verdicts import Check
 from bntool.graph.dataflow import Graph, Op
 from bntool.graph.inputs import Inputs, outputs_of
 from bntool.inserting import InsertOptions, activation_behind, ends_one, layer_before, plan_insert
 from bntool.observe.eager import Observation, observe
 from bntool.observe.modules import once_per_class
-from bntool.core.plan import InsertSite, Plan
-from bntool.verify.reference import Reference
 from bntool.runtime.torch_runner import TorchRunner
 from bntool.surgery.insert_modules import apply_insert
-from bntool.core.verdicts import Check
+from bntool.verify.checking import seeded_batches
+from bntool.verify.comparing import Limit, Outputs, compare
+from bntool.verify.reference import Reference
 
 Outline = list[tuple[str, tuple[tuple[int, ...], ...]]]
 

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from bntool.core.errors import ObserveError
+from bntool.core.plan import Edit, FoldSite, Plan
+from bntool.core.reasons import Reason
 from bntool.folding import plan_fold, plan_on_all
 from bntool.graph.dataflow import Graph
 from bntool.graph.inputs import Inputs
@@ -20,8 +22,6 @@ from bntool.observe.copying import is_separable
 from bntool.observe.eager import Observation, observe
 from bntool.observe.inference import has_fixed_size
 from bntool.observe.modules import signature_of
-from bntool.core.plan import Edit, FoldSite, Plan
-from bntool.core.reasons import Reason
 from bntool.surgery.fold_modules import apply_fold
 from bntool.surgery.reparameterising import Block, find_blocks, with_blocks_merged
 

@@ -10,23 +10,23 @@ from typing import TYPE_CHECKING, Any
 
 from torch.export import ExportedProgram
 
-from bntool.verify.checking import check_surgery, seeded_batches
-from bntool.core.options import ExportOptions, FoldOptions, InsertOptions
 from bntool.core.errors import CheckFailed, InvariantError, UsageError
+from bntool.core.options import ExportOptions, FoldOptions, InsertOptions
+from bntool.core.plan import Plan
+from bntool.core.verdicts import Check
 from bntool.folding import at_graph_level, plan_on_all
 from bntool.graph.dataflow import Graph
 from bntool.graph.inputs import Inputs
 from bntool.inserting import plan_insert_nodes
-from bntool.subjects.insertion import check_unchanged
 from bntool.observe.exported_program import ProgramObservation, observe_program
-from bntool.core.plan import Plan
-from bntool.verify.reference import Reference
 from bntool.report.counting import parameter_delta
 from bntool.runtime.programs import RunnableProgram, drawn_inputs, example_inputs_of
 from bntool.subjects.base import Checking, Kind, Narrow, Parameters
+from bntool.subjects.insertion import check_unchanged
 from bntool.surgery.fold_program import apply_fold_program, in_float64
 from bntool.surgery.insert_program import apply_insert_program
-from bntool.core.verdicts import Check
+from bntool.verify.checking import check_surgery, seeded_batches
+from bntool.verify.reference import Reference
 
 if TYPE_CHECKING:
     from bntool.export.exporting import ExportResult

@@ -8,16 +8,16 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from bntool.verify.checking import check_surgery, seeded_batches
-from bntool.export.dynamic_axes import resized
 from bntool.core.errors import BntoolError
-from bntool.subjects.module_folding import other_sizes
-from bntool.observe.inference import has_fixed_size
 from bntool.core.plan import Plan
-from bntool.verify.reference import Reference
-from bntool.subjects.base import Checking
-from bntool.surgery.fold_modules import apply_fold
 from bntool.core.verdicts import Check
+from bntool.export.dynamic_axes import resized
+from bntool.observe.inference import has_fixed_size
+from bntool.subjects.base import Checking
+from bntool.subjects.module_folding import other_sizes
+from bntool.surgery.fold_modules import apply_fold
+from bntool.verify.checking import check_surgery, seeded_batches
+from bntool.verify.reference import Reference
 
 if TYPE_CHECKING:
     from bntool.graph.inputs import Inputs

@@ -7,15 +7,15 @@ from collections.abc import Callable
 
 import torch
 
-from bntool.core.options import FoldOptions, InsertOptions
 from bntool.core.errors import UsageError
+from bntool.core.options import FoldOptions, InsertOptions
+from bntool.core.plan import FoldSite, Plan
+from bntool.core.verdicts import Check
 from bntool.graph.dataflow import Graph
 from bntool.graph.inputs import Inputs
-from bntool.core.plan import FoldSite, Plan
 from bntool.report.counting import parameter_delta
-from bntool.subjects.script_folding import FoldedScript, check_script, fold_script
 from bntool.subjects.base import Checking, Kind, Parameters
-from bntool.core.verdicts import Check
+from bntool.subjects.script_folding import FoldedScript, check_script, fold_script
 
 
 class ScriptSubject:

@@ -16,15 +16,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bntool.models.casting import is_finite
-from bntool.verify.checking import ALGEBRA_LIMIT
-from bntool.verify.comparing import Limit, compare
 from bntool.core.errors import CheckFailed, ExportError, StateError
-from bntool.files.security.scripted import script_bytes
-from bntool.graph.inputs import Inputs, named_tensors
 from bntool.core.plan import Skip
 from bntool.core.reasons import Reason
 from bntool.core.verdicts import Check
+from bntool.files.security.scripted import script_bytes
+from bntool.graph.inputs import Inputs, named_tensors
+from bntool.models.casting import is_finite
+from bntool.verify.checking import ALGEBRA_LIMIT
+from bntool.verify.comparing import Limit, compare
 
 
 @dataclasses.dataclass(frozen=True)

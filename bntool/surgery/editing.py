@@ -12,11 +12,11 @@ from typing import Any, Literal, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from bntool.graph.affine import Pair, batch_norm_affine, evaluate, is_finite
 from bntool.core.errors import InvariantError, PlanError, StateError
+from bntool.core.plan import Branch, Edit, Merge, Plan
+from bntool.graph.affine import Pair, batch_norm_affine, evaluate, is_finite
 from bntool.laws.merging import added_up
 from bntool.laws.taking import bias_from_input_shift, rows
-from bntool.core.plan import Branch, Edit, Merge, Plan
 from bntool.surgery.tensors import cast_like, norm_taking_in, scaled
 
 Slot = Hashable

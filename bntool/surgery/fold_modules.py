@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from bntool.core.errors import InvariantError
+from bntool.core.plan import Branch, Edit, Merge, Plan
 from bntool.models.layers import NORMED
 from bntool.observe.copying import is_plain, structural_copy, take_apart
-from bntool.core.plan import Branch, Edit, Merge, Plan
 from bntool.surgery.editing import ROLES, Role, Slot, StoredNorm, apply_edits, removed_norms
 from bntool.surgery.reparameterising import merge_blocks_of
 

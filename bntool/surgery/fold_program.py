@@ -10,10 +10,10 @@ from torch.export import ExportedProgram
 from torch.fx import Node
 
 from bntool.core.errors import InvariantError
+from bntool.core.plan import Branch, Edit, Merge, Plan, Window
 from bntool.graph.dataflow import Op
 from bntool.observe.exported_program import ProgramObservation
 from bntool.observe.program_nodes import arguments_of, operator_of
-from bntool.core.plan import Branch, Edit, Merge, Plan, Window
 from bntool.surgery.editing import ROLES, Role, Slot, StoredNorm, apply_edits, removed_norms
 from bntool.surgery.program_graph import ProgramCopy
 

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from bntool.core.errors import InvariantError
+from bntool.core.plan import DroppedBias, InsertSite, Plan
 from bntool.inserting import sequential_names
 from bntool.models.layers import NORMED, BatchNormPerCall, count_calls_anew, load_old_checkpoints
 from bntool.observe.copying import structural_copy
-from bntool.core.plan import DroppedBias, InsertSite, Plan
 from bntool.surgery.replacing import replace_everywhere
 
 _NORMS: dict[int, type[nn.modules.batchnorm._BatchNorm]] = {

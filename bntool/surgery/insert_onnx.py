@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from bntool.observe.onnx_model import OnnxObservation
 from bntool.core.plan import Plan
+from bntool.observe.onnx_model import OnnxObservation
 from bntool.surgery.onnx_wiring import Wiring
 
 

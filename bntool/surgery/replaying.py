@@ -9,13 +9,13 @@ import math
 from torch import Tensor, nn
 
 from bntool.core.errors import InvariantError
-from bntool.inserting.replaying import options_of
-from bntool.models.layers import NORMED
 from bntool.core.maps import Allowance
-from bntool.observe.copying import structural_copy
-from bntool.observe.modules import is_batch_norm_class, role_of
 from bntool.core.plan import Edit, FoldSite, InsertSite, Plan
 from bntool.core.schema import Damaged
+from bntool.inserting.replaying import options_of
+from bntool.models.layers import NORMED
+from bntool.observe.copying import structural_copy
+from bntool.observe.modules import is_batch_norm_class, role_of
 from bntool.surgery.fold_modules import carry_out
 from bntool.surgery.insert_modules import apply_insert
 from bntool.surgery.judging import EditJudge, Held, at

@@ -17,16 +17,16 @@ import torch
 from torch import Tensor, nn
 
 from bntool.core.blame import Blame, Step, first_fault
-from bntool.verify.comparing import K_NOISE, Limit, difference, noise_limits, rounding_term
 from bntool.core.errors import BntoolError, UsageError
 from bntool.core.limits import binary
+from bntool.core.verdicts import Check, first_failed
 from bntool.graph.inputs import Inputs
-from bntool.verify.onnx_cutting import Cut, OnnxGraph
 from bntool.runtime.libraries import CPU, CUDA
 from bntool.runtime.memory import available_bytes
 from bntool.runtime.ort_runner import OrtRunner
+from bntool.verify.comparing import K_NOISE, Limit, difference, noise_limits, rounding_term
+from bntool.verify.onnx_cutting import Cut, OnnxGraph
 from bntool.verify.tracing import Trace, once_called, trace_module
-from bntool.core.verdicts import Check, first_failed
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,17 +9,17 @@ from pathlib import Path
 
 import torch
 
+from bntool.core.errors import CheckFailed, ExportError
+from bntool.core.verdicts import TF32, Check
+from bntool.graph.inputs import Inputs
 from bntool.models import casting
+from bntool.runtime.ort_runner import OrtRunner
+from bntool.runtime.providers import why_no_cuda
 from bntool.verify.blaming import where_it_ran
 from bntool.verify.checking import named_as, no_tf32, repeated
 from bntool.verify.comparing import Limit, compare
-from bntool.core.errors import CheckFailed, ExportError
-from bntool.graph.inputs import Inputs
 from bntool.verify.onnx_checking import SIDES, drawn_inputs, file_limits, nudged
 from bntool.verify.onnx_cutting import OnnxGraph
-from bntool.runtime.ort_runner import OrtRunner
-from bntool.runtime.providers import why_no_cuda
-from bntool.core.verdicts import TF32, Check
 
 LEVELS: Mapping[str, bool | str] = {"basic": "basic", "extended": "extended", "all": True}
 """ONNX Runtime's optimisation levels by the names of its documentation; the stage of a check of one file."""

@@ -7,11 +7,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from bntool.verify.blaming import Found
 from bntool.core.errors import CheckFailed, UsageError
 from bntool.files.drafts import draft_folder
 from bntool.files.placing import place_folder
 from bntool.runtime.libraries import CPU, CUDA
+from bntool.verify.blaming import Found
 
 _LEVELS = {False: "DISABLE_ALL", True: "ENABLE_ALL", "basic": "ENABLE_BASIC", "extended": "ENABLE_EXTENDED"}
 

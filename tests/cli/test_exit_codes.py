@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from bntool.core import errors
 from bntool.cli import run
+from bntool.core import errors
 from tests.cli import nets
 from tests.cli.conftest import Shell
 from tools.make_reference import EXIT_CODES

@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 
 from bntool.core.errors import LoadError, UsageError
+from bntool.core.plan import Plan, Skip
+from bntool.core.reasons import Reason
 from bntool.files.atomic import sha256_of
 from bntool.files.sidecar import (
     describes,
@@ -15,8 +17,6 @@ from bntool.files.sidecar import (
     sidecar_path,
     write_sidecar,
 )
-from bntool.core.plan import Plan, Skip
-from bntool.core.reasons import Reason
 
 
 @pytest.mark.parametrize(

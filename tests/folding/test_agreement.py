@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bntool.core.reasons import Reason
 from bntool.folding.agreement import plan_on_all
 from bntool.graph.inputs import Inputs
 from bntool.observe.eager import observe
 from bntool.pipeline.program_folding import plan_fold_program
-from bntool.core.reasons import Reason
 from tests.fold_zoo import Net
 from tests.laws.exactness import Numbers, data
 

@@ -9,13 +9,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from bntool.core.reasons import Reason
 from bntool.folding import plan_fold
 from bntool.folding.agreement import plan_on_all
 from bntool.graph.inputs import Inputs
 from bntool.observe.eager import observe
 from bntool.pipeline.onnx_folding import plan_fold_onnx
 from bntool.pipeline.program_folding import fold_program
-from bntool.core.reasons import Reason
 from tests.laws.exactness import Numbers, data, few, folded_exactly, numbers, verdict
 
 HEADS, DEPTH = 2, 3

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from bntool.core.reasons import Reason
 from bntool.graph.affine import Affine, identity
 from bntool.graph.dataflow import Graph, Op
 from bntool.laws.base import (
@@ -23,7 +24,6 @@ from bntool.laws.base import (
     only_input,
     variable_roles,
 )
-from bntool.core.reasons import Reason
 
 NAN = float("nan")
 

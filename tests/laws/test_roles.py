@@ -10,13 +10,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import bntool
+from bntool.core.plan import Plan
+from bntool.core.reasons import Reason
 from bntool.folding import plan_fold
 from bntool.graph.inputs import Inputs
 from bntool.observe.eager import observe
 from bntool.pipeline.onnx_folding import plan_fold_onnx
-from bntool.core.plan import Plan
 from bntool.pipeline.program_folding import fold_program
-from bntool.core.reasons import Reason
 from tests.laws.exactness import Numbers, data, folded_exactly
 
 FILL = Numbers("mixed", True, 1e-5, 1.0, 0)

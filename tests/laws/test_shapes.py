@@ -13,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from bntool.core.reasons import Reason
 from bntool.laws import Refused
 from bntool.laws.shapes import shape_groups
-from bntool.core.reasons import Reason
 from tests.laws.exactness import Chain, Numbers, data, few, folded_exactly, numbers, verdict
 
 Step = Callable[[Tensor], Tensor]

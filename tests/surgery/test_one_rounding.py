@@ -19,12 +19,12 @@ from torch import Tensor, nn
 
 import bntool
 from bntool.core.errors import PlanError
+from bntool.core.plan import Plan
 from bntool.files.stored import open_stored
 from bntool.folding import plan_fold
 from bntool.graph.inputs import Inputs
 from bntool.observe.eager import observe
 from bntool.pipeline.onnx_folding import plan_fold_onnx
-from bntool.core.plan import Plan
 from bntool.pipeline.program_folding import plan_fold_program
 from bntool.surgery.fold_modules import apply_fold
 from bntool.surgery.fold_onnx import apply_fold_onnx

@@ -19,8 +19,8 @@ from typing import Any, BinaryIO
 import torch
 
 from bntool.core.errors import LoadError, UsageError
-from bntool.files.detect import FileKind
 from bntool.core.limits import Limit
+from bntool.files.detect import FileKind
 from bntool.files.scripts import running_user_code
 from bntool.files.security.allowed import Granted, trusted_names, user_allowance
 from bntool.files.security.archives import Unsafe
