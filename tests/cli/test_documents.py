@@ -37,9 +37,9 @@ OUTCOMES = {
     "missing": ("done", ("fold", "no such file.pt")),
 }
 MODELS = {
-    "done": lambda: nets.normalised(),
+    "done": nets.normalised,
     "none": lambda: nn.Sequential(nn.Conv2d(3, 8, 3), nn.Tanh(), nn.BatchNorm2d(8), nn.Tanh()),
-    "bare": lambda: nets.plain(),
+    "bare": nets.plain,
 }
 
 
