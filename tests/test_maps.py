@@ -12,7 +12,7 @@ from torch import Tensor
 from bntool.core import maps
 from bntool.core.maps import Allowance, nested_tuples, shape_of
 from bntool.core.schema import Damaged
-from bntool.graph.dataflow import affine
+from bntool.graph import affine
 
 TENSORS = {"w": torch.rand(8), "plane": torch.rand(8, 1, 1)}
 BN = ["bn", "bn1"]

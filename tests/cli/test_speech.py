@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import subprocess
 import sys
@@ -14,10 +13,6 @@ from bntool.cli import run
 from bntool.core.errors import LoadError
 from tests.cli import nets
 from tests.cli.conftest import Shell, contents
-
-needs_explanations = pytest.mark.skipif(
-    importlib.util.find_spec("bntool.core.explanations") is None, reason="bntool.core.explanations is not there yet"
-)
 
 
 @pytest.mark.parametrize(
@@ -77,7 +72,6 @@ sys.exit(f'imported {{heavy}}' if heavy else code)
     assert (done.returncode, done.stderr) == (0, ""), done
 
 
-@needs_explanations
 def test_explain(bntool: Shell, refused: Shell) -> None:
     said = bntool("explain", "nonlinear")
     assert said.code == 0
