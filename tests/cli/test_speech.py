@@ -55,7 +55,7 @@ def test_help_beside_json_is_still_help(bntool: Shell) -> None:
     [
         ["--help"],
         ["--version"],
-        pytest.param(["explain", "nonlinear"], marks=needs_explanations),
+        ["explain", "nonlinear"],
         ["fold", "--help"],
     ],
     ids=" ".join,
