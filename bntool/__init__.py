@@ -15,6 +15,7 @@ if TYPE_CHECKING:
         apply,
         export_onnx,
         fold,
+        fold_to_onnx,
         insert,
         plan_fold,
         plan_insert,
@@ -36,8 +37,10 @@ if TYPE_CHECKING:
         StateError,
         UsageError,
     )
-    from bntool.core.plan import DroppedBias, Edit, FoldSite, InsertSite, Plan, Skip
+    from bntool.core.options import CheckOptions, ExportOptions, FoldOptions, InsertOptions
+    from bntool.core.plan import Plan
     from bntool.core.reasons import Reason
+    from bntool.core.sites import DroppedBias, Edit, FoldSite, InsertSite, Skip
     from bntool.core.verdicts import Check
     from bntool.data.batches import open_batches
     from bntool.files.loading import Loaded, load
@@ -47,14 +50,16 @@ if TYPE_CHECKING:
     from bntool.surgery.converting import convert_state_dict
 
 _HOMES = {
-    "api": "apply export_onnx fold insert plan_fold plan_insert read_plan summary verify",
+    "api": "apply export_onnx fold fold_to_onnx insert plan_fold plan_insert read_plan summary verify",
     "data.batches": "open_batches",
     "calibrate.calibrating": "CalibrationResult calibrate",
     "surgery.converting": "convert_state_dict",
     "core.errors": """BntoolError CheckFailed DamagedPlan DeviceError ExportError LoadError NothingToDo
         ObserveError PlanError StateError UsageError""",
     "files.loading": "Loaded load",
-    "core.plan": "DroppedBias Edit FoldSite InsertSite Plan Skip",
+    "core.options": "CheckOptions ExportOptions FoldOptions InsertOptions",
+    "core.plan": "Plan",
+    "core.sites": "DroppedBias Edit FoldSite InsertSite Skip",
     "core.reasons": "Reason",
     "report.checks": "Comparison",
     "report.summary": "Summary",
@@ -68,13 +73,17 @@ __all__ = [
     "CalibrationResult",
     "Check",
     "CheckFailed",
+    "CheckOptions",
     "Comparison",
     "DamagedPlan",
     "DeviceError",
     "DroppedBias",
     "Edit",
     "ExportError",
+    "ExportOptions",
+    "FoldOptions",
     "FoldSite",
+    "InsertOptions",
     "InsertSite",
     "LoadError",
     "Loaded",
@@ -94,6 +103,7 @@ __all__ = [
     "convert_state_dict",
     "export_onnx",
     "fold",
+    "fold_to_onnx",
     "insert",
     "load",
     "open_batches",

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from bntool.core.activations import ACTIVATIONS
 from bntool.core.errors import StateError, UsageError
-from bntool.core.plan import InsertSite, Plan
+from bntool.core.plan import Plan
 from bntool.core.reasons import Reason
+from bntool.core.sites import InsertSite
 from bntool.graph.inputs import Inputs, outputs_of
 from bntool.inserting import InsertOptions, plan_insert, sequential_names
 from bntool.models.layers import NORMED, ConvBN2d

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from bntool.core.errors import CheckFailed
-from bntool.core.plan import FoldSite, Plan, Skip
+from bntool.core.plan import Plan
 from bntool.core.reasons import Reason
+from bntool.core.sites import FoldSite, Skip
 from bntool.graph.affine import Affine
 from bntool.graph.dataflow import Op
 from bntool.laws import LAWS, Context, Maps

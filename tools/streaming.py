@@ -20,7 +20,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from bntool.core.plan import Edit, FoldSite, Plan
+from bntool.core.plan import Plan
+from bntool.core.sites import Edit, FoldSite
 from bntool.files.safetensors_files import layout, read_index, write_safetensors
 from bntool.files.stored import open_stored
 from bntool.surgery.fold_stored import StoredFold

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from bntool.core.errors import ExportError, UsageError
-from bntool.core.plan import Unshared
+from bntool.core.sites import Unshared
 from bntool.export.capturing import (
     batch_norm_nodes,
     capture,

@@ -14,8 +14,9 @@ from typing import Any
 
 import torch
 
-from bntool.core.plan import Expr, FoldSite, Plan, Skip
+from bntool.core.plan import Plan
 from bntool.core.reasons import Reason
+from bntool.core.sites import Expr, FoldSite, Skip
 from bntool.folding.planner import plan_fold
 from bntool.graph.affine import evaluate
 from bntool.graph.dataflow import Graph

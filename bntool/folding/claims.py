@@ -9,8 +9,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from bntool.core.plan import Edit
 from bntool.core.reasons import Reason
+from bntool.core.sites import Edit
 from bntool.folding.moving import Take, Way
 from bntool.folding.norms import Norm
 from bntool.folding.sharing import Sharing

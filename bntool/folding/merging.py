@@ -13,7 +13,7 @@ from collections.abc import Mapping
 
 import torch
 
-from bntool.core.plan import Branch, Merge
+from bntool.core.sites import Branch, Merge
 from bntool.folding.claims import Claims
 from bntool.folding.norms import Norm
 from bntool.graph.affine import Affine, Constant, compose, identity

@@ -8,8 +8,9 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from bntool.core.errors import StateError
-from bntool.core.plan import FoldSite, Plan, Skip
+from bntool.core.plan import Plan
 from bntool.core.reasons import Reason
+from bntool.core.sites import FoldSite, Skip
 from bntool.folding.claims import Claims
 from bntool.folding.merging import find_merges
 from bntool.folding.moving import Mover, Way

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bntool.core.plan import Expr
+from bntool.core.sites import Expr
 
 Pair = tuple[Tensor, Tensor]
 Leaf = Callable[[str, str], Any]

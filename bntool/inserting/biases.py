@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from bntool.core.plan import DroppedBias
+from bntool.core.sites import DroppedBias
 from bntool.graph.dataflow import Graph, Op, Value
 
 

@@ -9,8 +9,9 @@ from collections.abc import Iterator, Sequence
 from bntool.core.errors import UsageError
 from bntool.core.options import InsertOptions
 from bntool.core.patterns import chosen, require_matches
-from bntool.core.plan import DroppedBias, InsertSite, Plan, Skip
+from bntool.core.plan import Plan
 from bntool.core.reasons import Reason
+from bntool.core.sites import DroppedBias, InsertSite, Skip
 from bntool.graph.dataflow import Graph, Module, Op, Value
 from bntool.inserting.activations import Activation, activation_of
 from bntool.inserting.biases import batched_rank, own_bias, redundant_biases, untouched

@@ -11,9 +11,10 @@ from typing import get_args
 
 from bntool.core.errors import UsageError
 from bntool.core.options import InsertOptions
-from bntool.core.plan import InsertSite, Plan
+from bntool.core.plan import Plan
 from bntool.core.reasons import Reason
 from bntool.core.schema import Damaged, fitted
+from bntool.core.sites import InsertSite
 from bntool.graph.dataflow import Graph
 from bntool.inserting.places import Form
 from bntool.inserting.planner import plan_insert

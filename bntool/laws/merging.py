@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bntool.core.plan import Window
+from bntool.core.sites import Window
 from bntool.graph.dataflow import Op
 
 Term = tuple[Tensor | None, Tensor | None, Window, Tensor, Tensor]

@@ -12,8 +12,9 @@ from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 from bntool.core.errors import CheckFailed
-from bntool.core.plan import Plan, Skip
+from bntool.core.plan import Plan
 from bntool.core.reasons import Reason
+from bntool.core.sites import Skip
 
 _MOST_UNPROVED = 32
 """Beyond this many BatchNorms at fault the model, not the fold, is what changes from run to run."""

@@ -7,7 +7,8 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bntool.core.plan import ByPlan, FoldSite, InsertSite, Plan, Skip, Unshared
+from bntool.core.plan import ByPlan, Plan
+from bntool.core.sites import FoldSite, InsertSite, Skip, Unshared
 from bntool.core.text import Lines, as_lines
 from bntool.core.verdicts import Check, first_failed
 from bntool.report.tables import Column, Table, count, render, signed, size, wrapped

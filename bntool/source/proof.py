@@ -26,7 +26,8 @@ import torch
 from torch import Tensor, nn
 
 from bntool.core.errors import BntoolError
-from bntool.core.plan import InsertSite, Plan
+from bntool.core.plan import Plan
+from bntool.core.sites import InsertSite
 from bntool.core.verdicts import Check
 from bntool.files.references import build
 from bntool.files.scripts import running_user_code, seeded

@@ -14,7 +14,8 @@ from collections.abc import Sequence
 from torch import nn
 
 from bntool.core.errors import CheckFailed, ObserveError, StateError
-from bntool.core.plan import InsertSite, Plan
+from bntool.core.plan import Plan
+from bntool.core.sites import InsertSite
 from bntool.core.verdicts import Check
 from bntool.graph.dataflow import Graph, Op
 from bntool.graph.inputs import Inputs, outputs_of

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from bntool.core.errors import ObserveError
-from bntool.core.plan import Edit, FoldSite, Plan
+from bntool.core.plan import Plan
 from bntool.core.reasons import Reason
+from bntool.core.sites import Edit, FoldSite
 from bntool.folding import plan_fold, plan_on_all
 from bntool.graph.dataflow import Graph
 from bntool.graph.inputs import Inputs

@@ -9,7 +9,8 @@ import torch
 
 from bntool.core.errors import UsageError
 from bntool.core.options import FoldOptions, InsertOptions
-from bntool.core.plan import FoldSite, Plan
+from bntool.core.plan import Plan
+from bntool.core.sites import FoldSite
 from bntool.core.verdicts import Check
 from bntool.graph.dataflow import Graph
 from bntool.graph.inputs import Inputs

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from bntool.core.errors import CheckFailed, ExportError, StateError
-from bntool.core.plan import Skip
 from bntool.core.reasons import Reason
+from bntool.core.sites import Skip
 from bntool.core.verdicts import Check
 from bntool.files.security.scripted import script_bytes
 from bntool.graph.inputs import Inputs, named_tensors

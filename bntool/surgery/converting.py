@@ -8,7 +8,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from bntool.core.errors import PlanError, UsageError
-from bntool.core.plan import InsertSite, Plan
+from bntool.core.plan import Plan
+from bntool.core.sites import InsertSite
 
 
 def convert_state_dict(

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from bntool.core.errors import InvariantError, PlanError, StateError
-from bntool.core.plan import Branch, Edit, Merge, Plan
+from bntool.core.plan import Plan
+from bntool.core.sites import Branch, Edit, Merge
 from bntool.graph.affine import Pair, batch_norm_affine, evaluate, is_finite
 from bntool.laws.merging import added_up
 from bntool.laws.taking import bias_from_input_shift, rows

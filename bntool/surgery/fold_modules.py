@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from bntool.core.errors import InvariantError
-from bntool.core.plan import Branch, Edit, Merge, Plan
+from bntool.core.plan import Plan
+from bntool.core.sites import Branch, Edit, Merge
 from bntool.models.layers import NORMED
 from bntool.observe.copying import is_plain, structural_copy, take_apart
 from bntool.surgery.editing import ROLES, Role, Slot, StoredNorm, apply_edits, removed_norms

@@ -10,7 +10,8 @@ from torch.export import ExportedProgram
 from torch.fx import Node
 
 from bntool.core.errors import InvariantError
-from bntool.core.plan import Branch, Edit, Merge, Plan, Window
+from bntool.core.plan import Plan
+from bntool.core.sites import Branch, Edit, Merge, Window
 from bntool.graph.dataflow import Op
 from bntool.observe.exported_program import ProgramObservation
 from bntool.observe.program_nodes import arguments_of, operator_of

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from bntool.core.errors import DamagedPlan, NothingToDo, PlanError, StateError
-from bntool.core.plan import Branch, Edit, FoldSite, Merge, Plan
+from bntool.core.plan import Plan
 from bntool.core.schema import Damaged
+from bntool.core.sites import Branch, Edit, FoldSite, Merge
 from bntool.files.atomic import sha256_of
 from bntool.files.safetensors_files import Entry, layout, write_safetensors
 from bntool.files.shards import write_shards

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from bntool.core.errors import InvariantError
 from bntool.core.maps import Allowance
-from bntool.core.plan import Edit, FoldSite, InsertSite, Plan
+from bntool.core.plan import Plan
 from bntool.core.schema import Damaged
+from bntool.core.sites import Edit, FoldSite, InsertSite
 from bntool.inserting.replaying import options_of
 from bntool.models.layers import NORMED
 from bntool.observe.copying import structural_copy

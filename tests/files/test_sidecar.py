@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 
 from bntool.core.errors import LoadError, UsageError
-from bntool.core.plan import Plan, Skip
+from bntool.core.plan import Plan
 from bntool.core.reasons import Reason
+from bntool.core.sites import Skip
 from bntool.files.atomic import sha256_of
 from bntool.files.sidecar import (
     describes,

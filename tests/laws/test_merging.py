@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from bntool.core.plan import Window
+from bntool.core.sites import Window
 from bntool.graph.dataflow import Op
 from bntool.laws.merging import added_up, identity_window, joined, widened, window_of
 from tests.laws.exactness import few

@@ -15,7 +15,8 @@ import torch
 from onnx import numpy_helper
 from onnx.reference import ReferenceEvaluator
 
-from bntool.core.plan import Edit, FoldSite, Plan
+from bntool.core.plan import Plan
+from bntool.core.sites import Edit, FoldSite
 from bntool.observe.onnx_constants import to_onnx, to_torch
 from bntool.pipeline.onnx_folding import fold_onnx, plan_fold_onnx
 from bntool.surgery.fold_onnx import apply_fold_onnx
