@@ -4,10 +4,11 @@ STAMP := .venv/.installed
 PEERS := .venv-peers
 ELSEWHERE := .venv-elsewhere
 FUZZ := .venv-fuzz
+MUTANTS := .venv-mutants
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test check lint gold docs man bench latency zoo peers exports verification large streaming \
-	gpu-check pickles fuzz durability random elsewhere
+	gpu-check pickles fuzz durability random elsewhere mutants
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  \1\t/' | expand -t 14
@@ -102,6 +103,15 @@ fuzz: setup ## damage files of every format 10,000 times, and rewrite archives a
 	test -x $(FUZZ)/bin/python || $(PYTHON) -m venv $(FUZZ)
 	$(FUZZ)/bin/python -m pip install --quiet atheris
 	PYTHONPATH=.:$$($(BIN)/python -c 'import torch; print(torch.__path__[0])')/.. $(FUZZ)/bin/python tools/fuzz_guided.py -max_total_time=300
+
+$(MUTANTS)/.installed: tools/mutants.txt
+	test -x $(MUTANTS)/bin/python || $(PYTHON) -m venv $(MUTANTS)
+	$(MUTANTS)/bin/python -m pip install --quiet --requirement tools/mutants.txt
+	touch $@
+
+ONLY ?=
+mutants: setup $(MUTANTS)/.installed ## change the source one thing at a time, ONLY=comparing or all: do the tests notice?
+	$(BIN)/python -m tools.mutants --only '$(ONLY)'
 
 durability: setup ## kill the writers 200 times and fill the disk 50 times; no file may be lost
 	$(BIN)/python -m tools.durability

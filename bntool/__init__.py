@@ -8,13 +8,14 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from bntool.version import __version__
+from bntool.core.version import __version__
 
 if TYPE_CHECKING:
     from bntool.api import (
         apply,
         export_onnx,
         fold,
+        fold_to_onnx,
         insert,
         plan_fold,
         plan_insert,
@@ -22,10 +23,8 @@ if TYPE_CHECKING:
         summary,
         verify,
     )
-    from bntool.batches import open_batches
-    from bntool.calibrating import CalibrationResult, calibrate
-    from bntool.converting import convert_state_dict
-    from bntool.errors import (
+    from bntool.calibrate.calibrating import CalibrationResult, calibrate
+    from bntool.core.errors import (
         BntoolError,
         CheckFailed,
         DamagedPlan,
@@ -38,28 +37,34 @@ if TYPE_CHECKING:
         StateError,
         UsageError,
     )
+    from bntool.core.options import CheckOptions, ExportOptions, FoldOptions, InsertOptions
+    from bntool.core.plan import Plan
+    from bntool.core.reasons import Reason
+    from bntool.core.sites import DroppedBias, Edit, FoldSite, InsertSite, Skip
+    from bntool.core.verdicts import Check
+    from bntool.data.batches import open_batches
     from bntool.files.loading import Loaded, load
-    from bntool.plan import DroppedBias, Edit, FoldSite, InsertSite, Plan, Skip
-    from bntool.reasons import Reason
     from bntool.report.checks import Comparison
+    from bntool.report.results import SurgeryResult
     from bntool.report.summary import Summary
-    from bntool.results import SurgeryResult
-    from bntool.verdicts import Check
+    from bntool.surgery.converting import convert_state_dict
 
 _HOMES = {
-    "api": "apply export_onnx fold insert plan_fold plan_insert read_plan summary verify",
-    "batches": "open_batches",
-    "calibrating": "CalibrationResult calibrate",
-    "converting": "convert_state_dict",
-    "errors": """BntoolError CheckFailed DamagedPlan DeviceError ExportError LoadError NothingToDo
+    "api": "apply export_onnx fold fold_to_onnx insert plan_fold plan_insert read_plan summary verify",
+    "data.batches": "open_batches",
+    "calibrate.calibrating": "CalibrationResult calibrate",
+    "surgery.converting": "convert_state_dict",
+    "core.errors": """BntoolError CheckFailed DamagedPlan DeviceError ExportError LoadError NothingToDo
         ObserveError PlanError StateError UsageError""",
     "files.loading": "Loaded load",
-    "plan": "DroppedBias Edit FoldSite InsertSite Plan Skip",
-    "reasons": "Reason",
+    "core.options": "CheckOptions ExportOptions FoldOptions InsertOptions",
+    "core.plan": "Plan",
+    "core.sites": "DroppedBias Edit FoldSite InsertSite Skip",
+    "core.reasons": "Reason",
     "report.checks": "Comparison",
     "report.summary": "Summary",
-    "results": "SurgeryResult",
-    "verdicts": "Check",
+    "report.results": "SurgeryResult",
+    "core.verdicts": "Check",
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names.split()}
 
@@ -68,13 +73,17 @@ __all__ = [
     "CalibrationResult",
     "Check",
     "CheckFailed",
+    "CheckOptions",
     "Comparison",
     "DamagedPlan",
     "DeviceError",
     "DroppedBias",
     "Edit",
     "ExportError",
+    "ExportOptions",
+    "FoldOptions",
     "FoldSite",
+    "InsertOptions",
     "InsertSite",
     "LoadError",
     "Loaded",
@@ -94,6 +103,7 @@ __all__ = [
     "convert_state_dict",
     "export_onnx",
     "fold",
+    "fold_to_onnx",
     "insert",
     "load",
     "open_batches",

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize, prune
 from torchvision.ops import FrozenBatchNorm2d
 
-from bntool.reasons import Reason
+from bntool.core.reasons import Reason
 
 FOLDED = "folded"
 Verdict = str | Reason

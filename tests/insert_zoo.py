@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations
 
-from bntool.reasons import Reason
+from bntool.core.reasons import Reason
 
 IMAGE = (2, 3, 8, 8)
 

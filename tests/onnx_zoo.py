@@ -17,7 +17,7 @@ import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
-from bntool.reasons import Reason
+from bntool.core.reasons import Reason
 
 FOLDED = "folded"
 Verdict = str | Reason
@@ -847,6 +847,12 @@ zoo(
     "a = Conv<pads=[1,0,0,1]>(x, w)\nb = BN(a)\nc = Conv<pads=[0,0,1,1]>(x, v)\n"
     "e = Conv<pads=[1,1,1,1]>(x, u)\nf = Add(b, c)\ny = Add(f, e)",
     {"w": (5, 4, 2, 2), "v": (5, 4, 2, 2), "u": (5, 4, 3, 3), "b": 5},
+)
+zoo(
+    "merge_into_one_without_padding",
+    {"b": FOLDED},
+    'a = Conv<auto_pad="VALID">(x, w)\nb = BN(a)\nc = Conv<group=2, pads=[0,0,0,1]>(x, v)\ny = Add(b, c)',
+    {"w": (4, 4, 3, 3), "v": (4, 2, 3, 4), "b": 4},
 )
 zoo(
     "merge_into_a_wider_window",

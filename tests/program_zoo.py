@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from torchvision.ops import FrozenBatchNorm2d
 
-from bntool.reasons import Reason
+from bntool.core.reasons import Reason
 from tests.fold_zoo import FOLDED, Net, Verdict, bn, conv, enliven, let, straight
 
 

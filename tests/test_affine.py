@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from bntool.affine import (
+from bntool.graph.affine import (
     Affine,
     Constant,
     add,

@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import nn
 
-from bntool.batches import inputs_of, open_batches
-from bntool.errors import LoadError, UsageError
-from bntool.inputs import Inputs
+from bntool.core.errors import LoadError, UsageError
+from bntool.data.batches import inputs_of, open_batches
+from bntool.graph.inputs import Inputs
 
 LIKE = Inputs((torch.zeros(1, 3, 8, 8),))
 

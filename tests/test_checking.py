@@ -7,12 +7,12 @@ import torch
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
-from bntool.checking import ALGEBRA_LIMIT, check_onnx, check_surgery, seeded_batches
-from bntool.errors import CheckFailed, DeviceError, ExportError
-from bntool.exporting import export_onnx
-from bntool.inputs import Inputs
-from bntool.reference import Reference
+from bntool.core.errors import CheckFailed, DeviceError, ExportError
+from bntool.export.exporting import export_onnx
+from bntool.graph.inputs import Inputs
 from bntool.report.checks import Comparison
+from bntool.verify.checking import ALGEBRA_LIMIT, check_onnx, check_surgery, named_as, seeded_batches
+from bntool.verify.reference import Reference
 
 
 def randomised(model: nn.Module) -> nn.Module:
@@ -202,6 +202,27 @@ def test_a_wrong_fold_fails_against_more_draws_too():
     assert not row.passed
 
 
+def test_one_lucky_draw_of_the_noise_fails_no_right_file(tmp_path):
+    model = chaotic_net(8)
+    path = export_onnx(model, IMAGE, tmp_path / "m.onnx").path
+    reference = lucky_reference(model)
+    rows = check_onnx(model, path, [], device="cpu", reference=reference)
+    assert all(row.passed for row in rows)
+    assert any(row.relative > max(limit.limit for limit in reference.limits.values()) for row in rows)
+
+
+def test_a_tolerance_is_not_widened_by_more_draws(tmp_path):
+    model = chaotic_net(8)
+    path = export_onnx(model, IMAGE, tmp_path / "m.onnx").path
+    reference = lucky_reference(model)
+    rows = check_onnx(model, path, [], device="cpu", reference=reference, atol=1e-12)
+    candidate = folded(model, torch.float32)
+    rows += check_surgery(model, candidate, [], stage="fold", reference=reference, rtol=1e-12)
+    assert not any(row.passed for row in rows)
+    assert "redrawn_limits" not in reference.__dict__
+    assert all("tol 1e-12" in row.figures for row in rows)
+
+
 def test_no_model_runs_twice_on_the_same_inputs(tmp_path):
     model = Counted(small_net())
     inputs = seeded_batches(IMAGE)
@@ -342,6 +363,24 @@ def test_a_candidate_that_does_not_run_is_named_with_its_stage():
         check_surgery(
             nn.Linear(4, 4), nn.Linear(5, 4), seeded_batches(Inputs((torch.zeros(1, 4),))), stage="insert"
         )
+
+
+def test_every_batch_has_numbers_of_its_own():
+    """A row that two batches share would be checked once."""
+    one, two, three = (inputs.args[0] for inputs in seeded_batches(Inputs((torch.zeros(1, 3, 16, 16),))))
+    rows = [*one, *two, *three]
+    assert not any(torch.equal(a, b) for i, a in enumerate(rows) for b in rows[:i])
+    again = seeded_batches(Inputs((torch.zeros(1, 3, 16, 16),)), seed=1)
+    assert not torch.equal(again[0].args[0], one)
+
+
+def test_outputs_are_matched_by_name_and_where_no_name_fits_by_order():
+    a, b = torch.zeros(1), torch.ones(1)
+    expected = {"first": a, "second": b}
+    assert named_as(expected, {"second": b, "first": a}) == {"second": b, "first": a}
+    assert named_as(expected, {"x": a, "y": b}) == expected
+    assert named_as(expected, {"x": a}) == {"x": a}
+    assert named_as(expected, {"x": a, "y": b, "z": a}) == {"x": a, "y": b, "z": a}
 
 
 def test_nested_inputs_keep_their_shapes():

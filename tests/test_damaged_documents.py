@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 import bntool
-from bntool.errors import DamagedPlan
-from bntool.plan import Plan
+from bntool.core.errors import DamagedPlan
+from bntool.core.plan import Plan
 from tools import fuzz_documents
 from tools.fuzz_documents import Subject, X, damage_documents, replayed, subjects
 

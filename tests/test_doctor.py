@@ -5,9 +5,9 @@ import json
 import pytest
 import torch
 
-from bntool import doctor
-from bntool.doctor import Diagnosis, Row, diagnose
-from bntool.errors import DeviceError
+from bntool.core.errors import DeviceError
+from bntool.runtime import doctor
+from bntool.runtime.doctor import Diagnosis, Row, diagnose
 
 
 def rows(diagnosis: Diagnosis) -> dict[str, Row]:

@@ -20,9 +20,9 @@ from torch import nn
 from bntool.files import load, save_model
 from bntool.files.atomic import write_atomically
 from bntool.files.drafts import draft_folder
+from bntool.files.onnx_files import open_onnx, put_onnx, save_onnx
 from bntool.files.placing import Placed, place, remove_unnamed
 from bntool.files.targets import Target
-from bntool.onnx_files import open_onnx, put_onnx, save_onnx
 
 ROOT = Path(__file__).resolve().parent.parent
 

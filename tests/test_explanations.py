@@ -10,17 +10,17 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from bntool.core.errors import UsageError
+from bntool.core.explanations import EXPLANATIONS, explain
 from bntool.core.options import FoldOptions
-from bntool.errors import UsageError
-from bntool.explanations import EXPLANATIONS, explain
+from bntool.core.reasons import Reason
 from bntool.folding import plan_fold
 from bntool.inserting import InsertOptions
-from bntool.insertion import insert_observed
 from bntool.observe.inference import observe_inferred
-from bntool.reasons import Reason
+from bntool.pipeline.surgeries import fold
 from bntool.subjects.base import Checking
+from bntool.subjects.insertion import insert_observed
 from bntool.subjects.module import ModuleSubject
-from bntool.surgeries import fold
 from tools.make_reasons import document
 
 EXCLUDING = {Reason.EXCLUDED: ("*",)}

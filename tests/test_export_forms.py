@@ -9,16 +9,16 @@ from onnx import TensorProto, numpy_helper
 from torch import nn
 from torch.nn import functional as F
 
-from bntool import onnx_writing
-from bntool.casting import stored_as
-from bntool.checking import check_onnx, seeded_batches
-from bntool.dynamic_axes import DynamicAxes, resized
-from bntool.errors import CheckFailed, ExportError, UsageError
-from bntool.exporting import export_onnx
-from bntool.inputs import Inputs
-from bntool.onnx_versions import chosen_ir_version, loads_in
-from bntool.onnx_writing import append_metadata
-from bntool.reference import Reference
+from bntool.core.errors import CheckFailed, ExportError, UsageError
+from bntool.export import onnx_writing
+from bntool.export.dynamic_axes import DynamicAxes, resized
+from bntool.export.exporting import export_onnx
+from bntool.export.onnx_versions import chosen_ir_version, loads_in
+from bntool.export.onnx_writing import append_metadata
+from bntool.graph.inputs import Inputs
+from bntool.models.casting import stored_as
+from bntool.verify.checking import check_onnx, seeded_batches
+from bntool.verify.reference import Reference
 
 IMAGE = Inputs((torch.zeros(1, 3, 8, 8),))
 
@@ -55,7 +55,7 @@ def test_the_lowest_versions_that_work_are_the_default(tmp_path):
 
 
 def test_an_op_that_needs_a_later_opset_gets_the_lowest_that_has_it(tmp_path, monkeypatch):
-    from bntool import capturing
+    from bntool.export import capturing
 
     honest = capturing._convert_to
     tried = []

@@ -9,11 +9,11 @@ import torch.nn.functional as F
 from onnx import numpy_helper
 from torch import nn
 
-from bntool import exporting, onnx_writing
-from bntool.checking import check_onnx, seeded_batches
-from bntool.errors import ExportError
-from bntool.exporting import export_onnx
-from bntool.inputs import Inputs
+from bntool.core.errors import ExportError
+from bntool.export import exporting, onnx_writing
+from bntool.export.exporting import export_onnx
+from bntool.graph.inputs import Inputs
+from bntool.verify.checking import check_onnx, seeded_batches
 
 
 def convolutions() -> nn.Module:
@@ -307,7 +307,7 @@ def test_standardised_weights_of_other_types_are_exact_or_refused(dtype, tmp_pat
 def test_a_training_node_in_the_graph_is_refused():
     import onnx_ir as ir
 
-    from bntool.onnx_cleaning import refuse_training_form
+    from bntool.export.onnx_cleaning import refuse_training_form
 
     text = """<ir_version: 8, opset_import: ["" : 17]>
     g (float[n,2,3] x, float[2] s, float[2] b, float[2] m, float[2] v) => (float[n,2,3] y)

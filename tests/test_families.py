@@ -15,13 +15,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from bntool.core.plan import Plan
+from bntool.core.reasons import Reason
 from bntool.files.references import build
 from bntool.folding import plan_fold
-from bntool.inputs import Inputs
-from bntool.module_folding import plan_module_fold
+from bntool.graph.inputs import Inputs
 from bntool.observe.eager import observe
-from bntool.plan import Plan
-from bntool.reasons import Reason
+from bntool.subjects.module_folding import plan_module_fold
 from tools.zoo import randomise
 
 SHARED = Reason.OUTPUT_USED_ELSEWHERE

@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bntool.collecting import paused
+from bntool.core.plan import Plan
+from bntool.core.reasons import Reason
 from bntool.folding import plan_fold
-from bntool.inputs import Inputs, outputs_of
+from bntool.graph.inputs import Inputs, outputs_of
+from bntool.models.collecting import paused
 from bntool.observe.eager import observe
-from bntool.plan import Plan
-from bntool.reasons import Reason
 from bntool.surgery.fold_modules import apply_fold
 from tests.fold_zoo import FOLDED, ZOO, Entry, enliven
 

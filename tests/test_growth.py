@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from bntool.folding import plan_fold
-from bntool.inputs import Inputs
+from bntool.graph.inputs import Inputs
 from bntool.observe.eager import observe
 from bntool.surgery.fold_modules import apply_fold
 

@@ -17,10 +17,10 @@ from torchvision.models.detection.faster_rcnn import TwoMLPHead
 from torchvision.ops import FrozenBatchNorm2d
 
 import bntool
-from bntool.errors import CheckFailed, UsageError
-from bntool.layers import BatchNormPerCall
-from bntool.plan import Plan
-from bntool.reasons import Reason
+from bntool.core.errors import CheckFailed, UsageError
+from bntool.core.plan import Plan
+from bntool.core.reasons import Reason
+from bntool.models.layers import BatchNormPerCall
 
 X = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
@@ -221,6 +221,27 @@ def test_the_bias_of_a_model_that_has_batchnorm_already_moves_too() -> None:
     assert not bntool.insert(result.model, X, drop_bias=True).modified
 
 
+class LongGate(nn.Module):
+    """x·f(x), with a sigmoid and so many products in f that all of it is `ops` operators."""
+
+    def __init__(self, ops: int) -> None:
+        super().__init__()
+        self.conv, self.products = nn.Conv2d(3, 4, 1), ops - 2
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv(x)
+        gate = torch.sigmoid(y)
+        for _ in range(self.products):
+            gate = gate * 0.9
+        return y * gate
+
+
+@pytest.mark.parametrize(("ops", "found"), [(2, True), (12, True), (13, False)])
+def test_an_activation_is_written_out_in_twelve_operators_at_most(ops: int, found: bool) -> None:
+    result = bntool.insert(LongGate(ops).eval(), X, activations=("silu",))
+    assert [site.conv for site in result.plan.insert_sites] == (["conv"] if found else [])
+
+
 class SharedBias(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -241,6 +262,18 @@ class BiasReadElsewhere(nn.Module):
         return self.n(self.a(x)) + self.a.bias.sum()
 
 
+class BiasOfAnIdleLayer(nn.Module):
+    """The layer that does not run keeps its bias, and would lose it in a checkpoint."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.idle, self.n = nn.Conv2d(3, 4, 1), nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)
+        self.idle.bias = self.a.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.n(self.a(x))
+
+
 class DroppedOut(nn.Module):
     """In train mode the dropout takes the bias of some channels away: BatchNorm cannot."""
 
@@ -257,7 +290,10 @@ def before_a_frozen_norm() -> nn.Module:
     return nn.Sequential(nn.Conv2d(3, 4, 1), FrozenBatchNorm2d(4))
 
 
-@pytest.mark.parametrize("net", [SharedBias, BiasReadElsewhere, DroppedOut, before_a_frozen_norm])
+NEEDED = [SharedBias, BiasReadElsewhere, BiasOfAnIdleLayer, DroppedOut, before_a_frozen_norm]
+
+
+@pytest.mark.parametrize("net", NEEDED)
 def test_a_bias_that_somebody_else_needs_stays(net: Any) -> None:
     result = bntool.insert(net().eval(), X, drop_bias=True)
     assert not result.plan.dropped
@@ -456,6 +492,6 @@ def test_a_calibration_that_changes_the_output_is_an_error(monkeypatch: pytest.M
     def wrong(norm: Any, mean: Tensor, variance: Tensor) -> None:
         norm.running_mean += 1
 
-    monkeypatch.setattr("bntool.surgeries.set_preserving", wrong)
+    monkeypatch.setattr("bntool.pipeline.surgeries.set_preserving", wrong)
     with pytest.raises(CheckFailed, match="the insertion changes the output"):
         bntool.insert(three_convs(), X, init="calibrate", data=[X])

@@ -10,15 +10,16 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from bntool.errors import StateError, UsageError
-from bntool.inputs import Inputs, outputs_of
+from bntool.core.activations import ACTIVATIONS
+from bntool.core.errors import StateError, UsageError
+from bntool.core.plan import Plan
+from bntool.core.reasons import Reason
+from bntool.core.sites import InsertSite
+from bntool.graph.inputs import Inputs, outputs_of
 from bntool.inserting import InsertOptions, plan_insert, sequential_names
-from bntool.insertion import insert_observed
-from bntool.layers import NORMED, ConvBN2d
-from bntool.observe.aten import ACTIVATIONS
+from bntool.models.layers import NORMED, ConvBN2d
 from bntool.observe.eager import observe
-from bntool.plan import InsertSite, Plan
-from bntool.reasons import Reason
+from bntool.subjects.insertion import insert_observed
 from bntool.surgery.insert_modules import apply_insert
 from tests.insert_zoo import WRITTEN_OUT, ZOO, FunctionalRelu, Net, ReluModule, TiedWeights, conv
 

@@ -12,17 +12,16 @@ import pytest
 import torch
 from torch import nn
 
-from bntool import benchmarking
-from bntool.benchmarking import Candidate, benchmark, rebatching
-from bntool.errors import ExportError, UsageError
-from bntool.exporting import export_onnx
-from bntool.inputs import Inputs
-from bntool.latencies import Benchmark, Cost, Latency, Versus
-from bntool.onnx_flops import onnx_flops
+from bntool.core.errors import ExportError, UsageError
+from bntool.core.latencies import Benchmark, Cost, Latency, Versus
+from bntool.export.exporting import export_onnx
+from bntool.graph.inputs import Inputs
 from bntool.report.latency import latency_text
-from bntool.runtime import ort_runner, ready
+from bntool.runtime import benchmarking, ort_runner, ready
+from bntool.runtime.benchmarking import Candidate, benchmark, rebatching
 from bntool.runtime.libraries import CPU, CUDA
 from bntool.runtime.memory import PeakMemory
+from bntool.runtime.onnx_flops import onnx_flops
 
 IMAGE = Inputs((torch.zeros(1, 3, 8, 8),))
 

@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from bntool import affine, maps
-from bntool.maps import Allowance, nested_tuples, shape_of
-from bntool.schema import Damaged
+from bntool.core import maps
+from bntool.core.maps import Allowance, nested_tuples, shape_of
+from bntool.core.schema import Damaged
+from bntool.graph import affine
 
 TENSORS = {"w": torch.rand(8), "plane": torch.rand(8, 1, 1)}
 BN = ["bn", "bn1"]

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torchvision.ops import FrozenBatchNorm2d
 
-from bntool.errors import CheckFailed
-from bntool.onnx_folding import fold_onnx, plan_fold_onnx
-from bntool.plan import Plan
-from bntool.program_folding import fold_program, plan_fold_program
+from bntool.core.errors import CheckFailed
+from bntool.core.plan import Plan
+from bntool.pipeline.onnx_folding import fold_onnx, plan_fold_onnx
+from bntool.pipeline.program_folding import fold_program, plan_fold_program
 from bntool.subjects.program import ProgramProof
 from bntool.surgery.fold_onnx import apply_fold_onnx
 from bntool.surgery.fold_program import apply_fold_program, in_float64
@@ -90,6 +90,13 @@ def asymmetric_parts() -> dict[str, nn.Module]:
         "row": nn.Sequential(nn.Conv2d(C, C, (1, 3), padding=(0, 1)), nn.BatchNorm2d(C)),
         "column": nn.Sequential(nn.Conv2d(C, C, (3, 1), padding=(1, 0)), nn.BatchNorm2d(C)),
     }
+
+
+def into_the_source(m: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+    """What is written to is seen by another, who would miss it."""
+    y = torch.sigmoid(x)
+    seen = y[:, :2]
+    return y.add_(m.dense(y) + m.point(y)), seen
 
 
 def plain_parts() -> dict[str, nn.Module]:
@@ -227,6 +234,14 @@ def test_branches_that_are_not_one_convolution_stay(name: str) -> None:
     kept = apply_fold_program(observed, plan)
     assert calls(kept, "conv") == left
     agree(program, kept, EXACT)
+
+
+def test_a_write_to_what_others_see_is_no_part_of_a_merge() -> None:
+    program = program_of(into_the_source, lambda: {"dense": conv(3), "point": conv(1)})
+    plan, observed = plan_fold_program(program)
+    merged = apply_fold_program(observed, plan)
+    assert calls(merged, "add_") == 1
+    agree(program, merged, EXACT)
 
 
 def test_without_merging_the_branches_stay() -> None:

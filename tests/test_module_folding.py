@@ -11,9 +11,9 @@ from torch.nn import functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 import bntool
-from bntool import module_folding
+from bntool.core.reasons import Reason
 from bntool.observe.eager import observe
-from bntool.reasons import Reason
+from bntool.subjects import module_folding
 
 
 class RowsOfPixels(nn.Module):

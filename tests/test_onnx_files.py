@@ -10,10 +10,10 @@ import onnx
 import pytest
 from onnx import helper, numpy_helper
 
-from bntool import onnx_files
-from bntool.errors import LoadError, UsageError
-from bntool.onnx_files import open_onnx, save_onnx
-from bntool.onnx_folding import fold_onnx
+from bntool.core.errors import LoadError, UsageError
+from bntool.files import onnx_files
+from bntool.files.onnx_files import open_onnx, save_onnx
+from bntool.pipeline.onnx_folding import fold_onnx
 from tests.onnx_zoo import ONNX_ZOO
 
 ZOO = {net.name: net for net in ONNX_ZOO}

@@ -14,16 +14,16 @@ import onnx_ir as ir
 import pytest
 import torch
 
-from bntool import onnx_checking
-from bntool.comparing import K_NOISE, Limit
-from bntool.errors import CheckFailed
+from bntool.core.errors import CheckFailed
+from bntool.core.plan import Plan
+from bntool.core.reasons import Reason
 from bntool.folding import agreement, plan_fold
-from bntool.inputs import Inputs
-from bntool.onnx_checking import OnnxReference, file_limits
-from bntool.onnx_folding import fold_onnx, plan_fold_onnx
-from bntool.plan import Plan
-from bntool.reasons import Reason
-from bntool.reference import DRAWS
+from bntool.graph.inputs import Inputs
+from bntool.pipeline.onnx_folding import fold_onnx, plan_fold_onnx
+from bntool.verify import onnx_checking
+from bntool.verify.comparing import K_NOISE, Limit
+from bntool.verify.onnx_checking import OnnxReference, file_limits
+from bntool.verify.reference import DRAWS
 from tests.onnx_zoo import ONNX_ZOO
 
 ZOO = {net.name: net for net in ONNX_ZOO}

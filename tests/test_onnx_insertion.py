@@ -10,14 +10,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import bntool
-from bntool.errors import UsageError
-from bntool.inputs import Inputs
+from bntool.core.errors import UsageError
+from bntool.core.reasons import Reason
+from bntool.graph.inputs import Inputs
 from bntool.inserting import InsertOptions
-from bntool.onnx_checking import check_onnx_unchanged, example_inputs_of
-from bntool.onnx_folding import fold_onnx, insert_onnx
-from bntool.program_folding import insert_program
-from bntool.reasons import Reason
+from bntool.pipeline.onnx_folding import fold_onnx, insert_onnx
+from bntool.pipeline.program_folding import insert_program
 from bntool.runtime.onnx_reference import ReferenceRunner
+from bntool.verify.onnx_checking import check_onnx_unchanged, example_inputs_of
 
 
 class Net(nn.Module):

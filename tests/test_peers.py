@@ -37,7 +37,7 @@ IMAGE = torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
 
 def _names(net: nn.Module) -> Any:
-    from bntool.inputs import Inputs
+    from bntool.graph.inputs import Inputs
     from bntool.observe.eager import observe
 
     return fingerprints(observe(net, Inputs((IMAGE,))).graph)

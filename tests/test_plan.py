@@ -5,9 +5,10 @@ from typing import Any
 
 import pytest
 
-from bntool.errors import PlanError
-from bntool.plan import SCHEMA_VERSION, Edit, FoldSite, InsertSite, Plan, Skip
-from bntool.reasons import Reason
+from bntool.core.errors import PlanError
+from bntool.core.plan import SCHEMA_VERSION, Plan
+from bntool.core.reasons import Reason
+from bntool.core.sites import Edit, FoldSite, InsertSite, Skip
 
 INSERT = Plan(
     action="insert",

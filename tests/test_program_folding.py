@@ -13,10 +13,10 @@ from torch.export import ExportedProgram
 from torch.nn import functional as F
 
 import bntool
-from bntool.errors import UsageError
-from bntool.plan import Plan
-from bntool.program_folding import fold_program
-from bntool.reasons import Reason
+from bntool.core.errors import UsageError
+from bntool.core.plan import Plan
+from bntool.core.reasons import Reason
+from bntool.pipeline.program_folding import fold_program
 from bntool.runtime.programs import example_inputs_of
 from tests.fold_zoo import FOLDED, bn, conv, enliven
 from tests.program_zoo import BATCH, PROGRAM_ZOO, ProgramNet, decomposed, exported

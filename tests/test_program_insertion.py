@@ -8,9 +8,9 @@ from torch import nn
 from torch.export import ExportedProgram
 
 import bntool
-from bntool.errors import UsageError
+from bntool.core.errors import UsageError
 from bntool.inserting import InsertOptions
-from bntool.program_folding import insert_program
+from bntool.pipeline.program_folding import insert_program
 from tests.test_onnx_insertion import Net
 
 X = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))

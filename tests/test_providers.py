@@ -9,8 +9,8 @@ import onnx
 import pytest
 import torch
 
-from bntool.errors import DeviceError, ExportError, UsageError
-from bntool.inputs import Inputs
+from bntool.core.errors import DeviceError, ExportError, UsageError
+from bntool.graph.inputs import Inputs
 from bntool.runtime import ort_runner, ready
 from bntool.runtime.libraries import CPU, CUDA, TENSORRT
 from bntool.runtime.naming import named_providers, options_of, require_known, torch_device_of

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import bntool
-from bntool.errors import CheckFailed, ObserveError, StateError
-from bntool.reasons import Reason
+from bntool.core.errors import CheckFailed, ObserveError, StateError
+from bntool.core.reasons import Reason
 
 
 def randomised(model: nn.Module, seed: int = 0) -> nn.Module:

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import bntool
-from bntool.errors import PlanError
-from bntool.plan import Plan
+from bntool.core.errors import PlanError
+from bntool.core.plan import Plan
 
 X = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 

@@ -5,8 +5,8 @@ import pytest
 import torch
 from torch import nn
 
-from bntool.errors import CheckFailed, DeviceError, ExportError
-from bntool.inputs import Inputs
+from bntool.core.errors import CheckFailed, DeviceError, ExportError
+from bntool.graph.inputs import Inputs
 from bntool.runtime import OrtRunner, TorchRunner, providers
 from bntool.runtime.libraries import CPU, CUDA, explain_missing_cuda
 from bntool.runtime.providers import NodeAssignment, open_session, prove_heavy_nodes

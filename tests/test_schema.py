@@ -12,13 +12,13 @@ from typing import Any
 import pytest
 from msgspec import inspect
 
-from bntool import maps, plan, schema
 from bntool.cli import site_list
+from bntool.core import maps, plan, schema
+from bntool.core.schema import Damaged, Finite, Index, Name, Shape, fitted, parsed, version_of
 from bntool.experiment import folder
 from bntool.files import memory, sidecar
 from bntool.inserting import InsertOptions
 from bntool.pages import shapes
-from bntool.schema import Damaged, Finite, Index, Name, Shape, fitted, parsed, version_of
 
 
 @pytest.mark.parametrize(

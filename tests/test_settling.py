@@ -10,15 +10,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bntool.affine import Affine
-from bntool.errors import CheckFailed
-from bntool.graph import Op
+from bntool.core.errors import CheckFailed
+from bntool.core.plan import Plan
+from bntool.core.reasons import Reason
+from bntool.core.sites import FoldSite, Skip
+from bntool.graph.affine import Affine
+from bntool.graph.dataflow import Op
 from bntool.laws import LAWS, Context, Maps
-from bntool.onnx_folding import fold_onnx
-from bntool.plan import FoldSite, Plan, Skip
-from bntool.program_folding import fold_program
-from bntool.reasons import Reason
-from bntool.settling import first_at_fault, settle
+from bntool.pipeline.onnx_folding import fold_onnx
+from bntool.pipeline.program_folding import fold_program
+from bntool.pipeline.settling import first_at_fault, settle
 from tests.fold_zoo import bn, conv, enliven
 from tests.onnx_zoo import OnnxNet, W
 from tests.program_zoo import exported

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from bntool.shaking import shaken_copy
+from bntool.models.shaking import shaken_copy
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

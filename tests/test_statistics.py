@@ -10,11 +10,12 @@ import torch
 from torch import nn
 
 import bntool
-from bntool.calibrating import calibrate
-from bntool.errors import NothingToDo, StateError, UsageError
-from bntool.frozen import freeze_layer
-from bntool.moments import Moments
-from bntool.statistics import measure, set_preserving
+from bntool.calibrate.calibrating import calibrate
+from bntool.calibrate.moments import Moments
+from bntool.calibrate.statistics import measure, set_preserving
+from bntool.calibrate.sweeping import sweep
+from bntool.core.errors import NothingToDo, StateError, UsageError
+from bntool.models.frozen import freeze_layer
 
 U32 = 2.0**-24
 U64 = 2.0**-53
@@ -77,7 +78,7 @@ def test_moments_agree_with_numpy_over_uneven_parts_in_any_order(offset):
 def test_moments_of_a_batch_larger_than_one_chunk(monkeypatch):
     (batch,) = batches_of(9)
     whole = Moments.of(batch)
-    monkeypatch.setattr("bntool.moments._CHUNK", 400)
+    monkeypatch.setattr("bntool.calibrate.moments._CHUNK", 400)
     parts = Moments.of(batch)
     assert parts.count == whole.count
     torch.testing.assert_close(parts.m2, whole.m2, rtol=whole.count * U64, atol=0)
@@ -298,6 +299,22 @@ def test_dead_channels_are_told():
     assert result.model.running_var[1] == 0
     assert "2 dead channels" in str(result)
     assert result.to_dict()["layers"][0]["dead"] == [1, 2]
+
+
+def test_a_channel_is_dead_below_eps_and_not_at_it():
+    batch = torch.tensor([[-0.5, -0.49], [0.5, 0.49]])  # variances of 0.25 and less
+    assert calibrate(nn.BatchNorm1d(2, eps=0.25), [batch]).layers[0].dead == (1,)
+
+
+def test_a_synchronised_layer_that_does_not_use_the_batch_keeps_what_it_holds():
+    """It asks no other process in eval mode; without statistics of its own it would use the batch."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.SyncBatchNorm(3), nn.SyncBatchNorm(3))
+    model[0].running_mean.fill_(5.0)
+    batch = torch.randn(8, 3)
+    seen = sweep(model, ["0", "1"], [batch], batch_statistics=False)
+    expected = (batch.double() - 5.0).mean(0)
+    torch.testing.assert_close(seen.layers["1"].moments.mean.cpu(), expected, rtol=0, atol=1e-4)
 
 
 def test_samples_and_targets_and_keywords():

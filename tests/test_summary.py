@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
 import bntool
-from bntool.inputs import Inputs
+from bntool.graph.inputs import Inputs
 from bntool.report import parameter_delta, parameters_of, summarize
 from bntool.report.counting import Counts, owned_by_module, total_counts
 from bntool.report.summary import Summary

@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bntool.errors import LoadError
-from bntool.text import Lines, as_lines, shown, visible
+from bntool.core.errors import LoadError
+from bntool.core.text import Lines, as_lines, shown, visible
 
 
 @pytest.mark.parametrize(

@@ -8,16 +8,16 @@ import pytest
 import torch
 from torch import nn
 
-from bntool import checking
-from bntool.casting import TF32, round_to_tf32, tf32_copy
-from bntool.checking import check_onnx, check_tf32, no_tf32
-from bntool.exporting import export_onnx
-from bntool.inputs import Inputs
-from bntool.onnx_verifying import check_itself
-from bntool.reference import Reference
+from bntool.core.verdicts import first_failed
+from bntool.export.exporting import export_onnx
+from bntool.graph.inputs import Inputs
+from bntool.models.casting import TF32, round_to_tf32, tf32_copy
 from bntool.report.checks import Comparison
 from bntool.runtime.libraries import CPU, CUDA, TENSORRT
-from bntool.verdicts import first_failed
+from bntool.verify import checking
+from bntool.verify.checking import check_onnx, check_tf32, no_tf32
+from bntool.verify.onnx_verifying import check_itself
+from bntool.verify.reference import Reference
 from tests import broken
 
 FLOAT32 = torch.finfo(torch.float32).eps

@@ -17,16 +17,16 @@ from onnx.reference import ReferenceEvaluator
 from torch import Tensor, nn
 
 import bntool
+from bntool.core.plan import Plan
+from bntool.core.reasons import Reason
 from bntool.folding.claims import Claims
 from bntool.folding.moving import Take, Way
 from bntool.folding.norms import find_norms, why_unfit
-from bntool.inputs import Inputs
+from bntool.graph.inputs import Inputs
 from bntool.laws import Refused
 from bntool.observe.eager import observe
-from bntool.onnx_folding import fold_exported, fold_onnx, plan_fold_onnx
-from bntool.plan import Plan
-from bntool.program_folding import fold_program, plan_fold_program
-from bntool.reasons import Reason
+from bntool.pipeline.onnx_folding import fold_exported, fold_onnx, plan_fold_onnx
+from bntool.pipeline.program_folding import fold_program, plan_fold_program
 from bntool.surgery.fold_onnx import apply_fold_onnx
 from bntool.surgery.fold_program import apply_fold_program
 from tests.fold_zoo import FOLDED, ZOO, bn, conv, enliven

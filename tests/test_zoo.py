@@ -14,7 +14,7 @@ from torch import nn
 
 import bntool
 from bntool.files.references import build
-from bntool.inputs import Inputs
+from bntool.graph.inputs import Inputs
 from bntool.observe.eager import observe
 from tools.zoo import judged, page, randomise
 

@@ -31,15 +31,15 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 
-from bntool.errors import BntoolError
+from bntool.core.errors import BntoolError
+from bntool.export.onnx_writing import write_checked
 from bntool.files.atomic import write_atomically
 from bntool.files.loading import load
 from bntool.files.memory import Record, recall, remember
+from bntool.files.onnx_files import open_onnx, save_onnx
 from bntool.files.saving import save_model
 from bntool.files.sidecar import read_sidecar, write_sidecar
 from bntool.files.targets import Target
-from bntool.onnx_files import open_onnx, save_onnx
-from bntool.onnx_writing import write_checked
 
 WIDTH = 700
 """Two megabytes of weights: a write takes about as long as the moments at which it is stopped differ."""

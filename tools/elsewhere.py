@@ -128,8 +128,8 @@ def observed(model: Any) -> Any:
     """On the smallest image that it takes, or on one of the size that it says it is for."""
     import torch
 
-    from bntool.errors import ObserveError
-    from bntool.inputs import Inputs
+    from bntool.core.errors import ObserveError
+    from bntool.graph.inputs import Inputs
     from bntool.observe.eager import observe
     from bntool.observe.inference import observe_inferred
 

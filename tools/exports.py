@@ -46,13 +46,13 @@ def examine(name: str) -> dict[str, Any]:
     import onnx
     import torch
 
-    from bntool.checking import check_onnx
     from bntool.core.options import FoldOptions
-    from bntool.exporting import export_onnx
+    from bntool.export.exporting import export_onnx
     from bntool.files.references import build
-    from bntool.onnx_folding import fold_exported
+    from bntool.pipeline.onnx_folding import fold_exported
     from bntool.subjects.base import Checking
     from bntool.subjects.module import ModuleSubject
+    from bntool.verify.checking import check_onnx
 
     torch.set_num_threads(1)
     model = build(name).model.eval()
@@ -129,7 +129,7 @@ def _one_line(text: str) -> str:
 
 def main() -> None:
     chosen = arguments(__doc__, RESULTS, limit=240).parse_args()
-    import bntool.exporting  # noqa: F401 - imported once, before the forks
+    import bntool.export.exporting  # noqa: F401 - imported once, before the forks
 
     wanted = every_model()
     made = functools.partial(page, wanted=len(wanted))

@@ -17,13 +17,13 @@ import torch
 from torch import nn
 
 from bntool import api
-from bntool.blaming import blame_export, blame_modules
-from bntool.checking import check_onnx, check_surgery, seeded_batches
-from bntool.exporting import export_onnx
+from bntool.export.exporting import export_onnx
 from bntool.files.references import build
-from bntool.inputs import Inputs
-from bntool.onnx_verifying import check_itself
-from bntool.reference import Reference
+from bntool.graph.inputs import Inputs
+from bntool.verify.blaming import blame_export, blame_modules
+from bntool.verify.checking import check_onnx, check_surgery, seeded_batches
+from bntool.verify.onnx_verifying import check_itself
+from bntool.verify.reference import Reference
 from tools.gpu_nets import enliven
 from tools.sweeping import Results, arguments
 

@@ -25,12 +25,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from bntool.errors import BntoolError
+from bntool.core.errors import BntoolError
 from bntool.files.detect import Kind, detect
 from bntool.files.loading import load
 from bntool.files.memory import recall
+from bntool.files.onnx_files import open_onnx
 from bntool.files.sidecar import read_sidecar
-from bntool.onnx_files import open_onnx
 from tools.fuzz_documents import damage_documents
 
 SECONDS = 30

@@ -22,8 +22,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from bntool.errors import BntoolError
-from bntool.files.limits import Limit
+from bntool.core.errors import BntoolError
+from bntool.core.limits import Limit
 from bntool.files.security.archives import Damaged, Unsafe
 from bntool.files.security.containers import (
     ARRAYS,

@@ -23,9 +23,9 @@ from torch import Tensor, nn
 
 import bntool
 from bntool.cli.loading import replay_of, side_file_of
-from bntool.errors import BntoolError
+from bntool.core.errors import BntoolError
 from bntool.files.sidecar import make_document, sidecar_path
-from bntool.onnx_folding import fold_onnx
+from bntool.pipeline.onnx_folding import fold_onnx
 
 SECONDS = 2.0
 _MISSING = object()

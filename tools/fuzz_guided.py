@@ -17,7 +17,7 @@ from pathlib import Path
 import atheris
 
 with atheris.instrument_imports(include=["bntool.files"]):
-    from bntool.errors import BntoolError
+    from bntool.core.errors import BntoolError
     from bntool.files.detect import detect
     from bntool.files.loading import load
     from bntool.files.security.archives import Archive, Damaged, Unsafe

@@ -6,8 +6,8 @@ import warnings
 
 from torch import fx, nn
 
-from bntool.plan import Plan
-from bntool.reasons import Reason
+from bntool.core.plan import Plan
+from bntool.core.reasons import Reason
 
 _MODULES = {
     "silu": "SiLU Swish SwishMe",

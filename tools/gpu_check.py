@@ -98,7 +98,7 @@ def _run(words: list[str], limit: float) -> tuple[int | None, str]:
 def facts() -> dict[str, str]:
     """What the figures were measured with."""
     ask = (
-        "import json\nfrom bntool.doctor import diagnose\n"
+        "import json\nfrom bntool.runtime.doctor import diagnose\n"
         "print(json.dumps({row.name: row.detail for row in diagnose().rows}))"
     )
     code, text = _run(["-c", ask], 120)

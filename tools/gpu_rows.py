@@ -17,17 +17,18 @@ from typing import Any
 import torch
 
 import bntool
-from bntool import casting, checking
-from bntool.benchmarking import Candidate, benchmark, rebatching
-from bntool.checking import check_onnx, check_surgery, check_tf32, seeded_batches
-from bntool.comparing import compare
-from bntool.errors import BntoolError, DeviceError
-from bntool.exporting import export_onnx
-from bntool.inputs import Inputs
-from bntool.reference import Reference
+from bntool.core.errors import BntoolError, DeviceError
+from bntool.core.verdicts import Check
+from bntool.export.exporting import export_onnx
+from bntool.graph.inputs import Inputs
+from bntool.models import casting
 from bntool.runtime import OrtRunner, TorchRunner
+from bntool.runtime.benchmarking import Candidate, benchmark, rebatching
 from bntool.runtime.libraries import CPU, CUDA, TENSORRT
-from bntool.verdicts import Check
+from bntool.verify import checking
+from bntool.verify.checking import check_onnx, check_surgery, check_tf32, seeded_batches
+from bntool.verify.comparing import compare
+from bntool.verify.reference import Reference
 from tools.gpu_nets import NETS
 
 PRECISIONS = ("fp32", "TF32", "fp16")

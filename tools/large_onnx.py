@@ -17,7 +17,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper
 
-from bntool.onnx_folding import fold_onnx
+from bntool.pipeline.onnx_folding import fold_onnx
 
 WIDTH, LAYERS = 8192, 9
 """9 · 8192² float32 weights are 2.4 GB; a protobuf message ends at 2 GiB."""

@@ -17,11 +17,11 @@ import torchvision
 from torch import nn
 
 import bntool
-from bntool.benchmarking import Candidate, benchmark, rebatching
-from bntool.exporting import export_onnx
-from bntool.inputs import Inputs
-from bntool.latencies import Benchmark
+from bntool.core.latencies import Benchmark
+from bntool.export.exporting import export_onnx
+from bntool.graph.inputs import Inputs
 from bntool.report.latency import latency_text
+from bntool.runtime.benchmarking import Candidate, benchmark, rebatching
 
 NETS = ("resnet18", "resnet50", "vgg11_bn", "mobilenet_v2")
 PAIRS = (

@@ -8,7 +8,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from bntool.explanations import EXPLANATIONS, Explanation  # noqa: E402
+from bntool.core.explanations import EXPLANATIONS, Explanation  # noqa: E402
 
 _HEAD = """# Reason codes
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 import re
 import sys
 from collections.abc import Iterator
@@ -16,8 +17,10 @@ sys.path.insert(0, str(ROOT))
 from bntool import __version__  # noqa: E402
 from bntool.cli import cli  # noqa: E402
 from bntool.cli.examples import EXAMPLES  # noqa: E402
+from bntool.core.documents import schema  # noqa: E402
 
 PAGE = ROOT / "docs" / "reference" / "commands.md"
+SCHEMA = ROOT / "docs" / "reference" / "schema.json"
 MANUAL = ROOT / "man" / "bntool.1"
 
 _HEAD = """# Commands
@@ -139,6 +142,7 @@ def _roff(text: str) -> str:
 
 
 if __name__ == "__main__":
-    for path, text in ((PAGE, page()), (MANUAL, manual())):
+    texts = {PAGE: page(), MANUAL: manual(), SCHEMA: json.dumps(schema(), indent=1) + "\n"}
+    for path, text in texts.items():
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, encoding="utf-8", newline="\n")

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from bntool.inputs import Inputs, outputs_of
+from bntool.graph.inputs import Inputs, outputs_of
 from tools.fingerprints import Trace, trace_onnx, trace_openvino, trace_torch
 
 
@@ -55,8 +55,8 @@ def bntool_module(case: Case) -> Outcome:
 def bntool_export(case: Case) -> Outcome:
     """What `bntool fold --export onnx` leaves: the module folded, exported, and the graph folded."""
     import bntool
-    from bntool.exporting import export_onnx
-    from bntool.onnx_folding import fold_exported
+    from bntool.export.exporting import export_onnx
+    from bntool.pipeline.onnx_folding import fold_exported
 
     folded = bntool.fold(case.model, case.inputs, share=True)
     return _read(
@@ -66,7 +66,7 @@ def bntool_export(case: Case) -> Outcome:
 
 def bntool_onnx(case: Case) -> Outcome:
     """What `bntool fold FILE.onnx` leaves."""
-    from bntool.onnx_folding import fold_onnx
+    from bntool.pipeline.onnx_folding import fold_onnx
 
     result = fold_onnx(case.unfolded, case.folder / "folded.onnx", force=True)
     return _read(result.path or case.unfolded, case)
@@ -129,7 +129,7 @@ def ort(case: Case) -> Outcome:
 def openvino(case: Case) -> Outcome:
     import openvino as tool
 
-    from bntool.onnx_folding import fold_onnx
+    from bntool.pipeline.onnx_folding import fold_onnx
 
     def run(model: Any) -> dict[str, torch.Tensor]:
         # float32, whatever the processor would like better: the fold is judged, not the precision

@@ -44,9 +44,9 @@ def observed(model: Any) -> Any:
     """The model observed on a small image, or on the smallest that it takes."""
     import torch
 
-    from bntool.errors import ObserveError
+    from bntool.core.errors import ObserveError
     from bntool.files.references import recorded_inputs
-    from bntool.inputs import Inputs
+    from bntool.graph.inputs import Inputs
     from bntool.observe.eager import observe
     from bntool.observe.inference import observe_inferred
 
@@ -62,8 +62,8 @@ def observed(model: Any) -> Any:
 
 def prepare(name: str, folder: Path, gain: float = 1.0) -> dict[str, Any]:
     """Export the model unfolded, run the original, and keep in `folder` what every tool is held against."""
-    from bntool.exporting import export_onnx
-    from bntool.reference import Reference
+    from bntool.export.exporting import export_onnx
+    from bntool.verify.reference import Reference
     from tools.fingerprints import fingerprints, trace_onnx
 
     model = make(name, gain)
@@ -84,7 +84,7 @@ def judge(name: str, tool: str, folder: Path, gain: float = 1.0) -> dict[str, An
     """Let one tool fold the model; say which BatchNorms are left, and whether the result is right."""
     import torch
 
-    from bntool.comparing import compare, noise_limits
+    from bntool.verify.comparing import compare, noise_limits
 
     kept = (folder / "reference.pickle").read_bytes()
     inputs, expected, limits, layers, batch_norms, own = pickle.loads(kept)  # noqa: S301 - written by `prepare`

@@ -66,7 +66,7 @@ def save_batch(names: list[str], folder: Path) -> dict[str, dict[str, Any]]:
 def load_batch(names: list[str], folder: Path) -> dict[str, dict[str, Any]]:
     from torch import nn
 
-    from bntool.errors import LoadError
+    from bntool.core.errors import LoadError
     from bntool.files.loading import load
 
     rows: dict[str, dict[str, Any]] = {}

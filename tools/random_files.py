@@ -20,12 +20,12 @@ from onnx.reference.op_run import OpRun
 from torch import Tensor
 
 import bntool
-from bntool.dynamic_axes import DynamicAxes
-from bntool.errors import ExportError
-from bntool.inputs import Inputs
+from bntool.core.errors import ExportError
+from bntool.export.dynamic_axes import DynamicAxes
+from bntool.export.legacy_exporting import trace
+from bntool.graph.inputs import Inputs
 from bntool.inserting import InsertOptions
-from bntool.legacy_exporting import trace
-from bntool.onnx_folding import fold_onnx, insert_onnx
+from bntool.pipeline.onnx_folding import fold_onnx, insert_onnx
 from tools.random_nets import RandomNet
 from tools.random_trials import Run, Trial, any_is_wrong, difference, has_norms, inputs_of
 

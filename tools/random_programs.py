@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.export import Dim, ExportedProgram, export
 
 from bntool.inserting import InsertOptions
-from bntool.program_folding import fold_program, insert_program
+from bntool.pipeline.program_folding import fold_program, insert_program
 from bntool.runtime.programs import RunnableProgram
 from tools.random_nets import RandomNet
 from tools.random_trials import Run, Trial, any_is_wrong, difference, has_norms, inputs_of, outputs_of

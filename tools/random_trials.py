@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import bntool
-from bntool.plan import Plan
+from bntool.core.plan import Plan
 from tools.random_nets import SIDE, RandomNet
 
 TOLERANCE = 1e-9

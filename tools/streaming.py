@@ -20,9 +20,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from bntool.core.plan import Plan
+from bntool.core.sites import Edit, FoldSite
 from bntool.files.safetensors_files import layout, read_index, write_safetensors
 from bntool.files.stored import open_stored
-from bntool.plan import Edit, FoldSite, Plan
 from bntool.surgery.fold_stored import StoredFold
 
 CHANNELS, KERNEL, SHARD_LAYERS, EPS = 1024, 3, 16, 1e-5

@@ -77,7 +77,7 @@ def observed(name: str, model: Any) -> Any:
     import torch
 
     from bntool.files.references import recorded_inputs
-    from bntool.inputs import Inputs
+    from bntool.graph.inputs import Inputs
     from bntool.observe.eager import observe
     from bntool.observe.inference import observe_inferred
 
@@ -88,8 +88,8 @@ def observed(name: str, model: Any) -> Any:
 
 def judged(make: Callable[[], Any], observed: Callable[[Any], Any]) -> dict[str, Any]:
     """What becomes of a model, with the first gain at which that can be judged to float64's own digits."""
-    from bntool.checking import ALGEBRA_LIMIT
-    from bntool.errors import CheckFailed
+    from bntool.core.errors import CheckFailed
+    from bntool.verify.checking import ALGEBRA_LIMIT
 
     try:
         row = _judged(make, observed, GAINS[0])
@@ -151,7 +151,7 @@ def _inserted(model: Any, observation: Any) -> dict[str, Any]:
 
     from bntool import api
     from bntool.inserting import InsertOptions
-    from bntool.insertion import insert_observed
+    from bntool.subjects.insertion import insert_observed
     from tools.fx_pairs import disagreements
 
     plan, made, check = insert_observed(model, observation, InsertOptions(activations=("any",)))
@@ -184,15 +184,15 @@ def _inserted(model: Any, observation: Any) -> dict[str, Any]:
 def sites_again(inserted: Any, inputs: Any) -> int:
     """How many sites a second insertion finds: it should change nothing."""
     from bntool.inserting import InsertOptions
-    from bntool.insertion import insert_observed
     from bntool.observe.eager import observe
+    from bntool.subjects.insertion import insert_observed
 
     again, *_ = insert_observed(inserted, observe(inserted, inputs), InsertOptions(activations=("any",)))
     return len(again.sites)
 
 
 def page(results: dict[str, dict[str, Any]], title: str, target: str, file: str) -> str:
-    from bntool.checking import ALGEBRA_LIMIT
+    from bntool.verify.checking import ALGEBRA_LIMIT
 
     rows = sorted(results.values(), key=lambda row: row["model"])
     good = [row for row in rows if row["status"] == "ok"]

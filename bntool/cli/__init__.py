@@ -14,12 +14,12 @@ from typing import Any
 import click
 
 from bntool.cli.completing import VARIABLE as COMPLETION_VARIABLE
-from bntool.cli.documents import emit_error
+from bntool.cli.documents import emit, failure
 from bntool.cli.examples import epilog
 from bntool.cli.folder import require_folder
 from bntool.cli.job import first_to_fail, require_alone
 from bntool.cli.streams import Streams, say
-from bntool.errors import BntoolError, InvariantError, LoadError, UsageError
+from bntool.core.errors import BntoolError, InvariantError, LoadError, UsageError
 
 _COMMANDS = {
     "insert": "Put BatchNorm between convolutions and their activations.",
@@ -156,7 +156,7 @@ def _as_json(argv: list[str]) -> bool:
 
 def _run(argv: list[str]) -> int:
     as_json, debug = _as_json(argv), "--debug" in argv
-    fail = _speaker(as_json, _help_for(argv), whole=bool({"-v", "--verbose", "--debug"} & set(argv)))
+    fail = _speaker(as_json, _command_of(argv), whole=bool({"-v", "--verbose", "--debug"} & set(argv)))
     try:
         result: Any = cli.main(args=argv, prog_name="bntool", standalone_mode=False)
         return result if isinstance(result, int) else 0
@@ -165,7 +165,8 @@ def _run(argv: list[str]) -> int:
     except (click.Abort, KeyboardInterrupt):
         if first_to_fail():
             if as_json:
-                emit_error("stopped", {"what": "stopped", "where": "", "next": ""})
+                stopped = {"what": "stopped", "where": "", "next": ""}
+                emit(_command_of(argv), {"status": "stopped", "error": stopped})
             say("bntool: stopped", err=True)
         return _STOPPED
     except click.ClickException as error:
@@ -179,31 +180,30 @@ def _run(argv: list[str]) -> int:
     except OSError as error:
         _trace(debug)
         if error.filename is None:
-            return _bug(error, as_json)
+            return _bug(error, _command_of(argv), as_json)
         next_step = "check the name, the folder's permissions and the space on the disk"
         return fail(UsageError(f"{error.strerror}", where=str(error.filename), next_step=next_step))
     except Exception as error:  # noqa: BLE001 - whatever is left is a bug, told without a traceback
         _trace(debug)
-        return _bug(error, as_json)
+        return _bug(error, _command_of(argv), as_json)
 
 
-def _help_for(argv: list[str]) -> str:
-    command = next((word for word in argv if word in _COMMANDS), "")
-    return " ".join(filter(None, ("bntool", command, "--help")))
+def _command_of(argv: list[str]) -> str:
+    return next((word for word in argv if word in _COMMANDS), "")
 
 
-def _speaker(as_json: bool, help_line: str, *, whole: bool) -> Callable[[BntoolError], int]:
+def _speaker(as_json: bool, command: str, *, whole: bool) -> Callable[[BntoolError], int]:
     """How an error is told: what, where and what to do next. Returns the exit code."""
 
     def fail(error: BntoolError) -> int:
-        error.next_step = error.next_step or help_line
+        error.next_step = error.next_step or " ".join(filter(None, ("bntool", command, "--help")))
         if not first_to_fail():
             return error.exit_code
         if as_json:
-            emit_error(error.status, error.to_dict())
+            emit(command, failure(error))
         else:
             too_long = len(error.what) > _LONGEST and not (whole or error.uncut)
-            if too_long and _has_verbose(help_line.split()[1]):
+            if too_long and _has_verbose(command):
                 error.what = f"{error.what[:_LONGEST].rstrip()} … (-v shows all of it)"
             say(error.told("error: "), err=True)
         return error.exit_code
@@ -223,14 +223,14 @@ def _usage(error: click.ClickException) -> UsageError:
     return UsageError(what, where=path, next_step=f"{path} --help")
 
 
-def _bug(error: Exception, as_json: bool) -> int:
+def _bug(error: Exception, command: str, as_json: bool) -> int:
     text = str(error).strip().splitlines()
     what = f"a bug in bntool: {type(error).__name__}: {text[0] if text else ''}"
     next_step = "run it again with --debug and report the traceback"
     if not first_to_fail():
         return _BUG
     if as_json:
-        emit_error("bug", {"what": what, "where": "", "next": next_step})
+        emit(command, {"status": "bug", "error": {"what": what, "where": "", "next": next_step}})
     else:
         say(f"error: {what}", f"  next:  {next_step}", err=True)
     return _BUG

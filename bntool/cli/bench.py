@@ -10,15 +10,15 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from bntool.cli.opening import is_onnx
+from bntool.cli.options import takes
 from bntool.cli.session import Session, Voice, open_session
-from bntool.cli.taking import takes
 from bntool.core.option import Options, option
 from bntool.core.options import BenchOptions, LoadOptions, PlaceOptions, SpeechOptions
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from bntool.inputs import Inputs
+    from bntool.graph.inputs import Inputs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,9 +39,9 @@ def command(
     They run in turn, so that a machine that slows down slows both. A difference is claimed only where the
     middle halves of the samples do not overlap.
     """
-    from bntool.benchmarking import Candidate
     from bntool.cli import devices, timing
     from bntool.report.latency import latency_text
+    from bntool.runtime.benchmarking import Candidate
 
     names = (pair.first, pair.second)
     files = [name for name in names if is_onnx(name)]
@@ -76,9 +76,9 @@ def _module(model: Any) -> nn.Module:
 
 
 def _inputs_of(session: Session | None, files: list[str], seed: int) -> Callable[[int], Inputs | None]:
-    from bntool.benchmarking import rebatching
-    from bntool.onnx_checking import example_inputs_of
+    from bntool.runtime.benchmarking import rebatching
     from bntool.runtime.programs import example_inputs_of as inputs_of_program
+    from bntool.verify.onnx_checking import example_inputs_of
 
     if session is None:
         return lambda batch: example_inputs_of(files[0], batch, seed)

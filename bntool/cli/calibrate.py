@@ -10,8 +10,9 @@ import click
 from bntool.cli.data import opened_data
 from bntool.cli.job import joined
 from bntool.cli.opening import of_session, open_module
+from bntool.cli.options import takes
 from bntool.cli.session import Session, Voice
-from bntool.cli.taking import takes
+from bntool.core.errors import UsageError
 from bntool.core.option import Options, option
 from bntool.core.options import (
     DataOptions,
@@ -21,10 +22,9 @@ from bntool.core.options import (
     SpeechOptions,
     WriteOptions,
 )
-from bntool.errors import UsageError
 
 if TYPE_CHECKING:
-    from bntool.world import World
+    from bntool.runtime.world import World
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +69,7 @@ def command(
 def _calibrate(
     session: Session, data: DataOptions, load: LoadOptions, write: WriteOptions, world: World, *, freeze: bool
 ) -> int:
-    from bntool.calibrating import calibrate
+    from bntool.calibrate.calibrating import calibrate
     from bntool.cli.writing import chosen_output, write_model
 
     voice, place = session.voice, None
@@ -100,7 +100,7 @@ def _require_storable(session: Session, freeze: bool) -> None:
     """Weights alone cannot hold new layers: what reads them back makes the layers from the architecture."""
     from torch import nn
 
-    from bntool.calibrating import untracked_layers
+    from bntool.calibrate.calibrating import untracked_layers
 
     loaded = session.loaded
     inside = loaded.wrapped_in

@@ -14,8 +14,9 @@ import click
 from bntool.cli.compare_options import CompareOptions, settings_of
 from bntool.cli.job import joined
 from bntool.cli.opening import open_module
+from bntool.cli.options import some, takes
 from bntool.cli.session import Session, Voice
-from bntool.cli.taking import some, takes
+from bntool.core.errors import UsageError
 from bntool.core.options import (
     DataOptions,
     InsertOptions,
@@ -26,7 +27,6 @@ from bntool.core.options import (
     ReportOptions,
     SpeechOptions,
 )
-from bntool.errors import UsageError
 
 if TYPE_CHECKING:
     from bntool.cli.writing import Place
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from bntool.experiment.datasets import Data
     from bntool.experiment.outcome import TrainingComparison
     from bntool.experiment.settings import Settings
-    from bntool.world import World
+    from bntool.runtime.world import World
 
 
 @click.command("compare", short_help="Train with and without BatchNorm, and compare.")

@@ -21,7 +21,7 @@ def folders(ctx: click.Context, param: click.Parameter, incomplete: str) -> list
 
 def reason_codes(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:  # noqa: ARG001
     """The codes that `bntool explain` knows."""
-    from bntool.explanations import EXPLANATIONS
+    from bntool.core.explanations import EXPLANATIONS
 
     return [
         CompletionItem(found.code, help=found.title)

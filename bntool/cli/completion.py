@@ -9,8 +9,8 @@ import click
 from click.shell_completion import get_completion_class
 
 from bntool.cli.completing import VARIABLE
+from bntool.cli.options import some, takes
 from bntool.cli.streams import say
-from bntool.cli.taking import some, takes
 from bntool.core.option import Options, option
 from bntool.core.options import SpeechOptions
 

@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bntool.cli.session import Session
+from bntool.core.errors import ObserveError, UsageError
 from bntool.core.options import DataOptions, LoadOptions
-from bntool.errors import ObserveError, UsageError
 
 if TYPE_CHECKING:
-    from bntool.batches import Batches
-    from bntool.inputs import Inputs
+    from bntool.data.batches import Batches
+    from bntool.graph.inputs import Inputs
 
 
 def opened_data(
@@ -23,7 +23,7 @@ def opened_data(
     """
     import torch
 
-    from bntool.batches import open_batches
+    from bntool.data.batches import open_batches
 
     assert data.data is not None  # the commands require it
     images = Path(data.data).is_dir()

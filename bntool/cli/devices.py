@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 
+from bntool.core.errors import DeviceError, UsageError
 from bntool.core.options import PlaceOptions
-from bntool.errors import DeviceError, UsageError
 
 
 @dataclasses.dataclass(frozen=True)

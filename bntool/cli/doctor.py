@@ -5,8 +5,8 @@ from __future__ import annotations
 import click
 
 from bntool.cli.documents import emit
+from bntool.cli.options import some, takes
 from bntool.cli.streams import say
-from bntool.cli.taking import some, takes
 from bntool.core.options import SpeechOptions
 
 
@@ -14,11 +14,11 @@ from bntool.core.options import SpeechOptions
 @takes(some(SpeechOptions, "as_json", "debug"))
 def command(speech: SpeechOptions) -> int:
     """Look at Python, torch, CUDA and ONNX Runtime, and really run a small convolution on each."""
-    from bntool.doctor import diagnose
+    from bntool.runtime.doctor import diagnose
 
     found = diagnose()
     if speech.as_json:
-        emit({"status": "ok" if found else "failed", **found.to_dict()})
+        emit("doctor", {"status": "ok" if found else "failed", **found.to_dict()})
     else:
         say(str(found))
     return 0 if found else 5

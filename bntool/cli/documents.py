@@ -6,21 +6,15 @@ import json
 from typing import Any
 
 from bntool.cli.streams import say_result
-from bntool.errors import BntoolError
-from bntool.text import Lines
-
-SCHEMA_VERSION = 1
+from bntool.core.errors import BntoolError
+from bntool.core.text import Lines
 
 
-def emit(document: dict[str, Any]) -> None:
-    """Print the document of a command."""
-    whole = {"schema_version": SCHEMA_VERSION, **document}
-    say_result(Lines(json.dumps(whole, indent=1)))
+def emit(command: str, document: dict[str, Any]) -> None:
+    """Print the document of a command, with all keys that it has."""
+    from bntool.core.documents import whole
 
-
-def emit_error(status: str, error: dict[str, str]) -> None:
-    """Print the document of a command that failed before it had anything to tell."""
-    emit({"status": status, "error": error})
+    say_result(Lines(json.dumps(whole(command, document), indent=1)))
 
 
 def failure(error: BntoolError) -> dict[str, Any]:

@@ -7,12 +7,12 @@ import math
 import re
 from typing import TYPE_CHECKING, Any
 
-from bntool.errors import UsageError
+from bntool.core.errors import UsageError
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from bntool.inputs import Inputs
+    from bntool.graph.inputs import Inputs
 
 _SHAPE = re.compile(r"(?:(?P<name>[A-Za-z_]\w*):)?(?P<dims>\d+(?:[x,]\d+)*)")
 # The names under which positional inputs are reported.
@@ -28,7 +28,7 @@ def parse_inputs(texts: tuple[str, ...], model: nn.Module, seed: int) -> Inputs:
     """
     import torch
 
-    from bntool.inputs import Inputs
+    from bntool.graph.inputs import Inputs
 
     weight = next((p for p in model.parameters() if p.is_floating_point()), torch.zeros(()))
     embeds = _first_reads_tokens(model)

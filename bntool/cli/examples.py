@@ -28,8 +28,8 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
     "export": ("bntool export model_bn.pt --opset 20",),
     "bench": ("bntool bench model_bn.pt model_bn_folded.pt --batch-sizes 1 --rounds 7",),
     "verify": (
-        "bntool verify model_bn_folded.pt model_bn.pt",
-        "bntool verify model_bn_folded.onnx model_bn.pt --inputs images.npy",
+        "bntool verify model_bn.pt model_bn_folded.pt",
+        "bntool verify model_bn.pt model_bn_folded.onnx --inputs images.npy",
     ),
     "calibrate": (
         "bntool calibrate model_bn.pt --data images.npy",

@@ -7,11 +7,11 @@ import dataclasses
 import click
 
 from bntool.cli.documents import emit
+from bntool.cli.options import some, takes
 from bntool.cli.streams import say
-from bntool.cli.taking import some, takes
 from bntool.core.option import Options, option
 from bntool.core.options import SpeechOptions
-from bntool.reasons import Reason
+from bntool.core.reasons import Reason
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,12 +25,12 @@ class ExplainOptions(Options):
 @takes(ExplainOptions, some(SpeechOptions, "as_json", "debug"))
 def command(explain: ExplainOptions, speech: SpeechOptions) -> int:
     """Explain a reason CODE; without one, list them all."""
-    from bntool.explanations import explain as explanation_of
+    from bntool.core.explanations import explain as explanation_of
 
     codes = [reason.value for reason in Reason] if explain.code is None else [explain.code]
     found = {name: explanation_of(name) for name in codes}
     if speech.as_json:
-        emit({"status": "ok", "reasons": {name: e.to_dict() for name, e in found.items()}})
+        emit("explain", {"status": "ok", "reasons": {name: e.to_dict() for name, e in found.items()}})
     elif explain.code is not None:
         say(str(found[explain.code]))
     else:

@@ -9,8 +9,9 @@ from typing import Literal
 import click
 
 from bntool.cli.opening import open_model
+from bntool.cli.options import takes_all
 from bntool.cli.session import Voice
-from bntool.cli.taking import takes_all
+from bntool.core.errors import InvariantError, UsageError
 from bntool.core.option import Options, option
 from bntool.core.options import (
     CheckOptions,
@@ -22,7 +23,6 @@ from bntool.core.options import (
     WriteOptions,
 )
 from bntool.core.refusals import KINDS
-from bntool.errors import InvariantError, UsageError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,12 +56,12 @@ def command(voice: Voice, asked: Asked) -> int:
     from bntool.cli import serving
     from bntool.cli.devices import require_places
     from bntool.cli.writing import OnnxPlace
-    from bntool.dynamic_axes import DynamicAxes
+    from bntool.export.dynamic_axes import DynamicAxes
     from bntool.files.sidecar import output_name
+    from bntool.pipeline.serving import Serving
+    from bntool.pipeline.surgeries import unchanged
     from bntool.report.checks import checks_text
-    from bntool.serving import Serving
     from bntool.subjects.base import Checking
-    from bntool.surgeries import unchanged
 
     if opened.kind == "onnx":
         raise UsageError(

@@ -9,8 +9,9 @@ import click
 
 from bntool.cli.blaming import require_place
 from bntool.cli.opening import Opened, open_model
+from bntool.cli.options import takes_all
 from bntool.cli.session import Voice
-from bntool.cli.taking import takes_all
+from bntool.core.errors import BntoolError, CheckFailed, NothingToDo, StateError, UsageError
 from bntool.core.option import Options, option
 from bntool.core.options import (
     BenchOptions,
@@ -24,14 +25,13 @@ from bntool.core.options import (
     SpeechOptions,
     WriteOptions,
 )
+from bntool.core.reasons import Reason
 from bntool.core.refusals import require_export
-from bntool.errors import BntoolError, CheckFailed, NothingToDo, StateError, UsageError
-from bntool.reasons import Reason
 
 if TYPE_CHECKING:
     from bntool.cli.devices import Devices
-    from bntool.plan import Plan
-    from bntool.results import SurgeryResult
+    from bntool.core.plan import Plan
+    from bntool.report.results import SurgeryResult
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,8 +162,8 @@ class _Fold:
     def result(self) -> tuple[SurgeryResult, Any]:
         """The fold, proved; unproved where it is not worth an output."""
         from bntool.cli.devices import torch_device
+        from bntool.pipeline.surgeries import fold
         from bntool.subjects.base import Checking
-        from bntool.surgeries import fold
 
         voice, subject, check = self.voice, self.opened.subject, self.asked.check
         with voice.progress(f"folding {self.opened.subject.name}") as step:
@@ -181,7 +181,7 @@ class _Fold:
                 )
                 self.proof = subject.proof(self.checking)
             if self.asked.ask.export_to and subject.kind == "module":
-                from bntool.dynamic_axes import DynamicAxes
+                from bntool.export.dynamic_axes import DynamicAxes
 
                 DynamicAxes(asked=self.asked.export.axes()).named_for(subject.example())
             try:
@@ -193,7 +193,7 @@ class _Fold:
     def served(self, result: SurgeryResult, after: Any, place: Any, drafts: Any) -> SurgeryResult:
         """The fold as ONNX, in a draft, and verified there."""
         from bntool.cli import serving
-        from bntool.serving import Serving
+        from bntool.pipeline.serving import Serving
 
         dtype = self.asked.ask.dtype
         narrow: Any = "" if dtype in (None, "float32") else dtype
@@ -227,14 +227,14 @@ class _Fold:
     def _blame(self) -> None:
         """Say at which layer or node the unproved fold and the original part."""
         from bntool.cli import blaming
-        from bntool.surgeries import fold
+        from bntool.pipeline.surgeries import fold
 
         subject = self.opened.subject
         if subject.kind == "script":
             return
 
         def find() -> Any:
-            from bntool.blaming import blame_files, blame_modules
+            from bntool.verify.blaming import blame_files, blame_modules
 
             _, after = fold(subject, self.asked.fold)
             if subject.kind == "onnx":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from bntool.errors import UsageError
+from bntool.core.errors import UsageError
 
 
 def require_folder() -> None:

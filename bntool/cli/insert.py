@@ -9,9 +9,10 @@ import click
 
 from bntool.cli.data import opened_data
 from bntool.cli.opening import Opened, open_model
+from bntool.cli.options import chosen, takes_all
 from bntool.cli.session import Voice
 from bntool.cli.source import require_fitting, rewritten, show_source, tell_refusals, write_source
-from bntool.cli.taking import chosen, takes_all
+from bntool.core.errors import NothingToDo, PlanError, UsageError
 from bntool.core.option import Options, option
 from bntool.core.options import (
     CheckOptions,
@@ -23,12 +24,11 @@ from bntool.core.options import (
     SpeechOptions,
     WriteOptions,
 )
-from bntool.errors import NothingToDo, PlanError, UsageError
-from bntool.reasons import Reason
+from bntool.core.reasons import Reason
 
 if TYPE_CHECKING:
-    from bntool.plan import Plan
-    from bntool.results import SurgeryResult
+    from bntool.core.plan import Plan
+    from bntool.report.results import SurgeryResult
     from bntool.source.rewriting import Rewritten
 
 
@@ -141,7 +141,7 @@ def command(voice: Voice, asked: Asked) -> int:
 
 
 def _inserted(voice: Voice, opened: Opened, asked: Asked) -> tuple[SurgeryResult, Any]:
-    from bntool import surgeries
+    from bntool.pipeline import surgeries
     from bntool.subjects.base import Checking
 
     full = asked.check.check == "full"

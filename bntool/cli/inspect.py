@@ -7,8 +7,8 @@ from pathlib import Path
 
 import click
 
+from bntool.cli.options import some, takes
 from bntool.cli.session import Voice
-from bntool.cli.taking import some, takes
 from bntool.core.option import Options, option
 from bntool.core.options import LoadOptions, SpeechOptions
 
@@ -28,8 +28,8 @@ def command(voice: Voice, inspect: InspectOptions, load: LoadOptions) -> int:
     Nothing in the file is run, and no weights are read. Exit 3 for a file that is damaged, hostile or of a
     kind that bntool does not load.
     """
+    from bntool.core.limits import Limit
     from bntool.files.inspecting import inspect_file
-    from bntool.files.limits import Limit
     from bntool.report.inspection import inspection_text
 
     inspection = inspect_file(Path(inspect.file), Limit(load.max_size))

@@ -10,9 +10,9 @@ if TYPE_CHECKING:
 
     from bntool.cli.session import Voice
     from bntool.core.options import LoadOptions
+    from bntool.core.plan import Plan
     from bntool.files.loading import Loaded
     from bntool.files.memory import Record
-    from bntool.plan import Plan
 
 
 def load_granted(
@@ -84,9 +84,9 @@ def replay_of(path: str, told: dict[str, Any]) -> tuple[list[Plan], Any]:
     Raises `LoadError`, with the place in the side file, for a plan that is none or that does not fit the
     architecture: then when it is replayed.
     """
-    from bntool.errors import DamagedPlan, LoadError, PlanError
+    from bntool.core.errors import DamagedPlan, LoadError, PlanError
+    from bntool.core.plan import Plan
     from bntool.files.sidecar import damaged, sidecar_path
-    from bntool.plan import Plan
 
     last = told.get("plan")
     raw = {f"earlier_plans[{i}]": plan for i, plan in enumerate(told.get("earlier_plans", ()))}

@@ -54,7 +54,7 @@ class Opened:
         """The same, where TorchScript is a module that can be exported, on the same inputs."""
         if self.kind != "script" or self.session is None:
             return self
-        from bntool.script_folding import converted
+        from bntool.subjects.script_folding import converted
 
         module = converted(self.subject.model, self.subject.example())
         loaded = dataclasses.replace(self.session.loaded, model=module, kind="module")

@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bntool.cli.session import Session, Voice
-from bntool.errors import BntoolError
+from bntool.core.errors import BntoolError
 
 if TYPE_CHECKING:
     from torch import nn
 
     from bntool.cli.opening import Opened
-    from bntool.graph import Graph
+    from bntool.graph.dataflow import Graph
 
 
 def picture(voice: Voice, opened: Opened, after: Any = None) -> None:
@@ -45,8 +45,8 @@ def picture_onnx(voice: Voice, source: Path) -> None:
 
 
 def _read_onnx(path: Path) -> Graph:
+    from bntool.files.onnx_files import open_onnx
     from bntool.observe.onnx_model import observe_onnx
-    from bntool.onnx_files import open_onnx
 
     return observe_onnx(open_onnx(path).model).graph
 

@@ -10,7 +10,7 @@ from rich.progress import Progress, ProgressColumn, Task
 from rich.text import Text
 
 from bntool.cli.streams import Stream, styled
-from bntool.text import visible
+from bntool.core.text import visible
 
 
 class _Bar(Progress):

@@ -7,12 +7,12 @@ import itertools
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bntool.errors import LoadError, UsageError
+from bntool.core.errors import LoadError, UsageError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from bntool.inputs import Inputs
+    from bntool.graph.inputs import Inputs
 
 _BATCH = 32
 
@@ -23,7 +23,7 @@ def read_inputs(path: str, like: Inputs, *, full: bool) -> list[Inputs]:
     Arrays go to the inputs of the same name, a single one to a single input, in the input's type. Raises
     `LoadError` for a file that cannot be read, `UsageError` for arrays that are not inputs like `like`.
     """
-    from bntool.arrays import arrays_in, chosen_arrays, tensor_of
+    from bntool.data.arrays import arrays_in, chosen_arrays, tensor_of
 
     file = Path(path)
     if not file.is_file():

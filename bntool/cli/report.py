@@ -8,8 +8,8 @@ from typing import Literal
 
 import click
 
+from bntool.cli.options import some, takes
 from bntool.cli.session import Voice
-from bntool.cli.taking import some, takes
 from bntool.core.option import Options, option
 from bntool.core.options import SpeechOptions, WriteOptions
 
@@ -60,7 +60,7 @@ def command(voice: Voice, page: PageOptions, write: WriteOptions, speech: Speech
         else:
             write_page(documents, drafts.of(claimed), chosen)
     if speech.as_json:
-        emit({"status": "ok", "output": str(path), "format": chosen})
+        emit("report", {"status": "ok", "output": str(path), "format": chosen})
     voice.say(f"wrote       {path}")
     return 0
 

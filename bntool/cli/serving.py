@@ -10,19 +10,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bntool.cli.session import Voice
-from bntool.errors import CheckFailed, ExportError
+from bntool.core.errors import CheckFailed, ExportError
 from bntool.report.checks import checks_text
 from bntool.report.tables import size
 
 if TYPE_CHECKING:
     from bntool.cli.session import Session
     from bntool.cli.writing import OnnxPlace
-    from bntool.exporting import ExportResult
+    from bntool.export.exporting import ExportResult
     from bntool.files.targets import Drafts
-    from bntool.reference import Reference
-    from bntool.results import SurgeryResult
-    from bntool.serving import Serving
+    from bntool.pipeline.serving import Serving
+    from bntool.report.results import SurgeryResult
     from bntool.subjects.base import Checking
+    from bntool.verify.reference import Reference
 
 
 def served(
@@ -37,8 +37,8 @@ def served(
 ) -> SurgeryResult:
     """Export a result into a draft and verify it there; the file goes to its place with the other drafts."""
     from bntool.cli import blaming
-    from bntool.onnx_files import put_onnx
-    from bntool.serving import StageFailed, served
+    from bntool.files.onnx_files import put_onnx
+    from bntool.pipeline.serving import StageFailed, served
 
     result, after = done
     draft = drafts.folder_for(place.path) / place.path.name
@@ -65,8 +65,8 @@ def placed(result: SurgeryResult, place: OnnxPlace | None, drafts: Drafts) -> Su
 
 def reference_with(session: Session, *, full: bool) -> Reference:
     """The original's own runs: on batches of 1, 2 and 3 with `full`, else on one input."""
-    from bntool.checking import seeded_batches
-    from bntool.reference import Reference
+    from bntool.verify.checking import seeded_batches
+    from bntool.verify.reference import Reference
 
     return Reference(
         session.model, seeded_batches(session.example, (1, 2, 3) if full else (1,), session.seed)
@@ -90,7 +90,7 @@ def export_text(export: ExportResult) -> str:
 @contextlib.contextmanager
 def _keeping_unverified(draft: Path, place: OnnxPlace) -> Iterator[None]:
     """Where the check of a draft fails, keep it if the user asked for that, under a name that says so."""
-    from bntool.onnx_files import open_onnx, save_onnx
+    from bntool.files.onnx_files import open_onnx, save_onnx
 
     try:
         yield

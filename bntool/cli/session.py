@@ -18,8 +18,8 @@ from bntool.cli.example_inputs import parse_inputs
 from bntool.cli.loading import load_granted
 from bntool.cli.reading import read_by
 from bntool.cli.streams import say
+from bntool.core.errors import BntoolError, InvariantError, UsageError
 from bntool.core.options import LoadOptions, ReportOptions, SpeechOptions
-from bntool.errors import BntoolError, InvariantError, UsageError
 from bntool.files.sidecar import sidecar_path
 from bntool.files.targets import Target
 
@@ -28,11 +28,11 @@ if TYPE_CHECKING:
     from torch.export import ExportedProgram
 
     from bntool.core.option import Options
+    from bntool.core.plan import Plan
     from bntool.files.loading import Loaded
     from bntool.files.memory import Record
-    from bntool.inputs import Inputs
+    from bntool.graph.inputs import Inputs
     from bntool.observe.eager import Observation
-    from bntool.plan import Plan
 
 
 @dataclasses.dataclass
@@ -94,23 +94,20 @@ class Voice:
         if not self.writes_document:
             return
         context = click.get_current_context(silent=True)
-        named = {"command": context.info_name} if context is not None else {}
-        whole = {**named, **document, "notes": self.notes}
-        if self.model is not None:
-            whole["model"] = self.model
+        command = str(context.info_name) if context is not None else ""
+        document = {**document, "notes": self.notes, "model": self.model}
         if self.report is not None:
-            self._draw(self.report, whole)
+            self._draw(self.report, command, document)
         if self.as_json:
-            emit(whole)
+            emit(command, document)
 
-    def _draw(self, path: Path, document: dict[str, Any]) -> None:
-        from bntool.cli.documents import SCHEMA_VERSION
+    def _draw(self, path: Path, command: str, document: dict[str, Any]) -> None:
+        from bntool.core.documents import whole
         from bntool.pages.reading import as_document
         from bntool.pages.writing import write_page
 
         with self.target.drafts() as drafts:
-            whole = {"schema_version": SCHEMA_VERSION, **document}
-            write_page([as_document(whole, path.name)], drafts.of(self._report_place))
+            write_page([as_document(whole(command, document), path.name)], drafts.of(self._report_place))
         self.say(f"wrote       {path}")
 
     def fail(self, error: BntoolError, document: dict[str, Any]) -> NoReturn:

@@ -9,8 +9,8 @@ from typing import Annotated, Any
 
 import msgspec
 
-from bntool.errors import UsageError
-from bntool.schema import MOST_BYTES, Damaged, Name, fitted, read
+from bntool.core.errors import UsageError
+from bntool.core.schema import MOST_BYTES, Damaged, Name, fitted, read
 
 _Names = Annotated[tuple[Name, ...], msgspec.Meta(min_length=1)]
 _NEXT = 'write JSON, ["features.0", …], or TOML, sites = ["features.0", …]'

@@ -7,12 +7,12 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from bntool.errors import UsageError
+from bntool.core.errors import UsageError
 
 if TYPE_CHECKING:
     from bntool.cli.insert import Asked
     from bntool.cli.session import Session, Voice
-    from bntool.results import SurgeryResult
+    from bntool.report.results import SurgeryResult
     from bntool.source.rewriting import Rewritten
 
 _SCRIPT = re.compile(r"(?P<path>.+\.py):[A-Za-z_][\w.]*")
@@ -79,8 +79,8 @@ def tell_refusals(voice: Voice, source: Rewritten) -> None:
 
 def show_source(voice: Voice, source: Rewritten, result: SurgeryResult) -> None:
     """The diff, then every new layer with the line it goes to."""
+    from bntool.report.results import delta_lines
     from bntool.report.tables import Column, Table, count, render
-    from bntool.results import delta_lines
 
     _show_diff(voice, source.diff)
     if voice.quiet:
@@ -138,7 +138,7 @@ def _show_diff(voice: Voice, diff: str) -> None:
     from rich.text import Text
 
     from bntool.cli.streams import styled
-    from bntool.text import visible
+    from bntool.core.text import visible
 
     styles = {"+": "green", "-": "red", "@": "cyan"}
     console = Console(file=styled(sys.stdout), soft_wrap=True, highlight=False)

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bntool.cli.session import Voice
+from bntool.core.errors import LoadError, UsageError
 from bntool.core.refusals import require_known
-from bntool.errors import LoadError, UsageError
 
 if TYPE_CHECKING:
     from bntool.cli.fold import Asked
@@ -20,7 +20,7 @@ def fold_stored_file(voice: Voice, asked: Asked) -> int:
     from bntool.files.safetensors_files import INDEX_SUFFIX
     from bntool.files.sidecar import fill_sidecar, output_name
     from bntool.files.stored import open_stored
-    from bntool.results import fold_lines, verdicts
+    from bntool.report.results import fold_lines, verdicts
     from bntool.surgery.fold_stored import StoredFold
 
     name = asked.model.model

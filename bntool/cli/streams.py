@@ -11,8 +11,8 @@ import warnings
 from collections.abc import Iterable
 from typing import Any, TextIO, cast
 
-from bntool.errors import OutputError
-from bntool.text import as_lines, visible
+from bntool.core.errors import OutputError
+from bntool.core.text import as_lines, visible
 
 _READER_GONE = 141  # as a shell reports a program ended by SIGPIPE
 

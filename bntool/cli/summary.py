@@ -10,11 +10,11 @@ from typing import Any
 import click
 
 from bntool.cli.opening import open_model
+from bntool.cli.options import takes
 from bntool.cli.session import Session, Voice
-from bntool.cli.taking import takes
+from bntool.core.errors import BntoolError
 from bntool.core.option import Options, option
 from bntool.core.options import LoadOptions, ModelOptions, SpeechOptions
-from bntool.errors import BntoolError
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,12 +12,12 @@ from bntool.cli.session import Voice
 from bntool.core.options import BenchOptions, ExportOptions
 
 if TYPE_CHECKING:
-    from bntool.benchmarking import Candidate
     from bntool.cli.opening import Opened
     from bntool.cli.writing import Places
-    from bntool.inputs import Inputs
-    from bntool.latencies import Benchmark
-    from bntool.results import SurgeryResult
+    from bntool.core.latencies import Benchmark
+    from bntool.graph.inputs import Inputs
+    from bntool.report.results import SurgeryResult
+    from bntool.runtime.benchmarking import Candidate
 
 
 def timed(
@@ -29,7 +29,7 @@ def timed(
     pairs: Sequence[tuple[str, str]] | None = None,
 ) -> Benchmark:
     """Time the candidates beside each other."""
-    from bntool.benchmarking import benchmark
+    from bntool.runtime.benchmarking import benchmark
 
     with voice.progress("timing") as step:
         return benchmark(
@@ -54,7 +54,7 @@ def timed_fold(
     export: ExportOptions,
 ) -> Benchmark:
     """The model before and after; with an ONNX file, that one too, beside that of the model before."""
-    from bntool.benchmarking import Candidate, rebatching
+    from bntool.runtime.benchmarking import Candidate, rebatching
 
     subject, (result, after) = opened.subject, done
     if opened.kind == "onnx":
@@ -66,8 +66,8 @@ def timed_fold(
     pairs = [("torch before", "torch folded")]
     if places.onnx is None:
         return timed(voice, candidates, inputs_of, bench, devices, pairs)
-    from bntool.serving import Serving, exported
-    from bntool.surgeries import unchanged
+    from bntool.pipeline.serving import Serving, exported
+    from bntool.pipeline.surgeries import unchanged
 
     with tempfile.TemporaryDirectory(prefix="bntool.bench.") as folder:
         plain = Serving(export, result.export.dtype if result.export else "")  # type: ignore[arg-type]

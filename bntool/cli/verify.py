@@ -8,31 +8,31 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from bntool.cli.options import takes
 from bntool.cli.session import Session, Voice, open_session
-from bntool.cli.taking import takes
+from bntool.core.errors import CheckFailed, LoadError, UsageError
 from bntool.core.option import Options, option
 from bntool.core.options import (
     CheckOptions,
     LoadOptions,
-    ModelOptions,
     PlaceOptions,
     ReportOptions,
     SpeechOptions,
 )
-from bntool.errors import CheckFailed, LoadError, UsageError
 
 if TYPE_CHECKING:
-    from bntool.blaming import Found
     from bntool.cli.devices import Devices
-    from bntool.reference import Reference
-    from bntool.verdicts import Check
+    from bntool.core.verdicts import Check
+    from bntool.verify.blaming import Found
+    from bntool.verify.reference import Reference
 
 
 @dataclasses.dataclass(frozen=True)
 class VerifyOptions(Options):
     """What is compared, and on which inputs."""
 
-    candidate: str = option("", "", argument=True, required=True, names="file")
+    first: str = option("", "", argument=True, required=True, names="file", metavar="[REFERENCE]")
+    second: str | None = option(None, "", argument=True, names="file", metavar="CANDIDATE")
     inputs_file: str | None = option(
         None, "Real inputs: an .npy, .npz or .pt file.", "--inputs", metavar="FILE", names="file"
     )
@@ -41,7 +41,6 @@ class VerifyOptions(Options):
 @click.command("verify", short_help="Compare any two models or ONNX files; blame what differs.")
 @takes(
     VerifyOptions,
-    ModelOptions,
     LoadOptions,
     PlaceOptions,
     CheckOptions,
@@ -51,22 +50,22 @@ class VerifyOptions(Options):
 def command(
     voice: Voice,
     verify: VerifyOptions,
-    model: ModelOptions,
     load: LoadOptions,
     place: PlaceOptions,
     check: CheckOptions,
 ) -> int:
-    """Compare CANDIDATE with MODEL, against MODEL's own rounding noise.
+    """Compare CANDIDATE with REFERENCE, against the reference's own rounding noise.
 
-    Each is a PyTorch model, an exported program or an ONNX file. Without MODEL, CANDIDATE is compared with
-    what the last command here wrote; an ONNX file of another name with itself, at every optimisation level.
+    Each is a PyTorch model, an exported program or an ONNX file. Without REFERENCE, CANDIDATE is compared
+    with what the last command here wrote; an ONNX file of another name with itself, at every optimisation
+    level.
     """
     if check.check == "none":
         raise UsageError("--check none leaves nothing to verify", next_step="use --check full or fast")
     from bntool.cli import blaming
 
     blaming.require_place(check.repro)
-    candidate, other = verify.candidate, model.model
+    other, candidate = (verify.first, verify.second) if verify.second else (None, verify.first)
     if _is_onnx(candidate) and (_is_onnx(other) or _stands_alone(candidate, other)):
         from bntool.cli.verify_files import verify_files
 
@@ -106,7 +105,7 @@ def _checked(
 
     from bntool.cli import blaming, devices, picturing
     from bntool.cli.opening import runnable, with_runnable_program
-    from bntool.verdicts import first_failed
+    from bntool.core.verdicts import first_failed
 
     is_onnx = _is_onnx(candidate)
     if session.program is not None:
@@ -130,7 +129,7 @@ def _checked(
         return checks, {}
 
     def find() -> Found | None:
-        from bntool.blaming import blame_modules, blame_onnx
+        from bntool.verify.blaming import blame_modules, blame_onnx
 
         if other is None:
             return blame_onnx(session.model, Path(candidate), reference.inputs, checks)
@@ -142,8 +141,8 @@ def _checked(
 def _concluded(
     voice: Voice, candidate: str, reference: str, checks: list[Check], blame: dict[str, Any]
 ) -> int:
+    from bntool.core.verdicts import first_failed
     from bntool.report.checks import checks_text
-    from bntool.verdicts import first_failed
 
     voice.say(checks_text(checks))
     scores = [check.top1 for check in checks if check.top1 is not None]
@@ -170,7 +169,7 @@ def _stands_alone(candidate: str, model: str | None) -> bool:
 def _reference(session: Session, inputs_file: str | None, *, full: bool) -> Reference:
     from bntool.cli import serving
     from bntool.cli.real_inputs import read_inputs
-    from bntool.reference import Reference
+    from bntool.verify.reference import Reference
 
     if not inputs_file:
         return serving.reference_with(session, full=full)
@@ -193,8 +192,8 @@ def _is_onnx(candidate: str | None) -> bool:
 def _compared(
     session: Session, other: Any, reference: Reference, check: CheckOptions, places: Devices, step: Any
 ) -> list[Check]:
-    from bntool.checking import check_onnx, check_surgery, check_tf32, no_tf32
     from bntool.cli import devices
+    from bntool.verify.checking import check_onnx, check_surgery, check_tf32, no_tf32
 
     common: dict[str, Any] = {
         "progress": step,
@@ -219,8 +218,7 @@ def _compared(
 
 def _mismatch(check: Check, candidate: str, reference: str) -> CheckFailed:
     return CheckFailed(
-        f"{candidate} does not compute what {reference} computes: "
-        f"relative error {check.relative:.2g}, allowed {check.limit:.2g}",
+        f"{candidate} does not compute what {reference} computes: {check.figures}",
         where=f"{check.stage}: output {check.worst[0]} on {check.provider} ({check.device})",
         next_step="look at the table; --atol and --rtol set another limit",
     )

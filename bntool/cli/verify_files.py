@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bntool.cli.session import Voice
+from bntool.core.errors import UsageError
 from bntool.core.options import CheckOptions, LoadOptions, PlaceOptions
-from bntool.errors import UsageError
 
 if TYPE_CHECKING:
-    from bntool.blaming import Found
-    from bntool.inputs import Inputs
-    from bntool.verdicts import Check
+    from bntool.core.verdicts import Check
+    from bntool.graph.inputs import Inputs
+    from bntool.verify.blaming import Found
 
 
 def verify_files(
@@ -29,9 +29,9 @@ def verify_files(
     Of `load` the shapes and the seed of the inputs are taken, unless `inputs_file` holds real ones.
     """
     from bntool.cli import blaming, devices, picturing
-    from bntool.onnx_files import open_onnx
-    from bntool.onnx_verifying import check_files, check_itself
-    from bntool.verdicts import first_failed
+    from bntool.core.verdicts import first_failed
+    from bntool.files.onnx_files import open_onnx
+    from bntool.verify.onnx_verifying import check_files, check_itself
 
     for path in filter(None, (candidate, reference)):
         open_onnx(path)
@@ -52,8 +52,8 @@ def verify_files(
 
 
 def _found(candidate: Path, reference: Path | None, inputs: list[Inputs], failed: Check) -> Found | None:
-    from bntool.blaming import blame_files, blame_runtime, where_it_ran
-    from bntool.onnx_verifying import LEVELS
+    from bntool.verify.blaming import blame_files, blame_runtime, where_it_ran
+    from bntool.verify.onnx_verifying import LEVELS
 
     if failed.stage == "verify" and reference is not None:
         return blame_files(reference, candidate, inputs)
@@ -64,9 +64,9 @@ def _found(candidate: Path, reference: Path | None, inputs: list[Inputs], failed
 
 def _inputs(path: Path, load: LoadOptions, inputs_file: str | None, *, full: bool) -> list[Inputs]:
     from bntool.cli.real_inputs import read_inputs
-    from bntool.onnx_checking import SIDES, drawn_inputs
-    from bntool.onnx_verifying import seeded_file_inputs
     from bntool.runtime.ort_runner import OrtRunner
+    from bntool.verify.onnx_checking import SIDES, drawn_inputs
+    from bntool.verify.onnx_verifying import seeded_file_inputs
 
     if inputs_file:
         like = drawn_inputs(OrtRunner(path, "cpu", optimize=False), 1, SIDES[0], load.seed)

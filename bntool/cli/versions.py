@@ -7,8 +7,8 @@ import re
 from importlib import metadata
 from pathlib import Path
 
-from bntool import __version__
-from bntool.text import Lines, as_lines
+from bntool.core.text import Lines, as_lines
+from bntool.core.version import __version__
 
 _CUDA_IN = {
     "torch": "torch/version.py",

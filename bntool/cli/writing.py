@@ -6,7 +6,7 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from bntool.errors import UsageError
+from bntool.core.errors import UsageError
 from bntool.files.memory import Record, remember
 from bntool.files.sidecar import fill_sidecar, is_sidecar, make_document, output_name, sidecar_path
 from bntool.files.targets import Drafts, Target
@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from bntool.cli.opening import Opened
     from bntool.cli.session import Session, Voice
     from bntool.core.options import ExportOptions, WriteOptions
-    from bntool.plan import Plan
-    from bntool.verdicts import Check
+    from bntool.core.plan import Plan
+    from bntool.core.verdicts import Check
 
 _OTHER_KINDS = frozenset({".pt", ".pth", ".pt2", ".safetensors"})
 
@@ -126,7 +126,7 @@ def draft_result(
     result, after = done
     if opened.session is not None:
         return draft_model(opened.session, command, result, place, drafts)
-    from bntool.onnx_files import put_onnx
+    from bntool.files.onnx_files import put_onnx
 
     put_onnx(after.model, after.data, place.model, drafts)
     return None

@@ -8,7 +8,7 @@ import typing
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, TypeVar
 
-from bntool.errors import UsageError
+from bntool.core.errors import UsageError
 
 _KEY = "option"
 Chosen = TypeVar("Chosen", bound="Options")

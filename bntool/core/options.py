@@ -13,9 +13,10 @@ import sys
 from collections.abc import Mapping
 from typing import Literal
 
+from bntool.core.activations import ACTIVATIONS
+from bntool.core.errors import UsageError
+from bntool.core.limits import DEFAULT_MAX_SIZE, parse_size
 from bntool.core.option import Options, option
-from bntool.errors import UsageError
-from bntool.files.limits import DEFAULT_MAX_SIZE, parse_size
 
 _LARGEST = sys.float_info.max
 
@@ -121,8 +122,6 @@ class InsertOptions(Options):
 
     def validate(self) -> None:
         """Raise `UsageError` for an unknown activation, a bad number, or two that exclude each other."""
-        from bntool.observe.aten import ACTIVATIONS
-
         super().validate()
         for name in self.activations:
             if name != "any" and name not in ACTIVATIONS:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 
+from bntool.core.errors import UsageError
 from bntool.core.option import Options
-from bntool.errors import UsageError
 
 KINDS = {
     "module": "a PyTorch module",

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bntool.errors import BntoolError, LoadError
+from bntool.core.errors import BntoolError, LoadError
 from bntool.experiment.randomness import set_random_state
 from bntool.files.atomic import write_atomically
-from bntool.world import World
+from bntool.runtime.world import World
 
 SCHEMA_VERSION = 1
 

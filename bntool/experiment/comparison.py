@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from bntool.api import apply, insert
-from bntool.errors import CheckFailed, NothingToDo, UsageError
+from bntool.core.errors import CheckFailed, NothingToDo, UsageError
+from bntool.core.plan import Plan
 from bntool.experiment.checkpoints import Progress
 from bntool.experiment.datasets import Data
 from bntool.experiment.fitting import fitting, require_shares
@@ -21,10 +22,9 @@ from bntool.experiment.settings import Settings
 from bntool.experiment.training import train, train_bounds
 from bntool.experiment.watching import Watcher, places_in_both
 from bntool.observe.copying import structural_copy
-from bntool.plan import Plan
-from bntool.results import SurgeryResult
+from bntool.report.results import SurgeryResult
+from bntool.runtime.world import World
 from bntool.surgery.fold_modules import with_own_tensors
-from bntool.world import World
 
 Tell = Callable[[str, float, int, Progress, int], None]
 """Is told of each step: arm, rate, repeat, how far that run is, steps in an epoch."""

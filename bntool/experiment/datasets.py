@@ -15,11 +15,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bntool.arrays import arrays_in
-from bntool.errors import BntoolError, LoadError, UsageError
+from bntool.core.errors import BntoolError, LoadError, UsageError
+from bntool.data.arrays import arrays_in
+from bntool.data.images import Preparation, image_batch
 from bntool.files.scripts import import_path, import_script, running_user_code
-from bntool.images import Preparation, image_batch
-from bntool.inputs import Inputs
+from bntool.graph.inputs import Inputs
 
 KINDS = "mnist, fashion-mnist, a folder of images, an .npz file, or pkg.mod:loader"
 KNOWN = {"mnist": "MNIST", "fashion-mnist": "FashionMNIST"}

@@ -7,13 +7,13 @@ import dataclasses
 import torch
 from torch import nn
 
-from bntool.errors import UsageError
+from bntool.core.errors import UsageError
 from bntool.experiment.datasets import Data
 from bntool.experiment.randomness import random_state_kept
 from bntool.experiment.settings import Settings
 from bntool.experiment.training import logits_of
 from bntool.observe.copying import structural_copy
-from bntool.world import World
+from bntool.runtime.world import World
 
 
 def fitting(model: nn.Module, data: Data) -> Data:

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from bntool.errors import LoadError, UsageError
+from bntool.core.errors import LoadError, UsageError
+from bntool.core.schema import Damaged, Name, Text, fitted, read
 from bntool.experiment.datasets import Data
 from bntool.experiment.outcome import ARMS, TrainingComparison
 from bntool.experiment.settings import Settings
@@ -19,8 +20,7 @@ from bntool.files.atomic import write_atomically, write_text
 from bntool.files.placing import remove, remove_unnamed
 from bntool.files.shards import own_shards
 from bntool.files.sidecar import is_result, sidecar_path
-from bntool.schema import Damaged, Name, Text, fitted, read
-from bntool.world import World
+from bntool.runtime.world import World
 
 SCHEMA_VERSION = 1
 RUNS, SETTINGS, DOCUMENT = "runs", "settings.json", "compare.json"

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from bntool.core.text import Lines, as_lines
 from bntool.experiment.checkpoints import Progress
 from bntool.experiment.settings import Settings
 from bntool.experiment.watching import QUANTILES
+from bntool.report.results import SurgeryResult, delta_lines
 from bntool.report.tables import Column, Table, render
-from bntool.results import SurgeryResult, delta_lines
-from bntool.text import Lines, as_lines
 
 ARMS = ("plain", "batchnorm")
 TITLES = {"plain": "as it is", "batchnorm": "with BatchNorm"}

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bntool.errors import LoadError
+from bntool.core.errors import LoadError
 from bntool.experiment.outcome import ARMS, TITLES, TrainingComparison
 from bntool.files.atomic import write_atomically
 from bntool.report.tables import shorten_middle

@@ -7,7 +7,7 @@ import hashlib
 import math
 from typing import Any, Literal
 
-from bntool.errors import UsageError
+from bntool.core.errors import UsageError
 
 OPTIMIZERS = ("sgd", "adam", "adamw")
 SCHEDULES = ("constant", "cosine", "step")

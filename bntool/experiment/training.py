@@ -13,15 +13,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bntool.errors import BntoolError, UsageError
+from bntool.core.errors import BntoolError, UsageError
 from bntool.experiment.checkpoints import Progress, read_checkpoint, write_checkpoint
 from bntool.experiment.datasets import Data, Samples
 from bntool.experiment.randomness import random_state, random_state_kept, seed_everything
 from bntool.experiment.settings import Settings, seed_for
 from bntool.experiment.syncing import sync_on_cpu
 from bntool.experiment.watching import Watcher
-from bntool.inputs import named_tensors
-from bntool.world import World, lost_process
+from bntool.graph.inputs import named_tensors
+from bntool.runtime.world import World, lost_process
 
 CHECKPOINT_SECONDS = 60.0
 Tell = Callable[[Progress, int], None]

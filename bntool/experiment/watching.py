@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bntool.plan import Plan
+from bntool.core.plan import Plan
 
 QUANTILES = (0.01, 0.25, 0.5, 0.75, 0.99)
 _SAMPLE = 4096

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from bntool.errors import BntoolError, LoadError
+from bntool.core.errors import BntoolError, LoadError
 from bntool.files.atomic import write_atomically
 from bntool.files.references import build as build_model
 from bntool.files.references import recorded_inputs

@@ -14,7 +14,7 @@ import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from bntool.errors import UsageError
+from bntool.core.errors import UsageError
 from bntool.files.placing import remove_tree, remove_unnamed
 
 # Windows has no such locks.

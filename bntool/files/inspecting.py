@@ -16,11 +16,11 @@ from typing import Any
 
 import torch
 
-from bntool.errors import LoadError
+from bntool.core.errors import LoadError
+from bntool.core.limits import Limit
 from bntool.files.detect import FileKind, Kind, detect
 from bntool.files.inspecting_onnx import look_at_onnx
 from bntool.files.inspecting_program import look_at_program
-from bntool.files.limits import Limit
 from bntool.files.looking import Found, TensorRow
 from bntool.files.safetensors_files import Header, read_header, read_index
 from bntool.files.security.archives import Unsafe

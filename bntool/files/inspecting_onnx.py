@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from bntool.errors import LoadError
+from bntool.core.errors import LoadError
 from bntool.files.looking import Found, TensorRow
 from bntool.files.security.pickled_calls import shown
 

@@ -6,7 +6,7 @@ import json
 from collections import Counter
 from typing import Any
 
-from bntool.files.limits import Limit
+from bntool.core.limits import Limit
 from bntool.files.looking import Found, TensorRow
 from bntool.files.security.containers import Container
 from bntool.files.security.pickled_calls import shown

@@ -14,11 +14,11 @@ from typing import Any, Literal
 from torch import nn
 from torch.export import ExportedProgram
 
-from bntool.errors import InvariantError, LoadError, UsageError
+from bntool.core.errors import InvariantError, LoadError, UsageError
+from bntool.core.limits import DEFAULT_MAX_SIZE, Limit
 from bntool.files.architectures import closest, load_index, take_exact
 from bntool.files.atomic import sha256_of
 from bntool.files.detect import FileKind, Kind, detect
-from bntool.files.limits import DEFAULT_MAX_SIZE, Limit
 from bntool.files.references import build, full_names, is_reference, recorded_inputs
 from bntool.files.regular import exists
 from bntool.files.safetensors_files import read_header, read_index
@@ -37,7 +37,7 @@ from bntool.files.weights import (
     with_prefix,
     without_prefix,
 )
-from bntool.inputs import Inputs
+from bntool.graph.inputs import Inputs
 
 _SAFETENSORS = (Kind.SAFETENSORS, Kind.SAFETENSORS_INDEX)
 LoadedKind = Literal["module", "state_dict", "checkpoint", "safetensors", "program", "script", "reference"]

@@ -12,9 +12,9 @@ import json
 import os
 from pathlib import Path
 
-from bntool.errors import BntoolError, LoadError, UsageError
+from bntool.core.errors import BntoolError, LoadError, UsageError
+from bntool.core.schema import Damaged, Text, fitted, read, version_of
 from bntool.files.atomic import sha256_of, write_atomically
-from bntool.schema import Damaged, Text, fitted, read, version_of
 
 SCHEMA_VERSION = 1
 

@@ -10,7 +10,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import numpy.typing as npt
 
-from bntool.files.limits import DEFAULT_MAX_SIZE, binary
+from bntool.core.limits import DEFAULT_MAX_SIZE, binary
 from bntool.files.security.archives import Damaged, Unsafe
 from bntool.files.security.containers import ARRAYS, Container
 

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from bntool.errors import LoadError, UsageError
+from bntool.core.errors import LoadError, UsageError
 from bntool.files.scripts import import_path, import_script, running_user_code, seeded
 from bntool.files.security.pickled_calls import shown
-from bntool.inputs import Inputs
+from bntool.graph.inputs import Inputs
 
 _REGISTRIES = ("torchvision", "timm")
 _IDENTIFIER = r"[A-Za-z_]\w*"

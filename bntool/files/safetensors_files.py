@@ -15,8 +15,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bntool.errors import LoadError
-from bntool.files.limits import Limit
+from bntool.core.errors import LoadError
+from bntool.core.limits import Limit
 from bntool.files.regular import open_regular, read_text
 from bntool.files.security.pickled_calls import shown
 

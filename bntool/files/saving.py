@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
-from bntool.errors import UsageError
+from bntool.core.errors import UsageError
 from bntool.files.atomic import sha256_of
 from bntool.files.detect import detect
 from bntool.files.loading import Loaded

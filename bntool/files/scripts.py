@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from bntool.errors import LoadError
+from bntool.core.errors import LoadError
 from bntool.files.security.pickled_calls import shown
 
 _scripts: dict[str, Path] = {}

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from bntool.errors import LoadError
+from bntool.core.errors import LoadError
 from bntool.files.atomic import sha256_of, write_text
 from bntool.files.safetensors_files import INDEX_SUFFIX, read_index
 from bntool.files.targets import Drafts

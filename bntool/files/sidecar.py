@@ -13,11 +13,11 @@ from typing import Any, Literal
 
 import msgspec
 
-from bntool.errors import LoadError
+from bntool.core.errors import LoadError
+from bntool.core.schema import Damaged, Name, fitted, read, version_of
+from bntool.core.text import visible
 from bntool.files.atomic import sha256_of, write_atomically, write_text
 from bntool.files.regular import exists
-from bntool.schema import Damaged, Name, fitted, read, version_of
-from bntool.text import visible
 
 SCHEMA_VERSION = 1
 Action = Literal["insert", "fold", "calibrate", "compare", "export"]

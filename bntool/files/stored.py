@@ -11,9 +11,9 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from bntool.errors import LoadError
+from bntool.core.errors import LoadError
+from bntool.core.limits import Limit
 from bntool.files.detect import Kind, detect
-from bntool.files.limits import Limit
 from bntool.files.safetensors_files import Header, read_header, read_index
 from bntool.files.security.containers import Container
 from bntool.files.security.pickled_calls import shown

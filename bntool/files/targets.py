@@ -15,7 +15,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
-from bntool.errors import UsageError
+from bntool.core.errors import UsageError
 from bntool.files.drafts import alone_in, draft_folder, forget_leftovers, note_leftovers
 from bntool.files.placing import Placed, flush, place, remove_unnamed
 from bntool.files.reads import Reads

@@ -14,11 +14,12 @@ from typing import Any
 
 import torch
 
-from bntool.affine import evaluate
+from bntool.core.plan import Plan
+from bntool.core.reasons import Reason
+from bntool.core.sites import Expr, FoldSite, Skip
 from bntool.folding.planner import plan_fold
-from bntool.graph import Graph
-from bntool.plan import Expr, FoldSite, Plan, Skip
-from bntool.reasons import Reason
+from bntool.graph.affine import evaluate
+from bntool.graph.dataflow import Graph
 
 _DETAIL = "the fold would come out otherwise on an input of other sizes or numbers"
 

@@ -9,14 +9,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from bntool.core.reasons import Reason
+from bntool.core.sites import Edit
 from bntool.folding.moving import Take, Way
 from bntool.folding.norms import Norm
 from bntool.folding.sharing import Sharing
-from bntool.graph import Edge, Graph, Op
+from bntool.graph.dataflow import Edge, Graph, Op
 from bntool.laws import Refused
 from bntool.laws.taking import bias_from_input_shift, channel_axis, layout_of, rows
-from bntool.plan import Edit
-from bntool.reasons import Reason
 
 _Side = Literal["scale_output", "scale_input"]
 

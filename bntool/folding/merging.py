@@ -13,15 +13,15 @@ from collections.abc import Mapping
 
 import torch
 
-from bntool.affine import Affine, Constant, compose, identity
+from bntool.core.sites import Branch, Merge
 from bntool.folding.claims import Claims
 from bntool.folding.norms import Norm
-from bntool.graph import Graph, Op
+from bntool.graph.affine import Affine, Constant, compose, identity
+from bntool.graph.dataflow import Graph, Op
 from bntool.laws import Context, Refused
 from bntool.laws.base import constant_operand
 from bntool.laws.merging import added_up, identity_window, joined, window_of
 from bntool.laws.taking import channel_axis, output_demand
-from bntool.plan import Branch, Merge
 
 _ROOTS = frozenset({"add", "sub", "mul", "div", "batch_norm"})
 
@@ -113,7 +113,7 @@ class _Merger:
             return self._mapped(op, "input", self.kept[op.id].placed(self.graph, op))
         if op.kind not in ("add", "sub", "mul", "div"):
             return {}
-        data = [role for role in op.inputs if not self.graph.input(op, role).constant]
+        data = [role for role in op.reads if not self.graph.input(op, role).constant]
         if any(self.graph.input(op, role).shape != output.shape for role in data):
             return {}
         if op.kind in ("mul", "div"):
@@ -122,8 +122,10 @@ class _Merger:
             factor = constant_operand(self.context, op, data[0])
             power = 1 if op.kind == "mul" else -1
             return self._mapped(op, data[0], identity(rank).then_constant("times", factor, power))
+        if op.attrs["alpha"] is None:
+            return {}  # it may have been read from the data
         weighed = op.attrs["alpha"] if op.kind == "add" else -op.attrs["alpha"]
-        second = list(op.inputs)[-1] if len(op.inputs) == 2 else ""
+        second = op.reads[-1] if len(op.reads) == 2 else ""
         if len(data) == 1:
             constant = constant_operand(self.context, op, data[0])
             turned = _times(rank, weighed) if data[0] == second else identity(rank)
@@ -165,8 +167,6 @@ class _Merger:
         if rows * width * math.prod(window.kernel) > sum(math.prod(w.shape) for w in weights.values()):
             return None
         heir = max(convs, key=lambda conv: math.prod(weights[conv.id].shape))
-        if window.before != window.after and len(heir.attrs["padding"]) != 2 * dims:
-            return None  # an operator that pads both sides alike
         try:
             vectors = [output_demand(self.context, heir, own) for _, own in total.terms]
         except Refused:
@@ -192,7 +192,7 @@ class _Merger:
             if value.dtype != dtype or len(op.outputs) != 1:
                 return False
             # what is written to must be the region's own
-            if op.inplace and self.graph.input(op).producer not in members:
+            if op.inplace and any(self.graph.input(op, r).producer not in members for r in op.writes):
                 return False
             if i != root.id and (
                 value.is_output

@@ -6,14 +6,14 @@ import dataclasses
 import heapq
 from collections.abc import Iterator
 
-from bntool.affine import Affine, identity, merge
+from bntool.core.reasons import Reason
 from bntool.folding.norms import Norm
-from bntool.graph import Edge, Graph, Op, Value
+from bntool.graph.affine import Affine, identity, merge
+from bntool.graph.dataflow import Edge, Graph, Op, Value, is_out
 from bntool.laws import LAWS, Refused
 from bntool.laws.base import Down, Up
 from bntool.laws.nonlinear import NONLINEAR
 from bntool.laws.taking import TAKERS, input_map, output_demand
-from bntool.reasons import Reason
 
 _MAX_ATTEMPTS = 16
 """How many ways to hand out shifts among summed branches are tried for one BatchNorm."""
@@ -201,7 +201,10 @@ class Mover:
                 way.takes.append(Take(op, "input", input_map(self, op, inputs["input"])))
                 way.laws.append(op.kind)
                 continue
-            outputs = self._law(op)[1](self, op, inputs)
+            law = self._law(op)[1]
+            if any(map(is_out, inputs)):
+                raise Refused(Reason.OUTPUT_USED_ELSEWHERE, f"{op.label} would write over what changes")
+            outputs = law(self, op, inputs)
             for value, affine in zip(op.outputs, outputs, strict=True):
                 carry(self.graph.values[value], affine)
             self._passed(op, way)

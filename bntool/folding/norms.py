@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bntool.affine import Affine, batch_norm_affine, is_finite
-from bntool.graph import Graph, Op
+from bntool.core.patterns import chosen
+from bntool.core.reasons import Reason
+from bntool.graph.affine import Affine, batch_norm_affine, is_finite
+from bntool.graph.dataflow import Graph, Op
 from bntool.laws import Refused
-from bntool.patterns import chosen
-from bntool.reasons import Reason
 
 
 @dataclasses.dataclass

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from bntool.graph import Graph, Op, Value
+from bntool.core.reasons import Reason
+from bntool.graph.dataflow import Graph, Op, Value
 from bntool.laws import Refused
-from bntool.reasons import Reason
 
 _VIEWS = frozenset(
     """identity reshape flatten squeeze unsqueeze permute slice select split expand unbind unfold
@@ -22,7 +22,7 @@ def require_no_overwriting(norm: Op, graph: Graph, gone: set[int]) -> None:
     while waiting:
         for reader, role in graph.values[waiting.pop()].readers:
             op = graph.ops[reader]
-            if op.inplace and role in ("input", "out") and op.id > norm.id:
+            if op.inplace and role in op.writes and op.id > norm.id:
                 what = f"{op.label} would write in place what others read"
                 raise Refused(Reason.OUTPUT_USED_ELSEWHERE, what)
             if op.id == norm.id or role in _roles_seen(op, gone):

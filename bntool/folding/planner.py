@@ -7,17 +7,18 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from bntool.affine import Affine, compose
-from bntool.errors import StateError
+from bntool.core.errors import StateError
+from bntool.core.plan import Plan
+from bntool.core.reasons import Reason
+from bntool.core.sites import FoldSite, Skip
 from bntool.folding.claims import Claims
 from bntool.folding.merging import find_merges
 from bntool.folding.moving import Mover, Way
 from bntool.folding.norms import Norm, find_norms, why_unfit
 from bntool.folding.overwriting import require_no_overwriting
-from bntool.graph import Graph
+from bntool.graph.affine import Affine, compose
+from bntool.graph.dataflow import Graph
 from bntool.laws import Refused
-from bntool.plan import FoldSite, Plan, Skip
-from bntool.reasons import Reason
 
 _READS_NUMBERS = (
     "forward reads numbers from its data: only the branches that the example input took were seen"

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from bntool.graph import Edge, Graph, Op, Value
+from bntool.core.reasons import Reason
+from bntool.graph.dataflow import Edge, Graph, Op, Value
 from bntool.laws import Refused
-from bntool.reasons import Reason
 
 _GRAPH_LEVEL = "the exported graph can give each call its own (fold --unshare --export onnx)"
 
@@ -46,11 +46,10 @@ class Sharing:
         value, handle = self.graph.input(op, role), self.handle(op, role)
         owner = handle.rpartition(".")[0]
         same_module = {owner, *self.graph.aliases.get(owner, ())}
-        taken = set(self._own.values())
         for name in self._names(value):
             other = name.rpartition(".")[0]
             module = self.graph.modules.get(other)
-            if name not in taken and other not in same_module and module is not None and not module.calls:
+            if other not in same_module and module is not None and not module.calls:
                 return name
         return ""
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 
-from bntool.graph import Graph, Op, Value
-from bntool.observe.aten import ACTIVATIONS
+from bntool.core.activations import ACTIVATIONS
+from bntool.graph.dataflow import Graph, Op, Value
 
 _ARITHMETIC = frozenset({"add", "sub", "mul", "div", "pow", "identity"})
 _WRITTEN_OUT = {

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from bntool.graph import Graph, Op, Value
-from bntool.plan import DroppedBias
+from bntool.core.sites import DroppedBias
+from bntool.graph.dataflow import Graph, Op, Value
 
 
 def redundant_biases(graph: Graph) -> Iterator[DroppedBias]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from bntool.core.options import InsertOptions
-from bntool.graph import Graph
+from bntool.graph.dataflow import Graph
 from bntool.inserting.places import Draft
 
 Rename = Callable[[str], str]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
-from bntool.graph import Graph, Op, Value
+from bntool.graph.dataflow import Graph, Op, Value
 from bntool.inserting.activations import activation_of
 
 Form = Literal["identity", "sequential", "wrap", "subclass", "pair", "node"]

@@ -6,16 +6,17 @@ import dataclasses
 import math
 from collections.abc import Iterator, Sequence
 
+from bntool.core.errors import UsageError
 from bntool.core.options import InsertOptions
-from bntool.errors import UsageError
-from bntool.graph import Graph, Module, Op, Value
+from bntool.core.patterns import chosen, require_matches
+from bntool.core.plan import Plan
+from bntool.core.reasons import Reason
+from bntool.core.sites import DroppedBias, InsertSite, Skip
+from bntool.graph.dataflow import Graph, Module, Op, Value
 from bntool.inserting.activations import Activation, activation_of
 from bntool.inserting.biases import batched_rank, own_bias, redundant_biases, untouched
 from bntool.inserting.names import Rename, name_newcomers
 from bntool.inserting.places import Draft, Form, passes
-from bntool.patterns import chosen, require_matches
-from bntool.plan import DroppedBias, InsertSite, Plan, Skip
-from bntool.reasons import Reason
 
 _NORMS = frozenset(
     {"batch_norm", "instance_norm", "group_norm", "layer_norm", "native_layer_norm", "rms_norm"}
@@ -314,7 +315,7 @@ class _Planner:
         """The module that is nothing but these activations, call by call; None for a function call."""
         scope = activations[0].last.scope
         module = self.graph.modules.get(scope)
-        if module is None or module.calls != len(activations) or not scope:
+        if module is None:
             return None
         ran = [[op.id for op in activation.ops] for activation in activations]
         if module.whole != ran or module.role or module.children:

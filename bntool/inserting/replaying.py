@@ -9,14 +9,15 @@ import dataclasses
 from collections.abc import Iterator
 from typing import get_args
 
+from bntool.core.errors import UsageError
 from bntool.core.options import InsertOptions
-from bntool.errors import UsageError
-from bntool.graph import Graph
+from bntool.core.plan import Plan
+from bntool.core.reasons import Reason
+from bntool.core.schema import Damaged, fitted
+from bntool.core.sites import InsertSite
+from bntool.graph.dataflow import Graph
 from bntool.inserting.places import Form
 from bntool.inserting.planner import plan_insert
-from bntool.plan import InsertSite, Plan
-from bntool.reasons import Reason
-from bntool.schema import Damaged, fitted
 
 
 def require_same_places(graph: Graph, plan: Plan) -> None:

@@ -7,10 +7,10 @@ is a softmax over them.
 
 from __future__ import annotations
 
-from bntool.affine import Affine
-from bntool.graph import Op, Value
+from bntool.core.reasons import Reason
+from bntool.graph.affine import Affine
+from bntool.graph.dataflow import Op, Value
 from bntool.laws.base import Context, Maps, Refused, along, constant_over, law, no_shift
-from bntool.reasons import Reason
 
 
 @law("product")
@@ -52,7 +52,7 @@ class Attention:
 
 def _factors(context: Context, op: Op) -> tuple[str, str, int]:
     """The roles of A and of V, and the rank that they and the result have."""
-    left, right = op.inputs
+    left, right = op.reads
     shape = context.graph.output(op).shape
     rank = len(shape)
     for role in (left, right):
@@ -68,7 +68,7 @@ def _require_batch(op: Op, value: Value, shape: tuple[int, ...]) -> None:
 
 def _of_columns(context: Context, op: Op, affine: Affine) -> Affine:
     """A map that goes with the columns of V, which the sum over V's rows lets by."""
-    left, _ = op.inputs
+    left, _ = op.reads
     affine = constant_over(affine, [affine.rank - 2], op.label)
     if not _sums_to_one(context, context.graph.input(op, left), -1):
         no_shift(affine, Reason.NONLINEAR, f"{op.label} weighs its rows by what does not sum to one")
@@ -77,7 +77,7 @@ def _of_columns(context: Context, op: Op, affine: Affine) -> Affine:
 
 def _of_rows(context: Context, op: Op, affine: Affine) -> Affine:
     """A map that goes with the rows of A, which the sum over A's columns lets by."""
-    _, right = op.inputs
+    _, right = op.reads
     affine = constant_over(affine, [affine.rank - 1], op.label)
     if not _sums_to_one(context, context.graph.input(op, right), -2):
         no_shift(affine, Reason.NONLINEAR, f"{op.label} weighs its columns by what does not sum to one")

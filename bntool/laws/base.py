@@ -12,9 +12,9 @@ from typing import Protocol
 
 import torch
 
-from bntool.affine import Affine, Constant, first_asked, identity
-from bntool.graph import Graph, Op, Value
-from bntool.reasons import Reason
+from bntool.core.reasons import Reason
+from bntool.graph.affine import Affine, Constant, first_asked, identity
+from bntool.graph.dataflow import Graph, Op, Value
 
 
 class Refused(Exception):
@@ -33,9 +33,6 @@ class Context(Protocol):
 
     def choose(self, options: int) -> int:
         """Pick one of several exact ways; the planner comes back with another where it fails."""
-
-    def require_nothing_later(self, value: Value) -> None:
-        """Refuse to change a value that is read after the BatchNorm: nothing there asks for a change."""
 
 
 Maps = dict[str, Affine]
@@ -64,15 +61,23 @@ def law(*kinds: str) -> Callable[[type], type]:
 
 def variable_roles(context: Context, op: Op) -> list[str]:
     """The roles of the inputs that depend on the model's input."""
-    return [role for role, value in op.inputs.items() if not context.graph.values[value].constant]
+    return [role for role in op.reads if not context.graph.input(op, role).constant]
 
 
 def only_input(context: Context, op: Op) -> Value:
     """The op's data input; refused where another input depends on the data too."""
-    for role in op.inputs:
+    for role in op.reads:
         if role != "input" and not context.graph.input(op, role).constant:
             raise Refused(Reason.UNKNOWN_OP, f"{op.label} has a second input that depends on the data")
     return context.graph.input(op)
+
+
+def of_input(op: Op, maps: Maps) -> Affine:
+    """The map of the op's data input; refused where another of its inputs would change."""
+    for role in maps:
+        if role != "input":
+            raise Refused(Reason.NONLINEAR, f"{op.label} computes with its {role}, which would change")
+    return maps["input"]
 
 
 def along(affine: Affine, rank: int, what: str) -> Affine:
@@ -117,7 +122,7 @@ def constant_operand(context: Context, op: Op, role: str) -> Constant:
     number = op.attrs.get("number")
     if number is not None:
         return Constant.of(torch.tensor(number, dtype=torch.float64), "", rank)
-    others = [r for r in op.inputs if r != role]
+    others = [r for r in op.reads if r != role]
     value = context.graph.input(op, others[0]) if len(others) == 1 else None
     tensor = context.graph.constant(value) if value is not None and value.constant else None
     if value is None or tensor is None or tensor.is_complex() or tensor.numel() > _MAX_CONSTANT:

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bntool.graph import Op
-from bntool.plan import Window
+from bntool.core.sites import Window
+from bntool.graph.dataflow import Op
 
 Term = tuple[Tensor | None, Tensor | None, Window, Tensor, Tensor]
 """Weight and bias of a branch (neither, for the value itself), its window, the scale and shift behind it."""

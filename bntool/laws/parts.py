@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 import torch
 
-from bntool.affine import Affine, concat, identity, merge
-from bntool.graph import Op
-from bntool.laws.base import Context, Maps, Refused, along, constant_over, law, only_input
-from bntool.reasons import Reason
+from bntool.core.reasons import Reason
+from bntool.graph.affine import Affine, concat, identity, merge
+from bntool.graph.dataflow import Op
+from bntool.laws.base import Context, Maps, Refused, along, constant_over, law, of_input, only_input
 
 
 @law("slice")
@@ -27,7 +27,7 @@ class Slice:
     def down(context: Context, op: Op, maps: Maps) -> list[Affine]:
         shape = context.graph.input(op).shape
         axis, start, stop, step = _span(op, shape)
-        affine = along(maps["input"], len(shape), op.label)
+        affine = along(of_input(op, maps), len(shape), op.label)
         if affine.scale.shape[axis] == 1:
             return [affine]
         return [affine.then("slice", axis, start, stop, step)]
@@ -66,7 +66,7 @@ class IndexSelect:
     @staticmethod
     def down(context: Context, op: Op, maps: Maps) -> list[Affine]:
         shape, axis = _picked_from(context, op)
-        affine = along(maps["input"], len(shape), op.label)
+        affine = along(of_input(op, maps), len(shape), op.label)
         if affine.scale.shape[axis] == 1:
             return [affine]
         indices = _picked(context, op, shape[axis])
@@ -78,7 +78,7 @@ class IndexSelect:
 def _picked_from(context: Context, op: Op) -> tuple[tuple[int, ...], int]:
     """The shape that is picked from and the axis; refused where the axis does not stay where it is."""
     shape = only_input(context, op).shape
-    lists = [context.graph.input(op, role).shape for role in op.inputs if role != "input"]
+    lists = [context.graph.input(op, role).shape for role in op.reads if role != "input"]
     if len(context.graph.output(op).shape) != len(shape) or any(len(places) > 1 for places in lists):
         raise Refused(Reason.AXIS_MISMATCH, f"{op.label} picks along more than one axis")
     return shape, op.attrs["axis"] % len(shape)
@@ -90,7 +90,7 @@ def _picked(context: Context, op: Op, size: int) -> tuple[int, ...] | None:
     if "repeats" in op.attrs:
         indices = [entry for entry in range(size) for _ in range(op.attrs["repeats"])]
     if indices is None:
-        (role,) = (role for role in op.inputs if role != "input")
+        (role,) = (role for role in op.reads if role != "input")
         known = context.graph.constant(context.graph.input(op, role))
         if known is None:
             return None
@@ -109,7 +109,7 @@ class Reorder:
 
     @staticmethod
     def down(context: Context, op: Op, maps: Maps) -> list[Affine]:
-        return [_reordered(context, op, maps["input"], back=False)]
+        return [_reordered(context, op, of_input(op, maps), back=False)]
 
 
 def _reordered(context: Context, op: Op, affine: Affine, *, back: bool) -> Affine:
@@ -140,7 +140,7 @@ class Select:
     @staticmethod
     def down(context: Context, op: Op, maps: Maps) -> list[Affine]:
         shape, axis, index = _selected(context, op)
-        return [_at(along(maps["input"], len(shape), op.label), axis, index)]
+        return [_at(along(of_input(op, maps), len(shape), op.label), axis, index)]
 
 
 def _selected(context: Context, op: Op) -> tuple[tuple[int, ...], int, int]:
@@ -177,7 +177,7 @@ class Unbind:
     @staticmethod
     def down(context: Context, op: Op, maps: Maps) -> list[Affine]:
         rank = len(context.graph.input(op).shape)
-        affine = along(maps["input"], rank, op.label)
+        affine = along(of_input(op, maps), rank, op.label)
         return [_at(affine, op.attrs["axis"] % rank, index) for index in range(len(op.outputs))]
 
 
@@ -197,7 +197,7 @@ class Windows:
     @staticmethod
     def down(context: Context, op: Op, maps: Maps) -> list[Affine]:
         rank = len(context.graph.input(op).shape)
-        affine = along(maps["input"], rank, op.label)
+        affine = along(of_input(op, maps), rank, op.label)
         return [_with_axis(constant_over(affine, [op.attrs["axis"] % rank], op.label), rank)]
 
 
@@ -209,7 +209,7 @@ class Stack:
     def up(context: Context, op: Op, demands: list[Affine]) -> Maps:
         rank = len(context.graph.output(op).shape)
         demand, axis = along(demands[0], rank, op.label), op.attrs["axis"] % rank
-        parts = {role: _at(demand, axis, index) for index, role in enumerate(op.inputs)}
+        parts = {role: _at(demand, axis, index) for index, role in enumerate(op.reads)}
         for role, part in parts.items():
             _require_open(context, op, role, part)
         return parts
@@ -218,7 +218,7 @@ class Stack:
     def down(context: Context, op: Op, maps: Maps) -> list[Affine]:
         rank = len(context.graph.output(op).shape)
         axis = op.attrs["axis"] % rank
-        parts = [along(maps.get(role, identity(rank - 1)), rank - 1, op.label) for role in op.inputs]
+        parts = [along(maps.get(role, identity(rank - 1)), rank - 1, op.label) for role in op.reads]
         return [concat([_with_axis(part, axis) for part in parts], axis, [1] * len(parts))]
 
 
@@ -234,7 +234,7 @@ class Split:
     @staticmethod
     def down(context: Context, op: Op, maps: Maps) -> list[Affine]:
         rank, axis, sizes = _parts(context, op)
-        affine = along(maps["input"], rank, op.label)
+        affine = along(of_input(op, maps), rank, op.label)
         if affine.scale.shape[axis] == 1:
             return [affine] * len(sizes)
         starts = [sum(sizes[:i]) for i in range(len(sizes))]
@@ -276,18 +276,17 @@ class Concat:
 
 
 def _require_open(context: Context, op: Op, role: str, part: Affine) -> None:
-    """A part that must change is no constant, and is not read after the BatchNorm."""
+    """A part that must change is no constant."""
     if part.is_identity:
         return
     if context.graph.input(op, role).constant:
         raise Refused(Reason.MIXED_BRANCHES, f"a part of {op.label} is a constant")
-    context.require_nothing_later(context.graph.input(op, role))
 
 
 def _joined(context: Context, op: Op) -> tuple[int, int, list[str], list[int]]:
     rank = len(context.graph.output(op).shape)
     axis = op.attrs["axis"] % rank
-    roles = list(op.inputs)
+    roles = op.reads
     shapes = [context.graph.input(op, role).shape for role in roles]
     if any(len(shape) != rank for shape in shapes):
         raise Refused(Reason.UNKNOWN_OP, f"{op.label} joins values of different ranks")

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from bntool.affine import Affine, Constant, add, identity
-from bntool.graph import Op
+from bntool.core.reasons import Reason
+from bntool.graph.affine import Affine, Constant, add, identity
+from bntool.graph.dataflow import Op
 from bntool.laws.base import (
     Context,
     Maps,
@@ -15,10 +16,10 @@ from bntool.laws.base import (
     law,
     no_shift,
     non_negative,
+    of_input,
     only_input,
     variable_roles,
 )
-from bntool.reasons import Reason
 
 
 @law("relu", "leaky_relu", "prelu")
@@ -31,7 +32,7 @@ class PositivelyHomogeneous:
 
     @staticmethod
     def down(context: Context, op: Op, maps: Maps) -> list[Affine]:
-        return [_homogeneous(context, op, maps["input"])]
+        return [_homogeneous(context, op, of_input(op, maps))]
 
 
 def _homogeneous(context: Context, op: Op, affine: Affine) -> Affine:

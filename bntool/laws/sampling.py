@@ -6,8 +6,9 @@ import math
 
 import torch
 
-from bntool.affine import Affine, Constant, concat, identity
-from bntool.graph import Op
+from bntool.core.reasons import Reason
+from bntool.graph.affine import Affine, Constant, concat, identity
+from bntool.graph.dataflow import Op
 from bntool.laws.base import (
     Context,
     Maps,
@@ -18,9 +19,9 @@ from bntool.laws.base import (
     law,
     no_shift,
     non_negative,
+    of_input,
     only_input,
 )
-from bntool.reasons import Reason
 
 
 def _spatial(context: Context, op: Op, affine: Affine, dims: int) -> Affine:
@@ -45,7 +46,7 @@ class AveragePool:
 
     @staticmethod
     def down(context: Context, op: Op, maps: Maps) -> list[Affine]:
-        return [_average(context, op, maps["input"])]
+        return [_average(context, op, of_input(op, maps))]
 
 
 def _average(context: Context, op: Op, affine: Affine) -> Affine:
@@ -71,7 +72,7 @@ class WeightedMean:
     @staticmethod
     def down(context: Context, op: Op, maps: Maps) -> list[Affine]:
         only_input(context, op)
-        return [_spatial(context, op, maps["input"], _pooled_dims(context, op))]
+        return [_spatial(context, op, of_input(op, maps), _pooled_dims(context, op))]
 
 
 @law("max_pool")
@@ -85,7 +86,7 @@ class MaxPool:
     @staticmethod
     def down(context: Context, op: Op, maps: Maps) -> list[Affine]:
         # the indices, where the op returns them too, stay what they were
-        return identities(context, op, {0: _maximum(context, op, maps["input"])})
+        return identities(context, op, {0: _maximum(context, op, of_input(op, maps))})
 
 
 def _maximum(context: Context, op: Op, affine: Affine) -> Affine:
@@ -117,7 +118,7 @@ class Reduction:
     @staticmethod
     def down(context: Context, op: Op, maps: Maps) -> list[Affine]:
         axes = _reduced(context, op)
-        affine = constant_over(along(maps["input"], _rank(context, op), op.label), axes, op.label)
+        affine = constant_over(along(of_input(op, maps), _rank(context, op), op.label), axes, op.label)
         return [_behind(op, _counted(context, op, affine, axes, "multiply_shift"), axes)]
 
 
@@ -136,7 +137,7 @@ class OrderStatistic:
     @staticmethod
     def down(context: Context, op: Op, maps: Maps) -> list[Affine]:
         axes = _reduced(context, op)
-        affine = constant_over(along(maps["input"], _rank(context, op), op.label), axes, op.label)
+        affine = constant_over(along(of_input(op, maps), _rank(context, op), op.label), axes, op.label)
         _require_order(context, op, affine)
         return identities(context, op, {0: _behind(op, affine, axes)})
 
@@ -192,9 +193,7 @@ class GridSample:
 
     @staticmethod
     def down(context: Context, op: Op, maps: Maps) -> list[Affine]:
-        if set(maps) != {"input"}:
-            raise Refused(Reason.NONLINEAR, f"{op.label} reads its places from what changes")
-        return [_sampled(context, op, maps["input"])]
+        return [_sampled(context, op, of_input(op, maps))]
 
 
 def _sampled(context: Context, op: Op, affine: Affine) -> Affine:
@@ -224,7 +223,7 @@ class Pad:
     @staticmethod
     def down(context: Context, op: Op, maps: Maps) -> list[Affine]:
         shape = context.graph.input(op).shape
-        affine, beside, along_it = _padded_axes(context, op, maps["input"])
+        affine, beside, along_it = _padded_axes(context, op, of_input(op, maps))
         if along_it:
             _require_bare_zeros(op, affine)
         for axis, (before, after) in beside.items():

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 import torch
 
-from bntool.affine import Affine
-from bntool.graph import Op
-from bntool.laws.base import Context, Maps, Refused, along, constant_over, law, only_input
-from bntool.reasons import Reason
+from bntool.core.reasons import Reason
+from bntool.graph.affine import Affine
+from bntool.graph.dataflow import Op
+from bntool.laws.base import Context, Maps, Refused, along, constant_over, law, of_input, only_input
 
 
 @law("identity")
@@ -24,7 +24,7 @@ class Identity:
     @staticmethod
     def down(context: Context, op: Op, maps: Maps) -> list[Affine]:
         _require_floating(context, op)
-        return [maps["input"]]
+        return [of_input(op, maps)]
 
 
 def _require_floating(context: Context, op: Op) -> None:
@@ -54,7 +54,7 @@ class Reshape:
     @staticmethod
     def down(context: Context, op: Op, maps: Maps) -> list[Affine]:
         source, target = context.graph.input(op).shape, context.graph.output(op).shape
-        return [regroup(along(maps["input"], len(source), op.label), source, target)]
+        return [regroup(along(of_input(op, maps), len(source), op.label), source, target)]
 
 
 def regroup(affine: Affine, source: Sequence[int], target: Sequence[int]) -> Affine:
@@ -122,7 +122,7 @@ class Permute:
     @staticmethod
     def down(context: Context, op: Op, maps: Maps) -> list[Affine]:
         dims = _dims(context, op)
-        return [along(maps["input"], len(dims), op.label).then("permute", tuple(dims))]
+        return [along(of_input(op, maps), len(dims), op.label).then("permute", tuple(dims))]
 
 
 def _dims(context: Context, op: Op) -> list[int]:
@@ -155,7 +155,7 @@ class Repeat:
     @staticmethod
     def down(context: Context, op: Op, maps: Maps) -> list[Affine]:
         source, target, grown = _grown(context, op)
-        affine, new = along(maps["input"], len(source), op.label), len(target) - len(source)
+        affine, new = along(of_input(op, maps), len(source), op.label), len(target) - len(source)
         affine = constant_over(affine, [axis - new for axis in grown if axis >= new], op.label)
         shape = tuple(affine.scale.shape)
         return [affine.then("reshape", shape, (1,) * new + shape) if new else affine]
@@ -198,7 +198,7 @@ class ChannelShuffle:
         shape = context.graph.input(op).shape
         groups = op.attrs["groups"]
         steps = _shuffle(shape, groups, shape[1] // groups)
-        return [_chain(steps, along(maps["input"], len(shape), op.label), shape)]
+        return [_chain(steps, along(of_input(op, maps), len(shape), op.label), shape)]
 
 
 def _shuffle(shape: Sequence[int], outer: int, inner: int) -> list[tuple[str, tuple[int, ...]]]:
@@ -221,7 +221,7 @@ class PixelShuffle:
 
     @staticmethod
     def down(context: Context, op: Op, maps: Maps) -> list[Affine]:
-        return [_pixels(op, maps["input"], context.graph.input(op).shape, op.attrs["factor"], False)]
+        return [_pixels(op, of_input(op, maps), context.graph.input(op).shape, op.attrs["factor"], False)]
 
 
 @law("pixel_unshuffle")
@@ -234,7 +234,7 @@ class PixelUnshuffle:
 
     @staticmethod
     def down(context: Context, op: Op, maps: Maps) -> list[Affine]:
-        return [_pixels(op, maps["input"], context.graph.input(op).shape, op.attrs["factor"], True)]
+        return [_pixels(op, of_input(op, maps), context.graph.input(op).shape, op.attrs["factor"], True)]
 
 
 def _pixels(op: Op, affine: Affine, shape: Sequence[int], r: int, gather: bool) -> Affine:

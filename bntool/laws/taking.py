@@ -16,10 +16,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from bntool.affine import Affine
-from bntool.graph import Op
+from bntool.core.reasons import Reason
+from bntool.graph.affine import Affine
+from bntool.graph.dataflow import Op
 from bntool.laws.base import Context, Refused, along, constant_over
-from bntool.reasons import Reason
 
 TAKERS = frozenset({"conv", "linear", "matmul"})
 

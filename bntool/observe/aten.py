@@ -6,17 +6,13 @@ through it. Attributes are plain Python values.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
+
+from bntool.graph.dataflow import Value, is_out
 
 Bound = dict[str, Any]
 Translation = tuple[str, dict[str, Any]]
-
-ACTIVATIONS = frozenset(
-    """relu relu6 silu gelu hardswish hardsigmoid sigmoid tanh leaky_relu elu selu celu mish prelu softplus
-    hardtanh logsigmoid threshold hardshrink softshrink rrelu glu clamp""".split()
-)
-"""Kinds that count as an activation after a convolution: each is one operator."""
 
 SHAPE_ONLY: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("reshape_as", "view_as", "expand_as", "type_as"), ("other",)),
@@ -46,11 +42,15 @@ def translate(name: str, bound: Bound) -> Translation:
     return translator(bound)
 
 
-def product_of(inputs: dict[str, int], computed: bool) -> tuple[str, dict[str, int]]:
-    """Kind and roles of a matrix product: one with a weight, or of two values that depend on the data."""
-    if computed:
+def product_of(inputs: dict[str, int], values: Sequence[Value]) -> tuple[str, dict[str, int]]:
+    """Kind and roles of a matrix product: one with a weight, or of two values that depend on the data.
+
+    `inputs` are its operands by role, as places in `values`, the values of the graph.
+    """
+    if not any(values[value].constant for role, value in inputs.items() if not is_out(role)):
         return "product", inputs
-    return "matmul", {"input" if role == "input" else "weight": value for role, value in inputs.items()}
+    roles = {role: role if role == "input" or is_out(role) else "weight" for role in inputs}
+    return "matmul", {roles[role]: value for role, value in inputs.items()}
 
 
 def _conv(dims: int, transposed: bool) -> Callable[[Bound], Translation]:

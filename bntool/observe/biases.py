@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import nn
 
-from bntool.errors import ObserveError
-from bntool.graph import Graph
+from bntool.core.errors import ObserveError
+from bntool.graph.dataflow import Graph
 from bntool.observe.copying import structural_copy
 from bntool.observe.eager import Observation, observe
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bntool.errors import ObserveError
+from bntool.core.errors import ObserveError
 from bntool.observe.modules import is_batch_norm_class, once_per_class
 
 _EMPTY = frozenset({dict, set, list, OrderedDict})

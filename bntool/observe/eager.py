@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bntool.errors import ObserveError
-from bntool.graph import Graph, Module, Op
-from bntool.inputs import Inputs, named_tensors
-from bntool.layers import has_foreign_hook
+from bntool.core.errors import ObserveError
+from bntool.graph.dataflow import Graph, Module, Op
+from bntool.graph.inputs import Inputs, named_tensors
+from bntool.models.layers import has_foreign_hook
 from bntool.observe.aten import SHAPE_ONLY, product_of, translate
 from bntool.observe.copying import is_separable, structural_copy, take_apart
 from bntool.observe.holding import SMALL_CONSTANT, Holders
@@ -137,12 +137,19 @@ class _Frame:
 
 
 @functools.cache
-def _schema_of(func: Any) -> tuple[str, tuple[str, ...], frozenset[str], bool]:
-    """Operator name, argument names, the arguments it writes to, and whether it draws random numbers."""
+def _schema_of(func: Any) -> tuple[str, dict[str, str], frozenset[str], bool]:
+    """Operator name, its arguments in order and what bntool calls them, those that it writes to (as bntool
+    calls them), and whether it draws random numbers.
+
+    What is only written to is `out`, whatever the schema calls it, and `out_1` where it is the second.
+    """
     arguments = func._schema.arguments
-    written = frozenset(a.name for a in arguments if a.alias_info is not None and a.alias_info.is_write)
+    written = [a for a in arguments if a.alias_info is not None and a.alias_info.is_write]
+    outs = [a.name for a in written if a.kwarg_only]
+    names = {a.name: a.name for a in arguments}
+    names |= {name: f"out_{i}" if i else "out" for i, name in enumerate(outs)}
     draws = torch.Tag.nondeterministic_seeded in func.tags
-    return func._schema.name.split("::")[-1], tuple(a.name for a in arguments), written, draws
+    return func._schema.name.split("::")[-1], names, frozenset(names[a.name] for a in written), draws
 
 
 class _DispatchMode(TorchDispatchMode):
@@ -152,9 +159,8 @@ class _DispatchMode(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name, names, written, draws = _schema_of(func)
-        bound = dict(zip(names, args, strict=False))
-        if kwargs:
-            bound.update(kwargs)
+        bound = dict(zip(names.values(), args, strict=False))
+        bound.update((names.get(name, name), item) for name, item in (kwargs or {}).items())
         for argument in (*written, *undeclared_writes(name, bound)):
             self.recorder.holders.keep_before_write(_tensors_in(bound.get(argument)))
         out = func(*args, **(kwargs or {}))
@@ -297,8 +303,7 @@ class _Recorder:
             return
         kind, attrs = translate(name, bound)
         if kind == "matmul":
-            computed = not any(graph.values[v].constant for v in inputs.values())
-            kind, inputs = product_of(inputs, computed)
+            kind, inputs = product_of(inputs, graph.values)
         constant = not draws and all(graph.values[v].constant for v in inputs.values())
         if graph.reads_numbers:
             # any Python number from here on may have been read from the data

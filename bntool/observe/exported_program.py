@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.export import ExportedProgram
 from torch.fx import GraphModule, Node
 
-from bntool.graph import Graph, Module, Op
+from bntool.graph.dataflow import Graph, Module, Op
 from bntool.observe.aten import SHAPE_ONLY, product_of, translate
 from bntool.observe.program_calls import LinearCall, Stored, layer_names, linear_calls
 from bntool.observe.program_memory import Memory, nodes_in
@@ -225,7 +225,7 @@ class _Reader:
         bound = self._numbers(arguments_of(call.node)) if call.kind == "conv" else {}
         operands = (call.input, call.weight, *([call.bias] if call.bias is not None else []))
         if bound is None or any(source not in self.values for source in operands):
-            self._opaque(call.node, operator_of(call.node))
+            self._opaque(call.node, _odd(operator_of(call.node)))
             return
         inputs = {"input": self.values[call.input], "weight": self.values[call.weight]}
         if call.bias is not None:
@@ -297,13 +297,12 @@ class _Reader:
         unread = SHAPE_ONLY.get(name, ())
         operands = dict(operands_of(bound or {}))
         if bound is None or any(s not in self.values for r, s in operands.items() if r not in unread):
-            self._opaque(node, name)
+            self._opaque(node, _odd(name))
             return
         kind, attrs = translate(_RENAMED.get(name, name), bound)
         inputs = {role: self.values[s] for role, s in operands.items() if role not in unread}
         if kind == "matmul":
-            computed = not any(self.graph.values[v].constant for v in inputs.values())
-            kind, inputs = product_of(inputs, computed)
+            kind, inputs = product_of(inputs, self.graph.values)
         self._add(node, kind, inputs, attrs, scope_of(node))
 
     def _opaque(self, node: Node, kind: str) -> None:
@@ -444,3 +443,8 @@ class _Reader:
         scope = scope_of(nodes[0])
         alone = all(in_batch_norm_module(node) and scope_of(node) == scope for node in nodes)
         return scope if scope and alone and scope not in self.graph.modules else nodes[0].name
+
+
+def _odd(name: str) -> str:
+    """The kind of a call that is none of its operator's kind, such as a product with a number of the data."""
+    return f"{name} as it is called here"

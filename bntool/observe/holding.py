@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.weak import TensorWeakRef
 
-from bntool.graph import Graph
-from bntool.inputs import named_tensors
+from bntool.graph.dataflow import Graph
+from bntool.graph.inputs import named_tensors
 from bntool.observe.leftovers import Kept, storage_of
 
 MARK = "_bntool_value"

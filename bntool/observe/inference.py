@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bntool.errors import ObserveError
-from bntool.inputs import Inputs
+from bntool.core.errors import ObserveError
+from bntool.graph.inputs import Inputs
 from bntool.observe.eager import Observation, observe
 from bntool.observe.modules import class_name
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from bntool.errors import ObserveError
+from bntool.core.errors import ObserveError
 from bntool.observe.copying import tensors_of
 
 _UNDECLARED = frozenset({"batch_norm", "native_batch_norm", "cudnn_batch_norm", "instance_norm"})
@@ -46,7 +46,7 @@ class Kept:
     def restore(self) -> None:
         with torch.inference_mode():
             for tensor, copy in self.copies.values():
-                tensor.copy_(copy)
+                tensor.resize_(copy.shape).copy_(copy)  # what `out=` is given is made to fit
 
 
 def storage_of(tensor: Tensor) -> int | None:

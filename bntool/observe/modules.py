@@ -14,7 +14,7 @@ _PLAIN_BIAS_OWNERS = (
     "torch.nn.modules.linear.",
     "timm.layers.",
     "torchvision.ops.",
-    "bntool.layers.",
+    "bntool.models.layers.",
 )
 """Packages whose convolution and linear forwards hand `self.bias` to the operator."""
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import onnx_ir as ir
 
-from bntool.graph import Graph, Module, Op
+from bntool.graph.dataflow import Graph, Module, Op
 from bntool.observe.onnx_constants import Constants
 from bntool.observe.onnx_einsum import LinearEinsum, linear_einsum
 from bntool.observe.onnx_layers import LINEAR_OPS, Call, Layer, Norm, bias_add

@@ -7,7 +7,7 @@ import math
 import onnx_ir as ir
 from torch import Tensor
 
-from bntool.graph import Graph
+from bntool.graph.dataflow import Graph
 from bntool.observe.onnx_constants import Constants
 from bntool.observe.onnx_shapes import Shapes
 

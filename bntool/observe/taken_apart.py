@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from bntool.graph import Graph, Module, Op, Value
+from bntool.graph.dataflow import Graph, Module, Op, Value
 
 _ARITHMETIC = frozenset("add sub mul div".split())
 _SLOTS = ("weight", "bias", "running_mean", "running_var")

@@ -8,11 +8,11 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
+from bntool.core.text import visible
 from bntool.pages.chapters import Chapter, chapters_of, guarded
 from bntool.pages.charts import ARMS
 from bntool.pages.page import environment
 from bntool.pages.reading import Document
-from bntool.text import visible
 
 _MEANING = r"\`*_[]()#|~!"
 _LINKING = re.compile(r"(?i)@|:(?=//)|www(?=\.)")

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bntool.errors import LoadError
+from bntool.core.errors import LoadError
 from bntool.pages import charts
 from bntool.pages.chapters import Chapter, chapters_of, guarded
 from bntool.pages.reading import Document

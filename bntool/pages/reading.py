@@ -6,12 +6,12 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from bntool.errors import LoadError
+from bntool.core.documents import SCHEMA_VERSION
+from bntool.core.errors import LoadError
+from bntool.core.schema import Damaged, read, version_of
+from bntool.core.text import visible
 from bntool.pages.shapes import require_report
-from bntool.schema import Damaged, read, version_of
-from bntool.text import visible
 
-SCHEMA_VERSION = 1
 _COMMANDS = {
     # command -> keys of which one tells it, where a document does not name its command
     "compare": ("arms",),

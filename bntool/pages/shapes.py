@@ -6,7 +6,7 @@ from typing import Any
 
 from msgspec import Struct
 
-from bntool.schema import Count, Damaged, Index, Positive, Shape, Text, fitted
+from bntool.core.schema import Count, Damaged, Index, Positive, Shape, Text, fitted
 
 Figure = float | None
 """None where it was not finite."""

@@ -6,8 +6,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from bntool.errors import UsageError
-from bntool.explanations import explain
+from bntool.core.errors import UsageError
+from bntool.core.explanations import explain
 from bntool.pages.trees import Mark
 
 _AT_ONCE = ("conv", "linear", "matmul", "batch_norm", "reparameterize")

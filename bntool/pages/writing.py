@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from bntool.errors import UsageError
+from bntool.core.errors import UsageError
 from bntool.files.regular import open_regular, unreadable
 from bntool.files.targets import Target
 from bntool.pages import charts

@@ -6,9 +6,9 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+from bntool.core.text import Lines, as_lines
+from bntool.core.verdicts import Check, first_failed
 from bntool.report.tables import Column, Table, render, wrapped
-from bntool.text import Lines, as_lines
-from bntool.verdicts import Check, first_failed
 
 
 @dataclasses.dataclass(frozen=True)

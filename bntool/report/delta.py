@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from difflib import SequenceMatcher
 from typing import Any, Literal
 
+from bntool.core.text import Lines, as_lines
 from bntool.report.counting import Counts
 from bntool.report.layers import Layer
 from bntool.report.tables import Column, Table, render, signed
-from bntool.text import Lines, as_lines
 
 _COLUMNS = (
     Column("Change"),

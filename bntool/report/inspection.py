@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from bntool.core.text import Lines, as_lines
 from bntool.files.inspecting import Inspection
 from bntool.report.tables import Column, Table, count, render, size, wrapped
-from bntool.text import Lines, as_lines
 
 _COLUMNS = (
     Column("Tensor", flexible=True),

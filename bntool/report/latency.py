@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from bntool.latencies import Benchmark, Latency
+from bntool.core.latencies import Benchmark, Latency
+from bntool.core.text import Lines, as_lines
 from bntool.report.tables import Column, Table, count, render, size, wrapped
-from bntool.text import Lines, as_lines
 
 
 def latency_text(found: Benchmark) -> Lines:

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bntool.affine import batch_norm_affine
 from bntool.folding.norms import Norm, find_norms
-from bntool.graph import Graph, Op
+from bntool.graph.affine import batch_norm_affine
+from bntool.graph.dataflow import Graph, Op
 
 MOST_LAYERS = 2000
 MOST_CHANNELS = 20_000

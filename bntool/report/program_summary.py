@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any, Literal
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
+from bntool.core.text import Lines, as_lines
 from bntool.observe.exported_program import observe_program
 from bntool.report.tables import Column, Table, count, render, shape_text, size
-from bntool.text import Lines, as_lines
 
 if TYPE_CHECKING:
     from bntool.observe.onnx_model import OnnxObservation

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from bntool.inputs import Inputs, named_tensors
+from bntool.graph.inputs import Inputs, named_tensors
 from bntool.observe.copying import structural_copy
 
 _MOST_TENSORS = 100

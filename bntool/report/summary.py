@@ -8,14 +8,14 @@ from typing import Any
 
 from torch import nn
 
-from bntool.inputs import Inputs
+from bntool.core.text import Lines, as_lines
+from bntool.graph.inputs import Inputs
 from bntool.report.counting import Counts, Owned, owned_by_module
 from bntool.report.delta import Delta, compare_layers
 from bntool.report.layers import Layer
 from bntool.report.notes import Note, note_on_biases, notes_on_calls, notes_on_state
 from bntool.report.shapes import Call, Calls, observe_calls
 from bntool.report.tables import Column, Table, count, render, size, wrapped
-from bntool.text import Lines, as_lines
 
 _COLUMNS = (
     Column("Layer", flexible=True),

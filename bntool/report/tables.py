@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from bntool.text import Lines, as_lines, visible
+from bntool.core.text import Lines, as_lines, visible
 
 PLAIN_WIDTH = 80
 _NARROWEST = 10

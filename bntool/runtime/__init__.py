@@ -6,7 +6,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from bntool.inputs import Inputs
+from bntool.graph.inputs import Inputs
 from bntool.runtime.ort_runner import OrtRunner
 from bntool.runtime.torch_runner import TorchRunner
 

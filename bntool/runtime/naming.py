@@ -7,7 +7,7 @@ import os
 from collections.abc import Sequence, Set
 from typing import Any
 
-from bntool.errors import DeviceError, UsageError
+from bntool.core.errors import DeviceError, UsageError
 from bntool.runtime.libraries import CUDA, TENSORRT
 
 _ENDING = "ExecutionProvider"

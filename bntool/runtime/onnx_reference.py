@@ -11,8 +11,8 @@ import onnx
 from onnx.reference import ReferenceEvaluator
 from torch import Tensor
 
-from bntool.errors import ExportError
-from bntool.inputs import Inputs
+from bntool.core.errors import ExportError
+from bntool.graph.inputs import Inputs
 from bntool.observe.onnx_constants import to_onnx, to_torch
 from bntool.runtime.libraries import first_line
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
-from bntool.errors import BntoolError, DeviceError, ExportError
-from bntool.inputs import Inputs
+from bntool.core.errors import BntoolError, DeviceError, ExportError
+from bntool.graph.inputs import Inputs
 from bntool.runtime.libraries import CPU, first_line
 from bntool.runtime.naming import on_nvidia
 from bntool.runtime.providers import GPU_EXTRA, assignments, open_session

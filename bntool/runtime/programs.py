@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
-from bntool.inputs import Inputs, map_tensors
+from bntool.graph.inputs import Inputs, map_tensors
 from bntool.observe.program_sizes import Sizes
 
 

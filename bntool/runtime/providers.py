@@ -17,7 +17,7 @@ from typing import Any
 
 import torch  # before onnxruntime: it loads the CUDA libraries that onnxruntime needs  # noqa: F401
 
-from bntool.errors import DeviceError, ExportError, UsageError
+from bntool.core.errors import DeviceError, ExportError, UsageError
 from bntool.runtime.libraries import CPU, CUDA, TENSORRT, explain_missing, explain_missing_cuda, first_line
 from bntool.runtime.naming import named_providers, on_nvidia, options_of, require_known, tell_tensorrt
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from bntool.errors import BntoolError
-from bntool.inputs import Inputs
+from bntool.core.errors import BntoolError
+from bntool.graph.inputs import Inputs
 from bntool.runtime.libraries import CUDA
 from bntool.runtime.memory import PeakMemory
 from bntool.runtime.naming import named_providers, torch_device_of

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bntool.errors import CheckFailed, DeviceError
-from bntool.inputs import Inputs, outputs_of
+from bntool.core.errors import CheckFailed, DeviceError
+from bntool.graph.inputs import Inputs, outputs_of
 
 # A run that draws random numbers must draw the same ones every time, or two runs cannot be compared.
 _SEED = 0

@@ -15,8 +15,9 @@ import libcst as cst
 import torch
 from torch import nn
 
+from bntool.core.plan import Plan
+from bntool.core.sites import InsertSite
 from bntool.inserting import sequential_names
-from bntool.plan import InsertSite, Plan
 from bntool.source.mentions import Assignment, Family, methods
 from bntool.source.naming import norm_name
 from bntool.source.reading import Insertion, SourceFile, Unsafe

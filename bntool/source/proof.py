@@ -25,21 +25,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bntool.checking import seeded_batches
-from bntool.converting import convert_state_dict
-from bntool.errors import BntoolError
+from bntool.core.errors import BntoolError
+from bntool.core.plan import Plan
+from bntool.core.sites import InsertSite
+from bntool.core.verdicts import Check
 from bntool.files.references import build
 from bntool.files.scripts import running_user_code, seeded
 from bntool.files.weights import fill
-from bntool.graph import Graph
-from bntool.inputs import Inputs
+from bntool.graph.dataflow import Graph
+from bntool.graph.inputs import Inputs
 from bntool.inserting import InsertOptions
-from bntool.insertion import Outline, exactly, outline, stands
 from bntool.observe.eager import Observation, observe
-from bntool.plan import InsertSite, Plan
-from bntool.reference import Reference
 from bntool.runtime.torch_runner import TorchRunner
-from bntool.verdicts import Check
+from bntool.subjects.insertion import Outline, exactly, outline, stands
+from bntool.surgery.converting import convert_state_dict
+from bntool.verify.checking import seeded_batches
+from bntool.verify.reference import Reference
 
 _CHILD = "import sys; from bntool.source.proof import child; child(*sys.argv[1:])"
 

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import libcst as cst
 from libcst.metadata import CodeRange, MetadataWrapper, ParentNodeProvider, PositionProvider
 
-from bntool.errors import LoadError
+from bntool.core.errors import LoadError
 
 _BOM = b"\xef\xbb\xbf"
 _MISSING = object()

@@ -11,14 +11,14 @@ from typing import Any
 
 from torch import nn
 
-from bntool.errors import LoadError
+from bntool.core.errors import LoadError
+from bntool.core.plan import Plan
+from bntool.core.verdicts import Check
 from bntool.files.scripts import import_script
 from bntool.observe.eager import Observation
-from bntool.plan import Plan
 from bntool.source.planning import Refusal, plan_source
 from bntool.source.proof import make_task, prove_apart
 from bntool.source.reading import SourceFile
-from bntool.verdicts import Check
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,7 +10,7 @@ import libcst as cst
 import torch
 from torch import nn
 
-from bntool.plan import InsertSite
+from bntool.core.sites import InsertSite
 from bntool.source.reading import Insertion, SourceFile, Unsafe
 
 _DEFAULTS = {"eps": 1e-5, "momentum": 0.1, "affine": True}

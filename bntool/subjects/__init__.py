@@ -51,7 +51,7 @@ def _subject_of(model: Any, example_inputs: Any) -> Subject:
     import torch
 
     if isinstance(model, torch.jit.ScriptModule):
-        from bntool.inputs import Inputs
+        from bntool.graph.inputs import Inputs
         from bntool.subjects.script import ScriptSubject
 
         inputs = None if example_inputs is None else Inputs.of(example_inputs)

@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
 
 from bntool.core.options import ExportOptions, FoldOptions, InsertOptions
-from bntool.plan import Plan
-from bntool.verdicts import Check
+from bntool.core.plan import Plan
+from bntool.core.verdicts import Check
 
 if TYPE_CHECKING:
-    from bntool.exporting import ExportResult
-    from bntool.graph import Graph
-    from bntool.inputs import Inputs
+    from bntool.export.exporting import ExportResult
+    from bntool.graph.dataflow import Graph
+    from bntool.graph.inputs import Inputs
 
 Kind = Literal["module", "program", "onnx", "script"]
 Narrow = Literal["", "fp16", "bf16"]

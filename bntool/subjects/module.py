@@ -9,25 +9,25 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from bntool.checking import check_surgery, seeded_batches
+from bntool.core.errors import CheckFailed, UsageError
 from bntool.core.options import ExportOptions, FoldOptions, InsertOptions
-from bntool.errors import CheckFailed, UsageError
-from bntool.graph import Graph
-from bntool.inputs import Inputs
+from bntool.core.plan import Plan
+from bntool.core.verdicts import Check
+from bntool.graph.dataflow import Graph
+from bntool.graph.inputs import Inputs
 from bntool.inserting import plan_insert
-from bntool.insertion import check_unchanged, insert_observed
-from bntool.module_folding import PlannedFold, plan_module_fold
 from bntool.observe.eager import Observation, observe
 from bntool.observe.inference import observe_inferred
-from bntool.plan import Plan
-from bntool.proving import ModuleProof
 from bntool.report.counting import parameter_delta
 from bntool.subjects.base import Checking, Kind, Narrow, Parameters
+from bntool.subjects.insertion import check_unchanged, insert_observed
+from bntool.subjects.module_folding import PlannedFold, plan_module_fold
+from bntool.subjects.proving import ModuleProof
 from bntool.surgery.fold_modules import apply_fold
-from bntool.verdicts import Check
+from bntool.verify.checking import check_surgery, seeded_batches
 
 if TYPE_CHECKING:
-    from bntool.exporting import ExportResult
+    from bntool.export.exporting import ExportResult
 
 
 class ModuleSubject:
@@ -128,7 +128,7 @@ class ModuleSubject:
     def export(
         self, path: Path, how: ExportOptions, metadata: Mapping[str, str], dtype: Narrow = ""
     ) -> ExportResult:
-        from bntool.exporting import export_onnx
+        from bntool.export.exporting import export_onnx
 
         return export_onnx(
             self.model,

@@ -10,20 +10,20 @@ from pathlib import Path
 
 import onnx_ir as ir
 
+from bntool.core.errors import CheckFailed
 from bntool.core.options import FoldOptions, InsertOptions
-from bntool.errors import CheckFailed
+from bntool.core.plan import Plan
+from bntool.core.verdicts import Check
+from bntool.files.onnx_files import OnnxFile, open_onnx, save_onnx
 from bntool.folding import at_graph_level, plan_on_all
-from bntool.graph import Graph
-from bntool.inputs import Inputs
+from bntool.graph.dataflow import Graph
+from bntool.graph.inputs import Inputs
 from bntool.inserting import plan_insert_nodes
 from bntool.observe.onnx_model import OnnxObservation, observe_onnx
-from bntool.onnx_checking import OnnxReference, check_onnx_unchanged, example_inputs_of
-from bntool.onnx_files import OnnxFile, open_onnx, save_onnx
-from bntool.plan import Plan
 from bntool.subjects.base import Checking, Kind, Parameters
 from bntool.surgery.fold_onnx import apply_fold_onnx
 from bntool.surgery.insert_onnx import apply_insert_onnx
-from bntool.verdicts import Check
+from bntool.verify.onnx_checking import OnnxReference, check_onnx_unchanged, example_inputs_of
 
 
 class Scratch:

@@ -10,26 +10,26 @@ from typing import TYPE_CHECKING, Any
 
 from torch.export import ExportedProgram
 
-from bntool.checking import check_surgery, seeded_batches
+from bntool.core.errors import CheckFailed, InvariantError, UsageError
 from bntool.core.options import ExportOptions, FoldOptions, InsertOptions
-from bntool.errors import CheckFailed, UsageError
+from bntool.core.plan import Plan
+from bntool.core.verdicts import Check
 from bntool.folding import at_graph_level, plan_on_all
-from bntool.graph import Graph
-from bntool.inputs import Inputs
+from bntool.graph.dataflow import Graph
+from bntool.graph.inputs import Inputs
 from bntool.inserting import plan_insert_nodes
-from bntool.insertion import check_unchanged
 from bntool.observe.exported_program import ProgramObservation, observe_program
-from bntool.plan import Plan
-from bntool.reference import Reference
 from bntool.report.counting import parameter_delta
 from bntool.runtime.programs import RunnableProgram, drawn_inputs, example_inputs_of
 from bntool.subjects.base import Checking, Kind, Narrow, Parameters
+from bntool.subjects.insertion import check_unchanged
 from bntool.surgery.fold_program import apply_fold_program, in_float64
 from bntool.surgery.insert_program import apply_insert_program
-from bntool.verdicts import Check
+from bntool.verify.checking import check_surgery, seeded_batches
+from bntool.verify.reference import Reference
 
 if TYPE_CHECKING:
-    from bntool.exporting import ExportResult
+    from bntool.export.exporting import ExportResult
 
 
 class ProgramSubject:
@@ -112,9 +112,12 @@ class ProgramSubject:
         path: Path,
         how: ExportOptions,
         metadata: Mapping[str, str],
-        dtype: Narrow = "",  # noqa: ARG002
+        dtype: Narrow = "",
     ) -> ExportResult:
-        from bntool.exporting import export_program
+        from bntool.export.exporting import export_program
+
+        if dtype:
+            raise InvariantError("a program keeps its types, which was told before")
 
         return export_program(
             self.model,

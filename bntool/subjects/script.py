@@ -7,15 +7,16 @@ from collections.abc import Callable
 
 import torch
 
+from bntool.core.errors import UsageError
 from bntool.core.options import FoldOptions, InsertOptions
-from bntool.errors import UsageError
-from bntool.graph import Graph
-from bntool.inputs import Inputs
-from bntool.plan import FoldSite, Plan
+from bntool.core.plan import Plan
+from bntool.core.sites import FoldSite
+from bntool.core.verdicts import Check
+from bntool.graph.dataflow import Graph
+from bntool.graph.inputs import Inputs
 from bntool.report.counting import parameter_delta
-from bntool.script_folding import FoldedScript, check_script, fold_script
 from bntool.subjects.base import Checking, Kind, Parameters
-from bntool.verdicts import Check
+from bntool.subjects.script_folding import FoldedScript, check_script, fold_script
 
 
 class ScriptSubject:

@@ -12,11 +12,12 @@ from typing import Any, Literal, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from bntool.affine import Pair, batch_norm_affine, evaluate, is_finite
-from bntool.errors import InvariantError, PlanError, StateError
+from bntool.core.errors import InvariantError, PlanError, StateError
+from bntool.core.plan import Plan
+from bntool.core.sites import Branch, Edit, Merge
+from bntool.graph.affine import Pair, batch_norm_affine, evaluate, is_finite
 from bntool.laws.merging import added_up
 from bntool.laws.taking import bias_from_input_shift, rows
-from bntool.plan import Branch, Edit, Merge, Plan
 from bntool.surgery.tensors import cast_like, norm_taking_in, scaled
 
 Slot = Hashable

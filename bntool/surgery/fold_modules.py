@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bntool.errors import InvariantError
-from bntool.layers import NORMED
+from bntool.core.errors import InvariantError
+from bntool.core.plan import Plan
+from bntool.core.sites import Branch, Edit, Merge
+from bntool.models.layers import NORMED
 from bntool.observe.copying import is_plain, structural_copy, take_apart
-from bntool.plan import Branch, Edit, Merge, Plan
 from bntool.surgery.editing import ROLES, Role, Slot, StoredNorm, apply_edits, removed_norms
 from bntool.surgery.reparameterising import merge_blocks_of
 

@@ -9,9 +9,10 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 
+from bntool.core.plan import Plan
+from bntool.core.sites import Branch, Edit, Merge, Window
 from bntool.observe.onnx_layers import PRODUCTS, Call, Norm
 from bntool.observe.onnx_model import OnnxObservation
-from bntool.plan import Branch, Edit, Merge, Plan, Window
 from bntool.surgery.editing import ROLES, Role, Slot, StoredNorm, apply_edits, removed_norms
 from bntool.surgery.onnx_wiring import Place, Wiring
 

@@ -9,11 +9,12 @@ from torch import Tensor
 from torch.export import ExportedProgram
 from torch.fx import Node
 
-from bntool.errors import InvariantError
-from bntool.graph import Op
+from bntool.core.errors import InvariantError
+from bntool.core.plan import Plan
+from bntool.core.sites import Branch, Edit, Merge, Window
+from bntool.graph.dataflow import Op
 from bntool.observe.exported_program import ProgramObservation
 from bntool.observe.program_nodes import arguments_of, operator_of
-from bntool.plan import Branch, Edit, Merge, Plan, Window
 from bntool.surgery.editing import ROLES, Role, Slot, StoredNorm, apply_edits, removed_norms
 from bntool.surgery.program_graph import ProgramCopy
 

@@ -14,15 +14,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from bntool.affine import batch_norm_affine, evaluate, is_finite
-from bntool.errors import DamagedPlan, NothingToDo, PlanError, StateError
+from bntool.core.errors import DamagedPlan, NothingToDo, PlanError, StateError
+from bntool.core.plan import Plan
+from bntool.core.schema import Damaged
+from bntool.core.sites import Branch, Edit, FoldSite, Merge
 from bntool.files.atomic import sha256_of
 from bntool.files.safetensors_files import Entry, layout, write_safetensors
 from bntool.files.shards import write_shards
 from bntool.files.stored import Described, Stored
 from bntool.files.targets import Drafts, Target
-from bntool.plan import Branch, Edit, FoldSite, Merge, Plan
-from bntool.schema import Damaged
+from bntool.graph.affine import batch_norm_affine, evaluate, is_finite
 from bntool.surgery.editing import Edits, Role, Slot, StoredNorm
 from bntool.surgery.judging import EditJudge, Held, at
 

@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bntool.errors import InvariantError
+from bntool.core.errors import InvariantError
+from bntool.core.plan import Plan
+from bntool.core.sites import DroppedBias, InsertSite
 from bntool.inserting import sequential_names
-from bntool.layers import NORMED, BatchNormPerCall, count_calls_anew, load_old_checkpoints
+from bntool.models.layers import NORMED, BatchNormPerCall, count_calls_anew, load_old_checkpoints
 from bntool.observe.copying import structural_copy
-from bntool.plan import DroppedBias, InsertSite, Plan
 from bntool.surgery.replacing import replace_everywhere
 
 _NORMS: dict[int, type[nn.modules.batchnorm._BatchNorm]] = {

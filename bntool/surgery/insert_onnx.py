@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from bntool.core.plan import Plan
 from bntool.observe.onnx_model import OnnxObservation
-from bntool.plan import Plan
 from bntool.surgery.onnx_wiring import Wiring
 
 

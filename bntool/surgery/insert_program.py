@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch.export import ExportedProgram
 
+from bntool.core.plan import Plan
 from bntool.observe.exported_program import ProgramObservation
-from bntool.plan import Plan
 from bntool.surgery.program_graph import ProgramCopy
 
 

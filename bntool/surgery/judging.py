@@ -11,9 +11,9 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterator
 
-from bntool.maps import Allowance, shape_of
-from bntool.plan import Edit
-from bntool.schema import Damaged
+from bntool.core.maps import Allowance, shape_of
+from bntool.core.schema import Damaged
+from bntool.core.sites import Edit
 
 _RANKS = {"conv": range(2, 6), "transposed": range(2, 6), "linear": range(2, 3), "matmul": range(2, 3)}
 

@@ -13,7 +13,7 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, InputSpec, TensorArgument
 from torch.fx import Node
 
-from bntool.inputs import map_tensors
+from bntool.graph.inputs import map_tensors
 from bntool.observe.program_nodes import scope_of
 
 _BEFORE = {

@@ -15,10 +15,11 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
+from bntool.core.plan import Plan
+from bntool.core.schema import Damaged
+from bntool.core.sites import Edit
 from bntool.observe.copying import structural_copy
 from bntool.observe.modules import is_batch_norm_class, once_per_class
-from bntool.plan import Edit, Plan
-from bntool.schema import Damaged
 from bntool.surgery.replacing import replace_everywhere
 
 _METHODS = ("reparameterize", "switch_to_deploy")

@@ -8,14 +8,15 @@ import math
 
 from torch import Tensor, nn
 
-from bntool.errors import InvariantError
+from bntool.core.errors import InvariantError
+from bntool.core.maps import Allowance
+from bntool.core.plan import Plan
+from bntool.core.schema import Damaged
+from bntool.core.sites import Edit, FoldSite, InsertSite
 from bntool.inserting.replaying import options_of
-from bntool.layers import NORMED
-from bntool.maps import Allowance
+from bntool.models.layers import NORMED
 from bntool.observe.copying import structural_copy
 from bntool.observe.modules import is_batch_norm_class, role_of
-from bntool.plan import Edit, FoldSite, InsertSite, Plan
-from bntool.schema import Damaged
 from bntool.surgery.fold_modules import carry_out
 from bntool.surgery.insert_modules import apply_insert
 from bntool.surgery.judging import EditJudge, Held, at

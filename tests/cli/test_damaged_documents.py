@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from safetensors.torch import save_file
 
-from bntool.errors import LoadError
+from bntool.core.errors import LoadError
 from bntool.experiment.folder import open_folder
 from tests.cli import nets
 from tests.cli.conftest import Shell

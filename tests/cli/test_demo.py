@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from bntool.cli import demo
-from bntool.errors import CheckFailed
+from bntool.core.errors import CheckFailed
 from tests.cli.conftest import Said, Shell, contents
 
 

@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from bntool import errors
 from bntool.cli import run
+from bntool.core import errors
 from tests.cli import nets
 from tests.cli.conftest import Shell
 from tools.make_reference import EXIT_CODES
@@ -117,7 +117,7 @@ def _raising(error: BaseException) -> Callable[..., None]:
 def test_70_a_bug_130_ctrl_c(
     bntool: Shell, models: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException, code: int
 ) -> None:
-    from bntool import surgeries
+    from bntool.pipeline import surgeries
 
     monkeypatch.setattr(surgeries, "fold", _raising(error))
     assert _line(bntool, "fold", "model_bn.pt") == code

@@ -69,7 +69,7 @@ def test_an_opset_that_cannot_be_written(refused: Shell) -> None:
 
 
 def test_a_failing_onnx_check_leaves_nothing(refused: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
-    from bntool import exporting
+    from bntool.export import exporting
 
     honest: Any = exporting.export_onnx
 

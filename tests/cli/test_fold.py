@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from bntool import proving, settling
+from bntool.pipeline import settling
+from bntool.subjects import proving
 from tests.cli import nets
 from tests.cli.conftest import Said, Shell, contents
 

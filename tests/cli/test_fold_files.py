@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bntool.exporting import export_onnx
+from bntool.export.exporting import export_onnx
 from tests import broken
 from tests.cli import nets
 from tests.cli.conftest import Shell
@@ -102,7 +102,7 @@ def test_a_folded_onnx_file_that_differs_is_blamed_and_leaves_a_repro(
 def test_the_export_of_a_program_is_blamed_and_kept_when_asked(
     bntool: Shell, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from bntool import serving
+    from bntool.pipeline import serving
 
     honest = serving.fold_exported
 
@@ -130,7 +130,7 @@ def _first_nan(file) -> None:
 
 
 def test_a_fold_of_a_module_that_differs_is_blamed(bntool: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
-    from bntool import module_folding
+    from bntool.subjects import module_folding
 
     honest = module_folding.PlannedFold.carry_out
 

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from safetensors.torch import save_file
 
-from bntool.errors import LoadError
+from bntool.core.errors import LoadError
 from bntool.files.detect import detect
 from bntool.files.loading import load
 from tests.cli import nets

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bntool.exporting import export_onnx
+from bntool.export.exporting import export_onnx
 from bntool.runtime.libraries import CPU, CUDA, TENSORRT
 from tests import broken
 from tests.cli import nets

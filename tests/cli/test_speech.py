@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import subprocess
 import sys
@@ -11,13 +10,9 @@ from pathlib import Path
 import pytest
 
 from bntool.cli import run
-from bntool.errors import LoadError
+from bntool.core.errors import LoadError
 from tests.cli import nets
 from tests.cli.conftest import Shell, contents
-
-needs_explanations = pytest.mark.skipif(
-    importlib.util.find_spec("bntool.explanations") is None, reason="bntool.explanations is not there yet"
-)
 
 
 @pytest.mark.parametrize(
@@ -60,7 +55,7 @@ def test_help_beside_json_is_still_help(bntool: Shell) -> None:
     [
         ["--help"],
         ["--version"],
-        pytest.param(["explain", "nonlinear"], marks=needs_explanations),
+        ["explain", "nonlinear"],
         ["fold", "--help"],
     ],
     ids=" ".join,
@@ -77,7 +72,6 @@ sys.exit(f'imported {{heavy}}' if heavy else code)
     assert (done.returncode, done.stderr) == (0, ""), done
 
 
-@needs_explanations
 def test_explain(bntool: Shell, refused: Shell) -> None:
     said = bntool("explain", "nonlinear")
     assert said.code == 0
@@ -107,7 +101,7 @@ def test_what_a_model_prints_stays_out_of_the_document(bntool: Shell) -> None:
 def test_ctrl_c_leaves_nothing(
     bntool: Shell, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from bntool import serving
+    from bntool.pipeline import serving
 
     def interrupted(*args: object, **options: object) -> None:
         raise KeyboardInterrupt
@@ -123,7 +117,7 @@ def test_ctrl_c_leaves_nothing(
 
 
 def test_a_bug_is_called_a_bug(bntool: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
-    from bntool import surgeries
+    from bntool.pipeline import surgeries
 
     def broken(*args: object, **options: object) -> None:
         raise EOFError("the end")

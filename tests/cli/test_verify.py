@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from bntool.exporting import export_onnx
+from bntool.export.exporting import export_onnx
 from tests import broken
 from tests.cli import nets
 from tests.cli.conftest import Shell
@@ -52,6 +52,16 @@ def test_files_and_models_are_compared_in_either_order(bntool: Shell, refused: S
         text = refused("verify", *pair, *nets.INPUT, code=1, says="does not compute").out
         assert "first differs at bn2/BatchNormalization (BatchNormalization), export stage" in text
     assert bntool("verify", "net.pt", "net.onnx", *nets.INPUT).code == 0
+
+
+@pytest.mark.usefixtures("files")
+def test_a_mismatch_tells_the_tolerance_that_was_given(bntool: Shell, refused: Shell) -> None:
+    nets.save(broken.broken_module(broken.network(), "one weight off by 1e-3"), "off.pt")
+    for pair in (("net.pt", "off.pt", *nets.INPUT), ("off.pt", "net.onnx", *nets.INPUT)):
+        assert bntool("verify", *pair, "--rtol", "0.1").code == 0
+        text = refused("verify", *pair, "--rtol", "1e-7", code=1, says="allowed 1e-07 by rtol 1e-07")
+        assert "1.0e-07" in text.out  # the limit of the rows
+        refused("verify", *pair, "--atol", "1e-9", code=1, says="by atol 1e-09")
 
 
 @pytest.mark.usefixtures("files")
@@ -108,7 +118,7 @@ def test_what_cannot_be_verified(refused: Shell) -> None:
 def test_the_export_that_a_fold_would_have_written_is_blamed(
     bntool: Shell, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from bntool import serving
+    from bntool.pipeline import serving
 
     honest = serving.fold_exported
 

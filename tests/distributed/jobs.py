@@ -10,15 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor, distributed, nn
 
-from bntool.calibrating import calibrate
-from bntool.errors import NothingToDo, UsageError
+from bntool.calibrate.calibrating import calibrate
+from bntool.core.errors import NothingToDo, UsageError
 from bntool.experiment import training
 from bntool.experiment.checkpoints import Progress
 from bntool.experiment.datasets import Data
 from bntool.experiment.settings import Settings
 from bntool.experiment.training import train
 from bntool.experiment.watching import Places, Watcher
-from bntool.world import World
+from bntool.runtime.world import World
 from tests.experiment.nets import classifier, thirds
 
 

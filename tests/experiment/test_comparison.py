@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import bntool
-from bntool.errors import CheckFailed, NothingToDo, UsageError
+from bntool.core.errors import CheckFailed, NothingToDo, UsageError
 from bntool.experiment.comparison import compare_training, draw_weights
 from bntool.experiment.folder import FILES, RUNS, write_document
 from bntool.experiment.plots import write_plots

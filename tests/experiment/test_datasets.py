@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from bntool.errors import BntoolError, LoadError, UsageError
+from bntool.core.errors import BntoolError, LoadError, UsageError
 from bntool.experiment.datasets import Held, Streamed, open_dataset
-from bntool.inputs import Inputs
+from bntool.graph.inputs import Inputs
 from tests.experiment.nets import arrays, write_npz
 
 

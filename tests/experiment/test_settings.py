@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from bntool.errors import UsageError
+from bntool.core.errors import UsageError
 from bntool.experiment.settings import Settings, seed_for
 
 

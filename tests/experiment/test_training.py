@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bntool.errors import LoadError, UsageError
+from bntool.core.errors import LoadError, UsageError
 from bntool.experiment import training
 from bntool.experiment.checkpoints import Progress
 from bntool.experiment.datasets import Data, Streamed
@@ -22,7 +22,7 @@ from bntool.experiment.randomness import random_state, random_state_kept, seed_e
 from bntool.experiment.settings import Settings, seed_for
 from bntool.experiment.training import batch_bounds, train, where_it_began
 from bntool.experiment.watching import Places, Watcher
-from bntool.world import World
+from bntool.runtime.world import World
 from tests.experiment.nets import classifier, thirds
 
 SETTINGS = Settings(epochs=2, batch_size=20, lrs=(0.05,), watch_every=3)

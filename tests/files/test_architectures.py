@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from bntool.errors import LoadError
+from bntool.core.errors import LoadError
 from bntool.files import architectures
 from bntool.files.architectures import Index, load_index, marks_of, take_exact
 from bntool.files.loading import load

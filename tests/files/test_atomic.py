@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from bntool.errors import UsageError
+from bntool.core.errors import UsageError
 from bntool.files.atomic import sha256_of, write_atomically
 from bntool.files.loading import load
 from bntool.files.saving import save_model
@@ -69,7 +69,7 @@ def test_a_full_disk_is_a_usage_error(tmp_path: Path) -> None:
     (tmp_path / "a.pt").write_bytes(b"old")
     code = (
         "import resource, signal, sys; from bntool.files import load, save_model\n"
-        "from bntool.errors import UsageError\n"
+        "from bntool.core.errors import UsageError\n"
         "loaded = load(sys.argv[1]); signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, 1 << 16))\n"
         "try:\n    save_model(loaded, loaded.model, sys.argv[2], force=True)\n"

@@ -19,7 +19,7 @@ from onnx import TensorProto, helper
 from safetensors.torch import save_file
 from torch import nn
 
-from bntool.errors import LoadError
+from bntool.core.errors import LoadError
 from bntool.files.detect import Kind, detect
 from tests.files.torch_files import write_members
 

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from bntool.errors import LoadError, UsageError
-from bntool.files.limits import DEFAULT_MAX_SIZE, Limit, parse_size
+from bntool.core.errors import LoadError, UsageError
+from bntool.core.limits import DEFAULT_MAX_SIZE, Limit, parse_size
 from bntool.files.loading import load
 from tests.files import torch_files as tf
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from bntool.errors import LoadError, UsageError
+from bntool.core.errors import LoadError, UsageError
 from bntool.files.atomic import sha256_of
 from bntool.files.memory import Grant, Record, last_output, recall, remember
 

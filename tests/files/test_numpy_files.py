@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import nn
 
-from bntool.arrays import arrays_in, tensor_of
-from bntool.errors import LoadError, UsageError
+from bntool.core.errors import LoadError, UsageError
+from bntool.data.arrays import arrays_in, tensor_of
 
 ARRAYS = {
     "float32": np.linspace(0, 1, 24, dtype=np.float32).reshape(2, 3, 4),

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from bntool.errors import LoadError, UsageError
+from bntool.core.errors import LoadError, UsageError
 from bntool.files import references
 from bntool.files.loading import load
 from bntool.files.saving import allow_entries_of, save_model

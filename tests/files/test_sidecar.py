@@ -5,7 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from bntool.errors import LoadError, UsageError
+from bntool.core.errors import LoadError, UsageError
+from bntool.core.plan import Plan
+from bntool.core.reasons import Reason
+from bntool.core.sites import Skip
 from bntool.files.atomic import sha256_of
 from bntool.files.sidecar import (
     describes,
@@ -15,8 +18,6 @@ from bntool.files.sidecar import (
     sidecar_path,
     write_sidecar,
 )
-from bntool.plan import Plan, Skip
-from bntool.reasons import Reason
 
 
 @pytest.mark.parametrize(

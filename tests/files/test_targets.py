@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from bntool.errors import UsageError
+from bntool.core.errors import UsageError
 from bntool.files import placing
 from bntool.files.targets import Target
 

@@ -10,12 +10,12 @@ import pytest
 import torch
 from torch import nn
 
-from bntool.checking import check_onnx, check_surgery, seeded_batches
-from bntool.doctor import diagnose
-from bntool.exporting import export_onnx
-from bntool.inputs import Inputs
+from bntool.export.exporting import export_onnx
+from bntool.graph.inputs import Inputs
 from bntool.runtime import OrtRunner, TorchRunner
+from bntool.runtime.doctor import diagnose
 from bntool.runtime.libraries import CUDA
+from bntool.verify.checking import check_onnx, check_surgery, seeded_batches
 
 pytestmark = [
     pytest.mark.gpu,

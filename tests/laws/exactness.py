@@ -12,11 +12,11 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from bntool.core.plan import Plan
+from bntool.core.reasons import Reason
 from bntool.folding import plan_fold
-from bntool.inputs import Inputs
+from bntool.graph.inputs import Inputs
 from bntool.observe.eager import observe
-from bntool.plan import Plan
-from bntool.reasons import Reason
 from bntool.surgery.fold_modules import apply_fold
 
 EXACT = 1e-10

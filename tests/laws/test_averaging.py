@@ -9,13 +9,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from bntool.core.reasons import Reason
 from bntool.folding import plan_fold
 from bntool.folding.agreement import plan_on_all
-from bntool.inputs import Inputs
+from bntool.graph.inputs import Inputs
 from bntool.observe.eager import observe
-from bntool.onnx_folding import plan_fold_onnx
-from bntool.program_folding import fold_program
-from bntool.reasons import Reason
+from bntool.pipeline.onnx_folding import plan_fold_onnx
+from bntool.pipeline.program_folding import fold_program
 from tests.laws.exactness import Numbers, data, few, folded_exactly, numbers, verdict
 
 HEADS, DEPTH = 2, 3
@@ -70,6 +70,24 @@ def test_where_the_weights_do_not_sum_to_one_only_a_scale_may_pass(fill: Numbers
     model = Attention(style, fill.fill(nn.BatchNorm2d(C)))
     found = verdict(model, data(2, 4, 3, 2, seed=fill.seed))
     assert found is (Reason.NONLINEAR if fill.shift else None)
+
+
+@pytest.mark.parametrize("shift", [True, False])
+def test_where_attention_drops_some_of_its_weights_only_a_scale_may_pass(shift: bool) -> None:
+    """A `dropout_p` written out in forward drops in eval mode too."""
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv1d(4, 4, 1)
+            self.norm = Numbers("mixed", shift, 1e-5, 1.0, 0).fill(nn.BatchNorm1d(4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            torch.manual_seed(1)
+            v, same = self.conv(x).transpose(1, 2), torch.zeros_like(x).transpose(1, 2)
+            return self.norm(F.scaled_dot_product_attention(same, same, v, dropout_p=0.4).transpose(1, 2))
+
+    assert verdict(Model(), data(2, 4, 9)) is (Reason.NONLINEAR if shift else None)
 
 
 @few

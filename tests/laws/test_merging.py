@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from bntool.graph import Op
+from bntool.core.sites import Window
+from bntool.graph.dataflow import Op
 from bntool.laws.merging import added_up, identity_window, joined, widened, window_of
-from bntool.plan import Window
 from tests.laws.exactness import few
 
 CONVOLVE = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}

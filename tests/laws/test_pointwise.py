@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from bntool.reasons import Reason
+from bntool.core.reasons import Reason
 from tests.laws.exactness import Chain, Numbers, data, few, folded_exactly, numbers, verdict
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -89,6 +89,26 @@ def test_subtracted_from_a_constant(fill: Numbers, shape: tuple[int, ...], seed:
     up, down = both_ways(step, fill)
     assert up is None
     assert down is None
+
+
+def test_a_shift_alone_passes_a_constant_that_is_too_large_to_be_read() -> None:
+    """With a scale of one, x + c + t = (x + t) + c, whatever c is."""
+    norm = Numbers("positive", True, 0.0, 1.0, 0).fill(nn.BatchNorm2d(4))
+    nn.init.ones_(norm.weight)
+    nn.init.ones_(norm.running_var)
+    large = data(1, 4, 160, 160)
+    assert large.numel() > 1 << 16
+    model = Chain(nn.Conv2d(4, 4, 1), lambda x: x + large, norm)
+    assert verdict(model, data(1, 4, 160, 160)) is None
+    nn.init.constant_(norm.weight, 2.0)
+    assert verdict(model, data(1, 4, 160, 160)) is Reason.UNKNOWN_OP
+
+
+def test_slopes_that_depend_on_the_data_let_nothing_by() -> None:
+    slopes = lambda x: F.prelu(x, x.mean((0, 2, 3)))  # noqa: E731
+    fill = Numbers("positive", False, 1e-5, 1.0, 0)
+    model = Chain(nn.Conv2d(4, 4, 1), slopes, fill.fill(nn.BatchNorm2d(4)))
+    assert verdict(model, data(2, 4, 5, 3)) is Reason.UNKNOWN_OP
 
 
 @few

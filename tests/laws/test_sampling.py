@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from bntool.reasons import Reason
+from bntool.core.reasons import Reason
 from tests.laws.exactness import CONVS, NORMS, Chain, Numbers, data, few, numbers, verdict
 
 SIDE = {1: (9,), 2: (7, 6), 3: (5, 4, 6)}
@@ -84,6 +84,51 @@ def test_indices_of_a_max_pool_forbid_it() -> None:
     fill = Numbers("positive", True, 1e-5, 1.0, 0)
     up, _ = both_ways(2, lambda x: sum(F.max_pool2d(x, 2, return_indices=True)), fill)
     assert up is not None
+
+
+class Keeps(nn.Module):
+    """What another layer reads of a pool, or what outlives the forward."""
+
+    def __init__(self, use: str) -> None:
+        super().__init__()
+        fill = Numbers("positive", True, 1e-5, 1.0, 0)
+        self.first, self.norm, self.use = nn.Conv2d(4, 4, 1), fill.fill(nn.BatchNorm2d(4)), use
+
+    def forward(self, x: Tensor) -> Tensor:
+        largest, places = F.max_pool2d(self.first(x), 2, return_indices=True)
+        if self.use == "kept":
+            self.places = places
+        return self.norm(largest) + (places.sum() if self.use == "read" else 0)
+
+
+@pytest.mark.parametrize("use", ["", "read", "kept"])
+def test_where_the_largest_was_may_interest_nobody(use: str) -> None:
+    assert verdict(Keeps(use), data(2, 4, 6, 6)) is (Reason.UNKNOWN_OP if use else None)
+
+
+@pytest.mark.parametrize(
+    ("pads", "value", "found"),
+    [
+        ((1, 1), 0.0, None),  # a part that has no map
+        ((2, 0), 0.0, None),
+        ((0, 0), 0.0, Reason.REACHES_INPUT),  # at another size there may be some
+        ((1, -1), 0.0, Reason.REACHES_INPUT),
+        ((-1, -1), 0.0, Reason.REACHES_INPUT),
+        ((1, 1), 2.0, Reason.REACHES_INPUT),
+    ],
+)
+def test_what_is_beside_the_channels_at_every_size(
+    pads: tuple[int, int], value: float, found: Reason | None
+) -> None:
+    fill = Numbers("positive", True, 1e-5, 1.0, 0)
+    pad = lambda x: F.pad(x, pads, value=value)  # noqa: E731
+    model = Chain(fill.fill(nn.BatchNorm1d(4)), pad, nn.Linear(4 + sum(pads), 3))
+    assert verdict(model, data(5, 4)) is found
+    model = Chain(
+        nn.Linear(3, 4), pad, Numbers("positive", True, 1e-5, 1.0, 0).fill(nn.BatchNorm1d(4 + sum(pads)))
+    )
+    varies = value != 0.0 or min(pads) < 0
+    assert verdict(model, data(5, 3)) is (Reason.AXIS_MISMATCH if varies else Reason.SHIFT_AT_PADDING)
 
 
 @pytest.mark.parametrize("pool", [F.adaptive_avg_pool2d, F.adaptive_max_pool2d])

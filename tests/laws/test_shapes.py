@@ -13,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from bntool.core.reasons import Reason
 from bntool.laws import Refused
 from bntool.laws.shapes import shape_groups
-from bntool.reasons import Reason
 from tests.laws.exactness import Chain, Numbers, data, few, folded_exactly, numbers, verdict
 
 Step = Callable[[Tensor], Tensor]
@@ -177,6 +177,14 @@ def test_channels_by_number_and_by_mask(fill: Numbers, mask: list[bool]) -> None
             nn.Conv2d(4, 6, 1), lambda x, index=index: x[:, index], fill.fill(nn.BatchNorm2d(sum(mask)))
         )
         assert verdict(cut, data(2, 4, 3, 3)) is None
+
+
+@pytest.mark.filterwarnings("ignore:indexing with dtype torch.uint8:UserWarning")
+def test_a_mask_of_bytes_is_a_mask() -> None:
+    mask = torch.tensor([1, 0, 1, 1, 0, 1], dtype=torch.uint8)
+    norm = Numbers("mixed", True, 1e-5, 1.0, 0).fill(nn.BatchNorm2d(6))
+    model = Chain(norm, lambda x: x[:, mask], nn.Conv2d(4, 3, 1))
+    assert verdict(model, data(2, 6, 3, 3)) is None
 
 
 @few

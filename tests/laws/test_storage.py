@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from bntool.core.plan import Plan
 from bntool.folding import plan_fold
-from bntool.inputs import Inputs
+from bntool.graph.inputs import Inputs
 from bntool.observe.eager import observe
-from bntool.plan import Plan
 from bntool.surgery.fold_modules import apply_fold
 from tests.laws.exactness import Chain, Numbers, data, numbers
 

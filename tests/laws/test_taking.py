@@ -10,11 +10,11 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from bntool.core.reasons import Reason
 from bntool.folding import plan_fold
-from bntool.inputs import Inputs
+from bntool.graph.inputs import Inputs
 from bntool.laws.taking import bias_from_input_shift, rows
 from bntool.observe.eager import observe
-from bntool.reasons import Reason
 from bntool.surgery.fold_modules import apply_fold
 from bntool.surgery.tensors import scaled
 from tests.laws.exactness import (

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
-from bntool.errors import ObserveError
+from bntool.core.errors import ObserveError
 from bntool.observe.copying import structural_copy
 
 X = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))

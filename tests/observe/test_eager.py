@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules import module as hooks_of_torch
 
-from bntool.errors import ObserveError
-from bntool.graph import Graph, Op
-from bntool.inputs import Inputs
+from bntool.core.errors import ObserveError
+from bntool.graph.dataflow import Graph, Op
+from bntool.graph.inputs import Inputs
 from bntool.observe.eager import Observation, observe
 from bntool.observe.holding import MARK
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bntool.errors import ObserveError
+from bntool.core.errors import ObserveError
 from bntool.observe.inference import guesses, observe_inferred
 
 

@@ -12,10 +12,10 @@ import torch
 from onnx import helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
+from bntool.core.reasons import Reason
 from bntool.observe.onnx_model import OnnxObservation, observe_onnx
 from bntool.observe.onnx_shapes import infer
-from bntool.onnx_folding import plan_fold_onnx
-from bntool.reasons import Reason
+from bntool.pipeline.onnx_folding import plan_fold_onnx
 from tests.onnx_zoo import ONNX_ZOO, OnnxNet
 
 ZOO = {net.name: net for net in ONNX_ZOO}

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from bntool.errors import LoadError
+from bntool.core.errors import LoadError
 from bntool.pages.page import html_page
 from bntool.pages.reading import as_document, read_document
 from tests.pages import documents

@@ -14,16 +14,16 @@ import pytest
 import torch
 from torch import nn
 
+from bntool.core.plan import Plan
+from bntool.core.verdicts import Check
 from bntool.files.references import build
 from bntool.files.scripts import import_script
-from bntool.inputs import Inputs
+from bntool.graph.inputs import Inputs
 from bntool.inserting import InsertOptions, plan_insert
 from bntool.observe.eager import Observation, observe
-from bntool.plan import Plan
 from bntool.source.planning import SourcePlan, plan_source
 from bntool.source.proof import Task, make_task, prove
 from bntool.source.reading import SourceFile
-from bntool.verdicts import Check
 
 _numbers = itertools.count()
 HEAD = """\

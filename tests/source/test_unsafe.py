@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 
-from bntool.errors import LoadError
+from bntool.core.errors import LoadError
 from bntool.source.proof import prove
 from tests.source.conftest import HEAD, Edit
 

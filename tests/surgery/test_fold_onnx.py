@@ -15,11 +15,12 @@ import torch
 from onnx import numpy_helper
 from onnx.reference import ReferenceEvaluator
 
-from bntool.comparing import difference, noise_limits
+from bntool.core.plan import Plan
+from bntool.core.sites import Edit, FoldSite
 from bntool.observe.onnx_constants import to_onnx, to_torch
-from bntool.onnx_folding import fold_onnx, plan_fold_onnx
-from bntool.plan import Edit, FoldSite, Plan
+from bntool.pipeline.onnx_folding import fold_onnx, plan_fold_onnx
 from bntool.surgery.fold_onnx import apply_fold_onnx
+from bntool.verify.comparing import difference, noise_limits
 from tests.fold_zoo import enliven
 from tests.onnx_zoo import FOLDED, ONNX_ZOO, OnnxNet
 

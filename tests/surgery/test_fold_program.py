@@ -12,7 +12,7 @@ import torch
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 
-from bntool.program_folding import fold_program, plan_fold_program
+from bntool.pipeline.program_folding import fold_program, plan_fold_program
 from bntool.surgery.fold_program import apply_fold_program, in_float64
 from tests.program_zoo import PROGRAM_ZOO, decomposed
 

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 import bntool
 from bntool.cli import run
-from bntool.errors import BntoolError, DamagedPlan, LoadError, PlanError, StateError
+from bntool.core.errors import BntoolError, DamagedPlan, LoadError, PlanError, StateError
+from bntool.core.plan import Plan
 from bntool.files.safetensors_files import read_index
 from bntool.files.stored import open_stored
-from bntool.plan import Plan
 from bntool.surgery.fold_stored import StoredFold
 from tools import streaming
 

@@ -18,14 +18,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import bntool
-from bntool.errors import PlanError
+from bntool.core.errors import PlanError
+from bntool.core.plan import Plan
 from bntool.files.stored import open_stored
 from bntool.folding import plan_fold
-from bntool.inputs import Inputs
+from bntool.graph.inputs import Inputs
 from bntool.observe.eager import observe
-from bntool.onnx_folding import plan_fold_onnx
-from bntool.plan import Plan
-from bntool.program_folding import plan_fold_program
+from bntool.pipeline.onnx_folding import plan_fold_onnx
+from bntool.pipeline.program_folding import plan_fold_program
 from bntool.surgery.fold_modules import apply_fold
 from bntool.surgery.fold_onnx import apply_fold_onnx
 from bntool.surgery.fold_program import apply_fold_program, in_float64
@@ -86,7 +86,7 @@ def as_program(model: nn.Sequential, folder: Path) -> list[Tensor]:
 
 def as_onnx(model: nn.Sequential, folder: Path) -> list[Tensor]:
     bntool.export_onnx(model, X, folder / "a.onnx")
-    bntool.onnx_folding.fold_onnx(folder / "a.onnx", folder / "b.onnx")
+    bntool.pipeline.onnx_folding.fold_onnx(folder / "a.onnx", folder / "b.onnx")
     stored = onnx.load(folder / "b.onnx").graph.initializer
     return [torch.tensor(numpy_helper.to_array(tensor)) for tensor in stored]
 

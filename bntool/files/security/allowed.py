@@ -11,7 +11,7 @@ from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 from typing import Any
 
-from bntool.errors import LoadError, UsageError
+from bntool.core.errors import LoadError, UsageError
 from bntool.files.scripts import import_path, import_script, script_of
 from bntool.files.security.pickled_calls import shown
 from bntool.files.security.rules import builtin_allowance, home_of, why_never, why_not

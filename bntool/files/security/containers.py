@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
 
-from bntool.files.limits import Limit
+from bntool.core.limits import Limit
 from bntool.files.security.archives import Archive, Damaged, Member, Unsafe, quoted
 
 _BOOKKEEPING = r"version|byteorder|\.data/version|\.data/serialization_id"

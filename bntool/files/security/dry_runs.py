@@ -6,8 +6,8 @@ import io
 from pathlib import Path
 from typing import BinaryIO
 
+from bntool.core.limits import Limit
 from bntool.files.detect import Kind
-from bntool.files.limits import Limit
 from bntool.files.security.containers import PICKLED, Container, within
 from bntool.files.security.opcodes import DamagedPickle, DryRun
 from bntool.files.security.pickled_calls import shown

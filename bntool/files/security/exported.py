@@ -19,8 +19,8 @@ from typing import BinaryIO
 import torch
 from torch.export import ExportedProgram
 
-from bntool.errors import LoadError
-from bntool.files.limits import Limit
+from bntool.core.errors import LoadError
+from bntool.core.limits import Limit
 from bntool.files.scripts import running_user_code
 from bntool.files.security.archives import Archive, Damaged, Unsafe
 from bntool.files.security.containers import OLD_PROGRAM, PROGRAM, Container, within

@@ -7,7 +7,7 @@ from typing import Any, NoReturn
 
 from torch import nn
 
-from bntool.errors import LoadError
+from bntool.core.errors import LoadError
 from bntool.files.security.rules import why_never
 
 _DATA = frozenset(

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from bntool.text import shown as shown  # noqa: PLC0414 - files/ takes it from here
+from bntool.core.text import shown as shown  # noqa: PLC0414 - files/ takes it from here
 
 PARTIAL = "functools.partial"
 PARAMETER = "torch.nn.parameter.Parameter"

@@ -18,9 +18,9 @@ from typing import Any, BinaryIO
 
 import torch
 
-from bntool.errors import LoadError, UsageError
+from bntool.core.errors import LoadError, UsageError
+from bntool.core.limits import Limit
 from bntool.files.detect import FileKind
-from bntool.files.limits import Limit
 from bntool.files.scripts import running_user_code
 from bntool.files.security.allowed import Granted, trusted_names, user_allowance
 from bntool.files.security.archives import Unsafe

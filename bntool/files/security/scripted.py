@@ -14,8 +14,8 @@ from pathlib import Path
 
 import torch
 
-from bntool.errors import LoadError
-from bntool.files.limits import Limit
+from bntool.core.errors import LoadError
+from bntool.core.limits import Limit
 from bntool.files.security.archives import Unsafe, quoted
 from bntool.files.security.containers import SCRIPT, Container, within
 from bntool.files.security.nesting import DEEPEST, is_nested_deeply

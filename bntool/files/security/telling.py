@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from bntool.errors import LoadError
+from bntool.core.errors import LoadError
 from bntool.files.security.pickled_calls import shown
 from bntool.files.security.rules import why_never
 from bntool.files.security.sources import Sources

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from bntool.errors import BntoolError, LoadError, UsageError
+from bntool.core.errors import BntoolError, LoadError, UsageError
 from bntool.files.loading import load
 from bntool.files.security.allowed import user_allowance
 from bntool.files.security.pickles import standing
@@ -176,7 +176,7 @@ def test_what_is_known_may_be_named_and_is_judged_all_the_same() -> None:
     for entry in (
         "torch.nn.functional.relu",
         "argparse.Namespace",
-        "bntool.layers.ConvBN2d",
+        "bntool.models.layers.ConvBN2d",
         "torch.nn.ReLU",
     ):
         assert user_allowance([entry]).classes

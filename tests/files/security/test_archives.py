@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from bntool.errors import LoadError
+from bntool.core.errors import LoadError
 from bntool.files.detect import Kind, detect
 from bntool.files.loading import load
 from bntool.files.security.archives import MAX_DIRECTORY, Archive, Damaged, Unsafe

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from bntool.errors import LoadError
+from bntool.core.errors import LoadError
 from bntool.files.detect import detect
 from bntool.files.security.pickles import read_pickled
 from tests.files.torch_files import write_members

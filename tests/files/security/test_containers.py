@@ -10,9 +10,9 @@ import pytest
 
 import bntool
 from bntool.cli import run
-from bntool.errors import LoadError
+from bntool.core.errors import LoadError
+from bntool.core.limits import Limit
 from bntool.files.inspecting import inspect_file
-from bntool.files.limits import Limit
 from bntool.files.loading import load
 from bntool.files.security.archives import Unsafe
 from bntool.files.security.containers import (

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from bntool.errors import LoadError
+from bntool.core.errors import LoadError
 from bntool.files.loading import load
 from tests.files import torch_files as tf
 

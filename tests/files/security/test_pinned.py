@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import nn
 
-from bntool.errors import LoadError
+from bntool.core.errors import LoadError
 from bntool.files.loading import load
 from bntool.files.security.pinned import Pinned
 from bntool.files.stored import open_stored

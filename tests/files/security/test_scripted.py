@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bntool.errors import LoadError
+from bntool.core.errors import LoadError
 from bntool.files.security.archives import Unsafe
 from bntool.files.security.containers import SCRIPT, Container
 from bntool.files.security.scripted import check_script, read_script

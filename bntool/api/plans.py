@@ -1,0 +1,79 @@
+"""Plans: read from a file, and replayed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from bntool.api.asked import CheckLevel, checking_of, owned
+from bntool.core.errors import DamagedPlan, PlanError
+from bntool.core.plan import Plan
+from bntool.core.schema import Damaged, read
+from bntool.inserting import require_same_places
+from bntool.observe.modules import class_name, signature_of
+from bntool.pipeline import surgeries
+from bntool.report.results import SurgeryResult
+from bntool.subjects.module import ModuleSubject
+from bntool.surgery.replaying import replay_fold, replay_insert
+
+
+@torch.inference_mode(False)
+def apply(
+    model: nn.Module,
+    plan: Plan | str | Path,
+    example_inputs: Any = None,
+    *,
+    check: CheckLevel = "fast",
+    share: bool = False,
+) -> SurgeryResult:
+    """Replay a plan on a fresh model of the same architecture, and check what it did there.
+
+    A fold plan rests on signs, paddings and hooks of the model it was made for; so a replayed fold is
+    checked like a new one, unless `check="none"`. An insertion must find each of its places again, and with
+    `init="identity"` it is held to the bit.
+
+    Raises:
+        DamagedPlan: the plan is none, or names what the model has not; where in it is told.
+        PlanError: the plan was made for another model; the first difference is named.
+        CheckFailed: the plan does not hold on this model.
+    """
+    if not isinstance(plan, Plan):
+        plan = read_plan(plan)
+    plan.require_signature(signature_of(model), class_name(type(model)))
+    subject = ModuleSubject(model, example_inputs)
+    checking = checking_of(check)
+    if plan.action == "insert" and checking is not None and plan:
+        require_same_places(subject.graph(), plan)
+    try:
+        replay = replay_insert if plan.action == "insert" else replay_fold
+        result = surgeries.replayed(subject, plan, replay(model, plan), checking)
+    except Damaged as error:
+        raise DamagedPlan.of(error.why, error.place) from error
+    return owned(result, subject, share)
+
+
+def read_plan(path: str | Path) -> Plan:
+    """A plan from a plan file, or from the side file that `insert` and `fold` write.
+
+    Raises:
+        DamagedPlan: the file holds no plan; where in it the fault is.
+        PlanError: the file cannot be read, or is of a newer bntool.
+    """
+    prefix = ""
+    try:
+        data = read(Path(path))
+        if isinstance(data, dict) and isinstance(data.get("plan"), dict):
+            data, prefix = data["plan"], "plan."
+        return Plan.from_dict(data)
+    except OSError as error:
+        raise PlanError(
+            f"cannot read a plan from {path}: {error.strerror}", next_step="name a plan"
+        ) from error
+    except Damaged as error:
+        raise DamagedPlan.of(error.why, str(path)) from error
+    except DamagedPlan as error:
+        error.where = f"{path}, {prefix}{error.where}" if error.where else str(path)
+        raise

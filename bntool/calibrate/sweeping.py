@@ -1,0 +1,237 @@
+"""One pass over the data: what each BatchNorm layer reads, with the model left as it was."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch.overrides import TorchFunctionMode
+
+from bntool.calibrate.moments import Moments, Seen
+from bntool.core.errors import BntoolError, StateError, UsageError
+from bntool.data.batches import inputs_of
+from bntool.graph.inputs import Inputs, outputs_of
+from bntool.models.casting import is_finite
+from bntool.observe.copying import structural_copy
+from bntool.observe.leftovers import random_state_kept, require_materialised
+from bntool.runtime.torch_runner import float32_products
+from bntool.runtime.world import World
+from bntool.verify.comparing import difference
+
+Progress = Callable[[str], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Sweep:
+    """What one pass over the data saw: layers by qualified name (only those that ran), and the batches."""
+
+    layers: Mapping[str, Seen]
+    batches: int
+
+
+def sweep(
+    model: nn.Module,
+    names: Sequence[str],
+    batches: Iterable[Any],
+    *,
+    batch_statistics: bool,
+    progress: Progress | None = None,
+) -> Sweep:
+    """Run every batch once and collect what the named BatchNorm layers read.
+
+    With `batch_statistics` those layers normalise each batch by its own statistics, as in training;
+    without, by what they hold. Every other layer is in eval mode either way. It runs on a copy whose
+    buffers are its own: the model, the random state and the TF32 flags stay as they were.
+
+    Raises:
+        UsageError: data with NaN or Inf, or data that the model does not take.
+        StateError: finite data became NaN or infinite inside the model.
+    """
+    require_materialised(model)
+    run = structural_copy(model)
+    _own_buffers(run)
+    for module in run.modules():
+        module.training = False
+    layers = {name: run.get_submodule(name) for name in names}
+    for layer in layers.values():
+        layer.training = batch_statistics
+        if batch_statistics and isinstance(layer, nn.SyncBatchNorm):
+            _normalise_alone(layer)
+    device = next((t.device for t in (*run.parameters(), *run.buffers())), torch.device("cpu"))
+    watch = _Watch({id(layer): name for name, layer in layers.items()}, batch_statistics)
+    with random_state_kept(), float32_products(tf32=False), torch.no_grad(), watch.hooks():
+        for inputs in inputs_of(model, batches):
+            watch.batch += 1
+            if progress:
+                progress(f"batch {watch.batch}")
+            _require_finite(inputs, watch.batch)
+            _run_batch(run, inputs.to(device=device).map(torch.clone), watch)
+    return Sweep(watch.seen, watch.batch)
+
+
+def difference_in_training(
+    original: nn.Module, modified: nn.Module, names: Sequence[str], batches: Iterable[Any]
+) -> float | None:
+    """How far the outputs move when the named new layers normalise by the batch, of their peak; the largest.
+
+    Every other layer is in eval mode, so that no dropout is counted. None where a batch has one value per
+    channel, which no layer can normalise.
+    """
+    run, reference = structural_copy(modified), structural_copy(original)
+    _own_buffers(run)
+    _own_buffers(reference)
+    for module in (*run.modules(), *reference.modules()):
+        module.training = False
+    for name in names:
+        layer = run.get_submodule(name)
+        layer.training = True
+        if isinstance(layer, nn.SyncBatchNorm):
+            _normalise_alone(layer)
+    device = next((t.device for t in (*run.parameters(), *run.buffers())), torch.device("cpu"))
+    worst = 0.0
+    with random_state_kept(), float32_products(tf32=False), torch.no_grad():
+        for inputs in inputs_of(modified, batches):
+            before, after = (inputs.to(device=device).map(torch.clone) for _ in range(2))
+            try:
+                moved = outputs_of(run(*after.args, **after.kwargs))
+            except ValueError:  # torch: more than one value per channel expected
+                return None
+            kept = outputs_of(reference(*before.args, **before.kwargs))
+            worst = max(worst, *(difference(kept[name], moved.get(name)).relative for name in kept))
+    return worst
+
+
+def pooled(found: Sweep, world: World) -> Sweep:
+    """What all processes saw together, merged in the order of their ranks, the same on each. Collective."""
+    if world.size == 1:
+        return found
+    parts = world.gather(({name: seen.to("cpu") for name, seen in found.layers.items()}, found.batches))
+    layers: dict[str, Seen] = {}
+    for part, _ in parts:
+        for name, seen in part.items():
+            layers[name] = layers[name].merged(seen) if name in layers else seen
+    return Sweep(layers, sum(batches for _, batches in parts))
+
+
+def require_batches(found: Sweep) -> None:
+    """Raise `UsageError` where there was no data."""
+    if not found.batches:
+        raise UsageError("the data holds no batch", next_step="pass at least one batch")
+
+
+class _Watch(TorchFunctionMode):
+    """Sees every call of batch_norm, and which of the watched layers makes it.
+
+    The call and not the layer's own input is what counts: a subclass may permute or cast before it.
+    """
+
+    def __init__(self, names: dict[int, str], batch_statistics: bool) -> None:
+        super().__init__()
+        self.names = names
+        self.batch_statistics = batch_statistics
+        self.seen: dict[str, Seen] = {}
+        self.inside: list[str] = []
+        self.heard: set[str] = set()
+        self.batch = 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if self.inside and func in (nn.functional.batch_norm, torch.batch_norm):
+            self.heard.add(self.inside[-1])
+            self.collect(self.inside[-1], args[0] if args else kwargs["input"])
+        return func(*args, **(kwargs or {}))
+
+    def collect(self, name: str, values: Tensor) -> None:
+        where = f"{name or 'the model'}, batch {self.batch}"
+        if self.batch_statistics and values.dim() > 1 and values.numel() <= values.shape[1]:
+            raise UsageError(
+                "a batch gives the layer only one value for each channel, so it has no variance",
+                where=where,
+                next_step="use larger batches (--batch-size 2 or more)",
+            )
+        if not bool(torch.isfinite(values).all()):
+            raise StateError(
+                "the layer reads NaN or infinite values though the data is finite",
+                where=where,
+                next_step="look at the weights of the layers before it, or run the model in float32",
+            )
+        if name in self.seen:
+            self.seen[name].add(values)
+        else:
+            self.seen[name] = Seen(Moments.of(values), dtype=values.dtype)
+
+    @contextlib.contextmanager
+    def hooks(self) -> Iterator[None]:
+        before = register_module_forward_pre_hook(self.enter)
+        after = register_module_forward_hook(self.leave)
+        try:
+            yield
+        finally:
+            before.remove()
+            after.remove()
+
+    def enter(self, module: nn.Module, _: Any) -> None:
+        if id(module) in self.names:
+            self.inside.append(self.names[id(module)])
+            self.heard.discard(self.names[id(module)])
+
+    def leave(self, module: nn.Module, *_: Any) -> None:
+        if id(module) not in self.names:
+            return
+        name = self.inside.pop()
+        if name not in self.heard:
+            raise UsageError(
+                f"the layer ({type(module).__name__}) is a BatchNorm that normalises in a way of its own",
+                where=name,
+                next_step="its statistics can only be had by training it",
+            )
+
+
+def _run_batch(run: nn.Module, inputs: Inputs, watch: _Watch) -> None:
+    try:
+        with watch:
+            run(*inputs.args, **dict(inputs.kwargs))
+    except BntoolError:
+        raise
+    except Exception as error:
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise UsageError(
+            f"the model failed on a batch of {inputs.shapes()}: {lines[0]}",
+            where=f"batch {watch.batch}" + (f", {watch.inside[-1]}" if watch.inside else ""),
+            next_step="give data of the shape and type that the model takes",
+        ) from error
+
+
+def _require_finite(inputs: Inputs, batch: int) -> None:
+    tensors = inputs.tensors()
+    if not any(t.numel() for t in tensors.values()):
+        raise UsageError("a batch holds no data", where=f"batch {batch}", next_step="leave empty batches out")
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not is_finite(tensor):
+            raise UsageError(
+                "the data holds NaN or infinite values",
+                where=f"batch {batch}, {name}",
+                next_step="clean the data: one such value spoils every statistic",
+            )
+
+
+def _normalise_alone(layer: nn.SyncBatchNorm) -> None:
+    """Have it normalise by the batch of this process: it asks the others in train mode only.
+
+    The batches of the processes are batches of their own, and one process may have more of them.
+    """
+    layer.training = False
+    layer._buffers["running_mean"] = layer._buffers["running_var"] = None
+
+
+def _own_buffers(model: nn.Module) -> None:
+    """Buffers of the copy's own, so that a forward that writes to them does not reach the original."""
+    made: dict[int, Tensor] = {}
+    for module in model.modules():
+        for name, tensor in module._buffers.items():
+            if tensor is not None:
+                module._buffers[name] = made.setdefault(id(tensor), tensor.clone())

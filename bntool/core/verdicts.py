@@ -1,0 +1,62 @@
+"""What a check found: one `Check` for each stage. No torch here."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterable
+from typing import Any
+
+TF32 = "TF32"
+"""The `precision` of a row that was run with TF32 on: it tells what that costs, and decides nothing."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Check:
+    """One verdict: `relative` (max |d| / peak of the reference), `noise_floor` and `limit` share a scale.
+
+    The figures are those of the worst output, `worst` (name and index); `ratio` is relative / noise_floor.
+    `limit` is what decided; `tolerance` tells where it comes from if not from the noise floor ("rtol 0.01").
+    `top1` is None where no output looks like class scores. `precision` is `float64` for the row that proves
+    the algebra, `TF32` for one with TF32 on, judged by a limit of its own, empty for the model's own.
+    """
+
+    stage: str
+    device: str
+    provider: str
+    passed: bool
+    max_abs: float
+    relative: float
+    rms: float
+    cosine: float
+    top1: float | None
+    noise_floor: float
+    ratio: float
+    limit: float
+    batches: int
+    detail: str = ""
+    worst: tuple[str, tuple[int, ...]] = ("", ())
+    precision: str = ""
+    tolerance: str = ""
+
+    @property
+    def figures(self) -> str:
+        """How far the worst output lies off and how far it may, for a message."""
+        given = f" by {self.tolerance}" if self.tolerance else ""
+        return f"relative error {self.relative:.2g}, allowed {self.limit:.2g}{given}"
+
+    @property
+    def decides(self) -> bool:
+        """Whether the row counts: TF32 is information about this model, not a fault of its export."""
+        return self.precision != TF32
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON; a figure that is not finite becomes None."""
+        data = dataclasses.asdict(self)
+        data["worst"] = {"output": self.worst[0], "index": list(self.worst[1])}
+        return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in data.items()}
+
+
+def first_failed(checks: Iterable[Check]) -> Check | None:
+    """The first row that fails, of those that decide."""
+    return next((check for check in checks if check.decides and not check.passed), None)

@@ -1,0 +1,1 @@
+"""The dataflow graph that every front end builds, affine maps over it, and example inputs."""

@@ -1,0 +1,1 @@
+"""What bntool puts into models, and models moved, cast or frozen."""

@@ -1,0 +1,1 @@
+"""One fold, one insertion, one way to a served file, for every kind of model."""

@@ -1,0 +1,60 @@
+"""Two models of any kind against each other, by the reference's own noise floor."""
+
+from __future__ import annotations
+
+import torch
+
+from bntool.core.errors import CheckFailed
+from bntool.core.verdicts import Check
+from bntool.graph.inputs import Inputs
+from bntool.subjects.base import Checking, Subject
+from bntool.verify.checking import check_onnx, check_surgery, seeded_batches
+from bntool.verify.onnx_verifying import check_files, seeded_file_inputs
+
+
+def compare_models(
+    reference: Subject, candidate: Subject, inputs: Inputs | None, checking: Checking
+) -> list[Check]:
+    """A row for each stage. Of an ONNX file and a torch model, the latter is the reference: it has float64.
+
+    Raises `CheckFailed` where there is nothing to compare, `DeviceError` where the device is not there.
+    """
+    if reference.kind == "onnx" and candidate.kind != "onnx":
+        reference, candidate = candidate, reference
+    batches = (1, 2, 3) if checking.full else (1,)
+    if reference.kind == "onnx":
+        drawn = [inputs] if inputs else seeded_file_inputs(reference.model, batches, checking.seed)
+        return check_files(
+            reference.model,
+            candidate.model,
+            drawn,
+            device=checking.onnx_device,
+            tf32=checking.tf32,
+            atol=checking.atol,
+            rtol=checking.rtol,
+        )
+    example = inputs or reference.example() or candidate.example()
+    if example is None:
+        raise CheckFailed("there is nothing to compare: no input is known", next_step="pass inputs=")
+    several = seeded_batches(example, batches, checking.seed) if checking.full else [example]
+    if candidate.kind == "onnx":
+        return check_onnx(
+            reference.runnable,
+            candidate.model,
+            several,
+            device=checking.onnx_device,
+            tf32=checking.tf32,
+            atol=checking.atol,
+            rtol=checking.rtol,
+        )
+    on = checking.torch_device
+    on = ("cuda" if torch.cuda.is_available() else "cpu") if on == "auto" else on
+    return check_surgery(
+        reference.runnable,
+        candidate.runnable,
+        several,
+        stage="verify",
+        device=on,
+        atol=checking.atol,
+        rtol=checking.rtol,
+    )

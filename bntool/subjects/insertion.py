@@ -1,0 +1,199 @@
+"""Insert, then look again: every BatchNorm must be where the plan said, and nothing else may have moved.
+
+Where a form broke the model (code that indexes a Sequential, say) the site takes its next form.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import glob
+import inspect
+import re
+from collections.abc import Sequence
+
+from torch import nn
+
+from bntool.core.errors import CheckFailed, ObserveError, StateError
+from bntool.core.plan import Plan
+from bntool.core.sites import InsertSite
+from bntool.core.verdicts import Check
+from bntool.graph.dataflow import Graph, Op
+from bntool.graph.inputs import Inputs, outputs_of
+from bntool.inserting import InsertOptions, activation_behind, ends_one, layer_before, plan_insert
+from bntool.observe.eager import Observation, observe
+from bntool.observe.modules import once_per_class
+from bntool.runtime.torch_runner import TorchRunner
+from bntool.surgery.insert_modules import apply_insert
+from bntool.verify.checking import seeded_batches
+from bntool.verify.comparing import Limit, Outputs, compare
+from bntool.verify.reference import Reference
+
+Outline = list[tuple[str, tuple[tuple[int, ...], ...]]]
+
+
+def insert_observed(
+    model: nn.Module, observation: Observation, options: InsertOptions
+) -> tuple[Plan, nn.Module, Check | None]:
+    """Plan, apply and observe again until every site holds.
+
+    Returns the plan, the new model, and with `init="identity"` the check that the eval output is the
+    same to the last bit (None where there is no site, or a bias moves, which rounds anew). Whatever the new
+    BatchNorms start as, the forms are judged with ones that change nothing. Raises
+    `StateError` for a model on the meta device.
+    """
+    if any(tensor.is_meta for tensor in observation.graph.tensors.values()):
+        raise StateError(
+            "the model is on the meta device: it has no numbers to keep",
+            where=observation.graph.model_class,
+            next_step="load its weights on a real device first",
+        )
+    notes: list[str] = []
+    while True:
+        plan = plan_insert(observation.graph, options)
+        indexed = [s for s in plan.insert_sites if s.form == "sequential" and _is_indexed(model, s.slot)]
+        if indexed:
+            options = _without(options, indexed)
+            continue
+        if not plan.sites:
+            return plan, apply_insert(model, plan), None
+        exact = _as_identities(plan)
+        modified = apply_insert(model, exact)
+        broken, check = _broken_sites(exact, observation, modified, options)
+        if not broken:
+            if exact is not plan:
+                modified, check = apply_insert(model, plan), None
+            return dataclasses.replace(plan, notes=(*plan.notes, *notes)), modified, check
+        if broken[0].form in ("pair", "subclass"):
+            broken = _culprits(model, observation, options, broken)
+        notes += [f"{s.conv}: form {s.form} changed the model; the next form was tried" for s in broken]
+        options = _without(options, broken)
+
+
+def _without(options: InsertOptions, sites: Sequence[InsertSite]) -> InsertOptions:
+    """The options with the form of these sites banned for their layers."""
+    banned = dict(options.banned)
+    for site in sites:
+        banned[site.conv] = banned.get(site.conv, frozenset()) | {site.form}
+    return dataclasses.replace(options, banned=banned)
+
+
+def _as_identities(plan: Plan) -> Plan:
+    """The plan with new BatchNorms that change nothing and no bias moved: what its forms are judged by."""
+    if plan.options["init"] != "default" and not plan.dropped:
+        return plan
+    return dataclasses.replace(plan, options={**plan.options, "init": "identity"}, dropped=())
+
+
+def _is_indexed(model: nn.Module, sequential: str) -> bool:
+    """Whether the code of a class in the model takes the children of a Sequential by number.
+
+    It may do so where the example input does not lead, in training for one: a sibling would shift them.
+    """
+    child = sequential.rpartition(".")[2]
+    if not child.isidentifier():
+        return False
+    indexed = re.compile(rf"\.{child}\s*\[")
+    return any(indexed.search(_source_of(cls)) for cls in {type(module) for module in model.modules()})
+
+
+@once_per_class
+def _source_of(cls: type) -> str:
+    """The text of a class; empty for PyTorch's own, which know no model, and for those without a file."""
+    if cls.__module__.partition(".")[0] == "torch":
+        return ""
+    try:
+        return inspect.getsource(cls)
+    except (OSError, TypeError):
+        return ""
+
+
+def _culprits(
+    model: nn.Module, observation: Observation, options: InsertOptions, suspects: list[InsertSite]
+) -> list[InsertSite]:
+    """Of sites that have no other form left, those that break the model without the others.
+
+    Halved until they are alone; all of them where only together they break it.
+    """
+    if len(suspects) == 1:
+        return suspects
+    middle = len(suspects) // 2
+    found: list[InsertSite] = []
+    for half in (suspects[:middle], suspects[middle:]):
+        names = tuple(glob.escape(site.conv) for site in half)
+        alone = dataclasses.replace(options, include=names, exclude=(), every=1, skip_last=False)
+        plan = _as_identities(plan_insert(observation.graph, alone))
+        if _broken_sites(plan, observation, apply_insert(model, plan), alone)[0]:
+            found += _culprits(model, observation, options, half)
+    return found or suspects
+
+
+def _broken_sites(
+    plan: Plan, observation: Observation, modified: nn.Module, options: InsertOptions
+) -> tuple[list[InsertSite], Check | None]:
+    """The sites whose form did not hold, and the check of the outputs where all did."""
+    sites = list(plan.insert_sites)
+    try:
+        again = observe(modified, observation.inputs)
+    except ObserveError:
+        return _suspects(sites), None
+    misplaced = [site for site in sites if not stands(again.graph, site, options)]
+    if misplaced:
+        return misplaced, None
+    if outline(again.graph, without=sites) != outline(observation.graph):
+        return _suspects(sites), None
+    before = outputs_of(observation.output)
+    try:
+        after = outputs_of(again.output)
+    except CheckFailed:  # code that looks for an activation by its class finds none, and returns nothing
+        return _suspects(sites), None
+    check = exactly([before], [after])
+    return ([] if check.passed else _suspects(sites)), check
+
+
+def _suspects(sites: list[InsertSite]) -> list[InsertSite]:
+    """Where the fault cannot be told: the sites of the most intrusive form in use that can be given up."""
+    for form in ("sequential", "wrap", "identity", "pair", "subclass"):
+        chosen = [site for site in sites if site.form == form]
+        if chosen:
+            return chosen
+    return sites
+
+
+def stands(graph: Graph, site: InsertSite, options: InsertOptions) -> bool:
+    """Whether the site's BatchNorms alone read the layer, and feed the activation (or follow it)."""
+    found = [[op for op in graph.of_kind("batch_norm") if op.scope == name] for name in site.norms]
+    return all(len(ops) == 1 and _between(graph, ops[0], site, options) for ops in found)
+
+
+def _between(graph: Graph, norm: Op, site: InsertSite, options: InsertOptions) -> bool:
+    before = layer_before(graph, graph.input(norm), pooling=options.pooling)
+    if before is None:
+        return False
+    if options.position == "after":
+        return ends_one(before, site.activation_kind)
+    after = activation_behind(graph, graph.output(norm), pooling=options.pooling)
+    return before.kind in ("conv", "linear") and after == site.activation_kind
+
+
+def outline(graph: Graph, *, without: Sequence[InsertSite] = ()) -> Outline:
+    """Every op in order: its kind and the shapes it made; the BatchNorms of the given sites left out."""
+    names = {name for site in without for name in site.norms}
+    return [
+        (op.kind, tuple(graph.values[v].shape for v in op.outputs))
+        for op in graph.ops
+        if op.kind != "batch_norm" or op.scope not in names
+    ]
+
+
+def check_unchanged(original: nn.Module, modified: nn.Module, example: Inputs, *, full: bool) -> Check:
+    """Run both models in eval mode, with `full` on batches of 1, 2 and 3: equal to the last bit or failed."""
+    inputs = seeded_batches(example) if full else [example]
+    before = Reference(original, inputs)
+    after = TorchRunner(modified)
+    return exactly(before.own, [after.run(i) for i in before.inputs])
+
+
+def exactly(before: Sequence[Outputs], after: Sequence[Outputs]) -> Check:
+    exact = {name: Limit(0.0, 0.0) for outputs in before for name in outputs}
+    device = next((t.device.type for t in before[0].values()), "cpu")
+    return compare(before, after, exact, stage="insert", device=device, provider="torch")

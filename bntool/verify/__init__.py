@@ -1,0 +1,1 @@
+"""Comparison: the noise floor, the reference, the checks, and where a fault is."""

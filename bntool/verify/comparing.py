@@ -1,0 +1,261 @@
+"""Comparison arithmetic: how far outputs lie apart, and how far they may, given the model's own rounding.
+
+Everything is computed in float64. Distances are relative to the peak |reference| of each output, because
+element by element a relative error says nothing near zero. The limit is the **noise floor**: the error e0
+that the original itself makes in its own precision, measured against its own float64 run.
+
+    limit = K_NOISE * e0 + eps * sqrt(layers)
+
+K_NOISE = 8. A fold re-associates one rounding per layer, and ONNX Runtime sums in another order: both are
+new draws of the same noise, measured at 1 to 2.2 times e0 on torchvision models. The two are maxima over
+few draws, so their ratio scatters; 8 leaves that room, and TF32 left on (2000 times e0) stays far outside.
+
+The second term holds where e0 is small by luck (exact weights, one layer). A layer rounds once when its
+tensor is stored and once when its result is: each relative error is at most u = eps/2. Over `layers` layers
+independent errors add like a random walk, u * sqrt(layers); the folded weight adds as much again for its
+own cast, so the two together stay within 2 * u * sqrt(layers) = eps * sqrt(layers).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from bntool.core.errors import CheckFailed, StateError
+from bntool.core.verdicts import Check
+
+K_NOISE = 8.0
+Outputs = Mapping[str, Tensor]
+
+
+@dataclasses.dataclass(frozen=True)
+class Difference:
+    """How far one candidate tensor lies from its reference. `problem` names what cannot be a number."""
+
+    max_abs: float = 0.0
+    relative: float = 0.0
+    rms: float = 0.0
+    cosine: float = 1.0
+    top1: float | None = None
+    index: tuple[int, ...] = ()
+    problem: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Limit:
+    """What one output may differ by, relative to its peak; `undecidable` says why no limit can decide it."""
+
+    noise_floor: float
+    limit: float
+    undecidable: str = ""
+
+
+def rounding_term(eps: float, layers: int) -> float:
+    """The second term of the limit, eps * sqrt(layers), derived at the head of this file."""
+    return eps * math.sqrt(max(layers, 1))
+
+
+def difference(reference: Tensor, candidate: Tensor | None) -> Difference:
+    """How far `candidate` lies from `reference`, both of one shape.
+
+    NaN, and infinity of one sign, agree only with themselves: anything else is a problem, never a number.
+    """
+    if candidate is None:
+        return _broken("the output is missing")
+    if reference.shape != candidate.shape:
+        return _broken(f"the shape is {list(candidate.shape)}, expected {list(reference.shape)}")
+    if reference.is_complex() != candidate.is_complex():
+        return _broken("one of the two is complex")
+    ref, cand = _float64(reference), _float64(candidate)
+    same = (ref == cand) | (ref.isnan() & cand.isnan())
+    odd = ~(ref.isfinite() & cand.isfinite())
+    wrong = odd & ~same
+    if wrong.any():
+        at = _unravel(int(wrong.flatten().to(torch.uint8).argmax()), wrong.shape)
+        values = f"{float(cand[at])} where the reference has {float(ref[at]):.6g}"
+        return dataclasses.replace(_broken(f"{int(wrong.sum())} value(s) wrong, first {values}"), index=at)
+    ref, cand = ref.masked_fill(odd, 0.0), cand.masked_fill(odd, 0.0)
+    if ref.numel() == 0:
+        return Difference()
+    delta = (cand - ref).abs()
+    at = _unravel(int(delta.flatten().argmax()), delta.shape)
+    max_abs, peak = float(delta.max()), _peak(ref)
+    if not reference.is_floating_point() and not reference.is_complex():
+        # Integers carry no rounding: what counts is how many of them differ.
+        relative = float((delta != 0).double().mean())
+    else:
+        relative = 0.0 if max_abs == 0 else (max_abs / peak if peak else math.inf)
+    return Difference(
+        max_abs=max_abs,
+        relative=relative,
+        rms=float(delta.square().mean().sqrt()),
+        cosine=_cosine(ref, cand),
+        top1=_top1(ref, cand) if reference.is_floating_point() else None,
+        index=at,
+        problem=f"{int(odd.sum())} value(s) not finite in both" if odd.any() else "",
+    )
+
+
+def compare(
+    reference: Sequence[Outputs],
+    candidate: Sequence[Outputs],
+    limits: Mapping[str, Limit],
+    *,
+    stage: str,
+    device: str,
+    provider: str,
+    detail: str = "",
+    atol: float | None = None,
+    rtol: float | None = None,
+) -> Check:
+    """One verdict over every output of every batch.
+
+    `atol` or `rtol` replace the noise-floor limit: no element of an output may then lie further off than
+    atol + rtol · peak |reference| of that output. An output out of a limit that cannot decide it fails, and
+    the detail says why. Raises `CheckFailed` when there is nothing to compare, and `StateError` when the
+    reference holds no finite value: never a pass.
+    """
+    if not reference or len(reference) != len(candidate):
+        raise _nothing(f"{len(candidate)} result(s) for {len(reference)} batch(es)")
+    if not any(t.numel() for outputs in reference for t in outputs.values()):
+        raise _nothing("every output is empty")
+    if not any(t.isfinite().any() for outputs in reference for t in outputs.values()):
+        raise StateError(
+            "the model's own output is NaN or infinite everywhere, so nothing can be compared",
+            next_step="look for NaN in its weights, or pass other inputs with --input",
+        )
+    rows: list[tuple[float, str, Limit, Difference]] = []
+    remarks = [detail] if detail else []
+    passed = True
+    for expected, got in zip(reference, candidate, strict=True):
+        extra = [name for name in got if name not in expected]
+        remarks += [f"{name}: an output that the reference does not have" for name in extra]
+        passed &= not extra
+        for name, tensor in expected.items():
+            limit, diff = limits[name], difference(tensor, got.get(name))
+            if atol is not None or rtol is not None:
+                limit, diff = _by_tolerance(tensor, limit, diff, atol or 0.0, rtol or 0.0)
+            within = math.isfinite(diff.max_abs) and diff.relative <= limit.limit
+            passed &= within
+            if diff.problem:
+                remarks.append(f"{name}: {diff.problem}")
+            if not within and limit.undecidable:
+                remarks.append(f"{name}: {limit.undecidable}, so nothing is proved")
+            rows.append((_severity(diff, limit), name, limit, diff))
+    _, name, limit, diff = max(rows, key=lambda row: row[0])
+    scores = [row[3].top1 for row in rows if row[3].top1 is not None]
+    return Check(
+        stage=stage,
+        device=device,
+        provider=provider,
+        passed=passed,
+        max_abs=max(row[3].max_abs for row in rows),
+        relative=diff.relative,
+        rms=diff.rms,
+        cosine=min(row[3].cosine for row in rows),
+        top1=min(scores) if scores else None,
+        noise_floor=limit.noise_floor,
+        ratio=diff.relative / limit.noise_floor if limit.noise_floor else diff.relative,
+        limit=limit.limit,
+        batches=len(reference),
+        detail="; ".join(dict.fromkeys(remarks)),
+        worst=(name, diff.index),
+        tolerance=", ".join(f"{k} {v:g}" for k, v in (("atol", atol), ("rtol", rtol)) if v is not None),
+    )
+
+
+def noise_limits(
+    reference: Sequence[Outputs], own: Sequence[Outputs], layers: int, eps: float
+) -> dict[str, Limit]:
+    """The limit of every output, from the original's float64 runs and its runs in its own precision.
+
+    The noise of one output is the largest over the batches. An output whose shape, finiteness or first
+    half of digits (relative error above sqrt(eps)) depends on the model's own rounding is undecidable.
+    """
+    limits: dict[str, Limit] = {}
+    for name in dict.fromkeys(name for outputs in reference for name in outputs):
+        pairs = [(ref[name], mine.get(name)) for ref, mine in zip(reference, own, strict=True) if name in ref]
+        found = [difference(ref, mine) for ref, mine in pairs]
+        floating = pairs[0][0].is_floating_point() or pairs[0][0].is_complex()
+        why = ""
+        if any(mine is None or mine.shape != ref.shape for ref, mine in pairs):
+            why = "the model's own rounding changes this output's shape"
+        elif any(not math.isfinite(d.relative) for d in found) and floating:
+            why = "the model's own precision does not hold this output"
+        noise = max((d.relative for d in found if math.isfinite(d.relative)), default=0.0)
+        if not floating:
+            # No rounding to allow for: an integer that differs is a decision that fell the other way.
+            why = why or (f"the model's own rounding changes {noise:.0%} of these integers" if noise else "")
+            limits[name] = Limit(noise, min(K_NOISE * noise, 0.5), why)
+            continue
+        if noise > math.sqrt(eps):
+            why = why or f"the model's own rounding moves this output by {noise:.2g} of its peak"
+        noise = min(max(noise, eps / 2), math.sqrt(eps))
+        limits[name] = Limit(noise, K_NOISE * noise + rounding_term(eps, layers), why)
+    return limits
+
+
+def _severity(diff: Difference, limit: Limit) -> float:
+    return diff.relative / limit.limit if limit.limit else (math.inf if diff.relative else 0.0)
+
+
+def _by_tolerance(
+    reference: Tensor, limit: Limit, diff: Difference, atol: float, rtol: float
+) -> tuple[Limit, Difference]:
+    """The limit that tolerances set, and the difference on its scale: the peak, or 1 where that is zero.
+
+    Of integers `relative` is otherwise the share of them that differ, which no tolerance is about.
+    """
+    peak = _peak(_float64(reference))
+    scale = peak or 1.0
+    allowed = atol / scale + (rtol if peak else 0.0)
+    return (
+        dataclasses.replace(limit, limit=allowed),
+        dataclasses.replace(diff, relative=diff.max_abs / scale),
+    )
+
+
+def _peak(exact: Tensor) -> float:
+    """The largest finite |value|; zero where there is none."""
+    return float(exact.masked_fill(~exact.isfinite(), 0.0).abs().max()) if exact.numel() else 0.0
+
+
+def _broken(problem: str) -> Difference:
+    return Difference(math.inf, math.inf, math.inf, 0.0, problem=problem)
+
+
+def _nothing(why: str) -> CheckFailed:
+    return CheckFailed(
+        f"there is nothing to compare: {why}",
+        next_step="pass inputs on which the model returns something, with --input or --inputs",
+    )
+
+
+def _float64(tensor: Tensor) -> Tensor:
+    tensor = tensor.detach()
+    return (torch.view_as_real(tensor) if tensor.is_complex() else tensor).to("cpu", torch.float64)
+
+
+def _cosine(a: Tensor, b: Tensor) -> float:
+    norms = float(a.norm() * b.norm())
+    if norms == 0.0:
+        return 1.0 if not a.any() and not b.any() else 0.0
+    return float((a * b).sum()) / norms
+
+
+def _top1(reference: Tensor, candidate: Tensor) -> float | None:
+    if reference.dim() != 2 or reference.shape[1] < 2:
+        return None
+    return float((reference.argmax(1) == candidate.argmax(1)).double().mean())
+
+
+def _unravel(flat: int, shape: torch.Size) -> tuple[int, ...]:
+    at: list[int] = []
+    for size in reversed(shape):
+        flat, rest = divmod(flat, size)
+        at.append(rest)
+    return tuple(reversed(at))

@@ -1,0 +1,228 @@
+"""Check the fold of an ONNX file: the file before against the file after, in ONNX Runtime."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bntool.core.errors import CheckFailed, ExportError
+from bntool.core.verdicts import Check
+from bntool.graph.inputs import Inputs
+from bntool.runtime.onnx_reference import ReferenceRunner
+from bntool.runtime.ort_runner import OrtRunner
+from bntool.verify.comparing import K_NOISE, Limit, Outputs, compare, difference, rounding_term
+from bntool.verify.reference import DRAWS
+
+SIDES = (64, 96, 224, 256, 16, 24, 8, 5)
+"""Lengths for the axes, other than the batch, that a file leaves open: the first ones that it takes."""
+_TYPES = {
+    "tensor(float16)": torch.float16,
+    "tensor(double)": torch.float64,
+    "tensor(bfloat16)": torch.bfloat16,
+}
+
+
+class OnnxReference:
+    """What a file computes before a fold, on seeded inputs of several sizes where it leaves axes open.
+
+    The limits of a candidate come from the file's `nodes`, from what ONNX Runtime's own optimisations move
+    the file by, and from what a rounding of the inputs does (`file_limits`).
+
+    A file that ONNX Runtime refuses runs in ONNX's own reference implementation, before and after.
+
+    Raises `CheckFailed` when the file runs on none of the inputs, `ExportError` when it does not run at all.
+    """
+
+    def __init__(self, path: str | Path, nodes: int, *, count: int = 2, seed: int = 0) -> None:
+        self.runtime = True
+        runner = self._opened(path)
+        self.inputs: list[Inputs] = []
+        self.outputs: list[dict[str, torch.Tensor]] = []
+        refused = ""
+        for batch, side in enumerate(SIDES, 1):
+            inputs = drawn_inputs(runner, min(batch, 3), side, seed + batch)
+            try:
+                outputs = runner.run(inputs)
+            except ExportError as error:
+                refused = refused or error.what
+                continue
+            self.inputs.append(inputs)
+            self.outputs.append(outputs)
+            if len(self.inputs) == count:
+                break
+        if not self.inputs:
+            raise CheckFailed(
+                f"there is nothing to compare: {refused}",
+                where=str(path),
+                next_step="fold it with --check none, and verify the result with inputs of your own",
+            )
+        self._path, self._nodes = path, nodes
+        self._again = [[runner.run(nudged(inputs)) for inputs in self.inputs]]
+        if self.runtime:
+            optimised = OrtRunner(path, "cpu", optimize=True)
+            self._again.append([optimised.run(inputs) for inputs in self.inputs])
+        self.limits = file_limits(self.outputs, self._again, nodes)
+
+    @functools.cached_property
+    def redrawn_limits(self) -> dict[str, Limit]:
+        """The limits by more draws of the file's rounding: one is one draw, and it may be lucky."""
+        runner = self._opened(self._path)
+        draws = [[runner.run(nudged(inputs, seed)) for inputs in self.inputs] for seed in range(1, DRAWS + 1)]
+        return file_limits(self.outputs, [*self._again, *draws], self._nodes)
+
+    def checks(
+        self,
+        after: str | Path,
+        *,
+        device: str = "cpu",
+        atol: float | None = None,
+        rtol: float | None = None,
+    ) -> list[Check]:
+        """Two rows: the fold with ONNX Runtime's optimisations off, the runtime with them on.
+
+        `atol` or `rtol` replaces the limits.
+
+        Raises `DeviceError` when the device is not honoured, `CheckFailed` when the file does not run.
+        """
+        try:
+            if not self.runtime:
+                note = "ONNX Runtime cannot run this file"
+                return [self._row("fold", ReferenceRunner(after), note, atol=atol, rtol=rtol)]
+            rows = [self._row("fold", OrtRunner(after, "cpu", optimize=False), atol=atol, rtol=rtol)]
+            runner = OrtRunner(after, device, optimize=True)
+            return [*rows, self._row("runtime", runner, runner.note, atol=atol, rtol=rtol)]
+        except ExportError as error:
+            raise CheckFailed(f"the folded file does not run: {error.what}") from error
+
+    def _row(
+        self, stage: str, runner: OrtRunner | ReferenceRunner, note: str = "", **tolerance: float | None
+    ) -> Check:
+        sizes = "; ".join(inputs.shapes() for inputs in self.inputs)
+        judged = functools.partial(
+            compare,
+            self.outputs,
+            [runner.run(inputs) for inputs in self.inputs],
+            stage=stage,
+            device=runner.device,
+            provider=runner.provider,
+            detail="; ".join(filter(None, (f"inputs {sizes}", note))),
+            atol=tolerance.get("atol"),
+            rtol=tolerance.get("rtol"),
+        )
+        row = judged(self.limits)
+        return row if row.passed else judged(self.redrawn_limits)
+
+    def _opened(self, path: str | Path) -> OrtRunner | ReferenceRunner:
+        try:
+            return OrtRunner(path, "cpu", optimize=False)
+        except ExportError as error:
+            self.runtime = False
+            try:
+                return ReferenceRunner(path)
+            except ExportError:
+                raise ExportError(
+                    f"the file cannot be run, so a fold of it cannot be checked: {error.what}",
+                    where=str(path),
+                    next_step="fold it with --check none, and verify the result where it will run",
+                ) from error
+
+
+def example_inputs_of(path: str | Path, batch: int = 1, seed: int = 0) -> Inputs:
+    """Seeded inputs of the shapes that a file declares: an open first axis is the batch."""
+    return drawn_inputs(OrtRunner(path, "cpu", optimize=False), batch, SIDES[0], seed + batch)
+
+
+def drawn_inputs(
+    runner: OrtRunner | ReferenceRunner,
+    batch: int,
+    side: int,
+    seed: int,
+    shapes: Mapping[str, Sequence[int]] | None = None,
+) -> Inputs:
+    """Seeded inputs of the shapes that a file declares, or of `shapes` for those that it names.
+
+    An open first axis is the batch.
+
+    Axes of one name get one length. Raises `CheckFailed` for an input that is no tensor of numbers.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    lengths: dict[str, int] = {}
+    named: dict[str, Any] = {}
+    for name, kind, axes in runner.signature:
+        if not kind.startswith("tensor(") or "string" in kind:
+            raise CheckFailed(
+                f"no input can be made up for {name}, which is a {kind}",
+                next_step="fold it with --check none, and verify the result with inputs of your own",
+            )
+        shape = []
+        for i, axis in enumerate(axes):
+            length = batch if i == 0 else side
+            known = lengths.setdefault(axis, length) if isinstance(axis, str) else length
+            shape.append(axis if isinstance(axis, int) else known)
+        if shapes and name in shapes:
+            given = list(shapes[name])
+            shape = [batch, *given[1:]] if axes and not isinstance(axes[0], int) else given
+        if "int" in kind:
+            integers = getattr(torch, kind.removeprefix("tensor(").removesuffix(")"))
+            named[name] = torch.randint(0, 2, shape, generator=generator).to(integers)
+        elif "bool" in kind:
+            named[name] = torch.rand(shape, generator=generator) < 0.5
+        else:
+            named[name] = torch.randn(shape, generator=generator).to(_TYPES.get(kind, torch.float32))
+    return Inputs((), named, origin="the shapes that the file declares")
+
+
+def check_onnx_unchanged(before: str | Path, after: str | Path, inputs_list: Sequence[Inputs]) -> Check:
+    """Two files that compute the same to the last bit, with ONNX Runtime's optimisations off."""
+    reference, candidate = (OrtRunner(path, "cpu", optimize=False) for path in (before, after))
+    fits = [inputs for inputs in inputs_list if reference.accepts(inputs)]
+    expected, got = ([runner.run(inputs) for inputs in fits] for runner in (reference, candidate))
+    limits = {name: Limit(0.0, 0.0) for outputs in expected for name in outputs}
+    return compare(
+        expected, got, limits, stage="insert", device=candidate.device, provider=candidate.provider
+    )
+
+
+def nudged(inputs: Inputs, seed: int = 0) -> Inputs:
+    """The same numbers, each rounded once: up or down by half a unit of its last digit, which is seeded."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def nudge(tensor: torch.Tensor) -> torch.Tensor:
+        if not tensor.is_floating_point():
+            return tensor
+        sign = torch.randint(0, 2, tensor.shape, generator=generator) * 2 - 1
+        return (tensor.double() * (1 + sign * torch.finfo(tensor.dtype).eps)).to(tensor.dtype)
+
+    return inputs.map(nudge)
+
+
+def file_limits(
+    own: Sequence[Outputs], again: Iterable[Sequence[Outputs]], nodes: int, coarse: float | None = None
+) -> dict[str, Limit]:
+    """How far a candidate may be from each output of a file that ran as `own`: `K_NOISE` + 2 times its noise.
+
+    A file has no float64 run of its own to measure its noise with. What stands for it: a walk of one rounding
+    for each of its `nodes`, or, where that is more, what other roundings of it (`again`) move the output by.
+    What they move by the first half of the digits is undecidable: such a limit would pass all. With `coarse`,
+    what the roundings of an arithmetic of that eps may move: what a rounding is carried to grows with it.
+    """
+    runs = list(again)
+    limits: dict[str, Limit] = {}
+    for name, tensor in own[0].items():
+        if not tensor.is_floating_point():
+            limits[name] = Limit(0.0, 0.0)
+            continue
+        eps = torch.finfo(tensor.dtype).eps
+        moved = [difference(a[name], b[name]).relative for run in runs for a, b in zip(own, run, strict=True)]
+        noise = max([rounding_term(eps, nodes) / 2, *(d for d in moved if d < eps**0.5)])
+        noise *= coarse / eps if coarse else 1.0
+        most = max(moved, default=0.0)
+        far = f"moves this output by {most:.2g} of its peak" if math.isfinite(most) else "decides this output"
+        why = f"rounding alone {far}" if most >= eps**0.5 else ""
+        limits[name] = Limit(noise, (K_NOISE + 2) * noise, why)
+    return limits

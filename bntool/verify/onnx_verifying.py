@@ -1,0 +1,156 @@
+"""Two ONNX files against each other, or one against itself: at every optimisation level and provider."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+from bntool.core.errors import CheckFailed, ExportError
+from bntool.core.verdicts import TF32, Check
+from bntool.graph.inputs import Inputs
+from bntool.models import casting
+from bntool.runtime.ort_runner import OrtRunner
+from bntool.runtime.providers import why_no_cuda
+from bntool.verify.blaming import where_it_ran
+from bntool.verify.checking import named_as, no_tf32, repeated
+from bntool.verify.comparing import Limit, compare
+from bntool.verify.onnx_checking import SIDES, drawn_inputs, file_limits, nudged
+from bntool.verify.onnx_cutting import OnnxGraph
+
+LEVELS: Mapping[str, bool | str] = {"basic": "basic", "extended": "extended", "all": True}
+"""ONNX Runtime's optimisation levels by the names of its documentation; the stage of a check of one file."""
+
+
+def check_files(
+    reference: str | Path,
+    candidate: str | Path,
+    inputs_list: Sequence[Inputs],
+    *,
+    device: str = "auto",
+    tf32: bool = False,
+    atol: float | None = None,
+    rtol: float | None = None,
+) -> list[Check]:
+    """Two rows: both files as they are written, and the candidate with optimisations on, on `device`.
+
+    With `tf32` one more with TF32 on, judged by a walk of TF32's roundings, or why there is none.
+    Raises `ExportError` where ONNX Runtime refuses a file, `DeviceError` where it refuses the device.
+    """
+    runs = _Runs(reference, inputs_list)
+    rows = []
+    for stage, optimize, where in (("verify", False, "cpu"), ("runtime", True, device)):
+        rows.append(runs.row(stage, OrtRunner(candidate, where, optimize=optimize), atol, rtol))
+    return runs.with_tf32(rows, candidate) if tf32 else rows
+
+
+def check_itself(
+    path: str | Path,
+    inputs_list: Sequence[Inputs],
+    *,
+    device: str = "auto",
+    tf32: bool = False,
+    atol: float | None = None,
+    rtol: float | None = None,
+) -> list[Check]:
+    """A file against itself without optimisations: a row for each level, on the CPU and on CUDA where it is.
+
+    `tf32` as in `check_files`. Raises as `check_files`.
+    """
+    runs = _Runs(path, inputs_list)
+    devices = ["cpu"] if device in ("auto", "cpu") else [device]
+    reason = why_no_cuda() if device == "auto" else ""
+    if device == "auto" and not reason:
+        devices.append("cuda")
+    rows = [
+        runs.row(level, OrtRunner(path, where, optimize=optimize), atol, rtol)
+        for where in devices
+        for level, optimize in LEVELS.items()
+    ]
+    if reason:
+        rows[-1] = dataclasses.replace(rows[-1], detail=f"{rows[-1].detail}; not run on CUDA: {reason}")
+    return runs.with_tf32(rows, path) if tf32 else rows
+
+
+def seeded_file_inputs(
+    path: str | Path, batches: Iterable[int], seed: int = 0, shapes: Mapping[str, Sequence[int]] | None = None
+) -> list[Inputs]:
+    """Seeded inputs of the shapes that a file declares, or of `shapes`; of open axes, sizes that it takes.
+
+    Raises `CheckFailed` where the file runs on none of them.
+    """
+    runner = OrtRunner(path, "cpu", optimize=False)
+    found: list[Inputs] = []
+    refused = ""
+    for batch in batches:
+        for side in SIDES:
+            inputs = drawn_inputs(runner, batch, side, seed + batch, shapes or {})
+            try:
+                runner.run(inputs)
+            except ExportError as error:
+                refused = refused or error.what
+                continue
+            found.append(inputs)
+            break
+    if not found:
+        raise CheckFailed(
+            f"there is nothing to compare: {refused}",
+            where=str(path),
+            next_step="give a shape that it takes with --input NAME:SHAPE, or data with --inputs FILE",
+        )
+    return found
+
+
+class _Runs:
+    """What the reference file gives, unoptimised on the CPU, and how far a candidate may be from it."""
+
+    def __init__(self, path: str | Path, inputs_list: Sequence[Inputs]) -> None:
+        runner = OrtRunner(path, "cpu", optimize=False)
+        self.inputs = [inputs for inputs in inputs_list if runner.accepts(inputs)]
+        if not self.inputs:
+            raise CheckFailed(
+                "there is nothing to compare: the file takes none of these inputs",
+                where=f"{path}: {', '.join(runner.input_names)}",
+                next_step="pass inputs of the file's own shape",
+            )
+        self.outputs = [runner.run(inputs) for inputs in self.inputs]
+        moved = [runner.run(nudged(inputs)) for inputs in self.inputs]
+        self._limits_at = functools.partial(file_limits, self.outputs, [moved], len(OnnxGraph(path).steps))
+        self.limits = self._limits_at()
+        floating = [t.dtype for t in self.outputs[0].values() if t.is_floating_point()]
+        self._eps = max((torch.finfo(dtype).eps for dtype in floating), default=0.0)
+
+    def with_tf32(self, rows: list[Check], path: str | Path) -> list[Check]:
+        """The rows and one with TF32 on, where the last of them ran; or why there is none."""
+        last = rows[-1]
+        missing = no_tf32(last.provider, self._eps)
+        if missing:
+            return [*rows[:-1], dataclasses.replace(last, detail=f"{last.detail}; {missing}")]
+        runner = OrtRunner(path, where_it_ran(last), tf32=True)
+        row = self.row(last.stage, runner, None, None, self._limits_at(casting.TF32.eps))
+        return [*rows, dataclasses.replace(row, precision=TF32)]
+
+    def row(
+        self,
+        stage: str,
+        runner: OrtRunner,
+        atol: float | None,
+        rtol: float | None,
+        limits: Mapping[str, Limit] | None = None,
+    ) -> Check:
+        got = [named_as(e, runner.run(i)) for e, i in zip(self.outputs, self.inputs, strict=True)]
+        again = named_as(self.outputs[0], runner.run(self.inputs[0]))
+        return compare(
+            self.outputs,
+            got,
+            limits or self.limits,
+            stage=stage,
+            device=runner.device,
+            provider=runner.provider,
+            detail="; ".join(filter(None, (runner.note, repeated(got[0], again)))),
+            atol=atol,
+            rtol=rtol,
+        )

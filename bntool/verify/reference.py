@@ -1,0 +1,233 @@
+"""The original's own runs, against which every candidate is measured: in its own precision and in float64."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from bntool.core.errors import BntoolError, CheckFailed
+from bntool.graph.inputs import Inputs
+from bntool.models.casting import Arithmetic
+from bntool.models.shaking import shaken_copy
+from bntool.runtime.libraries import first_line
+from bntool.runtime.torch_runner import TorchRunner
+from bntool.verify.comparing import K_NOISE, Limit, noise_limits, rounding_term
+
+DRAWS = 7
+"""How often the rounding is drawn anew where the first draw would fail a candidate. A candidate that is one
+more draw is the largest of all nine once in nine times, and K_NOISE times the largest hardly ever, even where
+a near tie inside the model (an attention that falls one way or the other) makes single draws scatter."""
+
+Progress = Callable[[str], None]
+
+
+class Reference:
+    """The original's own runs on some inputs: in its own precision on `device`, and in float64 on the CPU.
+
+    With `arithmetic` the own precision is that coarser one, emulated. Each runs once, when first needed. An
+    input that the original cannot run is left out and noted.
+    Raises `CheckFailed` when there is no input that it can run.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        inputs_list: Sequence[Inputs],
+        *,
+        device: str = "cpu",
+        progress: Progress | None = None,
+        parts: bool = False,
+        arithmetic: Arithmetic | None = None,
+    ) -> None:
+        self._model = model
+        self._arithmetic = arithmetic
+        self._given = list(inputs_list)
+        self._device = device
+        self._progress = progress or (lambda text: None)
+        self.notes: list[str] = []
+        self.narrowed: set[torch.dtype] = set()
+        self._with_parts = parts
+        self.layers = sum(1 for module in model.modules() if not any(module.children()))
+        self.eps = _coarsest_eps(model) if arithmetic is None else arithmetic.eps
+
+    @property
+    def parts(self) -> bool:
+        """Whether the parts of the model are compared too, since the model itself returned nothing."""
+        return bool(self._own_runs) and self._with_parts
+
+    @functools.cached_property
+    def _own_runs(self) -> list[tuple[Inputs, dict[str, Tensor]]]:
+        runner = self._own_runner(self._model)
+        runs: list[tuple[Inputs, dict[str, Tensor]]] = []
+        refused: list[tuple[Inputs, Exception]] = []
+        for inputs in self._given:
+            self._progress(f"running the original on {inputs.shapes()}")
+            try:
+                runs.append((inputs, runner.run(self._narrowed(inputs))))
+            except BntoolError:
+                raise
+            except Exception as error:  # noqa: BLE001 - whatever a model's forward raises
+                refused.append((inputs, error))
+        if not runs:
+            why = f": {first_line(refused[0][1])}" if refused else ""
+            raise CheckFailed(
+                f"there is nothing to compare: no input that the original can run{why}",
+                where=refused[0][0].shapes() if refused else "",
+                next_step="pass an input it accepts with --input NAME:SHAPE or --inputs FILE",
+            )
+        if not self._with_parts and not any(t.numel() for _, outputs in runs for t in outputs.values()):
+            self._with_parts = True
+            self.notes.append(
+                "every output is empty on these inputs, so what the model's parts return is compared"
+            )
+            runner = self._own_runner(self._model)
+            runs = [(inputs, runner.run(self._narrowed(inputs))) for inputs, _ in runs]
+        self.notes += [f"the original cannot run {inputs.shapes()}, left out" for inputs, _ in refused]
+        return runs
+
+    def _own_runner(self, model: nn.Module) -> TorchRunner:
+        model = model if self._arithmetic is None else self._arithmetic.copy(model)
+        return TorchRunner(model, self._device, parts=self._with_parts)
+
+    def _narrowed(self, inputs: Inputs) -> Inputs:
+        stored = self._arithmetic.stored if self._arithmetic is not None else None
+        return inputs if stored is None else inputs.to(dtype=stored).to(dtype=torch.float32)
+
+    def in_arithmetic(self, arithmetic: Arithmetic) -> Reference:
+        """The same reference for a candidate of a coarser arithmetic: the noise is what that itself makes."""
+        coarse = Reference(self._model, self.inputs, progress=self._progress, arithmetic=arithmetic)
+        coarse.__dict__["exact"] = self.exact
+        coarse.narrowed = self.narrowed
+        coarse.notes.append(f"the noise floor is that of {arithmetic.name}, emulated in torch")
+        return coarse
+
+    @property
+    def inputs(self) -> list[Inputs]:
+        return [inputs for inputs, _ in self._own_runs]
+
+    @property
+    def own(self) -> list[dict[str, Tensor]]:
+        """The original's outputs in its own precision, one mapping for each batch."""
+        return [outputs for _, outputs in self._own_runs]
+
+    @functools.cached_property
+    def exact(self) -> list[dict[str, Tensor]] | None:
+        """The original's outputs in float64, or None (and a note) where it cannot run in float64."""
+        self._progress("running the original in float64")
+        try:
+            runs, self.narrowed = run_float64(self._model, self.inputs, parts=self.parts)
+        except Exception as error:  # noqa: BLE001 - whatever a model's forward raises on float64
+            self.notes.append(
+                f"the model does not run in float64 ({first_line(error)}); the limit is derived, not measured"
+            )
+            return None
+        if self.narrowed:
+            names = ", ".join(sorted(str(d).removeprefix("torch.") for d in self.narrowed))
+            self.notes.append(f"the model casts to {names} inside, so its float64 run is not all float64")
+        return runs
+
+    @property
+    def outputs(self) -> list[dict[str, Tensor]]:
+        """What a candidate is measured against: the float64 runs, else the runs in own precision."""
+        return self.own if self.exact is None else self.exact
+
+    @functools.cached_property
+    def limits(self) -> dict[str, Limit]:
+        if self.exact is not None and self.eps > torch.finfo(torch.float64).eps:
+            return noise_limits(self.exact, self.own, self.layers, self.eps)
+        # Without float64, or where the model itself is in float64, no noise is measured: reference and
+        # candidate each carry a walk of eps/2 * sqrt(layers), and the candidate may draw K_NOISE times that,
+        # as it may of a measured one.
+        noise = rounding_term(self.eps, self.layers) / 2
+        limit = Limit(noise, K_NOISE * noise + 2 * noise)
+        exact = Limit(0.0, 0.0)
+        return {
+            name: limit if t.is_floating_point() or t.is_complex() else exact
+            for outputs in self.own
+            for name, t in outputs.items()
+        }
+
+    @functools.cached_property
+    def redrawn_limits(self) -> dict[str, Limit]:
+        """The limits by more draws of the model's own rounding: one run is one draw, and it may be lucky.
+
+        Each further draw is the model with a rounding's worth of noise in its numbers (`shaken_copy`).
+        """
+        if self.exact is None or self.eps <= torch.finfo(torch.float64).eps:
+            return self.limits
+        self._progress("drawing the model's own rounding again")
+        runs = list(self.own)
+        try:
+            for seed in range(DRAWS):
+                runner = self._own_runner(shaken_copy(self._model, self.eps, seed))
+                runs += [runner.run(self._narrowed(inputs)) for inputs in self.inputs]
+        except Exception:  # noqa: BLE001 - a class may refuse to be copied, a forward may check its numbers
+            return self.limits
+        return noise_limits(self.exact * (DRAWS + 1), runs, self.layers, self.eps)
+
+    @functools.cached_property
+    def exact_limits(self) -> dict[str, Limit]:
+        """The same in float64: how far the model carries the rounding of float64 itself."""
+        eps = torch.finfo(torch.float64).eps
+        if self.exact is None:
+            return {}
+        self._progress("drawing the rounding of float64")
+        runs: list[dict[str, Tensor]] = []
+        try:
+            for seed in range(DRAWS):
+                shaken = shaken_copy(self._model, eps, seed, torch.float64)
+                runs += run_float64(shaken, self.inputs, parts=self.parts)[0]
+        except Exception:  # noqa: BLE001 - as above
+            return {}
+        return noise_limits(self.exact * DRAWS, runs, self.layers, eps)
+
+    def decidable(self) -> Reference:
+        """This reference, or one that holds the model's parts too, where rounding decides every output."""
+        if self._with_parts or not all(limit.undecidable for limit in self.limits.values()):
+            return self
+        found = Reference(self._model, self.inputs, device=self._device, progress=self._progress, parts=True)
+        found.notes.append("rounding decides every output, so what the model's parts return is compared")
+        return found
+
+    @property
+    def detail(self) -> str:
+        return "; ".join(self.notes)
+
+
+def run_float64(
+    model: nn.Module, inputs_list: Sequence[Inputs], *, parts: bool = False
+) -> tuple[list[dict[str, Tensor]], set[torch.dtype]]:
+    """The model's outputs in float64 on the CPU, and the narrower dtypes it computed in all the same."""
+    runner = TorchRunner(model, "cpu", torch.float64, parts=parts)
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)  # a tensor that forward makes without a dtype follows
+    try:
+        with _NarrowWatch() as watch:
+            return [runner.run(inputs) for inputs in inputs_list], watch.seen
+    finally:
+        torch.set_default_dtype(default)
+
+
+class _NarrowWatch(TorchDispatchMode):
+    """Notes the floating dtypes below float64 that ops produce."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.seen: set[torch.dtype] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for leaf in result if isinstance(result, tuple | list) else (result,):
+            if isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.dtype != torch.float64:
+                self.seen.add(leaf.dtype)
+        return result
+
+
+def _coarsest_eps(model: nn.Module) -> float:
+    dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()}
+    return max((torch.finfo(dtype).eps for dtype in dtypes), default=torch.finfo(torch.float32).eps)

@@ -1,0 +1,69 @@
+"""How maps move: the branches that a shift may go to, and readers that look at a part of a value."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from bntool.core.reasons import Reason
+from tests.fold_zoo import Net
+from tests.laws.exactness import Numbers, data, folded_exactly
+
+FILL = Numbers("positive", True, 1e-5, 1.0, 0)
+
+
+@pytest.mark.parametrize(("branches", "goes"), [(2, True), (16, True), (17, False)])
+def test_a_shift_is_offered_to_sixteen_branches(branches: int, goes: bool) -> None:
+    """All but the last that is tried stand behind a ReLU, which lets no shift by."""
+
+    def run(m: Any, x: Tensor) -> Tensor:
+        outs = [conv(x) for conv in m.convs]
+        return m.bn(sum(map(torch.relu, outs[1:-1]), outs[0].relu()) + outs[-1])  # type: ignore[no-any-return]
+
+    parts = {
+        "convs": nn.ModuleList(nn.Conv2d(4, 4, 1) for _ in range(branches)),
+        "bn": FILL.fill(nn.BatchNorm2d(4)),
+    }
+    plan, _ = folded_exactly(Net(run, parts), data(1, 4, 3, 3))
+    assert [site.bn for site in plan.fold_sites] == (["bn"] if goes else [])
+    assert all(skip.reason is Reason.MIXED_BRANCHES for skip in plan.skips)
+
+
+PICKS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = {
+    "slice": (lambda y: y[:, :3], lambda y: y[:, 3:]),
+    "index_select": (lambda y: y[:, [0, 2, 1]], lambda y: y[:, [5, 3, 4]]),
+    "select": (lambda y: y[:, 1].unsqueeze(1).repeat(1, 1, 1, 1), lambda y: y[:, 0]),
+}
+
+
+@pytest.mark.parametrize("kind", PICKS)
+@pytest.mark.parametrize("later", [True, False])
+def test_the_part_that_another_reader_looks_at_may_stay_as_it_is(kind: str, later: bool) -> None:
+    mine, other = PICKS[kind]
+
+    def run(m: Any, x: Tensor) -> Tensor:
+        y = m.conv(x)
+        rest = None if later else other(y)
+        normed = m.bn(mine(y))
+        return torch.cat([normed.flatten(), (other(y) if rest is None else rest).flatten()])
+
+    parts = {"conv": nn.Conv2d(4, 6, 1), "bn": FILL.fill(nn.BatchNorm2d(1 if kind == "select" else 3))}
+    plan, _ = folded_exactly(Net(run, parts), data(2, 4, 5, 5))
+    assert [site.into for site in plan.fold_sites] == [("conv",)]
+
+
+@pytest.mark.parametrize("kind", PICKS)
+def test_a_part_that_both_look_at_must_change_for_both(kind: str) -> None:
+    mine, _ = PICKS[kind]
+
+    def run(m: Any, x: Tensor) -> Tensor:
+        y = m.conv(x)
+        return torch.cat([m.bn(mine(y)).flatten(), mine(y).flatten()])
+
+    parts = {"conv": nn.Conv2d(4, 6, 1), "bn": FILL.fill(nn.BatchNorm2d(1 if kind == "select" else 3))}
+    plan, _ = folded_exactly(Net(run, parts), data(2, 4, 5, 5))
+    assert [skip.reason for skip in plan.skips] == [Reason.OUTPUT_USED_ELSEWHERE]
