@@ -12,8 +12,9 @@ import click
 from bntool.cli.opening import is_onnx
 from bntool.cli.options import takes
 from bntool.cli.session import Session, Voice, open_session
+from bntool.core.command_options import BenchOptions, LoadOptions, SpeechOptions
 from bntool.core.option import Options, option
-from bntool.core.options import BenchOptions, LoadOptions, PlaceOptions, SpeechOptions
+from bntool.core.options import PlaceOptions
 
 if TYPE_CHECKING:
     from torch import nn

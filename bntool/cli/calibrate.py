@@ -12,9 +12,7 @@ from bntool.cli.job import joined
 from bntool.cli.opening import of_session, open_module
 from bntool.cli.options import takes
 from bntool.cli.session import Session, Voice
-from bntool.core.errors import UsageError
-from bntool.core.option import Options, option
-from bntool.core.options import (
+from bntool.core.command_options import (
     DataOptions,
     JobOptions,
     LoadOptions,
@@ -22,6 +20,8 @@ from bntool.core.options import (
     SpeechOptions,
     WriteOptions,
 )
+from bntool.core.errors import UsageError
+from bntool.core.option import Options, option
 
 if TYPE_CHECKING:
     from bntool.runtime.world import World

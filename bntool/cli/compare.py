@@ -16,17 +16,16 @@ from bntool.cli.job import joined
 from bntool.cli.opening import open_module
 from bntool.cli.options import some, takes
 from bntool.cli.session import Session, Voice
-from bntool.core.errors import UsageError
-from bntool.core.options import (
+from bntool.core.command_options import (
     DataOptions,
-    InsertOptions,
     JobOptions,
     LoadOptions,
     ModelOptions,
-    PlaceOptions,
     ReportOptions,
     SpeechOptions,
 )
+from bntool.core.errors import UsageError
+from bntool.core.options import InsertOptions, PlaceOptions
 
 if TYPE_CHECKING:
     from bntool.cli.writing import Place

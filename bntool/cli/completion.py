@@ -11,8 +11,8 @@ from click.shell_completion import get_completion_class
 from bntool.cli.completing import VARIABLE
 from bntool.cli.options import some, takes
 from bntool.cli.streams import say
+from bntool.core.command_options import SpeechOptions
 from bntool.core.option import Options, option
-from bntool.core.options import SpeechOptions
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bntool.cli.session import Session
+from bntool.core.command_options import DataOptions, LoadOptions
 from bntool.core.errors import ObserveError, UsageError
-from bntool.core.options import DataOptions, LoadOptions
 
 if TYPE_CHECKING:
     from bntool.data.batches import Batches

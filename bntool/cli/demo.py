@@ -12,9 +12,9 @@ import click
 
 from bntool.cli.options import some, takes
 from bntool.cli.streams import say
+from bntool.core.command_options import SpeechOptions, WriteOptions
 from bntool.core.errors import LoadError, UsageError
 from bntool.core.option import Options, option
-from bntool.core.options import SpeechOptions, WriteOptions
 from bntool.files.atomic import write_atomically
 from bntool.files.placing import remove, remove_empty
 from bntool.files.sidecar import is_result

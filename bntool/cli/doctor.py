@@ -7,7 +7,7 @@ import click
 from bntool.cli.documents import emit
 from bntool.cli.options import some, takes
 from bntool.cli.streams import say
-from bntool.core.options import SpeechOptions
+from bntool.core.command_options import SpeechOptions
 
 
 @click.command("doctor", short_help="What this machine can run, found out by trying.")

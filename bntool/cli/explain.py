@@ -9,8 +9,8 @@ import click
 from bntool.cli.documents import emit
 from bntool.cli.options import some, takes
 from bntool.cli.streams import say
+from bntool.core.command_options import SpeechOptions
 from bntool.core.option import Options, option
-from bntool.core.options import SpeechOptions
 from bntool.core.reasons import Reason
 
 

@@ -11,17 +11,10 @@ import click
 from bntool.cli.opening import open_model
 from bntool.cli.options import takes_all
 from bntool.cli.session import Voice
+from bntool.core.command_options import LoadOptions, ModelOptions, SpeechOptions, WriteOptions
 from bntool.core.errors import InvariantError, UsageError
 from bntool.core.option import Options, option
-from bntool.core.options import (
-    CheckOptions,
-    ExportOptions,
-    LoadOptions,
-    ModelOptions,
-    PlaceOptions,
-    SpeechOptions,
-    WriteOptions,
-)
+from bntool.core.options import CheckOptions, ExportOptions, PlaceOptions
 from bntool.core.refusals import KINDS
 
 

@@ -8,24 +8,21 @@ from typing import TYPE_CHECKING, Any, Literal
 import click
 
 from bntool.cli.blaming import require_place
+from bntool.cli.fold_refusals import require_no_node, why_not
 from bntool.cli.opening import Opened, open_model
 from bntool.cli.options import takes_all
 from bntool.cli.session import Voice
-from bntool.core.errors import BntoolError, CheckFailed, NothingToDo, StateError, UsageError
-from bntool.core.option import Options, option
-from bntool.core.options import (
+from bntool.core.command_options import (
     BenchOptions,
-    CheckOptions,
-    ExportOptions,
-    FoldOptions,
     LoadOptions,
     ModelOptions,
-    PlaceOptions,
     ReportOptions,
     SpeechOptions,
     WriteOptions,
 )
-from bntool.core.reasons import Reason
+from bntool.core.errors import CheckFailed, UsageError
+from bntool.core.option import Options, option
+from bntool.core.options import CheckOptions, ExportOptions, FoldOptions, PlaceOptions
 from bntool.core.refusals import require_export
 
 if TYPE_CHECKING:
@@ -118,7 +115,7 @@ def command(voice: Voice, asked: Asked) -> int:
         result, after = folded.result()
         picture(voice, opened, after if result.modified else None)
         voice.say(result.render(verbose=not voice.quiet))
-        refusal = _refusal(result, opened, asked)
+        refusal = why_not(result.plan, opened, asked)
         if refusal is not None:
             voice.fail(refusal, {**result.to_dict(), "dry_run": asked.write.dry_run})
         for note in result.plan.notes:
@@ -128,7 +125,7 @@ def command(voice: Voice, asked: Asked) -> int:
         if places.onnx is not None:
             result = folded.served(result, after, places.onnx, drafts)
             if asked.ask.require_all and result.export is not None:
-                _require_no_node(result.export.nodes.get("BatchNormalization", 0), opened)
+                require_no_node(result.export.nodes.get("BatchNormalization", 0), opened)
         record = writing.draft_result(opened, "fold", (result, after), places.model, drafts)
     result = serving.placed(result, places.onnx, drafts)
     writing.keep_in_mind(voice, record)
@@ -222,7 +219,7 @@ class _Fold:
         return found.to_dict()
 
     def _is_worth_it(self, plan: Plan) -> bool:
-        return _why_not(plan, self.opened, self.asked) is None
+        return why_not(plan, self.opened, self.asked) is None
 
     def _blame(self) -> None:
         """Say at which layer or node the unproved fold and the original part."""
@@ -242,77 +239,3 @@ class _Fold:
             return blame_modules(subject.runnable, after.runnable, self.proof.reference.inputs, stage="fold")
 
         blaming.report(self.voice, find, self.asked.check.repro)
-
-
-def _refusal(result: SurgeryResult, opened: Opened, asked: Asked) -> BntoolError | None:
-    return _why_not(result.plan, opened, asked)
-
-
-def _require_no_node(count: int, opened: Opened) -> None:
-    if count:
-        raise NothingToDo(
-            f"--require-all: the ONNX graph keeps {count} BatchNormalization nodes",
-            where=opened.subject.name,
-            next_step="bntool fold without --require-all says why each stays",
-        )
-
-
-def _why_not(plan: Plan, opened: Opened, asked: Asked) -> BntoolError | None:
-    """Why a fold by this plan is not worth writing, if it is not."""
-    where = opened.subject.name
-    bad = [s for s in plan.skips if s.reason is Reason.BAD_STATISTICS]
-    if bad:
-        more = f" (and {len(bad) - 1} more)" if len(bad) > 1 else ""
-        return StateError(
-            f"the statistics of BatchNorm {bad[0].name} are bad{more}: {bad[0].detail}",
-            where=where,
-            next_step=f"train or calibrate the model again, or leave it out with --exclude {bad[0].name}",
-        )
-    in_graph = _folded_in_graph(asked) if opened.kind == "module" else frozenset()
-    kept = [s for s in plan.skips if s.reason not in {Reason.NOT_OBSERVED, *in_graph}]
-    if not plan and not any(skip.reason in in_graph for skip in plan.skips):
-        return _nothing_to_fold(plan, opened)
-    if asked.ask.require_all and kept:
-        return NothingToDo(
-            f"--require-all: {len(kept)} of {len(plan.sites) + len(kept)} BatchNorm layers stay, "
-            f"the first is {kept[0].name} [{kept[0].reason}]",
-            where=where,
-            next_step=f"bntool explain {kept[0].reason}",
-        )
-    return None
-
-
-def _folded_in_graph(asked: Asked) -> frozenset[Reason]:
-    """What a module tree cannot express the exported graph may.
-
-    A functional BatchNorm is no part of the tree, the one of an identity branch reads what others read, and a
-    layer that is called twice from one place cannot be two.
-    """
-    found = {Reason.FUNCTIONAL} if asked.ask.export_to else set()
-    if asked.ask.export_to and asked.fold.merge:
-        found |= {Reason.OUTPUT_USED_ELSEWHERE, Reason.REACHES_INPUT}
-    if asked.ask.export_to and asked.fold.unshare:
-        found |= {Reason.CALLED_MORE_THAN_ONCE, Reason.WEIGHT_SHARED}
-    return frozenset(found)
-
-
-def _nothing_to_fold(plan: Plan, opened: Opened) -> NothingToDo:
-    where, skips = opened.subject.name, plan.skips
-    if not skips:
-        exports = f"bntool export {where} writes it as ONNX as it is"
-        return NothingToDo(
-            "the model has no BatchNorm",
-            where=where,
-            next_step=exports if opened.kind != "onnx" else "there is nothing to do for this file",
-        )
-    if all(skip.reason is Reason.EXCLUDED for skip in skips):
-        return NothingToDo(
-            f"--include and --exclude leave out all {len(skips)} BatchNorm layers",
-            where=where,
-            next_step=f"their names are written like {skips[0].name}",
-        )
-    return NothingToDo(
-        f"none of the {len(skips)} BatchNorm layers can be folded",
-        where=where,
-        next_step=f"bntool explain {skips[0].reason}",
-    )

@@ -12,18 +12,17 @@ from bntool.cli.opening import Opened, open_model
 from bntool.cli.options import chosen, takes_all
 from bntool.cli.session import Voice
 from bntool.cli.source import require_fitting, rewritten, show_source, tell_refusals, write_source
-from bntool.core.errors import NothingToDo, PlanError, UsageError
-from bntool.core.option import Options, option
-from bntool.core.options import (
-    CheckOptions,
+from bntool.core.command_options import (
     DataOptions,
-    InsertOptions,
     LoadOptions,
     ModelOptions,
     ReportOptions,
     SpeechOptions,
     WriteOptions,
 )
+from bntool.core.errors import NothingToDo, PlanError, UsageError
+from bntool.core.option import Options, option
+from bntool.core.options import CheckOptions, InsertOptions
 from bntool.core.reasons import Reason
 
 if TYPE_CHECKING:

@@ -9,8 +9,8 @@ import click
 
 from bntool.cli.options import some, takes
 from bntool.cli.session import Voice
+from bntool.core.command_options import LoadOptions, SpeechOptions
 from bntool.core.option import Options, option
-from bntool.core.options import LoadOptions, SpeechOptions
 
 
 @dataclasses.dataclass(frozen=True)

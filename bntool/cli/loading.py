@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from bntool.cli.session import Voice
-    from bntool.core.options import LoadOptions
+    from bntool.core.command_options import LoadOptions
     from bntool.core.plan import Plan
     from bntool.files.loading import Loaded
     from bntool.files.memory import Record

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from bntool.cli.session import Session, Voice, open_session
+from bntool.core.command_options import LoadOptions
 from bntool.core.option import Options
-from bntool.core.options import LoadOptions
 from bntool.core.refusals import require_known, require_module
 from bntool.files.detect import Kind, detect
 

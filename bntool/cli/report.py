@@ -10,8 +10,8 @@ import click
 
 from bntool.cli.options import some, takes
 from bntool.cli.session import Voice
+from bntool.core.command_options import SpeechOptions, WriteOptions
 from bntool.core.option import Options, option
-from bntool.core.options import SpeechOptions, WriteOptions
 
 _FORMATS = ("html", "md", "png", "svg")
 

@@ -18,8 +18,8 @@ from bntool.cli.example_inputs import parse_inputs
 from bntool.cli.loading import load_granted
 from bntool.cli.reading import read_by
 from bntool.cli.streams import say
+from bntool.core.command_options import LoadOptions, ReportOptions, SpeechOptions
 from bntool.core.errors import BntoolError, InvariantError, UsageError
-from bntool.core.options import LoadOptions, ReportOptions, SpeechOptions
 from bntool.files.sidecar import sidecar_path
 from bntool.files.targets import Target
 

@@ -12,9 +12,9 @@ import click
 from bntool.cli.opening import open_model
 from bntool.cli.options import takes
 from bntool.cli.session import Session, Voice
+from bntool.core.command_options import LoadOptions, ModelOptions, SpeechOptions
 from bntool.core.errors import BntoolError
 from bntool.core.option import Options, option
-from bntool.core.options import LoadOptions, ModelOptions, SpeechOptions
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from bntool.cli.devices import Devices, torch_device
 from bntool.cli.session import Voice
-from bntool.core.options import BenchOptions, ExportOptions
+from bntool.core.command_options import BenchOptions
+from bntool.core.options import ExportOptions
 
 if TYPE_CHECKING:
     from bntool.cli.opening import Opened

@@ -10,15 +10,10 @@ import click
 
 from bntool.cli.options import takes
 from bntool.cli.session import Session, Voice, open_session
+from bntool.core.command_options import LoadOptions, ReportOptions, SpeechOptions
 from bntool.core.errors import CheckFailed, LoadError, UsageError
 from bntool.core.option import Options, option
-from bntool.core.options import (
-    CheckOptions,
-    LoadOptions,
-    PlaceOptions,
-    ReportOptions,
-    SpeechOptions,
-)
+from bntool.core.options import CheckOptions, PlaceOptions
 
 if TYPE_CHECKING:
     from bntool.cli.devices import Devices

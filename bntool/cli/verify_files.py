@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bntool.cli.session import Voice
+from bntool.core.command_options import LoadOptions
 from bntool.core.errors import UsageError
-from bntool.core.options import CheckOptions, LoadOptions, PlaceOptions
+from bntool.core.options import CheckOptions, PlaceOptions
 
 if TYPE_CHECKING:
     from bntool.core.verdicts import Check

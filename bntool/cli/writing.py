@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 
     from bntool.cli.opening import Opened
     from bntool.cli.session import Session, Voice
-    from bntool.core.options import ExportOptions, WriteOptions
+    from bntool.core.command_options import WriteOptions
+    from bntool.core.options import ExportOptions
     from bntool.core.plan import Plan
     from bntool.core.verdicts import Check
 

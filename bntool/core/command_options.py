@@ -1,0 +1,127 @@
+"""What a command of the command line can be asked besides: what it loads, where it writes, how it speaks."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+
+from bntool.core.errors import UsageError
+from bntool.core.limits import DEFAULT_MAX_SIZE, parse_size
+from bntool.core.option import Options, option
+
+
+def _positive_numbers(text: str) -> tuple[int, ...]:
+    if not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", text):
+        raise UsageError(f"{text!r} is not like 1,8,32")
+    return tuple(dict.fromkeys(int(n) for n in text.split(",")))
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelOptions(Options):
+    """What is worked on: a file or a reference; without one, what the last command in this folder wrote."""
+
+    model: str | None = option(None, "", argument=True, names="file")
+
+
+@dataclasses.dataclass(frozen=True)
+class LoadOptions(Options):
+    """How a model is loaded, and what it is run on."""
+
+    arch: str | None = option(
+        None, "Class of a bare state_dict: torchvision:resnet50, …; auto finds one.", metavar="REF"
+    )
+    weights: str | None = option(
+        None, "Weights for a model named by reference.", metavar="FILE", names="file"
+    )
+    key: str | None = option(None, "Entry of a checkpoint that holds the weights.", metavar="KEY")
+    allow: tuple[str, ...] = option(
+        (), "A layer or enum of a pickled model that you trust, or all of a package: pkg.*.", metavar="CLASS"
+    )
+    trust_pickle: bool = option(False, "Run the code in the file. Only for files you trust.")
+    max_size: int = option(
+        DEFAULT_MAX_SIZE,
+        "The most memory a file may ask for, such as 40G (default: 16G).",
+        metavar="SIZE",
+        parse=parse_size,
+        show_default=False,
+    )
+    pretrained: bool = option(False, "Download the weights of torchvision: or timm:.")
+    inputs: tuple[str, ...] = option(
+        (), "Shape of an example input; repeat for several.", "--input", metavar="[NAME:]1x3x224x224"
+    )
+    seed: int = option(0, "Seed of whatever is random.", metavar="N", least=0, most=2**63 - 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class WriteOptions(Options):
+    """Where the result goes."""
+
+    output: str | None = option(
+        None, "Output file.", "-o", "--output", metavar="FILE", names="file", written=True
+    )
+    force: bool = option(False, "Replace outputs that exist.")
+    dry_run: bool = option(False, "Show what would be done; write nothing.")
+
+
+@dataclasses.dataclass(frozen=True)
+class DataOptions(Options):
+    """Where data comes from, and how it is cut and scaled."""
+
+    data: str | None = option(
+        None,
+        "An .npy, .npz or .pt file, a folder of images, or pkg.mod:loader.",
+        metavar="DATA",
+        names="file",
+    )
+    batch_size: int = option(32, "Samples in a batch.", least=1)
+    limit: int | None = option(None, "At most N batches (default: all).", "--batches", metavar="N", least=1)
+    mean: str | None = option(None, "Mean of each channel, taken off images in 0..1.", metavar="R,G,B")
+    std: str | None = option(None, "Standard deviation of each channel of images in 0..1.", metavar="R,G,B")
+
+
+@dataclasses.dataclass(frozen=True)
+class BenchOptions(Options):
+    """How long to time, and on what."""
+
+    batch_sizes: tuple[int, ...] = option(
+        (1, 8), "Batch sizes to time.", metavar="1,8,32", parse=_positive_numbers
+    )
+    rounds: int = option(
+        30, "Samples of each model; fewer where a batch size takes over 20 s.", metavar="N", least=7
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class JobOptions(Options):
+    """What the processes of torchrun share."""
+
+    timeout: float = option(
+        600.0,
+        "How long the processes of torchrun wait for each other.",
+        metavar="SECONDS",
+        least=1e-3,
+        most=1e6,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class ReportOptions(Options):
+    """What is drawn besides."""
+
+    report: str | None = option(
+        None,
+        "Draw what was found as an HTML file too.",
+        metavar="FILE.html",
+        names="file",
+        written=True,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class SpeechOptions(Options):
+    """How a command speaks."""
+
+    as_json: bool = option(False, "One JSON document on stdout.", "--json")
+    quiet: bool = option(False, "Only the totals.", "-q", "--quiet")
+    verbose: bool = option(False, "Every layer.", "-v", "--verbose")
+    debug: bool = option(False, "Show the traceback of an error.")
