@@ -1,8 +1,8 @@
 """The vocabulary of the graph: every kind of op that a law reads, its roles and its attributes.
 
 All front ends speak it: what an eager forward, an exported program and an ONNX file have in common has one
-kind, under the name of PyTorch's functional form. An op that is in none of these words keeps the name that its
-own library gives it, and no law passes it.
+kind, under the name of PyTorch's functional form. An op that is in none of these words keeps the name that
+its own library gives it, and no law passes it.
 """
 
 from __future__ import annotations
