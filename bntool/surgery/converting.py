@@ -11,6 +11,11 @@ from bntool.core.errors import PlanError, UsageError
 from bntool.core.plan import Plan
 from bntool.core.sites import InsertSite
 
+_MOMENTS = frozenset(
+    "exp_avg exp_avg_sq max_exp_avg_sq exp_inf momentum_buffer square_avg grad_avg sum".split()
+)
+"""What PyTorch's optimizers keep for a parameter in its own shape."""
+
 
 def convert_state_dict(
     state: Mapping[str, Any], plan: Plan, model: nn.Module | None = None
@@ -70,6 +75,18 @@ def _newcomer(site: InsertSite, plan: Plan, like: Tensor | None) -> dict[str, Te
     return {key: tensor.detach() for key, tensor in made.state_dict().items()}
 
 
+def _require_fitting(held: Mapping[str, Any], name: str, parameters: Mapping[str, Tensor]) -> None:
+    """Raise `UsageError` where a moment has not the shape of the parameter that it would go to."""
+    for key in _MOMENTS & held.keys():
+        moment, parameter = held[key], parameters[name]
+        if isinstance(moment, Tensor) and moment.shape != parameter.shape:
+            raise UsageError(
+                f"the optimizer's {key} of shape {list(moment.shape)} would go to {name}, of shape "
+                f"{list(parameter.shape)}: it was built over the parameters in another order",
+                next_step="build it over model.named_parameters(), so that its state has names",
+            )
+
+
 def _optimizer_state(state: Mapping[str, Any], plan: Plan, model: nn.Module) -> dict[str, Any]:
     new_names = [name for name, _ in model.named_parameters()]
     index = {name: i for i, name in enumerate(new_names)}
@@ -100,4 +117,9 @@ def _optimizer_state(state: Mapping[str, Any], plan: Plan, model: nn.Module) -> 
     for group in new_groups:
         group["params"] = [order[n] for n in group["params"]]
     moments = {order[moved[k]]: v for k, v in state["state"].items() if moved.get(k) is not None}
+    parameters = dict(model.named_parameters())
+    for number, held_state in state["state"].items():
+        place = moved.get(number)
+        if place is not None:
+            _require_fitting(held_state, new_names[place], parameters)
     return {**state, "state": moments, "param_groups": new_groups}

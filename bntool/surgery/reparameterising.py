@@ -23,7 +23,7 @@ from bntool.observe.modules import is_batch_norm_class, once_per_class
 from bntool.surgery.replacing import replace_everywhere
 
 _METHODS = ("reparameterize", "switch_to_deploy")
-"""Methods that change a block in place. timm's `fuse` returns a new block; see `_method_of`."""
+"""Methods that change a block in place. timm's `fuse` returns a new block; see `_methods_of`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,13 +43,19 @@ def find_blocks(model: nn.Module) -> list[Block]:
     """
     blocks: list[Block] = []
     for name, module in model.named_modules():
-        method = _method_of(module) if name else ""
         # what a block holds comes right behind it
-        if not method or (blocks and name.startswith(f"{blocks[-1].name}.")):
+        if not name or (blocks and name.startswith(f"{blocks[-1].name}.")):
             continue
-        before = _norm_names(module)
-        if not before:
-            continue
+        found = _tried(name, module) if _methods_of(module) else None
+        if found is not None:
+            blocks.append(found)
+    return blocks
+
+
+def _tried(name: str, module: nn.Module) -> Block | None:
+    """The block by the first of its methods that takes BatchNorms out of it."""
+    before = _norm_names(module)
+    for method in _methods_of(module) if before else ():
         try:
             merged = reparameterised(module, method)
         except Exception:  # noqa: BLE001, S112 - a method that fails is one this block does not offer
@@ -57,8 +63,8 @@ def find_blocks(model: nn.Module) -> list[Block]:
         gone = before - _norm_names(merged)
         if gone:
             norms = tuple(f"{name}.{norm}" if norm else name for norm in sorted(gone))
-            blocks.append(Block(name, method, norms, merged))
-    return blocks
+            return Block(name, method, norms, merged)
+    return None
 
 
 def with_blocks_merged(model: nn.Module, blocks: list[Block]) -> nn.Module:
@@ -88,7 +94,7 @@ def _merge_block(copied: nn.Module, edit: Edit) -> None:
     block = dict(copied.named_modules(remove_duplicate=False)).get(edit.layer) if edit.layer else None
     if block is None:
         raise Damaged(f"the model has no block {edit.layer!r}", "layer")
-    if not edit.method or _method_of(block) != edit.method:
+    if edit.method not in _methods_of(block):
         raise Damaged(f"{edit.layer!r} merges no branches by a method {edit.method!r}", "method")
     try:
         merged = reparameterised(block, edit.method)
@@ -124,20 +130,20 @@ def _call(block: nn.Module, method: str) -> nn.Module:
     return returned if isinstance(returned, nn.Module) else block
 
 
-def _method_of(module: nn.Module) -> str:
-    """The method that merges this block's branches; empty where it has none."""
-    method = _method_offered(type(module))
-    if method == "fuse":
+def _methods_of(module: nn.Module) -> tuple[str, ...]:
+    """The methods by which this block may merge its branches; not all of that name do."""
+    methods = _methods_offered(type(module))
+    if "fuse" in methods:
         # a common word: only where it merges several convolutions into one
         convolutions = sum(isinstance(m, nn.Conv2d) for m in module.modules())
-        return method if 2 <= convolutions <= 8 else ""
-    return method
+        return methods if 2 <= convolutions <= 8 else tuple(m for m in methods if m != "fuse")
+    return methods
 
 
 @once_per_class
-def _method_offered(cls: type) -> str:
+def _methods_offered(cls: type) -> tuple[str, ...]:
     methods = (*_METHODS, "fuse") if cls.__module__.startswith("timm.models.") else _METHODS
-    return next((method for method in methods if callable(getattr(cls, method, None))), "")
+    return tuple(method for method in methods if callable(getattr(cls, method, None)))
 
 
 def _norm_names(module: nn.Module) -> set[str]:

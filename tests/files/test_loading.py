@@ -269,3 +269,15 @@ def test_a_file_saved_without_checksums_loads(tmp_path: Path) -> None:
     finally:
         torch.serialization.set_crc32_options(with_sums)
     assert _same(load(tmp_path / "net.pt").model, _net())
+
+
+def test_a_text_under_the_name_of_a_method_that_nobody_calls(tmp_path: Path) -> None:
+    """Detection models keep the name of a layer's class under `type`."""
+    net = _net().eval()
+    net[0].type = "torch.nn.modules.conv.Conv2d"
+    torch.save(net, tmp_path / "net.pt")
+    assert load(tmp_path / "net.pt").model[0].type == "torch.nn.modules.conv.Conv2d"
+    net[0].forward = "nothing"
+    torch.save(net, tmp_path / "net.pt")
+    with pytest.raises(LoadError, match=r"hides the method Conv2d\.forward"):
+        load(tmp_path / "net.pt")
