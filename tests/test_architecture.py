@@ -16,6 +16,8 @@ FLOORS: dict[str, int] = {
     "core": 0,
     "graph": 1,
     "models": 1,
+    "layers": 1,
+    "frozen": 1,
     "observe": 2,
     "files": 2,
     "laws": 2,

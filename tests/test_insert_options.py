@@ -20,7 +20,7 @@ import bntool
 from bntool.core.errors import CheckFailed, UsageError
 from bntool.core.plan import Plan
 from bntool.core.reasons import Reason
-from bntool.models.layers import BatchNormPerCall
+from bntool.layers import BatchNormPerCall
 
 X = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 

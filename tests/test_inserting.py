@@ -17,7 +17,7 @@ from bntool.core.reasons import Reason
 from bntool.core.sites import InsertSite
 from bntool.graph.inputs import Inputs, outputs_of
 from bntool.inserting import InsertOptions, plan_insert, sequential_names
-from bntool.models.layers import NORMED, ConvBN2d
+from bntool.layers import NORMED, ConvBN2d
 from bntool.observe.eager import observe
 from bntool.subjects.insertion import insert_observed
 from bntool.surgery.insert_modules import apply_insert

@@ -15,7 +15,7 @@ from bntool.calibrate.moments import Moments
 from bntool.calibrate.statistics import measure, set_preserving
 from bntool.calibrate.sweeping import sweep
 from bntool.core.errors import NothingToDo, StateError, UsageError
-from bntool.models.frozen import freeze_layer
+from bntool.frozen import freeze_layer
 
 U32 = 2.0**-24
 U64 = 2.0**-53

@@ -15,7 +15,7 @@ from bntool.calibrate.sweeping import Sweep, pooled, require_batches, sweep
 from bntool.core.errors import NothingToDo, UsageError
 from bntool.core.text import Lines, as_lines
 from bntool.core.verdicts import Check
-from bntool.models.frozen import FrozenNorm, freeze_layer, frozen_class
+from bntool.frozen import FrozenNorm, freeze_layer, frozen_class
 from bntool.observe.copying import structural_copy
 from bntool.observe.modules import is_batch_norm_class, is_decomposed
 from bntool.report.counting import parameter_delta

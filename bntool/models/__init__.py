@@ -1,1 +1,1 @@
-"""What bntool puts into models, and models moved, cast or frozen."""
+"""Models cast to another type, or moved by their own rounding."""

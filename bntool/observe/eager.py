@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from bntool.core.errors import ObserveError
 from bntool.graph.dataflow import Graph, Module, Op
 from bntool.graph.inputs import Inputs, named_tensors
-from bntool.models.layers import has_foreign_hook
+from bntool.layers import has_foreign_hook
 from bntool.observe.aten import SHAPE_ONLY, product_of, translate
 from bntool.observe.copying import is_separable, structural_copy, take_apart
 from bntool.observe.holding import SMALL_CONSTANT, Holders

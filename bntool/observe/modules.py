@@ -14,7 +14,7 @@ _PLAIN_BIAS_OWNERS = (
     "torch.nn.modules.linear.",
     "timm.layers.",
     "torchvision.ops.",
-    "bntool.models.layers.",
+    "bntool.layers.",
 )
 """Packages whose convolution and linear forwards hand `self.bias` to the operator."""
 

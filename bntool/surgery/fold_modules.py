@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from bntool.core.errors import InvariantError
 from bntool.core.plan import Plan
 from bntool.core.sites import Branch, Edit, Merge
-from bntool.models.layers import NORMED
+from bntool.layers import NORMED
 from bntool.observe.copying import is_plain, structural_copy, take_apart
 from bntool.surgery.editing import ROLES, Role, Slot, StoredNorm, apply_edits, removed_norms
 from bntool.surgery.reparameterising import merge_blocks_of

@@ -12,7 +12,7 @@ from bntool.core.errors import InvariantError
 from bntool.core.plan import Plan
 from bntool.core.sites import DroppedBias, InsertSite
 from bntool.inserting import sequential_names
-from bntool.models.layers import NORMED, BatchNormPerCall, count_calls_anew, load_old_checkpoints
+from bntool.layers import NORMED, BatchNormPerCall, count_calls_anew, load_old_checkpoints
 from bntool.observe.copying import structural_copy
 from bntool.surgery.replacing import replace_everywhere
 

@@ -14,7 +14,7 @@ from bntool.core.plan import Plan
 from bntool.core.schema import Damaged
 from bntool.core.sites import Edit, FoldSite, InsertSite
 from bntool.inserting.replaying import options_of
-from bntool.models.layers import NORMED
+from bntool.layers import NORMED
 from bntool.observe.copying import structural_copy
 from bntool.observe.modules import is_batch_norm_class, role_of
 from bntool.surgery.fold_modules import carry_out

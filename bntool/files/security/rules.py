@@ -20,7 +20,7 @@ from torch import nn
 from bntool.files.security.pickled_calls import PARTIAL
 
 _LAYER_PACKAGES = ("torch.nn.modules", "torchvision.models", "torchvision.ops", "timm.models", "timm.layers")
-_OWN_LAYERS = ("bntool.models.layers", "bntool.models.frozen")
+_OWN_LAYERS = ("bntool.layers", "bntool.frozen")
 _ACTIVATIONS = """relu relu6 elu selu celu leaky_relu rrelu gelu silu mish hardtanh hardswish hardsigmoid
 softshrink tanhshrink softplus softsign softmin softmax log_softmax logsigmoid sigmoid tanh glu
 _threshold"""
@@ -40,7 +40,7 @@ _FUNCTIONS = frozenset(
 _DATA = frozenset(
     {
         "argparse.Namespace",
-        "bntool.models.layers.StartOfForward",
+        "bntool.layers.StartOfForward",
         "timm.layers.format.Format",
         "timm.models._features.FeatureInfo",
         "torchvision.models.detection._utils.BoxCoder",

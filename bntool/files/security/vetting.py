@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from bntool.files.security.missing import Opaque
 from bntool.files.security.pickled_calls import shown
 from bntool.files.security.rules import home_of, may_be_called
-from bntool.models.layers import has_foreign_hook
+from bntool.layers import has_foreign_hook
 
 _CODE = (type, types.FunctionType, types.BuiltinFunctionType)
 # The members of an enum are the process's own: a file only looks them up.

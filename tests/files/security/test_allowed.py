@@ -176,7 +176,7 @@ def test_what_is_known_may_be_named_and_is_judged_all_the_same() -> None:
     for entry in (
         "torch.nn.functional.relu",
         "argparse.Namespace",
-        "bntool.models.layers.ConvBN2d",
+        "bntool.layers.ConvBN2d",
         "torch.nn.ReLU",
     ):
         assert user_allowance([entry]).classes

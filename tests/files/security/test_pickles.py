@@ -340,14 +340,14 @@ def test_a_class_of_main_comes_from_the_script_named(
 
 
 def test_bntools_own_layers_need_no_flag(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    layers = types.ModuleType("bntool.models.layers")
-    scope: dict[str, object] = {"__name__": "bntool.models.layers"}
+    layers = types.ModuleType("bntool.layers")
+    scope: dict[str, object] = {"__name__": "bntool.layers"}
     exec("from torch import nn\nclass Own(nn.Conv2d):\n    pass\ndef helper(): ...", scope)
     vars(layers).update(scope)
-    monkeypatch.setitem(sys.modules, "bntool.models.layers", layers)
+    monkeypatch.setitem(sys.modules, "bntool.layers", layers)
     torch.save(nn.Sequential(layers.Own(3, 4, 3)), tmp_path / "own.pt")
     assert type(load(tmp_path / "own.pt").model[0]) is layers.Own  # type: ignore[index]
-    path = write_zip(tmp_path / "function.pt", pickled(name("bntool.models.layers.helper")))
+    path = write_zip(tmp_path / "function.pt", pickled(name("bntool.layers.helper")))
     with pytest.raises(LoadError, match=r"bntool\.layers\.helper"):
         load(path)
 
