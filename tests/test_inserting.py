@@ -411,8 +411,8 @@ def test_sync_makes_sync_batchnorms() -> None:
         ({"activations": ("zzz",)}, "--help"),
         ({"activations": "relu"}, "not one string"),
         ({"include": "conv1"}, "not one string"),
-        ({"position": "middle"}, "before or after"),
-        ({"init": "zeros"}, "identity or calibrate or default"),
+        ({"position": "middle"}, "'before' or 'after'"),
+        ({"init": "zeros"}, "'identity' or 'calibrate' or 'default'"),
         ({"eps": 0.0}, "between 0 and 1"),
         ({"eps": float("nan")}, "between 0 and 1"),
     ],
@@ -514,7 +514,7 @@ def test_a_plan_says_where_the_newcomer_stands() -> None:
 
 @pytest.mark.parametrize("options", [{"eps": 0.0}, {"eps": 2.0}, {"momentum": 7.0}, {"momentum": -0.1}])
 def test_a_number_out_of_range_is_refused(options):
-    with pytest.raises(UsageError, match="must lie between"):
+    with pytest.raises(UsageError, match=r"eps must lie between 0 and 1|momentum is .* must be from 0 to 1"):
         InsertOptions(**options).validate()
 
 

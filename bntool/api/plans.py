@@ -45,9 +45,9 @@ def apply(
     plan.require_signature(signature_of(model), class_name(type(model)))
     subject = ModuleSubject(model, example_inputs)
     checking = checking_of(check)
-    if plan.action == "insert" and checking is not None and plan:
-        require_same_places(subject.graph(), plan)
     try:
+        if plan.action == "insert" and checking is not None and plan:
+            require_same_places(subject.graph(), plan)
         replay = replay_insert if plan.action == "insert" else replay_fold
         result = surgeries.replayed(subject, plan, replay(model, plan), checking)
     except Damaged as error:

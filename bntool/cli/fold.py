@@ -68,11 +68,11 @@ class Asked:
     report: ReportOptions
     speech: SpeechOptions
 
-    def require_fitting(self) -> None:
-        """Raise `UsageError` for options that do not go together, before any work."""
+    def require_fitting(self, kind: str) -> None:
+        """Raise `UsageError` for options that do not go together, or not with the kind, before any work."""
         require_place(self.check.repro)
         exports = bool(self.ask.export_to)
-        require_export(exports, self.export, self.check, self.place)
+        require_export(exports or kind == "onnx", self.export, self.check, self.place)
         if self.ask.dtype in ("fp16", "bf16") and not exports:
             raise UsageError("--dtype fp16 and bf16 are for the ONNX file", next_step="add --export onnx")
         if self.export.keep_io and self.ask.dtype not in ("fp16", "bf16"):
@@ -97,7 +97,7 @@ def command(voice: Voice, asked: Asked) -> int:
         return fold_stored_file(voice, asked)
     of_torch = (asked.export, asked.fold, asked.place, asked.check, asked.ask)
     opened = open_model(voice, asked.model.model, asked.load, *of_torch)
-    asked.require_fitting()
+    asked.require_fitting(opened.kind)
     if asked.ask.dtype == "float32" and opened.session is not None:
         opened = opened.cast("float32")
     from bntool.cli import serving, writing

@@ -29,7 +29,7 @@ def test_providers_by_their_own_names(bntool: Shell, refused: Shell) -> None:
     refused("verify", "net.onnx", "--providers", f"{CPU},{CUDA}", code=2, says="takes every node")
     refused("verify", "net.onnx", "--providers", ",", code=2, says="empty name")
     refused("verify", "net.onnx", "--providers", CPU, "--device", "cpu", code=2, says="both say where")
-    refused("fold", "net.pt", *nets.INPUT, "--providers", CPU, code=2, says="no ONNX file takes part")
+    refused("fold", "net.pt", *nets.INPUT, "--providers", CPU, code=2, says="is for the ONNX file")
     refused("verify", "net.pt", "net.pt", *nets.INPUT, "--providers", CPU, code=2, says="no ONNX file")
 
 
