@@ -20,11 +20,11 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from bntool.core.collecting import paused
 from bntool.core.errors import ObserveError
 from bntool.graph.dataflow import Graph, Module, Op
 from bntool.graph.inputs import Inputs, named_tensors
 from bntool.layers import has_foreign_hook
-from bntool.models.collecting import paused
 from bntool.observe.aten import SHAPE_ONLY, product_of, translate
 from bntool.observe.copying import is_separable, take_apart
 from bntool.observe.holding import SMALL_CONSTANT, Holders
