@@ -15,7 +15,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "bntool"
 FLOORS: dict[str, int] = {
     "core": 0,
     "graph": 1,
-    "models": 1,
+    "models": 3,
     "layers": 1,
     "frozen": 1,
     "observe": 2,

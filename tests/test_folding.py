@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from bntool.core.collecting import paused
 from bntool.core.plan import Plan
 from bntool.core.reasons import Reason
 from bntool.folding import plan_fold
 from bntool.graph.inputs import Inputs, outputs_of
-from bntool.models.collecting import paused
 from bntool.observe.eager import observe
 from bntool.surgery.fold_modules import apply_fold
 from tests.fold_zoo import FOLDED, ZOO, Entry, enliven

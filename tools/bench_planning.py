@@ -13,11 +13,11 @@ import torch
 from onnx import TensorProto, helper
 from torch import Tensor, nn
 
+from bntool.core.collecting import paused
 from bntool.core.plan import Plan
 from bntool.folding import plan_fold
 from bntool.graph.dataflow import Graph
 from bntool.graph.inputs import Inputs
-from bntool.models.collecting import paused
 from bntool.observe.eager import observe
 from bntool.observe.onnx_model import observe_onnx
 from bntool.surgery.fold_modules import apply_fold

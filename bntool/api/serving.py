@@ -11,13 +11,13 @@ import torch
 from torch import nn
 
 from bntool.api.asked import Model, checking_of
+from bntool.core.collecting import paused
 from bntool.core.errors import UsageError
 from bntool.core.options import CheckOptions, ExportOptions, FoldOptions
 from bntool.export.exporting import ExportResult
 from bntool.export.exporting import export_onnx as _export_onnx
 from bntool.files.targets import Target
 from bntool.graph.inputs import Inputs
-from bntool.models.collecting import paused
 from bntool.pipeline import surgeries
 from bntool.pipeline.serving import Serving, Silent, served
 from bntool.report.checks import Comparison

@@ -8,10 +8,10 @@ from typing import Any, Literal
 import torch
 
 from bntool.api.asked import CheckLevel, Model, checking_of, names_of, owned
+from bntool.core.collecting import paused
 from bntool.core.errors import UsageError
 from bntool.core.options import FoldOptions, InsertOptions
 from bntool.core.plan import Plan
-from bntool.models.collecting import paused
 from bntool.pipeline import surgeries
 from bntool.report.results import SurgeryResult
 from bntool.subjects import subject_of

@@ -17,8 +17,8 @@ from bntool.core.errors import BntoolError, StateError, UsageError
 from bntool.data.batches import inputs_of
 from bntool.graph.inputs import Inputs, outputs_of
 from bntool.models.casting import is_finite
-from bntool.observe.copying import structural_copy
-from bntool.observe.leftovers import random_state_kept, require_materialised
+from bntool.observe.isolation import Isolation, fresh
+from bntool.observe.leftovers import require_materialised
 from bntool.runtime.torch_runner import float32_products
 from bntool.runtime.world import World
 from bntool.verify.comparing import difference
@@ -45,18 +45,25 @@ def sweep(
     """Run every batch once and collect what the named BatchNorm layers read.
 
     With `batch_statistics` those layers normalise each batch by its own statistics, as in training;
-    without, by what they hold. Every other layer is in eval mode either way. It runs on a copy whose
-    buffers are its own: the model, the random state and the TF32 flags stay as they were.
+    without, by what they hold. Every other layer is in eval mode either way. The batches run in isolation,
+    on one stand-in: the model, the random state and the TF32 flags stay as they were.
 
     Raises:
         UsageError: data with NaN or Inf, or data that the model does not take.
         StateError: finite data became NaN or infinite inside the model.
     """
     require_materialised(model)
-    run = structural_copy(model)
-    _own_buffers(run)
-    for module in run.modules():
-        module.training = False
+    with Isolation(model).run() as run:
+        return _swept(run, names, batches, batch_statistics, progress)
+
+
+def _swept(
+    run: nn.Module,
+    names: Sequence[str],
+    batches: Iterable[Any],
+    batch_statistics: bool,
+    progress: Progress | None,
+) -> Sweep:
     layers = {name: run.get_submodule(name) for name in names}
     for layer in layers.values():
         layer.training = batch_statistics
@@ -64,13 +71,13 @@ def sweep(
             _normalise_alone(layer)
     device = next((t.device for t in (*run.parameters(), *run.buffers())), torch.device("cpu"))
     watch = _Watch({id(layer): name for name, layer in layers.items()}, batch_statistics)
-    with random_state_kept(), float32_products(tf32=False), torch.no_grad(), watch.hooks():
-        for inputs in inputs_of(model, batches):
+    with float32_products(tf32=False), torch.no_grad(), watch.hooks():
+        for inputs in inputs_of(run, batches):
             watch.batch += 1
             if progress:
                 progress(f"batch {watch.batch}")
             _require_finite(inputs, watch.batch)
-            _run_batch(run, inputs.to(device=device).map(torch.clone), watch)
+            _run_batch(run, fresh(inputs.to(device=device)), watch)
     return Sweep(watch.seen, watch.batch)
 
 
@@ -82,11 +89,13 @@ def difference_in_training(
     Every other layer is in eval mode, so that no dropout is counted. None where a batch has one value per
     channel, which no layer can normalise.
     """
-    run, reference = structural_copy(modified), structural_copy(original)
-    _own_buffers(run)
-    _own_buffers(reference)
-    for module in (*run.modules(), *reference.modules()):
-        module.training = False
+    with Isolation(modified).run() as run, Isolation(original).run() as reference:
+        return _difference(run, reference, names, batches)
+
+
+def _difference(
+    run: nn.Module, reference: nn.Module, names: Sequence[str], batches: Iterable[Any]
+) -> float | None:
     for name in names:
         layer = run.get_submodule(name)
         layer.training = True
@@ -94,9 +103,9 @@ def difference_in_training(
             _normalise_alone(layer)
     device = next((t.device for t in (*run.parameters(), *run.buffers())), torch.device("cpu"))
     worst = 0.0
-    with random_state_kept(), float32_products(tf32=False), torch.no_grad():
-        for inputs in inputs_of(modified, batches):
-            before, after = (inputs.to(device=device).map(torch.clone) for _ in range(2))
+    with float32_products(tf32=False), torch.no_grad():
+        for inputs in inputs_of(run, batches):
+            before, after = (fresh(inputs.to(device=device)) for _ in range(2))
             try:
                 moved = outputs_of(run(*after.args, **after.kwargs))
             except ValueError:  # torch: more than one value per channel expected
@@ -226,12 +235,3 @@ def _normalise_alone(layer: nn.SyncBatchNorm) -> None:
     """
     layer.training = False
     layer._buffers["running_mean"] = layer._buffers["running_var"] = None
-
-
-def _own_buffers(model: nn.Module) -> None:
-    """Buffers of the copy's own, so that a forward that writes to them does not reach the original."""
-    made: dict[int, Tensor] = {}
-    for module in model.modules():
-        for name, tensor in module._buffers.items():
-            if tensor is not None:
-                module._buffers[name] = made.setdefault(id(tensor), tensor.clone())

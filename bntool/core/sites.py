@@ -14,7 +14,7 @@ Expr = tuple[Any, ...]
 """A per-channel affine map as data: `("bn", "layer1.bn1")`, `("slice", expr, axis, start, stop)`, …"""
 
 Dims = Annotated[int, msgspec.Meta(ge=1, le=3)]
-Layout = Annotated[str, msgspec.Meta(pattern=r"\A(conv|linear|transposed|matmul|norm)?\Z")]
+Layout = Annotated[str, msgspec.Meta(pattern=r"\A(conv|linear|transposed|matmul|norm|summand)?\Z")]
 Method = Annotated[str, msgspec.Meta(pattern=r"\A(reparameterize|switch_to_deploy|fuse)?\Z")]
 """The methods that the planner calls on a block; a plan can have no other called."""
 

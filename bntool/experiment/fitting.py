@@ -9,10 +9,9 @@ from torch import nn
 
 from bntool.core.errors import UsageError
 from bntool.experiment.datasets import Data
-from bntool.experiment.randomness import random_state_kept
 from bntool.experiment.settings import Settings
 from bntool.experiment.training import logits_of
-from bntool.observe.copying import structural_copy
+from bntool.observe.isolation import Isolation
 from bntool.runtime.world import World
 
 
@@ -27,10 +26,9 @@ def fitting(model: nn.Module, data: Data) -> Data:
     parameter = next(model.parameters())
     (inputs,) = data.example().args
     moved = inputs.to(parameter.device, parameter.dtype if inputs.is_floating_point() else None)
-    copied = structural_copy(model).eval()
     try:
-        with torch.no_grad(), random_state_kept():
-            output = logits_of(copied(moved))
+        with Isolation(model).run() as run, torch.no_grad():
+            output = logits_of(run(moved.clone()))
     except Exception as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]
         integers = (

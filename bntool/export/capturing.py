@@ -17,6 +17,7 @@ from bntool.core.errors import ExportError, InvariantError
 from bntool.export.dynamic_axes import BATCH_AXIS, DynamicAxes, sample_for, shapes_for, symbols_of
 from bntool.export.onnx_versions import LEAST_OPSET, OPSETS
 from bntool.graph.inputs import Inputs
+from bntool.observe.standing_in import set_modes, stand_in
 
 _BFLOAT16_OPSET = 22
 _BATCH_NORM_OPS = (
@@ -95,7 +96,7 @@ def _capture_open(
     sample = sample_for(inputs, asked).map(torch.clone)
     shapes = shapes_for(sample, torch.export.Dim(BATCH_AXIS) if batch else None, asked)
     program = torch.export.export(
-        model,
+        set_modes(stand_in(model).module, training=False),  # of its own: a failed try leaves its marks
         sample.args,
         dict(sample.kwargs),
         dynamic_shapes=shapes if batch or asked else None,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,7 +16,6 @@ from bntool.export.capturing import (
     batch_norm_nodes,
     capture,
     convert,
-    essence,
     fixed_batch,
     refuse_batch_statistics,
     silent,
@@ -29,6 +27,7 @@ from bntool.export.onnx_writing import ExternalData, keep_float32_io, narrow_typ
 from bntool.files.targets import Target
 from bntool.graph.inputs import Inputs, named_tensors
 from bntool.models.casting import DTYPES, cast_copy
+from bntool.observe.isolation import Isolation
 
 Exporter = Literal["dynamo", "legacy"]
 
@@ -115,22 +114,18 @@ def export_onnx(
     axes = DynamicAxes(dynamic_batch, dynamic or {})
     axes.named_for(inputs)
     notes = _mode_notes(model)
-    subject = _eval_copy(model)
     if keep_io and not dtype:
         raise UsageError("--keep-io goes with --dtype", next_step="add --dtype fp16, or leave --keep-io out")
-    default = torch.get_default_dtype()
-    if dtype:
-        subject = cast_copy(subject, DTYPES[dtype])
-        inputs = inputs.to(dtype=DTYPES[dtype])
-    names = _tensor_names(subject)
-    form = _Form(target, names, opset, ir_version, external_data, metadata or {}, dtype, keep_io, force)
-    try:
+    isolation = Isolation(model)
+    with isolation.run(watched=False) as subject:
         if dtype:
+            subject = cast_copy(subject, DTYPES[dtype])
+            inputs = inputs.to(dtype=DTYPES[dtype])
             torch.set_default_dtype(DTYPES[dtype])  # a tensor that forward makes without a dtype follows
+        names = _tensor_names(subject)
+        form = _Form(target, names, opset, ir_version, external_data, metadata or {}, dtype, keep_io, force)
         by = _traced if exporter == "legacy" else _captured
-        return by(subject, inputs, axes, form, notes)
-    finally:
-        torch.set_default_dtype(default)
+        return by(subject, inputs, axes, form, notes + isolation.notes)
 
 
 def export_program(
@@ -257,22 +252,6 @@ def _mode_notes(model: nn.Module) -> list[str]:
     layers = [name for name, module in training if isinstance(module, nn.modules.batchnorm._NormBase)]
     told = f", {layers[0]} (a BatchNorm) among them" if layers and not model.training else ""
     return [f"{len(training)} module(s) were in train mode{told}; exported in eval mode"]
-
-
-def _eval_copy(model: nn.Module) -> nn.Module:
-    """A copy in eval mode that shares every tensor: capture may leave marks on modules, never on weights."""
-    shared: dict[int, Any] = {id(t): t for t in (*model.parameters(), *model.buffers())}
-    try:
-        subject = copy.deepcopy(model, shared)
-    except Exception as error:
-        raise ExportError(
-            f"the model cannot be copied: {essence(error)}",
-            where=type(model).__name__,
-            next_step="remove what cannot be copied from the model (locks, open files, non-leaf tensors)",
-        ) from error
-    for module in subject.modules():
-        module.training = False
-    return subject
 
 
 def _require_every_batch_norm(onnx_model: Any, expected: range) -> None:

@@ -22,6 +22,8 @@ from bntool.export.capturing import essence, fixed_batch, silent, user_line, why
 from bntool.export.dynamic_axes import DynamicAxes, name_of, sample_for
 from bntool.export.onnx_versions import LEAST_OPSET
 from bntool.graph.inputs import Inputs, outputs_of
+from bntool.observe.isolation import Isolation, fresh
+from bntool.observe.standing_in import own_copy
 
 _PREFIX = "model."
 
@@ -92,12 +94,14 @@ def trace(
             if tensor.dim():
                 axes.setdefault(name, set()).add(0)
     sample = sample_for(inputs, {name: sorted(of) for name, of in axes.items()})
-    flat = _Flat(model, sample)
     named = sample.tensors()
     file: Any = io.BytesIO()
     try:
-        with silent(), torch.no_grad(), _BatchNormCalls() as calls:
-            flat(*named.values())
+        isolation = Isolation(model)
+        with silent(), isolation.run() as run, torch.no_grad(), _BatchNormCalls() as calls:
+            _Flat(run, sample)(*fresh(Inputs(tuple(named.values()))).args)
+        # the trace runs the model again, unwatched
+        flat = _Flat(own_copy(model) if isolation.wrote else model, sample)
         with silent(), _no_graph_on_stdout(), warnings.catch_warnings(record=True) as warned:
             warnings.simplefilter("ignore")  # that this exporter is deprecated, which is not news
             warnings.simplefilter("always", TracerWarning)

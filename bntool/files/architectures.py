@@ -169,7 +169,9 @@ def _output(reference: str, state: StateDict) -> Any:
         generator = torch.Generator().manual_seed(0)
         size = inputs.args[0].shape if inputs is not None else (1, 3, 224, 224)
         with torch.no_grad():
-            return model.eval().float()(torch.randn(size, generator=generator))
+            for module in model.modules():  # not eval(), which may be the model's own
+                module.training = False
+            return model.float()(torch.randn(size, generator=generator))
     except Exception:  # noqa: BLE001  another library's code, run to compare
         return None
 

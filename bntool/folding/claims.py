@@ -75,6 +75,8 @@ class Claims:
 
     def _edit(self, take: Take) -> Edit:
         """The edit of one layer, after everything that forbids changing its weight."""
+        if take.side == "summand":
+            return self._summand_edit(take)
         op, vector = take.op, take.vector
         kind: _Side = "scale_output" if take.side == "output" else "scale_input"
         if op.kind == "batch_norm":
@@ -104,6 +106,15 @@ class Claims:
         groups = op.attrs.get("groups", 1)
         edit = Edit(kind, _owner(handle), vector.expr, handle, bias, layout_of(op), groups)
         self._require_range(edit, take)
+        return edit
+
+    def _summand_edit(self, take: Take) -> Edit:
+        """The constant that a sum adds takes the map in as it is."""
+        handle = self.graph.input(take.op, take.role).handle
+        edit = Edit("scale_output", _owner(handle), take.vector.expr, handle, layout="summand")
+        if self.graph.tensors[handle].dtype == torch.float16:
+            after = take.vector.scale * self.half(handle).cpu() + take.vector.shift
+            self._require_half({handle: after}, take.op)
         return edit
 
     def _bias_name(self, op: Op) -> str:
@@ -238,11 +249,14 @@ class Claims:
                 after[edit.bias] = scale * bias + shift
             else:
                 after[edit.bias] = bias + bias_from_input_shift(edit.layout, weight, edit.groups, shift)
+        self._require_half(after, take.op)
+
+    def _require_half(self, after: dict[str, Tensor], op: Op) -> None:
         peak = max(float(t.abs().max()) for t in after.values() if t.numel())
         limit = torch.finfo(torch.float16).max
         if peak > limit:
             raise Refused(
-                Reason.OVERFLOW, f"the folded weight of {take.op.label} reaches {peak:.3g}, beyond {limit:g}"
+                Reason.OVERFLOW, f"the folded weight of {op.label} reaches {peak:.3g}, beyond {limit:g}"
             )
         self._asked.halves.update(after)
 

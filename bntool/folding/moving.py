@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import heapq
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Set
 
 from bntool.core.reasons import Reason
 from bntool.folding.norms import Norm
@@ -23,19 +25,28 @@ _PARTIAL = frozenset({"slice", "select", "index_select"})
 
 @dataclasses.dataclass(frozen=True)
 class Take:
-    """A linear layer takes a vector of channels in at its output or input side."""
+    """A linear layer takes a vector of channels in at its output or input side.
+
+    Or the constant that a sum adds, its `summand`, takes in a map of its own shape; `role` is what it is
+    there.
+    """
 
     op: Op
     side: str
     vector: Affine
+    role: str = "weight"
 
 
 @dataclasses.dataclass
 class Way:
-    """What one successful move collected: the layers that take in, and the laws passed on the way."""
+    """What one successful move collected: the layers that take in, and the laws passed on the way.
+
+    `condition` is that of the maps whose inverse was needed.
+    """
 
     takes: list[Take] = dataclasses.field(default_factory=list)
     laws: list[str] = dataclasses.field(default_factory=list)
+    condition: float = 1.0
 
 
 class _Agenda:
@@ -67,17 +78,41 @@ class Mover:
     def __init__(self, graph: Graph, gone: set[int]) -> None:
         self.graph = graph
         self.gone = gone
+        self.changed: set[str] = set()
+        self._way = Way()
+        self._takes_summands = self._passed_summand = self._undoes = False
+        self._others: dict[Edge, Affine] = {}
         self._choices: list[int] = []
         self._widths: list[int] = []
         self._last = 0
 
-    def find_way(self, norm: Norm, up: dict[int, Affine], down: dict[int, Affine]) -> Way:
-        """Move `up` demands and carry `down` maps; tries the ways to hand out shifts until one holds."""
+    def find_way(
+        self, norm: Norm, up: dict[int, Affine], down: dict[int, Affine], *, undo: bool = False
+    ) -> Way:
+        """Move `up` demands and carry `down` maps: summands stay as they are, or else take their part in.
+
+        With `undo`, other readers of what becomes s·x + t may take (x − t)/s in.
+        """
+        self._takes_summands = self._passed_summand = False
+        self._undoes = undo
+        try:
+            return self._some_way(norm, up, down)
+        except Refused as refusal:
+            if not self._passed_summand:
+                raise
+            self._takes_summands = True
+            with contextlib.suppress(Refused):
+                return self._some_way(norm, up, down)
+            raise Refused(refusal.reason, refusal.detail) from None
+
+    def _some_way(self, norm: Norm, up: dict[int, Affine], down: dict[int, Affine]) -> Way:
+        """Try the ways to hand out shifts until one holds."""
         self._choices = []
         for _ in range(_MAX_ATTEMPTS):
             self._widths = []
-            way = Way()
+            way = self._way = Way()
             try:
+                self._others = {}
                 if up:
                     self._upstream(norm, up, way)
                 if down:
@@ -95,6 +130,18 @@ class Mover:
             self._choices.append(0)
         return self._choices[position]
 
+    def take_in(self, op: Op, role: str, affine: Affine) -> bool:
+        self._passed_summand = True
+        if not self._takes_summands:
+            return False
+        shape = self.graph.input(op, role).shape
+        sizes = affine.scale.shape
+        own = sizes[len(sizes) - len(shape) :]
+        vector = affine.then("fill").then("reshape", tuple(sizes), tuple(own))
+        self._way.takes.append(Take(op, "summand", vector, role))
+        self._way.laws.append("summand")
+        return True
+
     def _next_choice(self) -> bool:
         del self._choices[len(self._widths) :]
         while self._choices:
@@ -107,6 +154,7 @@ class Mover:
     def _upstream(self, norm: Norm, maps: dict[int, Affine], way: Way) -> None:
         """Turn demands on the BatchNorm's inputs into demands on ever earlier values."""
         demands: dict[int, dict[Edge, Affine]] = {}
+        visited = {op.id for op in norm.ops}
         agenda = _Agenda(latest_first=True)
         self._last = max(op.id for op in norm.ops)
 
@@ -126,6 +174,7 @@ class Mover:
             outputs = [self._agreed(self.graph.values[v], demands.get(v, {})) for v in op.outputs]
             if all(affine.is_identity for affine in outputs):
                 continue
+            visited.add(number)
             if self._takes(op):
                 if len(op.outputs) != 1:
                     raise Refused(Reason.UNKNOWN_OP, f"{op.label} has several outputs")
@@ -136,10 +185,26 @@ class Mover:
                 if not affine.is_identity:
                     demand(self.graph.input(op, role), (op.id, role), affine)
             self._passed(op, way)
+        if self._others:
+            self._undo(visited, way)
+
+    def _undo(self, visited: set[int], way: Way) -> None:
+        """Carry the inverse map to the readers of changed values that asked for no change."""
+        inverse: dict[Edge, Affine] = {}
+        for edge, affine in self._others.items():
+            if edge[0] in visited:
+                raise self._read_elsewhere(self.graph.input(self.graph.ops[edge[0]], edge[1]), edge[0])
+            way.condition = max(way.condition, _condition(affine))
+            if way.condition > self.graph.coarsest**-0.5:
+                what = f"its inverse has condition number {way.condition:.2g}"
+                raise Refused(Reason.ZERO_SCALE, f"{what}, and other readers need it")
+            inverse[edge] = affine.then("inverse")
+        self._carry(inverse, way, forbidden=visited)
+        way.laws.append("inverse")
 
     def require_nothing_later(self, value: Value) -> None:
         """What runs after the BatchNorm asks for nothing: no need to go on to find that out."""
-        for reader, _ in value.readers:
+        for reader, _ in () if self._undoes else value.readers:
             if reader > self._last and self.graph.ops[reader].kind not in _PARTIAL:
                 raise self._read_elsewhere(value, reader)
 
@@ -148,25 +213,30 @@ class Mover:
         own = identity(len(value.shape))
         if not asked:
             return own
-        readers: list[Affine] = []
+        readers: list[tuple[Edge, Affine]] = []
+        others: list[Edge] = []
         for edge in value.readers:
-            if edge in asked:
-                readers.append(asked[edge])
-                continue
             op, role = self.graph.ops[edge[0]], edge[1]
-            if op.kind in _PARTIAL and role == "input":
+            if edge in asked:
+                readers.append((edge, asked[edge]))
+            elif op.kind in _PARTIAL and role == "input":
                 untouched = identity(len(self.graph.output(op).shape))
-                readers.append(LAWS[op.kind][0](self, op, [untouched])["input"])
+                readers.append((edge, LAWS[op.kind][0](self, op, [untouched])["input"]))
+            elif self._undoes:
+                others.append(edge)
             else:
-                readers.append(own)
-        agreed = readers[0]
-        for index, other in enumerate(readers[1:], 1):
+                readers.append((edge, own))
+        first, agreed = readers[0]
+        for edge, other in readers[1:]:
             joined = merge(agreed, other)
             if joined is None:
-                edge = value.readers[0] if value.readers[index] in asked else value.readers[index]
-                raise self._read_elsewhere(value, edge[0])
+                raise self._read_elsewhere(value, (first if edge in asked else edge)[0])
             agreed = joined
         self._require_free(value)
+        if others and not agreed.is_identity:
+            # where nobody asks for anything, all of them see what was there
+            agreed = agreed.then("fill")
+            self._others.update(dict.fromkeys(others, agreed))
         return agreed
 
     def _read_elsewhere(self, value: Value, reader: int) -> Refused:
@@ -176,25 +246,31 @@ class Mover:
 
     def _downstream(self, norm: Norm, maps: dict[int, Affine], way: Way) -> None:
         """Carry the map over the BatchNorm's outputs on through every reader."""
-        carried: dict[int, Affine] = {}
-        agenda = _Agenda()
-
-        def carry(value: Value, affine: Affine) -> None:
-            if affine.is_identity:
-                return
-            self._require_free(value)
-            if not value.readers:
-                raise Refused(Reason.REACHES_OUTPUT, "nothing reads it")
-            _require_fit(value, affine)
-            carried[value.id] = affine
-            for reader, _ in value.readers:
-                agenda.add(reader)
-
+        edges: dict[Edge, Affine] = {}
         for op in norm.ops:
-            carry(self.graph.output(op), maps[op.id])
+            value, affine = self.graph.output(op), maps[op.id]
+            if affine.is_identity:
+                continue
+            self._require_carries(value, affine)
+            edges.update(dict.fromkeys(value.readers, affine))
+        self._carry(edges, way)
+
+    def _require_carries(self, value: Value, affine: Affine) -> None:
+        self._require_free(value)
+        if not value.readers:
+            raise Refused(Reason.REACHES_OUTPUT, "nothing reads it")
+        _require_fit(value, affine)
+
+    def _carry(self, carried: dict[Edge, Affine], way: Way, forbidden: Set[int] = frozenset()) -> None:
+        """Carry maps from edges on through every reader, until layers take them in."""
+        agenda = _Agenda()
+        for reader, _ in carried:
+            agenda.add(reader)
         for number in agenda:
             op = self.graph.ops[number]
-            inputs = {role: carried[v] for role, v in op.inputs.items() if v in carried}
+            if number in forbidden:
+                raise Refused(Reason.OUTPUT_USED_ELSEWHERE, f"{op.label} reads it both ways")
+            inputs = {role: carried[number, role] for role in op.inputs if (number, role) in carried}
             if self._takes(op):
                 if set(inputs) != {"input"}:
                     raise Refused(Reason.WEIGHT_COMPUTED, f"a weight of {op.label} depends on the data")
@@ -205,8 +281,13 @@ class Mover:
             if any(map(is_out, inputs)):
                 raise Refused(Reason.OUTPUT_USED_ELSEWHERE, f"{op.label} would write over what changes")
             outputs = law(self, op, inputs)
-            for value, affine in zip(op.outputs, outputs, strict=True):
-                carry(self.graph.values[value], affine)
+            for value, affine in zip(map(self.graph.values.__getitem__, op.outputs), outputs, strict=True):
+                if affine.is_identity:
+                    continue
+                self._require_carries(value, affine)
+                carried.update(dict.fromkeys(value.readers, affine))
+                for reader, _ in value.readers:
+                    agenda.add(reader)
             self._passed(op, way)
 
     def _takes(self, op: Op) -> bool:
@@ -236,6 +317,16 @@ class Mover:
             raise Refused(Reason.OUTPUT_ESCAPES, f"the output of {what} is kept beyond the forward")
         if value.watched:
             raise Refused(Reason.HOOKED, f"a hook on {value.watched[0]} sees the output of {what}")
+
+
+def _condition(affine: Affine) -> float:
+    """By how much undoing x → s·x + t can magnify what rounding did.
+
+    (1 + |s| + |t|)·(1 + |1/s| + |t/s|) bounds it for each channel; infinite where s = 0, and one that changes nothing counts four.
+    """
+    scale, shift = affine.scale.abs(), affine.shift.abs()
+    found = (1 + scale + shift) * (1 + (1 + shift) / scale)
+    return math.inf if bool((scale == 0).any()) else float(found.max())
 
 
 def _require_fit(value: Value, affine: Affine) -> None:

@@ -60,6 +60,7 @@ class _Planner:
         self.norms = find_norms(graph)
         self.norm_of = {op.id: norm for norm in self.norms for op in norm.ops}
         self.gone: set[int] = set()
+        self.notes = [_READS_NUMBERS] if graph.reads_numbers else []
         self.mover = Mover(graph, self.gone)
         self.claims = Claims(graph, self.norm_of)
 
@@ -105,7 +106,7 @@ class _Planner:
                 "exclude": list(self.exclude),
                 **({"unshare": True} if self.unshare else {}),
             },
-            notes=(_READS_NUMBERS,) if self.graph.reads_numbers else (),
+            notes=tuple(self.notes),
             merges=tuple(merges),
             eps={n.name: float(n.ops[0].attrs["eps"]) for n in self.norms if n.affine is not None},
         )
@@ -123,7 +124,7 @@ class _Planner:
         refusals: list[tuple[str, Reason, str]] = []
         for name, up, down in self._directions(norm, placed):
             try:
-                way = self.mover.find_way(norm, up, down)
+                way = self.mover.find_way(norm, up, down, undo=name == "inverse")
                 edits = self.claims.edits(norm, way, unshare=unshare)
                 for op in norm.ops:
                     require_no_overwriting(op, self.graph, self.gone)
@@ -132,14 +133,34 @@ class _Planner:
                 refusals.append((name, refusal.reason, refusal.detail))
                 continue
             self._commit(norm, way)
+            if way.condition > 1:
+                what = f"other readers take the inverse map in, of condition number {way.condition:.2g}"
+                self.notes.append(f"{norm.name}: {what}")
             self.claims.commit()
             laws = tuple(dict.fromkeys(way.laws + (["split"] if name == "split" else [])))
-            layers = tuple(dict.fromkeys(e.layer for e in edits if e.kind not in ("remove", "unshare")))
+            layers = tuple(
+                dict.fromkeys(e.layer or e.weight for e in edits if e.kind not in ("remove", "unshare"))
+            )
             return FoldSite(norm.name, layers, laws, tuple(edits))
         # what algebra allows and the storage type forbids comes first: another type mends it
         refusals.sort(key=lambda refusal: refusal[1] is not Reason.OVERFLOW)
+        deciding = self._deciding(norm, refusals)
+        refusals.sort(key=lambda refusal: refusal[1] is not deciding)
         _, reason, _ = refusals[0]
         raise Refused(reason, "; ".join(f"{name}: {detail}" for name, _, detail in refusals[:2]))
+
+    def _deciding(self, norm: Norm, refusals: list[tuple[str, Reason, str]]) -> Reason | None:
+        """The reason but for which the BatchNorm would go, where that is the sign of its scales."""
+        if all(reason is not Reason.NEGATIVE_SCALE for _, reason, _ in refusals):
+            return None
+        assert norm.affine is not None
+        positive = Affine(norm.affine.scale.abs(), norm.affine.shift, norm.affine.expr)
+        same = Norm(norm.name, norm.ops, positive)
+        for _, up, down in self._directions(same, {op.id: same.placed(self.graph, op) for op in norm.ops}):
+            with contextlib.suppress(Refused):
+                self.claims.edits(same, self.mover.find_way(same, up, down))
+                return Reason.NEGATIVE_SCALE
+        return None
 
     def _directions(
         self, norm: Norm, placed: dict[int, Affine]
@@ -148,16 +169,20 @@ class _Planner:
         yield "upstream", placed, {}
         yield "downstream", {}, placed
         assert norm.affine is not None
-        if not (norm.affine.has_shift and norm.affine.has_scale):
-            return
-        scales = {i: m.then("scale_part") for i, m in placed.items()}
-        yield "split", scales, {i: m.then("shift_part") for i, m in placed.items()}
-        if bool((norm.affine.scale != 0).all()):
-            yield "split", {i: m.then("unscaled_shift") for i, m in placed.items()}, scales
+        invertible = bool((norm.affine.scale != 0).all())
+        if norm.affine.has_shift and norm.affine.has_scale:
+            scales = {i: m.then("scale_part") for i, m in placed.items()}
+            yield "split", scales, {i: m.then("shift_part") for i, m in placed.items()}
+            if invertible:
+                yield "split", {i: m.then("unscaled_shift") for i, m in placed.items()}, scales
+        if invertible:
+            yield "inverse", placed, {}
 
     def _commit(self, norm: Norm, way: Way) -> None:
         """Make the fold part of what later BatchNorms see."""
         for take in way.takes:
+            if take.side == "summand":
+                self.mover.changed.add(self.graph.input(take.op, take.role).handle)
             taker = self.norm_of.get(take.op.id)
             if take.op.kind == "batch_norm" and taker is not None and taker.affine is not None:
                 outer, inner = (

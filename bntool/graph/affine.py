@@ -164,6 +164,25 @@ def _unscaled_shift(scale: Tensor, shift: Tensor) -> Pair:
     return torch.ones_like(scale), shift / scale
 
 
+def _size(scale: Tensor, shift: Tensor) -> Pair:
+    """|s|, by which a spread grows; it knows of no shift."""
+    return scale.abs(), torch.zeros_like(shift)
+
+
+def _square(scale: Tensor, shift: Tensor) -> Pair:
+    return scale.square(), torch.zeros_like(shift)
+
+
+def _root(scale: Tensor, shift: Tensor) -> Pair:
+    """The scale before a square; only asked where it is not negative."""
+    return scale.sqrt(), torch.zeros_like(shift)
+
+
+def _inverse(scale: Tensor, shift: Tensor) -> Pair:
+    """(x − t)/s, which undoes s·x + t."""
+    return 1 / scale, -shift / scale
+
+
 def _reshape(scale: Tensor, shift: Tensor, expanded: Sequence[int], shape: Sequence[int]) -> Pair:
     """Expand to `expanded`, then reshape to `shape`."""
     return (
@@ -269,6 +288,10 @@ PRIMITIVES: dict[str, Callable[..., Pair]] = {
     "scale_part": _scale_part,
     "shift_part": _shift_part,
     "unscaled_shift": _unscaled_shift,
+    "size": _size,
+    "square": _square,
+    "root": _root,
+    "inverse": _inverse,
     "reshape": _reshape,
     "collapse": _collapse,
     "permute": _permute,

@@ -7,7 +7,7 @@ A law that cannot keep the whole map exact raises `Refused`; nothing is ever app
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from typing import Protocol
 
 import torch
@@ -30,9 +30,14 @@ class Context(Protocol):
     """What a law may ask of the planner."""
 
     graph: Graph
+    changed: Set[str]
+    """The handles of constant operands that earlier folds have given other numbers."""
 
     def choose(self, options: int) -> int:
         """Pick one of several exact ways; the planner comes back with another where it fails."""
+
+    def take_in(self, op: Op, role: str, affine: Affine) -> bool:
+        """Let the stored constant that `op` reads as `role` become this map of itself, if that is tried."""
 
 
 Maps = dict[str, Affine]
@@ -127,6 +132,8 @@ def constant_operand(context: Context, op: Op, role: str) -> Constant:
     tensor = context.graph.constant(value) if value is not None and value.constant else None
     if value is None or tensor is None or tensor.is_complex() or tensor.numel() > _MAX_CONSTANT:
         raise Refused(Reason.UNKNOWN_OP, f"the constant operand of {op.label} is not a known factor")
+    if value.handle in context.changed:
+        raise Refused(Reason.WEIGHT_SHARED, f"an earlier fold has changed the constant operand of {op.label}")
     return Constant.of(tensor, value.handle, rank)
 
 

@@ -9,7 +9,7 @@ import torch
 from bntool.core.reasons import Reason
 from bntool.graph.affine import Affine, concat, identity, merge
 from bntool.graph.dataflow import Op
-from bntool.laws.base import Context, Maps, Refused, along, constant_over, law, of_input, only_input
+from bntool.laws.base import Context, Maps, Refused, along, constant_over, law, of_input
 
 
 @law("slice")
@@ -44,7 +44,7 @@ class IndexSelect:
     """Some entries of one axis, in an order that is known. Upstream, an entry that goes to several places
     must be asked for one thing; one that goes nowhere is nobody's demand (NaN).
 
-    Which entries they are matters only to a map that varies along that axis.
+    Which entries they are matters only to a map that varies along that axis: elsewhere the data may say it.
     """
 
     @staticmethod
@@ -77,7 +77,7 @@ class IndexSelect:
 
 def _picked_from(context: Context, op: Op) -> tuple[tuple[int, ...], int]:
     """The shape that is picked from and the axis; refused where the axis does not stay where it is."""
-    shape = only_input(context, op).shape
+    shape = context.graph.input(op).shape
     lists = [context.graph.input(op, role).shape for role in op.reads if role != "input"]
     if len(context.graph.output(op).shape) != len(shape) or any(len(places) > 1 for places in lists):
         raise Refused(Reason.AXIS_MISMATCH, f"{op.label} picks along more than one axis")

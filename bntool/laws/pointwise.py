@@ -67,7 +67,7 @@ class Quantisation:
 @law("add", "sub", "rsub")
 class Addition:
     """a + α·b, and a − α·b or b − α·a likewise: upstream the scale goes to each branch and the shift to one,
-    divided by that branch's weight; a constant stays.
+    divided by that branch's weight; a constant stays, or is a branch where it is stored for this sum alone.
     """
 
     @staticmethod
@@ -76,6 +76,9 @@ class Addition:
         demand = along(demands[0], rank, op.label)
         for role in roles:
             _require_full(context, op, role)
+        stored = _own_summand(context, op, demand) if len(roles) == 1 else ""
+        if stored and context.take_in(op, stored, _unweighed(op, stored, demand)):
+            return {roles[0]: demand.then("scale_part")}
         if len(roles) == 1 and demand.has_scale:
             constant = constant_operand(context, op, roles[0])
             demand = demand.then_constant("before_add", constant, _weight_of_constant(op, roles[0]))
@@ -108,10 +111,15 @@ class Addition:
 
 @law("mul", "div")
 class Multiplication:
-    """c·(s·x + t) = s·(c·x) + c·t for a constant c; two branches that both depend on the data refuse."""
+    """c·(s·x + t) = s·(c·x) + c·t for a constant c, and s·(a·b) = (s·a)·b for two values that both depend
+    on the data: one of them takes the scale, and no shift is had.
+    """
 
     @staticmethod
     def up(context: Context, op: Op, demands: list[Affine]) -> Maps:
+        roles, rank = _operands(context, op)
+        if len(roles) == 2:
+            return {_factor_for(context, op, demands[0]): along(demands[0], rank, op.label)}
         role, rank = _only_operand(context, op)
         demand = along(demands[0], rank, op.label)
         if not demand.has_shift:
@@ -123,6 +131,9 @@ class Multiplication:
 
     @staticmethod
     def down(context: Context, op: Op, maps: Maps) -> list[Affine]:
+        roles, rank = _operands(context, op)
+        if len(roles) == 2:
+            return [_of_one_factor(context, op, maps)]
         role, rank = _only_operand(context, op)
         affine = along(maps[role], rank, op.label)
         if not affine.has_shift:
@@ -146,10 +157,50 @@ def _only_operand(context: Context, op: Op) -> tuple[str, int]:
     return roles[0], rank
 
 
+def _factor_for(context: Context, op: Op, demand: Affine) -> str:
+    """Which of two factors is to take a scale; a divisor, or one that is spread, cannot."""
+    no_shift(demand, Reason.NONLINEAR, f"{op.label} multiplies two values that depend on the data")
+    shape = context.graph.output(op).shape
+    able = [role for role in _FACTORS[op.kind] if context.graph.input(op, role).shape == shape]
+    if not able:
+        raise Refused(Reason.AXIS_MISMATCH, f"the operands of {op.label} are broadcast")
+    return able[context.choose(len(able))] if len(able) > 1 else able[0]
+
+
+def _of_one_factor(context: Context, op: Op, maps: Maps) -> Affine:
+    """The map behind a product of which one factor has become a multiple of what it was."""
+    (role, *others) = maps
+    if others or role not in _FACTORS[op.kind]:
+        raise Refused(Reason.NONLINEAR, f"{op.label} multiplies or divides by what changes")
+    no_shift(maps[role], Reason.NONLINEAR, f"{op.label} multiplies two values that depend on the data")
+    _require_full(context, op, role)
+    return maps[role]
+
+
+_FACTORS = {"mul": ("input", "other"), "div": ("input",)}
+"""The operands whose scale is the result's."""
+
+
 def _require_full(context: Context, op: Op, role: str) -> None:
     """An operand that is broadcast stands for several elements at once."""
     if context.graph.input(op, role).shape != context.graph.output(op).shape:
         raise Refused(Reason.AXIS_MISMATCH, f"an operand of {op.label} is broadcast")
+
+
+def _own_summand(context: Context, op: Op, demand: Affine) -> str:
+    """The role of a stored constant that nothing else reads, as finely divided as the demand; else empty."""
+    graph = context.graph
+    shape = graph.output(op).shape
+    for role in op.reads:
+        value = graph.input(op, role)
+        tensor = graph.tensors.get(value.handle) if value.handle else None
+        if tensor is None or not value.constant or graph.rewirable or not tensor.is_floating_point():
+            continue
+        sizes = (1,) * (len(shape) - tensor.dim()) + tuple(tensor.shape)
+        fits = all(wanted in (1, size) for wanted, size in zip(demand.scale.shape, sizes, strict=True))
+        if fits and len(value.readers) == 1 and not graph.aliases.get(value.handle):
+            return role
+    return ""
 
 
 def _weight(op: Op, role: str) -> float:

@@ -111,15 +111,13 @@ class Reduction:
 
     @staticmethod
     def up(context: Context, op: Op, demands: list[Affine]) -> Maps:
-        axes = _reduced(context, op)
-        demand = _before(context, op, demands[0], axes)
-        return {"input": _counted(context, op, demand, axes, "divide_shift")}
+        demand = before_reduction(context, op, demands[0])
+        return {"input": _counted(context, op, demand, "divide_shift")}
 
     @staticmethod
     def down(context: Context, op: Op, maps: Maps) -> list[Affine]:
-        axes = _reduced(context, op)
-        affine = constant_over(along(of_input(op, maps), _rank(context, op), op.label), axes, op.label)
-        return [_behind(op, _counted(context, op, affine, axes, "multiply_shift"), axes)]
+        counted = _counted(context, op, of_input(op, maps), "multiply_shift")
+        return [after_reduction(context, op, counted)]
 
 
 @law("amax", "amin", "order_statistic")
@@ -130,24 +128,24 @@ class OrderStatistic:
 
     @staticmethod
     def up(context: Context, op: Op, demands: list[Affine]) -> Maps:
-        demand = _before(context, op, demands[0], _reduced(context, op))
+        demand = before_reduction(context, op, demands[0])
         _require_order(context, op, demand)
         return {"input": demand}
 
     @staticmethod
     def down(context: Context, op: Op, maps: Maps) -> list[Affine]:
-        axes = _reduced(context, op)
-        affine = constant_over(along(of_input(op, maps), _rank(context, op), op.label), axes, op.label)
+        affine = of_input(op, maps)
         _require_order(context, op, affine)
-        return identities(context, op, {0: _behind(op, affine, axes)})
+        return identities(context, op, {0: after_reduction(context, op, affine)})
 
 
 def _rank(context: Context, op: Op) -> int:
     return len(context.graph.input(op).shape)
 
 
-def _before(context: Context, op: Op, demand: Affine, axes: list[int]) -> Affine:
+def before_reduction(context: Context, op: Op, demand: Affine) -> Affine:
     """The demand on what is reduced, which must be the same all along the axes that go."""
+    axes = _reduced(context, op)
     if not op.attrs["keepdim"]:
         shape = list(along(demand, _rank(context, op) - len(axes), op.label).scale.shape)
         for axis in axes:
@@ -156,17 +154,19 @@ def _before(context: Context, op: Op, demand: Affine, axes: list[int]) -> Affine
     return constant_over(along(demand, _rank(context, op), op.label), axes, op.label)
 
 
-def _behind(op: Op, affine: Affine, axes: list[int]) -> Affine:
-    """The map of what was reduced, without the axes that went."""
+def after_reduction(context: Context, op: Op, affine: Affine) -> Affine:
+    """The map of what was reduced, the same all along the axes that went, and without them."""
+    axes = _reduced(context, op)
+    affine = constant_over(along(affine, _rank(context, op), op.label), axes, op.label)
     if op.attrs["keepdim"]:
         return affine
     shape = tuple(n for i, n in enumerate(affine.scale.shape) if i not in axes)
     return affine.then("reshape", tuple(affine.scale.shape), shape)
 
 
-def _counted(context: Context, op: Op, affine: Affine, axes: list[int], step: str) -> Affine:
+def _counted(context: Context, op: Op, affine: Affine, step: str) -> Affine:
     """The map with its shift times, or divided by, the number of elements that a sum adds up."""
-    count = math.prod(context.graph.input(op).shape[axis] for axis in axes)
+    count = math.prod(context.graph.input(op).shape[axis] for axis in _reduced(context, op))
     if op.kind != "sum" or not affine.has_shift:
         return affine
     if not count:

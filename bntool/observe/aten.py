@@ -144,6 +144,25 @@ def _order_statistic(kind: str) -> Callable[[Bound], Translation]:
     return translator
 
 
+def _vector_norm(b: Bound) -> Translation:
+    """Any order but zero, which counts, scales with its input."""
+    order = b.get("ord", b.get("p", 2))
+    known = order is None or (isinstance(order, int | float) and order != 0)
+    return _reduction("vector_norm")(b) if known else ("norm", {})
+
+
+def _scatter(kind: str, role: str) -> Callable[[Bound], Translation]:
+    """Values added up at places; `role` is what the operator calls them."""
+    return lambda b: (kind, {"axis": b["dim"], "source": role, "elementwise": role == "src"})
+
+
+def _scatter_reduce(b: Bound) -> Translation:
+    kinds = {"sum": "sum", "mean": "mean", "amax": "extreme", "amin": "extreme"}
+    if b.get("reduce") not in kinds or not b.get("include_self", True):
+        return "scatter_reduce", {}
+    return _scatter(f"scatter_{kinds[b['reduce']]}", "src")(b)
+
+
 def _grid_sample(b: Bound) -> Translation:
     return "grid_sample", {"zeros": b["padding_mode"] == 0}
 
@@ -286,6 +305,12 @@ _TABLE: dict[str, Callable[[Bound], Translation]] = {
     "grid_sampler_2d": _grid_sample,
     "grid_sampler_3d": _grid_sample,
     "sum": _reduction("sum"),
+    **{kind: _reduction(kind) for kind in ("std", "var", "std_mean", "var_mean")},
+    "linalg_vector_norm": _vector_norm,
+    "norm": _vector_norm,
+    "scatter_add": _scatter("scatter_sum", "src"),
+    "scatter_reduce": _scatter_reduce,
+    "index_add": _scatter("scatter_sum", "source"),
     "index": _index,
     "index_select": lambda b: ("index_select", {"axis": b["dim"]}),
     "repeat_interleave": _repeat_interleave,

@@ -23,7 +23,8 @@ def would_use_a_bias(model: nn.Module, observation: Observation) -> set[str]:
     if not unsure:
         return set()
     copied = structural_copy(model)
-    given = {name for name in unsure if _give_bias(copied.get_submodule(name))}
+    counts = _channels(graph, unsure)
+    given = {name for name in unsure if _give_bias(copied.get_submodule(name), counts[name])}
     if not given:
         return set()
     try:
@@ -41,18 +42,33 @@ def _unsure(graph: Graph) -> set[str]:
     found = set()
     for op in graph.ops:
         module = graph.modules.get(op.scope)
-        own = module is not None and module.role in ("conv", "linear") and not module.plain_bias
-        if own and op.kind in ("conv", "linear") and "bias" not in op.inputs:
+        if module is None or module.plain_bias or op.kind not in ("conv", "linear") or "bias" in op.inputs:
+            continue
+        if module.role in ("conv", "linear") or graph.input(op, "weight").handle == _own(op.scope, "weight"):
             found.add(op.scope)
     return found
 
 
-def _give_bias(layer: nn.Module) -> bool:
-    """Give a layer a bias of zeros; not one that keeps its tensors in a way of its own."""
+def _channels(graph: Graph, layers: set[str]) -> dict[str, int]:
+    """How many channels the output of each layer has."""
+    counts = {}
+    for op in graph.of_kind("conv", "linear"):
+        if op.scope in layers:
+            shape = graph.output(op).shape
+            counts[op.scope] = shape[-1 - int(op.attrs["dims"]) if op.kind == "conv" else -1]
+    return counts
+
+
+def _own(layer: str, slot: str) -> str:
+    """The handle of a layer's own tensor."""
+    return f"{layer}.{slot}".lstrip(".")
+
+
+def _give_bias(layer: nn.Module, count: int) -> bool:
+    """Give a layer a bias of `count` zeros; not one that keeps its tensors in a way of its own."""
     weight = layer._parameters.get("weight")
     if weight is None or not weight.is_floating_point() or "bias" not in layer._parameters:
         return False
-    count = getattr(layer, "out_features" if isinstance(layer, nn.Linear) else "out_channels")
     layer.register_parameter("bias", nn.Parameter(weight.new_zeros(count)))
     return True
 
@@ -69,7 +85,7 @@ def _steps(graph: Graph, layers: set[str]) -> dict[str, list[Any]]:
 def _read_biases(graph: Graph, name: str) -> bool:
     """Whether every call of the layer hands its bias to the operator."""
     return all(
-        "bias" in op.inputs and graph.input(op, "bias").handle == f"{name}.bias".lstrip(".")
+        "bias" in op.inputs and graph.input(op, "bias").handle == _own(name, "bias")
         for op in graph.ops
         if op.scope == name and op.kind in ("conv", "linear")
     )

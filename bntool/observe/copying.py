@@ -1,15 +1,15 @@
 """A structural copy: new modules that share every parameter and buffer with the original.
 
-It costs a few milliseconds and no tensor memory. Observing runs on such a copy, so that nothing a
-forward leaves behind (lazy state, cached tensors, hooks' counters) touches the user's model, and a
-surgery starts from one, so that only the layers that change get new tensors.
+It costs a few milliseconds and no tensor memory. A surgery starts from one, so that only the layers that
+change get new tensors, and a run is made on one (`isolation`), so that nothing a forward leaves behind (lazy
+state, cached tensors, hooks' counters) touches the user's model.
 """
 
 from __future__ import annotations
 
 import copy
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -31,17 +31,27 @@ def is_plain(value: Any) -> bool:
     return kind in _FLAT or (kind in _EMPTY and not value)
 
 
-def structural_copy(model: nn.Module) -> nn.Module:
+def structural_copy(
+    model: nn.Module,
+    instead: Mapping[int, Tensor] | None = None,
+    shared: list[tuple[str, Any]] | None = None,
+) -> nn.Module:
     """A copy of the module tree whose parameters and buffers *are* the original's.
 
     Works where `copy.deepcopy` does not (weight-normalised layers hold tensors that autograd made).
     An attribute that Python cannot copy (a lock, an open file) is shared.
+
+    Args:
+        model: the original, which is not changed.
+        instead: tensors that take the place of the original's, by the identity of these.
+        shared: is given every attribute that had to be shared, and its name.
 
     Raises:
         ObserveError: a layer with a way of its own to be copied failed.
     """
     modules = list(model.modules())
     memo: dict[int, Any] = {id(m): object.__new__(type(m)) for m in modules if _copies_plainly(type(m))}
+    memo.update(instead or {})
     deep: list[tuple[dict[str, Any], str]] = []
     for module in modules:
         if id(module) in memo:
@@ -52,12 +62,12 @@ def structural_copy(model: nn.Module) -> nn.Module:
         inside = [vars(m) for child in foreign for m in child.modules()]
         kept = [made for value in (*inside, *(s[k] for s, k in deep)) for made in _made_by_autograd(value)]
         # Python's own copying hands on what the memo holds
-        memo.update((id(tensor), tensor) for m in modules for tensor in tensors_of(m))
-        memo.update((id(tensor), tensor) for tensor in kept)
+        for tensor in (*(tensor for m in modules for tensor in tensors_of(m)), *kept):
+            memo.setdefault(id(tensor), tensor)
         for module in foreign:
             _copied_module(module, memo)
         for slots, key in deep:
-            slots[key] = _deep_copy(slots[key], memo)
+            slots[key] = _deep_copy(slots[key], memo, key, shared)
     return _copied_module(model, memo)
 
 
@@ -80,11 +90,12 @@ def _copy_state(
         if kind in _FLAT or (kind is tuple and _FLAT.issuperset(map(type, value))):
             continue
         if kind in _EMPTY and not value:
-            state[key] = kind()
+            # remembered: the handle of a hook refers to the empty tables of its layer
+            state[key] = memo.setdefault(id(value), kind())
         elif kind is list and _FLAT.issuperset(map(type, value)):
             state[key] = memo.setdefault(id(value), list(value))
         elif key in ("_parameters", "_buffers"):
-            state[key] = dict(value)
+            state[key] = {name: memo.get(id(tensor), tensor) for name, tensor in value.items()}
         elif key == "_modules":
             state[key] = children = dict(value)
             for name, child in value.items():
@@ -96,7 +107,9 @@ def _copy_state(
             state[key] = None  # it is bound to the original, and would run that
         elif _holds_no_object(value):
             state[key] = copy.deepcopy(value, memo)
-        elif not isinstance(value, Tensor):
+        elif isinstance(value, Tensor):
+            state[key] = memo.get(id(value), value)
+        else:
             deep.append((state, key))
     return deep
 
@@ -111,11 +124,13 @@ def _holds_no_object(value: Any, depth: int = 0) -> bool:
     return depth < _MAX_NESTING and all(_holds_no_object(item, depth + 1) for item in value)
 
 
-def _deep_copy(value: Any, memo: dict[int, Any]) -> Any:
+def _deep_copy(value: Any, memo: dict[int, Any], name: str, shared: list[tuple[str, Any]] | None) -> Any:
     try:
         return copy.deepcopy(value, memo)
     except Exception:  # noqa: BLE001  any class may refuse, in its own way
         memo[id(value)] = value
+        if shared is not None:
+            shared.append((name, value))
         return value
 
 

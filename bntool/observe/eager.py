@@ -2,7 +2,7 @@
 
 Below autograd composite operators stay whole (`linear`, `batch_norm`, `flatten`), which is what the laws
 want. `inference_mode` would do that too, but a tensor that a forward keeps in a global (a cached grid) would
-then be one that training refuses. The rest that a forward leaves behind stays on a structural copy.
+then be one that training refuses. The forward runs in isolation (`isolation`), on a stand-in.
 """
 
 from __future__ import annotations
@@ -20,15 +20,18 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from bntool.core.collecting import paused
 from bntool.core.errors import ObserveError
 from bntool.graph.dataflow import Graph, Module, Op
 from bntool.graph.inputs import Inputs, named_tensors
 from bntool.layers import has_foreign_hook
 from bntool.observe.aten import SHAPE_ONLY, product_of, translate
-from bntool.observe.copying import is_separable, structural_copy, take_apart
+from bntool.observe.copying import is_separable, take_apart
 from bntool.observe.holding import SMALL_CONSTANT, Holders
-from bntool.observe.leftovers import random_state_kept, require_materialised, storage_of, undeclared_writes
+from bntool.observe.isolation import Isolation, fresh
+from bntool.observe.leftovers import require_materialised, storage_of, undeclared_writes
 from bntool.observe.modules import class_name, is_decomposed, role_of, uses_plain_bias
+from bntool.observe.standing_in import set_modes
 
 _READS_OUT = frozenset({"item", "_local_scalar_dense", "resolve_neg"})
 """What hands numbers to Python. `tolist` and `numpy` show themselves by `resolve_neg` alone."""
@@ -55,26 +58,25 @@ def observe(model: nn.Module, inputs: Inputs, *, apart: bool = False) -> Observa
         ObserveError: the forward raised, with its last line; or a lazy layer has no shape yet.
     """
     require_materialised(model)
-    run = structural_copy(model)
-    copies = _taken_apart(run) if apart else {}
-    modules = list(run.named_modules(remove_duplicate=False))
-    recorder = _Recorder(model, modules, copies)
-    if any(module.training for _, module in modules):
+    with paused(), Isolation(model).run(in_eval=False) as run:
+        copies = _taken_apart(run) if apart else {}
+        modules = list(run.named_modules(remove_duplicate=False))
+        recorder = _Recorder(model, modules, copies)
+        # Monte Carlo dropout: left on in a model in eval mode, it is what will run
         still_dropping = [] if run.training else [m for _, m in modules if _drops(m)]
-        run.eval()
+        set_modes(run, training=False)
         for module in still_dropping:
-            module.train()  # Monte Carlo dropout: left on in a model in eval mode, it is what will run
-    try:
-        output = _forward(run, inputs.map(torch.clone), recorder)
-        recorder.holders.finish(output)
-    finally:
-        recorder.holders.forget()
+            module.training = True
+        try:
+            output = _forward(run, fresh(inputs), recorder)
+            recorder.holders.finish(output)
+        finally:
+            recorder.holders.forget()
     return Observation(recorder.graph, inputs, output)
 
 
 def _forward(run: nn.Module, inputs: Inputs, recorder: _Recorder) -> Any:
     with contextlib.ExitStack() as stack:
-        stack.enter_context(random_state_kept())
         stack.enter_context(_room_to_nest())
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.no_grad())
@@ -198,7 +200,7 @@ class _Recorder:
                 own_tensors=len(module._parameters) + len(module._buffers),
                 plain_bias=uses_plain_bias(type(module)) and "forward" not in vars(module),
                 hooked=any(has_foreign_hook(getattr(module, hooks, None)) for hooks in _HOOKS),
-                left_in_train=module.training and not original.training,
+                left_in_train=module.training and not run[0][1].training,
             )
 
     # -- modules ----------------------------------------------------------------------------------------

@@ -151,7 +151,9 @@ class Holders:
             self.graph.values[self.value_of(tensor)].is_output = True
             mine.add(id(tensor))
         if any(self._escaped(mine)):
-            gc.collect()
+            # Cycles of the forward's own: while the collector is paused, all that was made is young. A full
+            # collection takes seconds in a process that holds a large index.
+            gc.collect(0)
         for value in self._escaped(mine):
             self.graph.values[value].escapes = True
 

@@ -25,13 +25,19 @@ class Kept:
     def __init__(self, modules: Iterable[nn.Module]) -> None:
         self.by_storage: dict[int, list[Tensor]] = {}
         self.copies: dict[int, tuple[Tensor, Tensor]] = {}
-        seen: set[int] = set()
+        self._seen: set[int] = set()
         for module in modules:
-            for tensor in tensors_of(module):
-                if id(tensor) in seen or (storage := storage_of(tensor)) is None:
-                    continue
-                seen.add(id(tensor))
-                self.by_storage.setdefault(storage, []).append(tensor)
+            self.add(tensors_of(module))
+
+    def add(self, tensors: Iterable[Tensor]) -> None:
+        """More tensors to keep, and the gradients that they carry."""
+        for tensor in tensors:
+            if id(tensor) in self._seen or (storage := storage_of(tensor)) is None:
+                continue
+            self._seen.add(id(tensor))
+            self.by_storage.setdefault(storage, []).append(tensor)
+            if tensor.is_leaf and tensor.grad is not None:
+                self.add((tensor.grad,))
 
     def sharing(self, tensor: Tensor) -> list[Tensor]:
         """The model's own tensors in the same memory, the tensor itself included."""

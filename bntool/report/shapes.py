@@ -1,6 +1,6 @@
 """Input and output shapes of every module, seen in one forward pass in eval mode.
 
-Forward hooks on a copy, not torchinfo: the caller's modes, hooks and buffers stay untouched, inputs
+Forward hooks on a stand-in, not torchinfo: the caller's modes, hooks and buffers stay untouched, inputs
 passed by keyword are seen, and a forward pass that fails half-way still gives the shapes up to there.
 """
 
@@ -12,11 +12,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
+from torch import nn
 
 from bntool.graph.inputs import Inputs, named_tensors
-from bntool.observe.copying import structural_copy
+from bntool.observe.isolation import Isolation, fresh
 
 _MOST_TENSORS = 100
 
@@ -47,42 +46,17 @@ def observe_calls(model: nn.Module, inputs: Inputs) -> Calls:
     """Run a copy of the model once, in eval mode, on its own device. Never raises for a bad forward."""
     calls: dict[str, Call] = {}
     devices = {tensor.device for tensor in itertools.chain(model.parameters(), model.buffers())}
-    cuda = [device for device in devices if device.type == "cuda"]
     try:
-        stand_in = _stand_in(model).eval()
-        _hook(stand_in, calls)
-        inputs = inputs.map(Tensor.clone)  # a forward may write into its input
+        inputs = fresh(inputs)
         if len(devices) == 1:
             inputs = inputs.to(device=devices.pop())
-        with torch.random.fork_rng(devices=cuda), torch.no_grad():
-            stand_in(*inputs.args, **inputs.kwargs)
+        with Isolation(model).run() as run, torch.no_grad():
+            _hook(run, calls)
+            run(*inputs.args, **inputs.kwargs)
     except Exception as error:  # noqa: BLE001 - whatever a stranger's forward raises
         message = str(error).strip().split("\n")[0]
         return Calls(calls, f"{type(error).__name__}: {message}" if message else type(error).__name__)
     return Calls(calls)
-
-
-def _stand_in(model: nn.Module) -> nn.Module:
-    """A structural copy with buffers of its own, and with its own parameters where these are lazy."""
-    copied = structural_copy(model)
-    owned: dict[int, Tensor] = {}  # a tensor that stands in two places stays one tensor
-    for module in copied.modules():
-        if isinstance(module, torch.jit.ScriptModule):
-            continue
-        tables: tuple[dict[str, Any], ...] = (module._buffers, module._parameters)
-        for tensors in tables:
-            for key, tensor in tensors.items():
-                if tensor is not None and (is_lazy(tensor) or tensors is module._buffers):
-                    tensors[key] = owned.setdefault(id(tensor), _own(tensor))
-    return copied
-
-
-def _own(tensor: Tensor) -> Any:
-    # A lazy tensor gets its shape in place, so the original would get it too. It cannot be cloned.
-    if is_lazy(tensor):
-        lazy_class: Any = type(tensor)
-        return lazy_class(device=tensor.device, dtype=tensor.dtype)
-    return tensor.detach().clone()
 
 
 def _hook(model: nn.Module, calls: dict[str, Call]) -> None:

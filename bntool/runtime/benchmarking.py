@@ -17,10 +17,10 @@ from bntool.core.errors import BntoolError, ExportError, UsageError
 from bntool.core.latencies import LEAST_ROUNDS, Benchmark, Cost, Latency
 from bntool.files.onnx_files import open_onnx
 from bntool.graph.inputs import Inputs
+from bntool.observe.isolation import Isolation, fresh
 from bntool.runtime.libraries import first_line
 from bntool.runtime.onnx_flops import onnx_flops
 from bntool.runtime.ready import Ready, onnx_ready, torch_ready, torch_threads
-from bntool.runtime.torch_runner import eval_mode
 
 WARM_UP = 3
 _LEAST_SAMPLE = 2e-3
@@ -166,10 +166,10 @@ def _numbers_in(path: Path) -> int:
 def _flops(model: nn.Module, inputs: Inputs) -> int | None:
     """Two for each multiply-add of convolutions and matrix products, counted while the model runs."""
     placed = next((t.device for t in (*model.parameters(), *model.buffers())), torch.device("cpu"))
-    given = inputs.to(device=placed)
+    given = fresh(inputs.to(device=placed))
     try:
-        with eval_mode(model), torch.no_grad(), FlopCounterMode(display=False) as counter:
-            model(*given.args, **dict(given.kwargs))
+        with Isolation(model).run() as run, torch.no_grad(), FlopCounterMode(display=False) as counter:
+            run(*given.args, **dict(given.kwargs))
     except Exception:  # noqa: BLE001 - a count that cannot be had is left out
         return None
     return int(counter.get_total_flops())

@@ -49,6 +49,9 @@ class RunnableProgram(nn.Module):
     It asserts nothing of types, so that it runs in float64 too.
     """
 
+    leaves_no_trace = True
+    """`Isolation` need make no stand-in: a copy of a graph module is compiled anew."""
+
     def __init__(self, program: ExportedProgram) -> None:
         super().__init__()
         module = program.module()

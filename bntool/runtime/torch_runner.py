@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -12,18 +11,21 @@ from torch import Tensor, nn
 
 from bntool.core.errors import CheckFailed, DeviceError
 from bntool.graph.inputs import Inputs, outputs_of
+from bntool.observe.isolation import Isolation, fresh, same_random_numbers
+from bntool.observe.standing_in import own_copy
 
 # A run that draws random numbers must draw the same ones every time, or two runs cannot be compared.
 _SEED = 0
 
 
 class TorchRunner:
-    """Runs a torch model in eval mode; layer modes, RNG state and TF32 flags are restored after each run.
+    """Runs a torch model in eval mode, each time from the state that it has and on the same random numbers.
 
-    `tf32` lets CUDA round the factors of float32 products; without it they are full float32. The model given
-    runs itself unless another device or dtype is asked for, which runs a deep copy. With `parts`, what the
-    root's own children return is given too, by their names: for models whose last step can leave nothing (a
-    detector that keeps no box). Raises `DeviceError` when the device is not there.
+    A stand-in is what runs, so that nothing stays behind (`Isolation`); `notes` says what could not be
+    isolated. `tf32` lets CUDA round the factors of float32 products; without it they are full float32.
+    Another device or dtype runs a copy. With `parts`, what the root's own children return is given too, by
+    their names: for models whose last step can leave nothing (a detector that keeps no box). Raises
+    `DeviceError` when the device is not there.
     """
 
     def __init__(
@@ -39,13 +41,19 @@ class TorchRunner:
         self._tf32 = tf32
         self._parts = parts
         self._model = _placed(model, torch.device(device), dtype)
+        self._isolation = Isolation(self._model)
         self._dtype = dtype
         self._asked = torch.device(device)
 
     @property
     def model(self) -> nn.Module:
-        """The model that runs: the one given, or its copy on another device or in another type."""
+        """What stand-ins are made of: the model given, or its copy on another device or in another type."""
         return self._model
+
+    @property
+    def notes(self) -> list[str]:
+        """What the runs so far could not keep apart from the model."""
+        return self._isolation.notes
 
     @property
     def label(self) -> str:
@@ -64,60 +72,66 @@ class TorchRunner:
     def provider(self) -> str:
         return "torch"
 
-    def run(self, inputs: Inputs) -> dict[str, Tensor]:
-        """Every output by name, detached, on the CPU.
+    def run(self, inputs: Inputs, *, prepare: Callable[[nn.Module], None] | None = None) -> dict[str, Tensor]:
+        """Every output by name, detached, on the CPU. `prepare` is shown the stand-in before it runs.
 
         Raises `CheckFailed` when the model returns no tensor. Whatever the model's forward raises is not
         caught here.
         """
-        moved = inputs.to(device=self._asked, dtype=self._dtype)
-        with self._held():
-            if self._parts:
-                result = self._run_with_parts(moved)
-            else:
-                result = self._model(*moved.args, **dict(moved.kwargs))
-        return {name: t.detach().cpu().clone() for name, t in outputs_of(result).items()}
+        moved = fresh(inputs.to(device=self._asked, dtype=self._dtype))
+        with self._isolation.run() as model, self._held():
+            if prepare is not None:
+                prepare(model)
+            result = _with_parts(model, moved) if self._parts else _called(model, moved)
+            return {name: t.detach().cpu().clone() for name, t in outputs_of(result).items()}
 
     @contextlib.contextmanager
     def ready(self, inputs: Inputs) -> Iterator[Callable[[], None]]:
-        """Meanwhile, a function that runs the model once on these inputs and waits for the device."""
-        moved = inputs.to(device=self._asked, dtype=self._dtype)
+        """Meanwhile, a function that runs the model once on these inputs and waits for the device.
+
+        The runs follow each other on one stand-in, unwatched, for they are timed; where a first run wrote to
+        a parameter, the stand-in has its own.
+        """
+        moved = fresh(inputs.to(device=self._asked, dtype=self._dtype))
         on_cuda = self._asked.type == "cuda"
+        with self._isolation.run() as model, self._held():
+            _called(model, fresh(moved))
+        isolation = Isolation(self._model, own_parameters=self._isolation.wrote)
+        with isolation.run(watched=False) as model, self._held():
 
-        def run() -> None:
-            self._model(*moved.args, **dict(moved.kwargs))
-            if on_cuda:
-                torch.cuda.synchronize(self._asked)
+            def run() -> None:
+                _called(model, moved)
+                if on_cuda:
+                    torch.cuda.synchronize(self._asked)
 
-        with self._held():
             yield run
 
     @contextlib.contextmanager
     def _held(self) -> Iterator[None]:
-        # no_grad and not inference_mode: a model that keeps a tensor made during forward (a cached
-        # position table) would be left holding one that autograd refuses later.
-        with (
-            eval_mode(self._model),
-            _same_random_numbers(self._asked),
-            float32_products(tf32=self._tf32),
-            torch.no_grad(),
-        ):
+        # no_grad and not inference_mode: a tensor that a forward keeps in a global would be left as one
+        # that autograd refuses later.
+        with same_random_numbers(_SEED), float32_products(tf32=self._tf32), torch.no_grad():
             yield
 
-    def _run_with_parts(self, inputs: Inputs) -> dict[str, Any]:
-        """The result, and what each child of the root returned at its last call."""
-        seen: dict[str, Any] = {}
 
-        def keep(name: str) -> Any:
-            return lambda module, args, output: seen.__setitem__(name, output)
+def _called(model: nn.Module, inputs: Inputs) -> Any:
+    return model(*inputs.args, **dict(inputs.kwargs))
 
-        hooks = [child.register_forward_hook(keep(name)) for name, child in self._model.named_children()]
-        try:
-            result = self._model(*inputs.args, **dict(inputs.kwargs))
-        finally:
-            for hook in hooks:
-                hook.remove()
-        return {**seen, "result": result}
+
+def _with_parts(model: nn.Module, inputs: Inputs) -> dict[str, Any]:
+    """The result, and what each child of the root returned at its last call."""
+    seen: dict[str, Any] = {}
+
+    def keep(name: str) -> Any:
+        return lambda module, args, output: seen.__setitem__(name, output)
+
+    hooks = [child.register_forward_hook(keep(name)) for name, child in model.named_children()]
+    try:
+        result = _called(model, inputs)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return {**seen, "result": result}
 
 
 def require_torch_device(device: str) -> None:
@@ -129,23 +143,6 @@ def require_torch_device(device: str) -> None:
             where="torch was built without CUDA" if built is None else f"no usable driver for CUDA {built}",
             next_step="run `bntool doctor`, or use --device cpu",
         )
-
-
-@contextlib.contextmanager
-def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Put every layer in eval mode, then give each back the mode it had.
-
-    The flags are set one by one: an overridden `train()` may do more than set a flag (merge weights,
-    keep a layer frozen), and that could not be undone.
-    """
-    before = [(module, module.training) for module in model.modules()]
-    try:
-        for module, _ in before:
-            module.training = False
-        yield
-    finally:
-        for module, training in before:
-            module.training = training
 
 
 @contextlib.contextmanager
@@ -187,14 +184,6 @@ def _read_flag(op: Any, flag: str) -> Any:
         return None
 
 
-@contextlib.contextmanager
-def _same_random_numbers(device: torch.device) -> Iterator[None]:
-    devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(_SEED)
-        yield
-
-
 def _placed(model: nn.Module, device: torch.device, dtype: torch.dtype | None) -> nn.Module:
     wrong_device = any(t.device.type != device.type for t in _tensors(model))
     wrong_dtype = dtype is not None and any(
@@ -203,7 +192,7 @@ def _placed(model: nn.Module, device: torch.device, dtype: torch.dtype | None) -
     if not (wrong_device or wrong_dtype):
         return model
     try:
-        moved = copy.deepcopy(model)
+        moved = own_copy(model)
     except Exception as error:
         raise CheckFailed(
             f"the model cannot be copied, so it cannot run as {dtype or device}: {error}",

@@ -36,6 +36,7 @@ from bntool.graph.dataflow import Graph
 from bntool.graph.inputs import Inputs
 from bntool.inserting import InsertOptions
 from bntool.observe.eager import Observation, observe
+from bntool.observe.standing_in import set_modes
 from bntool.runtime.torch_runner import TorchRunner
 from bntool.subjects.insertion import Outline, exactly, outline, stands
 from bntool.surgery.converting import convert_state_dict
@@ -143,7 +144,7 @@ def prove(task: Task) -> tuple[str, Check | None]:
         with edited_module(task.module, Path(task.path), task.source):
             model = build(task.reference).model
             fill(model, convert_state_dict(task.state, plan), "the new source", "")
-            model.train(task.training)
+            set_modes(model, training=task.training)
             again = observe(model, task.example)
             missing = [
                 s for s in sites if not (stands(again.graph, s, options) and _reads(again.graph, s, plan))

@@ -18,6 +18,7 @@ from bntool.graph.inputs import Inputs
 from bntool.inserting import plan_insert
 from bntool.observe.eager import Observation, observe
 from bntool.observe.inference import observe_inferred
+from bntool.observe.standing_in import set_modes
 from bntool.report.counting import parameter_delta
 from bntool.subjects.base import Checking, Kind, Narrow, Parameters
 from bntool.subjects.insertion import check_unchanged, insert_observed
@@ -101,7 +102,7 @@ class ModuleSubject:
     def folded(self, plan: Plan) -> ModuleSubject:
         if self._planned is not None and self._planned.plan is plan:
             return self.like(self._planned.carry_out())
-        return self.like(apply_fold(self.model, plan).eval())
+        return self.like(set_modes(apply_fold(self.model, plan), training=False))
 
     def proof(self, checking: Checking) -> ModuleProof:
         return ModuleProof(self.model, self.observation.inputs, checking)

@@ -23,6 +23,7 @@ from bntool.observe.copying import is_separable
 from bntool.observe.eager import Observation, observe
 from bntool.observe.inference import has_fixed_size
 from bntool.observe.modules import signature_of
+from bntool.observe.standing_in import set_modes
 from bntool.surgery.fold_modules import apply_fold
 from bntool.surgery.reparameterising import Block, find_blocks, with_blocks_merged
 
@@ -56,8 +57,7 @@ class PlannedFold:
 
     def carry_out(self) -> nn.Module:
         """The folded module, in eval mode; what a surgery does not touch it shares with the original."""
-        folded = apply_fold(self._merged, self._rest)
-        return folded.eval() if any(module.training for module in folded.modules()) else folded
+        return set_modes(apply_fold(self._merged, self._rest), training=False)
 
 
 def plan_module_fold(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +12,7 @@ from bntool.core.plan import Plan
 from bntool.core.verdicts import Check
 from bntool.export.dynamic_axes import resized
 from bntool.observe.inference import has_fixed_size
+from bntool.observe.standing_in import own_copy, set_modes
 from bntool.subjects.base import Checking
 from bntool.subjects.module_folding import other_sizes
 from bntool.surgery.fold_modules import apply_fold
@@ -72,9 +72,8 @@ class ModuleProof:
 
     def agrees(self, plan: Plan) -> bool:
         reference = self.elsewhere or self.reference
-        return all(
-            row.passed for row in self._compared(plan, apply_fold(self._model, plan).eval(), reference)
-        )
+        folded = set_modes(apply_fold(self._model, plan), training=False)
+        return all(row.passed for row in self._compared(plan, folded, reference))
 
     def _compared(self, plan: Plan, folded: nn.Module, reference: Reference, **how: Any) -> list[Check]:
         return check_surgery(
@@ -92,7 +91,7 @@ class ModuleProof:
 def _folded_in_float64(model: nn.Module, plan: Plan) -> nn.Module | None:
     """The same fold redone on a float64 copy; None where a class refuses to be copied."""
     try:
-        wide = copy.deepcopy(model).double()
+        wide = own_copy(model).double()
     except Exception:  # noqa: BLE001 - a class may refuse in its own way
         return None
     return apply_fold(wide, plan)

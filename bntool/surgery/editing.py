@@ -111,6 +111,12 @@ class Edits:
             self._change_norm(edit, (scale, shift))
             return
         slot = self.source.slot(edit, "weight")
+        if edit.layout == "summand":
+            numbers = self._exact(slot)
+            if numbers is None:
+                raise InvariantError(f"the plan edits {edit.weight}, which the model does not have")
+            self._vectors[slot] = scale * numbers.cpu() + shift
+            return
         if edit.bias or shift.count_nonzero():
             self._change_bias(edit, slot, scale, shift)
         self._factors.setdefault(slot, []).append((edit, scale))

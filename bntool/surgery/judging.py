@@ -55,6 +55,8 @@ class EditJudge:
 
         Raises `Damaged`, with the place, where it cannot be carried out.
         """
+        if edit.layout == "summand":
+            return self._summand(edit)
         outputs, inputs = self._channels(edit)
         wanted = outputs if edit.kind == "scale_output" else inputs
         with at("map"):
@@ -64,6 +66,19 @@ class EditJudge:
         if edit.bias:
             self._require_vector(edit.bias, outputs, "bias")
         return outputs
+
+    def _summand(self, edit: Edit) -> int:
+        """A constant that a sum adds: the map must be one of its own shape, or be spread to it."""
+        held = self.tensor(edit.weight, "weight")
+        if edit.bias or edit.kind != "scale_output" or not held.is_floating_point:
+            raise Damaged(f"{edit.weight!r} is no constant that is added", "weight")
+        with at("map"):
+            shape = shape_of(edit.map, self.leaf, self.allowance)
+            fits = len(shape) == len(held.shape)
+            if not fits or any(n not in (1, size) for n, size in zip(shape, held.shape, strict=True)):
+                raise Damaged(f"it gives numbers of shape {list(shape)} for {list(held.shape)}")
+        self.allowance.spend(math.prod(held.shape))
+        return math.prod(held.shape)
 
     def leaf(self, kind: str, name: str) -> tuple[int, ...]:
         """The shape of what a map reads: channels of a BatchNorm, or a tensor."""

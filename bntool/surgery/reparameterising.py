@@ -8,7 +8,6 @@ any other fold.
 from __future__ import annotations
 
 import contextlib
-import copy
 import dataclasses
 from collections.abc import Iterator
 
@@ -20,6 +19,7 @@ from bntool.core.schema import Damaged
 from bntool.core.sites import Edit
 from bntool.observe.copying import structural_copy
 from bntool.observe.modules import is_batch_norm_class, once_per_class
+from bntool.observe.standing_in import own_copy, set_modes
 from bntool.surgery.replacing import replace_everywhere
 
 _METHODS = ("reparameterize", "switch_to_deploy")
@@ -110,9 +110,9 @@ def reparameterised(module: nn.Module, method: str) -> nn.Module:
     tensors = [t for t in (*module.parameters(), *module.buffers()) if t.is_floating_point()]
     dtype = tensors[0].dtype if tensors else torch.get_default_dtype()
     trains = any(p.requires_grad for p in module.parameters())
-    merged = _call(copy.deepcopy(module).double(), method).to(dtype)
+    merged = _call(own_copy(module).double(), method).to(dtype)
     merged.requires_grad_(trains)
-    return merged.train(module.training)
+    return set_modes(merged, training=module.training)
 
 
 def _call(block: nn.Module, method: str) -> nn.Module:

@@ -102,7 +102,8 @@ class _FoldJudge:
             if handle.rpartition(".")[2] != place or getattr(module, place, None) is not None:
                 raise Damaged(f"the model has no tensor {handle!r}, and no room for one", place)
         own = getattr(module, "bias", None)
-        if not edit.bias and role_of(type(module)) in ("conv", "linear") and isinstance(own, Tensor):
+        linear = edit.layout != "summand" and role_of(type(module)) in ("conv", "linear")
+        if linear and not edit.bias and isinstance(own, Tensor):
             raise Damaged(f"it leaves out the bias of {edit.layer!r}", "bias")
         channels = self.edits.change(edit)
         self.made.update({(id(module), place): Held((channels,), True) for place in missing})

@@ -33,22 +33,14 @@ def trace_module(model: nn.Module, inputs: Inputs, *, float64: bool = False) -> 
 
     runner = TorchRunner(model, "cpu", torch.float64 if float64 else None)
     recorder = _Recorder()
-    running = runner.model
-    leaves = [(n, m) for n, m in running.named_modules() if n and not any(m.children())]
-    hooks = [
-        hook
-        for name, leaf in leaves
-        for hook in (
-            leaf.register_forward_pre_hook(recorder.reading(name)),
-            leaf.register_forward_hook(recorder.giving(name)),
-        )
-    ]
-    try:
-        outputs = runner.run(inputs)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return recorder.trace(outputs)
+
+    def hook(running: nn.Module) -> None:
+        for name, leaf in running.named_modules():
+            if name and not any(leaf.children()):
+                leaf.register_forward_pre_hook(recorder.reading(name))
+                leaf.register_forward_hook(recorder.giving(name))
+
+    return recorder.trace(runner.run(inputs, prepare=hook))
 
 
 class _Recorder:

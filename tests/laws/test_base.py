@@ -37,6 +37,8 @@ def affine(scale: Any, shift: Any = 0.0, shape: tuple[int, ...] = (1, -1, 1)) ->
 class Seen:
     """A context over one op; `inputs` gives by role the numbers of a constant, None for what is none."""
 
+    changed: frozenset[str] = frozenset()
+
     def __init__(
         self, attrs: dict[str, Any] | None = None, outputs: int = 1, **inputs: Tensor | None
     ) -> None:
@@ -52,6 +54,9 @@ class Seen:
         self.op: Op = self.graph.add_op("mul", roles, made, attrs=attrs or {}, scope="here")
 
     def choose(self, options: int) -> int:
+        raise AssertionError
+
+    def take_in(self, op: Op, role: str, affine: Affine) -> bool:
         raise AssertionError
 
 

@@ -1,0 +1,203 @@
+"""The one place where a user's model is run: on a stand-in, with everything a run may leave behind put back.
+
+A stand-in shares the parameters with the original, and closures lead where they lead. So every write to a
+tensor of the original is seen by a dispatch mode and undone, and so is what a parameter points to, its
+gradient and flags; what code can reach outside the model is noted before (`surroundings`), and the random
+states and torch's defaults are put back. It holds after an exception and an interrupt too.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import random
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from bntool.core.errors import ObserveError
+from bntool.graph.inputs import Inputs
+from bntool.observe.leftovers import Kept, random_state_kept, undeclared_writes
+from bntool.observe.standing_in import StandIn, set_modes, stand_in
+from bntool.observe.surroundings import Surroundings
+
+
+class Isolation:
+    """Runs of one model that leave no trace, each from the model's state as it is now.
+
+    Args:
+        model: the user's own.
+        own_parameters: whether each run gets parameters of its own; for runs that are not watched.
+
+    `notes` says what could not be isolated; `wrote` whether a run wrote to a tensor that it shared.
+    """
+
+    def __init__(self, model: nn.Module, *, own_parameters: bool = False) -> None:
+        self.model = model
+        self.notes: list[str] = []
+        self.wrote = False
+        self._own_parameters = own_parameters
+
+    @contextlib.contextmanager
+    def run(self, *, watched: bool = True, in_eval: bool = True) -> Iterator[nn.Module]:
+        """The module to call meanwhile.
+
+        Args:
+            watched: whether writes to shared tensors are looked for, which costs some microseconds an op.
+            in_eval: whether the module is in eval mode; else it is in the model's own modes, for the caller
+                to set. The model itself is in eval mode meanwhile, for a closure may lead to it.
+        """
+        copied = self._stand_in()
+        surroundings = Surroundings(self.model, copied.shared)
+        kept = Kept(self.model.modules())
+        kept.add(surroundings.tensors)
+        self._say(surroundings.notes)
+        with contextlib.ExitStack() as stack:
+            stack.callback(self._notice, kept)
+            stack.callback(kept.restore)
+            stack.callback(surroundings.restore)
+            stack.enter_context(_parameters_kept(self.model))
+            stack.enter_context(modes_kept(self.model))
+            stack.enter_context(_defaults_kept())
+            stack.enter_context(random_state_kept())
+            set_modes(self.model, training=False)
+            if in_eval:
+                set_modes(copied.module, training=False)
+            if watched:
+                stack.enter_context(_Watch(kept))
+            yield copied.module
+
+    def _stand_in(self) -> StandIn:
+        if getattr(self.model, "leaves_no_trace", False):
+            return StandIn(self.model)
+        try:
+            return stand_in(self.model, own_parameters=self._own_parameters)
+        except ObserveError as error:
+            self._say([f"the model runs itself, since {error.what}: what it keeps besides tensors stays"])
+            return StandIn(self.model)
+
+    def _say(self, notes: list[str]) -> None:
+        self.notes += [note for note in notes if note not in self.notes]
+
+    def _notice(self, kept: Kept) -> None:
+        self.wrote = self.wrote or bool(kept.copies)
+
+
+def fresh(inputs: Inputs) -> Inputs:
+    """The inputs in memory of their own, for one run: a forward may write to them."""
+    return inputs.map(lambda tensor: tensor.detach().clone().requires_grad_(tensor.requires_grad))
+
+
+@contextlib.contextmanager
+def modes_kept(model: nn.Module) -> Iterator[None]:
+    """Give each layer back the mode that it has now."""
+    before = [(module, module.training) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, training in before:
+            if module.training != training:
+                module.training = training
+
+
+@contextlib.contextmanager
+def same_random_numbers(seed: int) -> Iterator[None]:
+    """Meanwhile the generators of PyTorch, Python and NumPy stand where this seed puts them."""
+    with random_state_kept():
+        torch.manual_seed(seed)
+        random.seed(seed)
+        np.random.seed(seed)  # noqa: NPY002  what models use
+        yield
+
+
+@contextlib.contextmanager
+def _defaults_kept() -> Iterator[None]:
+    dtype, grad = torch.get_default_dtype(), torch.is_grad_enabled()
+    try:
+        yield
+    finally:
+        if torch.get_default_dtype() != dtype:
+            torch.set_default_dtype(dtype)
+        if torch.is_grad_enabled() != grad:
+            torch.set_grad_enabled(grad)
+
+
+@contextlib.contextmanager
+def _parameters_kept(model: nn.Module) -> Iterator[None]:
+    """What `data =`, `grad =`, `requires_grad_()` and the like do to a parameter, which no dispatch shows."""
+    before = [
+        (p, p.detach(), p.requires_grad, p.grad, dict(vars(p))) for p in model.parameters() if not is_lazy(p)
+    ]
+    try:
+        yield
+    finally:
+        for parameter, data, trains, grad, attributes in before:
+            _put_back(parameter, data, trains, grad, attributes)
+
+
+def _put_back(parameter: Tensor, data: Tensor, trains: bool, grad: Tensor | None, attributes: Any) -> None:
+    if not _is_same_memory(parameter, data):
+        parameter.data = data
+    if parameter.requires_grad != trains:
+        parameter.requires_grad_(trains)
+    if parameter.grad is not grad:
+        parameter.grad = grad
+    if vars(parameter) != attributes:
+        vars(parameter).clear()
+        vars(parameter).update(attributes)
+
+
+def _is_same_memory(one: Tensor, other: Tensor) -> bool:
+    if one.shape != other.shape or one.dtype != other.dtype or one.device != other.device:
+        return False
+    try:
+        return one.data_ptr() == other.data_ptr() and one.stride() == other.stride()
+    except RuntimeError:  # a kind of tensor without memory of its own
+        return True
+
+
+class _Watch(TorchDispatchMode):
+    """Keeps what a run is about to write to, where it belongs to somebody else."""
+
+    def __init__(self, kept: Kept) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._kept = kept
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        written = _written(func)
+        if written:
+            name, schema = _name(func), func._schema
+            bound = {**dict(zip((a.name for a in schema.arguments), args, strict=False)), **kwargs}
+            for argument in undeclared_writes(name, bound) if written == _DEPENDS else written:
+                for tensor in _tensors_in(bound.get(argument)):
+                    self._kept.before_write(tensor)
+        return func(*args, **kwargs)
+
+
+_DEPENDS = ("?",)
+"""Whether an operator writes, and to what, depends on how it is called."""
+
+
+@functools.cache
+def _written(func: Any) -> tuple[str, ...]:
+    """The arguments that an operator writes to."""
+    found = [a.name for a in func._schema.arguments if a.alias_info is not None and a.alias_info.is_write]
+    return tuple(found) or (_DEPENDS if undeclared_writes(_name(func), {"training": True}) else ())
+
+
+def _name(func: Any) -> str:
+    return str(func._schema.name).rpartition("::")[2]
+
+
+def _tensors_in(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _tensors_in(item)
