@@ -213,6 +213,7 @@ class _Fold:
             self.asked.bench,
             self.devices,
             self.asked.export,
+            self.asked.load.seed,
         )
         self.voice.say()
         self.voice.say(latency_text(found))

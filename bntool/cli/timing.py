@@ -53,6 +53,7 @@ def timed_fold(
     bench: BenchOptions,
     devices: Devices,
     export: ExportOptions,
+    seed: int,
 ) -> Benchmark:
     """The model before and after; with an ONNX file, that one too, beside that of the model before."""
     from bntool.runtime.benchmarking import Candidate, rebatching
@@ -61,8 +62,8 @@ def timed_fold(
     if opened.kind == "onnx":
         new = places.model.model if places.model is not None else after.model
         pair = [Candidate("before", subject.model), Candidate("folded", new)]
-        return timed(voice, pair, lambda batch: subject.example(batch, 0), bench, devices)
-    inputs_of = rebatching(subject.example())
+        return timed(voice, pair, lambda batch: subject.example(batch, seed), bench, devices)
+    inputs_of = rebatching(subject.example(), seed)
     candidates = [Candidate("torch before", subject.runnable), Candidate("torch folded", after.runnable)]
     pairs = [("torch before", "torch folded")]
     if places.onnx is None:

@@ -61,7 +61,10 @@ def test_a_fold_in_the_scripted_graph(bntool: Shell, how: str, dtype: torch.dtyp
     assert said.code == 0, said
     assert [site["bn"] for site in said.document["sites"]] == ["1", "4"]
     assert said.document["skips"] == []
-    assert said.document["relative_error_float64"] <= 1e-10
+    (check,) = said.document["checks"]
+    assert check["passed"]
+    assert (check["stage"], check["precision"]) == ("fold", "float64")
+    assert check["relative"] <= 1e-10
     assert any("deprecated" in note for note in said.document["notes"])
     folded = _load("net_folded.pt")
     assert "batch_norm" not in str(folded.inlined_graph)
@@ -83,7 +86,7 @@ def test_what_torch_leaves_is_told(bntool: Shell) -> None:
 
 def test_a_module_without_batchnorm_has_nothing_to_fold(refused: Refused) -> None:
     _save(_script(nets.plain()), "net.pt")
-    refused("fold", "net.pt", *nets.INPUT, code=4, says="calls no BatchNorm")
+    refused("fold", "net.pt", *nets.INPUT, code=4, says="has no BatchNorm")
 
 
 def test_statistics_that_are_not_finite(refused: Refused) -> None:

@@ -49,10 +49,10 @@ def test_folded_weights_are_verified_against_those_they_came_from(bntool: Shell)
     torch.save(models.squeezenet1_1(weights=None).state_dict(), "plain.pt")
     words = ("--arch", "torchvision:squeezenet1_1", "--input", "1x3x64x64", "-o", "net.pt")
     assert bntool("insert", "plain.pt", *words, "-q").code == 0
-    said = bntool("verify", "net.pt", "plain.pt", "--input", "1x3x64x64", "--json")
+    said = bntool("verify", "plain.pt", "net.pt", "--input", "1x3x64x64", "--json")
     assert said.code == 0
     assert "--arch torchvision:squeezenet1_1, as the side file of net.pt says" in said.document["notes"]
-    again = bntool("verify", "plain.pt", "net.pt", "--input", "1x3x64x64")
+    again = bntool("verify", "net.pt", "plain.pt", "--input", "1x3x64x64")
     assert again.code == 0
 
 
