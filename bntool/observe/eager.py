@@ -33,6 +33,7 @@ from bntool.observe.leftovers import require_materialised, storage_of, undeclare
 from bntool.observe.modules import class_name, is_decomposed, role_of, uses_plain_bias
 from bntool.observe.reading_out import told, unseen_reads
 from bntool.observe.standing_in import set_modes
+from bntool.observe.written_out import recognise_norms
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
@@ -68,6 +69,7 @@ def observe(model: nn.Module, inputs: Inputs, *, apart: bool = False) -> Observa
         try:
             output = _forward(run, fresh(inputs), recorder)
             recorder.holders.finish(output)
+            recognise_norms(recorder.graph)
         finally:
             recorder.holders.forget()
     return Observation(recorder.graph, inputs, output)
