@@ -97,6 +97,12 @@ OPS: Mapping[str, Word] = {
     "absorbed": _ARITHMETIC,  # arithmetic that a BatchNorm written out was made of
     # over axes
     **dict.fromkeys(("mean", "sum", "amax", "amin", "order_statistic"), _word("input out", **_REDUCTION)),
+    **dict.fromkeys(("std", "var", "std_mean", "var_mean"), _word("input out", **_REDUCTION)),
+    "vector_norm": _word("input out", **_REDUCTION),
+    **dict.fromkeys(
+        ("scatter_sum", "scatter_mean", "scatter_extreme"),
+        _word("input index src source", axis=_INT, source=(str,), elementwise=_BOOL),
+    ),
     "max_pool": _word("input", **_POOL),
     "avg_pool": _word("input", **_POOL),
     "adaptive_avg_pool": _word(dims=_INT),
