@@ -67,7 +67,9 @@ def test_the_largest_message_lets_by_what_is_not_negative(fill: Numbers) -> None
 @few
 @given(numbers)
 def test_what_is_added_to_takes_the_shift(fill: Numbers) -> None:
-    assert verdict(Messages("onto a layer", fill.fill(nn.BatchNorm1d(4)), bias=False), *graph(fill.seed)) is None
+    assert (
+        verdict(Messages("onto a layer", fill.fill(nn.BatchNorm1d(4)), bias=False), *graph(fill.seed)) is None
+    )
 
 
 @few

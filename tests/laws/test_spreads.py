@@ -60,7 +60,9 @@ def test_upstream_a_spread_meets_a_scale_that_is_not_negative(fill: Numbers, nam
 
 def test_across_channels_no_spread_lets_by_what_differs_from_channel_to_channel() -> None:
     fill = Numbers("positive", False, 1e-5, 1.0, 3)
-    model = Chain(nn.Sequential(nn.Softmax(1), fill.fill(nn.BatchNorm1d(4))), lambda x: x.std(1), nn.Linear(5, 2))
+    model = Chain(
+        nn.Sequential(nn.Softmax(1), fill.fill(nn.BatchNorm1d(4))), lambda x: x.std(1), nn.Linear(5, 2)
+    )
     assert verdict(model, data(2, 4, 5)) is not None
 
 
