@@ -290,7 +290,7 @@ zoo(
 )
 zoo(
     "conv_two_bns",
-    {"a": Reason.OUTPUT_USED_ELSEWHERE, "b": Reason.OUTPUT_USED_ELSEWHERE},
+    {"a": FOLDED, "b": Reason.OUTPUT_USED_ELSEWHERE},  # b takes the inverse in
     lambda m, x: let(lambda y: m.a(y) + m.b(y), m.conv(x)),
     lambda: {"conv": conv(), "a": bn(), "b": bn()},
 )

@@ -378,8 +378,8 @@ def test_half_precision_keeps_its_type(tmp_path):
     assert bfloat.opset == 22
 
 
-def test_a_model_that_cannot_be_copied_is_refused(tmp_path):
+def test_an_attribute_that_cannot_be_copied_is_told(tmp_path):
     model = classifier()
     model.generator = (i for i in ())
-    with pytest.raises(ExportError, match="cannot be copied"):
-        export_onnx(model, torch.zeros(1, 3, 8, 8), tmp_path / "m.onnx")
+    result = export_onnx(model, torch.zeros(1, 3, 8, 8), tmp_path / "m.onnx")
+    assert "generator (a generator) cannot be copied, so what a run does to it stays" in result.notes

@@ -332,3 +332,45 @@ def test_a_layer_of_a_fixed_width_is_observed_on_an_image_of_the_same_area(sides
     model, image = randomised(RowsFirst()).double(), torch.randn(2, 3, *sides, dtype=torch.float64)
     result = bntool.fold(model, image)
     assert [skip.reason for skip in result.skips] == [Reason.AXIS_MISMATCH]
+
+
+class LinearOfItsOwn(nn.Module):
+    """No `nn.Linear`: a weight, a bias that may be None, and the functional call; or one that ignores it."""
+
+    def __init__(self, uses_bias: bool) -> None:
+        super().__init__()
+        self.weight, self.uses_bias = nn.Parameter(torch.randn(4, 3)), uses_bias
+        self.register_parameter("bias", None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight, self.bias if self.uses_bias else None)
+
+
+@pytest.mark.parametrize("uses_bias", [True, False])
+def test_a_linear_layer_of_any_class_gets_the_bias_that_it_would_use(uses_bias: bool) -> None:
+    model = nn.Sequential(LinearOfItsOwn(uses_bias), nn.BatchNorm1d(4), nn.Tanh()).eval()
+    model[1].running_mean.normal_()
+    x = torch.randn(5, 3)
+    result = bntool.fold(model, x)
+    assert [skip.reason for skip in result.skips] == ([] if uses_bias else [Reason.CUSTOM_FORWARD])
+    torch.testing.assert_close(result.model(x), model(x))
+
+
+@pytest.mark.parametrize("gamma", [1.0, -1.0])
+def test_where_a_sign_decides_the_reason_is_the_sign(gamma: float) -> None:
+    """relu -> BatchNorm -> sum: the scale goes up and the shift down, unless a channel has γ < 0."""
+
+    class Step(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c = nn.Conv1d(4, 8, 1), nn.Conv1d(4, 8, 1), nn.Conv1d(8, 5, 1)
+            self.bn = nn.BatchNorm1d(8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.c(self.bn(torch.relu(self.a(x))) + torch.tanh(self.b(x)))
+
+    model = Step().eval()
+    model.bn.running_mean.normal_()
+    model.bn.weight.data[3] = gamma
+    result = bntool.fold(model, torch.randn(1, 4, 9))
+    assert [skip.reason for skip in result.skips] == ([] if gamma > 0 else [Reason.NEGATIVE_SCALE])

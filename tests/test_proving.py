@@ -16,6 +16,9 @@ from torch import Tensor, nn
 import bntool
 from bntool.core.errors import CheckFailed, ObserveError, StateError
 from bntool.core.reasons import Reason
+from bntool.graph.inputs import Inputs
+from bntool.subjects.base import Checking
+from bntool.subjects.proving import ModuleProof
 
 
 def randomised(model: nn.Module, seed: int = 0) -> nn.Module:
@@ -255,3 +258,42 @@ def test_a_forward_of_two_inputs_asks_for_both() -> None:
     with pytest.raises(ObserveError, match="missing 1 required positional argument: 'right'") as failure:
         bntool.fold(Two().eval())
     assert failure.value.next_step.startswith("give every argument of forward an --input")
+
+
+class _OfSidesByFour(nn.Module):
+    """A U-Net in short: sides that four does not divide, or any but those given, do not fit together."""
+
+    def __init__(self, only: int | None = None) -> None:
+        super().__init__()
+        self.conv, self.norm, self.only = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), only
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert self.only in (None, x.shape[-1]), "of another size"
+        y = self.norm(self.conv(x))
+        return torch.cat([y, F.interpolate(F.max_pool2d(y, 4), scale_factor=4.0)], 1) * (3 - min(len(x), 2))
+
+
+def test_a_size_that_the_model_does_not_take_is_no_end_of_the_proof_elsewhere() -> None:
+    model = randomised(_OfSidesByFour()).float().eval()
+    proof = ModuleProof(model, Inputs.of(torch.randn(1, 3, 32, 32)), Checking(full=False))
+    assert proof.elsewhere is not None
+    assert proof.elsewhere.inputs[0].shapes() == "2x3x64x64"  # 65 is not divisible, 64 is
+
+
+def test_where_the_model_takes_no_other_size_the_row_says_so() -> None:
+    class Rigid(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.norm = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.norm(self.conv(x.view(2, 3, 8, 8)))
+
+    result = bntool.fold(randomised(Rigid()).float().eval(), torch.randn(2, 3, 8, 8))
+    assert "not proved on other sizes, since the model takes none of 3x3x41x41" in result.checks[0].detail
+    assert (
+        "other sizes"
+        not in bntool.fold(randomised(_OfSidesByFour()).float().eval(), torch.randn(2, 3, 32, 32))
+        .checks[0]
+        .detail
+    )

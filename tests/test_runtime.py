@@ -214,10 +214,12 @@ def test_another_dtype_runs_a_copy():
 
 
 def test_a_model_that_cannot_be_copied_is_an_error_of_the_user():
-    model = nn.Linear(3, 2)
-    model.generator = (i for i in ())
+    class Stubborn(nn.Linear):
+        def __deepcopy__(self, memo):
+            raise TypeError("not to be copied")
+
     with pytest.raises(CheckFailed, match="cannot be copied"):
-        TorchRunner(model, dtype=torch.float64)
+        TorchRunner(Stubborn(3, 2), dtype=torch.float64)
 
 
 @pytest.mark.parametrize("precision", ["highest", "high", "medium"])

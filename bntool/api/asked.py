@@ -34,4 +34,8 @@ def checking_of(level: CheckLevel) -> Checking | None:
 
 def owned(result: SurgeryResult, subject: Subject, share: bool) -> SurgeryResult:
     """The result of a module with tensors of its own, unless it may share them."""
-    return result if share or subject.kind != "module" else surgeries.on_its_own(result, subject.model)
+    if subject.kind != "module":
+        return result
+    if result.model is subject.model:
+        result = surgeries.on_a_copy(result)
+    return result if share else surgeries.on_its_own(result, subject.model)

@@ -252,7 +252,7 @@ def open_session(
         voice.tell(f"using {name}, written by the last bntool {last.command} here")
     else:
         record, name = recall(Path.cwd()), model
-    ours = record if record is not None and _same(name, record.output) else None
+    ours = record if record is not None and same_file(name, record.output) else None
     asked = options
     if ours is not None:
         asked = dataclasses.replace(options, arch=options.arch or ours.arch, key=options.key or ours.key)
@@ -280,7 +280,8 @@ def require_no_script(session: Session, what: str) -> None:
         )
 
 
-def _same(a: str, b: str) -> bool:
+def same_file(a: str, b: str) -> bool:
+    """Whether two names are of one file that is there."""
     try:
         return Path(a).samefile(b)
     except OSError:

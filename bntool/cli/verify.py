@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from bntool.cli.options import takes
-from bntool.cli.session import Session, Voice, open_session
+from bntool.cli.session import Session, Voice, open_session, same_file
 from bntool.core.command_options import LoadOptions, ReportOptions, SpeechOptions
 from bntool.core.errors import CheckFailed, LoadError, UsageError
 from bntool.core.option import Options, option
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 class VerifyOptions(Options):
     """What is compared, and on which inputs."""
 
-    first: str = option("", "", argument=True, required=True, names="file", metavar="[REFERENCE]")
+    first: str | None = option(None, "", argument=True, names="file", metavar="[REFERENCE]")
     second: str | None = option(None, "", argument=True, names="file", metavar="CANDIDATE")
     inputs_file: str | None = option(
         None, "Real inputs: an .npy, .npz or .pt file.", "--inputs", metavar="FILE", names="file"
@@ -60,7 +60,16 @@ def command(
     from bntool.cli import blaming
 
     blaming.require_place(check.repro)
+    if verify.first is None:
+        raise UsageError("no CANDIDATE is named", next_step="bntool verify model_bn.pt model_bn_folded.onnx")
     other, candidate = (verify.first, verify.second) if verify.second else (None, verify.first)
+    if other is None and not _is_onnx(candidate):
+        other, load = _made_from(candidate, load, voice)
+    elif other is not None and same_file(other, candidate):
+        raise UsageError(
+            f"{other} and {candidate} are one file, which proves nothing",
+            next_step="name the model that it was made from, and what was made of it",
+        )
     if _is_onnx(candidate) and (_is_onnx(other) or _stands_alone(candidate, other)):
         from bntool.cli.verify_files import verify_files
 
@@ -74,6 +83,23 @@ def command(
     session = open_session(voice, other, load)
     found = _checked(session, candidate, load, place, check, verify.inputs_file)
     return _concluded(voice, candidate, session.loaded.reference, *found)
+
+
+def _made_from(candidate: str, load: LoadOptions, voice: Voice) -> tuple[str | None, LoadOptions]:
+    """What the last command here made CANDIDATE from, where it did; else what it wrote (None)."""
+    from bntool.files.memory import recall
+
+    record = recall(Path.cwd())
+    if record is None or not record.source or not same_file(candidate, record.output):
+        return None, load
+    voice.tell(f"compared with {record.source}, from which the last bntool {record.command} made it")
+    load = dataclasses.replace(
+        load,
+        arch=load.arch or record.arch,
+        weights=load.weights or record.weights,
+        key=load.key or record.key,
+    )
+    return record.source, load
 
 
 def _arch_of_both(candidate: str, model: str | None, voice: Voice) -> str | None:

@@ -107,7 +107,7 @@ def trace(
             warnings.simplefilter("always", TracerWarning)
             torch.onnx.export(
                 flat,
-                tuple(named.values()),
+                fresh(Inputs(tuple(named.values()))).args,
                 file,
                 dynamo=False,
                 training=torch.onnx.TrainingMode.PRESERVE,

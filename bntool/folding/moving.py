@@ -322,7 +322,8 @@ class Mover:
 def _condition(affine: Affine) -> float:
     """By how much undoing x → s·x + t can magnify what rounding did.
 
-    (1 + |s| + |t|)·(1 + |1/s| + |t/s|) bounds it for each channel; infinite where s = 0, and one that changes nothing counts four.
+    (1 + |s| + |t|)·(1 + |1/s| + |t/s|) bounds it for each channel; where s = 0 it is infinite, and of
+    a map that changes nothing it is four.
     """
     scale, shift = affine.scale.abs(), affine.shift.abs()
     found = (1 + scale + shift) * (1 + (1 + shift) / scale)

@@ -60,6 +60,8 @@ def why_unfit(
     module = graph.modules.get(norm.name)
     if not chosen(norm.name, include, exclude):
         return Refused(Reason.EXCLUDED, "left out by --include/--exclude")
+    if not norm.ops and module is not None and module.role == "custom_norm" and module.calls:
+        return Refused(Reason.CUSTOM_FORWARD, f"{module.kind} has a forward of its own")
     if not norm.ops:
         return Refused(Reason.NOT_OBSERVED, "it did not run on the example input")
     if module is None or not module.role:

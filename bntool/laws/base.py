@@ -30,8 +30,10 @@ class Context(Protocol):
     """What a law may ask of the planner."""
 
     graph: Graph
-    changed: Set[str]
-    """The handles of constant operands that earlier folds have given other numbers."""
+
+    @property
+    def changed(self) -> Set[str]:
+        """The handles of constant operands that earlier folds have given other numbers."""
 
     def choose(self, options: int) -> int:
         """Pick one of several exact ways; the planner comes back with another where it fails."""

@@ -194,7 +194,7 @@ def _own_summand(context: Context, op: Op, demand: Affine) -> str:
     for role in op.reads:
         value = graph.input(op, role)
         tensor = graph.tensors.get(value.handle) if value.handle else None
-        if tensor is None or not value.constant or graph.rewirable or not tensor.is_floating_point():
+        if tensor is None or not value.constant or not tensor.is_floating_point():
             continue
         sizes = (1,) * (len(shape) - tensor.dim()) + tuple(tensor.shape)
         fits = all(wanted in (1, size) for wanted, size in zip(demand.scale.shape, sizes, strict=True))

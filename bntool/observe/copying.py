@@ -202,7 +202,7 @@ def _shallow(module: nn.Module) -> nn.Module:
 def tensors_of(module: nn.Module) -> list[Tensor]:
     """Parameters, buffers and plain attributes of one module that are tensors."""
     own = (module._parameters, module._buffers, module.__dict__)
-    return [value for slots in own for value in slots.values() if isinstance(value, Tensor)]
+    return [v for slots in own for v in slots.values() if type(v) not in _FLAT and isinstance(v, Tensor)]
 
 
 def _made_by_autograd(value: Any, within: tuple[int, ...] = ()) -> Iterator[Tensor]:

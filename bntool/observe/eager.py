@@ -31,10 +31,9 @@ from bntool.observe.holding import SMALL_CONSTANT, Holders
 from bntool.observe.isolation import Isolation, fresh
 from bntool.observe.leftovers import require_materialised, storage_of, undeclared_writes
 from bntool.observe.modules import class_name, is_decomposed, role_of, uses_plain_bias
+from bntool.observe.reading_out import told, unseen_reads
 from bntool.observe.standing_in import set_modes
-
-_READS_OUT = frozenset({"item", "_local_scalar_dense", "resolve_neg"})
-"""What hands numbers to Python. `tolist` and `numpy` show themselves by `resolve_neg` alone."""
+from bntool.observe.written_out import recognise_norms
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
@@ -70,6 +69,7 @@ def observe(model: nn.Module, inputs: Inputs, *, apart: bool = False) -> Observa
         try:
             output = _forward(run, fresh(inputs), recorder)
             recorder.holders.finish(output)
+            recognise_norms(recorder.graph)
         finally:
             recorder.holders.forget()
     return Observation(recorder.graph, inputs, output)
@@ -77,6 +77,7 @@ def observe(model: nn.Module, inputs: Inputs, *, apart: bool = False) -> Observa
 
 def _forward(run: nn.Module, inputs: Inputs, recorder: _Recorder) -> Any:
     with contextlib.ExitStack() as stack:
+        stack.enter_context(unseen_reads(recorder.read))
         stack.enter_context(_room_to_nest())
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.no_grad())
@@ -287,6 +288,11 @@ class _Recorder:
                 return self.holders.value_of(item)
         return None
 
+    def read(self, tensor: Tensor) -> None:
+        """Python was shown the numbers of a tensor."""
+        if not self.graph.values[self.holders.value_of(tensor)].constant:
+            self.graph.reads_numbers = True
+
     # -- operations -------------------------------------------------------------------------------------
 
     def record(
@@ -298,7 +304,7 @@ class _Recorder:
             operands.pop(unread, None)
         outs = list(_tensors_in(out))
         inputs = {role: holders.value_of(tensor) for role, tensor in operands.items()}
-        if name in _READS_OUT and not all(graph.values[v].constant for v in inputs.values()):
+        if not all(graph.values[inputs[role]].constant for role in told(name, operands)):
             graph.reads_numbers = True
         targets = [t for role, t in operands.items() if _is_written(role, written)] if written else []
         if not targets and outs and all(_is_handed_on(o, operands) for o in outs):

@@ -78,8 +78,8 @@ class Isolation:
         try:
             return stand_in(self.model, own_parameters=self._own_parameters)
         except ObserveError as error:
-            self._say([f"the model runs itself, since {error.what}: what it keeps besides tensors stays"])
-            return StandIn(self.model)
+            self._say([f"the model itself was run, since {error.what}"])
+            return StandIn(self.model, ((type(self.model).__name__, self.model),))
 
     def _say(self, notes: list[str]) -> None:
         self.notes += [note for note in notes if note not in self.notes]

@@ -58,7 +58,7 @@ class Kept:
 def storage_of(tensor: Tensor) -> int | None:
     try:
         return int(tensor.untyped_storage()._cdata)
-    except (RuntimeError, NotImplementedError):
+    except (RuntimeError, NotImplementedError, ValueError):  # the last of a lazy parameter
         return None
 
 

@@ -121,6 +121,10 @@ class _Reader:
             reads = {"input": self._step(step, self._with_other(step, reads, view), scope)}
         reads = self._with_other(steps.steps[-1], reads, view)
         outputs = tuple(self.values.of(v) for v in node.outputs if v.name)
+        if is_standard(node) and node.op_type == "Dropout" and len(outputs) > 1:
+            # what it drops in eval mode is nothing, whatever the data
+            self.graph.add_op("mask", {}, outputs[1:], attrs={}, scope=scope)
+            outputs = outputs[:1]
         op = self.graph.add_op(steps.steps[-1].kind, reads, outputs, attrs=steps.steps[-1].attrs, scope=scope)
         if len(steps.steps) == 1:
             self.nodes[op.id] = node

@@ -139,6 +139,8 @@ def _skeleton(model: ir.Model, table: _Sizes) -> onnx.ModelProto:
             told = (_fixed(v, table) if v.shape is not None else _asked(v) for v in node.outputs if v.name)
             graph.value_info.extend(info for info in told if info is not None)
     for value in model.graph.outputs:
+        if value in model.graph.inputs:
+            continue  # an output without a shape would take the input's away
         info = ir.serde.serialize_value(value)
         info.type.tensor_type.ClearField("shape")
         graph.output.append(info)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -63,46 +63,49 @@ def set_modes(model: nn.Module, *, training: bool) -> nn.Module:
 
 def _own_tensors(model: nn.Module, own_parameters: bool) -> Iterator[tuple[int, Tensor]]:
     """A copy of each tensor by the identity of the original; views of one memory stay views of one."""
-    parameters = {id(p): p for m in model.modules() for p in m._parameters.values() if p is not None}
-    kept = set() if own_parameters else _storages(p for p in parameters.values() if not is_lazy(p))
-    memories: dict[int, torch.UntypedStorage] = {}
-    seen: set[int] = set()
+    found: dict[int, Tensor] = {}
+    parameters: dict[int, Tensor] = {}
     for module in model.modules():
         if isinstance(module, torch.jit.ScriptModule):
             continue  # copied whole, by a way of its own
-        for tensor in tensors_of(module):
-            if id(tensor) in seen:
-                continue
-            seen.add(id(tensor))
-            if is_lazy(tensor):  # it gets its shape in place, and cannot be cloned
-                lazy_class: Any = type(tensor)
-                yield id(tensor), lazy_class(device=tensor.device, dtype=tensor.dtype)
-            elif own_parameters or not (id(tensor) in parameters or storage_of(tensor) in kept):
-                yield id(tensor), _own(tensor, memories)
+        parameters.update((id(p), p) for p in module._parameters.values() if p is not None)
+        found.update((id(tensor), tensor) for tensor in tensors_of(module))
+    memories: dict[int, list[Tensor]] = {}
+    for key, tensor in found.items():
+        if is_lazy(tensor):  # it gets its shape in place, and cannot be cloned
+            lazy_class: Any = type(tensor)
+            yield key, lazy_class(device=tensor.device, dtype=tensor.dtype)
+        else:
+            memories.setdefault(storage_of(tensor) or key, []).append(tensor)
+    for tensors in memories.values():
+        if not own_parameters and any(id(tensor) in parameters for tensor in tensors):
+            continue  # a view of a parameter goes with it
+        memory = tensors[0].untyped_storage().clone() if len(tensors) > 1 else None
+        for tensor in tensors:
+            yield id(tensor), _own(tensor, memory)
 
 
-def _storages(tensors: Iterable[Tensor]) -> set[int | None]:
-    return {storage_of(tensor) for tensor in tensors} - {None}
-
-
-def _own(tensor: Tensor, memories: dict[int, torch.UntypedStorage]) -> Tensor:
+def _own(tensor: Tensor, memory: torch.UntypedStorage | None) -> Tensor:
+    """A copy of a tensor, in the copy of its memory where others share that."""
     with torch.no_grad():
-        made = _own_numbers(tensor, memories)
-    if isinstance(tensor, nn.Parameter) and type(made) is Tensor:
-        made = nn.Parameter(made, requires_grad=tensor.requires_grad)
-    elif tensor.requires_grad != made.requires_grad and made.is_leaf:
-        made.requires_grad_(tensor.requires_grad)
-    for name, value in vars(tensor).items():
-        setattr(made, name, value)
+        made = _own_numbers(tensor, memory)
+    if isinstance(tensor, nn.Parameter):
+        if type(made) is Tensor:
+            made = nn.Parameter(made, requires_grad=tensor.requires_grad)
+    elif tensor.requires_grad:
+        made.requires_grad_()
+    if attributes := vars(tensor):
+        vars(made).update(attributes)
     return made
 
 
-def _own_numbers(tensor: Tensor, memories: dict[int, torch.UntypedStorage]) -> Tensor:
-    plain = type(tensor) in (Tensor, nn.Parameter, nn.Buffer)
-    storage = storage_of(tensor) if plain and tensor.layout is torch.strided else None
-    if storage is None or tensor.is_quantized or tensor.is_conj() or tensor.is_neg():
-        return tensor.detach().clone() if plain else copy.deepcopy(tensor)
-    if storage not in memories:
-        memories[storage] = tensor.untyped_storage().clone()
+def _own_numbers(tensor: Tensor, memory: torch.UntypedStorage | None) -> Tensor:
+    if type(tensor) not in _PLAIN:
+        return copy.deepcopy(tensor)
+    if memory is None or tensor.is_conj() or tensor.is_neg() or tensor.is_quantized:
+        return tensor.detach().clone()
     view = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
-    return view.set_(memories[storage], tensor.storage_offset(), tensor.shape, tensor.stride())
+    return view.set_(memory, tensor.storage_offset(), tensor.shape, tensor.stride())
+
+
+_PLAIN = (Tensor, nn.Parameter, nn.Buffer)

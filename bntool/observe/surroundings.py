@@ -266,8 +266,17 @@ def _plain(value: Any) -> FunctionType | None:
 
 def _functions_on(module: nn.Module) -> Iterator[FunctionType]:
     """Functions that one instance holds: its hooks, a forward of its own, a lambda in an attribute."""
-    for value in vars(module).values():
-        candidates = value.values() if isinstance(value, dict) and value else (value,)
+    for name, value in vars(module).items():
+        kind = type(value)
+        if kind in _CALLABLE:
+            candidates: Any = (value,)
+        elif name.endswith("_hooks") and isinstance(value, dict) and value:
+            candidates = value.values()
+        else:
+            continue
         for candidate in candidates:
             if (function := _plain(candidate)) is not None:
                 yield function
+
+
+_CALLABLE = frozenset({FunctionType, MethodType, functools.partial})

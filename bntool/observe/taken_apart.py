@@ -9,7 +9,7 @@ neither is the affine part of a normalisation by statistics of the data itself (
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor
@@ -42,11 +42,16 @@ class TakenApart:
     shift: Tensor
 
 
-def norms_taken_apart(graph: Graph, may: Callable[[Op], bool]) -> list[TakenApart]:
-    """Every BatchNorm of the graph that is written out as ops; `may` tells which ops can be taken out."""
+def norms_taken_apart(
+    graph: Graph, may: Callable[[Op], bool], among: Iterable[Op] | None = None
+) -> list[TakenApart]:
+    """Every BatchNorm of the graph that is written out as ops; `may` tells which ops can be taken out.
+
+    With `among`, only those that begin with one of these ops.
+    """
     found: list[TakenApart] = []
     seen: set[int] = set()
-    for op in graph.ops:
+    for op in graph.ops if among is None else among:
         if op.id in seen:
             continue
         run = _run_from(graph, op, may)
@@ -109,6 +114,8 @@ class _Run:
         data, result = graph.input(op, role), graph.output(op)
         if data.shape != result.shape or data.dtype != result.dtype or not _floating(data.dtype):
             return False
+        if op.attrs["alpha"] is None:
+            return False  # it may have been read from the data
         alpha = float(op.attrs["alpha"])
         if role != "input" and (op.kind == "div" or alpha != 1.0):
             return False

@@ -16,6 +16,8 @@ from bntool.core.plan import Plan
 from bntool.core.verdicts import Check, first_failed
 from bntool.data.batches import inputs_of
 from bntool.graph.inputs import Inputs
+from bntool.observe.copying import structural_copy
+from bntool.observe.standing_in import set_modes
 from bntool.pipeline.settling import first_at_fault, settle
 from bntool.report.results import SurgeryResult
 from bntool.subjects.base import Checking, Proof, S
@@ -145,6 +147,12 @@ def unchanged(subject: S) -> SurgeryResult:
 
 def with_checks(result: SurgeryResult, checks: Sequence[Check]) -> SurgeryResult:
     return dataclasses.replace(result, checks=tuple(checks))
+
+
+def on_a_copy(result: SurgeryResult) -> SurgeryResult:
+    """The result of a surgery that found nothing to do, with a model of its own, in eval mode."""
+    copied = set_modes(structural_copy(result.model), training=False)
+    return dataclasses.replace(result, model=copied)
 
 
 def on_its_own(result: SurgeryResult, original: nn.Module) -> SurgeryResult:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +30,7 @@ class ModuleProof:
 
     def __init__(self, model: nn.Module, example: Inputs, checking: Checking) -> None:
         self._model, self._example, self._checking = model, example, checking
+        self._refused: list[str] = []
 
     @functools.cached_property
     def reference(self) -> Reference:
@@ -42,16 +44,28 @@ class ModuleProof:
 
     @functools.cached_property
     def elsewhere(self) -> Reference | None:
-        """The original on an input of other sizes and one sample more; None where it takes no such input."""
+        """The original on an input of other sizes and one sample more, the first that it takes.
+
+        None where it takes none, and where it does not run in float64: what is proved there is algebra.
+        """
         for other in other_sizes(self._example, fixed=has_fixed_size(self._model)):
             found = Reference(self._model, [other])
             try:
-                if found.exact is not None:
-                    return found
+                _ = found.own
             except BntoolError:
+                self._refused.append(other.shapes())
                 continue
-            return None
+            return found if found.exact is not None else None
         return None
+
+    @property
+    def _not_elsewhere(self) -> str:
+        """Why there is no proof on other sizes; empty where there is one."""
+        if self.elsewhere is not None:
+            return ""
+        if self.reference.exact is None:
+            return "not proved on other sizes, since the model does not run in float64"
+        return f"not proved on other sizes, since the model takes none of {'; '.join(self._refused)}"
 
     @property
     def looks_elsewhere(self) -> bool:
@@ -59,7 +73,7 @@ class ModuleProof:
 
     def rows(self, plan: Plan, after: ModuleSubject) -> list[Check]:
         checking = self._checking
-        return self._compared(
+        first, *more = self._compared(
             plan,
             after.model,
             self.reference,
@@ -69,6 +83,8 @@ class ModuleProof:
             atol=checking.atol,
             rtol=checking.rtol,
         )
+        detail = "; ".join(filter(None, (first.detail, self._not_elsewhere)))
+        return [dataclasses.replace(first, detail=detail), *more]
 
     def agrees(self, plan: Plan) -> bool:
         reference = self.elsewhere or self.reference

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -35,7 +35,7 @@ def apply_fold(model: nn.Module, plan: Plan) -> nn.Module:
 
 def carry_out(copied: nn.Module, plan: Plan) -> nn.Module:
     """The edits of a plan on a structural copy whose blocks have merged their branches; changes the copy."""
-    tensors = _ModuleTensors(copied)
+    tensors = _ModuleTensors(copied, plan.eps)
     apply_edits(tensors, plan)
     tensors.write(removed_norms(plan))
     return copied
@@ -93,8 +93,8 @@ def _clone(tensor: Tensor) -> Tensor:
 class _ModuleTensors:
     """The tensors of a structural copy, told by identity: a name can pass from a shared tensor to a clone."""
 
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
+    def __init__(self, model: nn.Module, eps: Mapping[str, float]) -> None:
+        self.model, self.eps = model, eps
         self.modules = dict(model.named_modules(remove_duplicate=False))
         self.held: dict[Slot, Tensor] = {}
         self.made: set[Slot] = set()
@@ -108,7 +108,12 @@ class _ModuleTensors:
         module: Any = self.modules[name]
         mean = module.running_mean
         gamma, beta = (self._slot(f"{name}.{role}".lstrip("."), mean) for role in ROLES)
-        return StoredNorm(gamma, beta, mean, module.running_var, float(module.eps))
+        return StoredNorm(gamma, beta, mean, module.running_var, self._eps_of(name))
+
+    def _eps_of(self, name: str) -> float:
+        """Its own ε; a class that has it in its forward alone keeps it in the plan."""
+        own = getattr(self.modules[name], "eps", None)
+        return float(own) if isinstance(own, int | float) else self.eps.get(name, 0.0)
 
     def constant(self, handle: str) -> Tensor:
         held = self._tensor(handle)

@@ -91,8 +91,13 @@ class Wiring:
         product = node.outputs[0]
         self._insert_behind(node, "Add", [product, bias], product)
 
-    def batch_norm_behind(self, node: ir.Node, name: str, tensors: Sequence[Tensor], eps: float) -> None:
-        """A BatchNormalization (γ, β, μ, σ², each (C,)) reads what `node` gives; it takes over the name."""
+    def batch_norm_behind(
+        self, node: ir.Node, name: str, tensors: Sequence[Tensor], eps: float, momentum: float
+    ) -> None:
+        """A BatchNormalization (γ, β, μ, σ², each (C,)) reads what `node` gives; it takes over the name.
+
+        `momentum` is ONNX's, the share of the running statistics that stays.
+        """
         stored = [
             self.new_initializer(f"{name}.{role}", tensor)
             for role, tensor in zip(("weight", "bias", "running_mean", "running_var"), tensors, strict=True)
@@ -101,6 +106,7 @@ class Wiring:
         made = self._insert_behind(node, "BatchNormalization", [output, *stored], output)
         made.name = self._free(name)
         made.attributes.add(ir.AttrFloat32("epsilon", eps))
+        made.attributes.add(ir.AttrFloat32("momentum", momentum))
 
     def rewrite_as_mul_add(self, nodes: Sequence[ir.Node], data: int, scale: Tensor, shift: Tensor) -> None:
         """Elementwise nodes in a row become one Mul and one Add."""

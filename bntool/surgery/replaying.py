@@ -197,7 +197,10 @@ def _by_name(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def _is_norm(module: nn.Module | None) -> bool:
-    return module is not None and is_batch_norm_class(type(module))
+    """A BatchNorm by its class, or one of a user's own by its statistics."""
+    if module is None or is_batch_norm_class(type(module)):
+        return module is not None
+    return all(isinstance(getattr(module, slot, None), Tensor) for slot in ("running_mean", "running_var"))
 
 
 def _numbers(model: nn.Module) -> int:

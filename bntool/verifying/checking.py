@@ -68,6 +68,7 @@ def check_surgery(
     if twice:
         (again,) = _without(_run_all(runner, reference.inputs[:1], stage), changed)
         remarks.append(repeated(got[0], again))
+    remarks += [note for note in runner.notes if note not in reference.notes]
     algebra = _check_algebra(elsewhere or reference, candidate64, stage, say, changed_parts)
     expected = _without(reference.outputs, changed)
 

@@ -88,6 +88,7 @@ class Reference:
             runner = self._own_runner(self._model)
             runs = [(inputs, runner.run(self._narrowed(inputs))) for inputs, _ in runs]
         self.notes += [f"the original cannot run {inputs.shapes()}, left out" for inputs, _ in refused]
+        self.notes += runner.notes
         return runs
 
     def _own_runner(self, model: nn.Module) -> TorchRunner:

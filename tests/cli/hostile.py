@@ -96,6 +96,7 @@ def _onnx() -> None:
         return made
 
     onnx.save(model("BatchNormalization", 1), "m.onnx")
+    onnx.save(model("BatchNormalization", 1), "same.onnx")
     onnx.save(model("BatchNormalization", NAME), "open.onnx")
     onnx.save(model(NAME, 1), "unknown.onnx")
     lost = model("BatchNormalization", 1)

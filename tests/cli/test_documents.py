@@ -32,7 +32,7 @@ OUTCOMES = {
     "export": ("done", ("export", "{}", "-o", "e.onnx", "--force")),
     "inspect": ("done", ("inspect", "{}")),
     "calibrate": ("done", ("calibrate", "{}", "--data", "x.npy", "--force")),
-    "verify": ("done", ("verify", "{}", "{}")),
+    "verify": ("done", ("verify", "{}", "same {}")),
     "bench": ("done", ("bench", "{}", "{}", "--rounds", "7", "--batch-sizes", "2")),
     "missing": ("done", ("fold", "no such file.pt")),
 }
@@ -57,6 +57,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
         torch.export.save(torch.export.export(model, (x,)), folder / "m.pt2")
         bntool.export_onnx(model, x, folder / "m.onnx")
         torch.jit.save(torch.jit.trace(model, x), folder / "s.pt")
+        for kind in KINDS:
+            shutil.copyfile(folder / kind, folder / f"same {kind}")
         np.save(folder / "x.npy", torch.randn(8, *shape).numpy())
     return root
 

@@ -130,7 +130,18 @@ def test_verify_what_is_not_there(refused: Shell) -> None:
     refused("verify", "nope.pt", "model.pt", code=3, says="no such file")
     refused("verify", "text.onnx", "model.pt", code=3, says="text.onnx is a text file")
     refused("verify", "model.pt", "model.pt", "--check", "none", code=2, says="nothing to verify")
+    refused("verify", "model.pt", "model.pt", code=2, says="are one file")
     refused("verify", code=2, says="CANDIDATE")
+
+
+def test_what_a_command_made_is_compared_with_what_it_was_made_from(bntool: Shell, refused: Shell) -> None:
+    nets.save(nets.normalised(), "model.pt")
+    assert bntool("fold", "model.pt", *nets.INPUT).code == 0
+    assert bntool("verify", "model_folded.pt", *nets.INPUT).code == 0
+    folded = torch.load("model_folded.pt", weights_only=False)
+    next(folded.parameters()).data.mul_(3)
+    torch.save(folded, "model_folded.pt")
+    refused("verify", "model_folded.pt", *nets.INPUT, code=1, says="model.pt computes")
 
 
 def test_verify_with_a_tolerance_of_its_own(bntool: Shell) -> None:

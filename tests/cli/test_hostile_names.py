@@ -73,7 +73,7 @@ MORE_LINES: tuple[tuple[str, ...], ...] = (
     ("insert", *_BARE, "--source"),
     ("export", *_NET, "--exporter", "legacy", "-o", "e.onnx"),
     ("verify", "m.onnx", "unknown.onnx"),
-    ("verify", "m.onnx", "m.onnx"),
+    ("verify", "m.onnx", "same.onnx"),
     ("verify", "again.pt", *_NET),
     ("bench", "m.onnx", "m.onnx", "--rounds", "3"),
     ("calibrate", *_NET, "--data", "d.pt", "--force"),

@@ -274,6 +274,48 @@ def test_numbers_that_python_is_handed_as_a_list_or_an_array_are_no_constants(
     assert _constant_factor(graph) is None
 
 
+def _large(m: Tensor) -> Tensor:
+    return m > 0.5
+
+
+@pytest.mark.parametrize(
+    "decides",
+    [
+        lambda m: bool(_large(m.max())),
+        lambda m: bool(_large(m).all()),
+        lambda m: torch.equal(m, torch.ones_like(m)),
+        lambda m: torch.allclose(m, torch.ones_like(m)),
+        lambda m: len(_large(m).nonzero()) > 0,
+        lambda m: len(torch.argwhere(_large(m))) > 0,
+        lambda m: len(m[_large(m)]) > 0,
+        lambda m: len(m.masked_select(_large(m))) > 0,
+        lambda m: len(m.unique()) > 1,
+        lambda m: len(torch.unique_consecutive(m)) > 1,
+        lambda m: str(m) == "1",
+        lambda m: "1" in repr(m),
+        lambda m: float(np.from_dlpack(m)[0]) > 1,
+        lambda m: float(torch.from_dlpack(m).numpy()[0]) > 1,
+    ],
+)
+def test_a_branch_on_a_tensor_reads_its_numbers(decides: Callable[[Tensor], bool]) -> None:
+    """What it decides may be another number for another input: a constant factor it is not."""
+    model = Net(lambda s, x: s.conv(x) * (2.0 if decides(x.amax((1, 2, 3))) else 3.0), conv=conv())
+    graph = look(model).graph
+    assert graph.reads_numbers
+    assert only(graph, "mul").attrs["number"] is None
+
+
+def test_a_mask_or_an_index_that_does_not_come_from_the_data_reads_nothing() -> None:
+    def forward(net: Any, x: Tensor) -> Tensor:
+        mask = torch.arange(x.shape[1]) > 0
+        kept = len(mask.nonzero()) + len(x[:, mask]) + len(x.masked_select(mask[:, None, None]))
+        return net.conv(x[torch.arange(len(x))]) * (2.0 if kept else 3.0)
+
+    graph = look(Net(forward, conv=conv())).graph
+    assert not graph.reads_numbers
+    assert only(graph, "mul").attrs["number"] == 2.0
+
+
 # -- modules --------------------------------------------------------------------------------------------
 
 

@@ -22,10 +22,6 @@ _LEAVES = (str, bytes, bytearray, int, float, complex, enum.Enum, *_CODE)
 _REGISTRIES = {"_parameters": nn.Parameter, "_buffers": Tensor, "_modules": nn.Module}
 
 
-_FREE = frozenset("type cpu cuda xpu ipu mtia half bfloat16 share_memory compile".split())
-"""Methods of a layer that neither a forward nor bntool calls; detection models keep a text under `type`."""
-
-
 def complaints(loaded: Any) -> Iterator[str]:
     """What is wrong with a loaded object, one line each; nothing for what an honest file builds.
 
@@ -73,13 +69,17 @@ def _items(value: Any) -> Iterable[Any]:
     return ()
 
 
+_WORDS = frozenset({"type"})
+"""Methods of a layer that nobody calls, whose names detectors give to words of theirs."""
+
+
 def _hidden_methods(value: Any, attributes: Mapping[Any, Any]) -> Iterator[str]:
     for name, attribute in attributes.items():
         if not isinstance(name, str):
             yield f"gives a {type(value).__name__} an attribute that has no name"
             continue
         inherited = getattr(type(value), name, None)
-        if name in _FREE and isinstance(attribute, str | int | float):
+        if name in _WORDS and type(attribute) is str and isinstance(value, nn.Module):
             continue
         if callable(inherited) and not isinstance(inherited, type) and attribute is not None:
             yield f"hides the method {type(value).__name__}.{shown(name)}"

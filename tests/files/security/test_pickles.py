@@ -364,6 +364,17 @@ def test_the_callers_own_safe_globals_survive(tmp_path: Path) -> None:
         torch.serialization.add_safe_globals(before)
 
 
+def test_a_word_of_a_detectors_under_the_name_of_a_method_that_nobody_calls_loads(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.ReLU())
+    model[0].type = "torch.nn.modules.activation.ReLU"  # type: ignore[assignment]
+    torch.save(model, tmp_path / "m.pt")
+    assert load(tmp_path / "m.pt").model[0].type == "torch.nn.modules.activation.ReLU"
+    model[0].type = nn.functional.relu  # type: ignore[assignment]
+    torch.save(model, tmp_path / "m.pt")
+    with pytest.raises(LoadError, match=r"hides the method ReLU\.type"):
+        load(tmp_path / "m.pt")
+
+
 def test_honest_oddities_load(tmp_path: Path) -> None:
     net = nn.Sequential(nn.Linear(4, 4), nn.TransformerEncoderLayer(4, 2, 8, batch_first=True))
     net.register_buffer("wide", torch.zeros(1).expand(1000))
