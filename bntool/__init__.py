@@ -23,7 +23,7 @@ if TYPE_CHECKING:
         summary,
         verify,
     )
-    from bntool.calibrate.calibrating import CalibrationResult, calibrate
+    from bntool.calibrating.calibrating import CalibrationResult, calibrate
     from bntool.core.errors import (
         BntoolError,
         CheckFailed,
@@ -52,7 +52,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "api": "apply export_onnx fold fold_to_onnx insert plan_fold plan_insert read_plan summary verify",
     "data.batches": "open_batches",
-    "calibrate.calibrating": "CalibrationResult calibrate",
+    "calibrating.calibrating": "CalibrationResult calibrate",
     "surgery.converting": "convert_state_dict",
     "core.errors": """BntoolError CheckFailed DamagedPlan DeviceError ExportError LoadError NothingToDo
         ObserveError PlanError StateError UsageError""",

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+import bntool
+
 PACKAGE = Path(__file__).resolve().parents[1] / "bntool"
 
 FLOORS: dict[str, int] = {
@@ -27,10 +29,10 @@ FLOORS: dict[str, int] = {
     "runtime": 4,
     "export": 4,
     "pages": 4,
-    "verify": 5,
+    "verifying": 5,
     "report": 5,
     "data": 5,
-    "calibrate": 6,
+    "calibrating": 6,
     "subjects": 6,
     "pipeline": 7,
     "source": 8,
@@ -93,6 +95,11 @@ def test_every_file_has_a_room_and_every_room_its_files() -> None:
     assert members - set(FLOORS) == set(), "give the room a floor in FLOORS"
     assert set(FLOORS) - members == set(), "FLOORS names a room that is gone"
     assert len([path for path in PACKAGE.iterdir() if path.is_file()]) <= 6, "the root holds the face alone"
+
+
+def test_no_room_hides_a_public_name() -> None:
+    """Importing `bntool.x.y` sets `bntool.x`: a room of that name would stand where the function was."""
+    assert set(bntool.__all__) & {_member(module) for module in FILES} == set()
 
 
 @pytest.mark.parametrize("module", FILES)

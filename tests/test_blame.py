@@ -15,9 +15,9 @@ from bntool.core.blame import Step, first_fault
 from bntool.core.errors import BntoolError, CheckFailed, UsageError
 from bntool.export.exporting import export_onnx
 from bntool.graph.inputs import Inputs
-from bntool.verify import blaming
-from bntool.verify.checking import check_onnx, check_surgery, seeded_batches
-from bntool.verify.repro import write_repro
+from bntool.verifying import blaming
+from bntool.verifying.checking import check_onnx, check_surgery, seeded_batches
+from bntool.verifying.repro import write_repro
 from tests import broken
 
 IMAGE = Inputs((torch.zeros(1, 3, 12, 12),))
@@ -192,7 +192,7 @@ def test_values_that_would_not_fit_into_the_memory_are_not_taken_apart(monkeypat
     other = copy.deepcopy(model)
     nn.init.ones_(other[0].weight)
     assert blaming.blame_modules(model, other, inputs, stage="fold") is not None
-    monkeypatch.setattr("bntool.verify.blaming.available_bytes", lambda: 100)
+    monkeypatch.setattr("bntool.verifying.blaming.available_bytes", lambda: 100)
     with pytest.raises(UsageError, match="between the layers take"):
         blaming.blame_modules(model, other, inputs, stage="fold")
     why = blaming.told(lambda: blaming.blame_modules(model, other, inputs, stage="fold"))

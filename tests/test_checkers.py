@@ -16,10 +16,10 @@ from bntool.core.verdicts import Check
 from bntool.export.exporting import export_onnx
 from bntool.graph.inputs import Inputs
 from bntool.runtime.ort_runner import OrtRunner
-from bntool.verify.checking import check_onnx, check_surgery, seeded_batches
-from bntool.verify.comparing import compare, noise_limits
-from bntool.verify.onnx_checking import OnnxReference, check_onnx_unchanged
-from bntool.verify.onnx_verifying import check_files, check_itself
+from bntool.verifying.checking import check_onnx, check_surgery, seeded_batches
+from bntool.verifying.comparing import compare, noise_limits
+from bntool.verifying.onnx_checking import OnnxReference, check_onnx_unchanged
+from bntool.verifying.onnx_verifying import check_files, check_itself
 
 Run = dict[str, Tensor]
 BATCHES = (1, 2, 100)

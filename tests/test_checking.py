@@ -11,8 +11,8 @@ from bntool.core.errors import CheckFailed, DeviceError, ExportError
 from bntool.export.exporting import export_onnx
 from bntool.graph.inputs import Inputs
 from bntool.report.checks import Comparison
-from bntool.verify.checking import ALGEBRA_LIMIT, check_onnx, check_surgery, named_as, seeded_batches
-from bntool.verify.reference import Reference
+from bntool.verifying.checking import ALGEBRA_LIMIT, check_onnx, check_surgery, named_as, seeded_batches
+from bntool.verifying.reference import Reference
 
 
 def randomised(model: nn.Module) -> nn.Module:

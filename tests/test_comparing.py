@@ -11,7 +11,7 @@ from torch import Tensor
 from bntool.core.errors import CheckFailed, StateError
 from bntool.core.verdicts import Check
 from bntool.report.checks import Comparison
-from bntool.verify.comparing import (
+from bntool.verifying.comparing import (
     K_NOISE,
     Difference,
     Limit,

@@ -17,8 +17,8 @@ from bntool.export.onnx_versions import chosen_ir_version, loads_in
 from bntool.export.onnx_writing import append_metadata
 from bntool.graph.inputs import Inputs
 from bntool.models.casting import stored_as
-from bntool.verify.checking import check_onnx, seeded_batches
-from bntool.verify.reference import Reference
+from bntool.verifying.checking import check_onnx, seeded_batches
+from bntool.verifying.reference import Reference
 
 IMAGE = Inputs((torch.zeros(1, 3, 8, 8),))
 

@@ -13,7 +13,7 @@ from bntool.core.errors import ExportError
 from bntool.export import exporting, onnx_writing
 from bntool.export.exporting import export_onnx
 from bntool.graph.inputs import Inputs
-from bntool.verify.checking import check_onnx, seeded_batches
+from bntool.verifying.checking import check_onnx, seeded_batches
 
 
 def convolutions() -> nn.Module:

@@ -20,10 +20,10 @@ from bntool.core.reasons import Reason
 from bntool.folding import agreement, plan_fold
 from bntool.graph.inputs import Inputs
 from bntool.pipeline.onnx_folding import fold_onnx, plan_fold_onnx
-from bntool.verify import onnx_checking
-from bntool.verify.comparing import K_NOISE, Limit
-from bntool.verify.onnx_checking import OnnxReference, file_limits
-from bntool.verify.reference import DRAWS
+from bntool.verifying import onnx_checking
+from bntool.verifying.comparing import K_NOISE, Limit
+from bntool.verifying.onnx_checking import OnnxReference, file_limits
+from bntool.verifying.reference import DRAWS
 from tests.onnx_zoo import ONNX_ZOO
 
 ZOO = {net.name: net for net in ONNX_ZOO}

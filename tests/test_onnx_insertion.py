@@ -17,7 +17,7 @@ from bntool.inserting import InsertOptions
 from bntool.pipeline.onnx_folding import fold_onnx, insert_onnx
 from bntool.pipeline.program_folding import insert_program
 from bntool.runtime.onnx_reference import ReferenceRunner
-from bntool.verify.onnx_checking import check_onnx_unchanged, example_inputs_of
+from bntool.verifying.onnx_checking import check_onnx_unchanged, example_inputs_of
 
 
 class Net(nn.Module):

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from bntool.graph.inputs import Inputs
-from bntool.verify.checking import seeded_batches
-from bntool.verify.comparing import K_NOISE
-from bntool.verify.reference import Reference
+from bntool.verifying.checking import seeded_batches
+from bntool.verifying.comparing import K_NOISE
+from bntool.verifying.reference import Reference
 
 
 class Counted(nn.Linear):

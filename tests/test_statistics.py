@@ -10,10 +10,10 @@ import torch
 from torch import nn
 
 import bntool
-from bntool.calibrate.calibrating import calibrate
-from bntool.calibrate.moments import Moments
-from bntool.calibrate.statistics import measure, set_preserving
-from bntool.calibrate.sweeping import sweep
+from bntool.calibrating.calibrating import calibrate
+from bntool.calibrating.moments import Moments
+from bntool.calibrating.statistics import measure, set_preserving
+from bntool.calibrating.sweeping import sweep
 from bntool.core.errors import NothingToDo, StateError, UsageError
 from bntool.frozen import freeze_layer
 
@@ -78,7 +78,7 @@ def test_moments_agree_with_numpy_over_uneven_parts_in_any_order(offset):
 def test_moments_of_a_batch_larger_than_one_chunk(monkeypatch):
     (batch,) = batches_of(9)
     whole = Moments.of(batch)
-    monkeypatch.setattr("bntool.calibrate.moments._CHUNK", 400)
+    monkeypatch.setattr("bntool.calibrating.moments._CHUNK", 400)
     parts = Moments.of(batch)
     assert parts.count == whole.count
     torch.testing.assert_close(parts.m2, whole.m2, rtol=whole.count * U64, atol=0)

@@ -14,10 +14,10 @@ from bntool.graph.inputs import Inputs
 from bntool.models.casting import TF32, round_to_tf32, tf32_copy
 from bntool.report.checks import Comparison
 from bntool.runtime.libraries import CPU, CUDA, TENSORRT
-from bntool.verify import checking
-from bntool.verify.checking import check_onnx, check_tf32, no_tf32
-from bntool.verify.onnx_verifying import check_itself
-from bntool.verify.reference import Reference
+from bntool.verifying import checking
+from bntool.verifying.checking import check_onnx, check_tf32, no_tf32
+from bntool.verifying.onnx_verifying import check_itself
+from bntool.verifying.reference import Reference
 from tests import broken
 
 FLOAT32 = torch.finfo(torch.float32).eps

@@ -20,10 +20,10 @@ from bntool import api
 from bntool.export.exporting import export_onnx
 from bntool.files.references import build
 from bntool.graph.inputs import Inputs
-from bntool.verify.blaming import blame_export, blame_modules
-from bntool.verify.checking import check_onnx, check_surgery, seeded_batches
-from bntool.verify.onnx_verifying import check_itself
-from bntool.verify.reference import Reference
+from bntool.verifying.blaming import blame_export, blame_modules
+from bntool.verifying.checking import check_onnx, check_surgery, seeded_batches
+from bntool.verifying.onnx_verifying import check_itself
+from bntool.verifying.reference import Reference
 from tools.gpu_nets import enliven
 from tools.sweeping import Results, arguments
 

@@ -25,10 +25,10 @@ from bntool.models import casting
 from bntool.runtime import OrtRunner, TorchRunner
 from bntool.runtime.benchmarking import Candidate, benchmark, rebatching
 from bntool.runtime.libraries import CPU, CUDA, TENSORRT
-from bntool.verify import checking
-from bntool.verify.checking import check_onnx, check_surgery, check_tf32, seeded_batches
-from bntool.verify.comparing import compare
-from bntool.verify.reference import Reference
+from bntool.verifying import checking
+from bntool.verifying.checking import check_onnx, check_surgery, check_tf32, seeded_batches
+from bntool.verifying.comparing import compare
+from bntool.verifying.reference import Reference
 from tools.gpu_nets import NETS
 
 PRECISIONS = ("fp32", "TF32", "fp16")

@@ -32,9 +32,9 @@ OPEN = "open"
 _LAWS = "tests/laws/test_roles.py"
 _FOLDING = "tests/folding tests/test_folding.py"
 TESTS: dict[str, str] = {
-    "bntool/verify/comparing.py": "tests/test_comparing.py",
-    "bntool/verify/checking.py": "tests/test_checkers.py tests/test_checking.py",
-    "bntool/verify/reference.py": "tests/test_reference.py tests/test_checking.py",
+    "bntool/verifying/comparing.py": "tests/test_comparing.py",
+    "bntool/verifying/checking.py": "tests/test_checkers.py tests/test_checking.py",
+    "bntool/verifying/reference.py": "tests/test_reference.py tests/test_checking.py",
     "bntool/laws/base.py": "tests/laws/test_base.py",
     "bntool/laws/averaging.py": f"tests/laws/test_averaging.py {_LAWS}",
     "bntool/laws/merging.py": "tests/laws/test_merging.py",

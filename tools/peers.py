@@ -63,7 +63,7 @@ def observed(model: Any) -> Any:
 def prepare(name: str, folder: Path, gain: float = 1.0) -> dict[str, Any]:
     """Export the model unfolded, run the original, and keep in `folder` what every tool is held against."""
     from bntool.export.exporting import export_onnx
-    from bntool.verify.reference import Reference
+    from bntool.verifying.reference import Reference
     from tools.fingerprints import fingerprints, trace_onnx
 
     model = make(name, gain)
@@ -84,7 +84,7 @@ def judge(name: str, tool: str, folder: Path, gain: float = 1.0) -> dict[str, An
     """Let one tool fold the model; say which BatchNorms are left, and whether the result is right."""
     import torch
 
-    from bntool.verify.comparing import compare, noise_limits
+    from bntool.verifying.comparing import compare, noise_limits
 
     kept = (folder / "reference.pickle").read_bytes()
     inputs, expected, limits, layers, batch_norms, own = pickle.loads(kept)  # noqa: S301 - written by `prepare`

@@ -79,7 +79,7 @@ def _module(model: Any) -> nn.Module:
 def _inputs_of(session: Session | None, files: list[str], seed: int) -> Callable[[int], Inputs | None]:
     from bntool.runtime.benchmarking import rebatching
     from bntool.runtime.programs import example_inputs_of as inputs_of_program
-    from bntool.verify.onnx_checking import example_inputs_of
+    from bntool.verifying.onnx_checking import example_inputs_of
 
     if session is None:
         return lambda batch: example_inputs_of(files[0], batch, seed)

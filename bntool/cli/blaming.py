@@ -10,20 +10,20 @@ from bntool.cli.session import Voice
 from bntool.core.errors import CheckFailed
 
 if TYPE_CHECKING:
-    from bntool.verify.blaming import Found
+    from bntool.verifying.blaming import Found
 
 
 def require_place(repro: str | None) -> None:
     """Before any work: a repro goes into a folder of its own. Raises `UsageError`."""
     if repro:
-        from bntool.verify.repro import require_no_folder
+        from bntool.verifying.repro import require_no_folder
 
         require_no_folder(Path(repro))
 
 
 def report(voice: Voice, find: Callable[[], Found | None], repro: str | None) -> dict[str, Any]:
     """Find and print the first layer or node that differs; return the document's part about it."""
-    from bntool.verify.blaming import told
+    from bntool.verifying.blaming import told
 
     with voice.progress("looking for the place where they part"):
         found = told(find)
@@ -37,7 +37,7 @@ def report(voice: Voice, find: Callable[[], Found | None], repro: str | None) ->
 def _written(voice: Voice, found: Found, repro: str | None) -> str | None:
     if not repro:
         return None
-    from bntool.verify.repro import write_repro
+    from bntool.verifying.repro import write_repro
 
     try:
         script = write_repro(found, Path(repro))

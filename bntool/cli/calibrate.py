@@ -69,7 +69,7 @@ def command(
 def _calibrate(
     session: Session, data: DataOptions, load: LoadOptions, write: WriteOptions, world: World, *, freeze: bool
 ) -> int:
-    from bntool.calibrate.calibrating import calibrate
+    from bntool.calibrating.calibrating import calibrate
     from bntool.cli.writing import chosen_output, write_model
 
     voice, place = session.voice, None
@@ -100,7 +100,7 @@ def _require_storable(session: Session, freeze: bool) -> None:
     """Weights alone cannot hold new layers: what reads them back makes the layers from the architecture."""
     from torch import nn
 
-    from bntool.calibrate.calibrating import untracked_layers
+    from bntool.calibrating.calibrating import untracked_layers
 
     loaded = session.loaded
     inside = loaded.wrapped_in

@@ -232,7 +232,7 @@ class _Fold:
             return
 
         def find() -> Any:
-            from bntool.verify.blaming import blame_files, blame_modules
+            from bntool.verifying.blaming import blame_files, blame_modules
 
             _, after = fold(subject, self.asked.fold)
             if subject.kind == "onnx":

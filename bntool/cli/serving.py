@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from bntool.pipeline.serving import Serving
     from bntool.report.results import SurgeryResult
     from bntool.subjects.base import Checking
-    from bntool.verify.reference import Reference
+    from bntool.verifying.reference import Reference
 
 
 def served(
@@ -65,8 +65,8 @@ def placed(result: SurgeryResult, place: OnnxPlace | None, drafts: Drafts) -> Su
 
 def reference_with(session: Session, *, full: bool) -> Reference:
     """The original's own runs: on batches of 1, 2 and 3 with `full`, else on one input."""
-    from bntool.verify.checking import seeded_batches
-    from bntool.verify.reference import Reference
+    from bntool.verifying.checking import seeded_batches
+    from bntool.verifying.reference import Reference
 
     return Reference(
         session.model, seeded_batches(session.example, (1, 2, 3) if full else (1,), session.seed)

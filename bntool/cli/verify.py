@@ -18,8 +18,8 @@ from bntool.core.options import CheckOptions, PlaceOptions
 if TYPE_CHECKING:
     from bntool.cli.devices import Devices
     from bntool.core.verdicts import Check
-    from bntool.verify.blaming import Found
-    from bntool.verify.reference import Reference
+    from bntool.verifying.blaming import Found
+    from bntool.verifying.reference import Reference
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,7 +150,7 @@ def _checked(
         return checks, {}
 
     def find() -> Found | None:
-        from bntool.verify.blaming import blame_modules, blame_onnx
+        from bntool.verifying.blaming import blame_modules, blame_onnx
 
         if other is None:
             return blame_onnx(session.model, Path(candidate), reference.inputs, checks)
@@ -190,7 +190,7 @@ def _stands_alone(candidate: str, model: str | None) -> bool:
 def _reference(session: Session, inputs_file: str | None, *, full: bool) -> Reference:
     from bntool.cli import serving
     from bntool.cli.real_inputs import read_inputs
-    from bntool.verify.reference import Reference
+    from bntool.verifying.reference import Reference
 
     if not inputs_file:
         return serving.reference_with(session, full=full)
@@ -214,7 +214,7 @@ def _compared(
     session: Session, other: Any, reference: Reference, check: CheckOptions, places: Devices, step: Any
 ) -> list[Check]:
     from bntool.cli import devices
-    from bntool.verify.checking import check_onnx, check_surgery, check_tf32, no_tf32
+    from bntool.verifying.checking import check_onnx, check_surgery, check_tf32, no_tf32
 
     common: dict[str, Any] = {
         "progress": step,

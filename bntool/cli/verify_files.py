@@ -13,7 +13,7 @@ from bntool.core.options import CheckOptions, PlaceOptions
 if TYPE_CHECKING:
     from bntool.core.verdicts import Check
     from bntool.graph.inputs import Inputs
-    from bntool.verify.blaming import Found
+    from bntool.verifying.blaming import Found
 
 
 def verify_files(
@@ -32,7 +32,7 @@ def verify_files(
     from bntool.cli import blaming, devices, picturing
     from bntool.core.verdicts import first_failed
     from bntool.files.onnx_files import open_onnx
-    from bntool.verify.onnx_verifying import check_files, check_itself
+    from bntool.verifying.onnx_verifying import check_files, check_itself
 
     for path in filter(None, (candidate, reference)):
         open_onnx(path)
@@ -53,8 +53,8 @@ def verify_files(
 
 
 def _found(candidate: Path, reference: Path | None, inputs: list[Inputs], failed: Check) -> Found | None:
-    from bntool.verify.blaming import blame_files, blame_runtime, where_it_ran
-    from bntool.verify.onnx_verifying import LEVELS
+    from bntool.verifying.blaming import blame_files, blame_runtime, where_it_ran
+    from bntool.verifying.onnx_verifying import LEVELS
 
     if failed.stage == "verify" and reference is not None:
         return blame_files(reference, candidate, inputs)
@@ -66,8 +66,8 @@ def _found(candidate: Path, reference: Path | None, inputs: list[Inputs], failed
 def _inputs(path: Path, load: LoadOptions, inputs_file: str | None, *, full: bool) -> list[Inputs]:
     from bntool.cli.real_inputs import read_inputs
     from bntool.runtime.ort_runner import OrtRunner
-    from bntool.verify.onnx_checking import SIDES, drawn_inputs
-    from bntool.verify.onnx_verifying import seeded_file_inputs
+    from bntool.verifying.onnx_checking import SIDES, drawn_inputs
+    from bntool.verifying.onnx_verifying import seeded_file_inputs
 
     if inputs_file:
         like = drawn_inputs(OrtRunner(path, "cpu", optimize=False), 1, SIDES[0], load.seed)

@@ -20,9 +20,9 @@ from bntool.models.casting import DTYPES, stored_as
 from bntool.pipeline.onnx_folding import fold_exported
 from bntool.report.results import SurgeryResult, unshared_text
 from bntool.subjects.base import Checking, Exportable, Narrow
-from bntool.verify.blaming import Found, blame_onnx
-from bntool.verify.checking import check_onnx
-from bntool.verify.reference import Reference
+from bntool.verifying.blaming import Found, blame_onnx
+from bntool.verifying.checking import check_onnx
+from bntool.verifying.reference import Reference
 
 
 class Teller(Protocol):

@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import nn
 
-from bntool.calibrate.statistics import measure, set_preserving
-from bntool.calibrate.sweeping import difference_in_training
+from bntool.calibrating.statistics import measure, set_preserving
+from bntool.calibrating.sweeping import difference_in_training
 from bntool.core.errors import CheckFailed
 from bntool.core.options import FoldOptions, InsertOptions
 from bntool.core.plan import Plan
@@ -23,7 +23,7 @@ from bntool.report.results import SurgeryResult
 from bntool.subjects.base import Checking, Proof, S
 from bntool.subjects.module import ModuleSubject
 from bntool.surgery.fold_modules import with_own_tensors
-from bntool.verify.comparing import Limit
+from bntool.verifying.comparing import Limit
 
 
 def fold(

@@ -8,8 +8,8 @@ from bntool.core.errors import CheckFailed
 from bntool.core.verdicts import Check
 from bntool.graph.inputs import Inputs
 from bntool.subjects.base import Checking, Subject
-from bntool.verify.checking import check_onnx, check_surgery, seeded_batches
-from bntool.verify.onnx_verifying import check_files, seeded_file_inputs
+from bntool.verifying.checking import check_onnx, check_surgery, seeded_batches
+from bntool.verifying.onnx_verifying import check_files, seeded_file_inputs
 
 
 def compare_models(

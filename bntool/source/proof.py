@@ -40,8 +40,8 @@ from bntool.observe.standing_in import set_modes
 from bntool.runtime.torch_runner import TorchRunner
 from bntool.subjects.insertion import Outline, exactly, outline, stands
 from bntool.surgery.converting import convert_state_dict
-from bntool.verify.checking import seeded_batches
-from bntool.verify.reference import Reference
+from bntool.verifying.checking import seeded_batches
+from bntool.verifying.reference import Reference
 
 _CHILD = "import sys; from bntool.source.proof import child; child(*sys.argv[1:])"
 

@@ -24,9 +24,9 @@ from bntool.observe.eager import Observation, observe
 from bntool.observe.modules import once_per_class
 from bntool.runtime.torch_runner import TorchRunner
 from bntool.surgery.insert_modules import apply_insert
-from bntool.verify.checking import seeded_batches
-from bntool.verify.comparing import Limit, Outputs, compare
-from bntool.verify.reference import Reference
+from bntool.verifying.checking import seeded_batches
+from bntool.verifying.comparing import Limit, Outputs, compare
+from bntool.verifying.reference import Reference
 
 Outline = list[tuple[str, tuple[tuple[int, ...], ...]]]
 

@@ -25,7 +25,7 @@ from bntool.subjects.insertion import check_unchanged, insert_observed
 from bntool.subjects.module_folding import PlannedFold, plan_module_fold
 from bntool.subjects.proving import ModuleProof
 from bntool.surgery.fold_modules import apply_fold
-from bntool.verify.checking import check_surgery, seeded_batches
+from bntool.verifying.checking import check_surgery, seeded_batches
 
 if TYPE_CHECKING:
     from bntool.export.exporting import ExportResult

@@ -23,7 +23,7 @@ from bntool.observe.onnx_model import OnnxObservation, observe_onnx
 from bntool.subjects.base import Checking, Kind, Parameters
 from bntool.surgery.fold_onnx import apply_fold_onnx
 from bntool.surgery.insert_onnx import apply_insert_onnx
-from bntool.verify.onnx_checking import OnnxReference, check_onnx_unchanged, example_inputs_of
+from bntool.verifying.onnx_checking import OnnxReference, check_onnx_unchanged, example_inputs_of
 
 
 class Scratch:

@@ -25,8 +25,8 @@ from bntool.subjects.base import Checking, Kind, Narrow, Parameters
 from bntool.subjects.insertion import check_unchanged
 from bntool.surgery.fold_program import apply_fold_program, in_float64
 from bntool.surgery.insert_program import apply_insert_program
-from bntool.verify.checking import check_surgery, seeded_batches
-from bntool.verify.reference import Reference
+from bntool.verifying.checking import check_surgery, seeded_batches
+from bntool.verifying.reference import Reference
 
 if TYPE_CHECKING:
     from bntool.export.exporting import ExportResult

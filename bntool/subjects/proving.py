@@ -17,8 +17,8 @@ from bntool.observe.standing_in import own_copy, set_modes
 from bntool.subjects.base import Checking
 from bntool.subjects.module_folding import other_sizes
 from bntool.surgery.fold_modules import apply_fold
-from bntool.verify.checking import check_surgery, seeded_batches
-from bntool.verify.reference import Reference
+from bntool.verifying.checking import check_surgery, seeded_batches
+from bntool.verifying.reference import Reference
 
 if TYPE_CHECKING:
     from bntool.graph.inputs import Inputs

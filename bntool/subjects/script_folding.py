@@ -23,8 +23,8 @@ from bntool.core.verdicts import Check
 from bntool.files.security.scripted import script_bytes
 from bntool.graph.inputs import Inputs, named_tensors
 from bntool.models.casting import is_finite
-from bntool.verify.checking import ALGEBRA_LIMIT
-from bntool.verify.comparing import Limit, compare
+from bntool.verifying.checking import ALGEBRA_LIMIT
+from bntool.verifying.comparing import Limit, compare
 
 
 @dataclasses.dataclass(frozen=True)

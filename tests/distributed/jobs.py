@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, distributed, nn
 
-from bntool.calibrate.calibrating import calibrate
+from bntool.calibrating.calibrating import calibrate
 from bntool.core.errors import NothingToDo, UsageError
 from bntool.experiment import training
 from bntool.experiment.checkpoints import Progress

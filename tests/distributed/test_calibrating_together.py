@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from bntool.calibrate.calibrating import calibrate
+from bntool.calibrating.calibrating import calibrate
 from tests.distributed.jobs import DEALT, batches, two_ways
 
 

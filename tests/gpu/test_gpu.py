@@ -15,7 +15,7 @@ from bntool.graph.inputs import Inputs
 from bntool.runtime import OrtRunner, TorchRunner
 from bntool.runtime.doctor import diagnose
 from bntool.runtime.libraries import CUDA
-from bntool.verify.checking import check_onnx, check_surgery, seeded_batches
+from bntool.verifying.checking import check_onnx, check_surgery, seeded_batches
 
 pytestmark = [
     pytest.mark.gpu,

@@ -24,9 +24,9 @@ from bntool.graph.inputs import Inputs
 from bntool.runtime.libraries import CPU, CUDA
 from bntool.runtime.memory import available_bytes
 from bntool.runtime.ort_runner import OrtRunner
-from bntool.verify.comparing import K_NOISE, Limit, difference, noise_limits, rounding_term
-from bntool.verify.onnx_cutting import Cut, OnnxGraph
-from bntool.verify.tracing import Trace, once_called, trace_module
+from bntool.verifying.comparing import K_NOISE, Limit, difference, noise_limits, rounding_term
+from bntool.verifying.onnx_cutting import Cut, OnnxGraph
+from bntool.verifying.tracing import Trace, once_called, trace_module
 
 
 @dataclasses.dataclass(frozen=True)

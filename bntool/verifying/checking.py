@@ -22,8 +22,8 @@ from bntool.runtime.libraries import first_line
 from bntool.runtime.naming import on_nvidia
 from bntool.runtime.ort_runner import OrtRunner
 from bntool.runtime.torch_runner import TorchRunner
-from bntool.verify.comparing import Limit, Outputs, compare, difference
-from bntool.verify.reference import Progress, Reference, run_float64
+from bntool.verifying.comparing import Limit, Outputs, compare, difference
+from bntool.verifying.reference import Progress, Reference, run_float64
 
 # The surgery is algebra: redone in float64 it must agree far below any float32 rounding (6e-8), while the
 # float64 noise of deep networks, measured near 1e-15 of the peak, stays far under it.

@@ -15,8 +15,8 @@ from bntool.core.verdicts import Check
 from bntool.graph.inputs import Inputs
 from bntool.runtime.onnx_reference import ReferenceRunner
 from bntool.runtime.ort_runner import OrtRunner
-from bntool.verify.comparing import K_NOISE, Limit, Outputs, compare, difference, rounding_term
-from bntool.verify.reference import DRAWS
+from bntool.verifying.comparing import K_NOISE, Limit, Outputs, compare, difference, rounding_term
+from bntool.verifying.reference import DRAWS
 
 SIDES = (64, 96, 224, 256, 16, 24, 8, 5)
 """Lengths for the axes, other than the batch, that a file leaves open: the first ones that it takes."""

@@ -15,11 +15,11 @@ from bntool.graph.inputs import Inputs
 from bntool.models import casting
 from bntool.runtime.ort_runner import OrtRunner
 from bntool.runtime.providers import why_no_cuda
-from bntool.verify.blaming import where_it_ran
-from bntool.verify.checking import named_as, no_tf32, repeated
-from bntool.verify.comparing import Limit, compare
-from bntool.verify.onnx_checking import SIDES, drawn_inputs, file_limits, nudged
-from bntool.verify.onnx_cutting import OnnxGraph
+from bntool.verifying.blaming import where_it_ran
+from bntool.verifying.checking import named_as, no_tf32, repeated
+from bntool.verifying.comparing import Limit, compare
+from bntool.verifying.onnx_checking import SIDES, drawn_inputs, file_limits, nudged
+from bntool.verifying.onnx_cutting import OnnxGraph
 
 LEVELS: Mapping[str, bool | str] = {"basic": "basic", "extended": "extended", "all": True}
 """ONNX Runtime's optimisation levels by the names of its documentation; the stage of a check of one file."""

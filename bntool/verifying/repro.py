@@ -11,7 +11,7 @@ from bntool.core.errors import CheckFailed, UsageError
 from bntool.files.drafts import draft_folder
 from bntool.files.placing import place_folder
 from bntool.runtime.libraries import CPU, CUDA
-from bntool.verify.blaming import Found
+from bntool.verifying.blaming import Found
 
 _LEVELS = {False: "DISABLE_ALL", True: "ENABLE_ALL", "basic": "ENABLE_BASIC", "extended": "ENABLE_EXTENDED"}
 

@@ -16,7 +16,7 @@ from bntool.models.casting import Arithmetic
 from bntool.models.shaking import shaken_copy
 from bntool.runtime.libraries import first_line
 from bntool.runtime.torch_runner import TorchRunner
-from bntool.verify.comparing import K_NOISE, Limit, noise_limits, rounding_term
+from bntool.verifying.comparing import K_NOISE, Limit, noise_limits, rounding_term
 
 DRAWS = 7
 """How often the rounding is drawn anew where the first draw would fail a candidate. A candidate that is one

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bntool.calibrate.moments import Moments, Seen
-from bntool.calibrate.sweeping import require_batches, sweep
+from bntool.calibrating.moments import Moments, Seen
+from bntool.calibrating.sweeping import require_batches, sweep
 from bntool.core.errors import StateError, UsageError
 from bntool.runtime.world import World
 

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from bntool.calibrate.moments import Seen
-from bntool.calibrate.statistics import store
-from bntool.calibrate.sweeping import Sweep, pooled, require_batches, sweep
+from bntool.calibrating.moments import Seen
+from bntool.calibrating.statistics import store
+from bntool.calibrating.sweeping import Sweep, pooled, require_batches, sweep
 from bntool.core.errors import NothingToDo, UsageError
 from bntool.core.text import Lines, as_lines
 from bntool.core.verdicts import Check

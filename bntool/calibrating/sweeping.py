@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode
 
-from bntool.calibrate.moments import Moments, Seen
+from bntool.calibrating.moments import Moments, Seen
 from bntool.core.errors import BntoolError, StateError, UsageError
 from bntool.data.batches import inputs_of
 from bntool.graph.inputs import Inputs, outputs_of
@@ -21,7 +21,7 @@ from bntool.observe.isolation import Isolation, fresh
 from bntool.observe.leftovers import require_materialised
 from bntool.runtime.torch_runner import float32_products
 from bntool.runtime.world import World
-from bntool.verify.comparing import difference
+from bntool.verifying.comparing import difference
 
 Progress = Callable[[str], None]
 
