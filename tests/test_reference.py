@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import bntool
 from bntool.graph.inputs import Inputs
 from bntool.verifying.checking import seeded_batches
 from bntool.verifying.comparing import K_NOISE
@@ -90,3 +91,42 @@ def test_parts_are_compared_where_rounding_decides_every_output(all_of_them: boo
     assert (found is reference) == (not all_of_them)
     assert found.parts == all_of_them
     assert ("rounding decides every output" in found.detail) == all_of_them
+
+
+class _NotInFloat64(nn.Module):
+    """Eight folds of activations far from zero; a float32 product inside keeps it from float64."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        steps = [(nn.Conv2d(3 if i == 0 else 16, 16, 3, padding=1), nn.BatchNorm2d(16)) for i in range(8)]
+        for conv, norm in steps:
+            nn.init.constant_(conv.bias, 20.0)
+            norm.running_mean.fill_(20.0)
+            norm.running_var.fill_(0.05)
+        self.body = nn.Sequential(*(nn.Sequential(conv, norm, nn.ReLU()) for conv, norm in steps))
+        self.head = nn.Linear(16, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        features = self.body(x)[:, :, 0, 0]
+        return self.head(
+            features + torch.zeros(1, 16, dtype=torch.float32) @ self.head.weight.T @ self.head.weight
+        )
+
+
+@pytest.mark.parametrize("seed", [1, 3, 5])  # those at which the derived limit was too narrow
+def test_without_float64_the_noise_is_drawn_from_shaken_copies(seed: int) -> None:
+    torch.manual_seed(seed)
+    result = bntool.fold(_NotInFloat64().eval(), torch.randn(1, 3, 24, 24))
+    assert len(result.sites) == 8, result.skips
+    assert "does not run in float64" in result.checks[0].detail
+    assert "not proved on other sizes" in result.checks[0].detail
+
+
+def test_without_float64_a_wrong_model_is_still_wrong() -> None:
+    torch.manual_seed(1)
+    model, x = _NotInFloat64().eval(), torch.randn(1, 3, 24, 24)
+    wrong = bntool.fold(model, x).model
+    with torch.no_grad():
+        wrong.head.weight.mul_(1.01)  # a hundredth, where float32 carries some 1e-4 to the outputs
+    (row,) = bntool.verify(model, wrong, x, check="fast").checks
+    assert not row.passed

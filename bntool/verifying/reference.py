@@ -157,19 +157,22 @@ class Reference:
     def redrawn_limits(self) -> dict[str, Limit]:
         """The limits by more draws of the model's own rounding: one run is one draw, and it may be lucky.
 
-        Each further draw is the model with a rounding's worth of noise in its numbers (`shaken_copy`).
+        Each further draw is the model with a rounding's worth of noise in its numbers (`shaken_copy`). Without
+        a float64 run they are measured against the run in own precision, which carries a draw itself, as does
+        a candidate that is compared with it.
         """
-        if self.exact is None or self.eps <= torch.finfo(torch.float64).eps:
+        if self.eps <= torch.finfo(torch.float64).eps:
             return self.limits
         self._progress("drawing the model's own rounding again")
-        runs = list(self.own)
+        runs = [] if self.exact is None else list(self.own)
         try:
             for seed in range(DRAWS):
                 runner = self._own_runner(shaken_copy(self._model, self.eps, seed))
                 runs += [runner.run(self._narrowed(inputs)) for inputs in self.inputs]
         except Exception:  # noqa: BLE001 - a class may refuse to be copied, a forward may check its numbers
             return self.limits
-        return noise_limits(self.exact * (DRAWS + 1), runs, self.layers, self.eps)
+        draws = DRAWS if self.exact is None else DRAWS + 1
+        return noise_limits(self.outputs * draws, runs, self.layers, self.eps)
 
     @functools.cached_property
     def exact_limits(self) -> dict[str, Limit]:
