@@ -208,8 +208,11 @@ def test_the_remarks_of_a_row_are_told_once_in_turn():
     assert row.detail == "first; y: 1 value(s) not finite in both"
     assert row.batches == 2
     assert compare(ref, ref, {"y": Limit(1e-7, 1e-6)}, **KEYS).detail == "y: 1 value(s) not finite in both"
-    finite = [{"y": torch.ones(2)}]
+    finite = [{"y": torch.tensor([1.0, 2.0])}]
     assert compare(finite, finite, {"y": Limit(1e-7, 1e-6, "it is noise")}, **KEYS).detail == ""
+    silent = [{"y": torch.ones(2)}]
+    told = compare(silent, silent, {"y": Limit(1e-7, 1e-6)}, **KEYS).detail
+    assert told == "y: one number everywhere, which proves nothing"
     broken = [{"y": torch.tensor([1.0, 2.0])}, {}]
     row = compare(ref, broken, {"y": Limit(1e-7, 1e-6, "it is noise")}, **KEYS)
     assert row.detail == (

@@ -6,6 +6,8 @@ import dataclasses
 import glob
 import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -22,7 +24,7 @@ from bntool.graph.inputs import Inputs
 from bntool.pipeline.onnx_folding import fold_onnx, plan_fold_onnx
 from bntool.verifying import onnx_checking
 from bntool.verifying.comparing import K_NOISE, Limit
-from bntool.verifying.onnx_checking import OnnxReference, file_limits
+from bntool.verifying.onnx_checking import OnnxReference, Run, file_limits
 from bntool.verifying.reference import DRAWS
 from tests.onnx_zoo import ONNX_ZOO
 
@@ -182,14 +184,35 @@ def test_where_rounding_alone_decides_the_output_nothing_is_proved_and_that_is_s
     assert [path.name for path in tmp_path.iterdir()] == ["model.onnx"]
 
 
+UNTOLD: Any = SimpleNamespace(eps={}, slack={})
+"""A file that says nothing of its outputs."""
+
+
+def test_a_few_integers_that_no_rounding_moves_may_not_move_and_many_may_by_ten() -> None:
+    few, many = ([{"n": torch.arange(count)}] for count in (999, 1000))
+    assert file_limits(few, [Run(few)], 9, UNTOLD)["n"].limit == 0.0
+    assert file_limits(many, [Run(many)], 9, UNTOLD)["n"] == Limit(1e-3, 10 * 1e-3)
+
+
+def test_a_rounding_is_as_large_as_that_of_the_coarsest_type_on_the_way() -> None:
+    own = [{"y": torch.tensor([1.0, -2.0])}]
+    told: Any = SimpleNamespace(eps={"y": 2.0**-10}, slack={"y": 1e-7})
+    found = file_limits(own, [Run(own, 2.0**-10)], 9, told)["y"]
+    assert (found.noise_floor, found.absolute) == (2.0**-10 * 3 / 2, 1e-7)
+    # what a coarser type moves says nothing of an output that never had it
+    moved = [{"y": torch.tensor([1.0, -1.0])}]
+    fine: Any = SimpleNamespace(eps={"y": 2.0**-23}, slack={})
+    assert not file_limits(own, [Run(moved, 2.0**-10)], 9, fine)["y"].undecidable
+
+
 def test_the_limits_of_a_file_are_a_walk_of_its_roundings_or_what_they_move() -> None:
     own = [{"y": torch.tensor([1.0, -2.0]), "n": torch.tensor([1])}]
     walk = torch.finfo(torch.float32).eps * 3 / 2  # of nine nodes
 
     def limit(moved: float) -> Limit:
         again = [{"y": torch.tensor([1.0 + moved, -2.0]), "n": torch.tensor([2])}]
-        limits = file_limits(own, [again], 9)
-        assert limits["n"] == Limit(0.0, 0.0)
+        limits = file_limits(own, [Run(again)], 9, UNTOLD)
+        assert limits["n"] == Limit(1.0, 0.5, "rounding alone changes 100% of these integers")
         return limits["y"]
 
     assert limit(0.0) == Limit(walk, (K_NOISE + 2) * walk)
@@ -215,7 +238,7 @@ def test_a_lucky_draw_of_the_rounding_is_drawn_again(tmp_path: Path, monkeypatch
     path = saved(tmp_path, "conv")
     drawn: list[int] = []
 
-    def lucky(inputs: Inputs, seed: int = 0) -> Inputs:
+    def lucky(inputs: Inputs, seed: int = 0, _eps: float = 0.0) -> Inputs:
         """The first draw does not move the numbers; the others show what they are moved by."""
         drawn.append(seed)
         return inputs if seed == 0 else inputs.map(lambda tensor: tensor * (1 + 1e-4))

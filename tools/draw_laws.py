@@ -186,6 +186,31 @@ DRAWINGS: dict[str, Drawing] = {
         _line(Label("V"), Box("softmax(QKᵀ) ·"), _ST, Y),
         _line(Label("V"), _ST, Box("softmax(QKᵀ) ·"), Y),
     ),
+    "spread": Drawing(
+        "A spread knows the size of a scale, and no shift",
+        _line(X, _ST, Box("std"), Y),
+        _line(X, Box("std"), Pill("|s|·"), Y),
+    ),
+    "scatter": Drawing(
+        "A sum at places that the data name lets a scale by",
+        _line(X, Box("sum at nodes"), Pill("s·"), Y),
+        _line(X, Pill("s·"), Box("sum at nodes"), Y),
+    ),
+    "product": Drawing(
+        "One factor takes the scale",
+        Line(((Label("a"),), (Label("b"),)), (Box("×"), Pill("s·"), Y)),
+        Line(((Label("a"), Pill("s·")), (Label("b"),)), (Box("×"), Y)),
+    ),
+    "summand": Drawing(
+        "A stored summand takes the shift in",
+        _line(X, Box("+ c"), _ST, Y),
+        _line(X, Pill("s·"), Box("+ (s·c + t)", changed=True), Y),
+    ),
+    "inverse": Drawing(
+        "Other readers take the inverse in",
+        Line(((_ST, Y), (Box("W"), Label("z"))), (X,), forks=True),
+        Line(((Y,), (Pill("(· − t)/s"), Box("W"), Label("z"))), (X, _ST), forks=True),
+    ),
     "merge": Drawing(
         "Branches over one value become one convolution",
         Line(

@@ -188,6 +188,7 @@ def _layer(net: RandomNet) -> None:
         lambda: nn.ReflectionPad2d(1), lambda: nn.PixelShuffle(2), lambda: nn.PixelUnshuffle(2),
         lambda: nn.ChannelShuffle(2), lambda: nn.LeakyReLU(0.2), lambda: nn.GroupNorm(1, net.channels),
         lambda: nn.Upsample(scale_factor=2, mode="bilinear"), lambda: nn.ConstantPad2d(1, 0.5),
+        lambda: Summand(net.channels),
     )  # fmt: skip
     net.add_layer(net.draw.choice(makers)(), net.recent())
 
@@ -244,12 +245,32 @@ def _rearranged(net: RandomNet) -> None:
         ("largest of each row", (c, h, 1), lambda _, v: v[0].max(3, keepdim=True)[0]),
         ("two largest of each column", (c, min(2, h), w), lambda _, v: v[0].topk(min(2, h), 2)[0]),
         ("each row twice", (c, 2 * h, w), lambda _, v: v[0].repeat_interleave(2, 2)),
+        ("spread of each row", (c, h, 1), lambda _, v: v[0].std(3, correction=0, keepdim=True)),
+        ("length of each column", (c, 1, w), lambda _, v: v[0].norm(dim=2, keepdim=True)),
+        ("rows added up", (c, h, w), lambda _, v: _rows_added_up(v[0])),
         ("relu", (c, h, w), lambda _, v: F.relu(v[0])),
         ("in-place relu", (c, h, w), lambda _, v: v[0].clone().relu_()),
         ("softmax", (c, h, w), lambda _, v: v[0].softmax(1)),
         ("half of it in place", (c, h, w), _half_in_place),
     ]  # fmt: skip
     net.add(*_ordered(net.draw.choice(choices), source))
+
+
+class Summand(nn.Module):
+    """Adds a stored number to each channel."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.shift = nn.Parameter(torch.randn(channels, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.shift
+
+
+def _rows_added_up(x: Tensor) -> Tensor:
+    """Row i goes to row i // 2, as the messages of a graph network go to its nodes."""
+    places = torch.arange(x.shape[2]) // 2
+    return torch.zeros_like(x).scatter_add(2, places[:, None].expand_as(x), x)
 
 
 def _half_in_place(_: RandomNet, values: list[Tensor]) -> Tensor:

@@ -420,7 +420,8 @@ _add(
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))
     nn.utils.parametrizations.weight_norm(model[0])
     """,
-    "Make it permanent: torch.nn.utils.parametrize.remove_parametrizations(layer, 'weight').",
+    """Make it permanent: torch.nn.utils.parametrize.remove_parametrizations(layer, 'weight'). In an ONNX file
+    whose inputs list the weights too, so that a caller may replace them, take them off the inputs.""",
 )
 _add(
     Reason.QUANTIZED,

@@ -68,6 +68,8 @@ def why_unfit(
         return Refused(Reason.FUNCTIONAL, "a function call inside forward, not a layer of its own")
     if module.role == "scripted":
         return Refused(Reason.SCRIPTED, "it belongs to a TorchScript module")
+    if module.role == "custom_norm" and norm.ops[0].attrs.get("elementwise"):
+        return Refused(Reason.CUSTOM_FORWARD, "it normalises each element on its own (spatial=0), no channel")
     if module.role == "custom_norm":
         return Refused(Reason.CUSTOM_FORWARD, f"{module.kind} has a forward of its own")
     if module.hooked:
@@ -88,7 +90,10 @@ def _read_affine(norm: Norm, op: Op, graph: Graph, norm_of: dict[int, Norm]) -> 
     }
     for role, tensor in tensors.items():
         if tensor is None or not graph.input(op, role).handle:
-            return Refused(Reason.WEIGHT_COMPUTED, f"its {role} is computed, not stored")
+            value = graph.input(op, role)
+            fed = value.producer is None and not value.constant
+            how = "an input of the model, which a caller may replace" if fed else "computed, not stored"
+            return Refused(Reason.WEIGHT_COMPUTED, f"its {role} is {how}")
         for reader, _ in graph.input(op, role).readers:
             other = norm_of.get(reader)
             if other is None or other.name not in graph.modules:

@@ -131,4 +131,5 @@ def batch_norm_attrs(view: NodeView) -> dict[str, Any]:
     training = bool(view.attr("training_mode", 0)) or (view.version < 7 and not view.attr("is_test", 0))
     if view.version < 14:
         training |= any(v.name for v in view.node.outputs[1:])
-    return {"eps": float(view.attr("epsilon", _EPSILON)), "training": training, "axis": 1}
+    alone = {} if view.attr("spatial", 1) else {"elementwise": True}
+    return {"eps": float(view.attr("epsilon", _EPSILON)), "training": training, "axis": 1, **alone}

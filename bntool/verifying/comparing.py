@@ -47,11 +47,15 @@ class Difference:
 
 @dataclasses.dataclass(frozen=True)
 class Limit:
-    """What one output may differ by, relative to its peak; `undecidable` says why no limit can decide it."""
+    """What one output may differ by, relative to its peak; `undecidable` says why no limit can decide it.
+
+    `absolute` comes on top, whatever the peak: what the runtime's own Sigmoid or Softmax errs by.
+    """
 
     noise_floor: float
     limit: float
     undecidable: str = ""
+    absolute: float = 0.0
 
 
 def rounding_term(eps: float, layers: int) -> float:
@@ -130,6 +134,7 @@ def compare(
         )
     rows: list[tuple[float, str, Limit, Difference]] = []
     remarks = [detail] if detail else []
+    remarks += [f"{name}: one number everywhere, which proves nothing" for name in silent_outputs(reference)]
     passed = True
     for expected, got in zip(reference, candidate, strict=True):
         extra = [name for name in got if name not in expected]
@@ -139,6 +144,9 @@ def compare(
             limit, diff = limits[name], difference(tensor, got.get(name))
             if atol is not None or rtol is not None:
                 limit, diff = _by_tolerance(tensor, limit, diff, atol or 0.0, rtol or 0.0)
+            elif limit.absolute:
+                limit, diff, remark = _with_absolute(tensor, limit, diff)
+                remarks += [f"{name}: {remark}"] if remark else []
             within = math.isfinite(diff.max_abs) and diff.relative <= limit.limit
             passed &= within
             if diff.problem:
@@ -217,6 +225,32 @@ def _by_tolerance(
         dataclasses.replace(limit, limit=allowed),
         dataclasses.replace(diff, relative=diff.max_abs / scale),
     )
+
+
+def _with_absolute(reference: Tensor, limit: Limit, diff: Difference) -> tuple[Limit, Difference, str]:
+    """The limit with its absolute part, on the scale of the peak, or of 1 where that is zero; and what to say
+    where that part leaves less than half of the digits to decide by.
+    """
+    peak = _peak(_float64(reference))
+    scale = peak or 1.0
+    allowed = limit.limit * (peak / scale) + limit.absolute / scale
+    remark = ""
+    if limit.absolute > math.sqrt(torch.finfo(torch.float32).eps) * peak:
+        remark = f"undecided: its peak of {peak:.2g} is near what the runtime itself errs by, "
+        remark += f"{limit.absolute:.1g}; pass inputs that it answers to with --inputs"
+    relative = diff.max_abs / scale
+    return dataclasses.replace(limit, limit=allowed), dataclasses.replace(diff, relative=relative), remark
+
+
+def silent_outputs(reference: Sequence[Outputs]) -> list[str]:
+    """The outputs that are one number everywhere, on all inputs: they tell no two models apart."""
+    silent = []
+    for name in reference[0]:
+        values = [outputs[name].flatten() for outputs in reference if name in outputs]
+        found = torch.cat(values).double() if all(not v.is_complex() for v in values) else torch.empty(0)
+        if found.numel() > 1 and bool((found == found[0]).all()):
+            silent.append(name)
+    return silent
 
 
 def _peak(exact: Tensor) -> float:

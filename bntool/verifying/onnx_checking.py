@@ -6,13 +6,14 @@ import functools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from bntool.core.errors import CheckFailed, ExportError
 from bntool.core.verdicts import Check
 from bntool.graph.inputs import Inputs
+from bntool.runtime.onnx_outputs import OutputTraits
 from bntool.runtime.onnx_reference import ReferenceRunner
 from bntool.runtime.ort_runner import OrtRunner
 from bntool.verifying.comparing import K_NOISE, Limit, Outputs, compare, difference, rounding_term
@@ -61,19 +62,23 @@ class OnnxReference:
                 where=str(path),
                 next_step="fold it with --check none, and verify the result with inputs of your own",
             )
-        self._path, self._nodes = path, nodes
-        self._again = [[runner.run(nudged(inputs)) for inputs in self.inputs]]
+        self._path, self._nodes, self._traits = path, nodes, OutputTraits(path)
+        self._again = rounded_runs(runner, self.inputs, self._traits)
         if self.runtime:
             optimised = OrtRunner(path, "cpu", optimize=True)
-            self._again.append([optimised.run(inputs) for inputs in self.inputs])
-        self.limits = file_limits(self.outputs, self._again, nodes)
+            self._again.append(Run([optimised.run(inputs) for inputs in self.inputs]))
+        self.limits = file_limits(self.outputs, self._again, nodes, self._traits)
 
     @functools.cached_property
     def redrawn_limits(self) -> dict[str, Limit]:
         """The limits by more draws of the file's rounding: one is one draw, and it may be lucky."""
         runner = self._opened(self._path)
-        draws = [[runner.run(nudged(inputs, seed)) for inputs in self.inputs] for seed in range(1, DRAWS + 1)]
-        return file_limits(self.outputs, [*self._again, *draws], self._nodes)
+        draws = [
+            run
+            for seed in range(1, DRAWS + 1)
+            for run in rounded_runs(runner, self.inputs, self._traits, seed)
+        ]
+        return file_limits(self.outputs, [*self._again, *draws], self._nodes, self._traits)
 
     def checks(
         self,
@@ -188,21 +193,47 @@ def check_onnx_unchanged(before: str | Path, after: str | Path, inputs_list: Seq
     )
 
 
-def nudged(inputs: Inputs, seed: int = 0) -> Inputs:
-    """The same numbers, each rounded once: up or down by half a unit of its last digit, which is seeded."""
+class Run(NamedTuple):
+    """What a file gives again, on inputs that were rounded to numbers `eps` apart; 0 where they were not."""
+
+    outputs: Sequence[Outputs]
+    eps: float = 0.0
+
+
+def rounded_runs(
+    runner: OrtRunner | ReferenceRunner, inputs_list: Sequence[Inputs], traits: OutputTraits, seed: int = 0
+) -> list[Run]:
+    """A run of the file on inputs rounded once, for each of the types that decide how exact an output is."""
+    own = max(
+        (torch.finfo(t.dtype).eps for t in inputs_list[0].tensors().values() if t.is_floating_point()),
+        default=0.0,
+    )
+    found = {max(eps, own) for eps in traits.eps.values()} or {own}
+    return [Run([runner.run(nudged(i, seed, eps)) for i in inputs_list], eps) for eps in sorted(found)]
+
+
+def nudged(inputs: Inputs, seed: int = 0, eps: float = 0.0) -> Inputs:
+    """The same numbers, each rounded once: up or down by half a unit of its last digit, which is seeded.
+
+    With `eps` of a coarser type than theirs, by half a unit of that one's last digit.
+    """
     generator = torch.Generator().manual_seed(seed)
 
     def nudge(tensor: torch.Tensor) -> torch.Tensor:
         if not tensor.is_floating_point():
             return tensor
         sign = torch.randint(0, 2, tensor.shape, generator=generator) * 2 - 1
-        return (tensor.double() * (1 + sign * torch.finfo(tensor.dtype).eps)).to(tensor.dtype)
+        return (tensor.double() * (1 + sign * max(torch.finfo(tensor.dtype).eps, eps))).to(tensor.dtype)
 
     return inputs.map(nudge)
 
 
 def file_limits(
-    own: Sequence[Outputs], again: Iterable[Sequence[Outputs]], nodes: int, coarse: float | None = None
+    own: Sequence[Outputs],
+    again: Iterable[Run],
+    nodes: int,
+    traits: OutputTraits,
+    coarse: float | None = None,
 ) -> dict[str, Limit]:
     """How far a candidate may be from each output of a file that ran as `own`: `K_NOISE` + 2 times its noise.
 
@@ -210,19 +241,40 @@ def file_limits(
     for each of its `nodes`, or, where that is more, what other roundings of it (`again`) move the output by.
     What they move by the first half of the digits is undecidable: such a limit would pass all. With `coarse`,
     what the roundings of an arithmetic of that eps may move: what a rounding is carried to grows with it.
+    The coarsest type on the way to an output tells how large a rounding is. Of integers it is the share of
+    those that fall the other way; by none in thousands, a draw may have missed as much as one.
     """
     runs = list(again)
     limits: dict[str, Limit] = {}
     for name, tensor in own[0].items():
+        eps = traits.eps.get(name, 0.0)
+        moved = [
+            difference(a[name], b[name]).relative
+            for run in runs
+            if not eps or run.eps <= eps
+            for a, b in zip(own, run.outputs, strict=True)
+        ]
         if not tensor.is_floating_point():
-            limits[name] = Limit(0.0, 0.0)
+            limits[name] = _of_integers(moved, min(outputs[name].numel() for outputs in own))
             continue
-        eps = torch.finfo(tensor.dtype).eps
-        moved = [difference(a[name], b[name]).relative for run in runs for a, b in zip(own, run, strict=True)]
+        eps = max(eps, torch.finfo(tensor.dtype).eps)
         noise = max([rounding_term(eps, nodes) / 2, *(d for d in moved if d < eps**0.5)])
         noise *= coarse / eps if coarse else 1.0
         most = max(moved, default=0.0)
         far = f"moves this output by {most:.2g} of its peak" if math.isfinite(most) else "decides this output"
         why = f"rounding alone {far}" if most >= eps**0.5 else ""
-        limits[name] = Limit(noise, (K_NOISE + 2) * noise, why)
+        limits[name] = Limit(noise, (K_NOISE + 2) * noise, why, traits.slack.get(name, 0.0))
     return limits
+
+
+_MANY = 1000
+"""From so many integers on, `K_NOISE` + 2 of them that fall the other way are at most a hundredth."""
+
+
+def _of_integers(moved: Sequence[float], count: int) -> Limit:
+    """The share of integers that may differ, from the shares that other roundings of the file moved."""
+    if any(not math.isfinite(share) for share in moved):
+        return Limit(0.0, 0.0, "rounding alone decides this output")
+    share = max([*moved, 1 / count if count >= _MANY else 0.0])
+    why = f"rounding alone changes {share:.0%} of these integers" if share > 0.05 else ""
+    return Limit(share, min((K_NOISE + 2) * share, 0.5), why)

@@ -13,12 +13,13 @@ from bntool.core.errors import CheckFailed, ExportError
 from bntool.core.verdicts import TF32, Check
 from bntool.graph.inputs import Inputs
 from bntool.models import casting
+from bntool.runtime.onnx_outputs import OutputTraits
 from bntool.runtime.ort_runner import OrtRunner
 from bntool.runtime.providers import why_no_cuda
 from bntool.verifying.blaming import where_it_ran
 from bntool.verifying.checking import named_as, no_tf32, repeated
-from bntool.verifying.comparing import Limit, compare
-from bntool.verifying.onnx_checking import SIDES, drawn_inputs, file_limits, nudged
+from bntool.verifying.comparing import Limit, compare, silent_outputs
+from bntool.verifying.onnx_checking import SIDES, drawn_inputs, file_limits, rounded_runs
 from bntool.verifying.onnx_cutting import OnnxGraph
 
 LEVELS: Mapping[str, bool | str] = {"basic": "basic", "extended": "extended", "all": True}
@@ -117,8 +118,15 @@ class _Runs:
                 next_step="pass inputs of the file's own shape",
             )
         self.outputs = [runner.run(inputs) for inputs in self.inputs]
-        moved = [runner.run(nudged(inputs)) for inputs in self.inputs]
-        self._limits_at = functools.partial(file_limits, self.outputs, [moved], len(OnnxGraph(path).steps))
+        if len(silent_outputs(self.outputs)) == len(self.outputs[0]):
+            raise CheckFailed(
+                "nothing is proved: on these inputs every output is one number everywhere",
+                where=str(path),
+                next_step="pass inputs that the model answers to, with --inputs FILE",
+            )
+        traits, nodes = OutputTraits(path), len(OnnxGraph(path).steps)
+        moved = rounded_runs(runner, self.inputs, traits)
+        self._limits_at = functools.partial(file_limits, self.outputs, moved, nodes, traits)
         self.limits = self._limits_at()
         floating = [t.dtype for t in self.outputs[0].values() if t.is_floating_point()]
         self._eps = max((torch.finfo(dtype).eps for dtype in floating), default=0.0)
@@ -130,7 +138,7 @@ class _Runs:
         if missing:
             return [*rows[:-1], dataclasses.replace(last, detail=f"{last.detail}; {missing}")]
         runner = OrtRunner(path, where_it_ran(last), tf32=True)
-        row = self.row(last.stage, runner, None, None, self._limits_at(casting.TF32.eps))
+        row = self.row(last.stage, runner, None, None, self._limits_at(coarse=casting.TF32.eps))
         return [*rows, dataclasses.replace(row, precision=TF32)]
 
     def row(
