@@ -157,9 +157,9 @@ class Reference:
     def redrawn_limits(self) -> dict[str, Limit]:
         """The limits by more draws of the model's own rounding: one run is one draw, and it may be lucky.
 
-        Each further draw is the model with a rounding's worth of noise in its numbers (`shaken_copy`). Without
-        a float64 run they are measured against the run in own precision, which carries a draw itself, as does
-        a candidate that is compared with it.
+        Each further draw is the model with a rounding's worth of noise in its numbers (`shaken_copy`).
+        Without a float64 run they are measured against the run in own precision, which carries a draw itself,
+        as does a candidate that is compared with it.
         """
         if self.eps <= torch.finfo(torch.float64).eps:
             return self.limits
