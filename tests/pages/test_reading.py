@@ -24,7 +24,7 @@ from tests.pages import documents
         ('{"name": "package", "version": "1.0"}', "no schema_version"),
         ('{"schema_version": true}', "no schema_version"),
         ('{"schema_version": "1"}', "no schema_version"),
-        ('{"schema_version": 2, "bn_folded": 1}', "this bntool reads up to 1"),
+        ('{"schema_version": 3, "bn_folded": 1}', "this bntool reads up to 2"),
         ('{"schema_version": 1}', "nothing that a report could show"),
     ],
 )
