@@ -23,14 +23,14 @@ pytest.importorskip("timm")
 
 USED, NONLINEAR, UNSEEN = "output-used-elsewhere", "nonlinear", "not-observed"
 
-# name -> folded, kept by reason. γ has both signs, which is why the maximum behind resnetv2's stem refuses
-# (negative-scale) and why the ReLU before convmixer's norms does (nonlinear: the shift comes first).
+# name -> folded, kept by reason. γ has both signs, which is why the maximum behind resnetv2's stem refuses,
+# and the ReLU before convmixer's norms (negative-scale, or nonlinear where the shift comes first).
 EXPECTED: dict[str, tuple[int, dict[str, int]]] = {
     "torchvision:resnet50": (53, {}),
     "torchvision:mobilenet_v3_small": (34, {}),
     "torchvision:efficientnet_b0": (49, {}),
     # pre-activation: a concat that later layers read too, then a ReLU
-    "torchvision:densenet121": (59, {USED: 62}),
+    "torchvision:densenet121": (62, {USED: 59}),
     # auxiliary heads that run in training only
     "torchvision:googlenet": (57, {UNSEEN: 2}),
     "torchvision:inception_v3": (94, {UNSEEN: 2}),
@@ -45,8 +45,8 @@ EXPECTED: dict[str, tuple[int, dict[str, int]]] = {
     "timm:repvgg_a0": (61, {}),
     "timm:mobileone_s0": (226, {}),
     "timm:repvit_m0_9": (108, {}),
-    "timm:resnetv2_50": (32, {USED: 16, "negative-scale": 1}),
-    "timm:convmixer_768_32": (1, {NONLINEAR: 64}),
+    "timm:resnetv2_50": (36, {USED: 12, "negative-scale": 1}),
+    "timm:convmixer_768_32": (1, {NONLINEAR: 32, "negative-scale": 32}),
     "timm:ghostnet_100": (80, {}),
     "timm:rexnet_100": (62, {}),
     "timm:skresnet18": (36, {}),

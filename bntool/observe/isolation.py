@@ -131,7 +131,9 @@ def _defaults_kept() -> Iterator[None]:
 def _parameters_kept(model: nn.Module) -> Iterator[None]:
     """What `data =`, `grad =`, `requires_grad_()` and the like do to a parameter, which no dispatch shows."""
     before = [
-        (p, p.detach(), p.requires_grad, p.grad, dict(vars(p))) for p in model.parameters() if not is_lazy(p)
+        (p, p.detach(), p.requires_grad, _grad_of(p), dict(vars(p)))
+        for p in model.parameters()
+        if not is_lazy(p)
     ]
     try:
         yield
@@ -145,11 +147,16 @@ def _put_back(parameter: Tensor, data: Tensor, trains: bool, grad: Tensor | None
         parameter.data = data
     if parameter.requires_grad != trains:
         parameter.requires_grad_(trains)
-    if parameter.grad is not grad:
+    if _grad_of(parameter) is not grad:
         parameter.grad = grad
     if vars(parameter) != attributes:
         vars(parameter).clear()
         vars(parameter).update(attributes)
+
+
+def _grad_of(parameter: Tensor) -> Tensor | None:
+    """Its gradient; TorchScript has parameters that are no leaves, and torch warns of asking them."""
+    return parameter.grad if parameter.is_leaf else None
 
 
 def _is_same_memory(one: Tensor, other: Tensor) -> bool:
