@@ -1,0 +1,154 @@
+"""One function for one thing, whatever the kind of model; what a kind does not know is one sentence."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import onnx
+import pytest
+import torch
+from torch import Tensor, nn
+
+import bntool
+from bntool.cli import run
+from bntool.core.command_options import BenchOptions, LoadOptions
+from bntool.core.errors import UsageError
+from bntool.core.option import Options
+from bntool.core.options import CheckOptions, ExportOptions, FoldOptions, InsertOptions, PlaceOptions
+from bntool.core.refusals import KINDS, require_known
+from tests.fold_zoo import enliven
+
+X = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+
+
+def _net() -> nn.Module:
+    torch.manual_seed(0)
+    return enliven(nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8)).eval())
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    folder = tmp_path_factory.mktemp("kinds")
+    model = _net()
+    program = torch.export.export(model, (X,))
+    torch.save(model, folder / "m.pt")
+    torch.export.save(program, folder / "m.pt2")
+    bntool.export_onnx(model, X, folder / "m.onnx")
+    files = {path.name: path for path in folder.iterdir()}
+    return {"module": model, "program": program, **files}
+
+
+FUNCTIONS: dict[str, Callable[[Any], Any]] = {
+    "fold": lambda model: bntool.fold(model, (X,)),
+    "insert": lambda model: bntool.insert(model, (X,)),
+    "plan_fold": lambda model: bntool.plan_fold(model, (X,)),
+    "plan_insert": lambda model: bntool.plan_insert(model, (X,)),
+    "summary": lambda model: bntool.summary(model, (X,)),
+    "verify": lambda model: bntool.verify(model, model, (X,)),
+}
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_a_function_takes_every_kind(models: dict[str, Any], name: str) -> None:
+    for kind, model in models.items():
+        found = FUNCTIONS[name](model)
+        if name not in ("summary", "verify"):
+            assert len(found.sites) == 1, kind
+        assert found, kind
+
+
+@pytest.mark.parametrize("kind", ["module", "program", "m.pt", "m.pt2"])
+def test_the_whole_way_is_a_function(models: dict[str, Any], kind: str, tmp_path: Path) -> None:
+    result = bntool.fold_to_onnx(models[kind], tmp_path / "out.onnx", (X,))
+    assert [check.stage for check in result.checks] == ["fold", "fold", "export", "runtime"]
+    assert all(check.passed for check in result.checks)
+    assert result.export is not None
+    assert result.export.path == tmp_path / "out.onnx"
+    assert "BatchNormalization" not in result.export.nodes
+
+
+OPTIONS = (
+    LoadOptions(arch="x", weights="w", key="k", allow=("a",), pretrained=True, inputs=("1x3",)),
+    FoldOptions(include=("a",), exclude=("b",), merge=False, unshare=True),
+    InsertOptions(init="default"),
+    ExportOptions(opset=17, ir_version=8, static_batch=True, dynamic=("0",), keep_io=True, exporter="legacy"),
+    CheckOptions(tf32="both", atol=1.0, rtol=1.0),
+    PlaceOptions(device="cuda", providers=("P",)),
+    BenchOptions(rounds=8),
+)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_a_kind_does_not_know_is_said_in_one_sentence(kind: str) -> None:
+    refused = 0
+    for options in OPTIONS:
+        for name in options.chosen():
+            alone = type(options)(**{name: getattr(options, name)})
+            error = _refusal(kind, alone)
+            if error is not None:
+                refused += 1
+                assert f" is not for {KINDS[kind]}: " in error.what
+                assert error.next_step
+                assert error.exit_code == 2
+    assert refused >= (0 if kind == "module" else 5)
+
+
+def _refusal(kind: str, options: Options) -> UsageError | None:
+    try:
+        require_known(kind, options, name="FILE")
+    except UsageError as error:
+        return error
+    return None
+
+
+def test_a_fold_with_its_export_plans_and_applies_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beside the float64 proof, which applies the plan a second time."""
+    counts: Counter[str] = Counter()
+
+    def counted(module: str, name: str) -> None:
+        found = __import__(module, fromlist=[name])
+        used = getattr(found, name)
+
+        def call(*args: Any, **options: Any) -> Any:
+            counts[name] += 1
+            return used(*args, **options)
+
+        monkeypatch.setattr(found, name, call)
+
+    counted("bntool.subjects.module_folding", "plan_fold")
+    counted("bntool.subjects.module_folding", "apply_fold")
+    counted("bntool.cli.session", "Session")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    torch.save(_net(), "m.pt")
+    assert run(["fold", "m.pt", "--export", "onnx", "-q"]) == 0
+    assert counts == {"plan_fold": 1, "apply_fold": 1, "Session": 1}
+
+
+class Branches(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(4, 4, 1)
+        self.n, self.o = nn.BatchNorm2d(4), nn.BatchNorm2d(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (self.n(self.a(x)) + self.o(self.b(x))).relu()
+
+
+def test_branches_of_a_program_stay_apart_in_its_file_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    torch.manual_seed(0)
+    program = torch.export.export(enliven(Branches().eval()), (torch.randn(2, 4, 8, 8),))
+    torch.export.save(program, "m.pt2")
+    for options, convolutions in ((["--no-merge"], 2), ([], 1)):
+        assert run(["fold", "m.pt2", "--export", "onnx", "-q", "--force", *options]) == 0
+        nodes = onnx.load("m_folded.onnx").graph.node
+        assert sum(node.op_type == "Conv" for node in nodes) == convolutions
