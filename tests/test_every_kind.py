@@ -70,6 +70,14 @@ def test_the_whole_way_is_a_function(models: dict[str, Any], kind: str, tmp_path
     assert "BatchNormalization" not in result.export.nodes
 
 
+@pytest.mark.parametrize("kind", ["m.pt", "m.pt2"])
+def test_the_whole_way_never_writes_over_what_it_read(models: dict[str, Any], kind: str) -> None:
+    before = models[kind].read_bytes()
+    with pytest.raises(UsageError, match="is the input itself"):
+        bntool.fold_to_onnx(models[kind], models[kind], (X,), force=True)
+    assert models[kind].read_bytes() == before
+
+
 OPTIONS = (
     LoadOptions(arch="x", weights="w", key="k", allow=("a",), pretrained=True, inputs=("1x3",)),
     FoldOptions(include=("a",), exclude=("b",), merge=False, unshare=True),

@@ -69,7 +69,7 @@ def fold_to_onnx(
         raise UsageError(
             f"{subject.name} cannot be exported from here", next_step="bntool.export_onnx takes a module"
         )
-    target = Target(force=force)
+    target = Target(force=force, reads=subject.files)
     claimed = target.claim(path)
     checking = checking_of(asked.check)
     proof: Any = None

@@ -32,7 +32,6 @@ def subject_of(model: Any, example_inputs: Any = None, *asked: Options) -> Subje
 
 
 def _subject_of(model: Any, example_inputs: Any) -> Subject:
-    name = ""
     if isinstance(model, str | Path):
         name, path = str(model), Path(model)
         if path.is_file() and detect(path).kind is Kind.ONNX:
@@ -42,8 +41,15 @@ def _subject_of(model: Any, example_inputs: Any) -> Subject:
         from bntool.files.loading import load
 
         loaded = load(name)
-        model = loaded.model
-        example_inputs = loaded.example_inputs if example_inputs is None else example_inputs
+        if example_inputs is None:
+            example_inputs = loaded.example_inputs
+        found = _in_memory(loaded.model, example_inputs, name)
+        found.files = loaded.files
+        return found
+    return _in_memory(model, example_inputs, "")
+
+
+def _in_memory(model: Any, example_inputs: Any, name: str) -> Subject:
     if isinstance(model, ExportedProgram):
         from bntool.subjects.program import ProgramSubject
 

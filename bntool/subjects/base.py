@@ -68,6 +68,8 @@ class Subject(Protocol):
 
     kind: Kind
     name: str
+    files: tuple[Path, ...]
+    """Every file that it was read from; none may be written over."""
 
     @property
     def model(self) -> Any:

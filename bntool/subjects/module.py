@@ -43,6 +43,7 @@ class ModuleSubject:
     """
 
     kind: Kind = "module"
+    files: tuple[Path, ...] = ()
 
     def __init__(
         self,

@@ -43,6 +43,7 @@ class ProgramSubject:
     """
 
     kind: Kind = "program"
+    files: tuple[Path, ...] = ()
 
     def __init__(
         self, program: ExportedProgram, example_inputs: Any = None, *, name: str = "program", seed: int = 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
@@ -23,6 +24,7 @@ class ScriptSubject:
     """A TorchScript module, and an input that it takes, or what finds one."""
 
     kind: Kind = "script"
+    files: tuple[Path, ...] = ()
 
     def __init__(
         self,
