@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -16,7 +16,6 @@ from bntool.report.results import SurgeryResult
 from bntool.subjects.base import Checking, Subject
 
 CheckLevel = Literal["full", "fast", "none"]
-Progress = Callable[[str], None]
 Model = nn.Module | ExportedProgram | str | Path
 """A model of any kind: one in memory, or the name of a file or of code that makes one."""
 
@@ -28,8 +27,9 @@ def names_of(names: Sequence[str], option: str) -> tuple[str, ...]:
 
 
 def checking_of(level: CheckLevel) -> Checking | None:
-    CheckOptions(check=level).validate()
-    return None if level == "none" else Checking(full=level == "full")
+    asked = CheckOptions(check=level)
+    asked.validate()
+    return Checking.of(asked)
 
 
 def owned(result: SurgeryResult, subject: Subject, share: bool) -> SurgeryResult:

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from bntool.api.asked import Model, checking_of
+from bntool.api.asked import Model
 from bntool.core.collecting import paused
 from bntool.core.errors import UsageError
 from bntool.core.options import CheckOptions, ExportOptions, FoldOptions
@@ -71,13 +71,8 @@ def fold_to_onnx(
         )
     target = Target(force=force, reads=subject.files)
     claimed = target.claim(path)
-    checking = checking_of(asked.check)
-    proof: Any = None
-    if checking is not None:
-        checking = dataclasses.replace(
-            checking, atol=asked.atol, rtol=asked.rtol, tf32=asked.tf32 == "both", axes=how.axes()
-        )
-        proof = subject.proof(checking)
+    checking = Checking.of(asked, axes=how.axes())
+    proof: Any = None if checking is None else subject.proof(checking)
     result, after = surgeries.fold(subject, options, proof)
     exportable: Exportable = after
     with target.drafts() as drafts:

@@ -69,17 +69,10 @@ def command(voice: Voice, asked: Asked) -> int:
     place = OnnxPlace(wanted, voice.target.claim(wanted), asked.export.keep_unverified)
     subject = opened.subject
     DynamicAxes(asked=asked.export.axes()).named_for(subject.example())
-    check = asked.check
-    checking = Checking(
-        full=check.check == "full",
-        onnx_device=devices.onnx,
-        atol=check.atol,
-        rtol=check.rtol,
-        tf32=check.tf32 == "both",
-        seed=asked.load.seed,
-        axes=asked.export.axes(),
+    checking = Checking.of(
+        asked.check, onnx_device=devices.onnx, seed=asked.load.seed, axes=asked.export.axes()
     )
-    pair = None if check.check == "none" else (subject.proof(checking).reference, checking)
+    pair = None if checking is None else (subject.proof(checking).reference, checking)
     how = Serving(asked.export, asked.ask.dtype or "", source_hash=opened.source_hash)
     if pair is None:
         voice.note("not verified (--check none)")

@@ -162,20 +162,17 @@ class _Fold:
         from bntool.pipeline.surgeries import fold
         from bntool.subjects.base import Checking
 
-        voice, subject, check = self.voice, self.opened.subject, self.asked.check
+        voice, subject = self.voice, self.opened.subject
         with voice.progress(f"folding {self.opened.subject.name}") as step:
-            if check.check != "none":
-                self.checking = Checking(
-                    full=check.check == "full",
-                    torch_device=torch_device(self.devices.torch),
-                    onnx_device=self.devices.onnx,
-                    atol=check.atol,
-                    rtol=check.rtol,
-                    tf32=check.tf32 == "both",
-                    seed=self.asked.load.seed,
-                    axes=self.asked.export.axes(),
-                    step=step,
-                )
+            self.checking = Checking.of(
+                self.asked.check,
+                torch_device=torch_device(self.devices.torch),
+                onnx_device=self.devices.onnx,
+                seed=self.asked.load.seed,
+                axes=self.asked.export.axes(),
+                step=step,
+            )
+            if self.checking is not None:
                 self.proof = subject.proof(self.checking)
             if self.asked.ask.export_to and subject.kind == "module":
                 from bntool.export.dynamic_axes import DynamicAxes
@@ -195,7 +192,7 @@ class _Fold:
         dtype = self.asked.ask.dtype
         narrow: Any = "" if dtype in (None, "float32") else dtype
         how = Serving(self.asked.export, narrow, self.asked.fold, self.opened.source_hash)
-        pair = None if self.proof is None else (self.proof.reference, self.checking)
+        pair = None if self.checking is None else (self.proof.reference, self.checking)
         return serving.served(
             self.voice, (result, after), place, how, pair, drafts, repro=self.asked.check.repro
         )

@@ -19,7 +19,7 @@ from bntool.cli.loading import load_granted
 from bntool.cli.reading import read_by
 from bntool.cli.streams import say
 from bntool.core.command_options import LoadOptions, ReportOptions, SpeechOptions
-from bntool.core.errors import BntoolError, InvariantError, UsageError
+from bntool.core.errors import BntoolError, InvariantError
 from bntool.files.sidecar import sidecar_path
 from bntool.files.targets import Target
 
@@ -269,15 +269,6 @@ def open_session(
             arch=ours.arch, weights=ours.weights, key=ours.key, pretrained=ours.pretrained
         )
     return session
-
-
-def require_no_script(session: Session, what: str) -> None:
-    """`UsageError` for a TorchScript module, whose graph holds no layer that could be exchanged."""
-    if session.loaded.kind == "script":
-        raise UsageError(
-            f"{session.loaded.reference} is TorchScript, and bntool does not {what} it",
-            next_step="torch.save the nn.Module that it was made from",
-        )
 
 
 def same_file(a: str, b: str) -> bool:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
 
-from bntool.core.options import ExportOptions, FoldOptions, InsertOptions
+from bntool.core.options import CheckOptions, ExportOptions, FoldOptions, InsertOptions
 from bntool.core.plan import Plan
 from bntool.core.verdicts import Check
 
@@ -47,6 +47,14 @@ class Checking:
     seed: int = 0
     axes: Mapping[str, Sequence[int]] = dataclasses.field(default_factory=dict)
     step: Callable[[str], None] = lambda text: None
+
+    @classmethod
+    def of(cls, asked: CheckOptions, **more: Any) -> Checking | None:
+        """What the options ask for, with where it runs and on what; None where nothing is to be checked."""
+        if asked.check == "none":
+            return None
+        full, tf32 = asked.check == "full", asked.tf32 == "both"
+        return cls(full=full, atol=asked.atol, rtol=asked.rtol, tf32=tf32, **more)
 
 
 class Proof(Protocol[S_contra]):
