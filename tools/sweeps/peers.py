@@ -17,15 +17,15 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from tools.peer_models import MODELS, kept_in
-from tools.peer_page import page
-from tools.peer_tools import TOOLS, Case, versions
-from tools.processes import in_own_process
-from tools.sweeping import Results, arguments
-from tools.zoo import GAINS, VIDEO, randomise
-from tools.zoo import RESULTS as SWEEP
+from tools.sweeps.peer_models import MODELS, kept_in
+from tools.sweeps.peer_page import page
+from tools.sweeps.peer_tools import TOOLS, Case, versions
+from tools.sweeps.processes import in_own_process
+from tools.sweeps.sweeping import Results, arguments
+from tools.sweeps.zoo import GAINS, VIDEO, randomise
+from tools.sweeps.zoo import RESULTS as SWEEP
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "docs" / "peers.jsonl"
 _SIDE = 64
 """Small images show the same graph at a fraction of the time; models that take none get their own size."""
@@ -64,7 +64,7 @@ def prepare(name: str, folder: Path, gain: float = 1.0) -> dict[str, Any]:
     """Export the model unfolded, run the original, and keep in `folder` what every tool is held against."""
     from bntool.export.exporting import export_onnx
     from bntool.verifying.reference import Reference
-    from tools.fingerprints import fingerprints, trace_onnx
+    from tools.sweeps.fingerprints import fingerprints, trace_onnx
 
     model = make(name, gain)
     observation = observed(model)

@@ -11,7 +11,7 @@ from torch import nn
 
 import bntool
 
-SAMPLE = Path(__file__).resolve().parent.parent / "samples" / "model.pt"
+SAMPLE = Path(__file__).resolve().parents[2] / "samples" / "model.pt"
 
 
 @dataclasses.dataclass(frozen=True)

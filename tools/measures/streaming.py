@@ -1,6 +1,6 @@
 """Fold a sharded file of weights layer by layer, and say how long it took and how much memory it needed.
 
-    python -m tools.streaming [FOLDER] [--gigabytes 6] [--layer-mib 64]
+    python -m tools.measures.streaming [FOLDER] [--gigabytes 6] [--layer-mib 64]
 
 The weights are convolutions with a BatchNorm each, written layer by layer; afterwards everything is deleted.
 Prints one JSON document. The promise: at most the largest layer × 4 + 300 MiB over what torch itself takes.
@@ -88,8 +88,16 @@ def fold_elsewhere(index: Path, plan: Plan, output: Path) -> dict[str, float]:
     """`fold` in a new process."""
     saved = index.with_name("plan.json")
     saved.write_text(plan.to_json(), encoding="utf-8")
-    command = [sys.executable, "-m", "tools.streaming", "--fold", str(index), str(saved), str(output)]
-    ran = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[1])
+    command = [
+        sys.executable,
+        "-m",
+        "tools.measures.streaming",
+        "--fold",
+        str(index),
+        str(saved),
+        str(output),
+    ]
+    ran = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[2])
     figures: dict[str, float] = json.loads(ran.stdout)
     return figures
 

@@ -21,7 +21,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 RESULTS, PAGE = ROOT / "docs" / "mutants.jsonl", ROOT / "docs" / "mutants.md"
 TESTER = ROOT / ".venv-mutants" / "bin"
 WORK = ROOT / ".mutants"

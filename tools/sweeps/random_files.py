@@ -26,8 +26,8 @@ from bntool.export.legacy_exporting import trace
 from bntool.graph.inputs import Inputs
 from bntool.inserting import InsertOptions
 from bntool.pipeline.onnx_folding import fold_onnx, insert_onnx
-from tools.random_nets import RandomNet
-from tools.random_trials import Run, Trial, any_is_wrong, difference, has_norms, inputs_of
+from tools.sweeps.random_nets import RandomNet
+from tools.sweeps.random_trials import Run, Trial, any_is_wrong, difference, has_norms, inputs_of
 
 EXPORTERS = ("raw", "legacy", "dynamo")
 """What torch's older exporter traced, as it is; that, cleaned; what torch's newer exporter made."""

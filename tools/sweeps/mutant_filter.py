@@ -1,4 +1,4 @@
-"""Leave out mutants that tell nothing. Started by `tools.mutants` in the mutation tester's environment.
+"""Leave out mutants that tell nothing. Started by `tools.sweeps.mutants` where the mutation tester is.
 
 Annotations are never computed here (`from __future__ import annotations`): to change one changes nothing.
 """

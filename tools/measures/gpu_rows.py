@@ -1,7 +1,7 @@
 """One network in one precision, on every runtime: right, proved to run there, how fast, how much memory.
 
-Runs in a process of its own, started by `tools.gpu_check`: a fault of the device ends one process, not the
-record. Prints a line of JSON for each runtime as it is done.
+Runs in a process of its own, started by `tools.measures.gpu_check`: a fault of the device ends one process, not
+the record. Prints a line of JSON for each runtime as it is done.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from bntool.verifying import checking
 from bntool.verifying.checking import check_onnx, check_surgery, check_tf32, seeded_batches
 from bntool.verifying.comparing import compare
 from bntool.verifying.reference import Reference
-from tools.gpu_nets import NETS
+from tools.measures.gpu_nets import NETS
 
 PRECISIONS = ("fp32", "TF32", "fp16")
 RUNTIMES = {"torch CUDA": "cuda", "ORT CUDA": CUDA, "ORT TensorRT": f"{TENSORRT},{CUDA}"}

@@ -12,10 +12,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from tools.sweeping import arguments, sweep
-from tools.zoo import folded_of, judged, page
+from tools.sweeps.sweeping import arguments, sweep
+from tools.sweeps.zoo import folded_of, judged, page
 
-RESULTS = Path(__file__).resolve().parent.parent / "docs" / "elsewhere.jsonl"
+RESULTS = Path(__file__).resolve().parents[2] / "docs" / "elsewhere.jsonl"
 TITLE = "Models of other libraries"
 
 Make = Callable[[], Any]

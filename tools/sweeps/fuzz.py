@@ -31,7 +31,7 @@ from bntool.files.loading import load
 from bntool.files.memory import recall
 from bntool.files.onnx_files import open_onnx
 from bntool.files.sidecar import read_sidecar
-from tools.fuzz_documents import damage_documents
+from tools.sweeps.fuzz_documents import damage_documents
 
 SECONDS = 30
 MEMORY = 4 << 30

@@ -13,10 +13,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-from tools.sweeping import arguments, sweep
-from tools.zoo import observed, randomise
+from tools.sweeps.sweeping import arguments, sweep
+from tools.sweeps.zoo import observed, randomise
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "docs" / "exports.jsonl"
 TIMM = """
 resnet10t resnet14t resnet26d resnetv2_50 resnext26ts seresnext26t_32x4d mobilenetv2_050 mobilenetv2_100

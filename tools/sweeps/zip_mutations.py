@@ -6,7 +6,7 @@ import random
 import struct
 import zlib
 
-from tools.zip_model import DESCRIPTOR, FULL_16, FULL_32, WIDTHS, Model, Part, fields_of, model_of
+from tools.sweeps.zip_model import DESCRIPTOR, FULL_16, FULL_32, WIDTHS, Model, Part, fields_of, model_of
 
 _WIDE_A, _LONG_S = "\uff41".encode(), "\u017f".encode()
 """Letters that case folding or normalisation takes for an a and an s."""

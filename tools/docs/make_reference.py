@@ -1,4 +1,4 @@
-"""Write what `--help` says as a page and as a man page: `python tools/make_reference.py`."""
+"""Write what `--help` says as a page and as a man page: `python tools/docs/make_reference.py`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 
 import click
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from bntool import __version__  # noqa: E402

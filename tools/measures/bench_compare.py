@@ -1,6 +1,6 @@
 """What `bntool compare` costs beside a bare PyTorch loop that does the same training, in one run.
 
-    python tools/bench_compare.py --root DATA        # DATA/MNIST/raw holds the four MNIST files
+    python tools/measures/bench_compare.py --root DATA        # DATA/MNIST/raw holds the four MNIST files
 
 Both train the sample network, with and without BatchNorm, on the same batches, and test it after; in turn, so
 that a machine whose speed drifts slows both. CPU time is printed too, which a busy machine does not stretch.
@@ -25,7 +25,7 @@ from bntool.experiment.comparison import compare_training
 from bntool.experiment.datasets import Data, Held, open_dataset
 from bntool.experiment.settings import Settings, seed_for
 
-NETWORK = Path(__file__).resolve().parents[1] / "samples" / "seed_network.py"
+NETWORK = Path(__file__).resolve().parents[2] / "samples" / "seed_network.py"
 
 
 def bare(model: nn.Module, data: Data, settings: Settings) -> None:

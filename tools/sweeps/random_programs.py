@@ -10,8 +10,8 @@ from torch.export import Dim, ExportedProgram, export
 from bntool.inserting import InsertOptions
 from bntool.pipeline.program_folding import fold_program, insert_program
 from bntool.runtime.programs import RunnableProgram
-from tools.random_nets import RandomNet
-from tools.random_trials import Run, Trial, any_is_wrong, difference, has_norms, inputs_of, outputs_of
+from tools.sweeps.random_nets import RandomNet
+from tools.sweeps.random_trials import Run, Trial, any_is_wrong, difference, has_norms, inputs_of, outputs_of
 
 
 def exported(net: RandomNet) -> tuple[ExportedProgram, Sequence[int]]:

@@ -12,10 +12,10 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from tools.random_files import exporter_of, file_trials
-from tools.random_nets import RandomNet
-from tools.random_programs import program_trials
-from tools.random_trials import TOLERANCE, Trial, module_trials
+from tools.sweeps.random_files import exporter_of, file_trials
+from tools.sweeps.random_nets import RandomNet
+from tools.sweeps.random_programs import program_trials
+from tools.sweeps.random_trials import TOLERANCE, Trial, module_trials
 
 FRONT_ENDS: dict[str, Callable[[int], Iterator[Trial]]] = {
     "module": lambda seed: module_trials(RandomNet(seed)),

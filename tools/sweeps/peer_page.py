@@ -6,7 +6,7 @@ import collections
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from tools.peer_tools import BNTOOL, PEERS
+from tools.sweeps.peer_tools import BNTOOL, PEERS
 
 Row = Mapping[str, Any]
 

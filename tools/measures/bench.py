@@ -35,7 +35,7 @@ NETS = """torchvision:resnet50 torchvision:vgg16_bn torchvision:resnet18 torchvi
 timm:repvgg_a2 timm:tf_efficientnet_b3 torchvision:densenet121 torchvision:efficientnet_b0
 torchvision:mobilenet_v2 torchvision:mobilenet_v3_small torchvision:shufflenet_v2_x1_0
 timm:regnetx_002 timm:ghostnet_100 timm:levit_128s""".split()
-PAGE = Path(__file__).resolve().parents[1] / "docs" / "benchmarks.md"
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "benchmarks.md"
 
 BARE_SCRIPT = """
 import sys, copy, warnings

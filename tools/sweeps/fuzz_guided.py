@@ -27,7 +27,7 @@ with atheris.instrument_imports(include=["bntool.files"]):
     from bntool.files.security.pickles import check_plain_data
     from bntool.files.security.program_scan import check_program, read_json
 
-from tools.fuzz import samples
+from tools.sweeps.fuzz import samples
 
 FILE = Path(tempfile.mkdtemp(prefix="bntool-fuzz-")) / "file.pt"
 REFUSALS = (BntoolError, DamagedPickle, Unsafe, Damaged, UnknownOperator, RecursionError)

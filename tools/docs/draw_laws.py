@@ -1,4 +1,4 @@
-"""Draw each law of docs/algebra.md as an SVG: `python tools/draw_laws.py`.
+"""Draw each law of docs/algebra.md as an SVG: `python tools/docs/draw_laws.py`.
 
 Every drawing has two lines of equal output. Above, the map stands where the BatchNorm was; below, where the
 law has moved it. A map is a pill with one stripe for each channel, so that the stripes show where each
@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from html import escape
 from pathlib import Path
 
-FOLDER = Path(__file__).resolve().parents[1] / "docs" / "laws"
+FOLDER = Path(__file__).resolve().parents[2] / "docs" / "laws"
 
 _HUES = ("#d9485f", "#e8912d", "#2f9e6e", "#3b7dd8", "#8b5cc7", "#5c6b7a")
 _NOBODY = "#ffffff"

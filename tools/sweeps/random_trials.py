@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import bntool
 from bntool.core.plan import Plan
-from tools.random_nets import SIDE, RandomNet
+from tools.sweeps.random_nets import SIDE, RandomNet
 
 TOLERANCE = 1e-9
 """Relative to the largest output. Fourteen steps in float64 round to about 1e-14; a channel whose variance is

@@ -18,9 +18,9 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from tools.sweeping import Results, arguments, not_ok
+from tools.sweeps.sweeping import Results, arguments, not_ok
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "docs" / "pickles.jsonl"
 COVERAGE = ROOT / "docs" / "coverage.jsonl"
 BATCH = 12
@@ -89,7 +89,7 @@ def load_batch(names: list[str], folder: Path) -> dict[str, dict[str, Any]]:
 
 def _elsewhere(work: str, names: list[str], folder: Path) -> dict[str, dict[str, Any]]:
     ran = subprocess.run(
-        [sys.executable, "-m", "tools.pickles", "--work", work, "--folder", str(folder), *names],
+        [sys.executable, "-m", "tools.sweeps.pickles", "--work", work, "--folder", str(folder), *names],
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     if ran.returncode:

@@ -24,12 +24,12 @@ from bntool.verifying.blaming import blame_export, blame_modules
 from bntool.verifying.checking import check_onnx, check_surgery, seeded_batches
 from bntool.verifying.onnx_verifying import check_itself
 from bntool.verifying.reference import Reference
-from tools.gpu_nets import enliven
-from tools.sweeping import Results, arguments
+from tools.measures.gpu_nets import enliven
+from tools.sweeps.sweeping import Results, arguments
 
-DOCS = Path(__file__).resolve().parents[1] / "docs"
+DOCS = Path(__file__).resolve().parents[2] / "docs"
 LINES, PAGE = DOCS / "verification.jsonl", DOCS / "verification.md"
-MARK = "<!-- the table below is written by tools/forty.py -->"
+MARK = "<!-- the table below is written by tools/sweeps/forty.py -->"
 SIDE = 64
 
 TORCHVISION = """alexnet resnet18 resnet34 resnet50 squeezenet1_0 squeezenet1_1

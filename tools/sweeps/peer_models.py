@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from tools.sweeping import Results
+from tools.sweeps.sweeping import Results
 
 MODELS = """
 torchvision:vgg11_bn torchvision:resnet18 torchvision:resnet50 torchvision:resnext50_32x4d
@@ -13,8 +13,8 @@ torchvision:wide_resnet50_2 torchvision:densenet121 torchvision:googlenet torchv
 torchvision:mobilenet_v2 torchvision:mobilenet_v3_small torchvision:shufflenet_v2_x1_0
 torchvision:efficientnet_b0 torchvision:mnasnet1_0 torchvision:regnet_y_400mf torchvision:fcn_resnet50
 torchvision:deeplabv3_mobilenet_v3_large torchvision:lraspp_mobilenet_v3_large torchvision:r3d_18
-torchvision:r2plus1d_18 tools.peer_models:frozen_resnet50 tools.peer_models:frozen_mobilenet_fpn
-tools.peer_models:retinanet_backbone tools.peer_models:ssdlite_backbone
+torchvision:r2plus1d_18 tools.sweeps.peer_models:frozen_resnet50 tools.sweeps.peer_models:frozen_mobilenet_fpn
+tools.sweeps.peer_models:retinanet_backbone tools.sweeps.peer_models:ssdlite_backbone
 timm:botnet26t_256 timm:convmixer_768_32 timm:cspdarknet53 timm:dla34 timm:dpn68
 timm:efficientformer_l1 timm:efficientvit_b0 timm:efficientvit_m0 timm:ese_vovnet19b_dw timm:fastvit_t8
 timm:ghostnet_100 timm:ghostnetv3_100 timm:hardcorenas_a timm:hgnet_tiny timm:hrnet_w18_small

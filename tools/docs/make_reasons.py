@@ -1,11 +1,11 @@
-"""Write docs/reasons.md from the explanations: `python tools/make_reasons.py`."""
+"""Write docs/reasons.md from the explanations: `python tools/docs/make_reasons.py`."""
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from bntool.core.explanations import EXPLANATIONS, Explanation  # noqa: E402

@@ -35,7 +35,7 @@ from bntool.files.security.containers import (
     Contents,
     within,
 )
-from tools.zip_mutations import mutant
+from tools.sweeps.zip_mutations import mutant
 
 Sample = tuple[bytes, Contents]
 ROOM = within(Limit(64 << 20), Path("mutant"))

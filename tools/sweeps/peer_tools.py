@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from bntool.graph.inputs import Inputs, outputs_of
-from tools.fingerprints import Trace, trace_onnx, trace_openvino, trace_torch
+from tools.sweeps.fingerprints import Trace, trace_onnx, trace_openvino, trace_torch
 
 
 @dataclasses.dataclass(frozen=True)

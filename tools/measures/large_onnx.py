@@ -1,6 +1,6 @@
 """Fold an ONNX model of more than 2 GB, and say how long it took and how much memory it needed.
 
-    python tools/large_onnx.py [FOLDER]
+    python tools/measures/large_onnx.py [FOLDER]
 
 The model is a stack of wide linear layers with BatchNorms, its weights in a data file beside it.
 """

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from bntool.files.atomic import write_atomically
-from tools.processes import in_own_process
+from tools.sweeps.processes import in_own_process
 
 Row = dict[str, Any]
 

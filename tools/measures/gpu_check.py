@@ -20,11 +20,11 @@ import xml.etree.ElementTree as ET
 from pathlib import Path
 from typing import Any
 
-from tools.gpu_nets import NETS
-from tools.gpu_page import page
-from tools.gpu_rows import PRECISIONS, RUNTIMES
+from tools.measures.gpu_nets import NETS
+from tools.measures.gpu_page import page
+from tools.measures.gpu_rows import PRECISIONS, RUNTIMES
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "BNTOOL_EXPECT_GPU": "1"}
 _SETTINGS = "[pytest]\nmarkers =\n    gpu: needs an NVIDIA GPU\naddopts = --import-mode=importlib\n"
@@ -71,7 +71,7 @@ def read_report(report: Path) -> dict[str, Any]:
 
 def run_rows(name: str, precision: str, how: str, limit: float) -> list[dict[str, Any]]:
     """The rows of one network in one precision; those of a process that died say so."""
-    code, text = _run(["-m", "tools.gpu_rows", name, precision, how], limit)
+    code, text = _run(["-m", "tools.measures.gpu_rows", name, precision, how], limit)
     found = [json.loads(line) for line in text.splitlines() if line.startswith("{")]
     last = next(
         (line for line in reversed(text.splitlines()) if not line.startswith("{") and line.strip()), ""

@@ -16,9 +16,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tools.sweeping import arguments, sweep
+from tools.sweeps.sweeping import arguments, sweep
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "docs" / "coverage.jsonl"
 CLIPS = ("r3d_18", "mc3_18", "r2plus1d_18")
 VIDEO = (1, 3, 4, 32, 32)
@@ -152,7 +152,7 @@ def _inserted(model: Any, observation: Any) -> dict[str, Any]:
     from bntool import api
     from bntool.inserting import InsertOptions
     from bntool.subjects.insertion import insert_observed
-    from tools.fx_pairs import disagreements
+    from tools.sweeps.fx_pairs import disagreements
 
     plan, made, check = insert_observed(model, observation, InsertOptions(activations=("any",)))
     wrong = disagreements(model, plan)
