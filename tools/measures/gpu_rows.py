@@ -1,7 +1,7 @@
 """One network in one precision, on every runtime: right, proved to run there, how fast, how much memory.
 
-Runs in a process of its own, started by `tools.measures.gpu_check`: a fault of the device ends one process, not
-the record. Prints a line of JSON for each runtime as it is done.
+Runs in a process of its own, started by `tools.measures.gpu_check`: a fault of the device ends one process,
+not the record. Prints a line of JSON for each runtime as it is done.
 """
 
 from __future__ import annotations
