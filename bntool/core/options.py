@@ -112,8 +112,8 @@ class InsertOptions(Options):
 class ExportOptions(Options):
     """What an ONNX file is to be like.
 
-    `dynamic` maps an input's name to its axes that stay open besides the batch. `dtype` casts the weights and
-    with them, unless `keep_io`, inputs and outputs.
+    `dynamic` names axes of an input that stay open besides the batch. `dtype` casts the weights and with
+    them, unless `keep_io`, inputs and outputs; `float32` casts the model before anything is done.
     """
 
     opset: int | None = option(None, "ONNX opset (default: the lowest that works).", least=1)
@@ -126,6 +126,11 @@ class ExportOptions(Options):
     )
     external_data: Literal["auto", "always", "never"] = option(
         "auto", "Weights in one file beside the model; auto: above 1.8 GiB."
+    )
+    dtype: Literal["float32", "fp16", "bf16"] | None = option(
+        None,
+        "fp16, bf16: cast the ONNX file's numbers. float32: cast the model first, where float16 cannot hold "
+        "the folded weights.",
     )
     keep_io: bool = option(False, "With --dtype: inputs and outputs stay float32.")
     exporter: Literal["dynamo", "legacy"] = option(
@@ -143,10 +148,19 @@ class ExportOptions(Options):
             found.setdefault(match["name"] or "input", []).extend(int(n) for n in match["axes"].split(","))
         return found
 
+    @property
+    def narrow(self) -> Literal["", "fp16", "bf16"]:
+        """What the file's numbers are cast to; empty for the model's own."""
+        return self.dtype if self.dtype in ("fp16", "bf16") else ""
+
     def validate(self) -> None:
-        """Raise `UsageError` for a number out of bounds, or axes that are not written like any."""
+        """Raise `UsageError` for a number out of bounds, axes written wrongly, or `keep_io` with no cast."""
         super().validate()
         self.axes()
+        if self.keep_io and not self.narrow:
+            raise UsageError(
+                "--keep-io goes with --dtype", next_step="add --dtype fp16, or leave --keep-io out"
+            )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -20,7 +20,7 @@ from bntool.observe.eager import Observation, observe
 from bntool.observe.inference import observe_inferred
 from bntool.observe.standing_in import set_modes
 from bntool.report.counting import parameter_delta
-from bntool.subjects.base import Checking, Kind, Narrow, Parameters
+from bntool.subjects.base import Checking, Kind, Parameters
 from bntool.subjects.insertion import check_unchanged, insert_observed
 from bntool.subjects.module_folding import PlannedFold, plan_module_fold
 from bntool.subjects.proving import ModuleProof
@@ -127,9 +127,7 @@ class ModuleSubject:
             raise CheckFailed("the insertion changes the output", next_step="please report this model")
         return rows
 
-    def export(
-        self, path: Path, how: ExportOptions, metadata: Mapping[str, str], dtype: Narrow = ""
-    ) -> ExportResult:
+    def export(self, path: Path, how: ExportOptions, metadata: Mapping[str, str]) -> ExportResult:
         from bntool.export.exporting import export_onnx
 
         return export_onnx(
@@ -141,7 +139,7 @@ class ModuleSubject:
             dynamic_batch=not how.static_batch,
             dynamic=how.axes(),
             external_data=how.external_data,
-            dtype=dtype,
+            dtype=how.narrow,
             keep_io=how.keep_io,
             exporter=how.exporter,
             metadata=metadata,

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch.export import ExportedProgram
 
-from bntool.core.errors import CheckFailed, InvariantError, UsageError
+from bntool.core.errors import CheckFailed, UsageError
 from bntool.core.options import ExportOptions, FoldOptions, InsertOptions
 from bntool.core.plan import Plan
 from bntool.core.verdicts import Check
@@ -21,7 +21,7 @@ from bntool.inserting import plan_insert_nodes
 from bntool.observe.exported_program import ProgramObservation, observe_program
 from bntool.report.counting import parameter_delta
 from bntool.runtime.programs import RunnableProgram, drawn_inputs, example_inputs_of
-from bntool.subjects.base import Checking, Kind, Narrow, Parameters
+from bntool.subjects.base import Checking, Kind, Parameters
 from bntool.subjects.insertion import check_unchanged
 from bntool.surgery.fold_program import apply_fold_program, in_float64
 from bntool.surgery.insert_program import apply_insert_program
@@ -108,17 +108,8 @@ class ProgramSubject:
             raise CheckFailed("the insertion changes the output", next_step="please report this program")
         return [row]
 
-    def export(
-        self,
-        path: Path,
-        how: ExportOptions,
-        metadata: Mapping[str, str],
-        dtype: Narrow = "",
-    ) -> ExportResult:
+    def export(self, path: Path, how: ExportOptions, metadata: Mapping[str, str]) -> ExportResult:
         from bntool.export.exporting import export_program
-
-        if dtype:
-            raise InvariantError("a program keeps its types, which was told before")
 
         return export_program(
             self.model,
