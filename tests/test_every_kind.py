@@ -188,3 +188,21 @@ def test_branches_of_a_program_stay_apart_in_its_file_too(
         assert run(["fold", "m.pt2", "--export", "onnx", "-q", "--force", *options]) == 0
         nodes = onnx.load("m_folded.onnx").graph.node
         assert sum(node.op_type == "Conv" for node in nodes) == convolutions
+
+
+@pytest.mark.parametrize("kind", ["module", "program", "m.pt", "m.pt2", "m.onnx"])
+@pytest.mark.parametrize("plan_of", [bntool.plan_fold, bntool.plan_insert])
+def test_a_plan_is_replayed_on_its_kind_and_refused_on_another_model(
+    models: dict[str, Any], kind: str, plan_of: Callable[..., bntool.Plan], tmp_path: Path
+) -> None:
+    (tmp_path / "plan.json").write_text(plan_of(models[kind], (X,)).to_json(), encoding="utf-8")
+    result = bntool.apply(models[kind], tmp_path / "plan.json", (X,))
+    assert [site.bn for site in result.sites] == [site.bn for site in plan_of(models[kind], (X,)).sites]
+    assert result.checks
+    assert all(check.passed for check in result.checks)
+    if kind in ("program", "m.onnx"):
+        other: Any = torch.export.export(nn.Sequential(nn.Conv2d(3, 8, 3)).eval(), (X,))
+        if kind == "m.onnx":
+            other = bntool.export_onnx(other, (X,), tmp_path / "other.onnx")
+        with pytest.raises(bntool.PlanError, match="made for another model"):
+            bntool.apply(other, tmp_path / "plan.json", (X,))

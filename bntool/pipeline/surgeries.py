@@ -89,11 +89,8 @@ def insert(subject: S, options: InsertOptions, checking: Checking | None = None)
     return _result(subject, after, plan, tuple(rows)), after
 
 
-def replayed(
-    subject: ModuleSubject, plan: Plan, model: nn.Module, checking: Checking | None
-) -> SurgeryResult:
-    """The result of a plan that was carried out as `model`, checked like a new one. Raises `CheckFailed`."""
-    after = ModuleSubject(model, name=subject.name)
+def replayed(subject: S, plan: Plan, after: S, checking: Checking | None) -> SurgeryResult:
+    """The result of a plan that was carried out as `after`, checked like a new one. Raises `CheckFailed`."""
     rows: list[Check] = []
     if checking is not None and plan and plan.action == "fold":
         proof = subject.proof(checking)
