@@ -134,14 +134,7 @@ class ModuleSubject:
             self.model,
             self.example(),
             path,
-            opset=how.opset,
-            ir_version=how.ir_version,
-            dynamic_batch=not how.static_batch,
-            dynamic=how.axes(),
-            external_data=how.external_data,
-            dtype=how.narrow,
-            keep_io=how.keep_io,
-            exporter=how.exporter,
+            how,
             metadata=metadata,
             force=True,  # a draft, which a first try may have left
         )

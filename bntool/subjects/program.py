@@ -111,15 +111,7 @@ class ProgramSubject:
     def export(self, path: Path, how: ExportOptions, metadata: Mapping[str, str]) -> ExportResult:
         from bntool.export.exporting import export_program
 
-        return export_program(
-            self.model,
-            self.example(),
-            path,
-            opset=how.opset,
-            ir_version=how.ir_version,
-            external_data=how.external_data,
-            metadata=metadata,
-        )
+        return export_program(self.model, self.example(), path, how, metadata=metadata)
 
     def _like(self, program: ExportedProgram) -> ProgramSubject:
         return ProgramSubject(program, self.given, name=self.name, seed=self._seed)

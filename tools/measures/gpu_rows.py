@@ -19,7 +19,6 @@ import torch
 import bntool
 from bntool.core.errors import BntoolError, DeviceError
 from bntool.core.verdicts import Check
-from bntool.export.exporting import export_onnx
 from bntool.graph.inputs import Inputs
 from bntool.models import casting
 from bntool.runtime import OrtRunner, TorchRunner
@@ -49,7 +48,7 @@ class Case:
         self.inputs = seeded_batches(self.example)
         dtype = "fp16" if precision == "fp16" else ""
         self.files = {
-            kind: export_onnx(model, self.example, folder / f"{kind}.onnx", dtype=dtype).path
+            kind: bntool.export_onnx(model, self.example, folder / f"{kind}.onnx", dtype=dtype)
             for kind, model in (("before", self.model), ("after", self.folded))
         }
         self._reference = Reference(self.model, self.inputs, device="cpu" if rehearse else "cuda")

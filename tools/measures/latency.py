@@ -18,7 +18,6 @@ from torch import nn
 
 import bntool
 from bntool.core.latencies import Benchmark
-from bntool.export.exporting import export_onnx
 from bntool.graph.inputs import Inputs
 from bntool.report.latency import latency_text
 from bntool.runtime.benchmarking import Candidate, benchmark, rebatching
@@ -56,7 +55,7 @@ def measured(name: str, side: int, batches: tuple[int, ...], rounds: int) -> Ben
     with tempfile.TemporaryDirectory() as folder:
         candidates = [Candidate(f"torch {kind}", version) for kind, version in versions.items()]
         for kind, version in versions.items():
-            path = export_onnx(version, example, Path(folder) / f"{kind}.onnx").path
+            path = bntool.export_onnx(version, example, Path(folder) / f"{kind}.onnx")
             candidates.append(Candidate(f"ONNX {kind}", path))
         inputs_of = rebatching(example)
         return benchmark(candidates, inputs_of, batches=batches, rounds=rounds, seconds=60, pairs=PAIRS)

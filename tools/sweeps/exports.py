@@ -46,8 +46,8 @@ def examine(name: str) -> dict[str, Any]:
     import onnx
     import torch
 
+    from bntool.api import exported
     from bntool.core.options import FoldOptions
-    from bntool.export.exporting import export_onnx
     from bntool.files.references import build
     from bntool.pipeline.onnx_folding import fold_exported
     from bntool.subjects.base import Checking
@@ -68,7 +68,7 @@ def examine(name: str) -> dict[str, Any]:
     checks = proof.rows(plan, folded) if plan else []
     with tempfile.TemporaryDirectory(prefix="bntool.exports.") as folder:
         start = time.perf_counter()
-        export = export_onnx(folded.model, observation.inputs, Path(folder) / "model.onnx")
+        export = exported(folded.model, observation.inputs, Path(folder) / "model.onnx")
         # Merged branches are a matter of the fold, proved elsewhere; here is what folds in the graph alone.
         export = fold_exported(export, merge=False)
         row["seconds_export"] = round(time.perf_counter() - start, 1)

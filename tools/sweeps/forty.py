@@ -17,7 +17,6 @@ import torch
 from torch import nn
 
 from bntool import api
-from bntool.export.exporting import export_onnx
 from bntool.files.references import build
 from bntool.graph.inputs import Inputs
 from bntool.verifying.blaming import blame_export, blame_modules
@@ -63,7 +62,7 @@ def verify(name: str) -> dict[str, Any]:
     rows = check_surgery(model, folded, inputs, stage="fold", reference=reference)
     blamed = {"fold": blame_modules(model, folded, inputs[:1], stage="fold")}
     with tempfile.TemporaryDirectory() as folder:
-        path = export_onnx(folded, example, Path(folder) / "model.onnx").path
+        path = api.export_onnx(folded, example, Path(folder) / "model.onnx")
         rows += check_onnx(folded, path, inputs, device="cpu", reference=reference)
         rows += check_itself(path, inputs, device="cpu")
         blamed["export"] = blame_export(folded, path, inputs[:1])

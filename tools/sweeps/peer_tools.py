@@ -55,13 +55,11 @@ def bntool_module(case: Case) -> Outcome:
 def bntool_export(case: Case) -> Outcome:
     """What `bntool fold --export onnx` leaves: the module folded, exported, and the graph folded."""
     import bntool
-    from bntool.export.exporting import export_onnx
+    from bntool.api import exported
     from bntool.pipeline.onnx_folding import fold_exported
 
     folded = bntool.fold(case.model, case.inputs, share=True)
-    return _read(
-        fold_exported(export_onnx(folded.model, case.inputs, case.folder / "bntool.onnx")).path, case
-    )
+    return _read(fold_exported(exported(folded.model, case.inputs, case.folder / "bntool.onnx")).path, case)
 
 
 def bntool_onnx(case: Case) -> Outcome:

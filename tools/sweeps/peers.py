@@ -62,7 +62,7 @@ def observed(model: Any) -> Any:
 
 def prepare(name: str, folder: Path, gain: float = 1.0) -> dict[str, Any]:
     """Export the model unfolded, run the original, and keep in `folder` what every tool is held against."""
-    from bntool.export.exporting import export_onnx
+    from bntool.api import export_onnx
     from bntool.verifying.reference import Reference
     from tools.sweeps.fingerprints import fingerprints, trace_onnx
 
