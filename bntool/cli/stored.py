@@ -65,13 +65,12 @@ def fold_stored_file(voice: Voice, asked: Asked) -> int:
 
 def _document(plan: Any, path: Path, output: Path, digest: str) -> dict[str, Any]:
     from bntool.files.atomic import sha256_of
-    from bntool.files.sidecar import make_document
+    from bntool.files.sidecar import Origin, make_document
 
     return make_document(
         "fold",
-        source=str(path),
-        source_hash=sha256_of(path),
-        output=output,
+        Origin(str(path), sha256_of(path)),
+        output,
         digest=digest,
         plan=plan.to_dict(),
     )

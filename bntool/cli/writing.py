@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from bntool.core.errors import UsageError
 from bntool.files.memory import Record, remember
-from bntool.files.sidecar import fill_sidecar, is_sidecar, make_document, output_name, sidecar_path
+from bntool.files.sidecar import Origin, fill_sidecar, is_sidecar, make_document, output_name, sidecar_path
 from bntool.files.targets import Drafts, Target
 
 if TYPE_CHECKING:
@@ -141,13 +141,9 @@ def draft_model(session: Session, command: str, result: Result, place: Place, dr
     digest = save_draft(loaded, result.model, place.model, drafts)
     document = make_document(
         command,
-        source=session.source,
-        source_hash=loaded.source_hash,
-        output=place.named,
+        Origin(session.source, loaded.source_hash, loaded.arch, loaded.weights, loaded.key),
+        place.named,
         digest=digest,
-        arch=loaded.arch,
-        weights=loaded.weights,
-        key=loaded.key,
         plan=result.plan.to_dict() if result.plan is not None and loaded.kind != "script" else None,
         parameters=result.parameters,
         checks=[check.to_dict() for check in result.checks],

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from bntool.files.safetensors_files import read_index
-from bntool.files.sidecar import make_document, write_sidecar
+from bntool.files.sidecar import Origin, make_document, write_sidecar
 from tests.cli import nets
 from tests.cli.conftest import Shell
 from tests.files import torch_files as tf
@@ -28,7 +28,7 @@ def make():
 
 
 def _side_file(arch: str) -> None:
-    document = make_document("fold", source="x.pt", source_hash="", output="net.pt", arch=arch)
+    document = make_document("fold", Origin("x.pt", arch=arch), "net.pt")
     write_sidecar("net.pt", document, force=True)
 
 
