@@ -41,8 +41,8 @@ def test_output_names(source: str, action: str, expected: str) -> None:
 def _document(output: Path) -> dict[str, object]:
     plan = Plan("insert", (), (Skip("0", Reason.NO_ACTIVATION),), key_map={"1.weight": "2.weight"})
     return make_document(
-        "insert", Origin(str(output.parent / "in.pt"), "ab", "torchvision:vgg11"), output, plan=plan.to_dict(),
-        parameters={"before": 1}, checks=[{"passed": True}],
+        "insert", Origin(str(output.parent / "in.pt"), "ab", "torchvision:vgg11"), output,
+        plan=plan.to_dict(), parameters={"before": 1}, checks=[{"passed": True}],
     )  # fmt: skip
 
 
