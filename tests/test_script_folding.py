@@ -1,4 +1,4 @@
-"""TorchScript: calls are counted over all blocks and exported methods; what a run may not reach stays right."""
+"""TorchScript: calls are counted over all blocks and methods; what a run may not reach stays right."""
 
 from __future__ import annotations
 
@@ -12,8 +12,10 @@ import torch
 from torch import nn
 
 import bntool
+from bntool.core.errors import ExportError
 from bntool.core.reasons import Reason
-from bntool.subjects.script_folding import fold_script
+from bntool.graph.inputs import Inputs
+from bntool.subjects.script_folding import converted, fold_script
 
 
 @pytest.fixture(autouse=True)
@@ -108,7 +110,7 @@ class InALoop(Block):
         return x
 
 
-def doubled(self: Any, x: tuple[torch.Tensor], y: torch.Tensor) -> torch.Tensor:  # noqa: ARG001
+def doubled(self: Any, x: tuple[torch.Tensor], y: torch.Tensor) -> torch.Tensor:
     return y * 2
 
 
@@ -215,3 +217,10 @@ class Branching(Block):
         if x.sum() > 0:
             x = x * 2
         return self.b(self.c(x))
+
+
+def test_a_branch_on_numbers_is_not_exported_as_one_of_its_sides() -> None:
+    script = torch.jit.script(lively(Branching()).eval())
+    with pytest.raises(ExportError, match="branches on its inputs") as raised:
+        converted(script, Inputs((torch.rand(1, 3, 8, 8),)))
+    assert "nn.Module" in raised.value.next_step

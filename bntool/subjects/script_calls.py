@@ -21,7 +21,7 @@ class Call:
     method: str
     caller: str
     place: tuple[str, str, int]
-    """The class of the caller, its method and the number of the node: the same for all modules of the class."""
+    """The class of the caller, its method and the number of the node: alike for all modules of a class."""
     node: Any
     argument: str
     """The module whose result is the only argument; empty where that is something else."""
@@ -36,8 +36,8 @@ class Calls:
         script: the module; nothing in it is changed.
 
     `to` gives the calls by the qualified name of the callee, `read` the modules whose tensors others read,
-    `functional` the places (module, method, number) that call batch_norm itself; `branches` tells whether it branches
-    on what it is given, and `unclear` what is called on a module that cannot be told, empty where all is clear.
+    `functional` the places (module, method, number) that call batch_norm itself. `branches` tells whether the
+    code branches on what it is given, and `unclear` what it calls on a module that cannot be told.
     """
 
     def __init__(self, script: torch.jit.ScriptModule) -> None:

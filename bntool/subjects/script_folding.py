@@ -29,7 +29,6 @@ from bntool.subjects.script_norms import kept_norms
 from bntool.verifying.checking import ALGEBRA_LIMIT
 from bntool.verifying.comparing import Limit, compare
 
-
 _HIDDEN = "forward_that_stays"
 
 
@@ -95,7 +94,14 @@ def converted(script: torch.jit.ScriptModule, inputs: Inputs) -> nn.Module:
         try:
             program = TS2EPConverter(original, inputs.args, dict(inputs.kwargs)).convert()
             module: nn.Module = program.module()
+            if any(node.target is torch.ops.higher_order.cond for node in program.graph.nodes):
+                raise ExportError(
+                    "this TorchScript branches on its inputs, and a file would take one side for all",
+                    next_step="export the nn.Module that it was made from",
+                )
             given, found = (dict(named_tensors(m(*inputs.args, **inputs.kwargs))) for m in (original, module))
+        except ExportError:
+            raise
         except Exception as error:
             raise ExportError(
                 f"torch's converter cannot take this TorchScript: {str(error).strip().splitlines()[0]}",
