@@ -73,19 +73,20 @@ def plan_module_fold(
     """Plan the fold of a module already observed.
 
     With `merge`, blocks that bring their own re-parameterisation are merged first, on a copy, and the rest
-    is planned on what they leave. With `thorough` the model is observed a second time, on inputs of other
-    sizes, and a fold counts only if it comes out the same; else only where it leads through a reshape or
-    rests on a number of the forward's own. With `unshare` a layer is cloned for each call site that needs
-    it changed.
+    is planned on what they leave; there the law merges branches. With `thorough` the model is observed a
+    second time, on inputs of other sizes, and a fold counts only if it comes out the same; else only where
+    it leads through a reshape or rests on a number of the forward's own. With `unshare` a layer is cloned
+    for each call site that needs it changed.
     """
-    choice = _Choice(tuple(include), tuple(exclude), unshare)
+    choice = _Choice(tuple(include), tuple(exclude), unshare, merge)
     if unshare and _has_layers_of_several_names(model):
         observation = observe(model, observation.inputs, apart=True)
     plan = _settled(model, observation, choice, thorough)
     sites: list[FoldSite] = []
     merged = model
     # a block that has merged its branches may hold blocks that still can
-    while merge and (blocks := _fit(find_blocks(merged), plan)):
+    shapes = _shapes_read(observation.graph)
+    while merge and (blocks := _fit(find_blocks(merged, shapes), plan)):
         sites += [site for block in blocks for site in _sites(block)]
         merged = with_blocks_merged(merged, blocks)
     if not sites:
@@ -101,6 +102,12 @@ def plan_module_fold(
     return PlannedFold(whole, merged, rest)
 
 
+def _shapes_read(graph: Graph) -> dict[str, tuple[int, ...]]:
+    """The shape of the one input of each module, where a tensor is its first."""
+    first = {name: module.inputs[0] for name, module in graph.modules.items() if module.inputs}
+    return {name: graph.values[value].shape for name, value in first.items() if value is not None}
+
+
 @dataclasses.dataclass(frozen=True)
 class _Choice:
     """Which BatchNorms may go, and at what price."""
@@ -108,6 +115,7 @@ class _Choice:
     include: tuple[str, ...]
     exclude: tuple[str, ...]
     unshare: bool
+    merge: bool
 
 
 def _has_layers_of_several_names(model: nn.Module) -> bool:

@@ -117,7 +117,8 @@ def _changed_parts(model: nn.Module, plan: Plan) -> set[str]:
     """The children of the model whose output a fold may change: all that no fold is wholly inside of."""
     whole: set[str] = set()
     crossed: set[str] = set()
-    for site in plan.fold_sites:
-        homes = {name.partition(".")[0] for name in (site.bn, *site.into)}
+    cuts = [(site.bn, *site.into) for site in plan.fold_sites]
+    for names in (*cuts, *((merge.layer, *merge.values) for merge in plan.merges)):
+        homes = {name.partition(".")[0] for name in names}
         (whole if len(homes) == 1 else crossed).update(homes)
     return {name for name, _ in model.named_children()} - (whole - crossed)

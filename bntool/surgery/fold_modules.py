@@ -12,9 +12,11 @@ from torch import Tensor, nn
 
 from bntool.core.errors import InvariantError
 from bntool.core.plan import Plan
-from bntool.core.sites import Branch, Edit, Merge
-from bntool.layers import NORMED
+from bntool.core.sites import Branch, Edit, Merge, Window
+from bntool.layers import NORMED, Absorbed
 from bntool.observe.copying import is_plain, structural_copy, take_apart
+from bntool.observe.modules import is_batch_norm_class
+from bntool.observe.standing_in import set_modes
 from bntool.surgery.editing import ROLES, Role, Slot, StoredNorm, apply_edits, removed_norms
 from bntool.surgery.reparameterising import merge_blocks_of
 
@@ -38,6 +40,8 @@ def carry_out(copied: nn.Module, plan: Plan) -> nn.Module:
     tensors = _ModuleTensors(copied, plan.eps)
     apply_edits(tensors, plan)
     tensors.write(removed_norms(plan))
+    for merge in plan.merges:
+        tensors.merge(merge)
     return copied
 
 
@@ -158,6 +162,18 @@ class _ModuleTensors:
         for parent in self.modules.values():
             _unwrap(parent)
 
+    def merge(self, merge: Merge) -> None:
+        """Let one convolution look at its input as the whole sum does, and the other layers give zeros."""
+        heir: Any = self.modules[merge.layer]
+        window = merge.window
+        heir.kernel_size, heir.stride, heir.dilation = window.kernel, window.stride, window.dilation
+        heir.padding, heir.groups = window.before, window.groups
+        heir._reversed_padding_repeated_twice = [n for n in reversed(window.before) for _ in range(2)]
+        for norm in (self.modules[name] for name in merge.norms if name not in merge.values):
+            _become(norm, _what_remains(norm))
+        for layer in (self.modules[name] for name in merge.values):
+            _become(layer, set_modes(_zeros_of(layer, window), training=layer.training))
+
     # -- tensors ----------------------------------------------------------------------------------------
 
     def _slot(self, handle: str, like: Tensor) -> Slot:
@@ -194,6 +210,14 @@ def _become(module: nn.Module, other: nn.Module) -> None:
     """Turn a module into another where it stands, for whoever holds it: parents, plain lists, attributes."""
     module.__class__ = type(other)
     module.__dict__ = dict(other.__dict__)
+
+
+def _zeros_of(layer: Any, window: Window) -> Absorbed:
+    """What stands for a branch of a sum of this window."""
+    if is_batch_norm_class(type(layer)) or hasattr(layer, "running_mean"):
+        return Absorbed()
+    reach = zip(window.kernel, window.dilation, window.before, window.after, strict=True)
+    return Absorbed(layer.out_channels, window.stride, [d * (k - 1) - p - q for k, d, p, q in reach])
 
 
 def _unwrap(parent: nn.Module) -> None:
