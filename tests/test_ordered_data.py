@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -53,13 +54,13 @@ def sizes(batches) -> list[int]:
 def test_files_and_folders_are_drawn_by_the_seed_and_every_sample_once(tmp_path, folder):
     np.save(tmp_path / "x.npy", np.arange(40, dtype="float32").reshape(40, 1))
     whole = [t.args[0].flatten().tolist() for t in open_batches(tmp_path / "x.npy", batch_size=8)]
-    assert sorted(sum(whole, [])) == list(range(40))
+    assert sorted(itertools.chain(*whole)) == list(range(40))
     assert all(max(batch) - min(batch) > 8 for batch in whole)
     again = [t.args[0].flatten().tolist() for t in open_batches(tmp_path / "x.npy", batch_size=8)]
     other = [t.args[0].flatten().tolist() for t in open_batches(tmp_path / "x.npy", batch_size=8, seed=1)]
     assert whole == again != other
     some = [t.args[0].flatten().tolist() for t in open_batches(tmp_path / "x.npy", samples=5)]
-    assert some == [sorted(sum(some, []))]
+    assert some == [sorted(itertools.chain(*some))]
     assert max(some[0]) > 5
     classes = [b.args[0].mean((1, 2, 3)).sort().values for b in open_batches(folder, batch_size=8, like=LIKE)]
     assert all(float(batch[-1] - batch[0]) > 0.3 for batch in classes)
@@ -80,7 +81,7 @@ def test_a_plain_loader_that_reads_in_order_draws_and_says_so():
     loader = DataLoader(TensorDataset(torch.arange(12.0).reshape(12, 1)), batch_size=4)
     batches = open_batches(lambda: loader)
     values = [t.args[0].flatten().tolist() for t in batches]
-    assert sorted(sum(values, [])) == list(range(12))
+    assert sorted(itertools.chain(*values)) == list(range(12))
     assert values[0] != [0.0, 1.0, 2.0, 3.0]
     assert "drawn by the seed" in batches.notes[0]
     kept = open_batches(loader, shuffle=False)
@@ -88,7 +89,7 @@ def test_a_plain_loader_that_reads_in_order_draws_and_says_so():
     assert not kept.notes
 
 
-# -- which -----------------------------------------------------------------------------------------------------
+# -- which ---------------------------------------------------------------------------------------------------
 
 
 def test_the_training_part_is_read_and_what_is_read_is_told(folder):

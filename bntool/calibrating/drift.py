@@ -80,6 +80,6 @@ class Grouping:
             f"warning: the {len(self.counts)} batches differ more than chance allows: at "
             f"{where or 'the model'} their means and squares spread {times} as widely as those of samples "
             f"drawn at random (up to {found[1]:.2g} is chance). Their samples come in an order, such as "
-            "class by class; statistics from batches that training never sees ruin a model. Shuffle the data: "
-            "DataLoader(…, shuffle=True)"
+            "class by class; statistics from batches that training never sees ruin a model. Shuffle the "
+            "data: DataLoader(…, shuffle=True)"
         )

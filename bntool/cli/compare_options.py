@@ -17,7 +17,7 @@ def _rates(text: str) -> tuple[float, ...]:
     try:
         return tuple(float(part) for part in text.split(","))
     except ValueError as error:
-        raise UsageError(f"{text!r} is not like 0.01,0.1") from error
+        raise UsageError(f"{text!r} is not a list of numbers like 0.01,0.1") from error
 
 
 @dataclasses.dataclass(frozen=True)
