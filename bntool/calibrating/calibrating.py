@@ -51,7 +51,8 @@ class CalibrationResult:
     """A new model with re-estimated running statistics; the model that was given is untouched.
 
     `kept` names the BatchNorm layers left as they were, each with the reason. `parameters` holds
-    `before`, `after` and `delta`, recounted from the tensors of both models.
+    `before`, `after` and `delta`, recounted from the tensors of both models. `warnings` tells of data that
+    comes in an order: its batches are not those of training.
     """
 
     model: nn.Module
@@ -60,6 +61,8 @@ class CalibrationResult:
     batches: int
     frozen: bool
     parameters: dict[str, dict[str, int]]
+    samples: int = 0
+    warnings: tuple[str, ...] = ()
 
     @property
     def status(self) -> str:
@@ -82,6 +85,8 @@ class CalibrationResult:
         return {
             "status": self.status,
             "batches": self.batches,
+            "samples": self.samples,
+            "warnings": list(self.warnings),
             "frozen": self.frozen,
             "layers": [layer.to_dict() for layer in self.layers],
             "kept": [{"name": name, "detail": why} for name, why in self.kept],
@@ -113,7 +118,10 @@ class CalibrationResult:
             lines.append("")
         how = "calibrated and frozen" if self.frozen else "calibrated"
         batches = f"{count(self.batches)} {'batch' if self.batches == 1 else 'batches'}"
-        lines.append(f"{len(self.layers)} BatchNorm layers {how} on {batches}; {self._dead_text()}")
+        samples = f"{count(self.samples)} {'sample' if self.samples == 1 else 'samples'}"
+        norms = f"{len(self.layers)} BatchNorm {'layer' if len(self.layers) == 1 else 'layers'}"
+        lines.append(f"{norms} {how} on {batches} of {samples}; {self._dead_text()}")
+        lines += [wrapped(warning, width, indent="    ") for warning in self.warnings]
         if any(self.parameters["delta"].values()):
             lines += delta_lines(self.parameters)
         return as_lines(*lines)
@@ -179,7 +187,10 @@ def calibrate(
         for layer in layers:
             freeze_layer(calibrated.get_submodule(layer.name))
     delta = parameter_delta(model, calibrated)
-    return CalibrationResult(calibrated, layers, tuple(kept), found.batches, freeze, delta)
+    warnings = (found.warning,) if found.warning else ()
+    return CalibrationResult(
+        calibrated, layers, tuple(kept), found.batches, freeze, delta, found.samples, warnings
+    )
 
 
 def layers_of(model: nn.Module) -> tuple[list[str], list[tuple[str, str]]]:

@@ -75,8 +75,26 @@ class DataOptions(Options):
     )
     batch_size: int = option(32, "Samples in a batch.", least=1)
     limit: int | None = option(None, "At most N batches (default: all).", "--batches", metavar="N", least=1)
-    mean: str | None = option(None, "Mean of each channel, taken off images in 0..1.", metavar="R,G,B")
+    samples: int | None = option(
+        None, "At most N samples, drawn by the seed (default: all).", "--limit", metavar="N", least=1
+    )
+    shuffle: bool = option(True, "Take the samples in the order in which they lie.")
+    split: str | None = option(
+        None, "Part of the data: train (default, where there are parts), val, …, all.", metavar="NAME"
+    )
+    files: tuple[str, ...] = option(
+        (), "Only images whose path below the folder, or name, fits.", "--include", metavar="GLOB"
+    )
+    mean: str | None = option(
+        None, "Mean of each channel, taken off images in 0..1; or imagenet, …", metavar="R,G,B"
+    )
     std: str | None = option(None, "Standard deviation of each channel of images in 0..1.", metavar="R,G,B")
+    resize: int | None = option(
+        None,
+        "Shorter side of an image before its middle is cut out (default: as the input).",
+        metavar="N",
+        least=1,
+    )
 
 
 @dataclasses.dataclass(frozen=True)

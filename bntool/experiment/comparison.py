@@ -13,11 +13,11 @@ from bntool.api import apply, insert
 from bntool.core.errors import CheckFailed, NothingToDo, UsageError
 from bntool.core.plan import Plan
 from bntool.experiment.checkpoints import Progress
-from bntool.experiment.datasets import Data
 from bntool.experiment.fitting import fitting, require_shares
 from bntool.experiment.folder import RUNS, identity_of, open_folder, require_alike
 from bntool.experiment.outcome import ARMS, TITLES, Run, TrainingComparison, told_divergence
 from bntool.experiment.randomness import random_state_kept, seed_everything
+from bntool.experiment.samples import Data
 from bntool.experiment.settings import Settings
 from bntool.experiment.training import train, train_bounds
 from bntool.experiment.watching import Watcher, places_in_both

@@ -23,7 +23,7 @@ from bntool.files.security.pickles import unknown_globals
 from bntool.files.security.scripted import script_bytes
 from bntool.files.shards import shard_of, write_shards
 from bntool.files.targets import Drafts, Target
-from bntool.files.weights import StateDict, with_prefix
+from bntool.files.weights import StateDict
 
 
 def save_model(
@@ -51,8 +51,7 @@ def save_draft(loaded: Loaded, model: nn.Module | ExportedProgram, path: Path, d
     elif isinstance(model, torch.jit.ScriptModule):
         draft.write_bytes(script_bytes(model))
     elif loaded.kind == "safetensors":
-        prefix = loaded.wrapped_in.prefix if loaded.wrapped_in else ""
-        _write_safetensors(_distinct(with_prefix(_weights(model), prefix)), dict(loaded.metadata), draft)
+        _write_safetensors(_distinct(_stored(loaded, model)), dict(loaded.metadata), draft)
     else:
         _write_torch(_held(loaded, model), draft)
     return sha256_of(draft)
@@ -90,7 +89,7 @@ def _held(loaded: Loaded, model: nn.Module) -> Any:
     if found is None:
         return model
     whole = isinstance(found.value, nn.Module)
-    value: Any = model if whole else with_prefix(_weights(model), found.prefix)
+    value: Any = model if whole else _stored(loaded, model)
     return _replaced(found.container, found.path, value)
 
 
@@ -104,8 +103,7 @@ def _replaced(container: Any, path: tuple[str, ...], value: Any) -> Any:
 
 def _save_shards(loaded: Loaded, model: nn.Module, output: Path, drafts: Drafts) -> str:
     """Every tensor in the file that its layer was in; the index, which makes them a model, goes last."""
-    prefix = loaded.wrapped_in.prefix if loaded.wrapped_in else ""
-    tensors = _distinct(with_prefix(_weights(model), prefix))
+    tensors = _distinct(_stored(loaded, model))
     parts = shard_of({n: shard for shard, names in loaded.shards.items() for n in names}, tensors)
 
     def fill(shard: str, temporary: Path) -> None:
@@ -115,6 +113,12 @@ def _save_shards(loaded: Loaded, model: nn.Module, output: Path, drafts: Drafts)
 
     sizes = {name: tensor.nbytes for name, tensor in tensors.items()}
     return write_shards(output, parts, sizes, loaded.metadata, fill, drafts)
+
+
+def _stored(loaded: Loaded, model: nn.Module) -> StateDict:
+    """The model's weights as the file names them, with what stood beside the old ones."""
+    found, weights = loaded.wrapped_in, _weights(model)
+    return found.saved(weights) if found is not None else weights
 
 
 def _weights(model: nn.Module) -> StateDict:

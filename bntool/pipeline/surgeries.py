@@ -14,7 +14,7 @@ from bntool.core.errors import CheckFailed
 from bntool.core.options import FoldOptions, InsertOptions
 from bntool.core.plan import Plan
 from bntool.core.verdicts import Check, first_failed
-from bntool.data.batches import inputs_of
+from bntool.data.loaders import inputs_of
 from bntool.graph.inputs import Inputs
 from bntool.observe.copying import structural_copy
 from bntool.observe.standing_in import set_modes

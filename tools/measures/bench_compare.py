@@ -22,7 +22,8 @@ from torch.nn import functional as F
 
 import bntool
 from bntool.experiment.comparison import compare_training
-from bntool.experiment.datasets import Data, Held, open_dataset
+from bntool.experiment.datasets import open_dataset
+from bntool.experiment.samples import Data, Held
 from bntool.experiment.settings import Settings, seed_for
 
 NETWORK = Path(__file__).resolve().parents[2] / "samples" / "seed_network.py"
