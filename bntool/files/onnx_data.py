@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
+import math
 import os
 import shlex
 from collections.abc import Iterator
@@ -15,6 +17,7 @@ from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 from onnx.external_data_helper import ExternalDataInfo
 
 from bntool.core.errors import LoadError
+from bntool.files.security.pickled_calls import shown
 from bntool.files.targets import Drafts
 
 _DATA = ".data"
@@ -37,59 +40,95 @@ def external_tensors(proto: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
             yield from (t for t in tensors if t.data_location == onnx.TensorProto.EXTERNAL)
 
 
+@dataclasses.dataclass(frozen=True)
+class Fault:
+    """What is wrong with where a tensor is said to be: words that follow the file's name, and a way out.
+
+    `suspicious` is what no honest file says; the rest happens to files that are copied without their data.
+    """
+
+    what: str
+    next_step: str
+    suspicious: bool = False
+
+
 def require_data(path: Path, tensor: onnx.TensorProto) -> Path:
     """The file that holds a tensor; it must stand in the model's folder and be long enough."""
+    fault = fault_of(path, tensor)
+    if fault is not None:
+        raise LoadError(f"{path.name} {fault.what}", where=str(path), next_step=fault.next_step)
+    return path.parent / str(ExternalDataInfo(tensor).location)
+
+
+def fault_of(path: Path, tensor: onnx.TensorProto) -> Fault | None:
+    """What is wrong with a tensor's place outside the file, in the words of every command; None: nothing."""
+    name, again = shown(tensor.name), "export it again"
     try:
         info = ExternalDataInfo(tensor)
     except ValueError as error:
-        raise LoadError(
-            f"the external data of {tensor.name} is described wrongly: {first_line(error)}",
-            where=str(path),
-            next_step="export it again",
-        ) from error
+        return Fault(f"takes {name} from a place that is no number: {first_line(error)}", again, True)
     # A text that is not UTF-8 comes out of protobuf as bytes.
-    inside = (
-        isinstance(info.location, str)
-        and info.location
-        and all(
-            not pure.is_absolute() and not pure.drive and ".." not in pure.parts
-            for pure in (PurePosixPath(info.location), PureWindowsPath(info.location))
-        )
-    )
-    if not inside:
-        raise LoadError(
-            f"the weight {tensor.name} is said to be in {info.location!r}, outside the model's folder",
-            where=str(path),
-            next_step="move the data beside the model and export it again",
-        )
-    data, name = path.parent / info.location, shlex.quote(info.location)
-    if not Path(os.path.realpath(data)).is_relative_to(os.path.realpath(path.parent)):
-        raise LoadError(
-            f"{info.location}, which holds the weight {tensor.name}, is a link out of the model's folder",
-            where=str(path),
-            next_step="copy the data beside the model",
+    if not isinstance(info.location, str) or not _stays_inside(info.location):
+        where = shown(str(info.location))
+        return Fault(f"takes {name} from a file outside its folder: {where}", again, True)
+    data, text, quoted = path.parent / info.location, shown(info.location), shlex.quote(info.location)
+    if not _belongs(data, path):
+        return Fault(
+            f"takes {name} through a link out of its folder: {text}", "copy the data beside it", True
         )
     if not data.is_file():
-        raise LoadError(
-            f"the weight {tensor.name} is in {info.location}, which is not there",
-            where=str(path),
-            next_step=f"put {info.location} beside the model",
-        )
+        return Fault(f"takes {name} from a file that is not there: {text}", f"put {text} beside it")
     # ONNX's libraries will not read it: the other name may be that of a file elsewhere.
     if data.stat().st_nlink > 1:
-        raise LoadError(
-            f"{info.location}, which holds the weight {tensor.name}, has a second name (a hard link)",
-            where=str(path),
-            next_step=f"cd {shlex.quote(str(path.parent))} && cp {name} {name}.own && mv {name}.own {name}",
-        )
-    end = (info.offset or 0) + (info.length or 0)
-    if data.stat().st_size < end:
-        raise LoadError(
-            f"{info.location} has {data.stat().st_size:,} bytes; the weight {tensor.name} ends at {end:,}",
-            where=str(path),
-            next_step="download or copy it again",
-        )
-    return data
+        step = f"cd {shlex.quote(str(path.parent))} && cp {quoted} {quoted}.own && mv {quoted}.own {quoted}"
+        return Fault(f"takes {name} from a file that has a second name (a hard link): {text}", step)
+    held, begin = data.stat().st_size, info.offset or 0
+    needed = _bytes_of(tensor) if info.length is None else info.length
+    if begin < 0 or begin + needed > held:
+        what = f"{text}, which has {held:,} bytes; it ends at {begin + needed:,}"
+        return Fault(f"takes {name} from beyond the end of {what}", "download or copy the data again", True)
+    if needed != _bytes_of(tensor):
+        what = f"{needed:,} bytes of {text}, and takes {_bytes_of(tensor):,}"
+        return Fault(f"gives {name} {what}, or from beyond the end", "download or export it again", True)
+    return None
+
+
+def _stays_inside(location: str) -> bool:
+    return bool(location) and all(
+        not pure.is_absolute() and not pure.drive and ".." not in pure.parts
+        for pure in (PurePosixPath(location), PureWindowsPath(location))
+    )
+
+
+def _belongs(data: Path, path: Path) -> bool:
+    """Whether the data lie in the model's folder, or in that of the file which the model is a link to.
+
+    The cache of a model hub is made of such: model and data are links into one folder.
+    """
+    real = Path(os.path.realpath(data))
+    folders = {os.path.realpath(path.parent), str(Path(os.path.realpath(path)).parent)}
+    return any(real.is_relative_to(folder) for folder in folders)
+
+
+def _bytes_of(tensor: onnx.TensorProto) -> int:
+    try:
+        return int(ir.DataType(tensor.data_type).itemsize * math.prod(tensor.dims) + 0.999)
+    except (TypeError, ValueError):
+        return 0
+
+
+def whole_proto(path: str | Path) -> onnx.ModelProto:
+    """The model with all its numbers; those in files beside it are read by bntool's own rule for them."""
+    path = Path(path)
+    proto = onnx.load(path, format="protobuf", load_external_data=False)
+    for tensor in external_tensors(proto):
+        info = ExternalDataInfo(tensor)
+        with require_data(path, tensor).open("rb") as file:
+            file.seek(info.offset or 0)
+            tensor.raw_data = file.read(_bytes_of(tensor) if info.length is None else info.length)
+        tensor.data_location = onnx.TensorProto.DEFAULT
+        del tensor.external_data[:]
+    return proto
 
 
 def require_numbers(path: Path, tensor: Any) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 from bntool.core.errors import InvariantError, LoadError
 from bntool.files.detect import Kind, detect
 from bntool.files.onnx_data import add_data, external_tensors, first_line, require_data, require_numbers
+from bntool.files.onnx_forms import inline_functions, to_one_form
 from bntool.files.targets import Drafts, Target
 
 SINGLE_FILE_LIMIT = int(1.8 * 2**30)
@@ -61,6 +63,7 @@ def open_onnx(path: str | Path) -> OnnxFile:
             next_step="download or export it again",
         ) from error
     try:
+        to_one_form(proto)
         data_files = dict.fromkeys(require_data(path, tensor) for tensor in external_tensors(proto))
         check_structure(proto)
         model = ir.from_proto(proto)
@@ -72,14 +75,29 @@ def open_onnx(path: str | Path) -> OnnxFile:
         raise LoadError(
             f"the file is not valid ONNX: {first_line(error)}", where=str(path), next_step="export it again"
         ) from error
-    for graph in model.graphs():
-        ir.external_data.set_base_dir(graph, path.parent)
-    for function in model.functions.values():
-        ir.external_data.set_base_dir(function.graph, path.parent)
+    for _, tensor, put in _slots(model):
+        if isinstance(tensor, ir.ExternalTensor):
+            put(_where_it_is(tensor, path.parent))
+    inline_functions(model)
     external = [
         name for name, v in model.graph.initializers.items() if isinstance(v.const_value, ir.ExternalTensor)
     ]
     return OnnxFile(path, model, frozenset(external), tuple(data_files))
+
+
+def _where_it_is(tensor: ir.ExternalTensor, folder: Path) -> ir.ExternalTensor:
+    """The same tensor in the file that its own is a link to: onnx_ir follows no link out of a folder."""
+    real = Path(os.path.realpath(folder / tensor.location))
+    return ir.ExternalTensor(
+        real.name,
+        tensor.offset,
+        tensor.length,
+        tensor.dtype,
+        shape=tensor.shape,
+        name=str(tensor.name),
+        doc_string=tensor.doc_string,
+        base_dir=real.parent,
+    )
 
 
 def save_onnx(file: OnnxFile, output: str | Path, *, force: bool = False) -> tuple[Path, Path | None]:
@@ -156,10 +174,11 @@ def _write(model: ir.Model, draft: Path, moving: list[tuple[Any, Callable[[Any],
 def check_structure(proto: onnx.ModelProto) -> None:
     """ONNX's own check of everything but data outside the file, whose place is checked before it is read.
 
-    An output needs no shape: runtimes take it without one. The proto is afterwards what it was. Raises
-    `ValidationError`.
+    An input or output needs no shape: runtimes take it without one. The proto is afterwards what it was.
+    Raises `ValidationError`.
     """
-    told = [info.type.tensor_type for info in proto.graph.output if info.type.HasField("tensor_type")]
+    ends = (*proto.graph.input, *proto.graph.output)
+    told = [info.type.tensor_type for info in ends if info.type.HasField("tensor_type")]
     untold = [tensor for tensor in told if not tensor.HasField("shape")]
     outside = [(tensor, list(tensor.dims)) for tensor in external_tensors(proto)]
     for tensor in untold:
