@@ -17,6 +17,7 @@ from bntool.core.errors import InvariantError, LoadError
 from bntool.files.detect import Kind, detect
 from bntool.files.onnx_data import add_data, external_tensors, first_line, require_data, require_numbers
 from bntool.files.onnx_forms import inline_functions, to_one_form
+from bntool.files.onnx_unfusing import unfuse
 from bntool.files.targets import Drafts, Target
 
 SINGLE_FILE_LIMIT = int(1.8 * 2**30)
@@ -79,6 +80,7 @@ def open_onnx(path: str | Path) -> OnnxFile:
         if isinstance(tensor, ir.ExternalTensor):
             put(_where_it_is(tensor, path.parent))
     inline_functions(model)
+    unfuse(model)
     external = [
         name for name, v in model.graph.initializers.items() if isinstance(v.const_value, ir.ExternalTensor)
     ]
