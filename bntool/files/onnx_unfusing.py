@@ -16,12 +16,6 @@ _OWN = {"FusedConv": "Conv", "NhwcConv": "Conv", "NhwcFusedConv": "Conv", "Fused
 _OF_THE_FUSION = frozenset(
     "activation activation_params activation_alpha activation_beta activation_gamma".split()
 )
-    "activation",
-    "activation_params",
-    "activation_alpha",
-    "activation_beta",
-    "activation_gamma",
-)
 _NAMES: dict[str, tuple[str, ...]] = {
     "Relu": (),
     "Tanh": (),
