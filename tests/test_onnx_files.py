@@ -132,7 +132,7 @@ def test_a_cycle_is_seen_where_outputs_have_no_shape(tmp_path: Path) -> None:
 def test_missing_external_data(tmp_path: Path) -> None:
     path = saved(tmp_path, external=True)
     (tmp_path / "weights.bin").unlink()
-    with pytest.raises(LoadError, match=r"weights\.bin, which is not there") as caught:
+    with pytest.raises(LoadError, match=r"a file that is not there: weights") as caught:
         fold_onnx(path, tmp_path / "out.onnx")
     assert caught.value.exit_code == 3
     assert_nothing_left(tmp_path, "model.onnx")
@@ -153,7 +153,7 @@ def test_external_data_outside_the_folder(tmp_path: Path, location: str) -> None
     tensor = next(t for t in proto.graph.initializer if t.external_data)
     next(e for e in tensor.external_data if e.key == "location").value = location
     path.write_bytes(proto.SerializeToString())
-    with pytest.raises(LoadError, match="outside the model's folder"):
+    with pytest.raises(LoadError, match="outside its folder"):
         open_onnx(path)
 
 

@@ -11,7 +11,8 @@ import onnx_ir as ir
 
 from bntool.core.errors import ExportError, UsageError
 from bntool.export.capturing import essence
-from bntool.files.onnx_files import SINGLE_FILE_LIMIT, add_data, check_structure
+from bntool.files.onnx_data import add_data
+from bntool.files.onnx_files import SINGLE_FILE_LIMIT, check_structure
 from bntool.files.targets import Target
 
 ExternalData = Literal["auto", "always", "never"]

@@ -9,6 +9,7 @@ from typing import Any
 
 from bntool.core.errors import LoadError
 from bntool.files.looking import Found, TensorRow
+from bntool.files.onnx_data import Fault, fault_of, require_data
 from bntool.files.security.pickled_calls import shown
 
 _MAX_DEPTH = 30
@@ -36,18 +37,17 @@ def look_at_onnx(path: Path, found: Found) -> None:
         "metadata": {shown(p.key): shown(p.value) for p in model.metadata_props},
     }
     external: dict[str, int] = {}
-    problems: list[str] = []
+    problems: list[Fault] = []
     for graph in graphs:
         for tensor in graph.initializer:
             found.tensors.append(_row(tensor))
             if tensor.data_location == onnx.TensorProto.EXTERNAL:
-                problems += _look_outside(path, tensor, external, found)
+                problem = _look_outside(path, tensor, external, found)
+                problems += [problem] if problem is not None else []
     if external:
         found.facts["external_data"] = external
     if problems and not found.suspicious:
-        raise LoadError(
-            f"{path.name} takes {problems[0]}", where=str(path), next_step="copy the data beside the model"
-        )
+        raise LoadError(f"{path.name} {problems[0].what}", where=str(path), next_step=problems[0].next_step)
 
 
 def _graphs(graph: Any, depth: int = 0) -> Iterator[Any]:
@@ -98,36 +98,15 @@ def _row(tensor: Any) -> TensorRow:
     return TensorRow.of(shown(tensor.name), _dtype(tensor.data_type), shape, _item_bytes(tensor.data_type))
 
 
-def _look_outside(path: Path, tensor: Any, external: dict[str, int], found: Found) -> Iterator[str]:
+def _look_outside(path: Path, tensor: Any, external: dict[str, int], found: Found) -> Fault | None:
     """External data stands in a file beside the model, and has as many bytes as the tensor takes.
 
     Gives what is in the way of reading it though the model is honest: it was copied without its data.
     """
-    given = {entry.key: entry.value for entry in tensor.external_data}
-    location, name = given.get("location", ""), shown(tensor.name)
-    parts = location.replace("\\", "/").split("/")
-    file = path.parent / location
-    if not location or location.startswith(("/", "\\")) or ".." in parts or ":" in parts[0]:
-        found.suspect(f"takes {name} from a file outside its folder: {shown(location)}")
-        return
-    inside = path.parent.resolve()
-    if not file.resolve().is_relative_to(inside):
-        found.suspect(f"takes {name} through a link: {shown(location)}")
-        return
-    if not file.is_file():
-        yield f"{name} from a file that is not there: {shown(location)}"
-        return
-    if file.stat().st_nlink > 1:
-        yield f"{name} from a file that has a second name (a hard link): {shown(location)}"
-        return
-    size = external[shown(location)] = file.stat().st_size
-    needed = _row(tensor).nbytes
-    try:
-        offset, length = int(given.get("offset", "0")), int(given.get("length", str(needed)))
-    except ValueError:
-        found.suspect(f"takes {name} from a place that is no number")
-        return
-    if offset < 0 or length != needed or offset + length > size:
-        found.suspect(
-            f"takes {name} from beyond the end of {shown(location)}, or not as many bytes as it has"
-        )
+    fault = fault_of(path, tensor)
+    if fault is None:
+        data = require_data(path, tensor)
+        external[shown(str(data.relative_to(path.parent)))] = data.stat().st_size
+    elif fault.suspicious:
+        found.suspect(fault.what)
+    return None if fault is None or fault.suspicious else fault

@@ -42,6 +42,15 @@ def passes(op: Op, *, pooling: bool) -> bool:
     return op.kind in _THROUGH or (pooling and op.kind in _POOLING)
 
 
+def passes_node(graph: Graph, op: Op) -> bool:
+    """What may stand there besides where the newcomer goes right behind the layer, whatever the axes then.
+
+    That is another order of the axes, and a bias that is added in that order.
+    """
+    others = [v for v in op.inputs.values() if not graph.values[v].constant]
+    return op.kind == "permute" or (op.kind == "add" and len(others) == 1)
+
+
 def activation_behind(graph: Graph, value: Value, *, pooling: bool = False) -> str:
     """The kind of the one activation that reads a value, through ops that keep channels; else empty."""
     while True:

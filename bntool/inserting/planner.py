@@ -16,7 +16,7 @@ from bntool.graph.dataflow import Graph, Module, Op, Value
 from bntool.inserting.activations import Activation, activation_of
 from bntool.inserting.biases import batched_rank, own_bias, redundant_biases, untouched
 from bntool.inserting.names import Rename, name_newcomers
-from bntool.inserting.places import Draft, Form, passes
+from bntool.inserting.places import Draft, Form, passes, passes_node
 
 _NORMS = frozenset(
     {"batch_norm", "instance_norm", "group_norm", "layer_norm", "native_layer_norm", "rms_norm"}
@@ -65,7 +65,7 @@ class _Planner:
         self.options = options
         self.tree = tree
         self.by_layer: dict[str, list[Op]] = {}
-        for op in graph.of_kind("conv", "linear"):
+        for op in graph.of_kind("conv", "linear", "matmul"):
             if not graph.input(op).constant:
                 self.by_layer.setdefault(self._owner(op), []).append(op)
 
@@ -129,7 +129,7 @@ class _Planner:
 
     def _verdicts(self) -> tuple[list[Draft], list[Skip]]:
         drafts, skips = [], []
-        wanted = {"conv", "linear"} if self.options.linear else {"conv"}
+        wanted = {"conv", "linear", "matmul"} if self.options.linear else {"conv"}
         for name, ops in self.by_layer.items():
             if ops[0].kind not in wanted:
                 continue
@@ -249,7 +249,8 @@ class _Planner:
                 others = ", ".join(r.label for r in readers[:3])
                 raise _Refuse(Reason.OUTPUT_USED_ELSEWHERE, f"its output is read by {others}")
             reader = readers[0]
-            if not passes(reader, pooling=self.options.pooling):
+            behind = not self.tree and passes_node(self.graph, reader)
+            if not behind and not passes(reader, pooling=self.options.pooling):
                 raise _Refuse(Reason.NO_ACTIVATION, f"{reader.label} follows, not an activation")
             value = self.graph.output(reader)
             between += 1

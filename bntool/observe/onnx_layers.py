@@ -1,6 +1,6 @@
 """Which ONNX nodes are linear layers and BatchNorms, one or several nodes each, before any of it is a graph.
 
-A MatMul and the Add of its bias are one layer.
+A MatMul and the Add of its bias are one layer, and so are a convolution and its.
 """
 
 from __future__ import annotations
@@ -15,14 +15,16 @@ from bntool.observe.onnx_constants import Constants
 LINEAR_OPS = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
 PRODUCTS = frozenset({"MatMul", "Einsum"})
 """Linear layers without a place for a bias."""
+CONVOLUTIONS = frozenset({"Conv", "ConvTranspose"})
+"""Layers whose bias some exporters add behind them all the same."""
 
 
 @dataclasses.dataclass
 class Call:
-    """One run of a linear layer: its node, the Add that holds the bias of a MatMul, and the node's label.
+    """One run of a linear layer: its node, the Add that holds its bias, and the node's label.
 
     `weight_index` is the place of its weight among the node's inputs; `behind` counts the axes behind the
-    channels where a bias would be added to the result.
+    channels where a bias is, or would be, added to the result.
     """
 
     node: ir.Node
@@ -100,8 +102,11 @@ def only_reader(value: ir.Value) -> ir.Node | None:
     return node if producer is not None and node.graph is producer.graph else None
 
 
-def bias_add(node: ir.Node, constants: Constants, features: int) -> ir.Node | None:
-    """The Add right behind a MatMul whose other operand is a vector of its output features."""
+def bias_add(node: ir.Node, constants: Constants, features: int, behind: int = 0) -> ir.Node | None:
+    """The Add right behind a layer whose other operand is a vector of its output features.
+
+    `behind` counts the axes behind the channels.
+    """
     add = only_reader(node.outputs[0])
     if add is None or add.op_type != "Add" or add.domain not in ("", "ai.onnx"):
         return None
@@ -109,6 +114,7 @@ def bias_add(node: ir.Node, constants: Constants, features: int) -> ir.Node | No
     if other is None or other not in constants:
         return None
     array = constants.array(other)
-    if array is None or array.size != features or (array.ndim and array.shape[-1] != features):
+    if array is None or array.size != features:
         return None
-    return add
+    whole = (1,) * max(array.ndim - 1 - behind, 0) + (features,) + (1,) * behind
+    return add if array.shape == whole or (not array.ndim and features == 1) else None

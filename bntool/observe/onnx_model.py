@@ -11,7 +11,7 @@ import onnx_ir as ir
 from bntool.graph.dataflow import Graph, Module, Op
 from bntool.observe.onnx_constants import Constants
 from bntool.observe.onnx_einsum import LinearEinsum, linear_einsum
-from bntool.observe.onnx_layers import LINEAR_OPS, Call, Layer, Norm, bias_add
+from bntool.observe.onnx_layers import CONVOLUTIONS, LINEAR_OPS, PRODUCTS, Call, Layer, Norm, bias_add
 from bntool.observe.onnx_nodes import captured_by, hidden_norms, is_standard, labels_of, opaque_kind
 from bntool.observe.onnx_ops import SHAPE_READERS, translate
 from bntool.observe.onnx_shapes import infer
@@ -70,7 +70,7 @@ class _Reader:
         self.norms: dict[str, Norm] = {}
         self.known_layers: dict[tuple[Any, ...], str] = {}
         self.known_norms: dict[tuple[Any, ...], str] = {}
-        self.fused: dict[ir.Node, ir.Node] = {}
+        self.fused: dict[ir.Node, Call] = {}
         self.nodes: dict[int, ir.Node] = {}
 
     def read(self) -> None:
@@ -79,7 +79,7 @@ class _Reader:
                 self.values.of(value)
         for node in self.model.graph:
             if node in self.fused:
-                self._linear(Call(self.fused[node], node))
+                self._linear(self.fused[node])
             elif not all(v in self.constants for v in node.outputs):
                 self._node(node)
         for value in self.model.graph.outputs:
@@ -96,7 +96,7 @@ class _Reader:
         if is_standard(node) and node.op_type == "BatchNormalization":
             self._norm(view)
         elif is_standard(node) and node.op_type in LINEAR_OPS and is_linear(view):
-            if node.op_type != "MatMul" or not self._waits_for_its_bias(node):
+            if not self._waits_for_its_bias(view):
                 self._linear(Call(node))
         elif is_standard(node) and node.op_type == "Einsum" and (form := linear_einsum(view)) is not None:
             self._linear(Call(node, weight_index=form.weight, behind=form.behind), form)
@@ -151,13 +151,16 @@ class _Reader:
 
     # -- linear layers ----------------------------------------------------------------------------------
 
-    def _waits_for_its_bias(self, node: ir.Node) -> bool:
-        """A bias behind a MatMul belongs to it: both are read where the Add stands."""
-        shape = self.shape(node.outputs[0]) or ()
-        add = bias_add(node, self.constants, shape[-1]) if shape else None
+    def _waits_for_its_bias(self, view: NodeView) -> bool:
+        """A bias added behind a layer that has none belongs to it: both are read where the Add stands."""
+        node, shape = view.node, self.shape(view.node.outputs[0]) or ()
+        if node.op_type not in PRODUCTS | CONVOLUTIONS or view.input(2) is not None or not shape:
+            return False
+        behind = view.dims if node.op_type in CONVOLUTIONS else 0
+        add = bias_add(node, self.constants, shape[len(shape) - 1 - behind], behind)
         if add is None or self.shape(add.outputs[0]) != shape:
             return False
-        self.fused[add] = node
+        self.fused[add] = Call(node, add, behind=behind)
         return True
 
     def _linear(self, call: Call, form: LinearEinsum | None = None) -> None:

@@ -12,6 +12,8 @@ from onnx.reference import ReferenceEvaluator
 from torch import Tensor
 
 from bntool.core.errors import ExportError
+from bntool.files.onnx_data import whole_proto
+from bntool.files.onnx_forms import to_one_form
 from bntool.graph.inputs import Inputs
 from bntool.observe.onnx_constants import to_onnx, to_torch
 from bntool.runtime.libraries import first_line
@@ -30,7 +32,8 @@ class ReferenceRunner:
     def __init__(self, path: str | Path) -> None:
         self._path = Path(path)
         try:
-            model = onnx.load(self._path)
+            model = whole_proto(self._path)
+            to_one_form(model)
             self._evaluator = ReferenceEvaluator(model)
         except Exception as error:  # whatever an op's implementation raises
             raise self._refused("does not know the file", error) from error

@@ -122,7 +122,7 @@ class _OnnxTensors:
         if edit.weight:
             self._clone(call.weight, (call.node, call.weight_index), self._held(call, "weight"))
         if edit.bias and call.bias is not None:
-            self._clone(call.bias, call.bias_place, _shaped_like(self._held(call, "bias"), call.bias))
+            self._clone(call.bias, call.bias_place, _shaped_like(self._held(call, "bias"), call))
 
     def rewire(self, plan: Plan, values: Mapping[str, ir.Value]) -> None:
         """Take out the BatchNorms that go, and the branches that are merged, with what only they read."""
@@ -146,7 +146,7 @@ class _OnnxTensors:
         """A bias where the old one stood, or a new one: the third input, or an Add behind a product."""
         old, weight = calls[0].bias, calls[0].weight
         if old is not None:
-            self.wiring.store(old, [call.bias_place for call in calls], _shaped_like(bias, old))
+            self.wiring.store(old, [call.bias_place for call in calls], _shaped_like(bias, calls[0]))
             return
         column = bias.reshape(-1, *[1] * calls[0].behind)
         value = self.wiring.new_initializer(_bias_name(str(weight.name)), column)
@@ -194,14 +194,13 @@ def _set_window(node: ir.Node, window: Window) -> None:
     node.attributes["group"] = ir.AttrInt64("group", window.groups)
 
 
-def _shaped_like(bias: Tensor, old: ir.Value) -> Tensor:
+def _shaped_like(bias: Tensor, call: Call) -> Tensor:
     """As many axes of one as the old bias had; a single number that stood for all becomes a vector."""
-    rank = 1
-    if old.const_value is not None:
-        rank = max(1, len(old.const_value.shape))
-    elif old.shape is not None:
-        rank = max(1, len(old.shape))
-    return bias.reshape((1,) * (rank - 1) + tuple(bias.shape))
+    old, behind = call.bias, call.behind if call.add is not None else 0
+    stored = None if old is None else old.const_value or old
+    shape = None if stored is None else stored.shape
+    before = max(0 if shape is None else len(shape) - 1 - behind, 0)
+    return bias.reshape((1,) * before + tuple(bias.shape) + (1,) * behind)
 
 
 def _calls_of(slot: Slot) -> tuple[list[Call], Role]:

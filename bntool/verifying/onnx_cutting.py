@@ -13,6 +13,7 @@ from onnx import helper
 from torch import Tensor
 
 from bntool.core.blame import Step
+from bntool.files.onnx_data import whole_proto
 from bntool.graph.inputs import Inputs
 
 _ELEMENTS = {
@@ -57,7 +58,7 @@ class OnnxGraph:
     """The nodes of a file as steps in their order, and its values, `maker` of each included."""
 
     def __init__(self, path: str | Path) -> None:
-        self._proto = onnx.load(path)
+        self._proto = whole_proto(path)
         graph = self._proto.graph
         self._stored = {tensor.name for tensor in graph.initializer}
         self._stored |= {tensor.values.name for tensor in graph.sparse_initializer}

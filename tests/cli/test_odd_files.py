@@ -270,7 +270,7 @@ def test_onnx_data_with_a_second_name(bntool: Shell, told: Callable[..., Said], 
         os.link("net.onnx.data", "copy/net.onnx.data")
     else:
         Path("copy/net.onnx.data").symlink_to("../net.onnx.data")
-    says = "(a hard link)" if how == "hard" else "is a link out of the model's folder"
+    says = "(a hard link)" if how == "hard" else "through a link out of its folder"
     for line in (["fold"], ["insert"], ["verify"], ["verify", "net.onnx"]):
         assert says in told(*line, "copy/net.onnx", codes=(3,)).err
     told("inspect", "copy/net.onnx", codes=(3,))
