@@ -17,6 +17,7 @@ from bntool.core.version import __version__
 from bntool.export.exporting import ExportResult
 from bntool.export.onnx_writing import append_metadata
 from bntool.models.casting import DTYPES, stored_as
+from bntool.observe.wrappers import model_inside
 from bntool.pipeline.onnx_folding import fold_exported
 from bntool.report.results import SurgeryResult, unshared_text
 from bntool.subjects.base import Checking, Exportable, Narrow
@@ -116,7 +117,8 @@ def exported(
         export = after.export(path, serving.how, _metadata(result, serving.source_hash), serving.dtype)
         if serving.fold is not None:
             stay = (Reason.EXCLUDED, Reason.NOT_PROVED)
-            keep = [skip.name for skip in result.skips if skip.reason in stay]
+            prefix = model_inside(after.runnable)[1]
+            keep = [skip.name.removeprefix(prefix) for skip in result.skips if skip.reason in stay]
             export = fold_exported(export, keep, merge=merge, unshare=serving.fold.unshare)
     for name, layers in export.folded.items():
         tell.note(f"{name} is folded in the ONNX graph, into {', '.join(layers)}")
