@@ -183,8 +183,10 @@ class Session:
         """Go on in another floating type; the model was loaded for this command alone."""
         import torch
 
+        from bntool.observe.standing_in import cast
+
         wanted = getattr(torch, dtype)
-        self.loaded = dataclasses.replace(self.loaded, model=self.model.to(wanted))
+        self.loaded = dataclasses.replace(self.loaded, model=cast(self.model, wanted))
         if self.inputs is not None:
             self.inputs = self.inputs.map(lambda t: t.to(wanted) if t.is_floating_point() else t)
 

@@ -138,10 +138,23 @@ def draft_model(session: Session, command: str, result: Result, place: Place, dr
     from bntool.files.saving import allow_entries_of, save_draft
 
     loaded = session.loaded
-    digest = save_draft(loaded, result.model, place.model, drafts)
+    saved = save_draft(loaded, result.model, place.model, drafts)
+    digest, arch = saved.digest, loaded.arch
+    if saved.as_weights:
+        arch = arch or (loaded.reference if loaded.kind == "reference" else None)
+        session.voice.note(
+            f"{place.named.name} holds the state_dict and loads with --arch {arch or 'REF'}, since the model "
+            f"cannot be pickled: {saved.as_weights}"
+        )
     document = make_document(
         command,
-        Origin(session.source, loaded.source_hash, loaded.arch, loaded.weights, loaded.key),
+        Origin(
+            session.source,
+            loaded.source_hash,
+            arch,
+            None if saved.as_weights else loaded.weights,
+            loaded.key,
+        ),
         place.named,
         digest=digest,
         plan=result.plan.to_dict() if result.plan is not None and loaded.kind != "script" else None,
@@ -159,7 +172,7 @@ def draft_model(session: Session, command: str, result: Result, place: Place, dr
         output_sha256=digest,
         source=session.source,
         source_sha256=loaded.source_hash,
-        arch=loaded.arch,
+        arch=arch,
         weights=str(Path(loaded.weights).resolve()) if loaded.weights else None,
         key=loaded.key,
         allow=tuple(dict.fromkeys((*needed, *loaded.allow))),

@@ -22,6 +22,7 @@ from bntool.experiment.settings import Settings
 from bntool.experiment.training import train, train_bounds
 from bntool.experiment.watching import Watcher, places_in_both
 from bntool.observe.copying import structural_copy
+from bntool.observe.standing_in import cast, set_modes
 from bntool.report.results import SurgeryResult
 from bntool.runtime.world import World
 from bntool.surgery.fold_modules import with_own_tensors
@@ -131,7 +132,7 @@ class _Job:
         repeat = next(run.repeat for run in found.of(arm, lr) if run.diverged is None)
         model, _ = self.trained(arm, lr, repeat)
         model.zero_grad(set_to_none=True)
-        return model.to("cpu").eval()
+        return set_modes(cast(model, device=torch.device("cpu")), training=False)
 
 
 def draw_weights(model: nn.Module) -> None:

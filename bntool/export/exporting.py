@@ -19,6 +19,7 @@ from bntool.export.capturing import (
     convert,
     fixed_batch,
     refuse_batch_statistics,
+    running_instance_norms,
     silent,
 )
 from bntool.export.dynamic_axes import DynamicAxes
@@ -29,6 +30,7 @@ from bntool.files.targets import Target
 from bntool.graph.inputs import Inputs, named_tensors
 from bntool.models.casting import DTYPES, cast_copy
 from bntool.observe.isolation import Isolation
+from bntool.observe.wrappers import model_inside
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,12 +90,14 @@ def export_onnx(
 
     The leading axis of the inputs becomes the dynamic axis `batch`, where torch can make it so; otherwise
     a note says that it is fixed. Axes that the options name must become dynamic. Every BatchNorm that the
-    model calls stays a BatchNormalization node.
+    model calls stays a BatchNormalization node. Of a model in a wrapper (`DistributedDataParallel`,
+    `torch.compile`, …) the one inside is written, under its own names.
 
     Nothing is left behind when it fails. Raises `ExportError` for a model that torch or ONNX cannot take,
     or whose numbers do not fit `dtype`; `UsageError` for an axis or an IR version that there is not, and
     where `path` exists and not `force`.
     """
+    model, _ = model_inside(model)
     target = _target(path, force)
     inputs = Inputs.of(example_inputs)
     axes = DynamicAxes(not how.static_batch, how.axes())
@@ -174,7 +178,7 @@ def _cleaned(
     """What torch's exporter made, with the names of the user's model."""
     onnx_model, program = converted.model, converted.exported_program
     calls = len(batch_norm_nodes(program))
-    _require_every_batch_norm(onnx_model, range(calls, calls + 1))
+    _require_every_batch_norm(onnx_model, range(calls, calls + 1), running_instance_norms(program))
     notes = notes + _clean(onnx_model, form.names)
     name_axes(onnx_model, symbols)
     input_names = _name_inputs(onnx_model, inputs, notes)
@@ -235,8 +239,9 @@ def _mode_notes(model: nn.Module) -> list[str]:
     return [f"{len(training)} module(s) were in train mode{told}; exported in eval mode"]
 
 
-def _require_every_batch_norm(onnx_model: Any, expected: range) -> None:
-    written = census(onnx_model)["BatchNormalization"]
+def _require_every_batch_norm(onnx_model: Any, expected: range, instance_norms: int = 0) -> None:
+    """An InstanceNorm with running statistics is written as a BatchNormalization too: it is one."""
+    written = census(onnx_model)["BatchNormalization"] - instance_norms
     if written not in expected:
         raise ExportError(
             f"the model calls {expected[-1]} BatchNorm(s), but torch's exporter wrote {written}",

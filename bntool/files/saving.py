@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import io
 import pickle
+import re
 import types
 from pathlib import Path
 from typing import Any, ClassVar
@@ -26,25 +28,38 @@ from bntool.files.targets import Drafts, Target
 from bntool.files.weights import StateDict
 
 
+@dataclasses.dataclass(frozen=True)
+class Saved:
+    """What was written: its sha256, and why it is a state_dict where it would be a model."""
+
+    digest: str
+    as_weights: str = ""
+
+
+class _Unpicklable(Exception):
+    """A model that Python cannot pickle: why."""
+
+
 def save_model(
     loaded: Loaded, model: nn.Module | ExportedProgram, output: str | Path, *, force: bool = False
 ) -> str:
     """Write `model` to `output` as the kind of file that `loaded` came from; return its sha256.
 
-    The same model gives the same bytes. The optimizer state of a checkpoint is copied as it was. Raises
-    `UsageError` for an output that may not be written or a model that cannot be pickled.
+    The same model gives the same bytes. The optimizer state of a checkpoint is copied as it was. Of a model
+    that cannot be pickled the state_dict is written. Raises `UsageError` for an output that may not be
+    written.
     """
     require_fitting_name(loaded, Path(output))
     target = Target(force=force, reads=loaded.files)
     path = target.claim(output)
     with target.drafts() as drafts:
-        return save_draft(loaded, model, path, drafts)
+        return save_draft(loaded, model, path, drafts).digest
 
 
-def save_draft(loaded: Loaded, model: nn.Module | ExportedProgram, path: Path, drafts: Drafts) -> str:
+def save_draft(loaded: Loaded, model: nn.Module | ExportedProgram, path: Path, drafts: Drafts) -> Saved:
     """The same into the drafts of a claimed `path`, to be put into place with the other files."""
     if loaded.shards and not isinstance(model, ExportedProgram):
-        return _save_shards(loaded, model, path, drafts)
+        return Saved(_save_shards(loaded, model, path, drafts))
     draft = drafts.of(path)
     if isinstance(model, ExportedProgram):
         draft.write_bytes(_program_bytes(model))
@@ -53,8 +68,12 @@ def save_draft(loaded: Loaded, model: nn.Module | ExportedProgram, path: Path, d
     elif loaded.kind == "safetensors":
         _write_safetensors(_distinct(_stored(loaded, model)), dict(loaded.metadata), draft)
     else:
-        _write_torch(_held(loaded, model), draft)
-    return sha256_of(draft)
+        try:
+            _write_torch(_held(loaded, model), draft)
+        except _Unpicklable as error:
+            _write_weights(model, draft)
+            return Saved(sha256_of(draft), str(error))
+    return Saved(sha256_of(draft))
 
 
 def require_fitting_name(loaded: Loaded, output: Path) -> None:
@@ -172,16 +191,32 @@ def _write_torch(held: Any, path: Path) -> None:
     with path.open("wb") as file:
         try:
             torch.save(held, file, pickle_module=_ordered)
-        except (pickle.PicklingError, AttributeError, TypeError, RecursionError) as error:
-            raise UsageError(
-                f"the model cannot be pickled: {error}",
-                next_step="load it as weights with --arch, so that only its state_dict is saved",
-            ) from error
         except RuntimeError as error:
             # torch's writer reports a full disk, Ctrl-C or the end of a job so, with what happened behind it.
             if error.__context__ is not None and not isinstance(error.__context__, RuntimeError):
                 raise error.__context__ from error
-            raise OSError(f"torch.save failed ({str(error).splitlines()[0]})") from error
+            why = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            if _WRITER.search(why):
+                raise OSError(f"torch.save failed ({why})") from error
+            raise _Unpicklable(why.removesuffix(" See:")) from error
+        except OSError:
+            raise
+        except Exception as error:  # a class may refuse in its own way
+            raise _Unpicklable((str(error).strip().splitlines() or [type(error).__name__])[0]) from error
+
+
+def _write_weights(model: nn.Module, path: Path) -> None:
+    try:
+        _write_torch(_weights(model), path)
+    except _Unpicklable as error:
+        raise UsageError(
+            f"neither the model nor its state_dict can be pickled: {error}",
+            next_step="bntool export writes it as ONNX",
+        ) from error
+
+
+_WRITER = re.compile(r"enforce fail|PytorchStreamWriter|unexpected pos|file write failed")
+"""What torch's own writer of archives says of a file that it cannot write."""
 
 
 class _OrderedPickler(pickle._Pickler):

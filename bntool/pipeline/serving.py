@@ -18,6 +18,7 @@ from bntool.export.exporting import ExportResult
 from bntool.export.onnx_writing import append_metadata
 from bntool.files.targets import Drafts
 from bntool.models.casting import DTYPES, stored_as
+from bntool.observe.wrappers import model_inside
 from bntool.pipeline.onnx_folding import fold_exported
 from bntool.report.results import SurgeryResult, unshared_text
 from bntool.subjects.base import Checking, Exportable
@@ -123,7 +124,8 @@ def exported(
         export = after.export(path, serving.how, _metadata(result, serving.source_hash))
         if serving.fold is not None:
             stay = (Reason.EXCLUDED, Reason.NOT_PROVED)
-            keep = [skip.name for skip in result.skips if skip.reason in stay]
+            prefix = model_inside(after.runnable)[1]
+            keep = [skip.name.removeprefix(prefix) for skip in result.skips if skip.reason in stay]
             export = fold_exported(export, keep, merge=merge, unshare=serving.fold.unshare)
     for name, layers in export.folded.items():
         tell.note(f"{name} is folded in the ONNX graph, into {', '.join(layers)}")

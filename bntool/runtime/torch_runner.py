@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from bntool.core.errors import CheckFailed, DeviceError
 from bntool.graph.inputs import Inputs, outputs_of
 from bntool.observe.isolation import Isolation, fresh, same_random_numbers
-from bntool.observe.standing_in import own_copy
+from bntool.observe.standing_in import cast, own_copy
 
 # A run that draws random numbers must draw the same ones every time, or two runs cannot be compared.
 _SEED = 0
@@ -199,7 +199,7 @@ def _placed(model: nn.Module, device: torch.device, dtype: torch.dtype | None) -
             where=type(model).__name__,
             next_step="remove what cannot be copied from the model (locks, open files, non-leaf tensors)",
         ) from error
-    return moved.to(device=device, dtype=dtype)
+    return cast(moved, dtype, device)
 
 
 def _tensors(model: nn.Module) -> Iterator[Tensor]:

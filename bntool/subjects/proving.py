@@ -6,6 +6,7 @@ import dataclasses
 import functools
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
 from bntool.core.errors import BntoolError
@@ -13,7 +14,7 @@ from bntool.core.plan import Plan
 from bntool.core.verdicts import Check
 from bntool.export.dynamic_axes import resized
 from bntool.observe.inference import has_fixed_size
-from bntool.observe.standing_in import own_copy, set_modes
+from bntool.observe.standing_in import cast, own_copy, set_modes
 from bntool.subjects.base import Checking
 from bntool.subjects.module_folding import other_sizes
 from bntool.surgery.fold_modules import apply_fold
@@ -107,7 +108,7 @@ class ModuleProof:
 def _folded_in_float64(model: nn.Module, plan: Plan) -> nn.Module | None:
     """The same fold redone on a float64 copy; None where a class refuses to be copied."""
     try:
-        wide = own_copy(model).double()
+        wide = cast(own_copy(model), torch.float64)
     except Exception:  # noqa: BLE001 - a class may refuse in its own way
         return None
     return apply_fold(wide, plan)

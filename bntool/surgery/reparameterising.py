@@ -20,7 +20,7 @@ from bntool.graph.inputs import Inputs, named_tensors
 from bntool.observe.copying import structural_copy
 from bntool.observe.isolation import Isolation, fresh
 from bntool.observe.modules import is_batch_norm_class, once_per_class
-from bntool.observe.standing_in import own_copy, set_modes
+from bntool.observe.standing_in import cast, own_copy, set_modes
 from bntool.surgery.replacing import replace_everywhere
 
 _METHODS = ("reparameterize", "switch_to_deploy", "reparameterize_layer", "merge_kernel", "fuse")
@@ -69,7 +69,7 @@ def _tried(name: str, module: nn.Module, shape: Sequence[int] | None) -> Block |
             continue
         gone = before - _norm_names(wide)
         fewer = method != "fuse" or _convolutions(wide) < _convolutions(module)
-        if gone and fewer and _agree(own_copy(module).double(), wide, shape):
+        if gone and fewer and _agree(cast(own_copy(module), torch.float64), wide, shape):
             norms = tuple(f"{name}.{norm}" if norm else name for norm in sorted(gone))
             return Block(name, method, norms, _as_it_was(wide, module))
     return None
@@ -152,14 +152,14 @@ def reparameterised(module: nn.Module, method: str) -> nn.Module:
 def _as_it_was(merged: nn.Module, module: nn.Module) -> nn.Module:
     """The merged block in the type and the mode of what it was made from; changes it."""
     tensors = [t for t in (*module.parameters(), *module.buffers()) if t.is_floating_point()]
-    merged = merged.to(tensors[0].dtype if tensors else torch.get_default_dtype())
+    cast(merged, tensors[0].dtype if tensors else torch.get_default_dtype())
     merged.requires_grad_(any(p.requires_grad for p in module.parameters()))
     return set_modes(merged, training=module.training)
 
 
 def _in_float64(module: nn.Module, method: str) -> nn.Module:
     """The merged block in float64. Layers that the method makes are so too, and lie where the block lies."""
-    block = own_copy(module).double()
+    block = cast(own_copy(module), torch.float64)
     default = torch.get_default_dtype()
     device = next((t.device for t in block.parameters()), torch.device("cpu"))
     # as a context the device costs every op a call in Python
