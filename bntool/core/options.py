@@ -13,7 +13,7 @@ import sys
 from collections.abc import Mapping
 from typing import Literal
 
-from bntool.core.activations import ACTIVATIONS
+from bntool.core.activations import ACTIVATIONS, ANY, kinds_of
 from bntool.core.errors import UsageError
 from bntool.core.option import Options, option
 
@@ -60,7 +60,10 @@ class InsertOptions(Options):
     """
 
     activations: tuple[str, ...] = option(
-        ("relu",), "Activations that count: relu (default), silu, …, any.", "--activation", metavar="KIND"
+        ("relu",),
+        "Activations that count: relu (default), silu, ReLU6, …; any.",
+        "--activation",
+        metavar="KIND[,KIND]",
     )
     position: Literal["before", "after"] = option("before", "Which side of the activation.")
     init: Literal["identity", "calibrate", "default"] = option(
@@ -84,15 +87,20 @@ class InsertOptions(Options):
     exclude: tuple[str, ...] = option((), "Leave out layers with these names.", metavar="GLOB")
     banned: Mapping[str, frozenset[str]] = dataclasses.field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        """Take activations by the names that people have for them."""
+        object.__setattr__(self, "activations", kinds_of(self.activations))
+
     def validate(self) -> None:
         """Raise `UsageError` for an unknown activation, a bad number, or two that exclude each other."""
         super().validate()
         for name in self.activations:
-            if name != "any" and name not in ACTIVATIONS:
+            if name != ANY and name not in ACTIVATIONS:
                 close = difflib.get_close_matches(name.lower(), sorted(ACTIVATIONS), n=3)
+                meant = f"did you mean {', '.join(close)}? " if close else ""
                 raise UsageError(
                     f"unknown activation {name!r}",
-                    next_step=f"did you mean {', '.join(close)}?" if close else "see bntool insert --help",
+                    next_step=f"{meant}there are {', '.join(sorted(ACTIVATIONS))}; or {ANY}",
                 )
         if not 0 < self.eps < 1:
             raise UsageError(f"eps must lie between 0 and 1, not {self.eps}")

@@ -133,7 +133,8 @@ def _told(prefix: str, names: Mapping[str, str], beside: Mapping[str, Any]) -> t
     if any(prefix + name != key for name, key in names.items()):
         notes.append("'_orig_mod.' of torch.compile or 'module.' was taken out of the keys")
     if beside:
-        notes.append(f"{len(beside)} others left, and saved as they are: {_some(list(beside))}")
+        others = "1 other" if len(beside) == 1 else f"{len(beside)} others"
+        notes.append(f"{others} left, and saved as they are: {_some(list(beside))}")
     return tuple(notes)
 
 
