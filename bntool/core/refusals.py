@@ -51,7 +51,6 @@ _REFUSED: Mapping[str, Sequence[_Refusal]] = {
     ],
     "onnx": [
         _no(_CODE, "it holds its own graph and weights"),
-        _no("inputs", "it holds its own shapes"),
         _no(
             f"{_FORM} export_to",
             "it is one already, and stays as it is",

@@ -85,10 +85,14 @@ class OrtRunner:
         return [(i.name, i.type, list(i.shape)) for i in self._session.get_inputs()]
 
     def accepts(self, inputs: Inputs) -> bool:
-        """Whether every fixed axis of the file's inputs has the length that these inputs have."""
+        """Whether every fixed axis of the file's inputs has the length that these inputs have.
+
+        ONNX Runtime tells an input of unknown rank as one without axes.
+        """
         fed = self._by_name(inputs)
         return all(
-            len(i.shape) == fed[i.name].dim()
+            not i.shape
+            or len(i.shape) == fed[i.name].dim()
             and all(not isinstance(n, int) or n == m for n, m in zip(i.shape, fed[i.name].shape, strict=True))
             for i in self._session.get_inputs()
         )

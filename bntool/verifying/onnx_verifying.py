@@ -13,13 +13,14 @@ from bntool.core.errors import CheckFailed, ExportError
 from bntool.core.verdicts import TF32, Check
 from bntool.graph.inputs import Inputs
 from bntool.models import casting
+from bntool.runtime.onnx_inputs import SIDES, drawn_inputs
 from bntool.runtime.onnx_outputs import OutputTraits
 from bntool.runtime.ort_runner import OrtRunner
 from bntool.runtime.providers import why_no_cuda
 from bntool.verifying.blaming import where_it_ran
 from bntool.verifying.checking import named_as, no_tf32, repeated
 from bntool.verifying.comparing import Limit, compare, silent_outputs
-from bntool.verifying.onnx_checking import SIDES, drawn_inputs, file_limits, rounded_runs
+from bntool.verifying.onnx_checking import file_limits, rounded_runs
 from bntool.verifying.onnx_cutting import OnnxGraph
 
 LEVELS: Mapping[str, bool | str] = {"basic": "basic", "extended": "extended", "all": True}
@@ -77,7 +78,10 @@ def check_itself(
 
 
 def seeded_file_inputs(
-    path: str | Path, batches: Iterable[int], seed: int = 0, shapes: Mapping[str, Sequence[int]] | None = None
+    path: str | Path,
+    batches: Iterable[int],
+    seed: int = 0,
+    shapes: Mapping[str, Sequence[int | None]] | None = None,
 ) -> list[Inputs]:
     """Seeded inputs of the shapes that a file declares, or of `shapes`; of open axes, sizes that it takes.
 
