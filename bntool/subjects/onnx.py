@@ -105,7 +105,7 @@ class OnnxSubject:
 
     def _seen(self) -> SeenSizes | None:
         def inputs() -> list[Inputs]:
-            return first_runs(opened(self.model), 2, shapes=self.shapes).inputs
+            return first_runs(opened(self.model, self.shapes), 2, shapes=self.shapes).inputs
 
         return SeenSizes(self.file.model, inputs, asked=bool(self.asked)) if self.may_run else None
 

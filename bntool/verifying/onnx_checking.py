@@ -17,7 +17,9 @@ from bntool.runtime.onnx_inputs import SIDES, drawn_inputs, first_runs
 from bntool.runtime.onnx_outputs import OutputTraits
 from bntool.runtime.onnx_reference import ReferenceRunner
 from bntool.runtime.ort_runner import OrtRunner
+from bntool.runtime.surviving import require_survival
 from bntool.verifying.comparing import K_NOISE, Limit, Outputs, compare, difference, rounding_term
+from bntool.verifying.onnx_cutting import node_that
 from bntool.verifying.reference import DRAWS
 
 
@@ -41,7 +43,7 @@ class OnnxReference:
         seed: int = 0,
         shapes: Mapping[str, Sequence[int | None]] | None = None,
     ) -> None:
-        runner = opened(path)
+        runner = opened(path, shapes)
         self.runtime = isinstance(runner, OrtRunner)
         found = first_runs(runner, count, seed, shapes)
         self.inputs, self.outputs, refused = found.inputs, found.outputs, found.refused
@@ -112,8 +114,14 @@ class OnnxReference:
         return row if row.passed else judged(self.redrawn_limits)
 
 
-def opened(path: str | Path) -> OrtRunner | ReferenceRunner:
-    """What runs the file: ONNX Runtime, or ONNX's own implementation. Raises `ExportError` for neither."""
+def opened(
+    path: str | Path, shapes: Mapping[str, Sequence[int | None]] | None = None
+) -> OrtRunner | ReferenceRunner:
+    """What runs the file: ONNX Runtime, or ONNX's own implementation.
+
+    Raises `ExportError` for neither, and where running it on inputs of `shapes` ends ONNX Runtime itself.
+    """
+    require_survival(path, shapes, node_that)
     try:
         return OrtRunner(path, "cpu", optimize=False)
     except ExportError as error:
@@ -131,6 +139,7 @@ def example_inputs_of(
     path: str | Path, batch: int = 1, seed: int = 0, shapes: Mapping[str, Sequence[int | None]] | None = None
 ) -> Inputs:
     """Seeded inputs of the shapes that a file declares, or of `shapes`: an open first axis is the batch."""
+    require_survival(path, shapes, node_that)
     return drawn_inputs(OrtRunner(path, "cpu", optimize=False), batch, SIDES[0], seed + batch, shapes)
 
 

@@ -17,11 +17,12 @@ from bntool.runtime.onnx_inputs import SIDES, drawn_inputs
 from bntool.runtime.onnx_outputs import OutputTraits
 from bntool.runtime.ort_runner import OrtRunner
 from bntool.runtime.providers import why_no_cuda
+from bntool.runtime.surviving import require_survival
 from bntool.verifying.blaming import where_it_ran
 from bntool.verifying.checking import named_as, no_tf32, repeated
 from bntool.verifying.comparing import Limit, compare, silent_outputs
 from bntool.verifying.onnx_checking import file_limits, rounded_runs
-from bntool.verifying.onnx_cutting import OnnxGraph
+from bntool.verifying.onnx_cutting import OnnxGraph, node_that
 
 LEVELS: Mapping[str, bool | str] = {"basic": "basic", "extended": "extended", "all": True}
 """ONNX Runtime's optimisation levels by the names of its documentation; the stage of a check of one file."""
@@ -87,6 +88,7 @@ def seeded_file_inputs(
 
     Raises `CheckFailed` where the file runs on none of them.
     """
+    require_survival(path, shapes, node_that)
     runner = OrtRunner(path, "cpu", optimize=False)
     found: list[Inputs] = []
     refused = ""
@@ -113,6 +115,7 @@ class _Runs:
     """What the reference file gives, unoptimised on the CPU, and how far a candidate may be from it."""
 
     def __init__(self, path: str | Path, inputs_list: Sequence[Inputs]) -> None:
+        require_survival(path, None, node_that)
         runner = OrtRunner(path, "cpu", optimize=False)
         self.inputs = [inputs for inputs in inputs_list if runner.accepts(inputs)]
         if not self.inputs:
