@@ -15,7 +15,6 @@ from bntool.core.command_options import LoadOptions, ModelOptions, SpeechOptions
 from bntool.core.errors import InvariantError, UsageError
 from bntool.core.option import Options, option
 from bntool.core.options import CheckOptions, ExportOptions, PlaceOptions
-from bntool.core.refusals import KINDS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,12 +41,16 @@ class Asked:
 @click.command("export", short_help="Write a model as ONNX and verify it.")
 @takes_all(Asked, without=("dry_run", "repro"))
 def command(voice: Voice, asked: Asked) -> int:
-    """Write a model as ONNX, as it is (no folding), and verify it against torch."""
+    """Write a model as ONNX, as it is (no folding), and verify it against torch.
+
+    An ONNX file is converted to another --opset, and verified against itself as it was.
+    """
     opened = open_model(
         voice, asked.model.model, asked.load, asked.export, asked.place, asked.ask, but="export"
     )
     from bntool.cli import serving
     from bntool.cli.devices import require_places
+    from bntool.cli.onnx_export import export_file
     from bntool.cli.writing import OnnxPlace
     from bntool.export.dynamic_axes import DynamicAxes
     from bntool.files.sidecar import output_name
@@ -57,10 +60,7 @@ def command(voice: Voice, asked: Asked) -> int:
     from bntool.subjects.base import Checking
 
     if opened.kind == "onnx":
-        raise UsageError(
-            f"{opened.subject.name} is {KINDS['onnx']} already",
-            next_step=f"bntool fold {opened.subject.name}, or bntool verify {opened.subject.name}",
-        )
+        return export_file(voice, opened, asked)
     if asked.export.keep_io and not asked.ask.dtype:
         raise UsageError("--keep-io goes with --dtype", next_step="add --dtype fp16, or leave --keep-io out")
     opened = opened.exportable()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import shlex
 import tempfile
 import weakref
 from collections.abc import Mapping, Sequence
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from bntool.core.errors import CheckFailed
+from bntool.core.errors import CheckFailed, LoadError
 from bntool.core.options import FoldOptions, InsertOptions
 from bntool.core.plan import Plan
 from bntool.core.verdicts import Check
@@ -28,6 +29,7 @@ from bntool.surgery.fold_onnx import apply_fold_onnx
 from bntool.surgery.insert_onnx import apply_insert_onnx
 from bntool.verifying.onnx_checking import OnnxReference, check_onnx_unchanged, example_inputs_of, opened
 
+LEAST_OPSET = 7
 Shapes = Mapping[str, Sequence[int | None]]
 
 
@@ -133,8 +135,19 @@ class OnnxSubject:
             "delta": {**none, "frozen": new - old, "bytes": new_bytes - old_bytes, "conv_bias": 0},
         }
 
+    def _require_opset(self) -> None:
+        """Older ops broadcast, and normalise, by rules of their own. Raises `LoadError`."""
+        opset = self.file.model.opset_imports.get("", LEAST_OPSET)
+        if opset < LEAST_OPSET:
+            raise LoadError(
+                f"it is written in opset {opset}, and bntool changes files of opset {LEAST_OPSET} or later",
+                where=self.name,
+                next_step=f"bntool export {shlex.quote(self.name)} --opset 17 converts it",
+            )
+
     def plan_fold(self, options: FoldOptions, *, thorough: bool = True) -> Plan:  # noqa: ARG002 - costs nothing
         """Where an axis has no fixed size, a fold counts only if it is the same for two sets of sizes."""
+        self._require_opset()
         plan, self._observed = plan_fold_onnx(
             self.file.model,
             include=options.include,
@@ -155,6 +168,7 @@ class OnnxSubject:
         return OnnxProof(self, checking)
 
     def plan_insert(self, options: InsertOptions) -> Plan:
+        self._require_opset()
         return plan_insert_nodes(self.observed.graph, options)
 
     def inserted(self, options: InsertOptions) -> tuple[Plan, OnnxSubject]:
