@@ -10,11 +10,14 @@ from typing import TYPE_CHECKING, Any
 from bntool.core.errors import UsageError
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
     from torch import nn
 
     from bntool.graph.inputs import Inputs
 
-_SHAPE = re.compile(r"(?:(?P<name>[A-Za-z_]\w*):)?(?P<dims>\d+(?:[x,]\d+)*)")
+_SHAPE = re.compile(r"(?:(?P<name>.+):)?(?P<dims>\d+(?:[x,]\d+)*)")
 # The names under which positional inputs are reported.
 _POSITIONAL = re.compile(r"input(_\d+)?")
 _MOST_VALUES = 1 << 31
@@ -67,6 +70,22 @@ def read_shape(text: str) -> tuple[str, list[int]]:
     if math.prod(shape) > _MOST_VALUES:
         raise _too_large(text)
     return match["name"] or "", shape
+
+
+def shapes_by_name(path: Path, texts: Sequence[str], names: Sequence[str]) -> dict[str, list[int]]:
+    """`--input` by the names of a file's inputs, those without a name in order. Raises `UsageError`."""
+    found: dict[str, list[int]] = {}
+    for text in texts:
+        given, shape = read_shape(text)
+        name = given or next((n for n in names if n not in found), "")
+        if name not in names:
+            raise UsageError(
+                f"--input {text}: the file takes no such input",
+                where=str(path),
+                next_step=f"its inputs are {', '.join(names)}",
+            )
+        found[name] = shape
+    return found
 
 
 def _takes(model: nn.Module, name: str) -> bool:

@@ -31,10 +31,14 @@ class Asked:
 @click.command("export", short_help="Write a model as ONNX and verify it.")
 @takes_all(Asked, without=("dry_run", "repro"))
 def command(voice: Voice, asked: Asked) -> int:
-    """Write a model as ONNX, as it is (no folding), and verify it against torch."""
+    """Write a model as ONNX, as it is (no folding), and verify it against torch.
+
+    An ONNX file is converted to another --opset, and verified against itself as it was.
+    """
     opened = open_model(voice, asked.model.model, asked.load, asked.export, asked.place, but="export")
     from bntool.cli import serving
     from bntool.cli.devices import require_places
+    from bntool.cli.onnx_export import export_file
     from bntool.cli.writing import OnnxPlace
     from bntool.export.dynamic_axes import DynamicAxes
     from bntool.files.sidecar import output_name
@@ -43,6 +47,8 @@ def command(voice: Voice, asked: Asked) -> int:
     from bntool.report.checks import checks_text
     from bntool.subjects.base import Checking
 
+    if opened.kind == "onnx":
+        return export_file(voice, opened, asked)
     opened = opened.exportable()
     if asked.export.dtype == "float32" and opened.session is not None:
         opened = opened.cast("float32")

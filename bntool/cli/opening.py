@@ -41,7 +41,9 @@ class Opened:
             return self
         from bntool.subjects.onnx import OnnxSubject
 
-        subject = OnnxSubject(self.subject.model, folder=drafts.folder_for(place.model))
+        shapes = self.subject.asked
+        folder = drafts.folder_for(place.model)
+        subject = OnnxSubject(self.subject.model, folder=folder, shapes=shapes, run=self.subject.may_run)
         return dataclasses.replace(self, subject=subject)
 
     def cast(self, dtype: str) -> Opened:
@@ -90,6 +92,10 @@ def open_model(
         path = Path(str(name))
         require_known("onnx", load, *asked, name=str(name), command=but)
         found = OnnxSubject(path)
+        if load.inputs:
+            from bntool.cli.example_inputs import shapes_by_name
+
+            found.asked = shapes_by_name(path, load.inputs, found.input_names)
         voice.target.read(*found.files)
         return Opened(found, path)
     session = open_session(voice, name, load, stand_ins=stand_ins)

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 from bntool.cli.session import Voice
 from bntool.core.command_options import LoadOptions
-from bntool.core.errors import UsageError
 from bntool.core.options import CheckOptions, PlaceOptions
 
 if TYPE_CHECKING:
@@ -64,33 +63,16 @@ def _found(candidate: Path, reference: Path | None, inputs: list[Inputs], failed
 
 
 def _inputs(path: Path, load: LoadOptions, inputs_file: str | None, *, full: bool) -> list[Inputs]:
+    from bntool.cli.example_inputs import shapes_by_name
     from bntool.cli.real_inputs import read_inputs
+    from bntool.files.onnx_files import open_onnx
+    from bntool.observe.onnx_shapes import asked_shapes
+    from bntool.runtime.onnx_inputs import SIDES, drawn_inputs
     from bntool.runtime.ort_runner import OrtRunner
-    from bntool.verifying.onnx_checking import SIDES, drawn_inputs
     from bntool.verifying.onnx_verifying import seeded_file_inputs
 
+    runner, told = OrtRunner(path, "cpu", optimize=False), asked_shapes(open_onnx(path).model)
     if inputs_file:
-        like = drawn_inputs(OrtRunner(path, "cpu", optimize=False), 1, SIDES[0], load.seed)
-        return read_inputs(inputs_file, like, full=full)
-    shapes = _shapes(path, load.inputs)
+        return read_inputs(inputs_file, drawn_inputs(runner, 1, SIDES[0], load.seed, told), full=full)
+    shapes: dict[str, Any] = {**told, **shapes_by_name(path, load.inputs, runner.input_names)}
     return seeded_file_inputs(path, (1, 2, 3) if full else (1,), load.seed, shapes)
-
-
-def _shapes(path: Path, texts: tuple[str, ...]) -> dict[str, list[int]]:
-    """`--input` by the names of the file's inputs, those without a name in order."""
-    from bntool.cli.example_inputs import read_shape
-    from bntool.runtime.ort_runner import OrtRunner
-
-    names = list(OrtRunner(path, "cpu", optimize=False).input_names) if texts else []
-    found: dict[str, list[int]] = {}
-    for text in texts:
-        given, shape = read_shape(text)
-        name = given or next((n for n in names if n not in found), "")
-        if name not in names:
-            raise UsageError(
-                f"--input {text}: the file takes no such input",
-                where=str(path),
-                next_step=f"its inputs are {', '.join(names)}",
-            )
-        found[name] = shape
-    return found

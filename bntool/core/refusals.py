@@ -52,7 +52,6 @@ _REFUSED: Mapping[str, Sequence[_Refusal]] = {
     ],
     "onnx": [
         _no(_CODE, "it holds its own graph and weights"),
-        _no("inputs", "it holds its own shapes"),
         _no(
             f"{_FORM} export_to",
             "it is one already, and stays as it is",
@@ -87,8 +86,11 @@ _REFUSED: Mapping[str, Sequence[_Refusal]] = {
     ],
 }
 """For each kind, what it does not know wherever it is asked."""
-_BUT = {("export", "script"): f"{_FORM} dtype device providers tf32 atol rtol"}
-"""What a command makes work all the same: TorchScript is converted before it is exported."""
+_BUT = {
+    ("export", "script"): f"{_FORM} dtype device providers tf32 atol rtol",
+    ("export", "onnx"): "opset ir_version external_data",
+}
+"""What a command makes work all the same: it converts TorchScript, and a file to another opset."""
 
 
 def require_known(kind: str, *asked: Options, name: str = "", command: str = "") -> None:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import warnings
-from collections.abc import Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import onnx
@@ -16,22 +16,35 @@ from torch import Tensor
 _FOLDABLE = frozenset(
     """Identity Constant ConstantOfShape Shape Size Cast CastLike Transpose Expand Reshape Flatten Squeeze
     Unsqueeze Concat Slice Split Gather Tile Pad Range Add Sub Mul Div Sum Sqrt Reciprocal Neg Abs Pow Exp Log
-    Max Min ReduceSum ReduceMean ReduceSumSquare ReduceL2 ReduceMax ReduceMin Where Equal""".split()
+    Max Min Floor Ceil Mod ReduceProd ReduceSum ReduceMean ReduceSumSquare ReduceL2 ReduceMax ReduceMin Where
+    Equal""".split()
 )
 """Ops that always give the same numbers for the same numbers, and have no body."""
 
+_OF_SIZES = frozenset({"Shape", "Size"})
 _NO_NUMPY = {"bfloat16": (np.int16, torch.bfloat16)}
 
 
+class Sizes(Protocol):
+    """Shapes and types (ONNX's codes) of values by name; of some in `unsure` the sizes are made up."""
+
+    sizes: dict[str, tuple[int, ...]]
+    types: dict[str, int]
+    unsure: set[str]
+
+
 class Constants:
-    """The constant values of a graph, computed when they are asked for; `types` are the types of its values.
+    """The constant values of a graph, computed when they are asked for.
+
+    What is computed from sizes alone (Shape, Gather, Concat) has numbers too where `shapes` knows them, and
+    is no constant: other inputs give others.
 
     An initializer that is also a graph input is a default that the caller may replace, from IR version 4
     on: it is no constant.
     """
 
-    def __init__(self, model: ir.Model, types: Mapping[str, int]) -> None:
-        self.types = types
+    def __init__(self, model: ir.Model, shapes: Sizes) -> None:
+        self.shapes = shapes
         self.version = model.opset_imports.get("", 1)
         self.replaceable: set[int] = set()
         if (model.ir_version or 0) >= 4:
@@ -43,19 +56,35 @@ class Constants:
             for v in model.graph.initializers.values()
             if v.const_value is not None and id(v) not in self.replaceable
         }
+        self.sized: set[int] = set()
         for node in model.graph:
-            folds = node.domain in ("", "ai.onnx") and node.op_type in (*_FOLDABLE, "DequantizeLinear")
-            # Of the second operand of CastLike only the type is read.
-            read = node.inputs[:1] if node.op_type == "CastLike" else node.inputs
-            if folds and all(v is None or id(v) in self.ids for v in read):
-                self.ids.update(id(v) for v in node.outputs)
+            if node.domain in ("", "ai.onnx"):
+                self._look_at(node)
+
+    def _look_at(self, node: ir.Node) -> None:
+        # Of the second operand of CastLike only the type is read.
+        read = [
+            id(v) for v in (node.inputs[:1] if node.op_type == "CastLike" else node.inputs) if v is not None
+        ]
+        made = [id(v) for v in node.outputs]
+        folds = node.op_type in _FOLDABLE or node.op_type == "DequantizeLinear"
+        if folds and all(v in self.ids for v in read):
+            self.ids.update(made)
+        elif node.op_type in _OF_SIZES:
+            self.sized.update(made if self._size_is_known(node.inputs[0]) else ())
+        elif folds and all(v in self.ids or v in self.sized for v in read):
+            self.sized.update(made)
+
+    def _size_is_known(self, value: ir.Value | None) -> bool:
+        name = "" if value is None else str(value.name)
+        return name in self.shapes.sizes and name not in self.shapes.unsure
 
     def __contains__(self, value: ir.Value | None) -> bool:
         return value is not None and id(value) in self.ids
 
     def array(self, value: ir.Value | None) -> Any:
-        """The numbers of a constant value as a numpy array; None where it is not constant or not known."""
-        if value is None or id(value) not in self.ids:
+        """The numbers of a value as a numpy array, those computed from sizes too; None where not known."""
+        if value is None or not (id(value) in self.ids or id(value) in self.sized):
             return None
         if id(value) not in self.known:
             if value.const_value is not None:
@@ -74,7 +103,7 @@ class Constants:
         if value is not None and self.is_dequantized(value):
             producer = value.producer()
             value = producer.inputs[0] if producer is not None else None
-        array = self.array(value)
+        array = self.array(value) if value in self else None
         return None if array is None else to_torch(array)
 
     def is_dequantized(self, value: ir.Value) -> bool:
@@ -87,7 +116,9 @@ class Constants:
 
     def _compute(self, node: ir.Node) -> None:
         results: list[Any] = [None] * len(node.outputs)
-        if node.op_type == "CastLike":
+        if node.op_type in _OF_SIZES:
+            results = [self._size(node)]
+        elif node.op_type == "CastLike":
             results = [self._cast_like(node)]
         elif node.op_type != "DequantizeLinear":
             feed = {str(value.name): self.array(value) for value in node.inputs if value is not None}
@@ -96,9 +127,18 @@ class Constants:
         for value, result in zip(node.outputs, results, strict=True):
             self.known[id(value)] = result
 
+    def _size(self, node: ir.Node) -> Any:
+        shape = self.shapes.sizes[str(node.inputs[0].name)] if node.inputs[0] is not None else ()
+        if node.op_type == "Size":
+            return np.array(math.prod(shape), dtype=np.int64)
+        start, end = (
+            node.attributes.get_int(name, default) for name, default in (("start", 0), ("end", None))
+        )
+        return np.array(shape[start:end], dtype=np.int64)
+
     def _cast_like(self, node: ir.Node) -> Any:
         array, like = self.array(node.inputs[0]), node.inputs[1]
-        code = self.types.get(str(like.name)) if like is not None else None
+        code = self.shapes.types.get(str(like.name)) if like is not None else None
         return None if array is None or code is None else array.astype(ir.DataType(code).numpy())
 
 

@@ -14,7 +14,7 @@ from bntool.observe.onnx_einsum import LinearEinsum, linear_einsum
 from bntool.observe.onnx_layers import CONVOLUTIONS, LINEAR_OPS, PRODUCTS, Call, Layer, Norm, bias_add
 from bntool.observe.onnx_nodes import captured_by, hidden_norms, is_standard, labels_of, opaque_kind
 from bntool.observe.onnx_ops import SHAPE_READERS, translate
-from bntool.observe.onnx_shapes import infer
+from bntool.observe.onnx_shapes import Seen, sizes_of
 from bntool.observe.onnx_values import Values
 from bntool.observe.onnx_view import NodeView, Step, batch_norm_attrs, is_linear, linear_step
 from bntool.observe.taken_apart import norms_taken_apart, put_together
@@ -38,13 +38,14 @@ class OnnxObservation:
     open: bool
 
 
-def observe_onnx(model: ir.Model, sizes: int = 0) -> OnnxObservation:
-    """The dataflow graph of an ONNX model; nothing is run and nothing changed.
+def observe_onnx(model: ir.Model, sizes: int = 0, seen: Seen | None = None) -> OnnxObservation:
+    """The dataflow graph of an ONNX model; nothing is changed, and nothing run unless inference gives up.
 
     An axis without a fixed size gets one, from the first (0) or the second (1) set of sizes: a plan that
-    is the same with both relies on neither. A body of If, Loop or Scan, or a function, is one op.
+    is the same with both relies on neither. `seen` tells sizes from runs. A body of If, Loop or Scan is one
+    op.
     """
-    reader = _Reader(model, sizes)
+    reader = _Reader(model, sizes, seen)
     reader.read()
     return OnnxObservation(
         reader.graph,
@@ -57,13 +58,13 @@ def observe_onnx(model: ir.Model, sizes: int = 0) -> OnnxObservation:
 
 
 class _Reader:
-    def __init__(self, model: ir.Model, sizes: int) -> None:
+    def __init__(self, model: ir.Model, sizes: int, seen: Seen | None) -> None:
         self.model = model
         self.graph = Graph()
         self.graph.model_class = f"ONNX graph {model.graph.name or ''}".rstrip()
         self.graph.rewirable = True
-        self.shapes = infer(model, sizes)
-        self.constants = Constants(model, self.shapes.types)
+        self.shapes = sizes_of(model, sizes, seen)
+        self.constants = Constants(model, self.shapes)
         self.labels = labels_of(model)
         self.values = Values(self.graph, self.shapes, self.constants)
         self.layers: dict[str, Layer] = {}

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
 
 import onnx
 import onnx_ir as ir
@@ -35,12 +36,14 @@ DTYPES: dict[int, torch.dtype] = {
 class Shapes:
     """Shape and type (ONNX's code) of every value of the main graph, by name.
 
-    `open` tells whether any size was made up.
+    `open` tells whether any size was made up, or is that of one run. `unsure` names the values whose sizes
+    nobody knows.
     """
 
     sizes: dict[str, tuple[int, ...]]
     types: dict[str, int]
     open: bool
+    unsure: set[str] = dataclasses.field(default_factory=set)
 
     def of(self, value: ir.Value | None) -> tuple[int, ...] | None:
         return None if value is None else self.sizes.get(str(value.name))
@@ -52,23 +55,61 @@ class Shapes:
         return str(DTYPES.get(code, own.replace("float", "small_float")))
 
 
-def infer(model: ir.Model, which: int = 0) -> Shapes:
-    """Infer every shape under the first (0) or the second (1) set of sizes for the open axes."""
+class Seen(Protocol):
+    """What runs of the model tell of its sizes; `asked`: the user said what it is run on."""
+
+    asked: bool
+
+    def lengths(self, which: int) -> Mapping[str, tuple[int, ...]]:
+        """The shape of every input in a run, by name; nothing where there is none."""
+
+    def shapes(self, which: int, names: Sequence[str]) -> Mapping[str, tuple[int, ...]]:
+        """The shapes of these values in a run."""
+
+
+def sizes_of(model: ir.Model, which: int = 0, seen: Seen | None = None) -> Shapes:
+    """Every shape under the first (0) or the second (1) set of sizes for the open axes.
+
+    Inference is a first guess, on sizes that nothing else in the graph is likely to have. Where it gives up,
+    or the user said on what sizes, it is made on those of a run, and the rest is seen in that run.
+    """
+    lengths = seen.lengths(which) if seen is not None and seen.asked else {}
+    shapes = infer(model, which, lengths)
+    if not shapes.unsure or seen is None:
+        return shapes
+    lengths = lengths or seen.lengths(which)
+    if lengths:
+        shapes = infer(model, which, lengths)
+        shapes.sizes.update(seen.shapes(which, sorted(shapes.unsure)))
+        shapes.unsure -= shapes.sizes.keys()
+        shapes.open = True
+    return shapes
+
+
+def infer(model: ir.Model, which: int = 0, lengths: Mapping[str, tuple[int, ...]] | None = None) -> Shapes:
+    """Infer every shape under a set of sizes for the open axes, or where the inputs have these `lengths`."""
     table = _Sizes(which)
-    skeleton = _skeleton(model, table)
+    skeleton = _skeleton(model, table, lengths or {})
     shapes = Shapes({}, {}, False)
     inferred = _inferred(skeleton)
     graph = _inferred(_with_computed_shapes(skeleton)).graph if _has_holes(inferred) else inferred.graph
     # what was carried out is no node any more
-    seen = {output for node in graph.node for output in node.output}
-    gone = (info for info in inferred.graph.value_info if info.name not in seen and _is_known(info))
+    left = {output for node in graph.node for output in node.output}
+    gone = (info for info in inferred.graph.value_info if info.name not in left and _is_known(info))
     for info in (*graph.input, *graph.value_info, *graph.output, *gone):
         _read(info, shapes, table)
     for tensor in (*skeleton.graph.initializer, *graph.initializer):
         shapes.sizes[tensor.name] = tuple(tensor.dims)
         shapes.types[tensor.name] = tensor.data_type
+    known = shapes.sizes.keys() - shapes.unsure
+    made = {str(v.name) for node in model.graph if node.op_type != "Constant" for v in node.outputs if v.name}
+    shapes.unsure = made - known - _no_tensors(graph)
     shapes.open = table.used
     return shapes
+
+
+def _no_tensors(graph: onnx.GraphProto) -> set[str]:
+    return {i.name for i in graph.value_info if i.type.WhichOneof("value") not in (None, "tensor_type")}
 
 
 class _Sizes:
@@ -106,7 +147,7 @@ class _Sizes:
         return self.unknown
 
 
-def _skeleton(model: ir.Model, table: _Sizes) -> onnx.ModelProto:
+def _skeleton(model: ir.Model, table: _Sizes, lengths: Mapping[str, tuple[int, ...]]) -> onnx.ModelProto:
     """The model without its weights, and with its open input axes fixed."""
     proto = onnx.ModelProto(ir_version=max(model.ir_version or 0, 4))
     for domain, version in model.opset_imports.items():
@@ -115,13 +156,9 @@ def _skeleton(model: ir.Model, table: _Sizes) -> onnx.ModelProto:
         proto.functions.append(ir.serde.serialize_function(function))
     graph = proto.graph
     graph.name = model.graph.name or "graph"
+    known = {**asked_shapes(model), **lengths}
     for value in model.graph.inputs:
-        info = ir.serde.serialize_value(value)
-        if value.name not in model.graph.initializers:
-            for axis, dim in enumerate(info.type.tensor_type.shape.dim):
-                if not dim.HasField("dim_value"):
-                    dim.dim_value = table.of_input(dim.dim_param, axis)
-        graph.input.append(info)
+        graph.input.append(_input_info(value, known.get(str(value.name)), model, table))
     inputs = {info.name for info in graph.input}
     for name, value in model.graph.initializers.items():
         tensor: Any = value.const_value
@@ -147,6 +184,25 @@ def _skeleton(model: ir.Model, table: _Sizes) -> onnx.ModelProto:
     return proto
 
 
+def _input_info(
+    value: ir.Value, known: Sequence[int | None] | None, model: ir.Model, table: _Sizes
+) -> onnx.ValueInfoProto:
+    info = ir.serde.serialize_value(value)
+    shape = info.type.tensor_type.shape
+    if known is not None:
+        table.used |= value.shape is None or not value.shape.is_static()
+        del shape.dim[len(known) :]
+        for axis, length in enumerate(known):
+            dim = shape.dim[axis] if axis < len(shape.dim) else shape.dim.add()
+            if length is not None:
+                dim.dim_value = length
+    if value.name not in model.graph.initializers:
+        for axis, dim in enumerate(shape.dim):
+            if not dim.HasField("dim_value"):
+                dim.dim_value = table.of_input(dim.dim_param, axis)
+    return info
+
+
 def _fixed(value: ir.Value, table: _Sizes) -> onnx.ValueInfoProto:
     info = ir.serde.serialize_value(value)
     for dim in info.type.tensor_type.shape.dim:
@@ -159,17 +215,27 @@ def _asked(value: ir.Value) -> onnx.ValueInfoProto | None:
     """What a convolution that reads a value asks of it: its rank, and its channels."""
     for node, index in value.uses():
         weight = node.inputs[1] if len(node.inputs) > 1 else None
-        if node.op_type not in ("Conv", "ConvTranspose") or index != 0 or weight is None:
-            continue
-        tensor = weight.const_value
-        if tensor is None:
-            continue
-        sizes = [int(n) for n in tensor.shape.numpy()]
-        group = node.attributes.get_int("group", 1)
-        channels = sizes[0] if node.op_type == "ConvTranspose" else sizes[1] * int(group or 1)
-        dims: list[Any] = [None, channels, *([None] * (len(sizes) - 2))]
-        return onnx.helper.make_tensor_value_info(str(value.name), int(tensor.dtype), dims)
+        tensor = weight.const_value if weight is not None else None
+        if node.op_type in ("Conv", "ConvTranspose") and index == 0 and tensor is not None:
+            sizes = [int(n) for n in tensor.shape.numpy()]
+            group = int(node.attributes.get_int("group", 1) or 1)
+            channels = sizes[0] if node.op_type == "ConvTranspose" else sizes[1] * group
+            dims: list[Any] = [None, channels, *([None] * (len(sizes) - 2))]
+            return onnx.helper.make_tensor_value_info(str(value.name), int(tensor.dtype), dims)
     return None
+
+
+def asked_shapes(model: ir.Model) -> dict[str, list[int | None]]:
+    """The shape of each input that leaves its channels or its rank open, as the layer that reads it asks."""
+    found: dict[str, list[int | None]] = {}
+    for value in model.graph.inputs:
+        told = None if value.shape is None else [n if isinstance(n, int) else None for n in value.shape]
+        untold = told is None or (len(told) > 1 and told[1] is None)
+        asked = _asked(value) if untold and value.name not in model.graph.initializers else None
+        if asked is not None:
+            dims = [d.dim_value or None for d in asked.type.tensor_type.shape.dim]
+            found[str(value.name)] = [n or m for n, m in zip(told or dims, dims, strict=False)]
+    return found
 
 
 def _inferred(skeleton: onnx.ModelProto) -> onnx.ModelProto:
@@ -224,6 +290,8 @@ def _read(info: onnx.ValueInfoProto, shapes: Shapes, table: _Sizes) -> None:
     if tensor.elem_type:
         shapes.types[info.name] = tensor.elem_type
     if tensor.HasField("shape"):
+        if not _is_known(info):
+            shapes.unsure.add(info.name)
         shapes.sizes[info.name] = tuple(
             dim.dim_value if dim.HasField("dim_value") else table.of_result(dim.dim_param)
             for dim in tensor.shape.dim

@@ -85,13 +85,17 @@ class OrtRunner:
         return [(i.name, i.type, list(i.shape)) for i in self._session.get_inputs()]
 
     def accepts(self, inputs: Inputs) -> bool:
-        """Whether every fixed axis of the file's inputs has the length that these inputs have."""
+        """Whether every fixed axis of the file's inputs has the length that these inputs have.
+
+        ONNX Runtime tells an input of unknown rank as one without axes.
+        """
         fed = self._by_name(inputs)
-        return all(
-            len(i.shape) == fed[i.name].dim()
-            and all(not isinstance(n, int) or n == m for n, m in zip(i.shape, fed[i.name].shape, strict=True))
-            for i in self._session.get_inputs()
-        )
+
+        def fits(axes: list[int | str | None], shape: torch.Size) -> bool:
+            fixed = [not isinstance(n, int) or n == m for n, m in zip(axes, shape, strict=False)]
+            return not axes or (len(axes) == len(shape) and all(fixed))
+
+        return all(fits(i.shape, fed[i.name].shape) for i in self._session.get_inputs())
 
     def bound(self, inputs: Inputs, *, fixed_outputs: bool = False) -> Callable[[], None]:
         """A function that runs the file once on these inputs, which are held on the device, as are outputs.

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import functools
+import shlex
 import tempfile
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import onnx_ir as ir
 
-from bntool.core.errors import CheckFailed
+from bntool.core.errors import CheckFailed, LoadError
 from bntool.core.options import FoldOptions, InsertOptions
 from bntool.core.plan import Plan
 from bntool.core.verdicts import Check
@@ -20,10 +21,16 @@ from bntool.graph.dataflow import Graph
 from bntool.graph.inputs import Inputs
 from bntool.inserting import plan_insert_nodes
 from bntool.observe.onnx_model import OnnxObservation, observe_onnx
+from bntool.observe.onnx_shapes import asked_shapes
+from bntool.runtime.onnx_inputs import first_runs
+from bntool.runtime.onnx_sizes import SeenSizes
 from bntool.subjects.base import Checking, Kind, Parameters
 from bntool.surgery.fold_onnx import apply_fold_onnx
 from bntool.surgery.insert_onnx import apply_insert_onnx
-from bntool.verifying.onnx_checking import OnnxReference, check_onnx_unchanged, example_inputs_of
+from bntool.verifying.onnx_checking import OnnxReference, check_onnx_unchanged, example_inputs_of, opened
+
+LEAST_OPSET = 7
+Shapes = Mapping[str, Sequence[int | None]]
 
 
 class Scratch:
@@ -44,6 +51,8 @@ class OnnxSubject:
         folder: an existing folder for what is made; without, one that is gone with the last of them.
         data: a file of its own with the numbers, where it has one.
         name: how the user calls it.
+        shapes: of inputs, by name, where the user said on what it is to be run.
+        run: whether it may be run to see the sizes that inference cannot tell.
     """
 
     kind: Kind = "onnx"
@@ -55,12 +64,16 @@ class OnnxSubject:
         folder: Path | Scratch | None = None,
         data: Path | None = None,
         name: str = "",
+        shapes: Shapes | None = None,
+        run: bool = True,
     ) -> None:
-        self.model = Path(path)
+        self.model, self.may_run = Path(path), run
         self.data = data
         self.name = name or str(path)
         self._file: OnnxFile | None = open_onnx(path)
         self.files = self._file.files
+        self.asked = shapes or {}
+        self._told = asked_shapes(self._file.model)
         self._folder = folder or Scratch()
         self._observed: OnnxObservation | None = None
 
@@ -76,10 +89,27 @@ class OnnxSubject:
         return self._file
 
     @property
+    def shapes(self) -> Shapes:
+        """Of inputs, as the user asked, or as the layers that read them do."""
+        return {**self._told, **self.asked}
+
+    @property
+    def input_names(self) -> list[str]:
+        """What a caller must give it."""
+        graph = self.file.model.graph
+        return [str(v.name) for v in graph.inputs if v.name not in graph.initializers]
+
+    @property
     def observed(self) -> OnnxObservation:
         if self._observed is None:
-            self._observed = observe_onnx(self.file.model)
+            self._observed = observe_onnx(self.file.model, seen=self._seen())
         return self._observed
+
+    def _seen(self) -> SeenSizes | None:
+        def inputs() -> list[Inputs]:
+            return first_runs(opened(self.model, self.shapes), 2, shapes=self.shapes).inputs
+
+        return SeenSizes(self.file.model, inputs, asked=bool(self.asked)) if self.may_run else None
 
     @functools.cached_property
     def counts(self) -> tuple[int, int, int]:
@@ -93,7 +123,7 @@ class OnnxSubject:
         return self.observed.graph
 
     def example(self, batch: int = 1, seed: int = 0) -> Inputs:
-        return example_inputs_of(self.model, batch, seed)
+        return example_inputs_of(self.model, batch, seed, self.shapes)
 
     def parameters(self, after: OnnxSubject) -> Parameters:
         """All numbers of a file are counted as frozen: nothing in it says which of them are trained."""
@@ -105,14 +135,26 @@ class OnnxSubject:
             "delta": {**none, "frozen": new - old, "bytes": new_bytes - old_bytes, "conv_bias": 0},
         }
 
+    def _require_opset(self) -> None:
+        """Older ops broadcast, and normalise, by rules of their own. Raises `LoadError`."""
+        opset = self.file.model.opset_imports.get("", LEAST_OPSET)
+        if opset < LEAST_OPSET:
+            raise LoadError(
+                f"it is written in opset {opset}, and bntool changes files of opset {LEAST_OPSET} or later",
+                where=self.name,
+                next_step=f"bntool export {shlex.quote(self.name)} --opset 17 converts it",
+            )
+
     def plan_fold(self, options: FoldOptions, *, thorough: bool = True) -> Plan:  # noqa: ARG002 - costs nothing
         """Where an axis has no fixed size, a fold counts only if it is the same for two sets of sizes."""
+        self._require_opset()
         plan, self._observed = plan_fold_onnx(
             self.file.model,
             include=options.include,
             exclude=options.exclude,
             merge=options.merge,
             unshare=options.unshare,
+            seen=self._seen(),
         )
         return plan
 
@@ -126,6 +168,7 @@ class OnnxSubject:
         return OnnxProof(self, checking)
 
     def plan_insert(self, options: InsertOptions) -> Plan:
+        self._require_opset()
         return plan_insert_nodes(self.observed.graph, options)
 
     def inserted(self, options: InsertOptions) -> tuple[Plan, OnnxSubject]:
@@ -157,7 +200,9 @@ class OnnxSubject:
     def _written(self, file: OnnxFile) -> OnnxSubject:
         folder = self._folder if isinstance(self._folder, Path) else self._folder.path
         path, data = save_onnx(file, folder / self.model.name, force=True)
-        return OnnxSubject(path, folder=self._folder, data=data, name=self.name)
+        return OnnxSubject(
+            path, folder=self._folder, data=data, name=self.name, shapes=self.shapes, run=self.may_run
+        )
 
 
 def plan_fold_onnx(
@@ -167,13 +212,15 @@ def plan_fold_onnx(
     exclude: Sequence[str] = (),
     merge: bool = True,
     unshare: bool = False,
+    seen: SeenSizes | None = None,
 ) -> tuple[Plan, OnnxObservation]:
     """A verdict for every BatchNorm of the model, and the observation it was planned on.
 
     Where an axis has no fixed size, a fold counts only if it comes out the same for two sets of sizes.
+    `seen` tells of sizes that only runs of the model show.
     """
-    observed = observe_onnx(model)
-    graphs = [observed.graph, *([observe_onnx(model, sizes=1).graph] if observed.open else [])]
+    observed = observe_onnx(model, seen=seen)
+    graphs = [observed.graph, *([observe_onnx(model, 1, seen).graph] if observed.open else [])]
     plan = plan_on_all(graphs, include=include, exclude=exclude, merge=merge, unshare=unshare)
     return at_graph_level(plan, observed.hidden), observed
 
@@ -190,7 +237,9 @@ class OnnxProof:
     def reference(self) -> OnnxReference:
         nodes, *_ = self._subject.counts
         count = 3 if self._checking.full else 2
-        return OnnxReference(self._subject.model, nodes, count=count, seed=self._checking.seed)
+        return OnnxReference(
+            self._subject.model, nodes, count=count, seed=self._checking.seed, shapes=self._subject.shapes
+        )
 
     def rows(self, plan: Plan, after: OnnxSubject) -> list[Check]:  # noqa: ARG002 - a protocol's
         return self.reference.checks(

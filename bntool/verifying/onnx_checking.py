@@ -6,26 +6,21 @@ import functools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
 from bntool.core.errors import CheckFailed, ExportError
 from bntool.core.verdicts import Check
 from bntool.graph.inputs import Inputs
+from bntool.runtime.onnx_inputs import SIDES, drawn_inputs, first_runs
 from bntool.runtime.onnx_outputs import OutputTraits
 from bntool.runtime.onnx_reference import ReferenceRunner
 from bntool.runtime.ort_runner import OrtRunner
+from bntool.runtime.surviving import require_survival
 from bntool.verifying.comparing import K_NOISE, Limit, Outputs, compare, difference, rounding_term
+from bntool.verifying.onnx_cutting import node_that
 from bntool.verifying.reference import DRAWS
-
-SIDES = (64, 96, 224, 256, 16, 24, 8, 5)
-"""Lengths for the axes, other than the batch, that a file leaves open: the first ones that it takes."""
-_TYPES = {
-    "tensor(float16)": torch.float16,
-    "tensor(double)": torch.float64,
-    "tensor(bfloat16)": torch.bfloat16,
-}
 
 
 class OnnxReference:
@@ -39,28 +34,24 @@ class OnnxReference:
     Raises `CheckFailed` when the file runs on none of the inputs, `ExportError` when it does not run at all.
     """
 
-    def __init__(self, path: str | Path, nodes: int, *, count: int = 2, seed: int = 0) -> None:
-        self.runtime = True
-        runner = self._opened(path)
-        self.inputs: list[Inputs] = []
-        self.outputs: list[dict[str, torch.Tensor]] = []
-        refused = ""
-        for batch, side in enumerate(SIDES, 1):
-            inputs = drawn_inputs(runner, min(batch, 3), side, seed + batch)
-            try:
-                outputs = runner.run(inputs)
-            except ExportError as error:
-                refused = refused or error.what
-                continue
-            self.inputs.append(inputs)
-            self.outputs.append(outputs)
-            if len(self.inputs) == count:
-                break
+    def __init__(
+        self,
+        path: str | Path,
+        nodes: int,
+        *,
+        count: int = 2,
+        seed: int = 0,
+        shapes: Mapping[str, Sequence[int | None]] | None = None,
+    ) -> None:
+        runner = opened(path, shapes)
+        self.runtime = isinstance(runner, OrtRunner)
+        found = first_runs(runner, count, seed, shapes)
+        self.inputs, self.outputs, refused = found.inputs, found.outputs, found.refused
         if not self.inputs:
             raise CheckFailed(
                 f"there is nothing to compare: {refused}",
                 where=str(path),
-                next_step="fold it with --check none, and verify the result with inputs of your own",
+                next_step="give a shape that it takes with --input NAME:SHAPE",
             )
         self._path, self._nodes, self._traits = path, nodes, OutputTraits(path)
         self._again = rounded_runs(runner, self.inputs, self._traits)
@@ -72,7 +63,7 @@ class OnnxReference:
     @functools.cached_property
     def redrawn_limits(self) -> dict[str, Limit]:
         """The limits by more draws of the file's rounding: one is one draw, and it may be lucky."""
-        runner = self._opened(self._path)
+        runner = opened(self._path)
         draws = [
             run
             for seed in range(1, DRAWS + 1)
@@ -122,64 +113,34 @@ class OnnxReference:
         row = judged(self.limits)
         return row if row.passed else judged(self.redrawn_limits)
 
-    def _opened(self, path: str | Path) -> OrtRunner | ReferenceRunner:
-        try:
-            return OrtRunner(path, "cpu", optimize=False)
-        except ExportError as error:
-            self.runtime = False
-            try:
-                return ReferenceRunner(path)
-            except ExportError:
-                raise ExportError(
-                    f"the file cannot be run, so a fold of it cannot be checked: {error.what}",
-                    where=str(path),
-                    next_step="fold it with --check none, and verify the result where it will run",
-                ) from error
 
+def opened(
+    path: str | Path, shapes: Mapping[str, Sequence[int | None]] | None = None
+) -> OrtRunner | ReferenceRunner:
+    """What runs the file: ONNX Runtime, or ONNX's own implementation.
 
-def example_inputs_of(path: str | Path, batch: int = 1, seed: int = 0) -> Inputs:
-    """Seeded inputs of the shapes that a file declares: an open first axis is the batch."""
-    return drawn_inputs(OrtRunner(path, "cpu", optimize=False), batch, SIDES[0], seed + batch)
-
-
-def drawn_inputs(
-    runner: OrtRunner | ReferenceRunner,
-    batch: int,
-    side: int,
-    seed: int,
-    shapes: Mapping[str, Sequence[int]] | None = None,
-) -> Inputs:
-    """Seeded inputs of the shapes that a file declares, or of `shapes` for those that it names.
-
-    An open first axis is the batch.
-
-    Axes of one name get one length. Raises `CheckFailed` for an input that is no tensor of numbers.
+    Raises `ExportError` for neither, and where running it on inputs of `shapes` ends ONNX Runtime itself.
     """
-    generator = torch.Generator().manual_seed(seed)
-    lengths: dict[str, int] = {}
-    named: dict[str, Any] = {}
-    for name, kind, axes in runner.signature:
-        if not kind.startswith("tensor(") or "string" in kind:
-            raise CheckFailed(
-                f"no input can be made up for {name}, which is a {kind}",
-                next_step="fold it with --check none, and verify the result with inputs of your own",
-            )
-        shape = []
-        for i, axis in enumerate(axes):
-            length = batch if i == 0 else side
-            known = lengths.setdefault(axis, length) if isinstance(axis, str) else length
-            shape.append(axis if isinstance(axis, int) else known)
-        if shapes and name in shapes:
-            given = list(shapes[name])
-            shape = [batch, *given[1:]] if axes and not isinstance(axes[0], int) else given
-        if "int" in kind:
-            integers = getattr(torch, kind.removeprefix("tensor(").removesuffix(")"))
-            named[name] = torch.randint(0, 2, shape, generator=generator).to(integers)
-        elif "bool" in kind:
-            named[name] = torch.rand(shape, generator=generator) < 0.5
-        else:
-            named[name] = torch.randn(shape, generator=generator).to(_TYPES.get(kind, torch.float32))
-    return Inputs((), named, origin="the shapes that the file declares")
+    require_survival(path, shapes, node_that)
+    try:
+        return OrtRunner(path, "cpu", optimize=False)
+    except ExportError as error:
+        try:
+            return ReferenceRunner(path)
+        except ExportError:
+            raise ExportError(
+                f"the file cannot be run, so a fold of it cannot be checked: {error.what}",
+                where=str(path),
+                next_step="fold it with --check none, and verify the result where it will run",
+            ) from error
+
+
+def example_inputs_of(
+    path: str | Path, batch: int = 1, seed: int = 0, shapes: Mapping[str, Sequence[int | None]] | None = None
+) -> Inputs:
+    """Seeded inputs of the shapes that a file declares, or of `shapes`: an open first axis is the batch."""
+    require_survival(path, shapes, node_that)
+    return drawn_inputs(OrtRunner(path, "cpu", optimize=False), batch, SIDES[0], seed + batch, shapes)
 
 
 def check_onnx_unchanged(before: str | Path, after: str | Path, inputs_list: Sequence[Inputs]) -> Check:

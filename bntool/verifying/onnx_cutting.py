@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Iterator, Mapping, Sequence
+import tempfile
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -162,3 +163,17 @@ def _inferred(proto: onnx.ModelProto) -> list[Any]:
         return list(onnx.shape_inference.infer_shapes(proto).graph.value_info)
     except Exception:  # noqa: BLE001 - a model too large for one message, or whose shapes contradict
         return list(proto.graph.value_info)
+
+
+def node_that(path: Path, fails: Callable[[Path], bool]) -> str:
+    """The name and kind of the first node with which the graph fails, by ever shorter parts of it."""
+    graph = OnnxGraph(path)
+    good, bad = 0, len(graph.steps)
+    with tempfile.TemporaryDirectory(prefix="bntool.") as folder:
+        part = Path(folder) / "part.onnx"
+        while bad - good > 1:
+            middle = (good + bad) // 2
+            graph.prefix(middle).write(part)
+            good, bad = (good, middle) if fails(part) else (middle, bad)
+    step = graph.steps[bad - 1]
+    return f"at {step.name}, {step.kind}"

@@ -13,14 +13,16 @@ from bntool.core.errors import CheckFailed, ExportError
 from bntool.core.verdicts import TF32, Check
 from bntool.graph.inputs import Inputs
 from bntool.models import casting
+from bntool.runtime.onnx_inputs import SIDES, drawn_inputs
 from bntool.runtime.onnx_outputs import OutputTraits
 from bntool.runtime.ort_runner import OrtRunner
 from bntool.runtime.providers import why_no_cuda
+from bntool.runtime.surviving import require_survival
 from bntool.verifying.blaming import where_it_ran
 from bntool.verifying.checking import named_as, no_tf32, repeated
 from bntool.verifying.comparing import Limit, compare, silent_outputs
-from bntool.verifying.onnx_checking import SIDES, drawn_inputs, file_limits, rounded_runs
-from bntool.verifying.onnx_cutting import OnnxGraph
+from bntool.verifying.onnx_checking import file_limits, rounded_runs
+from bntool.verifying.onnx_cutting import OnnxGraph, node_that
 
 LEVELS: Mapping[str, bool | str] = {"basic": "basic", "extended": "extended", "all": True}
 """ONNX Runtime's optimisation levels by the names of its documentation; the stage of a check of one file."""
@@ -77,12 +79,16 @@ def check_itself(
 
 
 def seeded_file_inputs(
-    path: str | Path, batches: Iterable[int], seed: int = 0, shapes: Mapping[str, Sequence[int]] | None = None
+    path: str | Path,
+    batches: Iterable[int],
+    seed: int = 0,
+    shapes: Mapping[str, Sequence[int | None]] | None = None,
 ) -> list[Inputs]:
     """Seeded inputs of the shapes that a file declares, or of `shapes`; of open axes, sizes that it takes.
 
     Raises `CheckFailed` where the file runs on none of them.
     """
+    require_survival(path, shapes, node_that)
     runner = OrtRunner(path, "cpu", optimize=False)
     found: list[Inputs] = []
     refused = ""
@@ -109,6 +115,7 @@ class _Runs:
     """What the reference file gives, unoptimised on the CPU, and how far a candidate may be from it."""
 
     def __init__(self, path: str | Path, inputs_list: Sequence[Inputs]) -> None:
+        require_survival(path, None, node_that)
         runner = OrtRunner(path, "cpu", optimize=False)
         self.inputs = [inputs for inputs in inputs_list if runner.accepts(inputs)]
         if not self.inputs:
