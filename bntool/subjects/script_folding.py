@@ -23,7 +23,7 @@ from bntool.core.verdicts import Check
 from bntool.files.security.scripted import script_bytes
 from bntool.graph.inputs import Inputs, named_tensors
 from bntool.models.casting import is_finite
-from bntool.verifying.checking import ALGEBRA_LIMIT
+from bntool.verifying.algebra import ALGEBRA_LIMIT
 from bntool.verifying.comparing import Limit, compare
 
 
