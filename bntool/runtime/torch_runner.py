@@ -184,11 +184,10 @@ def _read_flag(op: Any, flag: str) -> Any:
 
 
 def _placed(model: nn.Module, device: torch.device, dtype: torch.dtype | None) -> nn.Module:
-    wrong_device = any(t.device.type != device.type for t in _tensors(model))
-    wrong_dtype = dtype is not None and any(
-        t.is_floating_point() and t.dtype != dtype for t in _tensors(model)
-    )
-    if not (wrong_device or wrong_dtype):
+    if all(
+        t.device.type == device.type and (dtype is None or t.dtype == dtype or not t.is_floating_point())
+        for t in _tensors(model)
+    ):
         return model
     try:
         moved = own_copy(model)
@@ -202,5 +201,6 @@ def _placed(model: nn.Module, device: torch.device, dtype: torch.dtype | None) -
 
 
 def _tensors(model: nn.Module) -> Iterator[Tensor]:
-    yield from model.parameters()
-    yield from model.buffers()
+    for module in model.modules():
+        for slots in (module._parameters, module._buffers):
+            yield from (tensor for tensor in slots.values() if tensor is not None)

@@ -118,15 +118,17 @@ class _Widened(TorchDispatchMode):
         views, written, kind = _traits(func)
         if written and any(_is_narrow(leaf) for leaf in _written(func, written, args, kwargs)):
             raise _Narrows
-        if self._numbers:
-            args = [self._unrounded(arg) for arg in args]
-        if views and not written:
-            return func(*args, **kwargs)
-        fast = _FASTER.get(kind)
-        if fast is not None and not kwargs and (result := fast(*args)) is not None:
-            return result
-        result = func(*(_wide(arg) for arg in args), **{name: _wide(arg) for name, arg in kwargs.items()})
-        if any(_is_narrow(leaf) for leaf in _leaves(result)):
+        with torch._C._DisableTorchDispatch():  # type: ignore[attr-defined]  # what is done here concerns no other mode
+            if self._numbers:
+                args = [self._unrounded(arg) for arg in args]
+            if not views or written:
+                fast = _FASTER.get(kind)
+                if fast is not None and not kwargs and (result := fast(*args)) is not None:
+                    return result
+                args = [_wide(arg) for arg in args]
+                kwargs = {name: _wide(arg) for name, arg in kwargs.items()}
+        result = func(*args, **kwargs)
+        if any(map(_is_narrow, _leaves(result))) and not any(map(_is_narrow, args)):
             raise _Narrows
         return result
 
