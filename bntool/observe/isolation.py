@@ -27,6 +27,9 @@ from bntool.observe.leftovers import Kept, random_state_kept, undeclared_writes
 from bntool.observe.standing_in import StandIn, set_modes, stand_in
 from bntool.observe.surroundings import Surroundings
 
+SEED = 0
+"""A run that draws random numbers must draw the same ones every time, or two runs cannot be compared."""
+
 
 class Isolation:
     """Runs of one model that leave no trace, each from the model's state as it is now.

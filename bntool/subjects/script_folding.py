@@ -26,7 +26,7 @@ from bntool.models.casting import is_finite
 from bntool.observe.isolation import fresh
 from bntool.subjects.script_calls import Calls, is_norm
 from bntool.subjects.script_norms import kept_norms
-from bntool.verifying.checking import ALGEBRA_LIMIT
+from bntool.verifying.algebra import ALGEBRA_LIMIT
 from bntool.verifying.comparing import Limit, compare
 
 _HIDDEN = "forward_that_stays"

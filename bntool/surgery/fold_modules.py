@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterable, Iterator, Mapping
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -24,25 +25,39 @@ _TENSOR_SLOTS = frozenset({"_parameters", "_buffers", "_modules"})
 _STOCK_OF = {normed: stock for stock, normed in NORMED.items()}
 
 
-def apply_fold(model: nn.Module, plan: Plan) -> nn.Module:
+Numbers = Mapping[int, Callable[[], Tensor]]
+"""What gives the numbers of new tensors before they were rounded, in float64, by the tensor's identity."""
+
+
+def apply_fold(model: nn.Module, plan: Plan, *, wide: bool = False) -> nn.Module:
     """A copy of `model` with every site of a fold plan carried out.
 
     Untouched layers share their tensors with `model`; `with_own_tensors` gives the copy its own. The
-    argument is not changed. Parameters keep `requires_grad`, type, device and memory format.
+    argument is not changed. Parameters keep `requires_grad`, type, device and memory format; with `wide`
+    those that change are left in float64.
     """
+    return apply_exactly(model, plan, wide=wide)[0]
+
+
+def apply_exactly(model: nn.Module, plan: Plan, *, wide: bool = False) -> tuple[nn.Module, Numbers]:
+    """`apply_fold`, and the numbers of all that is new before they were rounded: none where blocks merged."""
     copied = structural_copy(model)
-    merge_blocks_of(copied, plan)
-    return carry_out(copied, plan)
+    merged = merge_blocks_of(copied, plan, wide=wide)
+    copied, numbers = carry_out(copied, plan, wide=wide)
+    return copied, {} if merged else numbers
 
 
-def carry_out(copied: nn.Module, plan: Plan) -> nn.Module:
-    """The edits of a plan on a structural copy whose blocks have merged their branches; changes the copy."""
-    tensors = _ModuleTensors(copied, plan.eps)
-    apply_edits(tensors, plan)
+def carry_out(copied: nn.Module, plan: Plan, *, wide: bool = False) -> tuple[nn.Module, Numbers]:
+    """The edits of a plan on a structural copy whose blocks have merged their branches; changes the copy.
+
+    Returns the copy, and the numbers of its new tensors before they were rounded.
+    """
+    tensors = _ModuleTensors(copied, plan.eps, torch.float64 if wide else None)
+    edits = apply_edits(tensors, plan)
     tensors.write(removed_norms(plan))
     for merge in plan.merges:
         tensors.merge(merge)
-    return copied
+    return copied, {id(new): functools.partial(edits.exact, slot) for slot, new in tensors.new.items()}
 
 
 def with_own_tensors(folded: nn.Module, original: nn.Module) -> nn.Module:
@@ -97,8 +112,8 @@ def _clone(tensor: Tensor) -> Tensor:
 class _ModuleTensors:
     """The tensors of a structural copy, told by identity: a name can pass from a shared tensor to a clone."""
 
-    def __init__(self, model: nn.Module, eps: Mapping[str, float]) -> None:
-        self.model, self.eps = model, eps
+    def __init__(self, model: nn.Module, eps: Mapping[str, float], dtype: torch.dtype | None) -> None:
+        self.model, self.eps, self.dtype = model, eps, dtype
         self.modules = dict(model.named_modules(remove_duplicate=False))
         self.held: dict[Slot, Tensor] = {}
         self.made: set[Slot] = set()
@@ -129,7 +144,8 @@ class _ModuleTensors:
         return None if slot in self.made else self.held[slot]
 
     def like(self, slot: Slot) -> Tensor:
-        return self.held[slot]
+        held = self.held[slot]
+        return held if self.dtype is None else torch.empty_like(held, dtype=self.dtype)
 
     def put(self, slot: Slot, tensor: Tensor) -> None:
         self.new[slot] = _as_kind(self.held[slot], tensor)

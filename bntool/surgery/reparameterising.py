@@ -114,29 +114,34 @@ def with_blocks_merged(model: nn.Module, blocks: list[Block]) -> nn.Module:
     return copied
 
 
-def merge_blocks_of(copied: nn.Module, plan: Plan) -> None:
+def merge_blocks_of(copied: nn.Module, plan: Plan, *, wide: bool = False) -> bool:
     """Put what they become in the place of the blocks that a plan merges, in the plan's order.
+
+    With `wide` what they become is left in float64. Returns whether there was any.
 
     Only the method that the planner itself would call is called, and only where a BatchNorm goes by it;
     `Damaged`, with the place, for any other.
     """
+    merged = False
     for number, site in enumerate(plan.fold_sites):
         for place, edit in enumerate(site.edits):
             if edit.kind == "reparameterize":
                 try:
-                    _merge_block(copied, edit)
+                    _merge_block(copied, edit, wide)
                 except Damaged as error:
                     raise error.within(f"sites[{number}].edits[{place}]") from error
+                merged = True
+    return merged
 
 
-def _merge_block(copied: nn.Module, edit: Edit) -> None:
+def _merge_block(copied: nn.Module, edit: Edit, wide: bool) -> None:
     block = dict(copied.named_modules(remove_duplicate=False)).get(edit.layer) if edit.layer else None
     if block is None:
         raise Damaged(f"the model has no block {edit.layer!r}", "layer")
     if edit.method not in _methods_of(block):
         raise Damaged(f"{edit.layer!r} merges no branches by a method {edit.method!r}", "method")
     try:
-        merged = reparameterised(block, edit.method)
+        merged = reparameterised(block, edit.method, wide=wide)
     except Exception as error:  # the method is the model's own, and may fail in any way
         raise Damaged(f"{edit.method}() of {edit.layer!r} fails: {error}", "method") from error
     if not _norm_names(block) - _norm_names(merged):
@@ -144,15 +149,16 @@ def _merge_block(copied: nn.Module, edit: Edit) -> None:
     replace_everywhere(copied, block, merged)
 
 
-def reparameterised(module: nn.Module, method: str) -> nn.Module:
-    """The block with its branches merged, computed in float64 and cast back; the argument is untouched."""
-    return _as_it_was(_in_float64(module, method), module)
+def reparameterised(module: nn.Module, method: str, *, wide: bool = False) -> nn.Module:
+    """The block with its branches merged in float64, cast back unless `wide`; the argument is untouched."""
+    return _as_it_was(_in_float64(module, method), module, wide=wide)
 
 
-def _as_it_was(merged: nn.Module, module: nn.Module) -> nn.Module:
-    """The merged block in the type and the mode of what it was made from; changes it."""
+def _as_it_was(merged: nn.Module, module: nn.Module, *, wide: bool = False) -> nn.Module:
+    """The merged block in the mode, and unless `wide` the type, of what it was made from; changes it."""
     tensors = [t for t in (*module.parameters(), *module.buffers()) if t.is_floating_point()]
-    cast(merged, tensors[0].dtype if tensors else torch.get_default_dtype())
+    if not wide:
+        cast(merged, tensors[0].dtype if tensors else torch.get_default_dtype())
     merged.requires_grad_(any(p.requires_grad for p in module.parameters()))
     return set_modes(merged, training=module.training)
 

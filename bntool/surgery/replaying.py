@@ -33,7 +33,7 @@ def replay_fold(model: nn.Module, plan: Plan) -> nn.Module:
     merged = structural_copy(model)
     merge_blocks_of(merged, plan)
     _FoldJudge(model, merged).judge(plan)
-    return carry_out(merged, plan)
+    return carry_out(merged, plan)[0]
 
 
 def replay_insert(model: nn.Module, plan: Plan) -> nn.Module:
