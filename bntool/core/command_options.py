@@ -135,6 +135,55 @@ class ReportOptions(Options):
     )
 
 
+COLUMNS = tuple(
+    "type name input output kernel params percent trainable frozen buffers mult-adds bytes".split()
+)
+"""What a summary can show of a layer."""
+
+
+def _columns(text: str) -> tuple[str, ...]:
+    names = tuple(dict.fromkeys(name.strip() for name in text.split(",")))
+    for name in names:
+        if name not in COLUMNS:
+            raise UsageError(
+                f"there is no column {name!r}; there are {','.join(COLUMNS)}",
+                next_step=f"name some of {','.join(COLUMNS)}",
+            )
+    return names
+
+
+def _column(text: str) -> str:
+    (name, *more) = _columns(text)
+    if more:
+        raise UsageError("a table is sorted by one column", next_step=f"name one: {name}")
+    return name
+
+
+@dataclasses.dataclass(frozen=True)
+class ViewOptions(Options):
+    """What of a summary is shown, and in which order."""
+
+    depth: int | None = option(
+        None, "Down to so many levels of modules; the last stand for what they hold.", metavar="N", least=0
+    )
+    columns: tuple[str, ...] = option(
+        ("type", "name", "input", "output", "trainable", "frozen", "buffers"),
+        f"Of {', '.join(COLUMNS)}.",
+        metavar="NAME,NAME,...",
+        parse=_columns,
+    )
+    sort: str | None = option(None, "By this column, the largest first.", metavar="NAME", parse=_column)
+    tree: bool = option(False, "As the tree of its modules.")
+
+    def validate(self) -> None:
+        super().validate()
+        _columns(",".join(self.columns))
+        if self.sort is not None:
+            _column(self.sort)
+        if self.tree and self.sort is not None:
+            raise UsageError("a tree has an order of its own", next_step="leave out --sort, or --tree")
+
+
 @dataclasses.dataclass(frozen=True)
 class SpeechOptions(Options):
     """How a command speaks."""
@@ -142,4 +191,13 @@ class SpeechOptions(Options):
     as_json: bool = option(False, "One JSON document on stdout.", "--json")
     quiet: bool = option(False, "Only the totals.", "-q", "--quiet")
     verbose: bool = option(False, "Every layer.", "-v", "--verbose")
+    width: int | None = option(
+        None,
+        "Columns that text is fitted to; names stay whole.",
+        "-w",
+        "--width",
+        metavar="N",
+        least=1,
+        most=100_000,
+    )
     debug: bool = option(False, "Show the traceback of an error.")

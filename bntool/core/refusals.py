@@ -48,7 +48,6 @@ _REFUSED: Mapping[str, Sequence[_Refusal]] = {
             "export the program anew with torch.export, in the form that you want",
         ),
         _no(f"{_SOURCE} data", "there is no Python and no training in it", _MODULE),
-        _no("baseline", "its summary is of tensors", "run bntool summary on each of the two files"),
     ],
     "onnx": [
         _no(_CODE, "it holds its own graph and weights"),
@@ -64,7 +63,6 @@ _REFUSED: Mapping[str, Sequence[_Refusal]] = {
             "it takes identity nodes only",
             "insert into the PyTorch model, and export that",
         ),
-        _no("baseline", "its summary is of tensors", "run bntool summary on each of the two files"),
     ],
     "script": [
         _no("arch weights key allow pretrained", "it holds its own code and weights"),

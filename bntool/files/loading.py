@@ -14,7 +14,7 @@ from typing import Any, Literal
 from torch import nn
 from torch.export import ExportedProgram
 
-from bntool.core.errors import InvariantError, LoadError, UsageError
+from bntool.core.errors import InvariantError, LoadError, NeedsArchitecture, UsageError
 from bntool.core.limits import DEFAULT_MAX_SIZE, Limit
 from bntool.files.architectures import closest, load_index, take_exact
 from bntool.files.atomic import sha256_of
@@ -231,7 +231,7 @@ def _from_file(
     )
 
 
-def _without_architecture(path: Path, found: Found, options: _Reading) -> LoadError:
+def _without_architecture(path: Path, found: Found, options: _Reading) -> NeedsArchitecture:
     state = bare_weights(_weights_of(found))
     near, fitting = "", "torchvision:resnet50"
     with contextlib.suppress(LoadError):
@@ -242,13 +242,15 @@ def _without_architecture(path: Path, found: Found, options: _Reading) -> LoadEr
         if exact:
             near = f"{' and '.join(exact[:3])} fit{'s' if len(exact) == 1 else ''}, which is for you to say"
             fitting = exact[0]
-    return LoadError(
+    error = NeedsArchitecture(
         f"{path.name} holds only weights ({len(state)} tensors), not the model they belong to"
         + (f"; {near}" if near else ""),
         where=str(path),
         next_step=f"name its architecture: {path.name} --arch {fitting}, --arch timm:NAME, --arch "
         "path/file.py:Class, or --arch auto to look for one that fits exactly (some minutes, the first time)",
     )
+    error.weights = state
+    return error
 
 
 def _program(path: Path, ref: str, arch: str | None, options: _Reading) -> Loaded:

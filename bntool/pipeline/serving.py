@@ -11,6 +11,7 @@ from typing import Protocol
 
 from bntool.core.errors import CheckFailed, ExportError
 from bntool.core.options import ExportOptions, FoldOptions
+from bntool.core.plan_parts import unshared_text
 from bntool.core.reasons import Reason
 from bntool.core.verdicts import Check, first_failed
 from bntool.core.version import __version__
@@ -20,7 +21,7 @@ from bntool.files.targets import Drafts
 from bntool.models.casting import DTYPES, stored_as
 from bntool.observe.wrappers import model_inside
 from bntool.pipeline.onnx_folding import fold_exported
-from bntool.report.results import SurgeryResult, unshared_text
+from bntool.report.results import SurgeryResult
 from bntool.subjects.base import Checking, Exportable
 from bntool.verifying.blaming import Found, blame_onnx
 from bntool.verifying.checking import check_onnx
