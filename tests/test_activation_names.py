@@ -12,8 +12,8 @@ from bntool.core.errors import UsageError
 from bntool.core.options import InsertOptions
 from tests.next_steps import commands_in, faults
 
-CLASSES = """ELU Hardshrink Hardsigmoid Hardtanh Hardswish LeakyReLU LogSigmoid PReLU ReLU ReLU6 RReLU SELU CELU
-    GELU Sigmoid SiLU Mish Softplus Softshrink Tanh Threshold GLU""".split()
+CLASSES = """ELU Hardshrink Hardsigmoid Hardtanh Hardswish LeakyReLU LogSigmoid PReLU ReLU ReLU6 RReLU SELU
+    CELU GELU Sigmoid SiLU Mish Softplus Softshrink Tanh Threshold GLU""".split()
 
 
 @pytest.mark.parametrize("name", CLASSES)
