@@ -18,7 +18,8 @@ from onnx.external_data_helper import ExternalDataInfo
 
 from bntool.core.errors import InvariantError, LoadError
 from bntool.files.detect import Kind, detect
-from bntool.files.targets import Drafts, Target
+from bntool.files.drafting import Drafts
+from bntool.files.targets import Target
 
 SINGLE_FILE_LIMIT = int(1.8 * 2**30)
 """A protobuf message ends at 2 GiB; the graph itself and the names need room beside the weights."""
