@@ -5,10 +5,11 @@ PEERS := .venv-peers
 ELSEWHERE := .venv-elsewhere
 FUZZ := .venv-fuzz
 MUTANTS := .venv-mutants
+TOOLS := .venv-dist
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test check lint gold docs man bench latency zoo peers exports verification large streaming \
-	gpu-check pickles fuzz durability random elsewhere mutants
+	gpu-check pickles fuzz durability random elsewhere mutants dist
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  \1\t/' | expand -t 14
@@ -109,6 +110,14 @@ $(MUTANTS)/.installed: tools/sweeps/mutants.txt
 	test -x $(MUTANTS)/bin/python || $(PYTHON) -m venv $(MUTANTS)
 	$(MUTANTS)/bin/python -m pip install --quiet --requirement tools/sweeps/mutants.txt
 	touch $@
+
+$(TOOLS)/.installed: tools/dist.txt
+	test -x $(TOOLS)/bin/python || $(PYTHON) -m venv $(TOOLS)
+	$(TOOLS)/bin/python -m pip install --quiet --requirement tools/dist.txt
+	touch $@
+
+dist: $(TOOLS)/.installed ## build wheel and sdist twice and alike, check them, try the wheel in an empty environment
+	$(TOOLS)/bin/python tools/dist.py
 
 ONLY ?=
 mutants: setup $(MUTANTS)/.installed ## change the source one thing at a time, ONLY=comparing or all: do the tests notice?

@@ -18,7 +18,7 @@ from onnx.external_data_helper import ExternalDataInfo
 
 from bntool.core.errors import LoadError
 from bntool.files.security.pickled_calls import shown
-from bntool.files.targets import Drafts
+from bntool.files.drafting import Drafts
 
 _DATA = ".data"
 _OWN = "bntool_data"

@@ -32,11 +32,13 @@ _LEGEND = {
 }
 
 
-def require_libraries() -> None:
-    """Raise `LoadError` where jinja2 or vl-convert is not installed: better before the work than after."""
+def require_libraries(*, drawing: bool = True) -> None:
+    """Raise `LoadError` where jinja2 or, for drawings, vl-convert is not installed: better now than late."""
     try:
         import jinja2  # noqa: F401 - whether it is there
-        import vl_convert  # noqa: F401
+
+        if drawing:
+            import vl_convert  # noqa: F401
     except ImportError as error:
         raise LoadError(
             f"reports need {error.name}, which is not installed", next_step="pip install 'bntool[report]'"

@@ -19,9 +19,9 @@ _OURS = b'<meta name="generator" content="bntool '
 _HEAD = 2048
 
 
-def claim_report(path: Path, target: Target) -> Path:
+def claim_report(path: Path, target: Target, kind: str = "html") -> Path:
     """Before any work: reports can be made here, and `path` may be written. A report replaces a report."""
-    require_libraries()
+    require_libraries(drawing=kind != "md")
     return target.claim(path, force=target.force or _is_report(path))
 
 
@@ -32,8 +32,8 @@ def write_page(documents: Sequence[Document], draft: Path, kind: str = "html") -
 
 
 def report_text(documents: Sequence[Document]) -> str:
-    """The report as Markdown, for a pull request."""
-    require_libraries()
+    """The report as Markdown, for a pull request; it draws nothing."""
+    require_libraries(drawing=False)
     return markdown(documents)
 
 
