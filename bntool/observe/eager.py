@@ -131,7 +131,10 @@ def _schema_of(func: Any) -> tuple[str, dict[str, str], frozenset[str], bool]:
     names = {a.name: a.name for a in arguments}
     names |= {name: f"out_{i}" if i else "out" for i, name in enumerate(outs)}
     draws = torch.Tag.nondeterministic_seeded in func.tags
-    return func._schema.name.split("::")[-1], names, frozenset(names[a.name] for a in written), draws
+    namespace, _, name = func._schema.name.rpartition("::")
+    # an integer layer has the name of another, and other arguments
+    name = f"quantized_{name}" if namespace == "quantized" else name
+    return name, names, frozenset(names[a.name] for a in written), draws
 
 
 class _DispatchMode(TorchDispatchMode):

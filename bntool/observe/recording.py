@@ -46,6 +46,8 @@ class Recorder:
         self.graph = Graph()
         self.graph.model_class = class_name(type(original))
         self.original = original
+        self.originals = {id(module): name for name, module in original.named_modules()}
+        self.unregistered: list[nn.Module] = []
         self.names: dict[int, str] = {}
         self.places: dict[int, str] = {}
         self.frames: list[_Frame] = []
@@ -86,11 +88,14 @@ class Recorder:
 
     def enter(self, module: nn.Module, args: Any) -> None:
         name = self.names.get(id(module))
-        if name is None:
-            self._watch_original(module, args)
+        if name is None and (name := self._in_original(module)) is None:
+            self.unregistered.append(module)
             return
         info = self.graph.modules[name]
-        place = self.places[id(module)]
+        if id(module) not in self.names:
+            info.from_outside = True
+            self._watch_original(module, args)
+        place = self.places.get(id(module), "")
         self.frames.append(_Frame(module, name, info.calls, len(self.graph.ops), place))
         info.calls += 1
         info.inputs.append(self._first_value(args))
@@ -99,9 +104,12 @@ class Recorder:
 
     def leave(self, module: nn.Module, _: Any, kwargs: Any, output: Any) -> None:
         name = self.names.get(id(module))
-        if name is None:
-            self._watch_original(module, (kwargs, output))
+        if name is None and (name := self._in_original(module)) is None:
+            if module in self.unregistered:
+                del self.unregistered[self.unregistered.index(module) :]
             return
+        if id(module) not in self.names:
+            self._watch_original(module, (kwargs, output))
         while self.frames and self.frames[-1].module is not module:
             self.frames.pop()
         if not self.frames:
@@ -126,8 +134,12 @@ class Recorder:
 
     def _watch_original(self, module: nn.Module, structure: Any) -> None:
         """A closure that reaches the original's own layer does so in any copy: nothing moves past it."""
-        if any(module is own for own in self.original.modules()):
-            self._watch(structure, f"{class_name(type(module))} (reached through a closure)")
+        self._watch(structure, f"{class_name(type(module))} (reached through a closure)")
+
+    def _in_original(self, module: nn.Module) -> str | None:
+        """The name of a layer of the original itself, which only what holds it from outside can call here."""
+        name = self.originals.get(id(module))
+        return name if name in self.graph.modules else None
 
     def where(self) -> str:
         return self.frames[-1].name if self.frames else ""
@@ -181,6 +193,8 @@ class Recorder:
                 graph.constants[value] = tensor.clone() if targets else tensor
             values.append(value)
         frame = self.frames[-1] if self.frames else None
+        if kind == "batch_norm" and self.unregistered:
+            attrs = {**attrs, "unregistered": class_name(type(self.unregistered[-1]))}
         op = graph.add_op(
             kind,
             inputs,
