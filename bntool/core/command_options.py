@@ -47,7 +47,7 @@ class LoadOptions(Options):
     )
     pretrained: bool = option(False, "Download the weights of torchvision: or timm:.")
     inputs: tuple[str, ...] = option(
-        (), "Shape of an example input; repeat for several.", "--input", metavar="[NAME:]1x3x224x224"
+        (), "Shape of an example input; repeat for several.", "--input", metavar="[NAME:]1x3x224x224[:TYPE]"
     )
     seed: int = option(0, "Seed of whatever is random.", metavar="N", least=0, most=2**63 - 1)
 

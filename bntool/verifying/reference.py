@@ -60,7 +60,7 @@ class Reference:
         self.notes: list[str] = []
         self.narrowed: set[torch.dtype] = set()
         self._with_parts = parts
-        self.layers = sum(1 for module in model.modules() if not any(module.children()))
+        self.layers = sum(1 for module in model.modules() if next(module.children(), None) is None)
         self.eps = _coarsest_eps(model) if arithmetic is None else arithmetic.eps
 
     @property
