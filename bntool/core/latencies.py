@@ -1,9 +1,9 @@
 """What a benchmark found: how long, how spread, on what it really ran. No torch here.
 
 A difference is claimed only where it was measured. Both models run once a round, one right behind the other,
-so that whatever slows the machine slows both; what is looked at is the ratio of the two in each round. The sign
-test gives an interval in which its median lies, whatever the noise is like; a difference is claimed where that
-interval, at 99.9 %, lies beyond 2 % on one side. Less than that is decided by where memory happens to lie.
+so that whatever slows the machine slows both; what is looked at is the ratio of the two in each round. The
+sign test gives an interval in which its median lies, whatever the noise is like; a difference is claimed
+where that interval, at 99.9 %, lies beyond 2 % on one side: less is decided by where memory happens to lie.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What belongs together among the tensors of a file: weights, averaged copies of them, an optimizer's state."""
+"""What belongs together among the tensors of a file: weights, averaged copies, an optimizer's state."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def _state_of(name: str) -> str:
 
 
 def _depth(names: Sequence[str], *, keyed: bool) -> int:
-    """How many parts of a name tell models apart: as many as lead to an averaged copy, or the file's own keys.
+    """How many parts of a name tell models apart: those up to an averaged copy, or the file's own keys.
 
     The layers of one model repeat their names too, and are no groups.
     """
