@@ -94,7 +94,7 @@ def grown(side: str, data: Mapping[str, Any], marks: Mapping[str, Mark]) -> Tree
 
 def _layers(rows: Sequence[Mapping[str, Any]]) -> int:
     """The layers as a summary counts them: one that runs twice is one, and an operation is none."""
-    return len({str(row["name"]) for row in rows if not row["op"]})
+    return len({str(row["name"]) for row in rows if not row["op"] or row["parameters"]})
 
 
 def _leaf(index: int, row: Mapping[str, Any], rows: list[Any], marks: Mapping[str, Mark]) -> Node:
