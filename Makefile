@@ -9,7 +9,7 @@ TOOLS := .venv-dist
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test check lint gold docs man bench latency zoo peers exports verification large streaming \
-	gpu-check pickles fuzz durability random elsewhere mutants dist
+	gpu-check pickles fuzz durability random elsewhere mutants dist false-claims
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  \1\t/' | expand -t 14
@@ -52,6 +52,9 @@ latency: setup ## time folded networks against the same ones built without Batch
 
 bench: setup ## measure time and memory
 	$(BIN)/python tools/measures/bench.py
+
+false-claims: setup ## bench A against A a hundred times; more than one difference claimed is an error
+	$(BIN)/python -m tools.measures.false_claims
 
 zoo: setup ## fold and insert over every torchvision and timm model; goes on where it stopped
 	$(BIN)/python -m tools.sweeps.zoo

@@ -113,7 +113,7 @@ OPTIONS = (
     ExportOptions(opset=17, ir_version=8, static_batch=True, dynamic=("0",), keep_io=True, exporter="legacy"),
     CheckOptions(tf32="both", atol=1.0, rtol=1.0),
     PlaceOptions(device="cuda", providers=("P",)),
-    BenchOptions(rounds=8),
+    BenchOptions(rounds=11),
 )
 
 

@@ -105,7 +105,7 @@ class BenchOptions(Options):
         (1, 8), "Batch sizes to time.", metavar="1,8,32", parse=_positive_numbers
     )
     rounds: int = option(
-        30, "Samples of each model; fewer where a batch size takes over 20 s.", metavar="N", least=7
+        30, "Samples of each model; fewer where a batch size takes over 20 s.", metavar="N", least=11
     )
 
 
