@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import shlex
 import tempfile
 import weakref
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import onnx_ir as ir
 
@@ -27,6 +29,7 @@ from bntool.runtime.onnx_sizes import SeenSizes
 from bntool.subjects.base import Checking, Kind, Parameters
 from bntool.surgery.fold_onnx import apply_fold_onnx
 from bntool.surgery.insert_onnx import apply_insert_onnx
+from bntool.surgery.onnx_wiring import bind_branches
 from bntool.verifying.onnx_checking import OnnxReference, check_onnx_unchanged, example_inputs_of, opened
 
 LEAST_OPSET = 7
@@ -191,6 +194,20 @@ class OnnxSubject:
             )
         return [row]
 
+    @property
+    def branches(self) -> bool:
+        """Whether some op of it runs one of two bodies."""
+        return any(node.op_type == "If" for node in self.file.model.graph.all_nodes())
+
+    def bound_to(self, taken: bool) -> OnnxSubject:
+        """The same file with every If bound to its then-branch, or to its else-branch."""
+        file = open_onnx(self.model)
+        bind_branches(file.model, taken=taken)
+        scratch = Scratch()
+        path, data = save_onnx(file, scratch.path / "bound.onnx")
+        same: Any = {"name": self.name, "shapes": self.asked, "run": self.may_run}
+        return OnnxSubject(path, folder=scratch, data=data, **same)
+
     def _taken(self) -> tuple[OnnxFile, OnnxObservation]:
         """The file and its observation, which are changed now and no longer what stands on the disk."""
         found = self.file, self.observed
@@ -226,7 +243,7 @@ def plan_fold_onnx(
 
 
 class OnnxProof:
-    """A file's own runs, of several sizes where it leaves axes open."""
+    """A file's own runs, of several sizes where it leaves axes open, and with each branch of every If."""
 
     looks_elsewhere = True
 
@@ -235,16 +252,35 @@ class OnnxProof:
 
     @functools.cached_property
     def reference(self) -> OnnxReference:
-        nodes, *_ = self._subject.counts
-        count = 3 if self._checking.full else 2
-        return OnnxReference(
-            self._subject.model, nodes, count=count, seed=self._checking.seed, shapes=self._subject.shapes
-        )
+        return self._reference_of(self._subject)
+
+    @functools.cached_property
+    def _branches(self) -> list[tuple[bool, OnnxSubject, OnnxReference]]:
+        """The file with every If bound to one of its branches: a run takes one, and proves only that."""
+        choices = (True, False) if self._subject.branches else ()
+        bound = [(taken, self._subject.bound_to(taken)) for taken in choices]
+        return [(taken, subject, self._reference_of(subject)) for taken, subject in bound]
 
     def rows(self, plan: Plan, after: OnnxSubject) -> list[Check]:  # noqa: ARG002 - a protocol's
-        return self.reference.checks(
-            after.model, device=self._checking.onnx_device, atol=self._checking.atol, rtol=self._checking.rtol
-        )
+        rows = self._rows(self.reference, after)
+        for taken, _, reference in self._branches:
+            why = f"every If takes its {'then' if taken else 'else'} branch"
+            found = self._rows(reference, after.bound_to(taken))
+            rows += [dataclasses.replace(row, detail=f"{row.detail}; {why}") for row in found]
+        return rows
 
     def agrees(self, plan: Plan) -> bool:
         return all(row.passed for row in self.rows(plan, self._subject.folded(plan)))
+
+    def _reference_of(self, subject: OnnxSubject) -> OnnxReference:
+        nodes, *_ = subject.counts
+        count = 3 if self._checking.full else 2
+        return OnnxReference(
+            subject.model, nodes, count=count, seed=self._checking.seed, shapes=self._subject.shapes
+        )
+
+    def _rows(self, reference: OnnxReference, after: OnnxSubject) -> list[Check]:
+        checking = self._checking
+        return reference.checks(
+            after.model, device=checking.onnx_device, atol=checking.atol, rtol=checking.rtol
+        )
