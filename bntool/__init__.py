@@ -17,6 +17,7 @@ if TYPE_CHECKING:
         fold,
         fold_to_onnx,
         insert,
+        open_batches,
         plan_fold,
         plan_insert,
         read_plan,
@@ -42,7 +43,6 @@ if TYPE_CHECKING:
     from bntool.core.reasons import Reason
     from bntool.core.sites import DroppedBias, Edit, FoldSite, InsertSite, Skip
     from bntool.core.verdicts import Check
-    from bntool.data.batches import open_batches
     from bntool.files.loading import Loaded, load
     from bntool.report.checks import Comparison
     from bntool.report.results import SurgeryResult
@@ -50,8 +50,8 @@ if TYPE_CHECKING:
     from bntool.surgery.converting import convert_state_dict
 
 _HOMES = {
-    "api": "apply export_onnx fold fold_to_onnx insert plan_fold plan_insert read_plan summary verify",
-    "data.batches": "open_batches",
+    "api": """apply export_onnx fold fold_to_onnx insert open_batches plan_fold plan_insert read_plan summary
+        verify""",
     "calibrating.calibrating": "CalibrationResult calibrate",
     "surgery.converting": "convert_state_dict",
     "core.errors": """BntoolError CheckFailed DamagedPlan DeviceError ExportError LoadError NothingToDo

@@ -10,7 +10,7 @@ from __future__ import annotations
 import collections
 import copy
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -181,6 +181,34 @@ NORMED: dict[type[nn.Module], type[nn.Module]] = {
     nn.Linear: LinearBN,
 }
 """The stock class -> the class that holds a BatchNorm."""
+
+
+class Absorbed(nn.Module):
+    """A branch of a sum that another convolution has taken in: gives zeros, which add nothing.
+
+    They have the shape that the branch gave, the type and the device of its input, and one number of memory.
+
+    Args:
+        channels: of the output; 0 where it is of the input's own shape.
+        stride: of the branch, axis by axis.
+        shrinks: by how much it made each axis shorter, d·(k − 1) − p − q.
+    """
+
+    def __init__(self, channels: int = 0, stride: Sequence[int] = (), shrinks: Sequence[int] = ()) -> None:
+        super().__init__()
+        self.channels, self.stride, self.shrinks = channels, tuple(stride), tuple(shrinks)
+
+    def forward(self, input: Tensor, *_args: Any, **_kwargs: Any) -> Tensor:  # noqa: A002  as layers call it
+        shape = list(input.shape)
+        if self.channels:
+            dims = len(self.stride)
+            lengths = zip(shape[-dims:], self.stride, self.shrinks, strict=True)
+            sides = [(length - less - 1) // step + 1 for length, step, less in lengths]
+            shape = [*shape[: -dims - 1], self.channels, *sides]
+        return input.new_zeros(()).expand(shape)
+
+    def extra_repr(self) -> str:
+        return f"channels={self.channels}, stride={self.stride}" if self.channels else ""
 
 
 class BatchNormPerCall(nn.ModuleList):

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import settings
@@ -48,6 +49,30 @@ def mnist_root() -> Path:
 def _cache_of_this_session(tmp_path_factory: pytest.TempPathFactory) -> None:
     """What bntool keeps for the user, kept for these tests alone."""
     os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _next_steps_can_be_typed() -> Iterator[None]:
+    """Every error that a test has the command line print: its next step is parsed as it stands."""
+    import bntool.cli as face
+    from tests.next_steps import faults
+
+    speaker = face._speaker
+
+    def checked(as_json: bool, command: str, *, whole: bool) -> Callable[[Any], int]:
+        fail = speaker(as_json, command, whole=whole)
+
+        def told(error: Any) -> int:
+            code = fail(error)
+            wrong = faults(error.next_step, command)
+            assert not wrong, f"next: {error.next_step}\n{wrong}"
+            return code
+
+        return told
+
+    face._speaker = checked
+    yield
+    face._speaker = speaker
 
 
 @pytest.fixture

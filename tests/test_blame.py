@@ -13,12 +13,12 @@ from torch import nn
 from bntool import api
 from bntool.core.blame import Step, first_fault
 from bntool.core.errors import BntoolError, CheckFailed, UsageError
-from bntool.export.exporting import export_onnx
 from bntool.graph.inputs import Inputs
 from bntool.verifying import blaming
 from bntool.verifying.checking import check_onnx, check_surgery, seeded_batches
 from bntool.verifying.repro import write_repro
 from tests import broken
+from tests.exports import export_onnx
 
 IMAGE = Inputs((torch.zeros(1, 3, 12, 12),))
 

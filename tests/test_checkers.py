@@ -13,13 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from bntool.core.verdicts import Check
-from bntool.export.exporting import export_onnx
 from bntool.graph.inputs import Inputs
 from bntool.runtime.ort_runner import OrtRunner
 from bntool.verifying.checking import check_onnx, check_surgery, seeded_batches
 from bntool.verifying.comparing import compare, noise_limits
 from bntool.verifying.onnx_checking import OnnxReference, check_onnx_unchanged
 from bntool.verifying.onnx_verifying import check_files, check_itself
+from tests.exports import export_onnx
 
 Run = dict[str, Tensor]
 BATCHES = (1, 2, 100)

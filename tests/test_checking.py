@@ -8,11 +8,12 @@ from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from bntool.core.errors import CheckFailed, DeviceError, ExportError
-from bntool.export.exporting import export_onnx
 from bntool.graph.inputs import Inputs
 from bntool.report.checks import Comparison
-from bntool.verifying.checking import ALGEBRA_LIMIT, check_onnx, check_surgery, named_as, seeded_batches
+from bntool.verifying.algebra import ALGEBRA_LIMIT
+from bntool.verifying.checking import check_onnx, check_surgery, named_as, seeded_batches
 from bntool.verifying.reference import Reference
+from tests.exports import export_onnx
 
 
 def randomised(model: nn.Module) -> nn.Module:

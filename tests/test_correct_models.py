@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tools.forty import NAMES, verify
+from tools.sweeps.forty import NAMES, verify
 
 
 def test_there_are_forty() -> None:

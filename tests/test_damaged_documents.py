@@ -13,8 +13,8 @@ from torch import nn
 import bntool
 from bntool.core.errors import DamagedPlan
 from bntool.core.plan import Plan
-from tools import fuzz_documents
-from tools.fuzz_documents import Subject, X, damage_documents, replayed, subjects
+from tools.sweeps import fuzz_documents
+from tools.sweeps.fuzz_documents import Subject, X, damage_documents, replayed, subjects
 
 
 def test_a_damaged_side_file_is_replayed_or_refused_with_its_place(

@@ -18,7 +18,7 @@ import torch
 import bntool
 from bntool.cli import run
 from bntool.laws.base import LAWS
-from tools import draw_laws
+from tools.docs import draw_laws
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
@@ -214,7 +214,7 @@ def test_the_algebra_names_every_law_and_shows_every_drawing() -> None:
 @pytest.mark.parametrize("name", draw_laws.DRAWINGS)
 def test_a_drawing_is_up_to_date(name: str) -> None:
     drawn = (draw_laws.FOLDER / f"{name}.svg").read_text(encoding="utf-8")
-    assert drawn == draw_laws.svg(draw_laws.DRAWINGS[name]), "run: python tools/draw_laws.py"
+    assert drawn == draw_laws.svg(draw_laws.DRAWINGS[name]), "run: python tools/docs/draw_laws.py"
 
 
 def test_the_reference_has_every_public_name() -> None:

@@ -30,8 +30,8 @@ ROOT = Path(__file__).resolve().parent.parent
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="the writers are forked and killed")
 def test_writers_killed_interrupted_and_on_a_full_disk() -> None:
     ran = subprocess.run(
-        [sys.executable, "-m", "tools.durability", "--kills", "10", "--full", "10", "--interrupts", "3",
-         "--together", "0.1", "--pairs", "60"],
+        [sys.executable, "-m", "tools.sweeps.durability", "--kills", "10", "--full", "10",
+         "--interrupts", "3", "--together", "0.1", "--pairs", "60"],
         cwd=ROOT, capture_output=True, text=True, check=False, timeout=240,
     )  # fmt: skip
     assert ran.returncode == 0, ran.stdout + ran.stderr

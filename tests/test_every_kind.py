@@ -60,6 +60,34 @@ def test_a_function_takes_every_kind(models: dict[str, Any], name: str) -> None:
         assert found, kind
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is")
+@pytest.mark.parametrize("kind", ["module", "program", "m.pt", "m.pt2", "script"])
+def test_every_kind_that_torch_exports_is_written_as_onnx(
+    models: dict[str, Any], kind: str, tmp_path: Path
+) -> None:
+    model = torch.jit.script(models["module"]) if kind == "script" else models[kind]
+    path = bntool.export_onnx(model, (X,), tmp_path / "written.onnx")
+    assert bntool.verify(models["module"], path, (X,))
+
+
+def test_what_a_kind_cannot_be_exported_as_is_said_and_nothing_is_written(
+    models: dict[str, Any], tmp_path: Path
+) -> None:
+    wrong: list[tuple[Any, dict[str, Any], str]] = [
+        ("module", {"keep_io": True}, "--keep-io goes with --dtype"),
+        ("module", {"opset": 0}, "opset is 0"),
+        ("program", {"dtype": "fp16"}, "--dtype is not for an exported program"),
+        ("program", {"dynamic": {"input": (2,)}}, "--dynamic is not for an exported program"),
+        ("m.onnx", {}, "is an ONNX file already"),
+    ]
+    for kind, options, told in wrong:
+        with pytest.raises(UsageError, match=told):
+            bntool.export_onnx(models[kind], (X,), tmp_path / "w.onnx", **options)
+    with pytest.raises(UsageError, match="--dtype is not for an exported program"):
+        bntool.fold_to_onnx(models["program"], tmp_path / "w.onnx", export=ExportOptions(dtype="fp16"))
+    assert not any(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("kind", ["module", "program", "m.pt", "m.pt2"])
 def test_the_whole_way_is_a_function(models: dict[str, Any], kind: str, tmp_path: Path) -> None:
     result = bntool.fold_to_onnx(models[kind], tmp_path / "out.onnx", (X,))
@@ -160,3 +188,21 @@ def test_branches_of_a_program_stay_apart_in_its_file_too(
         assert run(["fold", "m.pt2", "--export", "onnx", "-q", "--force", *options]) == 0
         nodes = onnx.load("m_folded.onnx").graph.node
         assert sum(node.op_type == "Conv" for node in nodes) == convolutions
+
+
+@pytest.mark.parametrize("kind", ["module", "program", "m.pt", "m.pt2", "m.onnx"])
+@pytest.mark.parametrize("plan_of", [bntool.plan_fold, bntool.plan_insert])
+def test_a_plan_is_replayed_on_its_kind_and_refused_on_another_model(
+    models: dict[str, Any], kind: str, plan_of: Callable[..., bntool.Plan], tmp_path: Path
+) -> None:
+    (tmp_path / "plan.json").write_text(plan_of(models[kind], (X,)).to_json(), encoding="utf-8")
+    result = bntool.apply(models[kind], tmp_path / "plan.json", (X,))
+    assert [site.bn for site in result.sites] == [site.bn for site in plan_of(models[kind], (X,)).sites]
+    assert result.checks
+    assert all(check.passed for check in result.checks)
+    if kind in ("program", "m.onnx"):
+        other: Any = torch.export.export(nn.Sequential(nn.Conv2d(3, 8, 3)).eval(), (X,))
+        if kind == "m.onnx":
+            other = bntool.export_onnx(other, (X,), tmp_path / "other.onnx")
+        with pytest.raises(bntool.PlanError, match="made for another model"):
+            bntool.apply(other, tmp_path / "plan.json", (X,))

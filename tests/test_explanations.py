@@ -21,7 +21,7 @@ from bntool.pipeline.surgeries import fold
 from bntool.subjects.base import Checking
 from bntool.subjects.insertion import insert_observed
 from bntool.subjects.module import ModuleSubject
-from tools.make_reasons import document
+from tools.docs.make_reasons import document
 
 EXCLUDING = {Reason.EXCLUDED: ("*",)}
 
@@ -116,4 +116,4 @@ def test_an_explanation_prints_itself_and_goes_to_json() -> None:
 
 def test_the_page_of_reasons_is_up_to_date() -> None:
     page = Path(__file__).resolve().parents[1] / "docs" / "reasons.md"
-    assert page.read_text(encoding="utf-8") == document(), "run: python tools/make_reasons.py"
+    assert page.read_text(encoding="utf-8") == document(), "run: python tools/docs/make_reasons.py"

@@ -12,13 +12,13 @@ from torch.nn import functional as F
 from bntool.core.errors import CheckFailed, ExportError, UsageError
 from bntool.export import onnx_writing
 from bntool.export.dynamic_axes import DynamicAxes, resized
-from bntool.export.exporting import export_onnx
 from bntool.export.onnx_versions import chosen_ir_version, loads_in
 from bntool.export.onnx_writing import append_metadata
 from bntool.graph.inputs import Inputs
 from bntool.models.casting import stored_as
 from bntool.verifying.checking import check_onnx, seeded_batches
 from bntool.verifying.reference import Reference
+from tests.exports import export_onnx
 
 IMAGE = Inputs((torch.zeros(1, 3, 8, 8),))
 

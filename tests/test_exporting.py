@@ -11,9 +11,9 @@ from torch import nn
 
 from bntool.core.errors import ExportError
 from bntool.export import exporting, onnx_writing
-from bntool.export.exporting import export_onnx
 from bntool.graph.inputs import Inputs
 from bntool.verifying.checking import check_onnx, seeded_batches
+from tests.exports import export_onnx
 
 
 def convolutions() -> nn.Module:

@@ -8,7 +8,7 @@ import pytest
 from torch import nn
 
 from bntool.files import references
-from tools import exports
+from tools.sweeps import exports
 
 
 def small() -> nn.Module:

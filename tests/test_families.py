@@ -22,7 +22,7 @@ from bntool.folding import plan_fold
 from bntool.graph.inputs import Inputs
 from bntool.observe.eager import observe
 from bntool.subjects.module_folding import plan_module_fold
-from tools.zoo import randomise
+from tools.sweeps.zoo import randomise
 
 SHARED = Reason.OUTPUT_USED_ELSEWHERE
 

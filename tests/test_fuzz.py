@@ -17,7 +17,7 @@ pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="every batch of 
 
 def test_damaged_files_of_every_format() -> None:
     ran = subprocess.run(
-        [sys.executable, "-m", "tools.fuzz", "--cases", "400"],
+        [sys.executable, "-m", "tools.sweeps.fuzz", "--cases", "400"],
         cwd=ROOT, capture_output=True, text=True, check=False, timeout=240,
     )  # fmt: skip
     assert ran.returncode == 0, ran.stdout + ran.stderr
@@ -33,7 +33,7 @@ SCRIPT = """
 import os, signal, sys, time
 from pathlib import Path
 import torch
-import tools.fuzz as fuzz
+import tools.sweeps.fuzz as fuzz
 fuzz.SECONDS = 1
 good = lambda: "loaded"
 jobs = [good, lambda: os.kill(os.getpid(), signal.SIGSEGV), good, lambda: time.sleep(9), good]

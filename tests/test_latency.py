@@ -14,7 +14,6 @@ from torch import nn
 
 from bntool.core.errors import ExportError, UsageError
 from bntool.core.latencies import Benchmark, Cost, Latency, Versus
-from bntool.export.exporting import export_onnx
 from bntool.graph.inputs import Inputs
 from bntool.report.latency import latency_text
 from bntool.runtime import benchmarking, ort_runner, ready
@@ -22,6 +21,7 @@ from bntool.runtime.benchmarking import Candidate, benchmark, rebatching
 from bntool.runtime.libraries import CPU, CUDA
 from bntool.runtime.memory import PeakMemory
 from bntool.runtime.onnx_flops import onnx_flops
+from tests.exports import export_onnx
 
 IMAGE = Inputs((torch.zeros(1, 3, 8, 8),))
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from tools.mutant_filter import annotations, is_wanted
-from tools.mutants import OPEN, PAGE, ROOT, TESTS, changed, joined, page, read, rows
+from tools.sweeps.mutant_filter import annotations, is_wanted
+from tools.sweeps.mutants import OPEN, PAGE, ROOT, TESTS, changed, joined, page, read, rows
 
 SOURCE = """def f(x: int | None, y: float = 1.0) -> int | str:
     z: int | None = 3

@@ -15,13 +15,13 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 
 import bntool
-from tools import peers
-from tools.fingerprints import Trace, fingerprints, trace_onnx, trace_torch
-from tools.peer_page import EXPLAINED, behind, only_bntool, only_peers, page
-from tools.peer_tools import BNTOOL, PEERS
-from tools.processes import in_own_process
-from tools.sweeping import Results
-from tools.zoo import randomise
+from tools.sweeps import peers
+from tools.sweeps.fingerprints import Trace, fingerprints, trace_onnx, trace_torch
+from tools.sweeps.peer_page import EXPLAINED, behind, only_bntool, only_peers, page
+from tools.sweeps.peer_tools import BNTOOL, PEERS
+from tools.sweeps.processes import in_own_process
+from tools.sweeps.sweeping import Results
+from tools.sweeps.zoo import randomise
 
 
 def _net() -> nn.Module:

@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tools.random_files import file_trials
-from tools.random_folds import FRONT_ENDS
-from tools.random_nets import RandomNet
-from tools.random_trials import TOLERANCE, difference, outputs_of
+from tools.sweeps.random_files import file_trials
+from tools.sweeps.random_folds import FRONT_ENDS
+from tools.sweeps.random_nets import RandomNet
+from tools.sweeps.random_trials import TOLERANCE, difference, outputs_of
 
 
 def test_a_seed_is_one_network() -> None:

@@ -11,7 +11,8 @@ from torch import nn
 
 import bntool
 from bntool.experiment.comparison import compare_training
-from bntool.experiment.datasets import Held, open_dataset
+from bntool.experiment.datasets import open_dataset
+from bntool.experiment.samples import Held
 from bntool.experiment.settings import Settings
 from samples.seed_network import seed_network
 

@@ -387,7 +387,7 @@ def test_wrong_data_is_a_usage_error(batches, said):
 
 def test_one_value_for_each_channel_has_no_variance():
     with pytest.raises(UsageError, match="only one value") as caught:
-        calibrate(nn.BatchNorm1d(3), [torch.randn(4, 3), torch.randn(1, 3)])
+        calibrate(nn.BatchNorm1d(3), [torch.randn(4, 3), torch.randn(1, 3), torch.randn(4, 3)])
     assert caught.value.where == "the model, batch 2"
 
 

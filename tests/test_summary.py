@@ -88,9 +88,9 @@ def test_printing_is_plain_80_columns_when_not_a_terminal(capsys: pytest.Capture
 
 def test_the_document_is_json_with_the_agreed_keys() -> None:
     document = json.loads(json.dumps(summarize(with_batchnorm(), image(2, 3, 8, 8)).to_dict()))
-    keys = {"name", "type", "input_shape", "output_shape", "trainable", "frozen", "buffers"}
-    assert set(document["layers"][0]) == keys
-    assert set(document["totals"]) == {"parameters", "trainable", "frozen", "buffers", "bytes"}
+    counts = {"parameters", "trainable", "frozen", "buffers", "constants", "bytes", "mult_adds"}
+    held = {"input_bytes", "activations_bytes", "parameters_bytes", "buffers_bytes", "whole_bytes"}
+    assert set(document["totals"]) == counts | held
     assert "delta" not in document
     assert document["layers"][1] == {
         "name": "1",
@@ -98,8 +98,12 @@ def test_the_document_is_json_with_the_agreed_keys() -> None:
         "input_shape": [2, 8, 6, 6],
         "output_shape": [2, 8, 6, 6],
         "trainable": 16,
+        "kernel": None,
         "frozen": 0,
         "buffers": 17,
+        "bytes": 4 * 32 + 8,
+        "mult_adds": 2 * 16,
+        "output_bytes": 4 * 2 * 8 * 6 * 6,
     }
 
 

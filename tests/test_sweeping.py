@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tools.sweeping import Results, not_ok
+from tools.sweeps.sweeping import Results, not_ok
 
 
 def test_a_sweep_goes_on_where_it_stopped(tmp_path: Path) -> None:

@@ -1,16 +1,20 @@
 from __future__ import annotations
 
+import io
+import os
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from bntool.core.text import asked_width
 from bntool.report.tables import (
     Column,
     Table,
     count,
     render,
     shape_text,
-    shorten_middle,
+    shorten,
     signed,
     size,
     wrapped,
@@ -20,11 +24,11 @@ COLUMNS = (Column("Layer", flexible=True), Column("Name", flexible=True), Column
 
 
 @given(st.text(st.characters(codec="ascii"), max_size=60), st.integers(0, 60))
-def test_a_shortened_text_fits_and_keeps_both_ends(text: str, width: int) -> None:
-    short = shorten_middle(text, width)
+def test_a_shortened_text_fits_and_keeps_its_end(text: str, width: int) -> None:
+    short = shorten(text, width)
     assert len(short) == min(len(text), width)
-    if len(text) > width >= 4:
-        assert (short[0], short[-1]) == (text[0], text[-1])
+    if len(text) > width >= 3:
+        assert short == ".." + text[2 - width :]
 
 
 def test_numbers_are_never_cut() -> None:
@@ -75,3 +79,50 @@ def test_names_that_differ_still_differ_when_shortened() -> None:
     first, second = drawn.split("\n")[-2:]
     assert first != second
     assert len(first) == len(second) == 22
+
+
+LONG = "backbone.layer4.2.conv3.a_name_that_nobody_can_type_twice"
+WIDE = Table(
+    (Column("Name", flexible=True), Column("Frozen", number=True), Column("Trainable", number=True)),
+    [[LONG, "0", "1,000"], [f"{LONG}.1", "0", "2,000"]],
+    footer=["total", "0", "3,000"],
+)
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_names_are_whole_where_nobody_can_widen_the_window(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("COLUMNS", raising=False)
+    for name in ("pipe", "columns", "width"):
+        if name == "columns":
+            monkeypatch.setenv("COLUMNS", "40")
+            monkeypatch.setattr("sys.stdout", Terminal())
+        token = asked_width.set(30 if name == "width" else None)
+        drawn = render(WIDE)
+        asked_width.reset(token)
+        assert f"{LONG}.1" in drawn
+        assert ("Frozen" in drawn) == (name == "pipe")  # a column of zeros goes where it is too wide
+
+
+def test_in_a_terminal_a_column_of_zeros_goes_first_and_then_the_beginning_of_names(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("COLUMNS", raising=False)
+    monkeypatch.setattr("sys.stdout", Terminal())
+    monkeypatch.setattr("shutil.get_terminal_size", lambda _: os.terminal_size((40, 24)))
+    drawn = render(WIDE)
+    assert "Frozen" not in drawn
+    assert max(map(len, drawn.splitlines())) == 40
+    assert drawn.splitlines()[2].startswith("..") and "type_twice " in drawn
+    assert "type_twice.1" in drawn
+
+
+def test_names_that_differ_at_the_beginning_keep_what_tells_them_apart() -> None:
+    names = [f"block{i}.{'x' * 40}" for i in (1, 2)]
+    drawn = render(Table((Column("Name", flexible=True),), [[name] for name in names]), width=22)
+    first, second = drawn.split("\n")[-2:]
+    assert first != second
+    assert (first[:6], first[-8:]) == ("block1", "x" * 8)

@@ -10,7 +10,6 @@ import torch
 from torch import nn
 
 from bntool.core.verdicts import first_failed
-from bntool.export.exporting import export_onnx
 from bntool.graph.inputs import Inputs
 from bntool.models.casting import TF32, round_to_tf32, tf32_copy
 from bntool.report.checks import Comparison
@@ -20,6 +19,7 @@ from bntool.verifying.checking import check_onnx, check_tf32, no_tf32
 from bntool.verifying.onnx_verifying import check_itself
 from bntool.verifying.reference import Reference
 from tests import broken
+from tests.exports import export_onnx
 
 FLOAT32 = torch.finfo(torch.float32).eps
 INPUTS = [Inputs((torch.randn(2, 3, 12, 12, generator=torch.Generator().manual_seed(0)),))]

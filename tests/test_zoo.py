@@ -16,7 +16,7 @@ import bntool
 from bntool.files.references import build
 from bntool.graph.inputs import Inputs
 from bntool.observe.eager import observe
-from tools.zoo import judged, page, randomise
+from tools.sweeps.zoo import judged, page, randomise
 
 pytest.importorskip("torchvision")
 pytest.importorskip("timm")

@@ -2,43 +2,75 @@
 
 from __future__ import annotations
 
-import contextlib
+import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import nn
 
 from bntool.api.asked import Model
-from bntool.core.errors import BntoolError
+from bntool.core.command_options import ViewOptions
 from bntool.graph.inputs import Inputs
-from bntool.inserting import redundant_biases
-from bntool.report.summary import Summary, summarize
+from bntool.pipeline.summarising import summarized
+from bntool.report.summary import Summary
 from bntool.subjects import subject_of
-from bntool.subjects.module import ModuleSubject
 
 
-def summary(model: Model, example_inputs: Any = None, *, baseline: nn.Module | Summary | None = None) -> Any:
-    """Layers, shapes and exact counts of a model; with a baseline, the difference too.
+def summary(
+    model: Model,
+    example_inputs: Any = None,
+    *,
+    baseline: Model | Summary | None = None,
+    depth: int | None = None,
+    columns: Sequence[str] | None = None,
+    sort: str | None = None,
+    tree: bool = False,
+) -> Summary:
+    """Layers, shapes, exact counts and costs of a model; with a baseline, the difference too.
+
+    Shapes are of one forward pass in eval mode, on a copy that leaves no trace; mult-adds, kernel sizes and
+    activations are counted by torchinfo. A forward that fails is a note, with the shapes up to there.
 
     Args:
-        model: an `nn.Module` (a `Summary`), an `ExportedProgram` or an ONNX file (a `ProgramSummary`: its
-            tensors by name), or a path or reference of one.
-        example_inputs: inferred where they are not given; where that fails the shapes stay blank.
-        baseline: what a module is compared with.
-    """
-    subject = subject_of(model, example_inputs)
-    if not isinstance(subject, ModuleSubject):
-        from bntool.report.program_summary import summarize_onnx, summarize_program
-        from bntool.subjects.onnx import OnnxSubject
+        model: of any kind: an `nn.Module`, an `ExportedProgram`, TorchScript, or a path or reference.
+        example_inputs: as everywhere, or a size such as `(1, 3, 224, 224)`, or a list of sizes, of float32
+            noise; inferred where they are not given, and where that fails the shapes stay blank.
+        baseline: a model of any kind, or its summary, to compare with.
+        depth: show so many levels of modules; the last stand for what they hold.
+        columns: those to show, of type, name, input, output, kernel, params, percent, trainable, frozen,
+            buffers, mult-adds and bytes.
+        sort: by this column, the largest first.
+        tree: show the tree of modules.
 
-        return (
-            summarize_onnx(subject.observed)
-            if isinstance(subject, OnnxSubject)
-            else summarize_program(subject.model)
-        )
-    inputs = None if example_inputs is None else Inputs.of(example_inputs)
-    idle: list[str] = []
-    with contextlib.suppress(BntoolError):
-        observation = ModuleSubject(subject.model, example_inputs, small=False).observation
-        inputs = observation.inputs
-        idle = [dropped.conv for dropped in redundant_biases(observation.graph)]
-    return summarize(subject.model, inputs, baseline=baseline, idle_biases=idle)
+    Raises:
+        UsageError: there is no such column, depth or size.
+        LoadError: the file cannot be loaded.
+    """
+    view = ViewOptions(depth=depth, sort=sort, tree=tree)
+    if columns is not None:
+        view = dataclasses.replace(view, columns=tuple(columns))
+    view.validate()  # before any work
+    compared = baseline if baseline is None or isinstance(baseline, Summary) else subject_of(baseline)
+    inputs = _inputs_of(example_inputs, model)
+    subject = subject_of(model, inputs)
+    if inputs is None and subject.kind == "script":
+        inputs = subject.example()
+    return dataclasses.replace(summarized(subject, inputs, baseline=compared), view=view)
+
+
+def _inputs_of(given: Any, model: Any) -> Inputs | None:
+    """Inputs as they are, or noise of the sizes that stand in their place."""
+    if given is None:
+        return None
+    sizes = [given] if _is_size(given) else given
+    if not isinstance(sizes, list | tuple) or not sizes or not all(map(_is_size, sizes)):
+        return Inputs.of(given)
+    generator = torch.Generator().manual_seed(0)
+    drawn = Inputs(tuple(torch.randn(tuple(size), generator=generator) for size in sizes))
+    parameters = model.parameters() if isinstance(model, nn.Module) else ()
+    return drawn.to(dtype=next((p.dtype for p in parameters if p.is_floating_point()), None))
+
+
+def _is_size(value: Any) -> bool:
+    return isinstance(value, list | tuple) and bool(value) and all(type(n) is int and n >= 0 for n in value)

@@ -6,23 +6,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
-from bntool.api.asked import CheckLevel, checking_of, owned
+from bntool.api.asked import CheckLevel, Model, checking_of, owned
 from bntool.core.errors import DamagedPlan, PlanError
 from bntool.core.plan import Plan
+from bntool.core.refusals import require_module
 from bntool.core.schema import Damaged, read
 from bntool.inserting import require_same_places
 from bntool.observe.modules import class_name, signature_of
 from bntool.pipeline import surgeries
 from bntool.report.results import SurgeryResult
+from bntool.subjects import subject_of
 from bntool.subjects.module import ModuleSubject
+from bntool.subjects.replanning import replanned
 from bntool.surgery.replaying import replay_fold, replay_insert
 
 
 @torch.inference_mode(False)
 def apply(
-    model: nn.Module,
+    model: Model,
     plan: Plan | str | Path,
     example_inputs: Any = None,
     *,
@@ -33,26 +35,50 @@ def apply(
 
     A fold plan rests on signs, paddings and hooks of the model it was made for; so a replayed fold is
     checked like a new one, unless `check="none"`. An insertion must find each of its places again, and with
-    `init="identity"` it is held to the bit.
+    `init="identity"` it is held to the bit. On a graph, whose names say nothing of what is computed, the plan
+    is made anew with its own options, and must come out the same.
+
+    Args:
+        model: of the kind that the plan was made for: an `nn.Module`, an `ExportedProgram`, or a path or
+            reference of one, or of an ONNX file.
+        plan: the plan, or the path of a plan or side file.
+        example_inputs: as for `fold`.
+        check: as for `fold` and `insert`.
+        share: let the result share the untouched tensors with `model`.
+
+    Returns:
+        A result whose model is new; after a fold in eval mode.
 
     Raises:
         DamagedPlan: the plan is none, or names what the model has not; where in it is told.
         PlanError: the plan was made for another model; the first difference is named.
         CheckFailed: the plan does not hold on this model.
+        UsageError: TorchScript, which torch's own pass folds, without a plan.
     """
     if not isinstance(plan, Plan):
         plan = read_plan(plan)
-    plan.require_signature(signature_of(model), class_name(type(model)))
-    subject = ModuleSubject(model, example_inputs)
     checking = checking_of(check)
+    subject = subject_of(model, example_inputs)
+    if subject.kind == "script":
+        require_module(subject.kind, "apply a plan to", subject.name)
     try:
-        if plan.action == "insert" and checking is not None and plan:
-            require_same_places(subject.graph(), plan)
-        replay = replay_insert if plan.action == "insert" else replay_fold
-        result = surgeries.replayed(subject, plan, replay(model, plan), checking)
+        if isinstance(subject, ModuleSubject):
+            after: Any = _on_a_module(subject, plan, checking is not None)
+        else:
+            plan, after = replanned(subject, plan)
+        result = surgeries.replayed(subject, plan, after, checking)
     except Damaged as error:
         raise DamagedPlan.of(error.why, error.place) from error
     return owned(result, subject, share)
+
+
+def _on_a_module(subject: ModuleSubject, plan: Plan, checked: bool) -> ModuleSubject:
+    model = subject.model
+    plan.require_signature(signature_of(model), class_name(type(model)))
+    if plan.action == "insert" and checked and plan:
+        require_same_places(subject.graph(), plan)
+    replay = replay_insert if plan.action == "insert" else replay_fold
+    return ModuleSubject(replay(model, plan), name=subject.name)
 
 
 def read_plan(path: str | Path) -> Plan:

@@ -3,27 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import nn
 
 from bntool.api.asked import Model
 from bntool.core.collecting import paused
-from bntool.core.errors import UsageError
 from bntool.core.options import CheckOptions, ExportOptions, FoldOptions
 from bntool.export.exporting import ExportResult
-from bntool.export.exporting import export_onnx as _export_onnx
+from bntool.files.onnx_files import put_onnx
 from bntool.files.targets import Target
 from bntool.graph.inputs import Inputs
 from bntool.pipeline import surgeries
-from bntool.pipeline.serving import Serving, Silent, served
+from bntool.pipeline.serving import Serving, Silent, placed, served
+from bntool.pipeline.serving import exported as export_draft
 from bntool.report.checks import Comparison
 from bntool.report.results import SurgeryResult
-from bntool.subjects import subject_of
-from bntool.subjects.base import Checking, Narrow
+from bntool.subjects import exportable, subject_of
+from bntool.subjects.base import Checking
 
 
 @torch.inference_mode(False)
@@ -36,7 +35,6 @@ def fold_to_onnx(
     fold: FoldOptions | None = None,
     export: ExportOptions | None = None,
     check: CheckOptions | None = None,
-    dtype: Narrow = "",
     force: bool = False,
 ) -> SurgeryResult:
     """The whole way of `bntool fold --export onnx`: fold, prove, export, verify.
@@ -48,7 +46,6 @@ def fold_to_onnx(
         fold: which BatchNorms may go; by default all.
         export: what the file is to be like.
         check: how much is verified, and by what limit; by default on batches of 1, 2 and 3.
-        dtype: `fp16` or `bf16` casts the file's numbers.
         force: whether `path` may be replaced.
 
     Returns:
@@ -60,33 +57,21 @@ def fold_to_onnx(
         ExportError: the model cannot be exported, or the file does not run.
         UsageError: an option that this kind of model does not know, or a `path` that may not be written.
     """
-    from bntool.files.onnx_files import put_onnx
-    from bntool.subjects.base import Exportable
-
     options, how, asked = fold or FoldOptions(), export or ExportOptions(), check or CheckOptions()
-    subject: Any = subject_of(model, example_inputs, options, how, asked)
-    if subject.kind not in ("module", "program"):
-        raise UsageError(
-            f"{subject.name} cannot be exported from here", next_step="bntool.export_onnx takes a module"
-        )
+    subject = exportable(subject_of(model, example_inputs, options, how, asked))
     target = Target(force=force, reads=subject.files)
-    claimed = target.claim(path)
+    place = target.claim(path)
     checking = Checking.of(asked, axes=how.axes())
     proof: Any = None if checking is None else subject.proof(checking)
     result, after = surgeries.fold(subject, options, proof)
-    exportable: Exportable = after
-    with target.drafts() as drafts:
-        draft = drafts.folder_for(claimed) / claimed.name
-        pair = None if checking is None else (proof.reference, checking)
-        result = served(exportable, result, draft, Serving(how, dtype, options), pair, Silent())
-        assert result.export is not None
-        put_onnx(result.export.path, result.export.data_path, claimed, drafts)
-    export_result = dataclasses.replace(result.export, path=claimed, data_path=drafts.part_of(claimed))
-    return dataclasses.replace(result, export=export_result)
+    pair = None if checking is None else (proof.reference, checking)
+    return _written(
+        target, place, lambda draft: served(after, result, draft, Serving(how, options), pair, Silent())
+    )
 
 
 def export_onnx(
-    model: nn.Module,
+    model: Model,
     example_inputs: Any,
     path: str | Path,
     *,
@@ -102,33 +87,78 @@ def export_onnx(
 ) -> Path:
     """Write the model in eval mode as ONNX, weights named by qualified name; no BatchNorm is folded here.
 
-    `opset` and `ir_version` are the lowest that work unless given. `dynamic` names axes to leave open
-    besides the batch, by input: `{"input": (2, 3)}`. `dtype` casts weights, inputs and outputs; with
-    `keep_io` inputs and outputs stay float32. `exporter="legacy"` traces. `force` replaces a file.
+    Nothing is compared: that is `verify(model, path)`.
+
+    Args:
+        model: an `nn.Module`, an `ExportedProgram` or TorchScript, or a path or reference of one.
+        example_inputs: as for `fold`.
+        path: where the file goes; weights of more than 1.8 GiB go into a second file beside it.
+        opset: the lowest that works unless given.
+        ir_version: the lowest for the opset unless given.
+        dynamic_batch: whether the leading axis of the inputs stays open, where torch can make it so.
+        dynamic: axes to leave open besides the batch, by input: `{"input": (2, 3)}`.
+        external_data: whether weights go into a second file; `auto`: above 1.8 GiB.
+        dtype: `fp16` or `bf16` casts weights, inputs and outputs; empty for the model's own type.
+        keep_io: with `dtype`, inputs and outputs stay float32.
+        exporter: `legacy` traces, for what torch.export cannot take.
+        force: whether `path` may be replaced.
+
+    Returns:
+        The path.
 
     Raises:
         ExportError: the model cannot be exported, or its numbers do not fit `dtype`.
-        UsageError: an axis or an IR version that there is not; a `path` that exists without `force`.
+        UsageError: an axis or an IR version that there is not; an option that this kind of model does not
+            know; a `path` that exists without `force`.
     """
-    return exported(
-        model,
-        example_inputs,
-        path,
+    how = ExportOptions(
         opset=opset,
         ir_version=ir_version,
-        dynamic_batch=dynamic_batch,
-        dynamic=dynamic,
+        static_batch=not dynamic_batch,
+        dynamic=tuple(f"{name}:{','.join(map(str, axes))}" for name, axes in (dynamic or {}).items()),
         external_data=external_data,
-        dtype=dtype,
+        dtype=dtype or None,
         keep_io=keep_io,
         exporter=exporter,
-        force=force,
-    ).path
+    )
+    exported(model, example_inputs, path, how, force=force)
+    return Path(path)
 
 
-def exported(model: nn.Module, example_inputs: Any, path: str | Path, **options: Any) -> ExportResult:
-    """`export_onnx`, with everything it found out."""
-    return _export_onnx(model, Inputs.of(example_inputs), path, **options)
+@torch.inference_mode(False)
+def exported(
+    model: Model,
+    example_inputs: Any,
+    path: str | Path,
+    how: ExportOptions | None = None,
+    *,
+    force: bool = False,
+) -> ExportResult:
+    """`export_onnx`, with everything it found out; its options in one object."""
+    how = how or ExportOptions()
+    subject = exportable(subject_of(model, example_inputs, how))
+    target = Target(force=force, reads=subject.files)
+    place = target.claim(path)
+    serving = Serving(how)
+    before = surgeries.unchanged(subject)
+    result = _written(
+        target,
+        place,
+        lambda draft: dataclasses.replace(
+            before, export=export_draft(subject, before, draft, serving, Silent())
+        ),
+    )
+    assert result.export is not None
+    return result.export
+
+
+def _written(target: Target, place: Path, write: Callable[[Path], SurgeryResult]) -> SurgeryResult:
+    """What `write` exports into a draft, in its claimed place."""
+    with target.drafts() as drafts:
+        result = write(drafts.folder_for(place) / place.name)
+        assert result.export is not None
+        put_onnx(result.export.path, result.export.data_path, place, drafts)
+    return placed(result, place, place, drafts)
 
 
 def verify(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -13,14 +13,15 @@ from bntool.calibrating.moments import Seen
 from bntool.calibrating.statistics import store
 from bntool.calibrating.sweeping import Sweep, pooled, require_batches, sweep
 from bntool.core.errors import NothingToDo, UsageError
-from bntool.core.text import Lines, as_lines
+from bntool.core.showing import Column, Part, Said, Shown, Table, count
+from bntool.core.text import Lines
 from bntool.core.verdicts import Check
 from bntool.frozen import FrozenNorm, freeze_layer, frozen_class
 from bntool.observe.copying import structural_copy
 from bntool.observe.modules import is_batch_norm_class, is_decomposed
 from bntool.report.counting import parameter_delta
 from bntool.report.results import delta_lines
-from bntool.report.tables import Column, Table, count, render, wrapped
+from bntool.report.tables import text_of
 from bntool.runtime.world import World
 from bntool.surgery.fold_modules import with_own_tensors
 
@@ -47,11 +48,12 @@ class CalibratedLayer:
 
 
 @dataclasses.dataclass(frozen=True)
-class CalibrationResult:
+class CalibrationResult(Shown):
     """A new model with re-estimated running statistics; the model that was given is untouched.
 
     `kept` names the BatchNorm layers left as they were, each with the reason. `parameters` holds
-    `before`, `after` and `delta`, recounted from the tensors of both models.
+    `before`, `after` and `delta`, recounted from the tensors of both models. `warnings` tells of data that
+    comes in an order: its batches are not those of training.
     """
 
     model: nn.Module
@@ -60,6 +62,8 @@ class CalibrationResult:
     batches: int
     frozen: bool
     parameters: dict[str, dict[str, int]]
+    samples: int = 0
+    warnings: tuple[str, ...] = ()
 
     @property
     def status(self) -> str:
@@ -82,6 +86,8 @@ class CalibrationResult:
         return {
             "status": self.status,
             "batches": self.batches,
+            "samples": self.samples,
+            "warnings": list(self.warnings),
             "frozen": self.frozen,
             "layers": [layer.to_dict() for layer in self.layers],
             "kept": [{"name": name, "detail": why} for name, why in self.kept],
@@ -94,6 +100,9 @@ class CalibrationResult:
 
     def render(self, width: int | None = None, *, verbose: bool = True) -> Lines:
         """The layers as a table, then the totals and, where there is one, the parameter delta."""
+        return text_of(self.parts(verbose=verbose), width)
+
+    def parts(self, *, verbose: bool = True) -> Sequence[Part]:
         columns = (
             Column("BatchNorm", flexible=True),
             Column("Channels", number=True),
@@ -104,19 +113,22 @@ class CalibrationResult:
             [layer.name or "(root)", count(layer.channels), count(layer.samples), count(len(layer.dead))]
             for layer in self.layers
         ]
-        lines = [render(Table(columns, rows), width), ""] if verbose else []
+        lines: list[Part] = [Table(columns, rows), ""] if verbose else []
         shown = self.kept if verbose else self.kept[:_SHOWN]
-        lines += [wrapped(f"kept: {name}: {why}", width, indent="    ") for name, why in shown]
+        lines += [Said(f"kept: {name}: {why}", "    ") for name, why in shown]
         if len(shown) < len(self.kept):
             lines.append(f"kept: {len(self.kept) - len(shown)} more")
         if shown:
             lines.append("")
         how = "calibrated and frozen" if self.frozen else "calibrated"
         batches = f"{count(self.batches)} {'batch' if self.batches == 1 else 'batches'}"
-        lines.append(f"{len(self.layers)} BatchNorm layers {how} on {batches}; {self._dead_text()}")
+        samples = f"{count(self.samples)} {'sample' if self.samples == 1 else 'samples'}"
+        norms = f"{len(self.layers)} BatchNorm {'layer' if len(self.layers) == 1 else 'layers'}"
+        lines.append(f"{norms} {how} on {batches} of {samples}; {self._dead_text()}")
+        lines += [Said(warning, "    ") for warning in self.warnings]
         if any(self.parameters["delta"].values()):
             lines += delta_lines(self.parameters)
-        return as_lines(*lines)
+        return lines
 
     def _dead_text(self) -> str:
         if not self.dead_channels:
@@ -179,7 +191,10 @@ def calibrate(
         for layer in layers:
             freeze_layer(calibrated.get_submodule(layer.name))
     delta = parameter_delta(model, calibrated)
-    return CalibrationResult(calibrated, layers, tuple(kept), found.batches, freeze, delta)
+    warnings = (found.warning,) if found.warning else ()
+    return CalibrationResult(
+        calibrated, layers, tuple(kept), found.batches, freeze, delta, found.samples, warnings
+    )
 
 
 def layers_of(model: nn.Module) -> tuple[list[str], list[tuple[str, str]]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -12,9 +13,10 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode
 
+from bntool.calibrating.drift import Grouping
 from bntool.calibrating.moments import Moments, Seen
 from bntool.core.errors import BntoolError, StateError, UsageError
-from bntool.data.batches import inputs_of
+from bntool.data.loaders import inputs_of, samples_of
 from bntool.graph.inputs import Inputs, outputs_of
 from bntool.models.casting import is_finite
 from bntool.observe.isolation import Isolation, fresh
@@ -28,10 +30,21 @@ Progress = Callable[[str], None]
 
 @dataclasses.dataclass(frozen=True)
 class Sweep:
-    """What one pass over the data saw: layers by qualified name (only those that ran), and the batches."""
+    """What one pass over the data saw: layers by qualified name (only those that ran), batches and samples.
+
+    `first` is the layer that ran first, and `grouping` what it read batch by batch.
+    """
 
     layers: Mapping[str, Seen]
     batches: int
+    samples: int = 0
+    first: str = ""
+    grouping: Grouping = dataclasses.field(default_factory=Grouping)
+
+    @property
+    def warning(self) -> str:
+        """That the batches differ more than chance allows; empty where they do not."""
+        return self.grouping.told(self.first)
 
 
 def sweep(
@@ -74,11 +87,14 @@ def _swept(
     with float32_products(tf32=False), torch.no_grad(), watch.hooks():
         for inputs in inputs_of(run, batches):
             watch.batch += 1
+            watch.size = samples_of(inputs)
+            watch.samples += watch.size
+            watch.heard_first = False
             if progress:
                 progress(f"batch {watch.batch}")
             _require_finite(inputs, watch.batch)
             _run_batch(run, fresh(inputs.to(device=device)), watch)
-    return Sweep(watch.seen, watch.batch)
+    return Sweep(watch.seen, watch.batch, watch.samples, watch.first, watch.grouping)
 
 
 def difference_in_training(
@@ -119,12 +135,17 @@ def pooled(found: Sweep, world: World) -> Sweep:
     """What all processes saw together, merged in the order of their ranks, the same on each. Collective."""
     if world.size == 1:
         return found
-    parts = world.gather(({name: seen.to("cpu") for name, seen in found.layers.items()}, found.batches))
+    own = dataclasses.replace(found, layers={name: seen.to("cpu") for name, seen in found.layers.items()})
+    parts = world.gather(own)
     layers: dict[str, Seen] = {}
-    for part, _ in parts:
-        for name, seen in part.items():
+    for part in parts:
+        for name, seen in part.layers.items():
             layers[name] = layers[name].merged(seen) if name in layers else seen
-    return Sweep(layers, sum(batches for _, batches in parts))
+    batches, samples = sum(part.batches for part in parts), sum(part.samples for part in parts)
+    # One layer's view of all batches: of processes that saw another one first, none.
+    first = next((part.first for part in parts if part.batches), "")
+    groups = [part.grouping for part in parts if part.first == first]
+    return Sweep(layers, batches, samples, first, functools.reduce(Grouping.merged, groups, Grouping()))
 
 
 def require_batches(found: Sweep) -> None:
@@ -146,7 +167,10 @@ class _Watch(TorchFunctionMode):
         self.seen: dict[str, Seen] = {}
         self.inside: list[str] = []
         self.heard: set[str] = set()
-        self.batch = 0
+        self.batch = self.size = self.samples = 0
+        self.first = ""
+        self.grouping = Grouping()
+        self.heard_first = False
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if self.inside and func in (nn.functional.batch_norm, torch.batch_norm):
@@ -168,10 +192,24 @@ class _Watch(TorchFunctionMode):
                 where=where,
                 next_step="look at the weights of the layers before it, or run the model in float32",
             )
+        self.compare(name, values)
         if name in self.seen:
             self.seen[name].add(values)
         else:
             self.seen[name] = Seen(Moments.of(values), dtype=values.dtype)
+
+    def compare(self, name: str, values: Tensor) -> None:
+        """Add what the first layer reads: nothing before it was normalised by the batch.
+
+        A layer that reads rows of another kind than samples, such as tokens, tells nothing here: those of
+        one sample are alike.
+        """
+        if self.heard_first or (self.grouping.counts and name != self.first):
+            return
+        self.heard_first = True
+        if len(values) == self.size and values.dim() > 1:
+            self.first = name
+            self.grouping.add(values)
 
     @contextlib.contextmanager
     def hooks(self) -> Iterator[None]:

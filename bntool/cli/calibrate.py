@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from bntool.cli.data import opened_data
+from bntool.cli.data import opened_data, tell_used
 from bntool.cli.job import joined
 from bntool.cli.opening import of_session, open_module
 from bntool.cli.options import takes
@@ -81,6 +81,7 @@ def _calibrate(
         voice.note(f"{world.size} processes, each with one of every {world.size} batches")
     with voice.progress("calibrating") as step:
         result = calibrate(session.model, batches, freeze=freeze, progress=step)
+    tell_used(voice, batches)
     voice.say(result.render(verbose=not voice.quiet))
     if place is not None:
         write_model(session, "calibrate", result, place)

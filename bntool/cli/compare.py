@@ -30,8 +30,8 @@ from bntool.core.options import InsertOptions, PlaceOptions
 if TYPE_CHECKING:
     from bntool.cli.writing import Place
     from bntool.experiment.checkpoints import Progress
-    from bntool.experiment.datasets import Data
     from bntool.experiment.outcome import TrainingComparison
+    from bntool.experiment.samples import Data
     from bntool.experiment.settings import Settings
     from bntool.runtime.world import World
 
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 @takes(
     ModelOptions,
     LoadOptions,
-    some(DataOptions, "data", "mean", "std"),
+    some(DataOptions, "data", "samples", "split", "files", "mean", "std", "resize"),
     CompareOptions,
     some(InsertOptions, "activations", "position", "affine"),
     some(PlaceOptions, "device"),
@@ -49,6 +49,8 @@ if TYPE_CHECKING:
     SpeechOptions,
     required=("data",),
     data="mnist, fashion-mnist, a folder of images, an .npz file, or pkg.mod:loader.",
+    samples="At most N samples of each part, drawn by the seed (default: all).",
+    split="The parts to train and to test on (default: train,test).",
     activations="As in bntool insert.",
     position="",
     device="Where to train.",
@@ -128,19 +130,17 @@ def _data_in_turn(session: Session, named: DataOptions, compare: CompareOptions,
 
 
 def _data(session: Session, named: DataOptions, compare: CompareOptions) -> Data:
-    from bntool.cli.data import example_of, numbers
+    from bntool.cli.data import choice_of, example_of, preparation_of
     from bntool.experiment.datasets import open_dataset
 
     assert named.data is not None  # the command requires it
-    folder = Path(named.data).is_dir()
+    like = example_of(session, small=False) if Path(named.data).is_dir() else None
     return open_dataset(
         named.data,
+        choice_of(named, session.seed),
+        preparation_of(named, like),
         root=compare.root,
         download=compare.download,
-        like=example_of(session, small=False) if folder else None,
-        mean=numbers(named.mean, "--mean"),
-        std=numbers(named.std, "--std"),
-        seed=session.seed,
     )
 
 

@@ -5,12 +5,19 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING, Literal
 
-from bntool.cli.data import numbers
+from bntool.core.errors import UsageError
 from bntool.core.option import Options, option
 from bntool.core.options import InsertOptions
 
 if TYPE_CHECKING:
     from bntool.experiment.settings import Settings
+
+
+def _rates(text: str) -> tuple[float, ...]:
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError as error:
+        raise UsageError(f"{text!r} is not a list of numbers like 0.01,0.1") from error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,7 +34,7 @@ class CompareOptions(Options):
     epochs: int = option(1, "Passes over the training data.", metavar="N", required=True)
     batch_size: int = option(128, "")
     optimizer: Literal["sgd", "adam", "adamw"] = option("sgd", "")
-    lr: str = option("0.01", "Learning rates, a run each.", metavar="R[,R]")
+    lr: tuple[float, ...] = option((0.01,), "Learning rates, a run each.", metavar="R[,R]", parse=_rates)
     momentum: float = option(0.9, "Of SGD.")
     weight_decay: float = option(0.0, "")
     schedule: Literal["constant", "cosine", "step"] = option(
@@ -67,7 +74,7 @@ def settings_of(compare: CompareOptions, insert: InsertOptions, *, seed: int, de
         epochs=compare.epochs,
         batch_size=compare.batch_size,
         optimizer=compare.optimizer,
-        lrs=tuple(numbers(compare.lr, "--lr") or ()),
+        lrs=compare.lr,
         momentum=compare.momentum,
         weight_decay=compare.weight_decay,
         schedule=compare.schedule,

@@ -5,12 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from bntool.cli.session import Session
+from bntool.cli.session import Session, Voice
 from bntool.core.command_options import DataOptions, LoadOptions
-from bntool.core.errors import ObserveError, UsageError
+from bntool.core.errors import ObserveError
 
 if TYPE_CHECKING:
     from bntool.data.batches import Batches
+    from bntool.data.choosing import Choice
+    from bntool.data.images import Preparation
     from bntool.graph.inputs import Inputs
 
 
@@ -23,7 +25,7 @@ def opened_data(
     """
     import torch
 
-    from bntool.data.batches import open_batches
+    from bntool.data.batches import batches_from
 
     assert data.data is not None  # the commands require it
     images = Path(data.data).is_dir()
@@ -34,15 +36,39 @@ def opened_data(
         if data.mean is None and data.std is None:
             session.voice.note("images are scaled to 0..1; --mean and --std if training normalised them")
     torch.manual_seed(session.seed)  # a loader that shuffles does so the same way every time
-    return open_batches(
-        data.data,
+    batches = batches_from(data.data, choice_of(data, session.seed, share), preparation_of(data, like))
+    tell_used(session.voice, batches)
+    return batches
+
+
+def tell_used(voice: Voice, batches: Batches) -> None:
+    """Which samples are used; of a loader that is known only when it was read."""
+    for note in batches.notes:
+        if note not in voice.notes:
+            voice.note(note)
+
+
+def choice_of(data: DataOptions, seed: int, share: tuple[int, int] = (0, 1)) -> Choice:
+    """Which samples the options ask for."""
+    from bntool.data.choosing import Choice
+
+    return Choice(
         batch_size=data.batch_size,
-        limit=data.limit,
-        like=like,
-        mean=numbers(data.mean, "--mean"),
-        std=numbers(data.std, "--std"),
+        batches=data.limit,
+        samples=data.samples,
+        shuffle=data.shuffle,
+        seed=seed,
+        split=data.split,
+        include=data.files,
         share=share,
     )
+
+
+def preparation_of(data: DataOptions, like: Inputs | None) -> Preparation:
+    """What the options ask to be made of images."""
+    from bntool.data.images import Preparation, normalisation
+
+    return Preparation(like, *normalisation(data.mean, data.std), data.resize)
 
 
 def example_of(session: Session, *, small: bool) -> Inputs | None:
@@ -55,15 +81,3 @@ def example_of(session: Session, *, small: bool) -> Inputs | None:
         return observe_inferred(session.model, small=small).inputs
     except ObserveError:
         return None
-
-
-def numbers(text: str | None, option: str) -> list[float] | None:
-    """The numbers of an option's `a,b,c`; None where it was not given. `UsageError` for anything else."""
-    if text is None:
-        return None
-    try:
-        return [float(part) for part in text.split(",")]
-    except ValueError as error:
-        raise UsageError(
-            f"{option} {text} is not a list of numbers", next_step=f"write it as {option} 0.485,0.456,0.406"
-        ) from error

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Literal
 
 import click
 
@@ -12,16 +11,8 @@ from bntool.cli.opening import open_model
 from bntool.cli.options import takes_all
 from bntool.cli.session import Voice
 from bntool.core.command_options import LoadOptions, ModelOptions, SpeechOptions, WriteOptions
-from bntool.core.errors import InvariantError, UsageError
-from bntool.core.option import Options, option
+from bntool.core.errors import InvariantError
 from bntool.core.options import CheckOptions, ExportOptions, PlaceOptions
-
-
-@dataclasses.dataclass(frozen=True)
-class AskOptions(Options):
-    """What the file's numbers are."""
-
-    dtype: Literal["fp16", "bf16"] | None = option(None, "Cast the ONNX file's numbers.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +22,6 @@ class Asked:
     model: ModelOptions
     load: LoadOptions
     export: ExportOptions
-    ask: AskOptions
     write: WriteOptions
     place: PlaceOptions
     check: CheckOptions
@@ -45,25 +35,23 @@ def command(voice: Voice, asked: Asked) -> int:
 
     An ONNX file is converted to another --opset, and verified against itself as it was.
     """
-    opened = open_model(
-        voice, asked.model.model, asked.load, asked.export, asked.place, asked.ask, but="export"
-    )
+    opened = open_model(voice, asked.model.model, asked.load, asked.export, asked.place, but="export")
     from bntool.cli import serving
     from bntool.cli.devices import require_places
     from bntool.cli.onnx_export import export_file
     from bntool.cli.writing import OnnxPlace
     from bntool.export.dynamic_axes import DynamicAxes
     from bntool.files.sidecar import output_name
-    from bntool.pipeline.serving import Serving
+    from bntool.pipeline.serving import Serving, placed
     from bntool.pipeline.surgeries import unchanged
     from bntool.report.checks import checks_text
     from bntool.subjects.base import Checking
 
     if opened.kind == "onnx":
         return export_file(voice, opened, asked)
-    if asked.export.keep_io and not asked.ask.dtype:
-        raise UsageError("--keep-io goes with --dtype", next_step="add --dtype fp16, or leave --keep-io out")
     opened = opened.exportable()
+    if asked.export.dtype == "float32" and opened.session is not None:
+        opened = opened.cast("float32")
     devices = require_places(asked.place, onnx_too=True)
     wanted = Path(asked.write.output) if asked.write.output else output_name(opened.source, "export")
     place = OnnxPlace(wanted, voice.target.claim(wanted), asked.export.keep_unverified)
@@ -73,12 +61,12 @@ def command(voice: Voice, asked: Asked) -> int:
         asked.check, onnx_device=devices.onnx, seed=asked.load.seed, axes=asked.export.axes()
     )
     pair = None if checking is None else (subject.proof(checking).reference, checking)
-    how = Serving(asked.export, asked.ask.dtype or "", source_hash=opened.source_hash)
+    how = Serving(asked.export, source_hash=opened.source_hash)
     if pair is None:
         voice.note("not verified (--check none)")
     with voice.target.drafts() as drafts:
         result = serving.served(voice, (unchanged(subject), subject), place, how, pair, drafts, repro=None)
-    result = serving.placed(result, place, drafts)
+    result = placed(result, place.named, place.path, drafts)
     if result.export is None:
         raise InvariantError("a target was given, and nothing was exported")
     voice.say(checks_text(result.checks))

@@ -37,11 +37,6 @@ class AskOptions(Options):
 
     export_to: Literal["onnx"] | None = option(None, "Write it as ONNX too.", "--export")
     require_all: bool = option(False, "Fail (exit 4) if any BatchNorm that runs is kept.")
-    dtype: Literal["float32", "fp16", "bf16"] | None = option(
-        None,
-        "fp16, bf16: cast the ONNX file's numbers. float32: cast the model first, where float16 cannot hold "
-        "the folded weights.",
-    )
     plan_file: str | None = option(
         None,
         "Fold a file of weights by the plan of an earlier fold, layer by layer, without the model.",
@@ -73,12 +68,6 @@ class Asked:
         require_place(self.check.repro)
         exports = bool(self.ask.export_to)
         require_export(exports or kind == "onnx", self.export, self.check, self.place)
-        if self.ask.dtype in ("fp16", "bf16") and not exports:
-            raise UsageError("--dtype fp16 and bf16 are for the ONNX file", next_step="add --export onnx")
-        if self.export.keep_io and self.ask.dtype not in ("fp16", "bf16"):
-            raise UsageError(
-                "--keep-io goes with --dtype", next_step="add --dtype fp16, or leave --keep-io out"
-            )
         if self.bench != BenchOptions() and not self.ask.bench:
             raise UsageError("--batch-sizes and --rounds are for --bench", next_step="add --bench")
 
@@ -98,11 +87,12 @@ def command(voice: Voice, asked: Asked) -> int:
     of_torch = (asked.export, asked.fold, asked.place, asked.check, asked.ask)
     opened = open_model(voice, asked.model.model, asked.load, *of_torch)
     asked.require_fitting(opened.kind)
-    if asked.ask.dtype == "float32" and opened.session is not None:
+    if asked.export.dtype == "float32" and opened.session is not None:
         opened = opened.cast("float32")
     from bntool.cli import serving, writing
     from bntool.cli.devices import require_places
     from bntool.cli.picturing import picture
+    from bntool.pipeline.serving import placed
     from bntool.report.checks import checks_text
 
     onnx_too = opened.kind == "onnx" or bool(asked.ask.export_to)
@@ -127,7 +117,8 @@ def command(voice: Voice, asked: Asked) -> int:
             if asked.ask.require_all and result.export is not None:
                 require_no_node(result.export.nodes.get("BatchNormalization", 0), opened)
         record = writing.draft_result(opened, "fold", (result, after), places.model, drafts)
-    result = serving.placed(result, places.onnx, drafts)
+    if places.onnx is not None:
+        result = placed(result, places.onnx.named, places.onnx.path, drafts)
     writing.keep_in_mind(voice, record)
     voice.say()
     voice.say(checks_text(result.checks))
@@ -189,9 +180,7 @@ class _Fold:
         from bntool.cli import serving
         from bntool.pipeline.serving import Serving
 
-        dtype = self.asked.ask.dtype
-        narrow: Any = "" if dtype in (None, "float32") else dtype
-        how = Serving(self.asked.export, narrow, self.asked.fold, self.opened.source_hash)
+        how = Serving(self.asked.export, self.asked.fold, self.opened.source_hash)
         pair = None if self.checking is None else (self.proof.reference, self.checking)
         return serving.served(
             self.voice, (result, after), place, how, pair, drafts, repro=self.asked.check.repro

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from bntool.cli.data import opened_data
+from bntool.cli.data import opened_data, tell_used
 from bntool.cli.opening import Opened, open_model
 from bntool.cli.options import chosen, takes_all
 from bntool.cli.session import Voice
@@ -43,6 +43,9 @@ class AskOptions(Options):
     )
     source: bool = option(False, "Edit the class in file.py:Class; shows the diff.")
     in_place: bool = option(False, "With --source: write the file itself.")
+    data_files: tuple[str, ...] = option(
+        (), "Only images of --data whose path or name fits.", "--data-include", metavar="GLOB"
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +89,7 @@ class Asked:
 
 
 @click.command("insert", short_help="Put BatchNorm between convolutions and their activations.")
-@takes_all(Asked, position="", eps="", momentum="")
+@takes_all(Asked, without=("files",), position="", eps="", momentum="")
 def command(voice: Voice, asked: Asked) -> int:
     """Put BatchNorm between convolutions and their activations; the model's output stays the same.
 
@@ -158,8 +161,10 @@ def _inserted(voice: Voice, opened: Opened, asked: Asked) -> tuple[SurgeryResult
         result, after = surgeries.insert(subject, asked.options(), checking)
         if result.modified and asked.data.data is not None and opened.session is not None:
             step("measuring")
-            batches = opened_data(opened.session, asked.data, asked.load)
+            data = dataclasses.replace(asked.data, files=asked.ask.data_files)  # --include is for layers here
+            batches = opened_data(opened.session, data, asked.load)
             result = surgeries.measured_insert(subject, result, batches)
+            tell_used(voice, batches)
     return result, after
 
 

@@ -53,13 +53,13 @@ class Opened:
         return of_session(self.session)
 
     def exportable(self) -> Opened:
-        """The same, where TorchScript is a module that can be exported, on the same inputs."""
-        if self.kind != "script" or self.session is None:
-            return self
-        from bntool.subjects.script_folding import converted
+        """The same, as a model that can be exported, on the same inputs."""
+        from bntool.subjects import exportable
 
-        module = converted(self.subject.model, self.subject.example())
-        loaded = dataclasses.replace(self.session.loaded, model=module, kind="module")
+        subject = exportable(self.subject)
+        if subject is self.subject or self.session is None:
+            return self
+        loaded = dataclasses.replace(self.session.loaded, model=subject.model, kind="module")
         return of_session(dataclasses.replace(self.session, loaded=loaded, _observation=None))
 
     @property

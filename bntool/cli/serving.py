@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -53,14 +52,6 @@ def served(
     if result.export is not None:
         put_onnx(result.export.path, result.export.data_path, place.path, drafts)
     return result
-
-
-def placed(result: SurgeryResult, place: OnnxPlace | None, drafts: Drafts) -> SurgeryResult:
-    """The result with what was exported where it stands now."""
-    if result.export is None or place is None:
-        return result
-    export = dataclasses.replace(result.export, path=place.named, data_path=drafts.part_of(place.path))
-    return dataclasses.replace(result, export=export)
 
 
 def reference_with(session: Session, *, full: bool) -> Reference:

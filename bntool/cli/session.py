@@ -20,6 +20,7 @@ from bntool.cli.reading import read_by
 from bntool.cli.streams import say
 from bntool.core.command_options import LoadOptions, ReportOptions, SpeechOptions
 from bntool.core.errors import BntoolError, InvariantError
+from bntool.core.text import asked_width
 from bntool.files.sidecar import sidecar_path
 from bntool.files.targets import Target
 
@@ -61,6 +62,7 @@ class Voice:
         speech = next((one for one in asked if isinstance(one, SpeechOptions)), SpeechOptions())
         force = force or any(getattr(one, "force", False) for one in asked)
         voice = cls(speech.as_json, speech.quiet, speech.verbose)
+        asked_width.set(speech.width)
         voice.target = Target(force=force, reads=read_by(*asked))
         report = next((one.report for one in asked if isinstance(one, ReportOptions)), None)
         if report:
@@ -183,8 +185,10 @@ class Session:
         """Go on in another floating type; the model was loaded for this command alone."""
         import torch
 
+        from bntool.observe.standing_in import cast
+
         wanted = getattr(torch, dtype)
-        self.loaded = dataclasses.replace(self.loaded, model=self.model.to(wanted))
+        self.loaded = dataclasses.replace(self.loaded, model=cast(self.model, wanted))
         if self.inputs is not None:
             self.inputs = self.inputs.map(lambda t: t.to(wanted) if t.is_floating_point() else t)
 

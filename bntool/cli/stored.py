@@ -17,10 +17,12 @@ def fold_stored_file(voice: Voice, asked: Asked) -> int:
     """Fold a file of weights layer by layer, and write it with its side file."""
     from bntool.api import read_plan
     from bntool.cli.writing import claim_model
+    from bntool.core.plan_parts import plan_parts
     from bntool.files.safetensors_files import INDEX_SUFFIX
     from bntool.files.sidecar import fill_sidecar, output_name
     from bntool.files.stored import open_stored
-    from bntool.report.results import fold_lines, verdicts
+    from bntool.report.results import verdicts
+    from bntool.report.tables import text_of
     from bntool.surgery.fold_stored import StoredFold
 
     name = asked.model.model
@@ -46,7 +48,7 @@ def fold_stored_file(voice: Voice, asked: Asked) -> int:
         if place is not None and place.sidecar is not None:
             digest = fold.write_draft(place.model, drafts)
             fill_sidecar(drafts.of(place.sidecar), _document(plan, path, output, digest))
-    voice.say(*fold_lines(plan, None, not voice.quiet))
+    voice.say(text_of(plan_parts(plan, verbose=not voice.quiet)))
     voice.note("not verified: that needs the model (bntool verify, or fold with --arch)")
     if place is not None:
         voice.say(f"wrote       {output}")
@@ -65,13 +67,12 @@ def fold_stored_file(voice: Voice, asked: Asked) -> int:
 
 def _document(plan: Any, path: Path, output: Path, digest: str) -> dict[str, Any]:
     from bntool.files.atomic import sha256_of
-    from bntool.files.sidecar import make_document
+    from bntool.files.sidecar import Origin, make_document
 
     return make_document(
         "fold",
-        source=str(path),
-        source_hash=sha256_of(path),
-        output=output,
+        Origin(str(path), sha256_of(path)),
+        output,
         digest=digest,
         plan=plan.to_dict(),
     )

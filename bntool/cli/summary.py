@@ -9,11 +9,11 @@ from typing import Any
 
 import click
 
-from bntool.cli.opening import open_model
+from bntool.cli.opening import is_onnx, open_model
 from bntool.cli.options import takes
 from bntool.cli.session import Session, Voice
-from bntool.core.command_options import LoadOptions, ModelOptions, SpeechOptions
-from bntool.core.errors import BntoolError
+from bntool.core.command_options import LoadOptions, ModelOptions, SpeechOptions, ViewOptions
+from bntool.core.errors import BntoolError, NeedsArchitecture, UsageError
 from bntool.core.option import Options, option
 
 
@@ -21,58 +21,95 @@ from bntool.core.option import Options, option
 class SummaryOptions(Options):
     """What a summary compares with."""
 
-    baseline: str | None = option(None, "Compare with this model.", metavar="MODEL", names="file")
+    baseline: str | None = option(
+        None, "Compare with this model, of whatever kind.", metavar="MODEL", names="file"
+    )
 
 
-@click.command("summary", short_help="Layers, shapes, trainable / frozen / buffers; before and after.")
-@takes(ModelOptions, LoadOptions, SummaryOptions, SpeechOptions)
+@click.command("summary", short_help="Layers, shapes, parameters, mult-adds, memory; before and after.")
+@takes(ModelOptions, LoadOptions, SummaryOptions, ViewOptions, SpeechOptions)
 def command(
-    voice: Voice, model: ModelOptions, load: LoadOptions, summary: SummaryOptions, speech: SpeechOptions
+    voice: Voice,
+    model: ModelOptions,
+    load: LoadOptions,
+    summary: SummaryOptions,
+    view: ViewOptions,
+    speech: SpeechOptions,
 ) -> int:
-    """Show a model's layers, shapes and exact counts; after insert or fold, the difference too."""
-    opened = open_model(voice, model.model, load, summary, stand_ins=True)
-    session = opened.session
-    if session is None or opened.kind == "program":
-        from bntool.report.program_summary import summarize_onnx, summarize_program
+    """Show a model's layers, shapes, exact counts and costs; after insert or fold, the difference too."""
+    found, baseline = _summarized(voice, model.model, load, summary)
+    if baseline is not None:
+        from bntool.report.summary import since
 
-        subject = opened.subject
-        tensors = summarize_onnx(subject.observed) if session is None else summarize_program(subject.model)
-        voice.say(tensors.render(verbose=not speech.quiet))
-        voice.emit({"status": "ok", "kind": opened.kind, **tensors.to_dict()})
-        return 0
-    from bntool.inserting import redundant_biases
-    from bntool.report.summary import summarize
-
-    before = _baseline(session, summary.baseline, load)
-    inputs, idle = session.inputs, []
-    with voice.progress("running the model"):
-        try:
-            observation = session.observe()
-            inputs = observation.inputs
-            idle = [dropped.conv for dropped in redundant_biases(observation.graph)]
-        except BntoolError as error:
-            # Shapes that the user gave must fit; those from elsewhere may fail, which the summary says.
-            if load.inputs:
-                raise
-            if inputs is None:
-                voice.note(f"shapes are left out: {error.what}")
-        found = summarize(session.model, inputs, baseline=before, idle_biases=idle)
+        found = since(found, baseline)
+    found = dataclasses.replace(found, view=view)
     voice.say(found.render(verbose=not speech.quiet))
-    voice.emit({"status": "ok", "kind": opened.kind, **found.to_dict()})
+    voice.notes += map(str, found.notes)
+    document = {"status": "ok", "kind": found.kind, **found.to_dict()}
+    if load.inputs and found.failure:
+        error = UsageError(
+            f"the model does not run on {found.input_text}: {found.failure}",
+            next_step="give a size that it takes with --input",
+        )
+        voice.fail(error, document)
+    voice.emit(document)
     return 0
 
 
-def _baseline(session: Session, named: str | None, load: LoadOptions) -> Any:
-    """The model to compare with: the one named, else what the last command made this one from."""
+def _summarized(
+    voice: Voice, name: str | None, load: LoadOptions, summary: SummaryOptions
+) -> tuple[Any, Any]:
+    """The summaries of the model and of what it is compared with, where there is that."""
+    from bntool.pipeline.summarising import summarized, summarized_weights
+
+    try:
+        opened = open_model(voice, name, load, summary, stand_ins=True)
+    except NeedsArchitecture as error:
+        voice.tell(error.what)
+        return summarized_weights(error.weights), _baseline(voice, None, summary.baseline, load)
+    session = opened.session
+    with voice.progress("running the model"):
+        found = summarized(opened.subject, session.inputs if session is not None else None)
+    return found, _baseline(voice, session, summary.baseline, load)
+
+
+def _baseline(voice: Voice, session: Session | None, named: str | None, load: LoadOptions) -> Any:
+    """The summary of the model named, else of what the last command made this one from; None without one."""
     if named:
-        return session.load_other(named, load)
-    if not session.baseline:
+        return _counted(voice, named, lambda: _load(voice, session, named, load))
+    if session is None or not session.baseline:
         return None
     try:
-        model = session.load_recorded(session.baseline, session.baseline_load)
+        found = _counted(
+            voice, session.baseline, lambda: session.load_recorded(session.baseline, session.baseline_load)
+        )
     except BntoolError as error:
-        session.voice.note(f"no comparison with {session.baseline}: {error.what}")
+        voice.note(f"no comparison with {session.baseline}: {error.what}")
         return None
     shown = os.path.relpath(session.baseline) if Path(session.baseline).is_file() else session.baseline
-    session.voice.tell(f"compared with {shown}")
-    return model
+    voice.tell(f"compared with {shown}")
+    return found
+
+
+def _load(voice: Voice, session: Session | None, named: str, load: LoadOptions) -> Any:
+    if session is not None:
+        return session.load_other(named, load)
+    from bntool.cli.loading import load_granted
+
+    trusted = LoadOptions(allow=load.allow, trust_pickle=load.trust_pickle, max_size=load.max_size)
+    return load_granted(named, None, trusted, voice)[0].model
+
+
+def _counted(voice: Voice, name: str, loaded: Any) -> Any:
+    """The summary of a second model, without running it."""
+    from bntool.pipeline.summarising import counted, summarized_weights
+    from bntool.subjects import subject_of
+
+    if is_onnx(name):
+        subject = subject_of(name)
+        voice.target.read(*subject.files)
+        return counted(subject)
+    try:
+        return counted(subject_of(loaded()))
+    except NeedsArchitecture as error:
+        return summarized_weights(error.weights)

@@ -58,7 +58,7 @@ def timed_fold(
     """The model before and after; with an ONNX file, that one too, beside that of the model before."""
     from bntool.runtime.benchmarking import Candidate, rebatching
 
-    subject, (result, after) = opened.subject, done
+    subject, (_, after) = opened.subject, done
     if opened.kind == "onnx":
         new = places.model.model if places.model is not None else after.model
         pair = [Candidate("before", subject.model), Candidate("folded", new)]
@@ -72,8 +72,8 @@ def timed_fold(
     from bntool.pipeline.surgeries import unchanged
 
     with tempfile.TemporaryDirectory(prefix="bntool.bench.") as folder:
-        plain = Serving(export, result.export.dtype if result.export else "")  # type: ignore[arg-type]
-        before = exported(subject, unchanged(subject), Path(folder) / "before.onnx", plain, voice)
+        plain = Path(folder) / "before.onnx"
+        before = exported(subject, unchanged(subject), plain, Serving(export), voice)
         candidates += [Candidate("ONNX before", before.path), Candidate("ONNX folded", places.onnx.path)]
         pairs += [("ONNX before", "ONNX folded"), ("torch folded", "ONNX folded")]
         return timed(voice, candidates, inputs_of, bench, devices, pairs)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from bntool.core.errors import UsageError
 from bntool.files.memory import Record, remember
-from bntool.files.sidecar import fill_sidecar, is_sidecar, make_document, output_name, sidecar_path
+from bntool.files.sidecar import Origin, fill_sidecar, is_sidecar, make_document, output_name, sidecar_path
 from bntool.files.targets import Drafts, Target
 
 if TYPE_CHECKING:
@@ -138,16 +138,25 @@ def draft_model(session: Session, command: str, result: Result, place: Place, dr
     from bntool.files.saving import allow_entries_of, save_draft
 
     loaded = session.loaded
-    digest = save_draft(loaded, result.model, place.model, drafts)
+    saved = save_draft(loaded, result.model, place.model, drafts)
+    digest, arch = saved.digest, loaded.arch
+    if saved.as_weights:
+        arch = arch or (loaded.reference if loaded.kind == "reference" else None)
+        session.voice.note(
+            f"{place.named.name} holds the state_dict and loads with --arch {arch or 'REF'}, since the model "
+            f"cannot be pickled: {saved.as_weights}"
+        )
     document = make_document(
         command,
-        source=session.source,
-        source_hash=loaded.source_hash,
-        output=place.named,
+        Origin(
+            session.source,
+            loaded.source_hash,
+            arch,
+            None if saved.as_weights else loaded.weights,
+            loaded.key,
+        ),
+        place.named,
         digest=digest,
-        arch=loaded.arch,
-        weights=loaded.weights,
-        key=loaded.key,
         plan=result.plan.to_dict() if result.plan is not None and loaded.kind != "script" else None,
         parameters=result.parameters,
         checks=[check.to_dict() for check in result.checks],
@@ -163,7 +172,7 @@ def draft_model(session: Session, command: str, result: Result, place: Place, dr
         output_sha256=digest,
         source=session.source,
         source_sha256=loaded.source_hash,
-        arch=loaded.arch,
+        arch=arch,
         weights=str(Path(loaded.weights).resolve()) if loaded.weights else None,
         key=loaded.key,
         allow=tuple(dict.fromkeys((*needed, *loaded.allow))),

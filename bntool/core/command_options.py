@@ -75,8 +75,26 @@ class DataOptions(Options):
     )
     batch_size: int = option(32, "Samples in a batch.", least=1)
     limit: int | None = option(None, "At most N batches (default: all).", "--batches", metavar="N", least=1)
-    mean: str | None = option(None, "Mean of each channel, taken off images in 0..1.", metavar="R,G,B")
+    samples: int | None = option(
+        None, "At most N samples, drawn by the seed (default: all).", "--limit", metavar="N", least=1
+    )
+    shuffle: bool = option(True, "Take the samples in the order in which they lie.")
+    split: str | None = option(
+        None, "Part of the data: train (default, where there are parts), val, …, all.", metavar="NAME"
+    )
+    files: tuple[str, ...] = option(
+        (), "Only images whose path below the folder, or name, fits.", "--include", metavar="GLOB"
+    )
+    mean: str | None = option(
+        None, "Mean of each channel, taken off images in 0..1; or imagenet, …", metavar="R,G,B"
+    )
     std: str | None = option(None, "Standard deviation of each channel of images in 0..1.", metavar="R,G,B")
+    resize: int | None = option(
+        None,
+        "Shorter side of an image before its middle is cut out (default: as the input).",
+        metavar="N",
+        least=1,
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,6 +135,55 @@ class ReportOptions(Options):
     )
 
 
+COLUMNS = tuple(
+    "type name input output kernel params percent trainable frozen buffers mult-adds bytes".split()
+)
+"""What a summary can show of a layer."""
+
+
+def _columns(text: str) -> tuple[str, ...]:
+    names = tuple(dict.fromkeys(name.strip() for name in text.split(",")))
+    for name in names:
+        if name not in COLUMNS:
+            raise UsageError(
+                f"there is no column {name!r}; there are {','.join(COLUMNS)}",
+                next_step=f"name some of {','.join(COLUMNS)}",
+            )
+    return names
+
+
+def _column(text: str) -> str:
+    (name, *more) = _columns(text)
+    if more:
+        raise UsageError("a table is sorted by one column", next_step=f"name one: {name}")
+    return name
+
+
+@dataclasses.dataclass(frozen=True)
+class ViewOptions(Options):
+    """What of a summary is shown, and in which order."""
+
+    depth: int | None = option(
+        None, "Down to so many levels of modules; the last stand for what they hold.", metavar="N", least=0
+    )
+    columns: tuple[str, ...] = option(
+        ("type", "name", "input", "output", "trainable", "frozen", "buffers"),
+        f"Of {', '.join(COLUMNS)}.",
+        metavar="NAME,NAME,...",
+        parse=_columns,
+    )
+    sort: str | None = option(None, "By this column, the largest first.", metavar="NAME", parse=_column)
+    tree: bool = option(False, "As the tree of its modules.")
+
+    def validate(self) -> None:
+        super().validate()
+        _columns(",".join(self.columns))
+        if self.sort is not None:
+            _column(self.sort)
+        if self.tree and self.sort is not None:
+            raise UsageError("a tree has an order of its own", next_step="leave out --sort, or --tree")
+
+
 @dataclasses.dataclass(frozen=True)
 class SpeechOptions(Options):
     """How a command speaks."""
@@ -124,4 +191,13 @@ class SpeechOptions(Options):
     as_json: bool = option(False, "One JSON document on stdout.", "--json")
     quiet: bool = option(False, "Only the totals.", "-q", "--quiet")
     verbose: bool = option(False, "Every layer.", "-v", "--verbose")
+    width: int | None = option(
+        None,
+        "Columns that text is fitted to; names stay whole.",
+        "-w",
+        "--width",
+        metavar="N",
+        least=1,
+        most=100_000,
+    )
     debug: bool = option(False, "Show the traceback of an error.")

@@ -126,13 +126,16 @@ class Export(Document, kw_only=True):
 
 
 class Summary(Document, kw_only=True):
-    """`bntool summary`: `layers` of a module, `tensors` of what is a graph."""
+    """`bntool summary`: `layers` of every kind, and the `tensors` of what is no module.
+
+    A figure of `totals` that takes a forward pass is null where there was none.
+    """
 
     kind: Kind | None = None
     model_class: str | None = None
     layers: list[dict[str, Any]] = []
     tensors: list[dict[str, Any]] = []
-    totals: dict[str, int] | None = None
+    totals: dict[str, int | None] | None = None
     batch_norms: int | None = None
     delta: dict[str, Any] | None = None
 
@@ -158,6 +161,8 @@ class Calibrate(Document, kw_only=True):
     dry_run: bool = False
     data: str | None = None
     batches: int | None = None
+    samples: int | None = None
+    warnings: list[str] = []
     frozen: bool = False
     layers: list[dict[str, Any]] = []
     kept: list[dict[str, Any]] = []

@@ -6,6 +6,8 @@ An error says what happened, where, and what to do next, and carries the exit co
 from __future__ import annotations
 
 import errno
+from collections.abc import Mapping
+from typing import Any
 
 from bntool.core.text import Lines, as_lines
 
@@ -61,6 +63,12 @@ class LoadError(BntoolError):
 
     exit_code = 3
     status = "cannot-load"
+
+
+class NeedsArchitecture(LoadError):
+    """A file of weights alone; `weights` are its tensors by name."""
+
+    weights: Mapping[str, Any] = {}
 
 
 class NothingToDo(BntoolError):

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Mapping
 from typing import Literal
 
-from bntool.core.activations import ACTIVATIONS
+from bntool.core.activations import ACTIVATIONS, ANY, kinds_of
 from bntool.core.errors import UsageError
 from bntool.core.option import Options, option
 
@@ -60,7 +60,10 @@ class InsertOptions(Options):
     """
 
     activations: tuple[str, ...] = option(
-        ("relu",), "Activations that count: relu (default), silu, …, any.", "--activation", metavar="KIND"
+        ("relu",),
+        "Activations that count: relu (default), silu, ReLU6, …; any.",
+        "--activation",
+        metavar="KIND[,KIND]",
     )
     position: Literal["before", "after"] = option("before", "Which side of the activation.")
     init: Literal["identity", "calibrate", "default"] = option(
@@ -84,15 +87,20 @@ class InsertOptions(Options):
     exclude: tuple[str, ...] = option((), "Leave out layers with these names.", metavar="GLOB")
     banned: Mapping[str, frozenset[str]] = dataclasses.field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        """Take activations by the names that people have for them."""
+        object.__setattr__(self, "activations", kinds_of(self.activations))
+
     def validate(self) -> None:
         """Raise `UsageError` for an unknown activation, a bad number, or two that exclude each other."""
         super().validate()
         for name in self.activations:
-            if name != "any" and name not in ACTIVATIONS:
+            if name != ANY and name not in ACTIVATIONS:
                 close = difflib.get_close_matches(name.lower(), sorted(ACTIVATIONS), n=3)
+                meant = f"did you mean {', '.join(close)}? " if close else ""
                 raise UsageError(
                     f"unknown activation {name!r}",
-                    next_step=f"did you mean {', '.join(close)}?" if close else "see bntool insert --help",
+                    next_step=f"{meant}there are {', '.join(sorted(ACTIVATIONS))}; or {ANY}",
                 )
         if not 0 < self.eps < 1:
             raise UsageError(f"eps must lie between 0 and 1, not {self.eps}")
@@ -112,8 +120,8 @@ class InsertOptions(Options):
 class ExportOptions(Options):
     """What an ONNX file is to be like.
 
-    `dynamic` maps an input's name to its axes that stay open besides the batch. `dtype` casts the weights and
-    with them, unless `keep_io`, inputs and outputs.
+    `dynamic` names axes of an input that stay open besides the batch. `dtype` casts the weights and with
+    them, unless `keep_io`, inputs and outputs; `float32` casts the model before anything is done.
     """
 
     opset: int | None = option(None, "ONNX opset (default: the lowest that works).", least=1)
@@ -126,6 +134,11 @@ class ExportOptions(Options):
     )
     external_data: Literal["auto", "always", "never"] = option(
         "auto", "Weights in one file beside the model; auto: above 1.8 GiB."
+    )
+    dtype: Literal["float32", "fp16", "bf16"] | None = option(
+        None,
+        "fp16, bf16: cast the ONNX file's numbers. float32: cast the model first, where float16 cannot hold "
+        "the folded weights.",
     )
     keep_io: bool = option(False, "With --dtype: inputs and outputs stay float32.")
     exporter: Literal["dynamo", "legacy"] = option(
@@ -143,10 +156,19 @@ class ExportOptions(Options):
             found.setdefault(match["name"] or "input", []).extend(int(n) for n in match["axes"].split(","))
         return found
 
+    @property
+    def narrow(self) -> Literal["", "fp16", "bf16"]:
+        """What the file's numbers are cast to; empty for the model's own."""
+        return self.dtype if self.dtype in ("fp16", "bf16") else ""
+
     def validate(self) -> None:
-        """Raise `UsageError` for a number out of bounds, or axes that are not written like any."""
+        """Raise `UsageError` for a number out of bounds, axes written wrongly, or `keep_io` with no cast."""
         super().validate()
         self.axes()
+        if self.keep_io and not self.narrow:
+            raise UsageError(
+                "--keep-io goes with --dtype", next_step="add --dtype fp16, or leave --keep-io out"
+            )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 import msgspec
 
 from bntool.core.errors import DamagedPlan, PlanError
 from bntool.core.maps import nested_tuples
+from bntool.core.plan_parts import plan_parts
 from bntool.core.reasons import Reason
 from bntool.core.schema import (
     Damaged,
@@ -25,13 +26,14 @@ from bntool.core.schema import (
     require_known,
     version_of,
 )
+from bntool.core.showing import Part, Shown
 from bntool.core.sites import DroppedBias, Edit, FoldSite, InsertSite, Merge, Skip, Unshared
 
 SCHEMA_VERSION = 1
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class Plan(Shown):
     """Sites and skips of one surgery on one model.
 
     `signature` maps every tensor of the model it was made for to its shape, so that a plan for
@@ -58,6 +60,9 @@ class Plan:
 
     def __bool__(self) -> bool:
         return bool(self.sites or self.dropped or self.merges)
+
+    def parts(self) -> Sequence[Part]:
+        return plan_parts(self)
 
     @property
     def insert_sites(self) -> Iterator[InsertSite]:

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from bntool.core.errors import UsageError
 from bntool.core.option import Options
+from bntool.core.options import ExportOptions
 
 KINDS = {
     "module": "a PyTorch module",
@@ -47,7 +48,6 @@ _REFUSED: Mapping[str, Sequence[_Refusal]] = {
             "export the program anew with torch.export, in the form that you want",
         ),
         _no(f"{_SOURCE} data", "there is no Python and no training in it", _MODULE),
-        _no("baseline", "its summary is of tensors", "run bntool summary on each of the two files"),
     ],
     "onnx": [
         _no(_CODE, "it holds its own graph and weights"),
@@ -63,7 +63,6 @@ _REFUSED: Mapping[str, Sequence[_Refusal]] = {
             "it takes identity nodes only",
             "insert into the PyTorch model, and export that",
         ),
-        _no("baseline", "its summary is of tensors", "run bntool summary on each of the two files"),
     ],
     "script": [
         _no("arch weights key allow pretrained", "it holds its own code and weights"),
@@ -121,8 +120,12 @@ def require_module(kind: str, what: str, name: str) -> None:
 
 def require_export(exports: bool, *asked: Options) -> None:
     """Raise `UsageError` for an option that is about the ONNX file, where none is written."""
+    if exports:
+        return
     about_the_file = set(f"{_FORM} tf32 providers".split())
     for options in asked:
         for option_name, one in options.chosen().items():
-            if option_name in about_the_file and not exports:
+            if option_name in about_the_file:
                 raise UsageError(f"{one.flag} is for the ONNX file", next_step="add --export onnx")
+        if isinstance(options, ExportOptions) and options.narrow:
+            raise UsageError("--dtype fp16 and bf16 are for the ONNX file", next_step="add --export onnx")

@@ -15,7 +15,9 @@ Expr = tuple[Any, ...]
 
 Dims = Annotated[int, msgspec.Meta(ge=1, le=3)]
 Layout = Annotated[str, msgspec.Meta(pattern=r"\A(conv|linear|transposed|matmul|norm|summand)?\Z")]
-Method = Annotated[str, msgspec.Meta(pattern=r"\A(reparameterize|switch_to_deploy|fuse)?\Z")]
+Method = Annotated[
+    str, msgspec.Meta(pattern=r"\A(reparameterize(_layer)?|switch_to_deploy|merge_kernel|fuse)?\Z")
+]
 """The methods that the planner calls on a block; a plan can have no other called."""
 
 
@@ -156,7 +158,8 @@ class Merge:
     """Parallel branches over one value that become one convolution, `layer`, of the given window.
 
     `norms` are the BatchNorms that go with it. `values` are the graph's own names of the values that go;
-    readers of the last one read the convolution instead.
+    readers of the last one read the convolution instead. In a module tree they are the layers that give a
+    zero from then on, for the forward still adds what they give.
     """
 
     layer: Name

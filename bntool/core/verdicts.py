@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
+
+from bntool.core.showing import Column, Part, Said, Shown, Table
 
 TF32 = "TF32"
 """The `precision` of a row that was run with TF32 on: it tells what that costs, and decides nothing."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Check:
+class Check(Shown):
     """One verdict: `relative` (max |d| / peak of the reference), `noise_floor` and `limit` share a scale.
 
     The figures are those of the worst output, `worst` (name and index); `ratio` is relative / noise_floor.
@@ -50,6 +52,9 @@ class Check:
         """Whether the row counts: TF32 is information about this model, not a fault of its export."""
         return self.precision != TF32
 
+    def parts(self) -> Sequence[Part]:
+        return checks_parts([self])
+
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON; a figure that is not finite becomes None."""
         data = dataclasses.asdict(self)
@@ -60,3 +65,55 @@ class Check:
 def first_failed(checks: Iterable[Check]) -> Check | None:
     """The first row that fails, of those that decide."""
     return next((check for check in checks if check.decides and not check.passed), None)
+
+
+_COLUMNS = (
+    Column("Check"),
+    Column("Ran on", flexible=True),
+    Column("Verdict"),
+    Column("Max |d|", number=True),
+    Column("Relative", number=True),
+    Column("its limit", number=True),
+    Column("x noise", number=True),
+)
+
+
+def checks_parts(checks: Sequence[Check]) -> Sequence[Part]:
+    """The checks as a table that fits 80 columns, with the remarks below.
+
+    "its limit" is that of the relative error, the column before.
+    """
+    rows = [
+        [
+            f"{check.stage} {check.precision}".strip(),
+            _ran_on(check),
+            _verdict(check),
+            f"{check.max_abs:.1e}",
+            f"{check.relative:.1e}",
+            f"{check.limit:.1e}",
+            f"{check.ratio:.2f}",
+        ]
+        for check in checks
+    ]
+    if not rows:
+        return ["nothing was verified"]
+    details: dict[str, dict[str, None]] = {}  # each remark once, with the checks that it is about
+    for row, check in zip(rows, checks, strict=True):
+        if check.detail:
+            details.setdefault(check.detail, {})[row[0]] = None
+    told = [Said(f"{', '.join(names)}: {detail}") for detail, names in details.items()]
+    return [Table(_COLUMNS, rows), *told]
+
+
+def _verdict(check: Check) -> str:
+    if not check.decides:
+        return "within" if check.passed else "beyond"
+    return "passed" if check.passed else "FAILED"
+
+
+def _ran_on(check: Check) -> str:
+    """`torch on cpu`, `ONNX Runtime CPU`, `ONNX Runtime CUDA on cuda:0 (…)`: as the session tells."""
+    if not check.provider.endswith("ExecutionProvider"):
+        return f"{check.provider} on {check.device}"
+    kind = check.provider.removesuffix("ExecutionProvider")
+    return f"ONNX Runtime {kind}" + ("" if kind.lower() == check.device else f" on {check.device}")

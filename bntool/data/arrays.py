@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from bntool.core.errors import LoadError, UsageError
+from bntool.data.choosing import ALL, part_named
 from bntool.files.detect import Kind, detect
 from bntool.files.numpy_files import read_npy, read_npz
 from bntool.files.security.archives import Unsafe
@@ -68,6 +69,28 @@ def _tensors_in(held: Any) -> dict[str, Any]:
         raise Unsafe(f"holds a {type(held).__name__}, and no tensors")
     items = held.items() if isinstance(held, Mapping) else enumerate(held)
     return {str(name): value for name, value in items if isinstance(value, Tensor)}
+
+
+def of_split(arrays: dict[str, Any], split: str | None, where: str) -> dict[str, Any]:
+    """Those of `x_train`, `y_train`, `x_test`, … that are of a part: `split`, else the training.
+
+    All where no name tells a part. Raises `UsageError` for a part that is not there.
+    """
+    parts = {name: part for name in arrays if (part := _part_in(name))}
+    wanted = part_named(split or "train") or split
+    if split == ALL or (split is None and wanted not in parts.values()):
+        return arrays
+    if wanted not in parts.values():
+        raise UsageError(
+            f"no array is of a part {split}: the file holds {', '.join(arrays)}",
+            where=where,
+            next_step="name the arrays x_train, x_test, …, or leave --split out",
+        )
+    return {name: array for name, array in arrays.items() if parts.get(name) in (wanted, None)}
+
+
+def _part_in(name: str) -> str | None:
+    return next((part for word in name.split("_") if (part := part_named(word))), None)
 
 
 def chosen_arrays(arrays: dict[str, Any], like: Inputs | None, where: str) -> dict[str, Any]:

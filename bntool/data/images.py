@@ -2,28 +2,45 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from bntool.core.errors import LoadError, UsageError
+from bntool.data.choosing import listed
 from bntool.graph.inputs import Inputs
 
 _ENDINGS = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"})
 _MODES = {1: "L", 3: "RGB", 4: "RGBA"}
+_LOOKED_AT = 64
+"""Images whose channels are looked at before any is decoded."""
+NORMALISATIONS: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
+    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    "inception": ((0.5,), (0.5,)),
+    "clip": ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
+    "mnist": ((0.1307,), (0.3081,)),
+}
+"""Mean and standard deviation by name, as torchvision, timm and open_clip publish them."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Preparation:
-    """What images are made into: the size and channels of `like` (N, C, H, W), and (x − mean)/std."""
+    """What images are made into: the size and channels of `like` (N, C, H, W), and (x − mean)/std.
+
+    `resize` is the shorter side before the middle is cut out; None makes the image just cover it.
+    """
 
     like: Inputs | None
     mean: Sequence[float] | None = None
     std: Sequence[float] | None = None
+    resize: int | None = None
 
     def checked(self, where: str) -> Preparation:
         """Itself. Raises `UsageError` when images cannot be made into what the model takes."""
@@ -40,14 +57,20 @@ class Preparation:
                 raise UsageError(f"{name} has {len(values)} values for {shapes[0][1]} channels", where=where)
         if self.std is not None and not all(value > 0 for value in self.std):
             raise UsageError("std holds a value that is not positive", where=where)
+        if self.resize is not None and self.resize < max(shapes[0][2:]):
+            raise UsageError(
+                f"resize is {self.resize}, and the model takes {self.size[1]}x{self.size[2]} of the middle",
+                where=where,
+                next_step="give a shorter side at least as long, or another --input",
+            )
         return self
 
     def require_unused(self, where: str) -> None:
-        if self.mean is not None or self.std is not None:
+        if (self.mean, self.std, self.resize) != (None, None, None):
             raise UsageError(
-                "mean and std are for a folder of images",
+                "mean, std and resize are for a folder of images",
                 where=where,
-                next_step="give arrays already normalised, and leave --mean and --std out",
+                next_step="give arrays already prepared, and leave --mean, --std and --resize out",
             )
 
     @property
@@ -58,41 +81,100 @@ class Preparation:
         return tensor.shape[1], tensor.shape[2], tensor.shape[3]
 
 
+Normalisation = str | Sequence[float] | None
+"""Numbers, their text `a,b,c`, or a name such as `imagenet`."""
+
+
+def normalisation(mean: Normalisation, std: Normalisation) -> tuple[list[float] | None, list[float] | None]:
+    """The numbers that are meant; a name as `mean` alone is for both. Raises `UsageError` for other text."""
+    if isinstance(mean, str) and mean in NORMALISATIONS and std is None:
+        std = mean
+    return _numbers(mean, "--mean", 0), _numbers(std, "--std", 1)
+
+
+def _numbers(given: Normalisation, flag: str, which: int) -> list[float] | None:
+    if not isinstance(given, str):
+        return None if given is None else list(given)
+    if given in NORMALISATIONS:
+        return list(NORMALISATIONS[given][which])
+    try:
+        return [float(part) for part in given.split(",")]
+    except ValueError as error:
+        raise UsageError(
+            f"{flag} {given} is neither a list of numbers nor one of {', '.join(NORMALISATIONS)}",
+            next_step=f"write it as {flag} 0.485,0.456,0.406, or {flag} imagenet",
+        ) from error
+
+
 def find_images(folder: Path) -> list[Path]:
     """Every image below `folder`, in order of name. Raises `UsageError` when there is none."""
-    found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in _ENDINGS and path.is_file())
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    found = sorted(path for path in files if path.suffix.lower() in _ENDINGS)
     if not found:
+        endings = listed(f"{ending or 'no ending'} ({n})" for ending, n in _endings(files).most_common())
         raise UsageError(
-            f"no image in {folder}", next_step=f"it needs files that end in {', '.join(sorted(_ENDINGS))}"
+            f"no image in {folder}",
+            where=f"it holds {len(files)} files: {endings}" if files else "it holds no file",
+            next_step=f"it needs files that end in {', '.join(sorted(_ENDINGS))}",
         )
     return found
+
+
+def _endings(files: Sequence[Path]) -> Counter[str]:
+    return Counter(path.suffix.lower() for path in files)
+
+
+def converted(files: Sequence[Path], channels: int) -> str:
+    """What the first images are made from, in words; empty where each has the model's channels already."""
+    modes: Counter[str] = Counter()
+    for file in files[:_LOOKED_AT]:
+        with _opened(file) as image:
+            modes[image.mode] += 1
+    if set(modes) <= {_MODES[channels]}:
+        return ""
+    held = listed(f"{mode} ({number})" for mode, number in modes.most_common())
+    return f"of the first {sum(modes.values())} images are {held}; all are made {_MODES[channels]}"
 
 
 def image_batch(files: Sequence[Path], preparation: Preparation) -> Tensor:
     """Images as (N, C, H, W) float32 in 0..1, then (x − mean)/std.
 
-    The shorter side is resized (bilinear, antialiased) so that the image covers H × W; the middle is cut.
+    As torchvision's `Resize`, `CenterCrop` and `ToTensor` do: the shorter side is resized by Pillow
+    (bilinear, antialiased), the middle is cut. Without `resize` the image is made to cover H × W.
     """
-    channels, height, width = preparation.size
-    batch = torch.stack([_covering(_decoded(file, channels), height, width) for file in files])
+    batch = torch.stack([_decoded(file, preparation) for file in files]).to(torch.float32).div(255)
     for values, apply in ((preparation.mean, torch.sub), (preparation.std, torch.div)):
         if values is not None:
             batch = apply(batch, torch.tensor(values, dtype=batch.dtype).reshape(1, -1, 1, 1))
     return batch
 
 
-def _covering(image: Tensor, height: int, width: int) -> Tensor:
-    wide = image.to(torch.float32).div(255)
-    scale = max(height / wide.shape[1], width / wide.shape[2])
-    size = [max(height, round(wide.shape[1] * scale)), max(width, round(wide.shape[2] * scale))]
-    if size != list(wide.shape[1:]):
-        wide = torch.nn.functional.interpolate(wide[None], size, mode="bilinear", antialias=True)[0]
-    top, left = (size[0] - height) // 2, (size[1] - width) // 2
-    return wide[:, top : top + height, left : left + width]
+def _covering(image: Any, height: int, width: int, resize: int | None) -> Any:
+    """A Pillow image of height × width: the middle of one with the shorter side `resize`."""
+    wide, high = image.size
+    if resize is None:  # the side that has the least to spare
+        by_height = height * wide >= width * high
+        size = (int(height * wide / high), height) if by_height else (width, int(width * high / wide))
+    else:
+        size = (resize, int(resize * high / wide)) if wide <= high else (int(resize * wide / high), resize)
+    if size != image.size:
+        image = image.resize(size, 2)  # BILINEAR
+    left, top = round((size[0] - width) / 2), round((size[1] - height) / 2)
+    return image.crop((left, top, left + width, top + height))
 
 
-def _decoded(file: Path, channels: int) -> Tensor:
-    """An image as (C, H, W) uint8."""
+def _decoded(file: Path, preparation: Preparation) -> Tensor:
+    """An image as (C, H, W) uint8, in the size that the model takes."""
+    channels, height, width = preparation.size
+    with _opened(file) as image:
+        made = _covering(image.convert(_MODES[channels]), height, width, preparation.resize)
+        pixels = np.array(made).reshape(height, width, channels)
+    return torch.from_numpy(pixels).permute(2, 0, 1)
+
+
+@contextlib.contextmanager
+def _opened(file: Path) -> Iterator[Any]:
+    """An image of Pillow's while it is open; whatever goes wrong with it is told with its name."""
     try:
         from PIL import Image
     except ImportError as error:
@@ -102,8 +184,8 @@ def _decoded(file: Path, channels: int) -> Tensor:
             next_step="pip install pillow, or give an .npy file",
         ) from error
     try:
-        with Image.open(file) as opened:
-            pixels = np.array(opened.convert(_MODES[channels]))
+        with Image.open(file) as image:
+            yield image
     except Exception as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise LoadError(
@@ -111,4 +193,3 @@ def _decoded(file: Path, channels: int) -> Tensor:
             where=str(file),
             next_step="remove it from the folder",
         ) from error
-    return torch.from_numpy(pixels).reshape(*pixels.shape[:2], channels).permute(2, 0, 1)

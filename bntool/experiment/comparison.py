@@ -13,15 +13,16 @@ from bntool.api import apply, insert
 from bntool.core.errors import CheckFailed, NothingToDo, UsageError
 from bntool.core.plan import Plan
 from bntool.experiment.checkpoints import Progress
-from bntool.experiment.datasets import Data
 from bntool.experiment.fitting import fitting, require_shares
 from bntool.experiment.folder import RUNS, identity_of, open_folder, require_alike
 from bntool.experiment.outcome import ARMS, TITLES, Run, TrainingComparison, told_divergence
 from bntool.experiment.randomness import random_state_kept, seed_everything
+from bntool.experiment.samples import Data
 from bntool.experiment.settings import Settings
 from bntool.experiment.training import train, train_bounds
 from bntool.experiment.watching import Watcher, places_in_both
 from bntool.observe.copying import structural_copy
+from bntool.observe.standing_in import cast, set_modes
 from bntool.report.results import SurgeryResult
 from bntool.runtime.world import World
 from bntool.surgery.fold_modules import with_own_tensors
@@ -131,7 +132,7 @@ class _Job:
         repeat = next(run.repeat for run in found.of(arm, lr) if run.diverged is None)
         model, _ = self.trained(arm, lr, repeat)
         model.zero_grad(set_to_none=True)
-        return model.to("cpu").eval()
+        return set_modes(cast(model, device=torch.device("cpu")), training=False)
 
 
 def draw_weights(model: nn.Module) -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from bntool.core.errors import UsageError
-from bntool.experiment.datasets import Data
+from bntool.experiment.samples import Data
 from bntool.experiment.settings import Settings
 from bntool.experiment.training import logits_of
 from bntool.observe.isolation import Isolation

@@ -13,8 +13,8 @@ from torch import nn
 
 from bntool.core.errors import LoadError, UsageError
 from bntool.core.schema import Damaged, Name, Text, fitted, read
-from bntool.experiment.datasets import Data
 from bntool.experiment.outcome import ARMS, TrainingComparison
+from bntool.experiment.samples import Data
 from bntool.experiment.settings import Settings
 from bntool.files.atomic import write_atomically, write_text
 from bntool.files.placing import remove, remove_unnamed

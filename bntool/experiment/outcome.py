@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import statistics
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
-from bntool.core.text import Lines, as_lines
+from bntool.core.showing import Column, Part, Shown, Table
+from bntool.core.text import Lines
 from bntool.experiment.checkpoints import Progress
 from bntool.experiment.settings import Settings
 from bntool.experiment.watching import QUANTILES
 from bntool.report.results import SurgeryResult, delta_lines
-from bntool.report.tables import Column, Table, render
+from bntool.report.tables import text_of
 
 ARMS = ("plain", "batchnorm")
 TITLES = {"plain": "as it is", "batchnorm": "with BatchNorm"}
@@ -79,7 +81,7 @@ class Figure:
 
 
 @dataclasses.dataclass(frozen=True)
-class TrainingComparison:
+class TrainingComparison(Shown):
     """All runs of both arms, and the two models that came of the first repeat at each arm's best rate.
 
     `surgery` is the insertion: its plan and its parameter delta. `models` are in eval mode, on the CPU; an
@@ -170,6 +172,9 @@ class TrainingComparison:
         return self.render()
 
     def render(self, width: int | None = None) -> Lines:
+        return text_of(self.parts(), width)
+
+    def parts(self) -> Sequence[Part]:
         """The figures of the last epoch as a table, then what diverged and the parameter delta."""
         columns = (
             Column("Network"),
@@ -187,14 +192,14 @@ class TrainingComparison:
             f"after {epochs} {'epoch' if epochs == 1 else 'epochs'}, "
             f"{repeats} {'repeat' if repeats == 1 else 'repeats'}{spread}"
         )
-        lines = [render(Table(columns, rows, title), width), ""]
+        lines: list[Part] = [Table(columns, rows, title), ""]
         lines += [self._stopped(run) for run in self.runs if run.diverged]
         if len(self.settings.lrs) > 1:
             for arm in ARMS:
                 rate = self.largest_rate(arm)
                 told = "none of these rates trains" if rate is None else f"{rate:g}"
                 lines.append(f"largest rate that trains, {TITLES[arm]}: {told}")
-        return as_lines(*lines, *delta_lines(self.surgery.parameters))
+        return [*lines, *delta_lines(self.surgery.parameters)]
 
     def _row(self, arm: str, lr: float) -> list[str]:
         runs = self.of(arm, lr)

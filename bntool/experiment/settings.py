@@ -14,6 +14,8 @@ SCHEDULES = ("constant", "cosine", "step")
 RECORDS = 100
 """How many times a run is looked into, unless `watch_every` says otherwise."""
 _SPARSEST = 10
+_FEWEST = 10
+"""Fewer records than this draw no curve."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,7 +28,7 @@ class Settings:
     weights. `sync` makes the BatchNorms normalise by the whole batch where several processes
     share it. `init` is that of `insert`; None stands for `default` from scratch, `identity` otherwise.
     Every `watch_every`-th step is looked into; None stands for a hundred times a run, at most every tenth
-    step; 0 for never.
+    step unless the run would be seen less than ten times; 0 for never.
     """
 
     epochs: int
@@ -89,7 +91,9 @@ class Settings:
 
     def watched_steps(self, steps: int) -> int:
         """Every how many steps a run of `steps` steps is looked into; 0 for never."""
-        return max(_SPARSEST, steps // RECORDS) if self.watch_every is None else self.watch_every
+        if self.watch_every is not None:
+            return self.watch_every
+        return max(1, min(_SPARSEST, steps // _FEWEST), steps // RECORDS)
 
     def to_dict(self) -> dict[str, Any]:
         fields = dataclasses.asdict(self)

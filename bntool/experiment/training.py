@@ -15,8 +15,8 @@ from torch.nn import functional as F
 
 from bntool.core.errors import BntoolError, UsageError
 from bntool.experiment.checkpoints import Progress, read_checkpoint, write_checkpoint
-from bntool.experiment.datasets import Data, Samples
 from bntool.experiment.randomness import random_state, random_state_kept, seed_everything
+from bntool.experiment.samples import Data, Samples
 from bntool.experiment.settings import Settings, seed_for
 from bntool.experiment.syncing import sync_on_cpu
 from bntool.experiment.watching import Watcher

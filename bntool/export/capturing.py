@@ -7,16 +7,16 @@ import io
 import logging
 import re
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from bntool.core.errors import ExportError, InvariantError
 from bntool.export.dynamic_axes import BATCH_AXIS, DynamicAxes, sample_for, shapes_for, symbols_of
 from bntool.export.onnx_versions import LEAST_OPSET, OPSETS
-from bntool.graph.inputs import Inputs
+from bntool.graph.inputs import Inputs, plain
 from bntool.observe.standing_in import set_modes, stand_in
 
 _BFLOAT16_OPSET = 22
@@ -78,12 +78,18 @@ def _captures(model: nn.Module, inputs: Inputs) -> bool:
 
 def why_no_batch_axis(inputs: Inputs) -> str:
     """Why the leading axis of the inputs is not surely the batch; empty where it is."""
-    if any(isinstance(value, list | tuple | dict) for value in (*inputs.args, *inputs.kwargs.values())):
-        return "the inputs are nested, so no axis is surely the batch"
+    if any(isinstance(value, list | tuple) for value in _flat((*inputs.args, *inputs.kwargs.values()))):
+        return "an input is a list, whose tensors may be the samples"
     sizes = {t.shape[0] for t in inputs.tensors().values() if t.dim()}
     if len(sizes) != 1:
         return "the inputs have no common leading axis"
     return ""
+
+
+def _flat(values: Iterable[Any]) -> Iterator[Any]:
+    """The values, those of a dict in place of the dict: its keys name inputs as those of a forward do."""
+    for value in values:
+        yield from _flat(value.values()) if isinstance(value, Mapping) else (value,)
 
 
 def _capture_open(
@@ -95,14 +101,24 @@ def _capture_open(
     # Copies, because torch marks the very tensors whose axes it is told to leave open.
     sample = sample_for(inputs, asked).map(torch.clone)
     shapes = shapes_for(sample, torch.export.Dim(BATCH_AXIS) if batch else None, asked)
+    run = set_modes(stand_in(model).module, training=False)  # of its own: a failed try leaves its marks
+    if not isinstance(run, torch.jit.ScriptModule):
+        run.register_forward_hook(lambda _module, _args, output: _known_to_torch(output))
     program = torch.export.export(
-        set_modes(stand_in(model).module, training=False),  # of its own: a failed try leaves its marks
+        run,
         sample.args,
         dict(sample.kwargs),
         dynamic_shapes=shapes if batch or asked else None,
         strict=False,
     )
     return program, symbols_of(program, sample, asked)
+
+
+def _known_to_torch(output: Any) -> Any:
+    """An output as containers that torch.export takes apart: of a dataclass, say, a dict of its fields."""
+    leaves = torch.utils._pytree.tree_leaves(output)
+    known = all(leaf is None or isinstance(leaf, Tensor | int | float) for leaf in leaves)
+    return output if known else plain(output)
 
 
 def convert(program: torch.export.ExportedProgram, opset: int | None) -> Any:
@@ -190,10 +206,21 @@ def batch_norm_nodes(program: torch.export.ExportedProgram) -> list[torch.fx.Nod
     return [
         node
         for module in program.graph_module.modules()
-        if isinstance(module, torch.fx.GraphModule)
-        for node in module.graph.nodes
+        for node in _nodes_of(module)
         if node.op == "call_function" and str(node.target).startswith(_BATCH_NORM_OPS)
     ]
+
+
+def running_instance_norms(program: torch.export.ExportedProgram) -> int:
+    """How many InstanceNorms normalise by stored statistics, as a BatchNorm in eval mode does."""
+    nodes = (node for module in program.graph_module.modules() for node in _nodes_of(module))
+    called = [node for node in nodes if str(node.target).startswith("aten.instance_norm.")]
+    flags = (dict(zip(_argument_names(node), node.args, strict=False)) | node.kwargs for node in called)
+    return sum(not given.get("use_input_stats", True) for given in flags)
+
+
+def _nodes_of(module: nn.Module) -> Iterable[torch.fx.Node]:
+    return module.graph.nodes if isinstance(module, torch.fx.GraphModule) else ()
 
 
 @contextlib.contextmanager

@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
 
-from bntool.core.errors import ExportError, UsageError
+from bntool.core.errors import ExportError
+from bntool.core.options import ExportOptions
 from bntool.core.sites import Unshared
 from bntool.export.capturing import (
     batch_norm_nodes,
@@ -18,18 +19,18 @@ from bntool.export.capturing import (
     convert,
     fixed_batch,
     refuse_batch_statistics,
+    running_instance_norms,
     silent,
 )
 from bntool.export.dynamic_axes import DynamicAxes
 from bntool.export.onnx_cleaning import census, clean, name_axes, rename_initializers, rename_values
 from bntool.export.onnx_versions import chosen_ir_version, loads_in
-from bntool.export.onnx_writing import ExternalData, keep_float32_io, narrow_type, write_checked
+from bntool.export.onnx_writing import keep_float32_io, narrow_type, write_checked
 from bntool.files.targets import Target
 from bntool.graph.inputs import Inputs, named_tensors
 from bntool.models.casting import DTYPES, cast_copy
 from bntool.observe.isolation import Isolation
-
-Exporter = Literal["dynamo", "legacy"]
+from bntool.observe.wrappers import model_inside
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,60 +72,46 @@ class _Form:
 
     path: Path
     names: Mapping[str, str]
-    opset: int | None
-    ir_version: int | None
-    external_data: ExternalData
+    how: ExportOptions
     metadata: Mapping[str, str]
-    dtype: str = ""
-    keep_io: bool = False
-    force: bool = False
+    force: bool
 
 
 def export_onnx(
     model: nn.Module,
     example_inputs: Any,
     path: str | Path,
+    how: ExportOptions,
     *,
-    opset: int | None = None,
-    ir_version: int | None = None,
-    dynamic_batch: bool = True,
-    dynamic: Mapping[str, Sequence[int]] | None = None,
-    external_data: ExternalData = "auto",
-    dtype: Literal["", "fp16", "bf16"] = "",
-    keep_io: bool = False,
-    exporter: Exporter = "dynamo",
     metadata: Mapping[str, str] | None = None,
     force: bool = False,
 ) -> ExportResult:
     """Write `model`, in eval mode, as an ONNX file whose weights keep their state_dict names.
 
     The leading axis of the inputs becomes the dynamic axis `batch`, where torch can make it so; otherwise
-    a note says that it is fixed. `dynamic` names more axes, by input (`{"input": (2, 3)}`), which must
-    become dynamic. `dtype` casts weights, inputs and outputs; with `keep_io` inputs and outputs stay
-    float32. `exporter="legacy"` traces, for models that torch.export cannot capture. `opset` and
-    `ir_version` are the lowest that work unless given. Every BatchNorm that the model calls stays a
-    BatchNormalization node.
+    a note says that it is fixed. Axes that the options name must become dynamic. Every BatchNorm that the
+    model calls stays a BatchNormalization node. Of a model in a wrapper (`DistributedDataParallel`,
+    `torch.compile`, …) the one inside is written, under its own names.
 
     Nothing is left behind when it fails. Raises `ExportError` for a model that torch or ONNX cannot take,
     or whose numbers do not fit `dtype`; `UsageError` for an axis or an IR version that there is not, and
     where `path` exists and not `force`.
     """
+    model, _ = model_inside(model)
     target = _target(path, force)
     inputs = Inputs.of(example_inputs)
-    axes = DynamicAxes(dynamic_batch, dynamic or {})
+    axes = DynamicAxes(not how.static_batch, how.axes())
     axes.named_for(inputs)
     notes = _mode_notes(model)
-    if keep_io and not dtype:
-        raise UsageError("--keep-io goes with --dtype", next_step="add --dtype fp16, or leave --keep-io out")
     isolation = Isolation(model)
     with isolation.run(watched=False) as subject:
-        if dtype:
-            subject = cast_copy(subject, DTYPES[dtype])
-            inputs = inputs.to(dtype=DTYPES[dtype])
-            torch.set_default_dtype(DTYPES[dtype])  # a tensor that forward makes without a dtype follows
+        if how.narrow:
+            dtype = DTYPES[how.narrow]
+            subject, inputs = cast_copy(subject, dtype), inputs.to(dtype=dtype)
+            torch.set_default_dtype(dtype)  # a tensor that forward makes without a dtype follows
         names = _tensor_names(subject)
-        form = _Form(target, names, opset, ir_version, external_data, metadata or {}, dtype, keep_io, force)
-        by = _traced if exporter == "legacy" else _captured
+        form = _Form(target, names, how, metadata or {}, force)
+        by = _traced if how.exporter == "legacy" else _captured
         return by(subject, inputs, axes, form, notes + isolation.notes)
 
 
@@ -132,10 +119,8 @@ def export_program(
     program: torch.export.ExportedProgram,
     example_inputs: Any,
     path: str | Path,
+    how: ExportOptions,
     *,
-    opset: int | None = None,
-    ir_version: int | None = None,
-    external_data: ExternalData = "auto",
     metadata: Mapping[str, str] | None = None,
     force: bool = False,
 ) -> ExportResult:
@@ -145,8 +130,8 @@ def export_program(
     """
     names = {name: name for name in (*program.state_dict, *program.constants)}
     target = _target(path, force)
-    form = _Form(target, names, opset, ir_version, external_data, metadata or {}, force=force)
-    return _cleaned(_converted(program, opset), Inputs.of(example_inputs), {}, form, [])
+    form = _Form(target, names, how, metadata or {}, force)
+    return _cleaned(_converted(program, how.opset), Inputs.of(example_inputs), {}, form, [])
 
 
 def _target(path: str | Path, force: bool) -> Path:
@@ -167,14 +152,14 @@ def _captured(
     with silent():
         program, symbols, told = capture(model, inputs, axes)
     try:
-        converted = _converted(program, form.opset)
+        converted = _converted(program, form.how.opset)
     except ExportError as error:
         if told or not axes.batch:
             raise
         try:
             with silent():
                 program, symbols, _ = capture(model, inputs, dataclasses.replace(axes, batch=False))
-            converted = _converted(program, form.opset)
+            converted = _converted(program, form.how.opset)
         except ExportError:
             raise error from None
         told = [fixed_batch(inputs, error.what)]
@@ -193,7 +178,7 @@ def _cleaned(
     """What torch's exporter made, with the names of the user's model."""
     onnx_model, program = converted.model, converted.exported_program
     calls = len(batch_norm_nodes(program))
-    _require_every_batch_norm(onnx_model, range(calls, calls + 1))
+    _require_every_batch_norm(onnx_model, range(calls, calls + 1), running_instance_norms(program))
     notes = notes + _clean(onnx_model, form.names)
     name_axes(onnx_model, symbols)
     input_names = _name_inputs(onnx_model, inputs, notes)
@@ -206,7 +191,7 @@ def _traced(
 ) -> ExportResult:
     from bntool.export.legacy_exporting import trace
 
-    onnx_model, output_names, calls, told = trace(model, inputs, axes, form.opset)
+    onnx_model, output_names, calls, told = trace(model, inputs, axes, form.how.opset)
     _require_every_batch_norm(onnx_model, calls)
     notes = notes + told + _clean(onnx_model, form.names)
     taken = {str(value.name) for value in onnx_model.graph.inputs}
@@ -226,11 +211,11 @@ def _clean(onnx_model: Any, names: Mapping[str, str]) -> list[str]:
 
 def _written(onnx_model: Any, form: _Form, notes: list[str]) -> ExportResult:
     opset = int(onnx_model.opset_imports[""])
-    onnx_model.ir_version = chosen_ir_version(opset, form.ir_version)
-    if form.keep_io:
-        keep_float32_io(onnx_model, narrow_type(form.dtype))
+    onnx_model.ir_version = chosen_ir_version(opset, form.how.ir_version)
+    if form.how.keep_io:
+        keep_float32_io(onnx_model, narrow_type(form.how.narrow))
     onnx_model.metadata_props.update(sorted(form.metadata.items()))
-    data_path = write_checked(onnx_model, form.path, form.external_data, force=form.force)
+    data_path = write_checked(onnx_model, form.path, form.how.external_data, force=form.force)
     return ExportResult(
         path=form.path,
         opset=opset,
@@ -240,7 +225,7 @@ def _written(onnx_model: Any, form: _Form, notes: list[str]) -> ExportResult:
         notes=tuple(notes),
         input_names=tuple(str(value.name) for value in onnx_model.graph.inputs),
         output_names=tuple(str(value.name) for value in onnx_model.graph.outputs),
-        dtype=form.dtype,
+        dtype=form.how.narrow,
         loads_in=loads_in(opset, int(onnx_model.ir_version)),
     )
 
@@ -254,8 +239,9 @@ def _mode_notes(model: nn.Module) -> list[str]:
     return [f"{len(training)} module(s) were in train mode{told}; exported in eval mode"]
 
 
-def _require_every_batch_norm(onnx_model: Any, expected: range) -> None:
-    written = census(onnx_model)["BatchNormalization"]
+def _require_every_batch_norm(onnx_model: Any, expected: range, instance_norms: int = 0) -> None:
+    """An InstanceNorm with running statistics is written as a BatchNormalization too: it is one."""
+    written = census(onnx_model)["BatchNormalization"] - instance_norms
     if written not in expected:
         raise ExportError(
             f"the model calls {expected[-1]} BatchNorm(s), but torch's exporter wrote {written}",

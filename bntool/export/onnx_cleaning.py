@@ -43,6 +43,7 @@ def clean(model: ir.Model, own_names: Iterable[str]) -> int:
     before -= of_weights
     fold_constants(model, onnx_shape_inference=True, should_fold=_should_fold)
     refuse_training_form(model)
+    _drop_added_zeros(model)
     common.IdentityEliminationPass()(model)
     common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
     common.RemoveUnusedNodesPass()(model)
@@ -225,6 +226,37 @@ def _drop_made_up_biases(model: ir.Model, own_names: set[str]) -> None:
             continue
         if not bias.const_value.numpy().any():
             node.resize_inputs(2)
+
+
+def _drop_added_zeros(model: ir.Model) -> None:
+    """What is added to zeros of its own shape, as a branch gives that another took in, is left as it is."""
+    for node in list(model.graph):
+        ways = {"Add": (node.inputs, node.inputs[::-1]), "Sub": (node.inputs[::-1],)}
+        for zeros, other in ways.get(node.op_type, ()):
+            if _is_expanded_zero(zeros) and other is not None and _are_of_one_shape(other, node.outputs[0]):
+                same = ir.node("Identity", [other], metadata_props=node.metadata_props)
+                ir.convenience.replace_nodes_and_values(
+                    model.graph, node, [node], [same], node.outputs, same.outputs
+                )
+                break
+
+
+def _are_of_one_shape(one: ir.Value, other: ir.Value) -> bool:
+    """Whether both shapes are known, axis by axis, and the same."""
+    known = [[getattr(size, "value", size) for size in v.shape] if v.shape else [None] for v in (one, other)]
+    return None not in known[0] and known[0] == known[1]
+
+
+def _is_expanded_zero(value: ir.Value | None) -> bool:
+    maker = None if value is None else value.producer()
+    if maker is None or maker.op_type != "Expand":
+        return False
+    while maker is not None and maker.op_type in ("Expand", "Cast", "CastLike"):
+        value = maker.inputs[0]
+        maker = None if value is None else value.producer()
+    if maker is not None and maker.op_type == "ConstantOfShape":
+        return "value" not in maker.attributes or not maker.attributes["value"].as_tensor().numpy().any()
+    return value is not None and value.const_value is not None and not value.const_value.numpy().any()
 
 
 def _name_nodes(model: ir.Model, own_names: set[str]) -> None:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from bntool.files.references import is_reference
     from bntool.files.saving import allow_entries_of, save_model
     from bntool.files.sidecar import (
+        Origin,
         describes,
         make_document,
         output_name,
@@ -42,6 +43,7 @@ _HOME = {
     "recall": "memory",
     "remember": "memory",
     "save_model": "saving",
+    "Origin": "sidecar",
     "make_document": "sidecar",
     "output_name": "sidecar",
     "read_sidecar": "sidecar",
@@ -53,6 +55,7 @@ __all__ = [
     "FileKind",
     "Kind",
     "Loaded",
+    "Origin",
     "Record",
     "Target",
     "allow_entries_of",

@@ -27,9 +27,10 @@ from torch.overrides import TorchFunctionMode
 
 from bntool.core.errors import BntoolError, LoadError
 from bntool.files.atomic import write_atomically
+from bntool.files.filling import fill
 from bntool.files.references import build as build_model
 from bntool.files.references import recorded_inputs
-from bntool.files.weights import StateDict, fill
+from bntool.files.weights import StateDict
 
 Marks = npt.NDArray[np.uint64]
 Tell = Callable[[str], object]

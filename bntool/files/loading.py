@@ -14,11 +14,12 @@ from typing import Any, Literal
 from torch import nn
 from torch.export import ExportedProgram
 
-from bntool.core.errors import InvariantError, LoadError, UsageError
+from bntool.core.errors import InvariantError, LoadError, NeedsArchitecture, UsageError
 from bntool.core.limits import DEFAULT_MAX_SIZE, Limit
 from bntool.files.architectures import closest, load_index, take_exact
 from bntool.files.atomic import sha256_of
 from bntool.files.detect import FileKind, Kind, detect
+from bntool.files.filling import bare_weights, filled
 from bntool.files.references import build, full_names, is_reference, recorded_inputs
 from bntool.files.regular import exists
 from bntool.files.safetensors_files import read_header, read_index
@@ -28,15 +29,7 @@ from bntool.files.security.pickled_calls import shown
 from bntool.files.security.pickles import read_pickled
 from bntool.files.security.scripted import DEPRECATED, read_script
 from bntool.files.tensors import require_dense
-from bntool.files.weights import (
-    Found,
-    StateDict,
-    fill,
-    find_weights,
-    prefix_over,
-    with_prefix,
-    without_prefix,
-)
+from bntool.files.weights import Found, StateDict, find_weights
 from bntool.graph.inputs import Inputs
 
 _SAFETENSORS = (Kind.SAFETENSORS, Kind.SAFETENSORS_INDEX)
@@ -215,7 +208,7 @@ def _from_file(
     if arch is None:
         raise _without_architecture(path, found, options)
     if arch == "auto":
-        arch = take_exact(found.value, load_index(options.tell))
+        arch = take_exact(bare_weights(found.value), load_index(options.tell))
         found = dataclasses.replace(found, notes=(*found.notes, f"--arch auto: {arch}"))
     if not is_reference(arch):
         raise UsageError(
@@ -225,7 +218,7 @@ def _from_file(
     model = build(arch).model
     if prepare is not None:
         model = prepare(model)
-    found = _fill(model, found, arch, path)
+    found = filled(model, found, arch, str(path))
     outer: LoadedKind = "safetensors" if kind.kind in _SAFETENSORS else "state_dict"
     return Loaded(
         model=model,
@@ -238,8 +231,8 @@ def _from_file(
     )
 
 
-def _without_architecture(path: Path, found: Found, options: _Reading) -> LoadError:
-    state = _weights_of(found)
+def _without_architecture(path: Path, found: Found, options: _Reading) -> NeedsArchitecture:
+    state = bare_weights(_weights_of(found))
     near, fitting = "", "torchvision:resnet50"
     with contextlib.suppress(LoadError):
         # Those of timm take minutes: only for who asks for them, or has before.
@@ -249,13 +242,15 @@ def _without_architecture(path: Path, found: Found, options: _Reading) -> LoadEr
         if exact:
             near = f"{' and '.join(exact[:3])} fit{'s' if len(exact) == 1 else ''}, which is for you to say"
             fitting = exact[0]
-    return LoadError(
+    error = NeedsArchitecture(
         f"{path.name} holds only weights ({len(state)} tensors), not the model they belong to"
         + (f"; {near}" if near else ""),
         where=str(path),
         next_step=f"name its architecture: {path.name} --arch {fitting}, --arch timm:NAME, --arch "
         "path/file.py:Class, or --arch auto to look for one that fits exactly (some minutes, the first time)",
     )
+    error.weights = state
+    return error
 
 
 def _program(path: Path, ref: str, arch: str | None, options: _Reading) -> Loaded:
@@ -296,7 +291,7 @@ def _from_reference(
     found = read.found
     if isinstance(found.value, nn.Module):
         found = dataclasses.replace(found, value=found.value.state_dict())
-    found = _fill(model, found, ref, path)
+    found = filled(model, found, ref, str(path))
     return Loaded(
         model=model,
         reference=ref,
@@ -359,23 +354,6 @@ def _weights_of(found: Found) -> StateDict:
     if isinstance(found.value, nn.Module):
         raise InvariantError("a whole module was taken for weights")
     return found.value
-
-
-def _fill(model: nn.Module, found: Found, arch: str, path: Path) -> Found:
-    state = _weights_of(found)
-    own = model.state_dict()
-    # The prefix may be a child of the model itself; then it is no wrapper.
-    if found.prefix and all(k.startswith(found.prefix) for k in own):
-        found = dataclasses.replace(found, value=with_prefix(state, found.prefix), prefix="")
-    else:
-        outer = prefix_over(own, state)
-        prefix = found.prefix + outer
-        note = (f"{prefix!r} was taken off every key",) if prefix else ()
-        found = dataclasses.replace(
-            found, value=without_prefix(state, outer), prefix=prefix, notes=(*found.notes, *note)
-        )
-    fill(model, _weights_of(found), arch, str(path))
-    return found
 
 
 def _not_loadable(path: Path, kind: FileKind) -> LoadError:

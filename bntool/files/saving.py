@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import io
 import pickle
+import re
 import types
 from pathlib import Path
 from typing import Any, ClassVar
@@ -23,7 +25,19 @@ from bntool.files.security.pickles import unknown_globals
 from bntool.files.security.scripted import script_bytes
 from bntool.files.shards import shard_of, write_shards
 from bntool.files.targets import Drafts, Target
-from bntool.files.weights import StateDict, with_prefix
+from bntool.files.weights import StateDict
+
+
+@dataclasses.dataclass(frozen=True)
+class Saved:
+    """What was written: its sha256, and why it is a state_dict where it would be a model."""
+
+    digest: str
+    as_weights: str = ""
+
+
+class _Unpicklable(Exception):
+    """A model that Python cannot pickle: why."""
 
 
 def save_model(
@@ -31,31 +45,35 @@ def save_model(
 ) -> str:
     """Write `model` to `output` as the kind of file that `loaded` came from; return its sha256.
 
-    The same model gives the same bytes. The optimizer state of a checkpoint is copied as it was. Raises
-    `UsageError` for an output that may not be written or a model that cannot be pickled.
+    The same model gives the same bytes. The optimizer state of a checkpoint is copied as it was. Of a model
+    that cannot be pickled the state_dict is written. Raises `UsageError` for an output that may not be
+    written.
     """
     require_fitting_name(loaded, Path(output))
     target = Target(force=force, reads=loaded.files)
     path = target.claim(output)
     with target.drafts() as drafts:
-        return save_draft(loaded, model, path, drafts)
+        return save_draft(loaded, model, path, drafts).digest
 
 
-def save_draft(loaded: Loaded, model: nn.Module | ExportedProgram, path: Path, drafts: Drafts) -> str:
+def save_draft(loaded: Loaded, model: nn.Module | ExportedProgram, path: Path, drafts: Drafts) -> Saved:
     """The same into the drafts of a claimed `path`, to be put into place with the other files."""
     if loaded.shards and not isinstance(model, ExportedProgram):
-        return _save_shards(loaded, model, path, drafts)
+        return Saved(_save_shards(loaded, model, path, drafts))
     draft = drafts.of(path)
     if isinstance(model, ExportedProgram):
         draft.write_bytes(_program_bytes(model))
     elif isinstance(model, torch.jit.ScriptModule):
         draft.write_bytes(script_bytes(model))
     elif loaded.kind == "safetensors":
-        prefix = loaded.wrapped_in.prefix if loaded.wrapped_in else ""
-        _write_safetensors(_distinct(with_prefix(_weights(model), prefix)), dict(loaded.metadata), draft)
+        _write_safetensors(_distinct(_stored(loaded, model)), dict(loaded.metadata), draft)
     else:
-        _write_torch(_held(loaded, model), draft)
-    return sha256_of(draft)
+        try:
+            _write_torch(_held(loaded, model), draft)
+        except _Unpicklable as error:
+            _write_weights(model, draft)
+            return Saved(sha256_of(draft), str(error))
+    return Saved(sha256_of(draft))
 
 
 def require_fitting_name(loaded: Loaded, output: Path) -> None:
@@ -90,7 +108,7 @@ def _held(loaded: Loaded, model: nn.Module) -> Any:
     if found is None:
         return model
     whole = isinstance(found.value, nn.Module)
-    value: Any = model if whole else with_prefix(_weights(model), found.prefix)
+    value: Any = model if whole else _stored(loaded, model)
     return _replaced(found.container, found.path, value)
 
 
@@ -104,8 +122,7 @@ def _replaced(container: Any, path: tuple[str, ...], value: Any) -> Any:
 
 def _save_shards(loaded: Loaded, model: nn.Module, output: Path, drafts: Drafts) -> str:
     """Every tensor in the file that its layer was in; the index, which makes them a model, goes last."""
-    prefix = loaded.wrapped_in.prefix if loaded.wrapped_in else ""
-    tensors = _distinct(with_prefix(_weights(model), prefix))
+    tensors = _distinct(_stored(loaded, model))
     parts = shard_of({n: shard for shard, names in loaded.shards.items() for n in names}, tensors)
 
     def fill(shard: str, temporary: Path) -> None:
@@ -115,6 +132,12 @@ def _save_shards(loaded: Loaded, model: nn.Module, output: Path, drafts: Drafts)
 
     sizes = {name: tensor.nbytes for name, tensor in tensors.items()}
     return write_shards(output, parts, sizes, loaded.metadata, fill, drafts)
+
+
+def _stored(loaded: Loaded, model: nn.Module) -> StateDict:
+    """The model's weights as the file names them, with what stood beside the old ones."""
+    found, weights = loaded.wrapped_in, _weights(model)
+    return found.saved(weights) if found is not None else weights
 
 
 def _weights(model: nn.Module) -> StateDict:
@@ -168,16 +191,32 @@ def _write_torch(held: Any, path: Path) -> None:
     with path.open("wb") as file:
         try:
             torch.save(held, file, pickle_module=_ordered)
-        except (pickle.PicklingError, AttributeError, TypeError, RecursionError) as error:
-            raise UsageError(
-                f"the model cannot be pickled: {error}",
-                next_step="load it as weights with --arch, so that only its state_dict is saved",
-            ) from error
         except RuntimeError as error:
             # torch's writer reports a full disk, Ctrl-C or the end of a job so, with what happened behind it.
             if error.__context__ is not None and not isinstance(error.__context__, RuntimeError):
                 raise error.__context__ from error
-            raise OSError(f"torch.save failed ({str(error).splitlines()[0]})") from error
+            why = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            if _WRITER.search(why):
+                raise OSError(f"torch.save failed ({why})") from error
+            raise _Unpicklable(why.removesuffix(" See:")) from error
+        except OSError:
+            raise
+        except Exception as error:  # a class may refuse in its own way
+            raise _Unpicklable((str(error).strip().splitlines() or [type(error).__name__])[0]) from error
+
+
+def _write_weights(model: nn.Module, path: Path) -> None:
+    try:
+        _write_torch(_weights(model), path)
+    except _Unpicklable as error:
+        raise UsageError(
+            f"neither the model nor its state_dict can be pickled: {error}",
+            next_step="bntool export writes it as ONNX",
+        ) from error
+
+
+_WRITER = re.compile(r"enforce fail|PytorchStreamWriter|unexpected pos|file write failed")
+"""What torch's own writer of archives says of a file that it cannot write."""
 
 
 class _OrderedPickler(pickle._Pickler):

@@ -5,6 +5,7 @@ Nothing in it is a grant: it holds no allow-list, and a stranger may have writte
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.metadata
 import json
 from collections.abc import Mapping
@@ -80,15 +81,22 @@ def sidecar_path(output: str | Path) -> Path:
     return output.with_name(output.name + _SUFFIX)
 
 
+@dataclasses.dataclass(frozen=True)
+class Origin:
+    """Where a model came from: a reference or a file, its sha256, and what else it takes to load it."""
+
+    reference: str
+    sha256: str = ""
+    arch: str | None = None
+    weights: str | None = None
+    key: str | None = None
+
+
 def make_document(
     command: str,
-    *,
-    source: str,
-    source_hash: str,
+    origin: Origin,
     output: str | Path,
-    arch: str | None = None,
-    weights: str | None = None,
-    key: str | None = None,
+    *,
     digest: str = "",
     plan: Mapping[str, Any] | None = None,
     parameters: Mapping[str, Any] | None = None,
@@ -102,10 +110,14 @@ def make_document(
     return {
         "schema_version": SCHEMA_VERSION,
         "command": command,
-        "source": {"reference": _name(source), "sha256": source_hash},
+        "source": {"reference": _name(origin.reference), "sha256": origin.sha256},
         "output": {"name": visible(output.name), "sha256": digest or sha256_of(output)},
         "versions": {package: _version(package) for package in ("bntool", "torch")},
-        "reload": {"arch": arch, "weights": _name(weights) if weights else None, "key": key},
+        "reload": {
+            "arch": origin.arch,
+            "weights": _name(origin.weights) if origin.weights else None,
+            "key": origin.key,
+        },
         "plan": dict(plan) if plan is not None else None,
         "key_map": dict(plan.get("key_map", {})) if plan is not None else {},
         "parameters": dict(parameters) if parameters is not None else None,

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
-from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
 
 from bntool.core.errors import LoadError, UsageError
 from bntool.files.security.pickled_calls import shown
@@ -16,7 +15,8 @@ from bntool.files.security.pickled_calls import shown
 StateDict = dict[str, Any]
 
 _USUAL_KEYS = ("model", "state_dict", "ema", "model_state_dict")
-_WRAPPERS = ("module.", "_orig_mod.")
+_DEEPEST = 8
+_SHOWN = 6
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,7 +24,8 @@ class Found:
     """Weights (or a whole module) inside what a file holds.
 
     `container` is the whole of it, `path` the keys that lead to the weights (empty when they are the
-    whole), `prefix` what `DataParallel` or `torch.compile` had put before every key.
+    whole), `prefix` what stands before the name of each weight, such as `module.` of `DataParallel`; `beside`
+    are the entries between the weights that are none of the model's.
     """
 
     value: nn.Module | StateDict
@@ -32,15 +33,22 @@ class Found:
     path: tuple[str, ...] = ()
     prefix: str = ""
     notes: tuple[str, ...] = ()
+    beside: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    def saved(self, weights: StateDict) -> StateDict:
+        """New weights under the names that the file has for them, with what stood beside the old ones."""
+        return with_prefix(weights, self.prefix, self.beside)
 
 
 def find_weights(held: Any, key: str | None, where: str) -> Found:
-    """The module or state_dict in a loaded object: itself, under `key` (`a.b` for nested), or a usual key.
+    """The module or state_dict in a loaded object: itself, at `key`, at a usual key, or the only one in it.
 
+    `key` is a path, `a.b.c`, through what is held; its end may be what stands before the names of weights.
     Raises `LoadError` when there is none, `UsageError` for a `key` that is not there.
     """
+    prefix = ""
     if key is not None:
-        path = _key_path(held, key, where)
+        path, prefix = _key_path(held, key, where)
     elif isinstance(held, nn.Module) or is_state_dict(held):
         path = ()
     else:
@@ -49,76 +57,59 @@ def find_weights(held: Any, key: str | None, where: str) -> Found:
     for step in path:
         value = value[step]
     notes: tuple[str, ...] = ()
-    if path and any("optim" in str(k) for k in held):
-        notes += ("its optimizer state belongs to the model as it was before any surgery",)
     if path:
-        others = [
-            str(k) for k, v in held.items() if k != path[0] and _is_weights(v) and "optim" not in str(k)
-        ]
-        notes = (f"weights taken from {'.'.join(path)!r}", *notes)
+        others = [name for name in places_of_weights(held) if name != ".".join(path)]
+        notes += (f"weights taken from {'.'.join(path)!r}",)
+        if any("optim" in str(k) for k in held):
+            notes += ("its optimizer state belongs to the model as it was before any surgery",)
         if key is None and others:
             notes += (f"it also holds {', '.join(map(shown, others))}; --key takes another",)
     if isinstance(value, nn.Module):
         return Found(value, held, path, notes=notes)
-    bare, prefix, inner = strip_wrappers(value)
-    if inner:
-        notes += ("'_orig_mod.' of torch.compile was taken out of the keys",)
-    return Found(bare, held, path, prefix, notes)
+    return Found(without_prefix(value, ""), held, path, prefix, notes)
 
 
 def is_state_dict(value: Any) -> bool:
-    """Whether this maps names to tensors (entries of `get_extra_state` may be anything)."""
+    """Whether this maps names to tensors and to nothing else (`get_extra_state` may give anything)."""
     if not isinstance(value, Mapping) or not value:
         return False
-    return all(isinstance(k, str) for k in value) and all(
-        isinstance(v, Tensor) or k.endswith("_extra_state") for k, v in value.items()
-    )
+    return all(isinstance(k, str) and is_weight(k, v) for k, v in value.items())
 
 
-def strip_wrappers(state: Mapping[str, Any]) -> tuple[StateDict, str, bool]:
-    """The state_dict without wrapper prefixes, the prefix all keys had, and whether one stood inside keys."""
-    bare = without_prefix(state, "")
-    prefix = ""
-    while (wrapper := next((w for w in _WRAPPERS if all(k.startswith(w) for k in bare)), None)) and bare:
-        # `module.` may be the model's own only child; then every key says so, and the model decides (fill).
-        consume_prefix_in_state_dict_if_present(bare, wrapper)
-        prefix += wrapper
-    inner = any("._orig_mod." in k for k in bare)
-    if inner:
-        bare = OrderedDict((k.replace("._orig_mod.", "."), v) for k, v in bare.items())
-    return bare, prefix, inner
+def is_weight(name: str, value: Any) -> bool:
+    """Whether an entry of a state_dict belongs to a model."""
+    return isinstance(value, Tensor) or name.endswith("_extra_state")
 
 
-def prefix_over(own: Iterable[str], state: Iterable[str]) -> str:
-    """What a module around the model, as training frameworks have one, put before every key of `state`.
-
-    Empty unless the keys without it are exactly the model's `own`.
-    """
-    names, keys = set(own), set(state)
-    first = min(names, default="")
-    for key in keys:
-        prefix = key.removesuffix(first)
-        if prefix.endswith(".") and key != prefix and {prefix + name for name in names} == keys:
-            return prefix
-    return ""
+def places_of_weights(held: Any, at: tuple[str, ...] = ()) -> list[str]:
+    """Where in a nest of mappings there are modules or state_dicts, as `--key` names them; no optimizer's."""
+    if isinstance(held, nn.Module) or is_state_dict(held):
+        return [".".join(at)]
+    if not isinstance(held, Mapping) or len(at) > _DEEPEST:
+        return []
+    names = [name for name in held if isinstance(name, str) and "optim" not in name]
+    return [place for name in names for place in places_of_weights(held[name], (*at, name))]
 
 
 def without_prefix(state: Mapping[str, Any], prefix: str) -> StateDict:
-    """The state_dict without `prefix`, with which each of its keys begins, its metadata too."""
-    bare: OrderedDict[str, Any] = OrderedDict(state)
+    """The entries under `prefix`, without it; the metadata too."""
+    bare: StateDict = OrderedDict((k[len(prefix) :], v) for k, v in state.items() if k.startswith(prefix))
     metadata = getattr(state, "_metadata", None)
     if isinstance(metadata, dict):
-        bare._metadata = OrderedDict(metadata)  # type: ignore[attr-defined]
-    if prefix:
-        consume_prefix_in_state_dict_if_present(bare, prefix)
+        stem = prefix.rstrip(".")
+        kept = {k: v for k, v in metadata.items() if not prefix or k == stem or k.startswith(prefix)}
+        bare._metadata = OrderedDict(  # type: ignore[attr-defined]
+            (k[len(prefix) :] if k != stem or not prefix else "", v) for k, v in kept.items()
+        )
     return bare
 
 
-def with_prefix(state: Mapping[str, Any], prefix: str) -> StateDict:
-    """The state_dict with `prefix` before every key, its metadata too."""
-    if not prefix:
+def with_prefix(state: Mapping[str, Any], prefix: str, beside: Mapping[str, Any] | None = None) -> StateDict:
+    """The state_dict with `prefix` before every key, and what stood `beside` it; its metadata too."""
+    if not prefix and not beside:
         return state if isinstance(state, dict) else dict(state)
     out: OrderedDict[str, Any] = OrderedDict((prefix + k, v) for k, v in state.items())
+    out.update(beside or {})
     metadata = getattr(state, "_metadata", None)
     if isinstance(metadata, dict):
         stem = prefix.rstrip(".")
@@ -128,111 +119,78 @@ def with_prefix(state: Mapping[str, Any], prefix: str) -> StateDict:
     return out
 
 
-def fill(model: nn.Module, state: Mapping[str, Any], what: str, where: str) -> None:
-    """Load `state` into `model` in place, every key and shape; the tensors keep the file's types.
-
-    A missing key is let pass only when its tensor is tied to one that is there. Raises `LoadError` with
-    the missing and unexpected keys, and those whose tensors differ in shape or are complex where the model's
-    are real.
-    """
-    own = model.state_dict()
-    unlike = [
-        f"{shown(k)} is {difference}"
-        for k, v in state.items()
-        if isinstance(v, Tensor) and isinstance(own.get(k), Tensor) and (difference := _difference(v, own[k]))
-    ]
-    missing: list[str] = []
-    unexpected: list[str] = []
-    if unlike:
-        missing, unexpected = [k for k in own if k not in state], [k for k in state if k not in own]
-    else:
-        _match_dtypes(model, state)
-        try:
-            result = model.load_state_dict(state, strict=False)
-        except (RuntimeError, TypeError, ValueError, AttributeError, KeyError) as error:
-            raise _misfit(what, where, [shown(str(error).strip().split("\n")[-1].strip())]) from error
-        missing, unexpected = list(result.missing_keys), list(result.unexpected_keys)
-    kept = model.state_dict(keep_vars=True)
-    given = {id(v) for k, v in kept.items() if k in state}
-    missing = [k for k in missing if id(kept[k]) not in given]
-    lines = [
-        f"{len(keys)} {label} ({_some(keys)})"
-        for label, keys in (
-            ("missing", missing),
-            ("unexpected", unexpected),
-            ("of another shape or type", unlike),
-        )
-        if keys
-    ]
-    if lines:
-        raise _misfit(what, where, lines)
+def _key_path(held: Any, key: str, where: str) -> tuple[tuple[str, ...], str]:
+    """The way to the weights that `key` names, and what stands before their names there."""
+    starts: list[tuple[str, ...]] = [(), *((name,) for name in _USUAL_KEYS)]
+    for start in starts:
+        found = _walked(at(held, start), key)
+        if found is not None:
+            return (*start, *found[0]), found[1]
+    there = [place for place in places_of_weights(held) if place]
+    listed = f"--key {shown(there[0])}" if there else "name a file that holds weights"
+    if len(there) > 1:
+        listed += "".join(f", or --key {shown(place)}" for place in there[1:_SHOWN])
+    raise UsageError(f"--key {key}: no weights there; {_contents(held)}", where=where, next_step=listed)
 
 
-def _difference(given: Tensor, own: Tensor) -> str:
-    if given.shape != own.shape:
-        return f"{list(given.shape)}, the model has {list(own.shape)}"
-    # Copied into real numbers, complex ones would lose their other half.
-    return f"{given.dtype}, the model has {own.dtype}" if given.is_complex() and not own.is_complex() else ""
+def _walked(held: Any, key: str) -> tuple[tuple[str, ...], str] | None:
+    """The longest way along `key` through mappings whose rest, if any, stands before names of weights."""
+    if isinstance(held, Mapping):
+        parts = key.split(".")
+        for end in range(len(parts), 0, -1):
+            name, rest = ".".join(parts[:end]), ".".join(parts[end:])
+            if name not in held:
+                continue
+            if not rest and holds_weights(held[name]):
+                return (name,), ""
+            found = _walked(held[name], rest) if rest else None
+            if found is not None:
+                return (name, *found[0]), found[1]
+        prefix = f"{key}."
+        if any(isinstance(k, str) and k.startswith(prefix) and is_weight(k, v) for k, v in held.items()):
+            return (), prefix
+    return None
 
 
-def _match_dtypes(model: nn.Module, state: Mapping[str, Any]) -> None:
-    # load_state_dict copies into the model's types, which would round or widen what the file holds.
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        given = state.get(name)
-        if not isinstance(given, Tensor) or not isinstance(tensor, Tensor):
-            continue
-        if given.is_floating_point() and tensor.is_floating_point():
-            tensor.data = tensor.data.to(given.dtype)
+def at(held: Any, path: tuple[str, ...]) -> Any:
+    """What lies at the end of a way through mappings; None where there is no such way."""
+    for step in path:
+        held = held.get(step) if isinstance(held, Mapping) else None
+    return held
 
 
-def _some(names: list[str]) -> str:
-    rest = len(names) - 3
-    return ", ".join(shown(n) for n in names[:3]) + (f" and {rest} more" if rest > 0 else "")
-
-
-def _misfit(what: str, where: str, lines: list[str]) -> LoadError:
-    return LoadError(
-        f"the weights do not fit {what}: " + "; ".join(lines),
-        where=where,
-        next_step="name the architecture they were saved from; for one with changed layers write a function "
-        "that makes it: --arch path/file.py:make_model",
+def holds_weights(value: Any) -> bool:
+    """Whether this is a module or maps names to tensors, among other things perhaps."""
+    if isinstance(value, nn.Module):
+        return True
+    return isinstance(value, Mapping) and any(
+        isinstance(k, str) and isinstance(v, Tensor) for k, v in value.items()
     )
 
 
-def _is_weights(value: Any) -> bool:
+def _is_all_weights(value: Any) -> bool:
     return isinstance(value, nn.Module) or is_state_dict(value)
 
 
-def _key_path(held: Any, key: str, where: str) -> tuple[str, ...]:
-    for path in ((key,), tuple(key.split("."))):
-        value = held
-        for step in path:
-            value = value.get(step) if isinstance(value, Mapping) else None
-        if _is_weights(value):
-            return path
-    raise UsageError(
-        f"--key {key}: no weights there; {_contents(held)}", where=where, next_step="name another --key"
-    )
-
-
 def _usual_path(held: Any, where: str) -> tuple[str, ...]:
-    if isinstance(held, Mapping):
-        for key in _USUAL_KEYS:
-            value = held.get(key)
-            if _is_weights(value):
-                return (key,)
-        for outer in _USUAL_KEYS:
-            inner = held.get(outer)
-            if isinstance(inner, Mapping):
-                for key in _USUAL_KEYS:
-                    if _is_weights(inner.get(key)):
-                        return (outer, key)
-    raise LoadError(
-        f"no model or weights found: {_contents(held)}",
-        where=where,
-        next_step="name the entry that holds them: --key NAME" if isinstance(held, Mapping) and held
-        else "torch.save an nn.Module or its state_dict",
-    )  # fmt: skip
+    usual: list[tuple[str, ...]] = [(key,) for key in _USUAL_KEYS]
+    usual += [(outer, inner) for outer in _USUAL_KEYS for inner in _USUAL_KEYS]
+    for fits in (_is_all_weights, holds_weights):
+        for path in usual:
+            if fits(at(held, path)):
+                return path
+    there = places_of_weights(held)
+    if len(there) == 1:
+        return _key_path(held, there[0], where)[0]
+    if not there and isinstance(held, Mapping) and holds_weights(held):
+        return ()
+    next_step = "torch.save an nn.Module or its state_dict"
+    if there:
+        next_step = "say which: " + ", ".join(f"--key {shown(place)}" for place in there[:_SHOWN])
+    elif isinstance(held, Mapping) and held:
+        next_step = "name a file that holds weights"
+    what = f"{len(there)} sets of weights found" if there else "no model or weights found"
+    raise LoadError(f"{what}: {_contents(held)}", where=where, next_step=next_step)
 
 
 def _contents(held: Any) -> str:

@@ -2,18 +2,21 @@
 
 Every value is looked at as a sum of branches over an earlier value: convolutions of it and the value itself,
 each with an affine map behind. A sum whose inner values nobody else reads is one convolution where the law of
-`laws.merging` says so, and where that costs no more weights than the branches had.
+`laws.merging` says so, and where that costs no more weights than the branches had. In a module tree the
+forward goes on adding (`absorbing`), so there a sum may have more beside its branches.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 from collections.abc import Mapping
 
 import torch
 
-from bntool.core.sites import Branch, Merge
+from bntool.core.sites import Branch, Merge, Window
+from bntool.folding.absorbing import adds_a_constant, can_be_heir, layers_that_go
 from bntool.folding.claims import Claims
 from bntool.folding.norms import Norm
 from bntool.graph.affine import Affine, Constant, compose, identity
@@ -30,20 +33,21 @@ _ROOTS = frozenset({"add", "sub", "mul", "div", "batch_norm"})
 class _Sum:
     """Branches over one value: each a convolution (None: the value itself) and the map behind it.
 
-    `members` are the ops that do nothing else.
+    `members` are the ops that do nothing else. `open` where a forward adds what is no branch of it.
     """
 
     terms: tuple[tuple[Op | None, Affine], ...]
     members: frozenset[int] = frozenset()
+    open: bool = False
 
     def then(self, outer: Affine, op: Op) -> _Sum:
         """This sum after an affine map: its scale for every branch, its shift for one."""
         bare = outer.then("scale_part")
         terms = [(conv, compose(bare if i else outer, own)) for i, (conv, own) in enumerate(self.terms)]
-        return _Sum(tuple(terms), self.members | {op.id})
+        return _Sum(tuple(terms), self.members | {op.id}, self.open)
 
     def plus(self, other: _Sum) -> _Sum:
-        return _Sum(self.terms + other.terms, self.members | other.members)
+        return _Sum(self.terms + other.terms, self.members | other.members, self.open or other.open)
 
 
 def find_merges(context: Context, claims: Claims, gone: set[int], kept: Mapping[int, Norm]) -> list[Merge]:
@@ -55,6 +59,7 @@ class _Merger:
     def __init__(self, context: Context, claims: Claims, gone: set[int], kept: Mapping[int, Norm]) -> None:
         self.context, self.claims, self.gone, self.kept = context, claims, gone, kept
         self.graph: Graph = context.graph
+        self.in_tree = not self.graph.rewirable
         self.source: dict[int, int] = {}
         self.sums: dict[int, dict[int, _Sum]] = {}
 
@@ -126,7 +131,12 @@ class _Merger:
             return {}  # it may have been read from the data
         weighed = op.attrs["alpha"] if op.kind == "add" else -op.attrs["alpha"]
         second = op.reads[-1] if len(op.reads) == 2 else ""
-        if len(data) == 1:
+        if self.in_tree and (len(data) == 2 or adds_a_constant(op)):
+            outers = (
+                _times(rank, weighed) if role == second and weighed != 1 else identity(rank) for role in data
+            )
+            return self._added_in_forward(op, dict(zip(data, outers, strict=True)))
+        if len(data) == 1 and not self.in_tree:
             constant = constant_operand(self.context, op, data[0])
             turned = _times(rank, weighed) if data[0] == second else identity(rank)
             return self._mapped(
@@ -138,8 +148,23 @@ class _Merger:
         right = self._mapped(op, data[1], _times(rank, weighed) if weighed != 1 else identity(rank))
         return {source: left[source].plus(right[source]) for source in left if source in right}
 
+    def _added_in_forward(self, op: Op, behind: dict[str, Affine]) -> dict[int, _Sum]:
+        """The sums with whatever else the forward adds to them: constants, the value itself, any other."""
+        found: dict[int, _Sum] = {}
+        both: set[int] = set()
+        for role, outer in behind.items():
+            value = self.graph.input(op, role)
+            for source, total in self.sums.get(value.id, {}).items() if len(value.readers) == 1 else ():
+                more = total.then(outer, op)
+                if source in found:
+                    both.add(source)
+                    more = found[source].plus(more)
+                found[source] = more
+        return {s: t if s in both else dataclasses.replace(t, open=True) for s, t in found.items()}
+
     def _mapped(self, op: Op, role: str, outer: Affine) -> dict[int, _Sum]:
-        return {source: total.then(outer, op) for source, total in self._sums_of(op.inputs[role]).items()}
+        sums = self._sums_of(op.inputs[role]).items()
+        return {source: total.then(outer, op) for source, total in sums if not total.open}
 
     # -- what one becomes -------------------------------------------------------------------------------
 
@@ -166,7 +191,10 @@ class _Merger:
         width = per_group * int(convs[0].attrs["groups"]) // window.groups
         if rows * width * math.prod(window.kernel) > sum(math.prod(w.shape) for w in weights.values()):
             return None
-        heir = max(convs, key=lambda conv: math.prod(weights[conv.id].shape))
+        by_size = sorted(convs, key=lambda conv: -math.prod(weights[conv.id].shape))
+        heir, going = self._heir(root, total, by_size, window)
+        if heir is None:
+            return None
         try:
             vectors = [output_demand(self.context, heir, own) for _, own in total.terms]
         except Refused:
@@ -178,10 +206,22 @@ class _Merger:
         layer, weight, bias = self._handles(heir)
         if not bias and (any(b.bias for b in branches) or any(v.has_shift for v in vectors)):
             bias = f"{layer}.bias".lstrip(".")
-        going = sorted(total.members - self.gone - {heir.id})
-        names = [self.graph.output(self.graph.ops[i]).name for i in going]
-        made = Merge(layer, weight, bias, window, tuple(branches), tuple(norms), tuple(names))
-        return made if all(names) and self._fits(made, vectors) else None
+        made = Merge(layer, weight, bias, window, tuple(branches), tuple(norms), going)
+        return made if self._fits(made, vectors) else None
+
+    def _heir(
+        self, root: Op, total: _Sum, convs: list[Op], window: Window
+    ) -> tuple[Op | None, tuple[str, ...]]:
+        """The convolution that becomes the sum, none where none can, and the names of what goes by that."""
+        if not self.in_tree:
+            going = sorted(total.members - self.gone - {convs[0].id})
+            names = tuple(self.graph.output(self.graph.ops[i]).name for i in going)
+            return (convs[0] if all(names) else None), names
+        for heir in convs:
+            with contextlib.suppress(Refused):
+                can_be_heir(self.graph, heir, window)
+                return heir, layers_that_go(self.graph, self.gone, self.kept, root, total.members, heir)
+        return None, ()
 
     def _is_closed(self, root: Op, source: int, members: frozenset[int]) -> bool:
         """Whether nobody else sees the values in between, and all are of one type."""

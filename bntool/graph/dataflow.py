@@ -113,7 +113,8 @@ class Graph:
     """Ops, values and modules of one forward, and the tensors behind the handles.
 
     `rewirable` says that every reading of a stored tensor is an edge of its own, as in an ONNX graph; else a
-    tensor is read through the attribute of a module.
+    tensor is read through the attribute of a module. `reads_sizes` says that Python code asked a tensor how
+    long it is, or may have.
     """
 
     def __init__(self) -> None:
@@ -125,6 +126,7 @@ class Graph:
         self.constants: dict[int, Tensor] = {}
         self.model_class = ""
         self.reads_numbers = False
+        self.reads_sizes = False
         self.rewirable = False
 
     def add_value(self, shape: tuple[int, ...], **fields: Any) -> Value:

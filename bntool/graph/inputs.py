@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -90,7 +91,7 @@ class Inputs:
 
 
 def map_tensors(value: Any, fn: Any) -> Any:
-    """Apply `fn` to every tensor in nested tuples, lists and mappings; leave the rest."""
+    """Apply `fn` to every tensor in nested tuples, lists, mappings and dataclasses; leave the rest."""
     if isinstance(value, Tensor):
         return fn(value)
     if isinstance(value, tuple) and hasattr(value, "_fields"):
@@ -99,7 +100,26 @@ def map_tensors(value: Any, fn: Any) -> Any:
         return type(value)(map_tensors(v, fn) for v in value)
     if isinstance(value, dict):
         return {k: map_tensors(v, fn) for k, v in value.items()}
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        made = copy.copy(value)
+        for field in dataclasses.fields(value):
+            object.__setattr__(made, field.name, map_tensors(getattr(value, field.name), fn))
+        return made
     return value
+
+
+def plain(value: Any, depth: int = 0) -> Any:
+    """The tensors as tuples, lists and dicts, each under the name that `named_tensors` gives it."""
+    if isinstance(value, Tensor):
+        return value
+    if depth > _MAX_DEPTH or isinstance(value, type):
+        return None
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return {key: plain(item, depth + 1) for key, item in zip(value._fields, value, strict=True)}
+    if isinstance(value, tuple | list):
+        return type(value)(plain(item, depth + 1) for item in value)
+    items = value if isinstance(value, Mapping) else getattr(value, "__dict__", None)
+    return {str(k): plain(v, depth + 1) for k, v in items.items()} if items else None
 
 
 def named_tensors(value: Any, name: str = "", depth: int = 0) -> Iterator[tuple[str, Tensor]]:

@@ -27,11 +27,15 @@ def require_same_places(graph: Graph, plan: Plan) -> None:
         PlanError: the first that is not, and how it is here.
         Damaged: the plan holds options that there are not.
     """
-    options = options_of(plan)
-    here = plan_insert(graph, options)
-    differences = (*_sites(plan, here), *_biases(plan, here))
-    if differences:
-        raise plan.other_model(graph.model_class, differences[0])
+    found = next(differences(plan, plan_insert(graph, options_of(plan))), None)
+    if found is not None:
+        raise plan.other_model(graph.model_class, found)
+
+
+def differences(plan: Plan, here: Plan) -> Iterator[str]:
+    """Each site of `plan`, and each bias that moves, which is not the same in a plan made `here`."""
+    yield from _sites(plan, here)
+    yield from _biases(plan, here)
 
 
 def options_of(plan: Plan) -> InsertOptions:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bntool.core.errors import ExportError
-from bntool.observe.standing_in import own_copy
+from bntool.observe.standing_in import cast, own_copy
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 _PRODUCTS = frozenset(
@@ -59,7 +59,7 @@ def cast_copy(model: nn.Module, dtype: torch.dtype) -> nn.Module:
             where=name,
             next_step="use --dtype bf16, which has the range of float32, or leave --dtype out",
         )
-    return own_copy(model).to(dtype)
+    return cast(own_copy(model), dtype)
 
 
 def is_finite(tensor: Tensor) -> bool:
@@ -86,7 +86,7 @@ def rounded_copy(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     So does a kernel of `dtype` that sums in float32, as ONNX Runtime's do on a GPU and, by casts, on the CPU.
     Emulated, because torch has no fast float16 convolution on most CPUs.
     """
-    return _running_in(own_copy(model).to(dtype).to(torch.float32), lambda: _Rounding(dtype))
+    return _running_in(cast(cast(own_copy(model), dtype), torch.float32), lambda: _Rounding(dtype))
 
 
 def tf32_copy(model: nn.Module) -> nn.Module:

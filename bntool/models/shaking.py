@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from bntool.observe.standing_in import own_copy
+from bntool.observe.standing_in import cast, own_copy
 
 _SHARE = 1 / 12
 """An error spread evenly over half a last place to either side has the variance ulp^2 / 12: so has a number
@@ -19,7 +19,7 @@ def shaken_copy(model: nn.Module, eps: float, seed: int, dtype: torch.dtype | No
     that variance (Monte Carlo arithmetic: Parker, *Monte Carlo Arithmetic*, 1997). Whatever keeps a model
     from being copied is raised.
     """
-    shaken = own_copy(model).to(dtype=dtype)
+    shaken = cast(own_copy(model), dtype)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for tensor in (*shaken.parameters(), *shaken.buffers()):

@@ -21,6 +21,7 @@ from bntool.observe.modules import is_batch_norm_class, once_per_class
 _EMPTY = frozenset({dict, set, list, OrderedDict})
 _FLAT = frozenset({int, float, str, bool, bytes, type(None), torch.dtype, torch.device, torch.Size, type})
 """Types of what cannot change, and refers to nothing that can."""
+_SHARDED = "fold the model before fully_shard, or load its full state_dict into one that is not sharded"
 _MAX_NESTING = 8
 """Beyond this depth Python's own copying takes over: a list may hold itself."""
 
@@ -144,7 +145,7 @@ def _copied_module(child: nn.Module, memo: dict[int, Any]) -> nn.Module:
         raise ObserveError(
             f"a layer cannot be copied: {error}",
             where=type(child).__name__,
-            next_step="make copy.deepcopy(model) work",
+            next_step=_SHARDED if "FSDP" in type(child).__name__ else "make copy.deepcopy(model) work",
         ) from error
 
 

@@ -28,10 +28,10 @@ from bntool.layers import has_foreign_hook
 from bntool.observe.aten import SHAPE_ONLY, product_of, translate
 from bntool.observe.copying import is_separable, take_apart
 from bntool.observe.holding import SMALL_CONSTANT, Holders
-from bntool.observe.isolation import Isolation, fresh
+from bntool.observe.isolation import SEED, Isolation, fresh, same_random_numbers
 from bntool.observe.leftovers import require_materialised, storage_of, undeclared_writes
 from bntool.observe.modules import class_name, is_decomposed, role_of, uses_plain_bias
-from bntool.observe.reading_out import told, unseen_reads
+from bntool.observe.reading_out import size_reads, told, unseen_reads
 from bntool.observe.standing_in import set_modes
 from bntool.observe.written_out import recognise_norms
 
@@ -40,11 +40,15 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 
 @dataclasses.dataclass(frozen=True)
 class Observation:
-    """What one forward showed: its graph, the inputs it ran on, and what it returned."""
+    """What one forward showed: its graph, the inputs it ran on, and what it returned.
+
+    `returned` are the outputs by name, where the forward ran as one of a runner does; else None.
+    """
 
     graph: Graph
     inputs: Inputs
     output: Any
+    returned: dict[str, Tensor] | None = None
 
 
 def observe(model: nn.Module, inputs: Inputs, *, apart: bool = False) -> Observation:
@@ -68,17 +72,28 @@ def observe(model: nn.Module, inputs: Inputs, *, apart: bool = False) -> Observa
             module.training = True
         try:
             output = _forward(run, fresh(inputs), recorder)
+            returned = None if still_dropping else _returned(output)
             recorder.holders.finish(output)
             recognise_norms(recorder.graph)
         finally:
             recorder.holders.forget()
-    return Observation(recorder.graph, inputs, output)
+    return Observation(recorder.graph, inputs, output, returned)
+
+
+def _returned(output: Any) -> dict[str, Tensor] | None:
+    """The outputs by name in memory of their own: what the forward wrote to is put back afterwards."""
+    found = dict(named_tensors(output))
+    if any(tensor.device.type != "cpu" for tensor in found.values()):
+        return None  # a runner's own run is on the CPU
+    return {name: tensor.detach().clone() for name, tensor in found.items()} or None
 
 
 def _forward(run: nn.Module, inputs: Inputs, recorder: _Recorder) -> Any:
     with contextlib.ExitStack() as stack:
         stack.enter_context(unseen_reads(recorder.read))
+        stack.enter_context(size_reads(recorder.read_size))
         stack.enter_context(_room_to_nest())
+        stack.enter_context(same_random_numbers(SEED))
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.no_grad())
         stack.enter_context(torch._C._AutoDispatchBelowAutograd())
@@ -184,6 +199,7 @@ class _Recorder:
         self.places: dict[int, str] = {}
         self.frames: list[_Frame] = []
         self.holders = Holders(self.graph, run)
+        self.graph.reads_sizes = any(isinstance(module, torch.jit.ScriptModule) for _, module in run)
         families: dict[int, str] = {}
         for name, module in run:
             first = families.setdefault(id(_first(module, copies)), name)
@@ -292,6 +308,10 @@ class _Recorder:
         """Python was shown the numbers of a tensor."""
         if not self.graph.values[self.holders.value_of(tensor)].constant:
             self.graph.reads_numbers = True
+
+    def read_size(self) -> None:
+        """Python asked how long a tensor is."""
+        self.graph.reads_sizes = True
 
     # -- operations -------------------------------------------------------------------------------------
 

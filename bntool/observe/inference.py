@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -19,8 +19,19 @@ _SIDES = {1: (28, 32, 64, 224), 3: (224, 299, 256, 384, 64, 32)}
 _SMALL_SIDE = 64
 
 
+Seen = TypeVar("Seen")
+
+
 def observe_inferred(model: nn.Module, *, small: bool = False) -> Observation:
     """Observe the model on the first guessed input that it accepts; `inputs.origin` says which.
+
+    Raises `ObserveError` as `first_that_runs` does.
+    """
+    return first_that_runs(model, lambda inputs: observe(model, inputs), small=small)
+
+
+def first_that_runs(model: nn.Module, run: Callable[[Inputs], Seen], *, small: bool = False) -> Seen:
+    """What `run` gives on the first guessed input that it does not refuse with an `ObserveError`.
 
     With `small`, try a 64-pixel image first, unless the model says that its size is fixed: the graph is the
     same and costs a fraction.
@@ -31,12 +42,12 @@ def observe_inferred(model: nn.Module, *, small: bool = False) -> Observation:
     failures: list[ObserveError] = []
     for inputs in guesses(model, small=small):
         try:
-            return observe(model, inputs)
+            return run(inputs)
         except ObserveError as error:
             failures.append(error)
     for inputs in _of_the_layer_that_failed(model, failures, small):
         with contextlib.suppress(ObserveError):
-            return observe(model, inputs)
+            return run(inputs)
     if not failures:
         raise ObserveError(
             "cannot infer an example input: the model has no layer that tells its input's shape",

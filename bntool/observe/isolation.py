@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import random
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -25,6 +26,9 @@ from bntool.graph.inputs import Inputs
 from bntool.observe.leftovers import Kept, random_state_kept, undeclared_writes
 from bntool.observe.standing_in import StandIn, set_modes, stand_in
 from bntool.observe.surroundings import Surroundings
+
+SEED = 0
+"""A run that draws random numbers must draw the same ones every time, or two runs cannot be compared."""
 
 
 class Isolation:
@@ -64,6 +68,7 @@ class Isolation:
             stack.enter_context(_parameters_kept(self.model))
             stack.enter_context(modes_kept(self.model))
             stack.enter_context(_defaults_kept())
+            stack.enter_context(_not_compiled(self.model))
             stack.enter_context(random_state_kept())
             set_modes(self.model, training=False)
             if in_eval:
@@ -112,6 +117,21 @@ def same_random_numbers(seed: int) -> Iterator[None]:
         torch.manual_seed(seed)
         random.seed(seed)
         np.random.seed(seed)  # noqa: NPY002  what models use
+        yield
+
+
+@contextlib.contextmanager
+def _not_compiled(model: nn.Module) -> Iterator[None]:
+    """What torch.compile made runs as it was written meanwhile, so that its layers can be seen."""
+    # asked for only where there is any: torch's compiler takes a second to load
+    if not any(type(module).__name__ == "OptimizedModule" for module in model.modules()):
+        yield
+        return
+    with torch.compiler.set_stance("force_eager"), warnings.catch_warnings():
+        # of hooks that fire twice, which nothing here counts
+        warnings.filterwarnings(
+            "ignore", message=r"Using `torch\.compile\(module\)` when there are global hooks"
+        )
         yield
 
 

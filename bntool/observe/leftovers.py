@@ -69,17 +69,8 @@ def undeclared_writes(name: str, bound: dict[str, Any]) -> tuple[str, ...]:
 
 
 def require_materialised(model: nn.Module) -> None:
-    """Refuse a model that cannot be observed: a lazy or a compiled part.
-
-    A forward would give a lazy layer its shape, in the user's own tensors.
-    """
+    """Refuse a model with a lazy layer: a forward would give it its shape, in the user's own tensors."""
     for module_name, module in model.named_modules():
-        if module_name and type(module).__name__ == "OptimizedModule":
-            raise ObserveError(
-                "a part of the model is compiled by torch.compile, and hides its layers",
-                where=module_name,
-                next_step=f"put the original back: model.{module_name} = model.{module_name}._orig_mod",
-            )
         for tensor in (*module._parameters.values(), *module._buffers.values()):
             if tensor is not None and is_lazy(tensor):
                 raise ObserveError(

@@ -1,8 +1,9 @@
-"""What hands numbers of a tensor to Python, which may decide by them: a branch, a size, a factor."""
+"""What hands numbers or sizes of a tensor to Python, which may decide by them: a branch, a size, a factor."""
 
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
@@ -45,4 +46,34 @@ def unseen_reads(notice: Callable[[Tensor], None]) -> Iterator[None]:
         mock.patch.object(torch._tensor_str, "_str", noticed(as_text)),
         mock.patch.object(Tensor, "__dlpack__", noticed(by_dlpack)),
     ):
+        yield
+
+
+_SIZES = ("size", "numel", "nelement", "__len__")
+
+
+@contextlib.contextmanager
+def size_reads(notice: Callable[[], None]) -> Iterator[None]:
+    """Meanwhile `notice` is told whenever Python code asks a tensor how long it is.
+
+    Not what asks for it inside PyTorch or bntool: that is about the arguments of one op.
+    """
+
+    def told_of() -> None:
+        if sys._getframe(2).f_globals.get("__name__", "").partition(".")[0] not in ("torch", "bntool"):
+            notice()
+
+    def noticed(read: Callable[..., Any]) -> Callable[..., Any]:
+        def reading(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
+            told_of()
+            return read(tensor, *args, **kwargs)
+
+        return reading
+
+    with contextlib.ExitStack() as stack:
+        for name in _SIZES:
+            stack.enter_context(mock.patch.object(Tensor, name, noticed(getattr(Tensor, name))))
+        slot: Any = torch._C.TensorBase.shape
+        shape = noticed(slot.__get__)
+        stack.enter_context(mock.patch.object(Tensor, "shape", property(shape)))
         yield

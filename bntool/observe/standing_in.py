@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -58,6 +59,18 @@ def set_modes(model: nn.Module, *, training: bool) -> nn.Module:
     """
     for module in model.modules():
         module.training = training
+    return model
+
+
+def cast(model: nn.Module, dtype: torch.dtype | None = None, device: torch.device | None = None) -> nn.Module:
+    """The model with its floating-point tensors in another type, or all of them on another device.
+
+    By its own methods, of which some overridden ones return nothing; by torch's where an attribute hides one.
+    """
+    steps = [("double", ())] if dtype is torch.float64 else [("to", (dtype,))] if dtype is not None else []
+    for name, given in [*steps, *([("to", (device,))] if device is not None else [])]:
+        own = getattr(model, name, None)
+        (own if callable(own) else functools.partial(getattr(nn.Module, name), model))(*given)
     return model
 
 

@@ -165,7 +165,7 @@ class _Reported(_Surgery):
     check: _Check | None = None
     checks: tuple[_Check, ...] | None = None
     parameters: dict[Text, Index | dict[Text, Index]] | None = None
-    totals: dict[Text, Index] | None = None
+    totals: dict[Text, Index | None] | None = None
     model: _Model | None = None
     latency: _Latency | None = None
     arms: dict[Text, _Arm | None] | None = None

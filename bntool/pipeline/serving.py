@@ -11,15 +11,18 @@ from typing import Protocol
 
 from bntool.core.errors import CheckFailed, ExportError
 from bntool.core.options import ExportOptions, FoldOptions
+from bntool.core.plan_parts import unshared_text
 from bntool.core.reasons import Reason
 from bntool.core.verdicts import Check, first_failed
 from bntool.core.version import __version__
 from bntool.export.exporting import ExportResult
 from bntool.export.onnx_writing import append_metadata
+from bntool.files.targets import Drafts
 from bntool.models.casting import DTYPES, stored_as
+from bntool.observe.wrappers import model_inside
 from bntool.pipeline.onnx_folding import fold_exported
-from bntool.report.results import SurgeryResult, unshared_text
-from bntool.subjects.base import Checking, Exportable, Narrow
+from bntool.report.results import SurgeryResult
+from bntool.subjects.base import Checking, Exportable
 from bntool.verifying.blaming import Found, blame_onnx
 from bntool.verifying.checking import check_onnx
 from bntool.verifying.reference import Reference
@@ -58,13 +61,11 @@ class Serving:
 
     Args:
         how: the options of the export.
-        dtype: what its numbers are cast to, `fp16` or `bf16`; empty for none.
         fold: how to fold what a module tree cannot express and the graph can; None leaves the graph as it is.
         source_hash: sha256 of what the model was read from, for the file's metadata.
     """
 
     how: ExportOptions = dataclasses.field(default_factory=ExportOptions)
-    dtype: Narrow = ""
     fold: FoldOptions | None = None
     source_hash: str = ""
 
@@ -102,6 +103,14 @@ def served(
     return dataclasses.replace(result, checks=checks, export=export)
 
 
+def placed(result: SurgeryResult, named: Path, path: Path, drafts: Drafts) -> SurgeryResult:
+    """The result, once the drafts are in their places: its file is at `path`, which the user has `named`."""
+    if result.export is None:
+        return result
+    export = dataclasses.replace(result.export, path=named, data_path=drafts.part_of(path))
+    return dataclasses.replace(result, export=export)
+
+
 def exported(
     after: Exportable,
     result: SurgeryResult,
@@ -113,10 +122,11 @@ def exported(
 ) -> ExportResult:
     """The file, with what its graph lets fold; unchecked."""
     with tell.progress("exporting to ONNX"):
-        export = after.export(path, serving.how, _metadata(result, serving.source_hash), serving.dtype)
+        export = after.export(path, serving.how, _metadata(result, serving.source_hash))
         if serving.fold is not None:
             stay = (Reason.EXCLUDED, Reason.NOT_PROVED)
-            keep = [skip.name for skip in result.skips if skip.reason in stay]
+            prefix = model_inside(after.runnable)[1]
+            keep = [skip.name.removeprefix(prefix) for skip in result.skips if skip.reason in stay]
             export = fold_exported(export, keep, merge=merge, unshare=serving.fold.unshare)
     for name, layers in export.folded.items():
         tell.note(f"{name} is folded in the ONNX graph, into {', '.join(layers)}")
@@ -157,7 +167,7 @@ def _checked(
     if checking is None:
         return []
     reference, how = checking
-    dtype = DTYPES.get(serving.dtype)
+    dtype = DTYPES.get(serving.how.narrow)
     if dtype is not None:
         reference = reference.in_arithmetic(stored_as(dtype))
     try:

@@ -14,7 +14,7 @@ from bntool.core.errors import CheckFailed
 from bntool.core.options import FoldOptions, InsertOptions
 from bntool.core.plan import Plan
 from bntool.core.verdicts import Check, first_failed
-from bntool.data.batches import inputs_of
+from bntool.data.loaders import inputs_of
 from bntool.graph.inputs import Inputs
 from bntool.observe.copying import structural_copy
 from bntool.observe.standing_in import set_modes
@@ -89,11 +89,8 @@ def insert(subject: S, options: InsertOptions, checking: Checking | None = None)
     return _result(subject, after, plan, tuple(rows)), after
 
 
-def replayed(
-    subject: ModuleSubject, plan: Plan, model: nn.Module, checking: Checking | None
-) -> SurgeryResult:
-    """The result of a plan that was carried out as `model`, checked like a new one. Raises `CheckFailed`."""
-    after = ModuleSubject(model, name=subject.name)
+def replayed(subject: S, plan: Plan, after: S, checking: Checking | None) -> SurgeryResult:
+    """The result of a plan that was carried out as `after`, checked like a new one. Raises `CheckFailed`."""
     rows: list[Check] = []
     if checking is not None and plan and plan.action == "fold":
         proof = subject.proof(checking)

@@ -1,4 +1,4 @@
-"""Checks as a table, and the comparison that holds several."""
+"""Checks as text, and the comparison that holds several."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from bntool.core.text import Lines, as_lines
-from bntool.core.verdicts import Check, first_failed
-from bntool.report.tables import Column, Table, render, wrapped
+from bntool.core.showing import Part, Shown
+from bntool.core.text import Lines
+from bntool.core.verdicts import Check, checks_parts, first_failed
+from bntool.report.tables import text_of
 
 
 @dataclasses.dataclass(frozen=True)
-class Comparison:
+class Comparison(Shown):
     """Several checks; true when at least one decides, and all that do passed. Prints itself as a table."""
 
     checks: tuple[Check, ...]
@@ -26,49 +27,10 @@ class Comparison:
     def __str__(self) -> str:
         return checks_text(self.checks)
 
+    def parts(self) -> Sequence[Part]:
+        return checks_parts(self.checks)
+
 
 def checks_text(checks: Sequence[Check]) -> Lines:
-    """The checks as a table that fits 80 columns, with the remarks below."""
-    columns = (
-        Column("Check"),
-        Column("Ran on", flexible=True),
-        Column("Verdict"),
-        Column("Max |d|", number=True),
-        Column("Relative", number=True),
-        Column("x noise", number=True),
-        Column("Limit", number=True),
-    )
-    rows = [
-        [
-            f"{check.stage} {check.precision}".strip(),
-            _ran_on(check),
-            _verdict(check),
-            f"{check.max_abs:.1e}",
-            f"{check.relative:.1e}",
-            f"{check.ratio:.2f}",
-            f"{check.limit:.1e}",
-        ]
-        for check in checks
-    ]
-    if not rows:
-        return as_lines("nothing was verified")
-    details: dict[str, dict[str, None]] = {}  # each remark once, with the checks that it is about
-    for row, check in zip(rows, checks, strict=True):
-        if check.detail:
-            details.setdefault(check.detail, {})[row[0]] = None
-    told = [wrapped(f"{', '.join(names)}: {detail}") for detail, names in details.items()]
-    return as_lines(render(Table(columns, rows)), *told)
-
-
-def _verdict(check: Check) -> str:
-    if not check.decides:
-        return "within" if check.passed else "beyond"
-    return "passed" if check.passed else "FAILED"
-
-
-def _ran_on(check: Check) -> str:
-    """`torch on cpu`, `ONNX Runtime CPU`, `ONNX Runtime CUDA on cuda:0 (…)`: as the session tells."""
-    if not check.provider.endswith("ExecutionProvider"):
-        return f"{check.provider} on {check.device}"
-    kind = check.provider.removesuffix("ExecutionProvider")
-    return f"ONNX Runtime {kind}" + ("" if kind.lower() == check.device else f" on {check.device}")
+    """The checks as a table, with the remarks below."""
+    return text_of(checks_parts(checks))

@@ -49,6 +49,7 @@ class Owned:
     """
 
     counts: Counts
+    buffer_bytes: int
     shapes: tuple[tuple[int, ...], ...]
     tied: tuple[tuple[str, str], ...]
     uninitialized: bool
@@ -59,7 +60,7 @@ def owned_by_module(model: nn.Module) -> dict[str, Owned]:
     first_place: dict[object, str] = {}
     found: dict[str, Owned] = {}
     for prefix, module in model.named_modules():
-        counts, shapes, tied, uninitialized = Counts(), [], [], False
+        counts, held, shapes, tied, uninitialized = Counts(), 0, [], [], False
         for name, tensor, is_parameter in _own_tensors(module):
             if is_lazy(tensor):
                 uninitialized = True
@@ -70,8 +71,9 @@ def owned_by_module(model: nn.Module) -> dict[str, Owned]:
                 tied.append((name, earlier))
                 continue
             counts += _count(tensor, is_parameter)
+            held += 0 if is_parameter else tensor.numel() * tensor.element_size()
             shapes.append(tuple(tensor.shape))
-        found[prefix] = Owned(counts, tuple(shapes), tuple(tied), uninitialized)
+        found[prefix] = Owned(counts, held, tuple(shapes), tuple(tied), uninitialized)
     return found
 
 

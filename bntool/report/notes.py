@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from bntool.report.counting import Owned
-from bntool.report.shapes import Call
+from bntool.report.walking import Call
 
 _NAMED = 3
 

@@ -1,20 +1,40 @@
-"""Plain-text tables in one house style: ASCII, numbers never cut, long names shortened in the middle."""
+"""Plain-text tables in one house style: ASCII; names are whole wherever nobody can widen the window."""
 
 from __future__ import annotations
 
 import dataclasses
 import io
+import os
 import shutil
 import sys
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 from rich import box
 from rich.console import Console
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from bntool.core.text import Lines, as_lines, visible
+from bntool.core.showing import Column, Part, Said, Table, count, counted, shape_text, signed, size
+from bntool.core.text import Lines, as_lines, asked_width, visible
+
+__all__ = [
+    "PLAIN_WIDTH",
+    "Column",
+    "Said",
+    "Table",
+    "count",
+    "counted",
+    "render",
+    "shape_text",
+    "shorten",
+    "shorten_middle",
+    "signed",
+    "size",
+    "terminal_width",
+    "text_of",
+    "wrapped",
+]
 
 PLAIN_WIDTH = 80
 _NARROWEST = 10
@@ -25,59 +45,70 @@ _RULED = box.Box("    \n    \n--- \n    \n    \n--- \n    \n    \n", ascii=True)
 
 
 @dataclasses.dataclass(frozen=True)
-class Column:
-    """A column title; `number` aligns right; `flexible` may be shortened in the middle to fit.
+class Room:
+    """How wide a table may be: beyond `width` it gets closer, and names are `cut` only in a real window."""
 
-    Of several flexible columns the rightmost gives way first.
-    """
+    width: int | None
+    cut: bool = False
 
-    title: str
-    number: bool = False
-    flexible: bool = False
+    @classmethod
+    def of(cls, width: int | None) -> Room:
+        """What was asked for; else what the window has. A pipe, a file and a log are as wide as need be."""
+        if width is not None:
+            return cls(width, cut=True)
+        asked = _asked()
+        if asked is not None:
+            return cls(asked)
+        return cls(terminal_width(), cut=True) if sys.stdout.isatty() else cls(None)
 
 
-@dataclasses.dataclass(frozen=True)
-class Table:
-    """Rows of text under columns. `footer` is one last row below a rule."""
-
-    columns: tuple[Column, ...]
-    rows: Sequence[Sequence[str]]
-    title: str = ""
-    footer: Sequence[str] = ()
+def text_of(parts: Iterable[Part], width: int | None = None) -> Lines:
+    """Tables and lines as plain text; `width` as of `render`."""
+    drawn = []
+    for part in parts:
+        if isinstance(part, Table):
+            part = render(part, width)
+        elif isinstance(part, Said):
+            part = wrapped(part.text, width, part.indent)
+        drawn.append(part)
+    return as_lines(*drawn)
 
 
 def render(table: Table, width: int | None = None) -> Lines:
-    """The table as plain text, at most `width` columns wide as far as its flexible columns allow.
+    """The table as plain text.
 
-    Default width: the terminal's, or 80 where standard output is not a terminal.
+    With a `width`, or in a terminal, it is made to fit as far as its names allow: columns of nothing but
+    zeros go, then the gaps get smaller, then names lose their beginning. Numbers are never cut. In a pipe, a
+    file, with COLUMNS set or with --width, names are whole whatever that takes.
     """
     table = dataclasses.replace(
         table,
         rows=[list(map(visible, row)) for row in table.rows],
         footer=list(map(visible, table.footer)),
     )
-    lines = [*table.rows, table.footer] if table.footer else list(table.rows)
-    widths, gap = _fit(table.columns, lines, terminal_width() if width is None else width)
+    room = Room.of(width)
+    table = _without_zeros(table, room.width)
+    widths, gap = _fit(table, room)
     drawn = RichTable(box=_RULED, show_edge=False, pad_edge=False, padding=(0, gap - 1, 0, 0))
     drawn.show_footer = bool(table.footer)
-    tails = [_telling_tail({row[i] for row in table.rows}, fitted) for i, fitted in enumerate(widths)]
+    heads = [_telling_head({row[i] for row in table.rows}, fitted) for i, fitted in enumerate(widths)]
     for i, (column, fitted) in enumerate(zip(table.columns, widths, strict=True)):
         drawn.add_column(
             Text(column.title),
-            Text(shorten_middle(table.footer[i], fitted)) if table.footer else "",
+            Text(shorten(table.footer[i], fitted)) if table.footer else "",
             justify="right" if column.number else "left",
             width=fitted,
             no_wrap=True,
         )
     for row in table.rows:
-        drawn.add_row(*map(Text, map(shorten_middle, row, widths, tails)))
+        drawn.add_row(*map(Text, map(shorten, row, widths, heads)))
     body = _plain(drawn, sum(widths) + gap * len(widths))
     return as_lines(table.title, body) if table.title else body
 
 
 def wrapped(text: str, width: int | None = None, indent: str = "  ") -> Lines:
     """`text` broken at spaces to lines of at most `width`; lines after the first are indented."""
-    room = terminal_width() if width is None else width
+    room = width or _asked() or terminal_width()
     lines = textwrap.wrap(
         visible(text), room, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
     )
@@ -91,6 +122,20 @@ def terminal_width() -> int:
     return shutil.get_terminal_size((PLAIN_WIDTH, 24)).columns
 
 
+def _asked() -> int | None:
+    """The width that --width names, else COLUMNS."""
+    asked = asked_width.get()
+    if asked is not None:
+        return asked
+    told = os.environ.get("COLUMNS", "")
+    return int(told) if told.isdecimal() and int(told) else None
+
+
+def shorten(text: str, width: int, head: int = 0) -> str:
+    """`text` in at most `width` characters: its end, which tells it apart, after `head` of its beginning."""
+    return shorten_middle(text, width, max(width - len(_ELLIPSIS) - head, 0))
+
+
 def shorten_middle(text: str, width: int, tail: int | None = None) -> str:
     """`text` in at most `width` characters; what goes is taken from before its last `tail`, its middle."""
     if len(text) <= width:
@@ -100,55 +145,43 @@ def shorten_middle(text: str, width: int, tail: int | None = None) -> str:
     return text[: kept - tail] + _ELLIPSIS[: width - kept] + (text[-tail:] if tail else "")
 
 
-def _telling_tail(texts: set[str], width: int) -> int | None:
-    """The tail nearest to a half that keeps different texts different; None where none does, or any."""
+def _telling_head(texts: set[str], width: int) -> int:
+    """The least of the beginnings that keeps different texts different; 0 where none does."""
     long = {text for text in texts if len(text) > width}
-    kept = max(width - len(_ELLIPSIS), 0)
-    half = (kept + 1) // 2
-    for tail in sorted(range(kept + 1), key=lambda tail: abs(tail - half)):
-        if len({shorten_middle(text, width, tail) for text in long}) == len(long):
-            return tail
-    return None
+    for head in range(max(width - len(_ELLIPSIS), 0) + 1):
+        if len({shorten(text, width, head) for text in long}) == len(long):
+            return head
+    return 0
 
 
-def count(number: int) -> str:
-    """A count with thousands separators: `48,884`."""
-    return f"{number:,}"
+def _widths(table: Table) -> list[int]:
+    lines = [*table.rows, table.footer] if table.footer else table.rows
+    return [max([len(c.title), *(len(line[i]) for line in lines)]) for i, c in enumerate(table.columns)]
 
 
-def signed(number: int) -> str:
-    """A difference with its sign and thousands separators: `+1,280`, `-64`, `0`."""
-    return f"{number:+,}" if number else "0"
+def _without_zeros(table: Table, width: int | None) -> Table:
+    """Where the table is too wide, columns of nothing but zeros go first, from the right."""
+    zeros = [
+        i for i, column in enumerate(table.columns) if column.number and table.rows and _is_zero(table, i)
+    ]
+    while zeros and width is not None and sum(_widths(table)) + 2 * (len(table.columns) - 1) > width:
+        table = table.without([zeros.pop()])
+    return table
 
 
-def size(byte_count: int) -> str:
-    """A size in binary units, exact below 1 KiB: `512 B`, `191.0 KiB`, `527.8 MiB`."""
-    amount = float(byte_count)
-    if abs(amount) < 1024:
-        return f"{byte_count} B"
-    for unit in ("KiB", "MiB", "GiB"):
-        amount /= 1024
-        if abs(amount) < 1024:
-            return f"{amount:.1f} {unit}"
-    return f"{amount / 1024:.1f} TiB"
+def _is_zero(table: Table, column: int) -> bool:
+    return {row[column] for row in (*table.rows, *([table.footer] if table.footer else []))} <= {"0", "", "-"}
 
 
-def shape_text(shape: Sequence[int] | None) -> str:
-    """`1x3x224x224`; `scalar` for no axes; empty for no shape."""
-    if shape is None:
-        return ""
-    return "x".join(map(str, shape)) or "scalar"
-
-
-def _fit(columns: Sequence[Column], lines: Sequence[Sequence[str]], width: int) -> tuple[list[int], int]:
-    """Column widths and the gap between them: first the gap gives way, then the flexible columns."""
-    widths = [max([len(column.title), *(len(line[i]) for line in lines)]) for i, column in enumerate(columns)]
-    gaps = len(columns) - 1
-    if sum(widths) + 2 * gaps <= width:
+def _fit(table: Table, room: Room) -> tuple[list[int], int]:
+    """Column widths and the gap between them: first the gap gives way, then the names."""
+    widths = _widths(table)
+    gaps = len(widths) - 1
+    if room.width is None or sum(widths) + 2 * gaps <= room.width:
         return widths, 2
-    excess = sum(widths) + gaps - width
-    for i in reversed(range(len(columns))):
-        if columns[i].flexible and excess > 0:
+    excess = sum(widths) + gaps - room.width
+    for i in reversed(range(len(widths))):
+        if room.cut and table.columns[i].flexible and excess > 0:
             given = min(excess, max(widths[i] - _NARROWEST, 0))
             widths[i] -= given
             excess -= given

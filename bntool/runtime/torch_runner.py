@@ -11,11 +11,8 @@ from torch import Tensor, nn
 
 from bntool.core.errors import CheckFailed, DeviceError
 from bntool.graph.inputs import Inputs, outputs_of
-from bntool.observe.isolation import Isolation, fresh, same_random_numbers
-from bntool.observe.standing_in import own_copy
-
-# A run that draws random numbers must draw the same ones every time, or two runs cannot be compared.
-_SEED = 0
+from bntool.observe.isolation import SEED, Isolation, fresh, same_random_numbers
+from bntool.observe.standing_in import cast, own_copy
 
 
 class TorchRunner:
@@ -24,8 +21,8 @@ class TorchRunner:
     A stand-in is what runs, so that nothing stays behind (`Isolation`); `notes` says what could not be
     isolated. `tf32` lets CUDA round the factors of float32 products; without it they are full float32.
     Another device or dtype runs a copy. With `parts`, what the root's own children return is given too, by
-    their names: for models whose last step can leave nothing (a detector that keeps no box). Raises
-    `DeviceError` when the device is not there.
+    their names: for models whose last step can leave nothing (a detector that keeps no box). Each forward
+    runs inside of a context that `within` makes. Raises `DeviceError` when the device is not there.
     """
 
     def __init__(
@@ -36,10 +33,12 @@ class TorchRunner:
         *,
         parts: bool = False,
         tf32: bool = False,
+        within: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
     ) -> None:
         require_torch_device(device)
         self._tf32 = tf32
         self._parts = parts
+        self._within = within
         self._model = _placed(model, torch.device(device), dtype)
         self._isolation = Isolation(self._model)
         self._dtype = dtype
@@ -79,7 +78,7 @@ class TorchRunner:
         caught here.
         """
         moved = fresh(inputs.to(device=self._asked, dtype=self._dtype))
-        with self._isolation.run() as model, self._held():
+        with self._isolation.run() as model, self._held(), self._within():
             if prepare is not None:
                 prepare(model)
             result = _with_parts(model, moved) if self._parts else _called(model, moved)
@@ -110,7 +109,7 @@ class TorchRunner:
     def _held(self) -> Iterator[None]:
         # no_grad and not inference_mode: a tensor that a forward keeps in a global would be left as one
         # that autograd refuses later.
-        with same_random_numbers(_SEED), float32_products(tf32=self._tf32), torch.no_grad():
+        with same_random_numbers(SEED), float32_products(tf32=self._tf32), torch.no_grad():
             yield
 
 
@@ -185,11 +184,10 @@ def _read_flag(op: Any, flag: str) -> Any:
 
 
 def _placed(model: nn.Module, device: torch.device, dtype: torch.dtype | None) -> nn.Module:
-    wrong_device = any(t.device.type != device.type for t in _tensors(model))
-    wrong_dtype = dtype is not None and any(
-        t.is_floating_point() and t.dtype != dtype for t in _tensors(model)
-    )
-    if not (wrong_device or wrong_dtype):
+    if all(
+        t.device.type == device.type and (dtype is None or t.dtype == dtype or not t.is_floating_point())
+        for t in _tensors(model)
+    ):
         return model
     try:
         moved = own_copy(model)
@@ -199,9 +197,10 @@ def _placed(model: nn.Module, device: torch.device, dtype: torch.dtype | None) -
             where=type(model).__name__,
             next_step="remove what cannot be copied from the model (locks, open files, non-leaf tensors)",
         ) from error
-    return moved.to(device=device, dtype=dtype)
+    return cast(moved, dtype, device)
 
 
 def _tensors(model: nn.Module) -> Iterator[Tensor]:
-    yield from model.parameters()
-    yield from model.buffers()
+    for module in model.modules():
+        for slots in (module._parameters, module._buffers):
+            yield from (tensor for tensor in slots.values() if tensor is not None)

@@ -29,9 +29,9 @@ from bntool.core.errors import BntoolError
 from bntool.core.plan import Plan
 from bntool.core.sites import InsertSite
 from bntool.core.verdicts import Check
+from bntool.files.filling import fill
 from bntool.files.references import build
 from bntool.files.scripts import running_user_code, seeded
-from bntool.files.weights import fill
 from bntool.graph.dataflow import Graph
 from bntool.graph.inputs import Inputs
 from bntool.inserting import InsertOptions

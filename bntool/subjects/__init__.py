@@ -7,27 +7,57 @@ Each says how it is planned on, changed, run and exported; what is done with tha
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from torch.export import ExportedProgram
 
+from bntool.core.errors import UsageError
 from bntool.core.option import Options
-from bntool.core.refusals import require_known
+from bntool.core.refusals import KINDS, require_known
 from bntool.files.detect import Kind, detect
 
 if TYPE_CHECKING:
-    from bntool.subjects.base import Subject
+    from bntool.subjects.base import Exportable, Subject
 
 
 def subject_of(model: Any, example_inputs: Any = None, *asked: Options) -> Subject:
     """A model of any kind as a subject: a module, a program, TorchScript, or a path or reference of one.
 
     Raises:
-        UsageError: it is none; or one of the options `asked` is none that its kind knows.
+        UsageError: it is none; or one of the options `asked` is out of bounds, or none that its kind knows.
         LoadError: the file cannot be loaded.
     """
+    for options in asked:
+        options.validate()
     found = _subject_of(model, example_inputs)
     require_known(found.kind, *asked, name=found.name)
+    return found
+
+
+def exportable(subject: Subject) -> Exportable:
+    """The subject as one that torch can export: TorchScript becomes a module that computes the same.
+
+    Raises:
+        UsageError: it is an ONNX file already.
+        ExportError: torch's converter does not take the TorchScript.
+    """
+    if subject.kind == "onnx":
+        raise UsageError(
+            f"{subject.name} is {KINDS['onnx']} already",
+            next_step=f"bntool fold {subject.name}, or bntool verify {subject.name}",
+        )
+    if subject.kind != "script":
+        return cast("Exportable", subject)
+    from bntool.subjects.module import ModuleSubject
+    from bntool.subjects.script_folding import converted
+
+    example = subject.example()
+    if example is None:
+        raise UsageError(
+            f"{subject.name} says nothing of its input's shape", next_step="give --input N,C,H,W"
+        )
+    found = ModuleSubject(converted(subject.model, example), example, name=subject.name)
+    found.files = subject.files
     return found
 
 

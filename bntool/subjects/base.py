@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from bntool.graph.inputs import Inputs
 
 Kind = Literal["module", "program", "onnx", "script"]
-Narrow = Literal["", "fp16", "bf16"]
 Parameters = dict[str, dict[str, int]]
 S = TypeVar("S", bound="Subject")
 S_contra = TypeVar("S_contra", bound="Subject", contravariant=True)
@@ -118,7 +117,5 @@ class Subject(Protocol):
 class Exportable(Subject, Protocol):
     """A model that torch can export."""
 
-    def export(
-        self, path: Path, how: ExportOptions, metadata: Mapping[str, str], dtype: Narrow = ""
-    ) -> ExportResult:
-        """Write it as ONNX into a new file, its numbers cast to `dtype`; without any folding."""
+    def export(self, path: Path, how: ExportOptions, metadata: Mapping[str, str]) -> ExportResult:
+        """Write it as ONNX into a new file, without any folding."""

@@ -20,11 +20,12 @@ from bntool.observe.eager import Observation, observe
 from bntool.observe.inference import observe_inferred
 from bntool.observe.standing_in import set_modes
 from bntool.report.counting import parameter_delta
-from bntool.subjects.base import Checking, Kind, Narrow, Parameters
+from bntool.subjects.base import Checking, Kind, Parameters
+from bntool.subjects.elsewhere import Elsewhere
 from bntool.subjects.insertion import check_unchanged, insert_observed
 from bntool.subjects.module_folding import PlannedFold, plan_module_fold
 from bntool.subjects.proving import ModuleProof
-from bntool.surgery.fold_modules import apply_fold
+from bntool.surgery.fold_modules import Numbers, apply_exactly
 from bntool.verifying.checking import check_surgery, seeded_batches
 
 if TYPE_CHECKING:
@@ -65,6 +66,7 @@ class ModuleSubject:
         self._observed = observed
         self._small = small
         self._planned: PlannedFold | None = None
+        self.numbers: Numbers = {}
         self._unchanged: Check | None = None
 
     @functools.cached_property
@@ -74,6 +76,11 @@ class ModuleSubject:
         if self._given is None:
             return observe_inferred(self.model, small=self._small)
         return observe(self.model, Inputs.of(self._given))
+
+    @functools.cached_property
+    def elsewhere(self) -> Elsewhere:
+        """The module on other inputs than its example."""
+        return Elsewhere(self.model, self.observation)
 
     @property
     def runnable(self) -> nn.Module:
@@ -97,16 +104,21 @@ class ModuleSubject:
             merge=options.merge,
             unshare=options.unshare,
             thorough=thorough,
+            elsewhere=self.elsewhere,
         )
         return self._planned.plan
 
     def folded(self, plan: Plan) -> ModuleSubject:
         if self._planned is not None and self._planned.plan is plan:
-            return self.like(self._planned.carry_out())
-        return self.like(set_modes(apply_fold(self.model, plan), training=False))
+            folded, numbers = self._planned.carry_out()
+        else:
+            folded, numbers = apply_exactly(self.model, plan)
+        after = self.like(set_modes(folded, training=False))
+        after.numbers = numbers
+        return after
 
     def proof(self, checking: Checking) -> ModuleProof:
-        return ModuleProof(self.model, self.observation.inputs, checking)
+        return ModuleProof(self.model, self.observation, checking, self.elsewhere)
 
     def plan_insert(self, options: InsertOptions) -> Plan:
         return plan_insert(self.graph(), options)
@@ -127,23 +139,14 @@ class ModuleSubject:
             raise CheckFailed("the insertion changes the output", next_step="please report this model")
         return rows
 
-    def export(
-        self, path: Path, how: ExportOptions, metadata: Mapping[str, str], dtype: Narrow = ""
-    ) -> ExportResult:
+    def export(self, path: Path, how: ExportOptions, metadata: Mapping[str, str]) -> ExportResult:
         from bntool.export.exporting import export_onnx
 
         return export_onnx(
             self.model,
             self.example(),
             path,
-            opset=how.opset,
-            ir_version=how.ir_version,
-            dynamic_batch=not how.static_batch,
-            dynamic=how.axes(),
-            external_data=how.external_data,
-            dtype=dtype,
-            keep_io=how.keep_io,
-            exporter=how.exporter,
+            how,
             metadata=metadata,
             force=True,  # a draft, which a first try may have left
         )

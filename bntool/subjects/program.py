@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch.export import ExportedProgram
 
-from bntool.core.errors import CheckFailed, InvariantError, UsageError
+from bntool.core.errors import CheckFailed, PlanError, UsageError
 from bntool.core.options import ExportOptions, FoldOptions, InsertOptions
 from bntool.core.plan import Plan
 from bntool.core.verdicts import Check
@@ -21,8 +20,9 @@ from bntool.inserting import plan_insert_nodes
 from bntool.observe.exported_program import ProgramObservation, observe_program
 from bntool.report.counting import parameter_delta
 from bntool.runtime.programs import RunnableProgram, drawn_inputs, example_inputs_of
-from bntool.subjects.base import Checking, Kind, Narrow, Parameters
+from bntool.subjects.base import Checking, Kind, Parameters
 from bntool.subjects.insertion import check_unchanged
+from bntool.subjects.replanning import replanned_fold
 from bntool.surgery.fold_program import apply_fold_program, in_float64
 from bntool.surgery.insert_program import apply_insert_program
 from bntool.verifying.checking import check_surgery, seeded_batches
@@ -108,27 +108,10 @@ class ProgramSubject:
             raise CheckFailed("the insertion changes the output", next_step="please report this program")
         return [row]
 
-    def export(
-        self,
-        path: Path,
-        how: ExportOptions,
-        metadata: Mapping[str, str],
-        dtype: Narrow = "",
-    ) -> ExportResult:
+    def export(self, path: Path, how: ExportOptions, metadata: Mapping[str, str]) -> ExportResult:
         from bntool.export.exporting import export_program
 
-        if dtype:
-            raise InvariantError("a program keeps its types, which was told before")
-
-        return export_program(
-            self.model,
-            self.example(),
-            path,
-            opset=how.opset,
-            ir_version=how.ir_version,
-            external_data=how.external_data,
-            metadata=metadata,
-        )
+        return export_program(self.model, self.example(), path, how, metadata=metadata)
 
     def _like(self, program: ExportedProgram) -> ProgramSubject:
         return ProgramSubject(program, self.given, name=self.name, seed=self._seed)
@@ -173,16 +156,7 @@ class ProgramProof:
 
     def _folded_in_float64(self, plan: Plan) -> ProgramSubject:
         """The same fold planned and done again on the float64 program: constants differ in their digits."""
-        again = self._wide.plan_fold(
-            FoldOptions(
-                include=tuple(plan.options["include"]),
-                exclude=tuple(plan.options["exclude"]),
-                merge=bool(plan.merges),
-                unshare=bool(plan.options.get("unshare")),
-            )
-        )
-        names = [site.bn for site in plan.fold_sites]
-        sites = tuple(site for site in again.fold_sites if site.bn in names)
-        if [site.bn for site in sites] != names or len(again.merges) != len(plan.merges):
-            raise CheckFailed("the fold does not come out the same in float64")
-        return self._wide.folded(dataclasses.replace(again, sites=sites))
+        try:
+            return self._wide.folded(replanned_fold(self._wide, plan))
+        except PlanError as error:
+            raise CheckFailed("the fold does not come out the same in float64") from error

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
+from torch import Tensor, nn
 
-from bntool.core.errors import BntoolError
 from bntool.core.plan import Plan
 from bntool.core.verdicts import Check
 from bntool.export.dynamic_axes import resized
-from bntool.observe.inference import has_fixed_size
-from bntool.observe.standing_in import own_copy, set_modes
+from bntool.observe.eager import Observation
+from bntool.observe.standing_in import set_modes
 from bntool.subjects.base import Checking
-from bntool.subjects.module_folding import other_sizes
-from bntool.surgery.fold_modules import apply_fold
+from bntool.subjects.elsewhere import Elsewhere
+from bntool.surgery.fold_modules import Numbers, apply_exactly, apply_fold
 from bntool.verifying.checking import check_surgery, seeded_batches
+from bntool.verifying.float64 import Unrounded
 from bntool.verifying.reference import Reference
 
 if TYPE_CHECKING:
@@ -26,46 +27,75 @@ if TYPE_CHECKING:
 
 
 class ModuleProof:
-    """A module's own runs: on its example or batches of it, and in float64 on inputs of other sizes."""
+    """A module's own runs: on its example or batches of it, and in float64 on inputs of other sizes.
 
-    def __init__(self, model: nn.Module, example: Inputs, checking: Checking) -> None:
-        self._model, self._example, self._checking = model, example, checking
-        self._refused: list[str] = []
+    Args:
+        model: the original.
+        observation: what its example showed.
+        checking: how much is run, and where.
+        elsewhere: looks at the model on other inputs.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        observation: Observation,
+        checking: Checking,
+        elsewhere: Elsewhere | None = None,
+    ) -> None:
+        self._model, self._observation, self._checking = model, observation, checking
+        self._elsewhere = elsewhere or Elsewhere(model, observation)
 
     @functools.cached_property
     def reference(self) -> Reference:
         """The original on the inputs that a candidate is compared on."""
-        checking = self._checking
-        inputs = seeded_batches(self._example, seed=checking.seed) if checking.full else [self._example]
+        checking, example = self._checking, self._observation.inputs
+        inputs = seeded_batches(example, seed=checking.seed) if checking.full else [example]
         longer = {name: [axis for axis in axes if axis] for name, axes in checking.axes.items()}
         if any(longer.values()):  # by 32, which most strides divide
-            inputs = [*inputs, resized(self._example, longer, by=32, seed=checking.seed)]
-        return Reference(self._model, inputs)
+            inputs = [*inputs, resized(example, longer, by=32, seed=checking.seed)]
+        ran = _own_runs([self._observation]) if inputs == [example] else None
+        return Reference(self._model, inputs, ran=ran, floor=self._floor)
 
     @functools.cached_property
     def elsewhere(self) -> Reference | None:
-        """The original on an input of other sizes and one sample more, the first that it takes.
+        """The original on inputs of other sizes, and on one sample more.
 
         None where it takes none, and where it does not run in float64: what is proved there is algebra.
         """
-        for other in other_sizes(self._example, fixed=has_fixed_size(self._model)):
-            found = Reference(self._model, [other])
-            try:
-                _ = found.own
-            except BntoolError:
-                self._refused.append(other.shapes())
-                continue
-            return found if found.exact is not None else None
-        return None
+        small = self._elsewhere.seen.small
+        if small is None:
+            return None
+        beside = self._elsewhere.besides()
+        found = Reference(self._model, [small.inputs], ran=_own_runs([small]), beside=beside)
+        return found if found.exact is not None else None
 
     @property
-    def _not_elsewhere(self) -> str:
-        """Why there is no proof on other sizes; empty where there is one."""
-        if self.elsewhere is not None:
-            return ""
-        if self.reference.exact is None:
+    def _floor(self) -> Reference | None:
+        return self.elsewhere if self._elsewhere.seen.covers else None
+
+    @functools.cached_property
+    def _with_long(self) -> Reference:
+        """The reference, and an input longer than the example where the model does things by size."""
+        long, found = self._elsewhere.seen.long, self.reference
+        if long is None:
+            return found
+        ran = _own_runs([long])
+        both = None if ran is None else [*found.own, *ran]
+        return Reference(self._model, [*found.inputs, long.inputs], ran=both, floor=self._floor)
+
+    @property
+    def _remark(self) -> str:
+        """What is not proved elsewhere, and why; empty where all is."""
+        elsewhere = self.elsewhere
+        if elsewhere is None and self.reference.exact is None:
             return "not proved on other sizes, since the model does not run in float64"
-        return f"not proved on other sizes, since the model takes none of {'; '.join(self._refused)}"
+        own = _sides(self._observation.inputs)
+        if elsewhere is not None and any(_sides(inputs) != own for inputs, _ in elsewhere.algebra):
+            return ""
+        untaken = self._elsewhere.untaken
+        why = f"takes none of {'; '.join(untaken)}" if untaken else "says that it takes one size alone"
+        return f"not proved on other sizes, since the model {why}"
 
     @property
     def looks_elsewhere(self) -> bool:
@@ -76,48 +106,56 @@ class ModuleProof:
         first, *more = self._compared(
             plan,
             after.model,
-            self.reference,
+            after.numbers,
+            self._with_long,
             elsewhere=self.elsewhere,
             device=checking.torch_device,
             progress=checking.step,
             atol=checking.atol,
             rtol=checking.rtol,
         )
-        detail = "; ".join(filter(None, (first.detail, self._not_elsewhere)))
+        detail = "; ".join(filter(None, (first.detail, self._remark)))
         return [dataclasses.replace(first, detail=detail), *more]
 
     def agrees(self, plan: Plan) -> bool:
-        reference = self.elsewhere or self.reference
-        folded = set_modes(apply_fold(self._model, plan), training=False)
-        return all(row.passed for row in self._compared(plan, folded, reference))
+        folded, numbers = apply_exactly(self._model, plan)
+        set_modes(folded, training=False)
+        references = [self.elsewhere or self.reference]
+        if self._with_long is not self.reference:
+            references.append(self._with_long)
+        return all(row.passed for one in references for row in self._compared(plan, folded, numbers, one))
 
-    def _compared(self, plan: Plan, folded: nn.Module, reference: Reference, **how: Any) -> list[Check]:
+    def _compared(
+        self, plan: Plan, folded: nn.Module, numbers: Numbers, reference: Reference, **how: Any
+    ) -> list[Check]:
         return check_surgery(
             self._model,
             folded,
             reference.inputs,
             stage="fold",
-            candidate64=_folded_in_float64(self._model, plan),
+            candidate64=Unrounded(folded, numbers, lambda: apply_fold(self._model, plan, wide=True)),
             reference=reference,
             changed_parts=_changed_parts(self._model, plan),
             **how,
         )
 
 
-def _folded_in_float64(model: nn.Module, plan: Plan) -> nn.Module | None:
-    """The same fold redone on a float64 copy; None where a class refuses to be copied."""
-    try:
-        wide = own_copy(model).double()
-    except Exception:  # noqa: BLE001 - a class may refuse in its own way
-        return None
-    return apply_fold(wide, plan)
+def _sides(inputs: Inputs) -> list[tuple[int, ...]]:
+    return [tuple(tensor.shape[1:]) for tensor in inputs.tensors().values()]
+
+
+def _own_runs(seen: Sequence[Observation]) -> list[dict[str, Tensor]] | None:
+    """What observations returned, where they ran as a runner would; else None."""
+    found = [one.returned for one in seen if one.returned is not None]
+    return found if len(found) == len(seen) else None
 
 
 def _changed_parts(model: nn.Module, plan: Plan) -> set[str]:
     """The children of the model whose output a fold may change: all that no fold is wholly inside of."""
     whole: set[str] = set()
     crossed: set[str] = set()
-    for site in plan.fold_sites:
-        homes = {name.partition(".")[0] for name in (site.bn, *site.into)}
+    cuts = [(site.bn, *site.into) for site in plan.fold_sites]
+    for names in (*cuts, *((merge.layer, *merge.values) for merge in plan.merges)):
+        homes = {name.partition(".")[0] for name in names}
         (whole if len(homes) == 1 else crossed).update(homes)
     return {name for name, _ in model.named_children()} - (whole - crossed)

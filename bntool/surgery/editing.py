@@ -68,8 +68,11 @@ class TensorStore(TensorSource, Protocol):
         """Give a call site tensors of its own: which slot each was cloned from, and the clone's."""
 
 
-def apply_edits(store: TensorStore, plan: Plan) -> None:
-    """Every edit and every merge of a fold's plan, on the tensors alone, which are put one by one."""
+def apply_edits(store: TensorStore, plan: Plan) -> Edits:
+    """Every edit and every merge of a fold's plan, on the tensors alone, which are put one by one.
+
+    Returns what was asked of the tensors; those that a merge made are not in it.
+    """
     edits = Edits(store)
     with torch.no_grad():
         for edit in (edit for site in plan.fold_sites for edit in site.edits):
@@ -82,6 +85,7 @@ def apply_edits(store: TensorStore, plan: Plan) -> None:
                 store.put(slot, tensor)
         for slot in edits.changed({*removed_norms(plan), *(n for merge in plan.merges for n in merge.norms)}):
             store.put(slot, edits.rounded(slot))
+    return edits
 
 
 def removed_norms(plan: Plan) -> list[str]:
@@ -172,6 +176,12 @@ class Edits:
         if slot in self._vectors:
             return cast_like(self._vectors[slot], like)
         return self._weight(slot, like.dtype)
+
+    def exact(self, slot: Slot) -> Tensor:
+        """The numbers of a changed tensor in float64, as they are before they are rounded."""
+        found = self._exact(slot)
+        assert found is not None
+        return found
 
     def length(self, slot: Slot) -> int:
         """How many numbers a changed bias has."""

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterable, Iterator, Mapping
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -12,9 +13,11 @@ from torch import Tensor, nn
 
 from bntool.core.errors import InvariantError
 from bntool.core.plan import Plan
-from bntool.core.sites import Branch, Edit, Merge
-from bntool.layers import NORMED
+from bntool.core.sites import Branch, Edit, Merge, Window
+from bntool.layers import NORMED, Absorbed
 from bntool.observe.copying import is_plain, structural_copy, take_apart
+from bntool.observe.modules import is_batch_norm_class
+from bntool.observe.standing_in import set_modes
 from bntool.surgery.editing import ROLES, Role, Slot, StoredNorm, apply_edits, removed_norms
 from bntool.surgery.reparameterising import merge_blocks_of
 
@@ -22,23 +25,39 @@ _TENSOR_SLOTS = frozenset({"_parameters", "_buffers", "_modules"})
 _STOCK_OF = {normed: stock for stock, normed in NORMED.items()}
 
 
-def apply_fold(model: nn.Module, plan: Plan) -> nn.Module:
+Numbers = Mapping[int, Callable[[], Tensor]]
+"""What gives the numbers of new tensors before they were rounded, in float64, by the tensor's identity."""
+
+
+def apply_fold(model: nn.Module, plan: Plan, *, wide: bool = False) -> nn.Module:
     """A copy of `model` with every site of a fold plan carried out.
 
     Untouched layers share their tensors with `model`; `with_own_tensors` gives the copy its own. The
-    argument is not changed. Parameters keep `requires_grad`, type, device and memory format.
+    argument is not changed. Parameters keep `requires_grad`, type, device and memory format; with `wide`
+    those that change are left in float64.
     """
+    return apply_exactly(model, plan, wide=wide)[0]
+
+
+def apply_exactly(model: nn.Module, plan: Plan, *, wide: bool = False) -> tuple[nn.Module, Numbers]:
+    """`apply_fold`, and the numbers of all that is new before they were rounded: none where blocks merged."""
     copied = structural_copy(model)
-    merge_blocks_of(copied, plan)
-    return carry_out(copied, plan)
+    merged = merge_blocks_of(copied, plan, wide=wide)
+    copied, numbers = carry_out(copied, plan, wide=wide)
+    return copied, {} if merged else numbers
 
 
-def carry_out(copied: nn.Module, plan: Plan) -> nn.Module:
-    """The edits of a plan on a structural copy whose blocks have merged their branches; changes the copy."""
-    tensors = _ModuleTensors(copied, plan.eps)
-    apply_edits(tensors, plan)
+def carry_out(copied: nn.Module, plan: Plan, *, wide: bool = False) -> tuple[nn.Module, Numbers]:
+    """The edits of a plan on a structural copy whose blocks have merged their branches; changes the copy.
+
+    Returns the copy, and the numbers of its new tensors before they were rounded.
+    """
+    tensors = _ModuleTensors(copied, plan.eps, torch.float64 if wide else None)
+    edits = apply_edits(tensors, plan)
     tensors.write(removed_norms(plan))
-    return copied
+    for merge in plan.merges:
+        tensors.merge(merge)
+    return copied, {id(new): functools.partial(edits.exact, slot) for slot, new in tensors.new.items()}
 
 
 def with_own_tensors(folded: nn.Module, original: nn.Module) -> nn.Module:
@@ -93,8 +112,8 @@ def _clone(tensor: Tensor) -> Tensor:
 class _ModuleTensors:
     """The tensors of a structural copy, told by identity: a name can pass from a shared tensor to a clone."""
 
-    def __init__(self, model: nn.Module, eps: Mapping[str, float]) -> None:
-        self.model, self.eps = model, eps
+    def __init__(self, model: nn.Module, eps: Mapping[str, float], dtype: torch.dtype | None) -> None:
+        self.model, self.eps, self.dtype = model, eps, dtype
         self.modules = dict(model.named_modules(remove_duplicate=False))
         self.held: dict[Slot, Tensor] = {}
         self.made: set[Slot] = set()
@@ -125,7 +144,8 @@ class _ModuleTensors:
         return None if slot in self.made else self.held[slot]
 
     def like(self, slot: Slot) -> Tensor:
-        return self.held[slot]
+        held = self.held[slot]
+        return held if self.dtype is None else torch.empty_like(held, dtype=self.dtype)
 
     def put(self, slot: Slot, tensor: Tensor) -> None:
         self.new[slot] = _as_kind(self.held[slot], tensor)
@@ -157,6 +177,18 @@ class _ModuleTensors:
             _become(norm, _what_remains(norm))
         for parent in self.modules.values():
             _unwrap(parent)
+
+    def merge(self, merge: Merge) -> None:
+        """Let one convolution look at its input as the whole sum does, and the other layers give zeros."""
+        heir: Any = self.modules[merge.layer]
+        window = merge.window
+        heir.kernel_size, heir.stride, heir.dilation = window.kernel, window.stride, window.dilation
+        heir.padding, heir.groups = window.before, window.groups
+        heir._reversed_padding_repeated_twice = [n for n in reversed(window.before) for _ in range(2)]
+        for norm in (self.modules[name] for name in merge.norms if name not in merge.values):
+            _become(norm, _what_remains(norm))
+        for layer in (self.modules[name] for name in merge.values):
+            _become(layer, set_modes(_zeros_of(layer, window), training=layer.training))
 
     # -- tensors ----------------------------------------------------------------------------------------
 
@@ -194,6 +226,14 @@ def _become(module: nn.Module, other: nn.Module) -> None:
     """Turn a module into another where it stands, for whoever holds it: parents, plain lists, attributes."""
     module.__class__ = type(other)
     module.__dict__ = dict(other.__dict__)
+
+
+def _zeros_of(layer: Any, window: Window) -> Absorbed:
+    """What stands for a branch of a sum of this window."""
+    if is_batch_norm_class(type(layer)) or hasattr(layer, "running_mean"):
+        return Absorbed()
+    reach = zip(window.kernel, window.dilation, window.before, window.after, strict=True)
+    return Absorbed(layer.out_channels, window.stride, [d * (k - 1) - p - q for k, d, p, q in reach])
 
 
 def _unwrap(parent: nn.Module) -> None:

@@ -1,15 +1,14 @@
 """Blocks that bring their own re-parameterisation (RepVGG, MobileOne, FastViT, RepViT, GhostNet v3).
 
-Parallel branches inside a user's `forward` cannot be merged by editing a module tree, but such blocks know
-how to become one convolution. Their own method is used on a float64 copy, and the result is checked like
-any other fold.
+Such blocks know how to become one convolution. Their own method is used on a float64 copy, and the block is
+run before and after: what is not the same is not used, and what the law of merging can do is left to it.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import nn
@@ -17,13 +16,21 @@ from torch import nn
 from bntool.core.plan import Plan
 from bntool.core.schema import Damaged
 from bntool.core.sites import Edit
+from bntool.graph.inputs import Inputs, named_tensors
 from bntool.observe.copying import structural_copy
+from bntool.observe.isolation import Isolation, fresh
 from bntool.observe.modules import is_batch_norm_class, once_per_class
-from bntool.observe.standing_in import own_copy, set_modes
+from bntool.observe.standing_in import cast, own_copy, set_modes
 from bntool.surgery.replacing import replace_everywhere
 
-_METHODS = ("reparameterize", "switch_to_deploy")
-"""Methods that change a block in place. timm's `fuse` returns a new block; see `_methods_of`."""
+_METHODS = ("reparameterize", "switch_to_deploy", "reparameterize_layer", "merge_kernel", "fuse")
+"""Methods that change a block in place or return a new one."""
+_MOST_CONVOLUTIONS = 8
+"""`fuse` is a common word: only a block of a few convolutions that become fewer is meant by it."""
+_SIDE = 16
+"""A block is tried on an image no larger than this."""
+_EXACT = 1e-10
+"""Relative to the peak of an output: what a merge in float64 may differ by, as in the proof of a fold."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,35 +43,67 @@ class Block:
     merged: nn.Module
 
 
-def find_blocks(model: nn.Module) -> list[Block]:
+def find_blocks(model: nn.Module, shapes: Mapping[str, Sequence[int]] | None = None) -> list[Block]:
     """Every outermost block that can merge its branches and so loses BatchNorms; the model is untouched.
 
-    Each is tried on a copy, which tells what goes.
+    Each is tried on a copy, which tells what goes, and run on numbers of the shape that it is known to read.
     """
     blocks: list[Block] = []
     for name, module in model.named_modules():
         # what a block holds comes right behind it
         if not name or (blocks and name.startswith(f"{blocks[-1].name}.")):
             continue
-        found = _tried(name, module) if _methods_of(module) else None
+        found = _tried(name, module, (shapes or {}).get(name)) if _methods_of(module) else None
         if found is not None:
             blocks.append(found)
     return blocks
 
 
-def _tried(name: str, module: nn.Module) -> Block | None:
-    """The block by the first of its methods that takes BatchNorms out of it."""
+def _tried(name: str, module: nn.Module, shape: Sequence[int] | None) -> Block | None:
+    """The block by the first of its methods that takes BatchNorms out of it and keeps what it computes."""
     before = _norm_names(module)
     for method in _methods_of(module) if before else ():
         try:
-            merged = reparameterised(module, method)
+            wide = _in_float64(module, method)
         except Exception:  # noqa: BLE001, S112 - a method that fails is one this block does not offer
             continue
-        gone = before - _norm_names(merged)
-        if gone:
+        gone = before - _norm_names(wide)
+        fewer = method != "fuse" or _convolutions(wide) < _convolutions(module)
+        if gone and fewer and _agree(cast(own_copy(module), torch.float64), wide, shape):
             norms = tuple(f"{name}.{norm}" if norm else name for norm in sorted(gone))
-            return Block(name, method, norms, merged)
+            return Block(name, method, norms, _as_it_was(wide, module))
     return None
+
+
+def _agree(block: nn.Module, merged: nn.Module, shape: Sequence[int] | None) -> bool:
+    """Whether both compute the same, as far as the block runs by itself; else the fold's proof tells."""
+    if shape is None:
+        return True
+    rank = len(shape)
+    small = [
+        2 if i == 0 and rank > 3 else size if i < 2 else min(size, _SIDE) for i, size in enumerate(shape)
+    ]
+    for sizes in (small, list(shape)):
+        x = torch.randn(sizes, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        inputs = Inputs((x.to(next((t.device for t in block.parameters()), x.device)),))
+        try:
+            expected, found = (_output_of(model, inputs) for model in (block, merged))
+        except Exception:  # noqa: BLE001, S112 - it may take other sizes, or more than one input
+            continue
+        pairs = [(expected[name], found.get(name)) for name in expected]
+        return len(expected) == len(found) and all(b is not None and _same(a, b) for a, b in pairs)
+    return True
+
+
+def _output_of(model: nn.Module, inputs: Inputs) -> dict[str, torch.Tensor]:
+    with Isolation(model).run(watched=False) as run, torch.no_grad():
+        return dict(named_tensors(run(*fresh(inputs).args)))
+
+
+def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
+    if one.shape != other.shape or not one.is_floating_point():
+        return one.shape == other.shape
+    return bool((one - other).abs().max() <= _EXACT * one.abs().max())
 
 
 def with_blocks_merged(model: nn.Module, blocks: list[Block]) -> nn.Module:
@@ -75,29 +114,34 @@ def with_blocks_merged(model: nn.Module, blocks: list[Block]) -> nn.Module:
     return copied
 
 
-def merge_blocks_of(copied: nn.Module, plan: Plan) -> None:
+def merge_blocks_of(copied: nn.Module, plan: Plan, *, wide: bool = False) -> bool:
     """Put what they become in the place of the blocks that a plan merges, in the plan's order.
+
+    With `wide` what they become is left in float64. Returns whether there was any.
 
     Only the method that the planner itself would call is called, and only where a BatchNorm goes by it;
     `Damaged`, with the place, for any other.
     """
+    merged = False
     for number, site in enumerate(plan.fold_sites):
         for place, edit in enumerate(site.edits):
             if edit.kind == "reparameterize":
                 try:
-                    _merge_block(copied, edit)
+                    _merge_block(copied, edit, wide)
                 except Damaged as error:
                     raise error.within(f"sites[{number}].edits[{place}]") from error
+                merged = True
+    return merged
 
 
-def _merge_block(copied: nn.Module, edit: Edit) -> None:
+def _merge_block(copied: nn.Module, edit: Edit, wide: bool) -> None:
     block = dict(copied.named_modules(remove_duplicate=False)).get(edit.layer) if edit.layer else None
     if block is None:
         raise Damaged(f"the model has no block {edit.layer!r}", "layer")
     if edit.method not in _methods_of(block):
         raise Damaged(f"{edit.layer!r} merges no branches by a method {edit.method!r}", "method")
     try:
-        merged = reparameterised(block, edit.method)
+        merged = reparameterised(block, edit.method, wide=wide)
     except Exception as error:  # the method is the model's own, and may fail in any way
         raise Damaged(f"{edit.method}() of {edit.layer!r} fails: {error}", "method") from error
     if not _norm_names(block) - _norm_names(merged):
@@ -105,18 +149,23 @@ def _merge_block(copied: nn.Module, edit: Edit) -> None:
     replace_everywhere(copied, block, merged)
 
 
-def reparameterised(module: nn.Module, method: str) -> nn.Module:
-    """The block with its branches merged, computed in float64 and cast back; the argument is untouched."""
+def reparameterised(module: nn.Module, method: str, *, wide: bool = False) -> nn.Module:
+    """The block with its branches merged in float64, cast back unless `wide`; the argument is untouched."""
+    return _as_it_was(_in_float64(module, method), module, wide=wide)
+
+
+def _as_it_was(merged: nn.Module, module: nn.Module, *, wide: bool = False) -> nn.Module:
+    """The merged block in the mode, and unless `wide` the type, of what it was made from; changes it."""
     tensors = [t for t in (*module.parameters(), *module.buffers()) if t.is_floating_point()]
-    dtype = tensors[0].dtype if tensors else torch.get_default_dtype()
-    trains = any(p.requires_grad for p in module.parameters())
-    merged = _call(own_copy(module).double(), method).to(dtype)
-    merged.requires_grad_(trains)
+    if not wide:
+        cast(merged, tensors[0].dtype if tensors else torch.get_default_dtype())
+    merged.requires_grad_(any(p.requires_grad for p in module.parameters()))
     return set_modes(merged, training=module.training)
 
 
-def _call(block: nn.Module, method: str) -> nn.Module:
-    """The merged block. Layers that the method makes are float64 too, and lie where the block lies."""
+def _in_float64(module: nn.Module, method: str) -> nn.Module:
+    """The merged block in float64. Layers that the method makes are so too, and lie where the block lies."""
+    block = cast(own_copy(module), torch.float64)
     default = torch.get_default_dtype()
     device = next((t.device for t in block.parameters()), torch.device("cpu"))
     # as a context the device costs every op a call in Python
@@ -133,17 +182,18 @@ def _call(block: nn.Module, method: str) -> nn.Module:
 def _methods_of(module: nn.Module) -> tuple[str, ...]:
     """The methods by which this block may merge its branches; not all of that name do."""
     methods = _methods_offered(type(module))
-    if "fuse" in methods:
-        # a common word: only where it merges several convolutions into one
-        convolutions = sum(isinstance(m, nn.Conv2d) for m in module.modules())
-        return methods if 2 <= convolutions <= 8 else tuple(m for m in methods if m != "fuse")
+    if "fuse" in methods and not 2 <= _convolutions(module) <= _MOST_CONVOLUTIONS:
+        return tuple(method for method in methods if method != "fuse")
     return methods
 
 
 @once_per_class
 def _methods_offered(cls: type) -> tuple[str, ...]:
-    methods = (*_METHODS, "fuse") if cls.__module__.startswith("timm.models.") else _METHODS
-    return tuple(method for method in methods if callable(getattr(cls, method, None)))
+    return tuple(method for method in _METHODS if callable(getattr(cls, method, None)))
+
+
+def _convolutions(module: nn.Module) -> int:
+    return sum(isinstance(m, nn.Conv2d) for m in module.modules())
 
 
 def _norm_names(module: nn.Module) -> set[str]:

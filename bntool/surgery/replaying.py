@@ -20,6 +20,7 @@ from bntool.observe.modules import is_batch_norm_class, role_of
 from bntool.surgery.fold_modules import carry_out
 from bntool.surgery.insert_modules import apply_insert
 from bntool.surgery.judging import EditJudge, Held, at
+from bntool.surgery.judging_merges import MergeJudge
 from bntool.surgery.reparameterising import merge_blocks_of
 
 
@@ -32,7 +33,7 @@ def replay_fold(model: nn.Module, plan: Plan) -> nn.Module:
     merged = structural_copy(model)
     merge_blocks_of(merged, plan)
     _FoldJudge(model, merged).judge(plan)
-    return carry_out(merged, plan)
+    return carry_out(merged, plan)[0]
 
 
 def replay_insert(model: nn.Module, plan: Plan) -> nn.Module:
@@ -54,16 +55,21 @@ class _FoldJudge:
         self.modules = _by_name(merged)
         self.edits = EditJudge(self._held, _numbers(merged))
         self.made: dict[tuple[int, str], Held] = {}
+        self.merged: set[str] = set()
 
     def judge(self, plan: Plan) -> None:
-        if plan.merges:
-            raise Damaged("the branches of a module are not merged by a plan", "merges[0]")
+        self.merged = {name for merge in plan.merges for name in merge.norms}
         for number, site in enumerate(plan.fold_sites):
             with at(f"sites[{number}]"):
                 self._site(site)
+        merges = MergeJudge(self.modules, self.edits)
+        for number, merge in enumerate(plan.merges):
+            with at(f"merges[{number}]"):
+                merges.judge(merge)
 
     def _site(self, site: FoldSite) -> None:
         gone = Edit("remove", site.bn) in site.edits or not _is_norm(self.modules.get(site.bn))
+        gone |= site.bn in self.merged
         if not _is_norm(self.before.get(site.bn)) or not gone:
             raise Damaged(f"{site.bn!r} is no BatchNorm that goes", "bn")
         for number, edit in enumerate(site.edits):

@@ -17,17 +17,20 @@ def scaled(weight: Tensor, factors: Sequence[Tensor], dtype: torch.dtype) -> Ten
     """The product of a weight and all factors in float64, cast to `dtype` once.
 
     Each factor broadcasts against the weight. A large weight goes in chunks along the first axis; one float64
-    buffer serves all of them: three times as fast as a new one for each. The memory format stays.
+    buffer serves all of them: three times as fast as a new one for each. None is needed where float64 is
+    asked for. The memory format stays.
     """
     if weight.numel() <= _CHUNK:
         return _multiplied(weight.to(torch.float64, copy=True), factors).to(dtype)
     out = torch.empty_like(weight, dtype=dtype)
     step = max(1, _CHUNK * weight.shape[0] // weight.numel())
-    buffer = torch.empty((step, *weight.shape[1:]), dtype=torch.float64, device=weight.device)
+    buffer = None if dtype == torch.float64 else torch.empty_like(weight[:step], dtype=torch.float64)
     for start in range(0, weight.shape[0], step):
         chunk = slice(start, start + step)
-        part = buffer[: min(step, weight.shape[0] - start)].copy_(weight[chunk])
-        out[chunk].copy_(_multiplied(part, [f[chunk] if len(f) > 1 else f for f in factors]))
+        place = out[chunk] if buffer is None else buffer[: min(step, weight.shape[0] - start)]
+        _multiplied(place.copy_(weight[chunk]), [f[chunk] if len(f) > 1 else f for f in factors])
+        if buffer is not None:
+            out[chunk].copy_(place)
     return out
 
 

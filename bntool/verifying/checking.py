@@ -18,18 +18,15 @@ from bntool.core.errors import BntoolError, CheckFailed
 from bntool.core.verdicts import TF32, Check
 from bntool.graph.inputs import Inputs
 from bntool.models import casting
-from bntool.runtime.libraries import first_line
 from bntool.runtime.naming import on_nvidia
 from bntool.runtime.onnx_outputs import OutputTraits
 from bntool.runtime.ort_runner import OrtRunner
 from bntool.runtime.torch_runner import TorchRunner
+from bntool.verifying.algebra import check_algebra, does_not_run, without
 from bntool.verifying.comparing import Limit, Outputs, compare, difference
-from bntool.verifying.reference import Progress, Reference, run_float64
+from bntool.verifying.float64 import Unrounded
+from bntool.verifying.reference import Progress, Reference
 
-# The surgery is algebra: redone in float64 it must agree far below any float32 rounding (6e-8), while the
-# float64 noise of deep networks, measured near 1e-15 of the peak, stays far under it.
-# A network that carries a rounding further is held to K_NOISE times what it makes of float64's own.
-ALGEBRA_LIMIT = 1e-10
 _TF32_LEAST = (8, 0)  # Ampere
 
 
@@ -39,7 +36,7 @@ def check_surgery(
     inputs_list: Sequence[Inputs],
     *,
     stage: str,
-    candidate64: nn.Module | None = None,
+    candidate64: nn.Module | Unrounded | None = None,
     device: str = "cpu",
     progress: Progress | None = None,
     reference: Reference | None = None,
@@ -58,6 +55,10 @@ def check_surgery(
     Raises `CheckFailed` when there is nothing to compare or the candidate does not run.
     """
     reference = reference or Reference(original, inputs_list, device=device, progress=progress)
+    if reference.floor is not None and not twice and (atol, rtol) == (None, None):
+        rows = _by_floor(reference, reference.floor, candidate, candidate64, stage, device, progress)
+        if all(row.passed for row in rows):
+            return rows
     reference = reference.decidable()
     elsewhere = elsewhere.decidable() if elsewhere is not None else None
     say = progress or (lambda text: None)
@@ -65,13 +66,15 @@ def check_surgery(
     say("running the candidate")
     remarks: list[str] = []
     changed = changed_parts if reference.parts else ()
-    got = _without(_run_all(runner, reference.inputs, stage), changed)
+    got = without(_run_all(runner, reference.inputs, stage), changed)
     if twice:
-        (again,) = _without(_run_all(runner, reference.inputs[:1], stage), changed)
+        (again,) = without(_run_all(runner, reference.inputs[:1], stage), changed)
         remarks.append(repeated(got[0], again))
     remarks += [note for note in runner.notes if note not in reference.notes]
-    algebra = _check_algebra(elsewhere or reference, candidate64, stage, say, changed_parts)
-    expected = _without(reference.outputs, changed)
+    # One input settles algebra. The second, of two examples, also tells a batch axis from a channel axis.
+    chosen = slice(1, 2) if elsewhere is None and len(reference.inputs) > 1 else slice(None)
+    algebra = check_algebra(elsewhere or reference, candidate64, stage, say, changed_parts, chosen)
+    expected = without(reference.outputs, changed)
 
     def judged(limits: Mapping[str, Limit]) -> list[Check]:
         limits = {name: limit for name, limit in limits.items() if name.partition(".")[0] not in changed}
@@ -101,6 +104,36 @@ def check_surgery(
     rows = judged(reference.limits)
     settled = rows[0].passed or (algebra is not None and not algebra.passed)
     return rows if settled or (atol, rtol) != (None, None) else judged(reference.redrawn_limits)
+
+
+def _by_floor(
+    reference: Reference,
+    floor: Reference,
+    candidate: nn.Module,
+    candidate64: nn.Module | Unrounded | None,
+    stage: str,
+    device: str,
+    progress: Progress | None,
+) -> list[Check]:
+    """The rows by what the original's rounding does on smaller inputs: the candidate against the original's
+    own runs here, and the algebra there.
+    """
+    say = progress or (lambda text: None)
+    runner = TorchRunner(candidate, device)
+    algebra = check_algebra(floor, candidate64, stage, say)
+    say("running the candidate")
+    got = _run_all(runner, reference.inputs, stage)
+    remarks = [note for note in runner.notes if note not in reference.notes]
+    row = compare(
+        reference.own,
+        got,
+        floor.limits,
+        stage=stage,
+        device=runner.device,
+        provider=runner.provider,
+        detail="; ".join([*reference.notes, *remarks]),
+    )
+    return [row] if algebra is None else [row, algebra]
 
 
 def check_onnx(
@@ -190,12 +223,10 @@ def _check_file(
             where=f"{path}: {', '.join(runner.input_names)}",
             next_step="pass an input of the file's own shape with --input NAME:SHAPE",
         )
-    expected = [reference.outputs[i] for i in fits]
     got = [runner.run(reference.inputs[i]) for i in fits]
+    got = [named_as(reference.own[i], outputs) for i, outputs in zip(fits, got, strict=True)]
     judged = functools.partial(
         compare,
-        expected,
-        [named_as(e, g) for e, g in zip(expected, got, strict=True)],
         stage=stage,
         device=runner.device,
         provider=runner.provider,
@@ -204,15 +235,21 @@ def _check_file(
         rtol=rtol,
     )
     slack = OutputTraits(path).slack
-    if set(slack) != set(reference.limits) and len(slack) == len(reference.limits):
-        slack = dict(zip(reference.limits, slack.values(), strict=True))  # as `named_as` has it
 
     def allowed(limits: Mapping[str, Limit]) -> dict[str, Limit]:
-        return {n: dataclasses.replace(limit, absolute=slack.get(n, 0.0)) for n, limit in limits.items()}
+        named = slack
+        if set(slack) != set(limits) and len(slack) == len(limits):
+            named = dict(zip(limits, slack.values(), strict=True))  # as `named_as` has it
+        return {n: dataclasses.replace(limit, absolute=named.get(n, 0.0)) for n, limit in limits.items()}
 
-    row = judged(allowed(reference.limits))
-    settled = row.passed or (atol, rtol) != (None, None)
-    return row if settled else judged(allowed(reference.redrawn_limits))
+    exactly = (atol, rtol) != (None, None)
+    if reference.floor is not None and not exactly:
+        row = judged([reference.own[i] for i in fits], got, allowed(reference.floor.limits))
+        if row.passed:
+            return row
+    expected = [reference.outputs[i] for i in fits]
+    row = judged(expected, got, allowed(reference.limits))
+    return row if row.passed or exactly else judged(expected, got, allowed(reference.redrawn_limits))
 
 
 def seeded_batches(example: Inputs, batches: Sequence[int] = (1, 2, 3), seed: int = 0) -> list[Inputs]:
@@ -225,50 +262,6 @@ def seeded_batches(example: Inputs, batches: Sequence[int] = (1, 2, 3), seed: in
     if not nested:
         return [example.rebatched(batch, seed + batch) for batch in batches]
     return [example.map(_redraw(torch.Generator().manual_seed(seed + batch))) for batch in batches]
-
-
-def _without(runs: Sequence[Outputs], parts: Collection[str]) -> list[Outputs]:
-    """The outputs of each run, less what these children of the model returned."""
-    return [{n: t for n, t in outputs.items() if n.partition(".")[0] not in parts} for outputs in runs]
-
-
-def _check_algebra(
-    reference: Reference,
-    candidate64: nn.Module | None,
-    stage: str,
-    say: Progress,
-    changed_parts: Collection[str],
-) -> Check | None:
-    if candidate64 is None or reference.exact is None:
-        return None
-    say("checking the algebra in float64")
-    # One input settles algebra. The second, of two examples, also tells a batch axis from a channel axis.
-    chosen = slice(1, 2) if len(reference.inputs) > 1 else slice(0, 1)
-    changed = changed_parts if reference.parts else ()
-    exact = _without(reference.exact[chosen], changed)
-    try:
-        runs, _ = run_float64(candidate64, reference.inputs[chosen], parts=reference.parts)
-        outputs = _without(runs, changed)
-    except BntoolError:
-        raise
-    except Exception as error:  # whatever a model's forward raises
-        raise _does_not_run(stage, error) from error
-    noise = torch.finfo(torch.float64).eps / 2
-    limits = {name: Limit(noise, ALGEBRA_LIMIT) for names in exact for name in names}
-    detail = ""
-    if reference.narrowed:
-        # Where a model narrows inside, one more digit of input moves the narrow rounding: own noise rules.
-        # What rounding decides is then told by the parts that come before the decision.
-        noisy = {name: reference.limits[name] for name in limits}
-        limits = {name: limit for name, limit in noisy.items() if not limit.undecidable} or noisy
-        exact = [{n: t for n, t in one.items() if n in limits} for one in exact]
-        outputs = [{n: t for n, t in one.items() if n in limits} for one in outputs]
-        detail = "in float64 the model narrows inside, so its own noise is the limit"
-    judged = functools.partial(compare, exact, outputs, stage=stage, device="cpu", provider="torch")
-    row = judged(limits, detail=detail)
-    if not row.passed and not reference.narrowed and reference.exact_limits:
-        row = judged(reference.exact_limits, detail="held to the model's own rounding in float64")
-    return dataclasses.replace(row, precision="float64")
 
 
 def _left_to_algebra(
@@ -294,14 +287,7 @@ def _run_all(runner: TorchRunner, inputs_list: Sequence[Inputs], stage: str) -> 
     except BntoolError:
         raise
     except Exception as error:  # whatever a model's forward raises
-        raise _does_not_run(stage, error) from error
-
-
-def _does_not_run(stage: str, error: Exception) -> CheckFailed:
-    return CheckFailed(
-        f"the model after {stage} does not run: {type(error).__name__}: {first_line(error)}",
-        next_step="report this to bntool; --exclude the layer it names to go on",
-    )
+        raise does_not_run(stage, error) from error
 
 
 def _remarks(

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from bntool.core.errors import BntoolError, CheckFailed
 from bntool.graph.inputs import Inputs
@@ -17,6 +15,7 @@ from bntool.models.shaking import shaken_copy
 from bntool.runtime.libraries import first_line
 from bntool.runtime.torch_runner import TorchRunner
 from bntool.verifying.comparing import K_NOISE, Limit, noise_limits, rounding_term
+from bntool.verifying.float64 import run_float64
 
 DRAWS = 7
 """How often the rounding is drawn anew where the first draw would fail a candidate. A candidate that is one
@@ -30,7 +29,10 @@ class Reference:
     """The original's own runs on some inputs: in its own precision on `device`, and in float64 on the CPU.
 
     With `arithmetic` the own precision is that coarser one, emulated. Each runs once, when first needed. An
-    input that the original cannot run is left out and noted.
+    input that the original cannot run is left out and noted. `ran` are its own runs, where somebody has made
+    them already. `floor` is a reference on smaller inputs on the same path: what the model's rounding does
+    there is taken for what it does here, and nothing runs in float64 here, as long as no candidate fails. The
+    first of the inputs `beside` that the original takes is run in float64 alone, for `algebra`.
     Raises `CheckFailed` when there is no input that it can run.
     """
 
@@ -43,8 +45,14 @@ class Reference:
         progress: Progress | None = None,
         parts: bool = False,
         arithmetic: Arithmetic | None = None,
+        ran: Sequence[dict[str, Tensor]] | None = None,
+        floor: Reference | None = None,
+        beside: Iterable[Inputs] = (),
     ) -> None:
         self._model = model
+        self._ran = ran
+        self._floor = floor
+        self._beside = beside
         self._arithmetic = arithmetic
         self._given = list(inputs_list)
         self._device = device
@@ -62,6 +70,8 @@ class Reference:
 
     @functools.cached_property
     def _own_runs(self) -> list[tuple[Inputs, dict[str, Tensor]]]:
+        if self._ran is not None and any(t.numel() for outputs in self._ran for t in outputs.values()):
+            return list(zip(self._given, self._ran, strict=True))
         runner = self._own_runner(self._model)
         runs: list[tuple[Inputs, dict[str, Tensor]]] = []
         refused: list[tuple[Inputs, Exception]] = []
@@ -132,6 +142,31 @@ class Reference:
             self.notes.append(f"the model casts to {names} inside, so its float64 run is not all float64")
         return runs
 
+    @functools.cached_property
+    def algebra(self) -> list[tuple[Inputs, dict[str, Tensor]]]:
+        """The float64 runs that a surgery is held to where it is redone in float64."""
+        if self.exact is None:
+            return []
+        found = list(zip(self.inputs, self.exact, strict=True))
+        for inputs in self._beside:
+            try:
+                runs, _ = run_float64(self._model, [inputs], parts=self.parts)
+            except Exception:  # noqa: BLE001, S112 - whatever a model's forward raises on inputs it does not take
+                continue
+            return [*found, (inputs, runs[0])]
+        return found
+
+    @property
+    def floor(self) -> Reference | None:
+        """The reference on smaller inputs that this one may be judged by; None where that does not hold."""
+        small = self._floor
+        if small is None or self.parts or small.parts or small.exact is None or small.narrowed:
+            return None
+        if any(limit.undecidable for limit in small.limits.values()):
+            return None
+        alike = all(outputs.keys() == small.limits.keys() for outputs in self.own)
+        return small if alike else None
+
     @property
     def outputs(self) -> list[dict[str, Tensor]]:
         """What a candidate is measured against: the float64 runs, else the runs in own precision."""
@@ -201,35 +236,6 @@ class Reference:
     @property
     def detail(self) -> str:
         return "; ".join(self.notes)
-
-
-def run_float64(
-    model: nn.Module, inputs_list: Sequence[Inputs], *, parts: bool = False
-) -> tuple[list[dict[str, Tensor]], set[torch.dtype]]:
-    """The model's outputs in float64 on the CPU, and the narrower dtypes it computed in all the same."""
-    runner = TorchRunner(model, "cpu", torch.float64, parts=parts)
-    default = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)  # a tensor that forward makes without a dtype follows
-    try:
-        with _NarrowWatch() as watch:
-            return [runner.run(inputs) for inputs in inputs_list], watch.seen
-    finally:
-        torch.set_default_dtype(default)
-
-
-class _NarrowWatch(TorchDispatchMode):
-    """Notes the floating dtypes below float64 that ops produce."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.seen: set[torch.dtype] = set()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for leaf in result if isinstance(result, tuple | list) else (result,):
-            if isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.dtype != torch.float64:
-                self.seen.add(leaf.dtype)
-        return result
 
 
 def _coarsest_eps(model: nn.Module) -> float:

@@ -79,7 +79,7 @@ def test_dry_run_writes_nothing(folder, capsys):
     torch.save(untracked(), "net.pt")
     before = sorted(folder.iterdir())
     out = said(capsys, ["calibrate", "net.pt", "--data", "digits.npy", "--dry-run"])
-    assert "1 BatchNorm layers calibrated" in out
+    assert "1 BatchNorm layer calibrated" in out
     assert sorted(folder.iterdir()) == before
 
 
@@ -136,7 +136,7 @@ def test_weights_alone_cannot_hold_what_layers_do_not(folder, capsys):
         (["--data", "wide.npy"], 2, "4x3x28x28, and the model takes"),
         (["--data", "spoiled.npy"], 2, "NaN or infinite"),
         (["--data", "digits.npy", "--batch-size", "0"], 2, "batch size is 0"),
-        (["--data", "digits.npy", "--mean", "a"], 2, "--mean a is not a list"),
+        (["--data", "digits.npy", "--mean", "a"], 2, "--mean a is neither a list"),
         ([], 2, "--data"),
     ],
 )

@@ -77,7 +77,7 @@ def test_killed_while_the_former_results_go_the_former_settings_stay(
 def test_the_shards_of_a_former_result_go_with_it(folder: Path) -> None:
     from safetensors.torch import save_file
 
-    from bntool.files.sidecar import make_document, write_sidecar
+    from bntool.files.sidecar import Origin, make_document, write_sidecar
 
     shards = [f"net_trained-0123456789ab-0000{n}-of-00002.safetensors" for n in (1, 2)]
     index = folder / "net_trained.safetensors.index.json"
@@ -85,7 +85,7 @@ def test_the_shards_of_a_former_result_go_with_it(folder: Path) -> None:
         save_file({name: torch.zeros(1)}, name)
     places = ", ".join(f'"{name}": "{name}"' for name in shards)
     index.write_text(f'{{"metadata": {{}}, "weight_map": {{{places}}}}}')
-    write_sidecar(index, make_document("compare", source="net.py", source_hash="", output=index))
+    write_sidecar(index, make_document("compare", Origin("net.py"), index))
     save_file({"w": torch.zeros(1)}, "net_trained.safetensors")
     comparison_folder.open_folder(folder / "new", {"epochs": 1}, force=False)
     (folder / "settings.json").write_bytes((folder / "new" / "settings.json").read_bytes())

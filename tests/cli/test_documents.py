@@ -93,4 +93,4 @@ def test_the_same_keys_for_every_kind(
 
 def test_the_published_schema_is_that_of_the_documents() -> None:
     published = json.loads((ROOT / "docs" / "reference" / "schema.json").read_text(encoding="utf-8"))
-    assert published == schema(), "python tools/make_reference.py writes it anew"
+    assert published == schema(), "python tools/docs/make_reference.py writes it anew"

@@ -18,7 +18,7 @@ from bntool.cli import run
 from bntool.core import errors
 from tests.cli import nets
 from tests.cli.conftest import Shell
-from tools.make_reference import EXIT_CODES
+from tools.docs.make_reference import EXIT_CODES
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "reference" / "exit-codes.md"
 

@@ -73,8 +73,8 @@ def test_a_failing_onnx_check_leaves_nothing(refused: Shell, monkeypatch: pytest
 
     honest: Any = exporting.export_onnx
 
-    def corrupted(model: nn.Module, inputs: Any, path: Path, **options: Any) -> Any:
-        result = honest(model, inputs, path, **options)
+    def corrupted(model: nn.Module, inputs: Any, path: Path, *how: Any, **options: Any) -> Any:
+        result = honest(model, inputs, path, *how, **options)
         file = onnx.load(path)
         tensor = file.graph.initializer[0]
         changed = onnx.numpy_helper.to_array(tensor) * 1.01

@@ -238,3 +238,21 @@ def test_auto_says_that_it_used_the_cpu(bntool: Shell) -> None:
     served = [check for check in checks if check["stage"] in ("export", "runtime")]
     assert {check["provider"] for check in served} == {"CPUExecutionProvider"}
     assert all(check["detail"].startswith("CPU used: ") for check in served)
+
+
+def test_a_model_that_cannot_be_pickled_gives_its_file_and_its_weights(bntool: Shell) -> None:
+    """A parametrized layer: torch saves such a model only as a state_dict."""
+    Path("net.py").write_text(
+        "from torch import nn\n"
+        "def make():\n"
+        "    normed = nn.utils.parametrizations.weight_norm(nn.Conv2d(4, 4, 3))\n"
+        "    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), normed).eval()\n"
+    )
+    said = bntool("fold", "net.py:make", "--input", "1x3x9x9", "--export", "onnx")
+    assert said.code == 0
+    assert "make_folded.pt holds the state_dict and loads with --arch net.py:make" in said.out
+    assert Path("make_folded.onnx").is_file()
+    held = torch.load("make_folded.pt")
+    assert "0.bias" in held
+    assert not any(key.startswith("1.") for key in held)
+    assert bntool("verify", "make_folded.onnx", "make_folded.pt", "--arch", "net.py:make").code == 0

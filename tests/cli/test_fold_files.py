@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from bntool.export.exporting import export_onnx
 from tests import broken
 from tests.cli import nets
 from tests.cli.conftest import Shell
+from tests.exports import export_onnx
 
 IMAGE = torch.zeros(1, 3, 12, 12)
 

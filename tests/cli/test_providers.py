@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from bntool.export.exporting import export_onnx
 from bntool.runtime.libraries import CPU, CUDA, TENSORRT
 from tests import broken
 from tests.cli import nets
 from tests.cli.conftest import Shell
+from tests.exports import export_onnx
 
 no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 

@@ -18,7 +18,7 @@ from bntool.cli.examples import EXAMPLES
 from bntool.cli.versions import version_text
 from tests.cli import nets
 from tests.cli.conftest import Shell
-from tools.make_reference import MANUAL, PAGE, manual, page
+from tools.docs.make_reference import MANUAL, PAGE, manual, page
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -151,7 +151,7 @@ def test_every_example_runs(bntool: Shell, folder: Path) -> None:
 
 def test_the_page_of_commands_and_the_manual_are_up_to_date() -> None:
     for path, text in ((PAGE, page()), (MANUAL, manual())):
-        assert path.read_text(encoding="utf-8") == text, "run: python tools/make_reference.py"
+        assert path.read_text(encoding="utf-8") == text, "run: python tools/docs/make_reference.py"
 
 
 def test_the_manual_is_well_formed() -> None:

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from bntool.files.safetensors_files import read_index
-from bntool.files.sidecar import make_document, write_sidecar
+from bntool.files.sidecar import Origin, make_document, write_sidecar
 from tests.cli import nets
 from tests.cli.conftest import Shell
 from tests.files import torch_files as tf
@@ -27,8 +27,12 @@ def make():
 """
 
 
+def _size(tensor: torch.Tensor) -> int:
+    return tensor.numel()
+
+
 def _side_file(arch: str) -> None:
-    document = make_document("fold", source="x.pt", source_hash="", output="net.pt", arch=arch)
+    document = make_document("fold", Origin("x.pt", arch=arch), "net.pt")
     write_sidecar("net.pt", document, force=True)
 
 
@@ -36,7 +40,8 @@ def test_the_side_file_names_the_architecture(bntool: Shell) -> None:
     models = pytest.importorskip("torchvision").models
     model = models.squeezenet1_1(weights=None)
     torch.save(model.state_dict(), "net.pt")
-    assert bntool("summary", "net.pt").code == 3
+    alone = bntool("summary", "net.pt", "--json").document
+    assert (alone["kind"], alone["totals"]["parameters"]) == ("weights", sum(map(_size, model.parameters())))
     _side_file("torchvision:squeezenet1_1")
     said = bntool("summary", "net.pt", "--input", "1x3x64x64", "--json")
     assert said.code == 0
@@ -60,7 +65,8 @@ def test_code_that_a_side_file_names_is_not_run(bntool: Shell) -> None:
     Path("evil.py").write_text("open('marker', 'w')\n" + ARCH)
     torch.save(nets.normalised().state_dict(), "net.pt")
     _side_file("evil.py:make")
-    assert bntool("summary", "net.pt").code == 3
+    assert bntool("fold", "net.pt").code == 3
+    assert bntool("summary", "net.pt").code == 0
     assert not Path("marker").exists()
 
 

@@ -14,7 +14,7 @@ from bntool.calibrating.calibrating import calibrate
 from bntool.core.errors import NothingToDo, UsageError
 from bntool.experiment import training
 from bntool.experiment.checkpoints import Progress
-from bntool.experiment.datasets import Data
+from bntool.experiment.samples import Data
 from bntool.experiment.settings import Settings
 from bntool.experiment.training import train
 from bntool.experiment.watching import Places, Watcher

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from bntool.experiment.datasets import Data, Held
+from bntool.experiment.samples import Data, Held
 
 SIDE = 9
 

@@ -8,7 +8,10 @@ import pytest
 import torch
 
 from bntool.core.errors import BntoolError, LoadError, UsageError
-from bntool.experiment.datasets import Held, Streamed, open_dataset
+from bntool.data.choosing import Choice
+from bntool.data.images import Preparation
+from bntool.experiment.datasets import open_dataset
+from bntool.experiment.samples import Held, Streamed
 from bntool.graph.inputs import Inputs
 from tests.experiment.nets import arrays, write_npz
 
@@ -25,7 +28,7 @@ def test_an_npz_with_both_parts(tmp_path: Path) -> None:
 def test_an_npz_of_one_part_is_split_by_the_seed(tmp_path: Path) -> None:
     x, y = arrays(50)
     np.savez(tmp_path / "d.npz", x=x, y=y)
-    first, again, other = (open_dataset(str(tmp_path / "d.npz"), seed=seed) for seed in (1, 1, 2))
+    first, again, other = (open_dataset(str(tmp_path / "d.npz"), Choice(seed=seed)) for seed in (1, 1, 2))
     assert (len(first.train), len(first.test)) == (40, 10)
     assert first.fingerprint() == again.fingerprint() != other.fingerprint()
     assert "a fifth is held out" in first.notes[0]
@@ -99,23 +102,23 @@ def test_a_folder_of_images_with_and_without_a_test_part(tmp_path: Path) -> None
     _images(tmp_path / "a" / "val", 2)
     _images(tmp_path / "b", 5)
     like = Inputs((torch.zeros(1, 1, 9, 9),))
-    data = open_dataset(str(tmp_path / "a"), like=like, mean=[0.5], std=[0.25])
+    data = open_dataset(str(tmp_path / "a"), preparation=Preparation(like, [0.5], [0.25]))
     assert (len(data.train), len(data.test), data.classes) == (6, 4, 2)
     x, y = next(data.train.batches([torch.tensor([0, 5])]))
     assert y.tolist() == [0, 1]
     expected = (torch.tensor([40 / 255, 202 / 255]) - 0.5) / 0.25
     assert torch.allclose(x[:, 0, 4, 4], expected, rtol=0, atol=8 * 2**-24)
-    split = open_dataset(str(tmp_path / "b"), like=like)
+    split = open_dataset(str(tmp_path / "b"), preparation=Preparation(like))
     assert (len(split.train), len(split.test)) == (8, 2)
     with pytest.raises(LoadError, match="no data set of images"):
-        open_dataset(str(tmp_path / "b" / "dark"), like=like)
+        open_dataset(str(tmp_path / "b" / "dark"), preparation=Preparation(like))
 
 
 def test_a_folder_without_a_test_part_beside_train(tmp_path: Path) -> None:
     pytest.importorskip("torchvision")
     (tmp_path / "train").mkdir()
     with pytest.raises(UsageError, match="neither test nor val"):
-        open_dataset(str(tmp_path), like=Inputs((torch.zeros(1, 1, 9, 9),)))
+        open_dataset(str(tmp_path), preparation=Preparation(Inputs((torch.zeros(1, 1, 9, 9),))))
 
 
 LOADERS = """

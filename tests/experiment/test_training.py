@@ -17,8 +17,8 @@ from torch.nn import functional as F
 from bntool.core.errors import LoadError, UsageError
 from bntool.experiment import training
 from bntool.experiment.checkpoints import Progress
-from bntool.experiment.datasets import Data, Streamed
 from bntool.experiment.randomness import random_state, random_state_kept, seed_everything
+from bntool.experiment.samples import Data, Streamed
 from bntool.experiment.settings import Settings, seed_for
 from bntool.experiment.training import batch_bounds, train, where_it_began
 from bntool.experiment.watching import Places, Watcher

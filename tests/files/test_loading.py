@@ -102,11 +102,82 @@ def test_what_a_training_module_put_before_every_key_is_taken_off_and_saved_back
     assert _same(load("out.ckpt", arch=arch).model, net)
 
 
-def test_what_stands_before_some_keys_alone_is_not_taken_off(arch: str) -> None:
-    state = {f"model.{k}": v for k, v in _net().state_dict().items()}
-    torch.save({**state, "loss.weight": torch.ones(3)}, "w.ckpt")
-    with pytest.raises(LoadError, match="unexpected"):
-        load("w.ckpt", arch=arch)
+def _lightning(prefix: str, **beside: object) -> dict[str, object]:
+    """What a training module keeps, with the net's weights under `prefix`."""
+    return {**{prefix + k: v for k, v in _net().state_dict().items()}, **beside}
+
+
+@pytest.mark.parametrize("prefix", ["model.", "net.", "module.", "_orig_mod.", "module.model._orig_mod."])
+@pytest.mark.parametrize("wrap", ["bare", "state_dict"])
+def test_entries_that_are_not_the_models_stay_beside_it(prefix: str, wrap: str, arch: str) -> None:
+    beside = {"criterion.weight": torch.ones(2), "n_averaged": torch.tensor(3), "head.bias": torch.zeros(1)}
+    state = _lightning(prefix, **beside)
+    torch.save(state if wrap == "bare" else {wrap: state, "epoch": 1}, "w.ckpt")
+    loaded = load("w.ckpt", arch=arch)
+    assert _same(loaded.module, _net())
+    notes = "; ".join(loaded.notes)
+    assert f"{len(_net().state_dict())} weights taken from under {prefix!r}" in notes
+    assert "3 others left, and saved as they are: criterion.weight, n_averaged, head.bias" in notes
+    with torch.no_grad():
+        loaded.module[0].weight.add_(1)  # type: ignore[index,union-attr,operator]
+    save_model(loaded, loaded.module, "out.ckpt")
+    back = torch.load("out.ckpt", weights_only=True)
+    back = back if wrap == "bare" else back[wrap]
+    assert back.keys() == state.keys()
+    assert torch.equal(back["criterion.weight"], torch.ones(2))
+    assert _same(load("out.ckpt", arch=arch).module, loaded.module)
+
+
+def test_what_training_code_keeps_between_weights_is_left(arch: str) -> None:
+    kept = {"total_ops": torch.zeros(1), "0.total_params": torch.zeros(1), "loss_fn.weight": torch.ones(3)}
+    torch.save({**_net().state_dict(), **kept, "epoch": 4}, "w.pth")
+    loaded = load("w.pth", arch=arch)
+    assert _same(loaded.module, _net())
+    save_model(loaded, loaded.module, "out.pth")
+    back = torch.load("out.pth", weights_only=True)
+    assert back.keys() == {*_net().state_dict(), *kept, "epoch"}
+    torch.save({**_net().state_dict(), "3.weight": torch.ones(4)}, "larger.pth")
+    with pytest.raises(LoadError, match=r"1 unexpected \(3\.weight\)"):
+        load("larger.pth", arch=arch)
+
+
+def test_a_running_average_beside_the_weights_is_left_and_can_be_named(arch: str) -> None:
+    averaged = {f"ema.{k}": v + 1 for k, v in _net().state_dict().items()}
+    torch.save({"state_dict": {**averaged, **_lightning("net.")}}, "w.ckpt")
+    assert _same(load("w.ckpt", arch=arch).module, _net())
+    for key in ("ema", "state_dict.ema"):
+        assert float(load("w.ckpt", arch=arch, key=key).module.state_dict()["1.running_mean"][0]) == 1
+    other = {f"critic.{k}": v + 1 for k, v in _net().state_dict().items()}
+    torch.save({"state_dict": {**other, **_lightning("net.")}}, "two.ckpt")
+    with pytest.raises(LoadError, match=r"fit under 'critic\.' and under 'net\.'") as caught:
+        load("two.ckpt", arch=arch)
+    assert caught.value.next_step == "say which: --key state_dict.critic, or --key state_dict.net"
+    assert _same(load("two.ckpt", arch=arch, key="state_dict.net").module, _net())
+
+
+def test_weights_under_a_name_of_ones_own_are_found_or_the_names_are_told(arch: str) -> None:
+    state, other = _net().state_dict(), nn.Linear(2, 2).state_dict()
+    torch.save({"my": {"weights": state}, "optimizer": {"m": torch.ones(2)}, "epoch": 1}, "one.pt")
+    assert _same(load("one.pt", arch=arch).module, _net())
+    torch.save({"g": {"net": state}, "d": other}, "two.pt")
+    with pytest.raises(LoadError, match="2 sets of weights") as caught:
+        load("two.pt", arch=arch)
+    assert caught.value.next_step == "say which: --key g.net, --key d"
+    assert _same(load("two.pt", arch=arch, key="g.net").module, _net())
+    with pytest.raises(UsageError, match="no weights there") as missed:
+        load("two.pt", arch=arch, key="g.nets")
+    assert missed.value.next_step == "--key g.net, or --key d"
+    torch.save({"model": other, "trained": {"deep": {"module." + k: v for k, v in state.items()}}}, "w.pt")
+    with pytest.raises(LoadError, match="do not fit") as caught:
+        load("w.pt", arch=arch)
+    assert caught.value.next_step == "--key trained.deep has all of its names"
+    assert _same(load("w.pt", arch=arch, key="trained.deep").module, _net())
+
+
+def test_wrappers_inside_keys_are_taken_out(arch: str) -> None:
+    state = {k.replace("0.", "0.module."): v for k, v in _net().state_dict().items()}
+    torch.save({f"model.{k}": v for k, v in state.items()}, "w.pth")
+    assert _same(load("w.pth", arch=arch).module, _net())
 
 
 def test_a_prefix_that_is_the_models_own_child_stays(arch: str) -> None:

@@ -11,6 +11,7 @@ from bntool.core.reasons import Reason
 from bntool.core.sites import Skip
 from bntool.files.atomic import sha256_of
 from bntool.files.sidecar import (
+    Origin,
     describes,
     make_document,
     output_name,
@@ -40,8 +41,8 @@ def test_output_names(source: str, action: str, expected: str) -> None:
 def _document(output: Path) -> dict[str, object]:
     plan = Plan("insert", (), (Skip("0", Reason.NO_ACTIVATION),), key_map={"1.weight": "2.weight"})
     return make_document(
-        "insert", source=str(output.parent / "in.pt"), source_hash="ab", output=output, plan=plan.to_dict(),
-        parameters={"before": 1}, checks=[{"passed": True}], arch="torchvision:vgg11",
+        "insert", Origin(str(output.parent / "in.pt"), "ab", "torchvision:vgg11"), output,
+        plan=plan.to_dict(), parameters={"before": 1}, checks=[{"passed": True}],
     )  # fmt: skip
 
 

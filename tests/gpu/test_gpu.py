@@ -10,12 +10,12 @@ import pytest
 import torch
 from torch import nn
 
-from bntool.export.exporting import export_onnx
 from bntool.graph.inputs import Inputs
 from bntool.runtime import OrtRunner, TorchRunner
 from bntool.runtime.doctor import diagnose
 from bntool.runtime.libraries import CUDA
 from bntool.verifying.checking import check_onnx, check_surgery, seeded_batches
+from tests.exports import export_onnx
 
 pytestmark = [
     pytest.mark.gpu,

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from bntool.runtime.libraries import CUDA, TENSORRT
-from tools import gpu_check, gpu_rows
-from tools.gpu_page import page
+from tools.measures import gpu_check, gpu_rows
+from tools.measures.gpu_page import page
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -20,7 +20,7 @@ def test_without_a_gpu_it_exits_5_and_writes_nothing():
     files = [ROOT / "docs" / name for name in ("gpu.md", "gpu.json")]
     before = [f.read_bytes() if f.exists() else None for f in files]
     done = subprocess.run(
-        [sys.executable, "-m", "tools.gpu_check", "--require-gpu"],
+        [sys.executable, "-m", "tools.measures.gpu_check", "--require-gpu"],
         capture_output=True, text=True, cwd=ROOT, check=False, env={"PYTHONPATH": str(ROOT), "PATH": ""},
     )  # fmt: skip
     assert done.returncode == 5, done.stderr

@@ -20,7 +20,7 @@ from bntool.core.plan import Plan
 from bntool.files.safetensors_files import read_index
 from bntool.files.stored import open_stored
 from bntool.surgery.fold_stored import StoredFold
-from tools import streaming
+from tools.measures import streaming
 
 
 class Net(nn.Module):

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+import bntool
 from bntool.surgery.reparameterising import find_blocks
 from tests.fold_zoo import enliven
 
@@ -59,3 +60,40 @@ def test_a_method_of_the_same_name_that_merges_nothing_hides_none_that_does() ->
             apart = (block.merged(x) - model[1](x)).abs().max() / model[1](x).abs().max()
         # one rounding of each weight and of each sum of 5 terms, with room for the order of sums
         assert apart < 16 * torch.finfo(torch.float32).eps
+
+
+class Wrong(Rep):
+    """Forgets what the identity branch adds."""
+
+    def switch_to_deploy(self) -> None:
+        super().switch_to_deploy()
+        self.merged.bias.data.zero_()
+
+
+class Fuses(Rep):
+    """Under another name, and as a new block."""
+
+    switch_to_deploy = None  # type: ignore[assignment]
+
+    def merge_kernel(self) -> nn.Module:
+        Rep.switch_to_deploy(self)
+        return self.merged
+
+
+def test_a_method_of_its_own_that_is_wrong_is_not_used_and_the_law_merges() -> None:
+    model = enliven(nn.Sequential(nn.ReLU(), Wrong()).double().eval())
+    x = torch.randn(2, 4, 5, 5, dtype=torch.float64)
+    assert find_blocks(model, {"1": (2, 4, 5, 5)}) == []
+    result = bntool.fold(model, x)
+    assert [site.bn for site in result.plan.fold_sites] == ["1.bn", "1.idbn"]
+    assert type(result.model[1]) is Wrong
+    # two roundings of each of the 8 terms of an output
+    assert (result.model(x) - model(x)).abs().max() < 16 * torch.finfo(torch.float64).eps * model(
+        x
+    ).abs().max()
+
+
+def test_a_method_of_another_name_and_what_it_returns_is_used() -> None:
+    model = enliven(nn.Sequential(nn.ReLU(), Fuses()).eval())
+    (block,) = find_blocks(model, {"1": (2, 4, 40, 40)})
+    assert (block.method, type(block.merged)) == ("merge_kernel", nn.Conv2d)

@@ -19,10 +19,10 @@ from bntool.files.loading import load
 from bntool.files.security.archives import MAX_DIRECTORY, Archive, Damaged, Unsafe
 from bntool.files.security.containers import PICKLED, Container
 from tests.files.security.zip_tricks import TRICKS
-from tools import fuzz_archives
-from tools.fuzz_archives import ROOM, Sample, members_by_python, members_by_torch
-from tools.zip_model import FULL_16, FULL_32, KINDS, fields_of, model_of, write
-from tools.zip_mutations import mutant
+from tools.sweeps import fuzz_archives
+from tools.sweeps.fuzz_archives import ROOM, Sample, members_by_python, members_by_torch
+from tools.sweeps.zip_model import FULL_16, FULL_32, KINDS, fields_of, model_of, write
+from tools.sweeps.zip_mutations import mutant
 
 SAMPLES = "weights.pt python.pt script.pt program.pt2 older.pt2 arrays.npz packed.npz streamed.npz".split()
 

@@ -25,8 +25,8 @@ from bntool.files.security.containers import (
     Contents,
     within,
 )
-from tools import fuzz_archives
-from tools.fuzz_archives import Sample
+from tools.sweeps import fuzz_archives
+from tools.sweeps.fuzz_archives import Sample
 
 KNOWN = {
     "pickled": (PICKLED, "data.pkl data/0 data/94113 version byteorder .format_version .storage_alignment"),

@@ -6,7 +6,7 @@ import struct
 import zlib
 from collections.abc import Callable
 
-from tools.zip_model import DESCRIPTOR, FULL_16, FULL_32, Model
+from tools.sweeps.zip_model import DESCRIPTOR, FULL_16, FULL_32, Model
 
 Trick = Callable[[Model], object]
 

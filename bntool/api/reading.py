@@ -1,0 +1,58 @@
+"""Batches of real data, for a calibration or for work of one's own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from bntool.data.batches import Batches, batches_from
+from bntool.data.choosing import Choice
+from bntool.data.images import Normalisation, Preparation, normalisation
+from bntool.graph.inputs import Inputs
+
+
+def open_batches(
+    source: Any,
+    *,
+    batch_size: int = 32,
+    limit: int | None = None,
+    samples: int | None = None,
+    shuffle: bool = True,
+    seed: int = 0,
+    split: str | None = None,
+    include: Sequence[str] = (),
+    like: Inputs | None = None,
+    mean: Normalisation = None,
+    std: Normalisation = None,
+    resize: int | None = None,
+    share: tuple[int, int] = (0, 1),
+) -> Batches:
+    """Batches from a file of arrays, a folder of images, `pkg.mod:loader`, or an iterable of batches.
+
+    Args:
+        source: arrays and tensors have the samples on axis 0: (samples, *the model's input without its batch
+            axis). Images lie anywhere below a folder. A loader is an iterable of batches, or a function that
+            returns one: tensors, `(input, target)`, or mappings of keyword inputs.
+        batch_size: how many samples of a file or folder make a batch. A last batch of one sample joins the
+            one before, of a loader too, since by itself it has no variance.
+        limit: at most so many batches.
+        samples: at most so many samples.
+        shuffle: draw the samples of files, folders and plain `DataLoader`s in an order by `seed`.
+        seed: of that order.
+        split: the part of a folder (`train`, `val`, …) or of an `.npz` (`x_train`, …); None for the training
+            where there are parts; `"all"`.
+        include: patterns for the paths of images below the folder, or for their names.
+        like: example inputs; data whose axes or type do not fit them is refused.
+        mean: of images in 0..1, one number for each channel or one for all: (x − mean)/std. A name such as
+            `"imagenet"` stands for both, unless `std` is given.
+        std: the same for the standard deviation.
+        resize: the shorter side of an image before the middle is cut to the size of `like`; None for just
+            covering it.
+        share: (rank, size) takes every size-th batch from number `rank` on.
+
+    Raises:
+        UsageError: no data, or data that does not fit `like`; both shapes are named.
+        LoadError: a source that cannot be read.
+    """
+    choice = Choice(batch_size, limit, samples, shuffle, seed, split, tuple(include), share)
+    return batches_from(source, choice, Preparation(like, *normalisation(mean, std), resize))

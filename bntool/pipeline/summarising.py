@@ -1,0 +1,78 @@
+"""One summary for every kind of model, run where it can be, beside a baseline of any kind."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from bntool.core.errors import BntoolError, ObserveError
+from bntool.graph.inputs import Inputs
+from bntool.inserting import redundant_biases
+from bntool.observe.eager import observe
+from bntool.observe.inference import first_that_runs
+from bntool.report.graph_layers import of_onnx, of_program, of_weights
+from bntool.report.notes import Note
+from bntool.report.summary import Summary, since, summarize, summarize_found
+from bntool.report.walking import Calls, observe_calls, require_calls
+
+
+def summarized(subject: Any, inputs: Inputs | None = None, *, baseline: Any = None) -> Summary:
+    """The summary of a subject.
+
+    Args:
+        subject: of whatever kind.
+        inputs: what a module is run on; without, the first that it takes of those that its layers suggest.
+        baseline: a subject, a module or a `Summary` to compare with; only its numbers are looked at.
+    """
+    found = _module(subject.model, inputs) if isinstance(subject.model, nn.Module) else counted(subject)
+    if baseline is None:
+        return found
+    return since(found, baseline if isinstance(baseline, Summary | nn.Module) else counted(baseline))
+
+
+def counted(subject: Any) -> Summary:
+    """The summary of a subject as it stands: a module is not run."""
+    if subject.kind == "onnx":
+        return summarize_found(of_onnx(subject.observed), "ONNX", "onnx")
+    if subject.kind == "program":
+        return summarize_found(of_program(subject.model), "ExportedProgram", "program")
+    return summarize(subject.model)
+
+
+def summarized_weights(weights: Mapping[str, Any]) -> Summary:
+    """The summary of weights by name, as a state_dict has them, without their model."""
+    held = {
+        name: (str(t.dtype).removeprefix("torch."), tuple(t.shape), t.numel() * t.element_size())
+        for name, t in weights.items()
+        if isinstance(t, Tensor)
+    }
+    return summarize_found(of_weights(held), "weights", "weights")
+
+
+def _module(model: nn.Module, inputs: Inputs | None) -> Summary:
+    """A module that does not run is counted all the same, and the reason is a note."""
+    notes: tuple[Note, ...] = ()
+    calls: Calls | None = None
+    if inputs is not None:
+        calls = observe_calls(model, inputs)
+    else:
+        try:
+            inputs, calls = first_that_runs(model, lambda given: (given, require_calls(model, given)))
+            notes = (Note(f"example input: {inputs.origin} (--input, or example_inputs=, sets another)"),)
+        except ObserveError as error:
+            notes = (Note(f"shapes are left out: {error.what}"),)
+    idle = _idle_biases(model, inputs) if calls is not None and calls.biased_into_norm else []
+    found = summarize(model, inputs, idle_biases=idle, calls=calls)
+    return dataclasses.replace(found, notes=(*notes, *found.notes))
+
+
+def _idle_biases(model: nn.Module, inputs: Inputs | None) -> list[str]:
+    """The layers whose bias has no effect: only the graph tells that nobody else reads their output."""
+    try:
+        graph = observe(model, Inputs.of(inputs)).graph
+    except BntoolError:
+        return []
+    return [dropped.conv for dropped in redundant_biases(graph)]

@@ -1,0 +1,155 @@
+"""Fold and insert over the models of other libraries: `make elsewhere`.
+
+torchvision and timm write their models with care, and alike; these are written in styles of their own.
+Results are appended to `docs/elsewhere.jsonl` as they come; `docs/elsewhere.md` is written from them.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from tools.sweeps.sweeping import arguments, sweep
+from tools.sweeps.zoo import folded_of, judged, page
+
+RESULTS = Path(__file__).resolve().parents[2] / "docs" / "elsewhere.jsonl"
+TITLE = "Models of other libraries"
+
+Make = Callable[[], Any]
+
+_DECODERS = "Unet UnetPlusPlus MAnet Linknet FPN PSPNet DeepLabV3 DeepLabV3Plus PAN UPerNet Segformer".split()
+_ENCODERS = """efficientnet-b0 mobilenet_v2 densenet121 vgg11 vgg11_bn se_resnet50 xception inceptionv4 dpn68
+timm-efficientnet-b0 mit_b0 mobileone_s0 resnext50_32x4d timm-regnetx_002 timm-resnest14d
+inceptionresnetv2""".split()
+_PRETRAINED = """nasnetamobile xception dpn68 bninception fbresnet152 resnext101_32x4d cafferesnet101
+se_resnet50 inceptionv4 polynet""".split()
+_FLAT: dict[str, Any] = {"spatial_dims": 2, "in_channels": 1, "out_channels": 2}
+_STEPS: dict[str, Any] = {"channels": (8, 16, 32), "strides": (2, 2)}
+_MONAI: dict[str, tuple[str, dict[str, Any]]] = {
+    "UNet": ("UNet", {**_FLAT, **_STEPS, "num_res_units": 2, "norm": "batch"}),
+    "UNet3d": ("UNet", {**_FLAT, **_STEPS, "spatial_dims": 3, "norm": "batch"}),
+    "BasicUNet": ("BasicUNet", {**_FLAT, "norm": ("batch", {})}),
+    "BasicUNetPlusPlus": ("BasicUNetPlusPlus", {**_FLAT, "norm": ("batch", {})}),
+    "AttentionUnet": ("AttentionUnet", {**_FLAT, **_STEPS}),
+    "SegResNet": ("SegResNet", {**_FLAT, "norm": ("BATCH", {})}),
+    "DynUNet": (
+        "DynUNet",
+        {
+            **_FLAT,
+            "kernel_size": [3] * 3,
+            "strides": [1, 2, 2],
+            "upsample_kernel_size": [2] * 2,
+            "norm_name": "batch",
+        },
+    ),
+    "VNet": ("VNet", {**_FLAT, "spatial_dims": 3}),
+    "HighResNet": ("HighResNet", _FLAT),
+    "DenseNet121": ("DenseNet121", _FLAT),
+    "SEResNet50": ("SEResNet50", {"spatial_dims": 2, "in_channels": 3, "num_classes": 2}),
+    "FlexibleUNet": ("FlexibleUNet", {"in_channels": 3, "out_channels": 2, "backbone": "efficientnet-b0"}),
+    "resnet18_3d": ("resnet18", {"spatial_dims": 3, "n_input_channels": 1, "num_classes": 2}),
+    "RegUNet": ("RegUNet", {"spatial_dims": 2, "in_channels": 2, "num_channel_initial": 8, "depth": 2}),
+    "AutoEncoder": ("AutoEncoder", {**_FLAT, **_STEPS, "strides": (2, 2, 2), "norm": "BATCH"}),
+    "HoVerNet": ("HoVerNet", {"mode": "fast", "in_channels": 3, "out_classes": 0}),
+}
+_NNUNET: dict[str, Any] = {
+    "input_channels": 1,
+    "n_stages": 3,
+    "features_per_stage": (8, 16, 32),
+    "kernel_sizes": 3,
+    "strides": (1, 2, 2),
+    "num_classes": 2,
+    "conv_bias": True,
+    "norm_op_kwargs": {},
+    "nonlin_kwargs": {"inplace": True},
+}
+
+
+def every_model() -> Iterator[tuple[str, Make]]:
+    """The name of each model, and what makes it."""
+    yield from _of_pytorchcv()
+    for decoder in _DECODERS:
+        yield (
+            f"smp:{decoder}",
+            _made("segmentation_models_pytorch", decoder, "resnet18", encoder_weights=None),
+        )
+    for encoder in _ENCODERS:
+        yield (
+            f"smp:Unet-{encoder}",
+            _made("segmentation_models_pytorch", "Unet", encoder, encoder_weights=None),
+        )
+    for name, (kind, options) in _MONAI.items():
+        yield f"monai:{name}", _made("monai.networks.nets", kind, **options)
+    for name in _PRETRAINED:
+        yield f"pretrainedmodels:{name}", _made("pretrainedmodels", name, num_classes=1000, pretrained=None)
+    for name in ("PlainConvUNet", "ResidualEncoderUNet"):
+        yield f"nnunet:{name}", lambda name=name: _nnunet(name)
+    yield (
+        "efficientnet_pytorch:b0",
+        _made("efficientnet_pytorch", "EfficientNet.from_name", "efficientnet-b0"),
+    )
+    yield "facenet:InceptionResnetV1", _made("facenet_pytorch", "InceptionResnetV1", pretrained=None)
+    yield "resnest:resnest50", _made("resnest.torch", "resnest50", pretrained=False)
+    yield "open_clip:RN50", lambda: _made("open_clip", "create_model", "RN50", pretrained=None)().visual
+
+
+def _of_pytorchcv() -> Iterator[tuple[str, Make]]:
+    """The first model of each of its families."""
+    models = importlib.import_module("pytorchcv.model_provider")._models
+    families = {make.__module__: name for name, make in reversed(models.items())}
+    for name in sorted(families.values(), key=list(models).index):
+        yield f"pytorchcv:{name}", lambda name=name: models[name](pretrained=False)
+
+
+def _made(module: str, name: str, *words: Any, **options: Any) -> Make:
+    def make() -> Any:
+        found: Any = importlib.import_module(module)
+        for part in name.split("."):
+            found = getattr(found, part)
+        return found(*words, **options)
+
+    return make
+
+
+def _nnunet(name: str) -> Any:
+    from torch import nn
+
+    module = importlib.import_module("dynamic_network_architectures.architectures.unet")
+    residual = name == "ResidualEncoderUNet"
+    blocks = {"n_blocks_per_stage" if residual else "n_conv_per_stage": 2, "n_conv_per_stage_decoder": 2}
+    kinds = {"conv_op": nn.Conv2d, "norm_op": nn.BatchNorm2d, "nonlin": nn.LeakyReLU}
+    return getattr(module, name)(**_NNUNET, **blocks, **kinds)
+
+
+def observed(model: Any) -> Any:
+    """On the smallest image that it takes, or on one of the size that it says it is for."""
+    import torch
+
+    from bntool.core.errors import ObserveError
+    from bntool.graph.inputs import Inputs
+    from bntool.observe.eager import observe
+    from bntool.observe.inference import observe_inferred
+
+    try:
+        return observe_inferred(model, small=True)
+    except ObserveError:
+        channels, size = (
+            getattr(model, "in_channels", None) or 3,
+            getattr(model, "in_size", None) or (224, 224),
+        )
+        shape = getattr(model, "input_size", None) or (channels, *size)
+        return observe(model, Inputs.of(torch.randn(1, *shape)))
+
+
+def main() -> None:
+    chosen = arguments(__doc__, RESULTS, limit=240).parse_args()
+    models = dict(every_model())
+    made = functools.partial(page, title=TITLE, target="elsewhere", file=chosen.results.name)
+    sweep(chosen, models, lambda name: judged(models[name], observed), made, folded_of)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,305 @@
+"""Fold and insert over every torchvision and timm model: `make zoo`.
+
+Each model runs in its own process with a time limit. Results are appended to `docs/coverage.jsonl` as they
+come, so that the sweep can be stopped and gone on with; `docs/coverage.md` is written from them.
+"""
+
+from __future__ import annotations
+
+import collections
+import functools
+import glob
+import resource
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from tools.sweeps.sweeping import arguments, sweep
+
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS = ROOT / "docs" / "coverage.jsonl"
+CLIPS = ("r3d_18", "mc3_18", "r2plus1d_18")
+VIDEO = (1, 3, 4, 32, 32)
+"""Clips for 3d convolutions, which are slow in float64: any size will do for them."""
+
+
+def every_model() -> list[str]:
+    import timm
+    import torchvision
+
+    vision = [f"torchvision:{name}" for name in torchvision.models.list_models()]
+    return vision + [f"timm:{name}" for name in timm.list_models()]
+
+
+GAINS = (1.0, 0.3)
+"""Factors of γ. With the first, deep residual networks with gates can become chaotic: they amplify a rounding
+of float64 beyond anything that could be compared. Those are tried again with the second."""
+
+
+NARROWS = "narrows inside"
+"""What the check notes of a model that casts to a narrower type even in float64."""
+
+
+def randomise(model: Any, seed: int = 0, gain: float = 1.0) -> None:
+    """Give every BatchNorm statistics and an affine of both signs that are not the initial ones."""
+    import torch
+
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(n: int, low: float, high: float) -> Any:
+        return torch.rand(n, generator=generator) * (high - low) + low
+
+    with torch.no_grad():
+        for module in model.modules():
+            variance = getattr(module, "running_var", None)
+            if not isinstance(variance, torch.Tensor):
+                continue
+            n = variance.numel()
+            variance.copy_(draw(n, 0.5, 1.5))
+            module.running_mean.copy_(draw(n, -0.3, 0.3))
+            if isinstance(module.weight, torch.Tensor):
+                sign = torch.where(torch.rand(n, generator=generator) < 0.1, -1.0, 1.0)
+                module.weight.copy_(draw(n, 0.5, 1.5) * sign * gain)
+                module.bias.copy_(draw(n, -0.3, 0.3))
+
+
+def examine(name: str) -> dict[str, Any]:
+    """Fold one model, insert what it lacks, check both."""
+    from bntool.files.references import build
+
+    return judged(lambda: build(name).model, functools.partial(observed, name))
+
+
+def observed(name: str, model: Any) -> Any:
+    """On the smallest images that the model takes: the algebra is the same, and the sweep ends some day."""
+    import torch
+
+    from bntool.files.references import recorded_inputs
+    from bntool.graph.inputs import Inputs
+    from bntool.observe.eager import observe
+    from bntool.observe.inference import observe_inferred
+
+    shape = VIDEO if name.split(":")[1] in CLIPS else None
+    given = Inputs.of(torch.zeros(shape).normal_()) if shape else recorded_inputs(model)
+    return observe(model, given) if given is not None else observe_inferred(model, small=True)
+
+
+def judged(make: Callable[[], Any], observed: Callable[[Any], Any]) -> dict[str, Any]:
+    """What becomes of a model, with the first gain at which that can be judged to float64's own digits."""
+    from bntool.core.errors import CheckFailed
+    from bntool.verifying.checking import ALGEBRA_LIMIT
+
+    try:
+        row = _judged(make, observed, GAINS[0])
+    except CheckFailed as error:
+        why = str(error)[:200]
+    else:
+        if row.get("float64", 0.0) <= ALGEBRA_LIMIT or NARROWS in row["note"]:
+            return row
+        why = f"{row['float64']:.1e} in float64, {row['note']}"
+    # a fold that is wrong is wrong with any gain
+    return {**_judged(make, observed, GAINS[1]), "gain": GAINS[1], "not judged": why}
+
+
+def _judged(make: Callable[[], Any], observed: Callable[[Any], Any], gain: float) -> dict[str, Any]:
+    """One model, and how long each step took."""
+    from bntool.core.options import FoldOptions
+    from bntool.subjects.module import ModuleSubject
+
+    model = make().eval()
+    row: dict[str, Any] = {"parameters": sum(p.numel() for p in model.parameters())}
+    randomise(model, gain=gain)
+    start = time.perf_counter()
+    observation = observed(model)
+    row["seconds_observe"] = round(time.perf_counter() - start, 3)
+    row["ops"] = len(observation.graph.ops)
+    start = time.perf_counter()
+    subject = ModuleSubject(model, observed=lambda: observation)
+    plan = subject.plan_fold(FoldOptions(), thorough=True)
+    folded = subject.folded(plan)
+    row["seconds_fold"] = round(time.perf_counter() - start, 3)
+    row["bn_total"] = len(plan.sites) + len(plan.skips)
+    row["folded"] = len(plan.sites)
+    row["kept"] = dict(collections.Counter(skip.reason.value for skip in plan.skips))
+    if plan.sites:
+        row.update(_checked(subject, plan, folded))
+    row.update(_inserted(model, observation))
+    row["peak_gb"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2)
+    return {"status": "ok", **row}
+
+
+def _checked(subject: Any, plan: Any, folded: Any) -> dict[str, Any]:
+    from bntool.subjects.base import Checking
+
+    checks = subject.proof(Checking()).rows(plan, folded)
+    own = next((c for c in checks if not c.precision), None)
+    exact = next((c for c in checks if c.precision), None)
+    row: dict[str, Any] = {}
+    if own is not None:
+        row["error_over_noise"] = round(own.ratio, 3)
+    if exact is not None:
+        row["float64"] = float(f"{exact.relative:.2e}")
+        row["note"] = exact.detail
+    return row
+
+
+def _inserted(model: Any, observation: Any) -> dict[str, Any]:
+    """Insert at every site that is left, to the last bit, and fold back to the weights that were."""
+    import torch
+
+    from bntool import api
+    from bntool.inserting import InsertOptions
+    from bntool.subjects.insertion import insert_observed
+    from tools.sweeps.fx_pairs import disagreements
+
+    plan, made, check = insert_observed(model, observation, InsertOptions(activations=("any",)))
+    wrong = disagreements(model, plan)
+    second: dict[str, Any] = {"fx": "cannot trace" if wrong is None else wrong or "agrees"}
+    if not plan:
+        return {"sites": 0, **second}
+    names = [glob.escape(name) for site in plan.insert_sites for name in site.norms]
+    back = api.fold(made, observation.inputs, include=names, check="none", merge=False)
+    old = {plan.key_map.get(k, k): t for k, t in model.state_dict().items()}
+    new = back.model.state_dict()
+    inserted = {site.conv for site in plan.insert_sites}
+    worst = 0.0
+    for conv in inserted:
+        key = plan.key_map.get(f"{conv}.weight", f"{conv}.weight")
+        if key in new and key in old and new[key].shape == old[key].shape:
+            peak = float(old[key].abs().max()) or 1.0
+            worst = max(worst, float((new[key] - old[key]).abs().max()) / peak)
+    del torch
+    return {
+        "sites": len(plan.sites),
+        "forms": dict(collections.Counter(site.form for site in plan.insert_sites)),
+        "insert_exact": check is None or check.passed,
+        "round_trip": worst,
+        "sites_again": sites_again(made, observation.inputs),
+        **second,
+    }
+
+
+def sites_again(inserted: Any, inputs: Any) -> int:
+    """How many sites a second insertion finds: it should change nothing."""
+    from bntool.inserting import InsertOptions
+    from bntool.observe.eager import observe
+    from bntool.subjects.insertion import insert_observed
+
+    again, *_ = insert_observed(inserted, observe(inserted, inputs), InsertOptions(activations=("any",)))
+    return len(again.sites)
+
+
+def page(results: dict[str, dict[str, Any]], title: str, target: str, file: str) -> str:
+    from bntool.verifying.checking import ALGEBRA_LIMIT
+
+    rows = sorted(results.values(), key=lambda row: row["model"])
+    good = [row for row in rows if row["status"] == "ok"]
+    with_bn = [row for row in good if row["bn_total"]]
+    total, folded = (sum(row[key] for row in with_bn) for key in ("bn_total", "folded"))
+    share = 100 * folded / max(total, 1)
+    kept: collections.Counter[str] = collections.Counter()
+    for row in with_bn:
+        kept.update(row["kept"])
+    ratios = [row["error_over_noise"] for row in good if "error_over_noise" in row]
+    exact, narrow = (
+        {
+            r["model"]: r["float64"]
+            for r in good
+            if "float64" in r and (NARROWS in r.get("note", "")) is inside
+        }
+        for inside in (False, True)
+    )
+    amplified = [f"{model} {error:.1e}" for model, error in exact.items() if error > ALGEBRA_LIMIT]
+    sites = [row for row in good if row.get("sites")]
+    lines = [
+        f"# {title}",
+        "",
+        "Random weights, randomised BatchNorm statistics with γ of both signs. Written by",
+        f"`make {target}` from `{file}`, one line a model, which has every figure.",
+        "",
+        f"- models run: {len(good)} of {len(rows)} tried",
+        f"- with BatchNorm: {len(with_bn)}; BatchNorm layers: {total:,}; folded: {folded:,} ({share:.1f} %)",
+        f"- kept, by reason: {', '.join(f'{n:,} {reason}' for reason, n in kept.most_common()) or 'none'}",
+    ]
+    if ratios:
+        lines.append(
+            f"- float32 error over the model's own noise: median {statistics.median(ratios):.2f}, "
+            f"largest {max(ratios):.2f}"
+        )
+    if exact:
+        lines.append(
+            f"- float64 agreement, relative to the peak, in {len(exact)} models: to {ALGEBRA_LIMIT:.0e} in "
+            f"{len(exact) - len(amplified)}, the largest of them "
+            f"{max((error for error in exact.values() if error <= ALGEBRA_LIMIT), default=0.0):.1e}"
+        )
+    if amplified:
+        lines.append(
+            f"- held to their own rounding in float64, which they amplify further: {', '.join(amplified)}"
+        )
+    if narrow:
+        lines.append(
+            f"- {len(narrow)} models cast to a narrower type inside, so that they are not in float64 all the "
+            f"way and are held to their own rounding: largest {max(narrow.values()):.1e}"
+        )
+    calm = [row["model"] for row in good if "gain" in row]
+    if calm:
+        lines.append(
+            f"- judged with γ of {GAINS[-1]} times, since with the usual one they amplify float64's own "
+            f"rounding beyond comparison: {len(calm)} ({', '.join(calm)})"
+        )
+    if sites:
+        count = sum(row["sites"] for row in sites)
+        unequal = [row["model"] for row in sites if not row["insert_exact"]]
+        lines.append(
+            f"- insertion (any activation): {count:,} sites in {len(sites)} models, "
+            f"{'all equal to the last bit' if not unequal else 'not equal: ' + ', '.join(unequal)}; "
+            f"folded back, the weights differ by at most {max(row['round_trip'] for row in sites):.1e}"
+        )
+    again = [row for row in good if "sites_again" in row]
+    if again:
+        more = [row["model"] for row in again if row["sites_again"]]
+        lines.append(
+            f"- a second insertion, in {len(again)} models: "
+            f"{'changes nothing' if not more else 'finds more sites in ' + ', '.join(more)}"
+        )
+    traced = [row for row in good if row.get("fx", "cannot trace") != "cannot trace"]
+    if traced:
+        differ = [row["model"] for row in traced if row["fx"] != "agrees"]
+        lines.append(
+            f"- pairs of convolution and activation against torch.fx, where it traces: {len(traced)} models, "
+            f"{'all agree' if not differ else 'different: ' + ', '.join(differ)}"
+        )
+    rest = [row for row in rows if row["status"] != "ok"]
+    lines += [
+        "",
+        "| model | BN | folded | kept | error / noise | float64 | seconds to fold |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in with_bn:
+        reasons = ", ".join(f"{n} {reason}" for reason, n in row["kept"].items())
+        lines.append(
+            f"| {row['model']} | {row['bn_total']} | {row['folded']} | {reasons} | "
+            f"{row.get('error_over_noise', '')} | {row.get('float64', '')} | {row['seconds_fold']} |"
+        )
+    if rest:
+        lines += ["", "Not run:", ""]
+        for row in rest:
+            why = row.get("error", "").partition("\n")[0]
+            lines.append(f"- {row['model']}: {row['status']} {why}".rstrip())
+    return "\n".join(lines) + "\n"
+
+
+def folded_of(row: dict[str, Any]) -> str:
+    return f"{row.get('folded', '')}/{row.get('bn_total', '')}"
+
+
+def main() -> None:
+    chosen = arguments(__doc__, RESULTS, limit=120).parse_args()
+    made = functools.partial(page, title="Coverage", target="zoo", file=chosen.results.name)
+    sweep(chosen, every_model(), examine, made, folded_of)
+
+
+if __name__ == "__main__":
+    main()
