@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import onnx_ir as ir
 
@@ -45,6 +46,24 @@ def bodies_of(node: ir.Node) -> Iterator[ir.Graph]:
 def handed_out(node: ir.Node) -> list[ir.Value]:
     """The values that a node's bodies give, whatever made them."""
     return [value for body in bodies_of(node) for value in body.outputs]
+
+
+def stored_tensors(model: ir.Model) -> dict[str, tuple[ir.Value, Any]]:
+    """The tensors that a model keeps, by name: initializers, of bodies too, and floating Constant nodes.
+
+    A single number in a Constant is part of the arithmetic, not of the weights.
+    """
+    found: dict[str, tuple[ir.Value, Any]] = {}
+    for graph in model.graphs():
+        for name, value in graph.initializers.items():
+            if value.const_value is not None:
+                found[name] = value, value.const_value
+    for node in model.graph.all_nodes():
+        held = node.attributes.get("value") if is_standard(node) and node.op_type == "Constant" else None
+        tensor = held.as_tensor() if held is not None else None
+        if tensor is not None and tensor.dtype.is_floating_point() and tensor.size > 1:
+            found[str(node.outputs[0].name)] = node.outputs[0], tensor
+    return found
 
 
 def hidden_norms(model: ir.Model) -> list[tuple[str, str]]:

@@ -23,6 +23,7 @@ from bntool.graph.dataflow import Graph
 from bntool.graph.inputs import Inputs
 from bntool.inserting import plan_insert_nodes
 from bntool.observe.onnx_model import OnnxObservation, observe_onnx
+from bntool.observe.onnx_nodes import stored_tensors
 from bntool.observe.onnx_shapes import asked_shapes
 from bntool.runtime.onnx_inputs import first_runs
 from bntool.runtime.onnx_sizes import SeenSizes
@@ -116,10 +117,9 @@ class OnnxSubject:
 
     @functools.cached_property
     def counts(self) -> tuple[int, int, int]:
-        """Nodes, numbers in all initializers, and their bytes."""
-        tensors = [v.const_value for v in self.file.model.graph.initializers.values()]
-        held = [tensor for tensor in tensors if tensor is not None]
-        nodes = sum(1 for _ in self.file.model.graph)
+        """Nodes, numbers in all stored tensors, and their bytes."""
+        held = [tensor for _, tensor in stored_tensors(self.file.model).values()]
+        nodes = sum(1 for _ in self.file.model.graph.all_nodes())
         return nodes, sum(tensor.size for tensor in held), sum(tensor.nbytes for tensor in held)
 
     def graph(self) -> Graph:

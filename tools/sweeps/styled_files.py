@@ -24,7 +24,7 @@ from bntool.core.errors import BntoolError
 from bntool.pipeline.onnx_folding import fold_onnx, insert_onnx
 from bntool.verifying.onnx_checking import check_onnx_unchanged
 from bntool.verifying.onnx_verifying import check_itself, seeded_file_inputs
-from tools.onnx_styles import SIDE, STYLES, drawn
+from tools.sweeps.onnx_styles import SIDE, STYLES, drawn
 
 OPSETS = (7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23)
 _ALLOWED = 1e-9
