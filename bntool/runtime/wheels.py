@@ -8,12 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+_BUILDS = "gpu openvino directml qnn training rocm migraphx cann azure silicon coreml vitisai"
 _KNOWN = (
     *("onnxruntime", "ort-nightly", "ort-nightly-gpu", "ort-nightly-directml"),
-    *(
-        f"onnxruntime-{build}"
-        for build in "gpu openvino directml qnn training rocm migraphx cann azure silicon coreml vitisai".split()
-    ),
+    *(f"onnxruntime-{build}" for build in _BUILDS.split()),
 )
 _LIBRARY = "onnxruntime_pybind11_state"
 

@@ -9,7 +9,6 @@ import tempfile
 import weakref
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import onnx_ir as ir
 
@@ -18,6 +17,7 @@ from bntool.core.options import FoldOptions, InsertOptions
 from bntool.core.plan import Plan
 from bntool.core.verdicts import Check
 from bntool.files.onnx_files import OnnxFile, open_onnx, save_onnx
+from bntool.files.onnx_forms import take_off_inputs
 from bntool.folding import at_graph_level, plan_on_all
 from bntool.graph.dataflow import Graph
 from bntool.graph.inputs import Inputs
@@ -56,7 +56,6 @@ class OnnxSubject:
         data: a file of its own with the numbers, where it has one.
         name: how the user calls it.
         shapes: of inputs, by name, where the user said on what it is to be run.
-        run: whether it may be run to see the sizes that inference cannot tell.
     """
 
     kind: Kind = "onnx"
@@ -69,9 +68,8 @@ class OnnxSubject:
         data: Path | None = None,
         name: str = "",
         shapes: Shapes | None = None,
-        run: bool = True,
     ) -> None:
-        self.model, self.may_run = Path(path), run
+        self.model, self.may_run, self.freeze = Path(path), True, False
         self.data = data
         self.name = name or str(path)
         self._file: OnnxFile | None = open_onnx(path)
@@ -80,6 +78,13 @@ class OnnxSubject:
         self._told = asked_shapes(self._file.model)
         self._folder = folder or Scratch()
         self._observed: OnnxObservation | None = None
+
+    def read_as(self, *, run: bool = True, freeze: bool = False) -> None:
+        """`run`: it may be run to see sizes that inference cannot tell; `freeze`: inputs that have a default
+        are constants.
+        """
+        self.may_run, self.freeze = run, freeze
+        self._file = self._observed = None
 
     @property
     def runnable(self) -> None:
@@ -90,6 +95,8 @@ class OnnxSubject:
         """The file as it stands on the disk; read anew once it was changed in memory."""
         if self._file is None:
             self._file = open_onnx(self.model)
+            if self.freeze:
+                take_off_inputs(self._file.model)
         return self._file
 
     @property
@@ -205,8 +212,12 @@ class OnnxSubject:
         bind_branches(file.model, taken=taken)
         scratch = Scratch()
         path, data = save_onnx(file, scratch.path / "bound.onnx")
-        same: Any = {"name": self.name, "shapes": self.asked, "run": self.may_run}
-        return OnnxSubject(path, folder=scratch, data=data, **same)
+        return self._at(path, data, scratch)
+
+    def _at(self, path: Path, data: Path | None, folder: Path | Scratch) -> OnnxSubject:
+        made = OnnxSubject(path, folder=folder, data=data, name=self.name, shapes=self.asked)
+        made.read_as(run=self.may_run)
+        return made
 
     def _taken(self) -> tuple[OnnxFile, OnnxObservation]:
         """The file and its observation, which are changed now and no longer what stands on the disk."""
@@ -217,9 +228,7 @@ class OnnxSubject:
     def _written(self, file: OnnxFile) -> OnnxSubject:
         folder = self._folder if isinstance(self._folder, Path) else self._folder.path
         path, data = save_onnx(file, folder / self.model.name, force=True)
-        return OnnxSubject(
-            path, folder=self._folder, data=data, name=self.name, shapes=self.shapes, run=self.may_run
-        )
+        return self._at(path, data, self._folder)
 
 
 def plan_fold_onnx(
