@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -41,13 +43,32 @@ def test_without_a_gpu_cuda_is_a_warning_with_its_reason():
     assert row.fix
 
 
-def test_both_wheels_at_once_are_a_failure(monkeypatch):
-    monkeypatch.setattr(doctor, "installed_version", lambda name: "9.9.9")
-    found = diagnose()
-    row = rows(found)["onnxruntime wheels"]
-    assert row.status == "fail"
-    assert "pip uninstall" in row.fix
-    assert not found
+def _install(folder, name, size):
+    """What pip leaves of a wheel that brings an `onnxruntime` module."""
+    info = folder / f"{name.replace('-', '_')}-9.9.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 9.9\n")
+    library = "onnxruntime/capi/onnxruntime_pybind11_state.so"
+    (info / "RECORD").write_text(f"onnxruntime/__init__.py,,\n{library},,{size}\n{info.name}/METADATA,,\n")
+
+
+@pytest.mark.parametrize("size", [100, 200, 300])
+def test_every_wheel_that_brings_the_module_is_told_and_which_one_won(monkeypatch, tmp_path, size):
+    for name, own in (("onnxruntime-openvino", 100), ("ort-nightly", 200)):
+        _install(tmp_path, name, own)
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    library = tmp_path / "onnxruntime" / "capi" / "onnxruntime_pybind11_state.so"
+    library.parent.mkdir(parents=True)
+    library.write_bytes(bytes(size))
+    ort = SimpleNamespace(__file__=str(tmp_path / "onnxruntime" / "__init__.py"), __version__="9.9")
+    monkeypatch.setattr(doctor, "onnxruntime", lambda: ort)
+    both, won = doctor._runtime_wheels()
+    winner = {100: "onnxruntime-openvino", 200: "ort-nightly"}.get(size, "")
+    assert (both.name, both.status, won.status) == ("onnxruntime wheels", "fail", "ok")
+    assert "onnxruntime-openvino and ort-nightly are installed together" in both.detail
+    assert both.detail.endswith(winner or "more than one")
+    assert both.fix.endswith(f"pip install {winner or 'onnxruntime-gpu'}")
+    assert (winner or "another build") in won.detail
 
 
 def test_old_and_missing_packages_fail_with_their_fix(monkeypatch):

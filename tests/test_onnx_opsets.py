@@ -69,3 +69,19 @@ def test_a_converter_that_fails_is_exit_6_and_writes_nothing(tmp_path: Path) -> 
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=9), path)
     assert run(["export", str(path), "--opset", "13"]) == 6
     assert [p.name for p in tmp_path.iterdir()] == ["m.onnx"]
+
+
+def test_inputs_that_have_a_default_are_frozen_when_asked(tmp_path: Path) -> None:
+    tensors = stored()
+    inputs = [info("x", 1, [1, 3, 9, 9]), *(info(t.name, 1, list(t.dims)) for t in tensors)]
+    norm = helper.make_node("BatchNormalization", ["c", *"gbmv"], ["d"], name="bn")
+    graph = helper.make_graph([CONV, norm, RELU], "g", inputs, [info("y", 1, [1, 8, 7, 7])], tensors)
+    opsets = [helper.make_opsetid("", 17)]
+    path, new = tmp_path / "m.onnx", tmp_path / "new.onnx"
+    onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=8), path)
+    assert run(["fold", str(path), "-o", str(new)]) == 4
+    assert run(["fold", str(path), "-o", str(new), "--freeze-inputs"]) == 0
+    assert nodes_of(new) == ["Conv", "Relu"]
+    assert [value.name for value in onnx.load(new).graph.input] == ["x"]
+    assert run(["fold", str(path), "--no-run", "--dry-run"]) == 2
+    assert run(["fold", str(path), "--no-run", "--check", "none", "--freeze-inputs", "--dry-run"]) == 0

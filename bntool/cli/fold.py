@@ -14,6 +14,7 @@ from bntool.cli.options import takes_all
 from bntool.cli.session import Voice
 from bntool.core.command_options import (
     BenchOptions,
+    FileOptions,
     LoadOptions,
     ModelOptions,
     ReportOptions,
@@ -53,6 +54,7 @@ class Asked:
 
     model: ModelOptions
     load: LoadOptions
+    file: FileOptions
     ask: AskOptions
     export: ExportOptions
     fold: FoldOptions
@@ -84,9 +86,10 @@ def command(voice: Voice, asked: Asked) -> int:
         from bntool.cli.stored import fold_stored_file
 
         return fold_stored_file(voice, asked)
-    of_torch = (asked.export, asked.fold, asked.place, asked.check, asked.ask)
+    of_torch = (asked.export, asked.fold, asked.place, asked.check, asked.ask, asked.file)
     opened = open_model(voice, asked.model.model, asked.load, *of_torch)
     asked.require_fitting(opened.kind)
+    opened = opened.reading(asked.file, asked.check)
     if asked.export.dtype == "float32" and opened.session is not None:
         opened = opened.cast("float32")
     from bntool.cli import serving, writing

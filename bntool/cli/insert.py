@@ -14,6 +14,7 @@ from bntool.cli.session import Voice
 from bntool.cli.source import require_fitting, rewritten, show_source, tell_refusals, write_source
 from bntool.core.command_options import (
     DataOptions,
+    FileOptions,
     LoadOptions,
     ModelOptions,
     ReportOptions,
@@ -54,6 +55,7 @@ class Asked:
 
     model: ModelOptions
     load: LoadOptions
+    file: FileOptions
     insert: InsertOptions
     data: DataOptions
     ask: AskOptions
@@ -98,7 +100,8 @@ def command(voice: Voice, asked: Asked) -> int:
     With --source the class itself gets the layers, in Python.
     """
     asked.require_fitting()
-    opened = open_model(voice, asked.model.model, asked.load, asked.insert, asked.data, asked.ask)
+    opened = open_model(voice, asked.model.model, asked.load, asked.insert, asked.data, asked.ask, asked.file)
+    opened = opened.reading(asked.file, asked.check)
     from bntool.cli import writing
     from bntool.cli.picturing import picture
 

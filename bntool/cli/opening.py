@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from bntool.cli.session import Session, Voice, open_session
-from bntool.core.command_options import LoadOptions
+from bntool.core.command_options import FileOptions, LoadOptions
+from bntool.core.errors import UsageError
 from bntool.core.option import Options
+from bntool.core.options import CheckOptions
 from bntool.core.refusals import require_known, require_module
 from bntool.files.detect import Kind, detect
 
@@ -41,10 +43,18 @@ class Opened:
             return self
         from bntool.subjects.onnx import OnnxSubject
 
-        shapes = self.subject.asked
-        folder = drafts.folder_for(place.model)
-        subject = OnnxSubject(self.subject.model, folder=folder, shapes=shapes, run=self.subject.may_run)
+        old, folder = self.subject, drafts.folder_for(place.model)
+        subject = OnnxSubject(old.model, folder=folder, shapes=old.asked)
+        subject.read_as(run=old.may_run, freeze=old.freeze)
         return dataclasses.replace(self, subject=subject)
+
+    def reading(self, file: FileOptions, check: CheckOptions) -> Opened:
+        """The same, where an ONNX file is read as is asked. Raises `UsageError` for a check without a run."""
+        if self.kind == "onnx":
+            if not file.run and check.check != "none":
+                raise UsageError("--no-run leaves nothing to check with", next_step="add --check none")
+            self.subject.read_as(run=file.run, freeze=file.freeze_inputs)
+        return self
 
     def cast(self, dtype: str) -> Opened:
         """The same module in another floating type."""

@@ -53,6 +53,14 @@ class LoadOptions(Options):
 
 
 @dataclasses.dataclass(frozen=True)
+class FileOptions(Options):
+    """How an ONNX file is read."""
+
+    freeze_inputs: bool = option(False, "Weights that an ONNX file lists among its inputs become constants.")
+    run: bool = option(True, "With --check none: an ONNX file is read by inference alone, and never run.")
+
+
+@dataclasses.dataclass(frozen=True)
 class WriteOptions(Options):
     """Where the result goes."""
 

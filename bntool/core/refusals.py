@@ -35,11 +35,13 @@ def _no(options: str, why: str, instead: str = "leave it out") -> _Refusal:
 _CODE = "arch weights key allow trust_pickle pretrained"
 _SOURCE = "plan_file source in_place"
 _FORM = "opset ir_version static_batch dynamic external_data keep_io exporter keep_unverified"
+_FILE = _no("freeze_inputs run", "it is about how an ONNX file is read")
 _MODULE = "use the nn.Module that it was made from"
 
 _REFUSED: Mapping[str, Sequence[_Refusal]] = {
-    "module": [],
+    "module": [_FILE],
     "program": [
+        _FILE,
         _no("arch weights key allow pretrained", "it holds its own graph and weights"),
         _no("inputs", "it holds its own shapes"),
         _no(
@@ -65,6 +67,7 @@ _REFUSED: Mapping[str, Sequence[_Refusal]] = {
         ),
     ],
     "script": [
+        _FILE,
         _no("arch weights key allow pretrained", "it holds its own code and weights"),
         _no(
             "include exclude merge unshare dtype bench repro",
@@ -75,6 +78,7 @@ _REFUSED: Mapping[str, Sequence[_Refusal]] = {
         _no(f"{_FORM} export_to", "it is folded as it is", "bntool export writes it as ONNX"),
     ],
     "weights": [
+        _FILE,
         _no(
             f"{_CODE} inputs include exclude merge unshare dtype bench repro require_all tf32 atol rtol "
             f"check device providers {_FORM} export_to",

@@ -17,7 +17,7 @@ from bntool.core.errors import InvariantError, LoadError
 from bntool.files.detect import Kind, detect
 from bntool.files.drafting import Drafts
 from bntool.files.onnx_data import add_data, external_tensors, first_line, require_data, require_numbers
-from bntool.files.onnx_forms import inline_functions, to_one_form
+from bntool.files.onnx_forms import inline_functions, name_apart, to_one_form
 from bntool.files.onnx_unfusing import unfuse
 from bntool.files.targets import Target
 
@@ -82,6 +82,7 @@ def open_onnx(path: str | Path) -> OnnxFile:
             put(_where_it_is(tensor, path.parent))
     inline_functions(model)
     unfuse(model)
+    name_apart(model)
     external = [
         name for name, v in model.graph.initializers.items() if isinstance(v.const_value, ir.ExternalTensor)
     ]

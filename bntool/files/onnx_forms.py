@@ -42,6 +42,14 @@ def inline_functions(model: ir.Model) -> None:
         common.InlinePass(criteria=fits)(model)
 
 
+def name_apart(model: ir.Model) -> None:
+    """No two values of a model with bodies have one name: those of If may, in the format."""
+    from onnx_ir.passes import common
+
+    if len(list(model.graphs())) > 1:
+        common.NameFixPass()(model)
+
+
 def take_off_inputs(model: ir.Model) -> None:
     """Initializers that are listed among the inputs, for a caller to replace, become constants."""
     model.graph.inputs[:] = [v for v in model.graph.inputs if v.name not in model.graph.initializers]

@@ -53,11 +53,12 @@ class Constants:
         self.known: dict[int, Any] = {}
         self.ids = {
             id(v)
-            for v in model.graph.initializers.values()
+            for graph in model.graphs()
+            for v in graph.initializers.values()
             if v.const_value is not None and id(v) not in self.replaceable
         }
         self.sized: set[int] = set()
-        for node in model.graph:
+        for node in model.graph.all_nodes():
             if node.domain in ("", "ai.onnx"):
                 self._look_at(node)
 

@@ -1,4 +1,4 @@
-"""Observe an ONNX model: its main graph as a neutral dataflow graph, without running it."""
+"""Observe an ONNX model: its graph, bodies included, as one neutral dataflow graph."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from typing import Any
 import onnx_ir as ir
 
 from bntool.graph.dataflow import Graph, Module, Op
+from bntool.observe.onnx_bodies import infer_bodies
 from bntool.observe.onnx_constants import Constants
 from bntool.observe.onnx_einsum import LinearEinsum, linear_einsum
 from bntool.observe.onnx_layers import CONVOLUTIONS, LINEAR_OPS, PRODUCTS, Call, Layer, Norm, bias_add
-from bntool.observe.onnx_nodes import captured_by, hidden_norms, is_standard, labels_of, opaque_kind
+from bntool.observe.onnx_nodes import bodies_of, handed_out, hidden_norms, is_standard, labels_of, opaque_kind
 from bntool.observe.onnx_ops import SHAPE_READERS, translate
 from bntool.observe.onnx_shapes import Seen, sizes_of
 from bntool.observe.onnx_values import Values
@@ -27,7 +28,7 @@ class OnnxObservation:
     """The graph, and what its names stand for in the model.
 
     `open` tells whether some axis has no fixed size, so that sizes were made up. `hidden` names every
-    BatchNormalization inside a body or a function, and says where it stands.
+    BatchNormalization inside a function that stays a call, and says where it stands.
     """
 
     graph: Graph
@@ -42,8 +43,8 @@ def observe_onnx(model: ir.Model, sizes: int = 0, seen: Seen | None = None) -> O
     """The dataflow graph of an ONNX model; nothing is changed, and nothing run unless inference gives up.
 
     An axis without a fixed size gets one, from the first (0) or the second (1) set of sizes: a plan that
-    is the same with both relies on neither. `seen` tells sizes from runs. A body of If, Loop or Scan is one
-    op.
+    is the same with both relies on neither. `seen` tells sizes from runs. The ops in a body of If,
+    Loop or Scan stand before the op itself.
     """
     reader = _Reader(model, sizes, seen)
     reader.read()
@@ -52,7 +53,7 @@ def observe_onnx(model: ir.Model, sizes: int = 0, seen: Seen | None = None) -> O
         model,
         reader.layers,
         reader.norms,
-        tuple(hidden_norms(model, reader.labels)),
+        tuple(hidden_norms(model)),
         reader.shapes.open,
     )
 
@@ -64,6 +65,7 @@ class _Reader:
         self.graph.model_class = f"ONNX graph {model.graph.name or ''}".rstrip()
         self.graph.rewirable = True
         self.shapes = sizes_of(model, sizes, seen)
+        infer_bodies(model, self.shapes)
         self.constants = Constants(model, self.shapes)
         self.labels = labels_of(model)
         self.values = Values(self.graph, self.shapes, self.constants)
@@ -75,17 +77,26 @@ class _Reader:
         self.nodes: dict[int, ir.Node] = {}
 
     def read(self) -> None:
-        for value in self.model.graph.inputs:
+        self._graph(self.model.graph)
+        self._put_norms_together()
+
+    def _graph(self, graph: ir.Graph) -> None:
+        """The ops of a graph, or of a body: one of If, Loop or Scan runs where its node stands.
+
+        A body reads what it captures as its own nodes do; what it is given, and gives, nothing moves past.
+        """
+        for value in graph.inputs:
             if value not in self.constants:
                 self.values.of(value)
-        for node in self.model.graph:
+        for node in graph:
+            for body in bodies_of(node):
+                self._graph(body)
             if node in self.fused:
                 self._linear(self.fused[node])
             elif not all(v in self.constants for v in node.outputs):
                 self._node(node)
-        for value in self.model.graph.outputs:
+        for value in graph.outputs:
             self.graph.values[self.values.of(value)].is_output = True
-        self._put_norms_together()
 
     def shape(self, value: ir.Value | None) -> tuple[int, ...] | None:
         return self.shapes.of(value)
@@ -142,10 +153,10 @@ class _Reader:
         return made.id
 
     def _opaque(self, node: ir.Node) -> None:
-        """An op that no law covers: whatever it reads, also inside its bodies, must not change."""
+        """An op that no law covers: whatever it reads must not change."""
         reads: dict[str, int] = {}
         if not (is_standard(node) and node.op_type in SHAPE_READERS):
-            read = dict.fromkeys(v for v in (*node.inputs, *captured_by(node)) if v is not None)
+            read = dict.fromkeys(v for v in (*node.inputs, *handed_out(node)) if v is not None)
             reads = {f"input_{i}": self.values.of(v) for i, v in enumerate(read)}
         outputs = tuple(self.values.of(v) for v in node.outputs if v.name)
         self.graph.add_op(opaque_kind(node), reads, outputs, attrs={}, scope=self.labels[node])

@@ -1,8 +1,9 @@
-"""Names of ONNX nodes, and what stands in bodies and functions, out of reach of the main graph."""
+"""Names of ONNX nodes, their bodies, and what stands in functions, out of reach of the graph."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import onnx_ir as ir
 
@@ -14,10 +15,10 @@ def is_standard(node: ir.Node) -> bool:
 
 
 def labels_of(model: ir.Model) -> dict[ir.Node, str]:
-    """A name of its own for every node of the main graph: the node's, else one from its first output."""
+    """A name of its own for every node, in bodies too: the node's, else one from its first output."""
     labels: dict[ir.Node, str] = {}
     taken: set[str] = set()
-    for node in model.graph:
+    for node in model.graph.all_nodes():
         outputs = [v.name for v in node.outputs if v.name]
         wanted = node.name or f"{outputs[0] if outputs else 'node'}/{node.op_type}"
         label, number = wanted, 1
@@ -42,40 +43,35 @@ def bodies_of(node: ir.Node) -> Iterator[ir.Graph]:
             yield from attribute.as_graphs()
 
 
-def captured_by(node: ir.Node) -> list[ir.Value]:
-    """The values from outside that the bodies of a node read or hand out."""
-    inside: set[ir.Value] = set()
-    read: list[ir.Value] = []
-    graphs = list(bodies_of(node))
-    while graphs:
-        graph = graphs.pop()
-        inside.update((*graph.inputs, *graph.initializers.values()))
-        read.extend(graph.outputs)
-        for inner in graph:
-            inside.update(inner.outputs)
-            read += [v for v in inner.inputs if v is not None]
-            graphs += bodies_of(inner)
-    return list(dict.fromkeys(v for v in read if v not in inside))
+def handed_out(node: ir.Node) -> list[ir.Value]:
+    """The values that a node's bodies give, whatever made them."""
+    return [value for body in bodies_of(node) for value in body.outputs]
 
 
-def hidden_norms(model: ir.Model, labels: dict[ir.Node, str]) -> list[tuple[str, str]]:
-    """Every BatchNormalization inside a body or a function: its name, and where it stands."""
-    found: list[tuple[str, str]] = []
-    for node in model.graph:
-        graphs = list(bodies_of(node))
-        if graphs:
-            place = f"it stands in the body of {node.op_type} {labels[node]}"
-            found += [(name, place) for name in _norms_in(graphs)]
-    for function in model.functions.values():
-        place = f"it stands in the function {function.domain}::{function.name}"
-        found += [(name, place) for name in _norms_in([function.graph])]
+def stored_tensors(model: ir.Model) -> dict[str, tuple[ir.Value, Any]]:
+    """The tensors that a model keeps, by name: initializers, of bodies too, and floating Constant nodes.
+
+    A single number in a Constant is part of the arithmetic, not of the weights.
+    """
+    found: dict[str, tuple[ir.Value, Any]] = {}
+    for graph in model.graphs():
+        for name, value in graph.initializers.items():
+            if value.const_value is not None:
+                found[name] = value, value.const_value
+    for node in model.graph.all_nodes():
+        held = node.attributes.get("value") if is_standard(node) and node.op_type == "Constant" else None
+        tensor = held.as_tensor() if held is not None else None
+        if tensor is not None and tensor.dtype.is_floating_point() and tensor.size > 1:
+            found[str(node.outputs[0].name)] = node.outputs[0], tensor
     return found
 
 
-def _norms_in(graphs: list[ir.Graph]) -> Iterator[str]:
-    waiting = list(graphs)
-    while waiting:
-        for node in waiting.pop():
-            waiting += bodies_of(node)
+def hidden_norms(model: ir.Model) -> list[tuple[str, str]]:
+    """Every BatchNormalization inside a function that stays a call: its name, and where it stands."""
+    found: list[tuple[str, str]] = []
+    for function in model.functions.values():
+        place = f"it stands in the function {function.domain}::{function.name}"
+        for node in function.graph.all_nodes():
             if is_standard(node) and node.op_type == "BatchNormalization":
-                yield node.name or f"{node.outputs[0].name}/BatchNormalization"
+                found.append((node.name or f"{node.outputs[0].name}/BatchNormalization", place))
+    return found

@@ -18,7 +18,7 @@ from torch.export import ExportedProgram
 from bntool.graph.dataflow import Graph, Op, Value
 from bntool.observe.exported_program import observe_program
 from bntool.observe.onnx_model import OnnxObservation
-from bntool.observe.onnx_nodes import labels_of
+from bntool.observe.onnx_nodes import labels_of, stored_tensors
 from bntool.report.counting import Counts
 from bntool.report.layers import Layer, total
 
@@ -94,14 +94,11 @@ def _stored(name: str, kind: Kind, tensor: Tensor, again: bool = False) -> Store
 
 
 def of_onnx(observed: OnnxObservation) -> Found:
-    """A file's layers and initializers, and its BatchNormalizations, those in bodies included."""
+    """A file's layers, its stored tensors and its BatchNormalizations, those in bodies included."""
     labels = labels_of(observed.model)
     scopes = _scopes(observed)
-    readers = {
-        name: _reader(value, labels)
-        for name, value in observed.model.graph.initializers.items()
-        if value.const_value is not None
-    }
+    stored = stored_tensors(observed.model)
+    readers = {name: _reader(value, labels) for name, (value, _) in stored.items()}
     names: dict[str, str] = {}  # scope -> its module, where the name of its weight tells that
     for name, (scope, _) in readers.items():
         head, _, last = name.rpartition(".")
@@ -109,7 +106,7 @@ def of_onnx(observed: OnnxObservation) -> Found:
             names.setdefault(scopes.get(name, scope), head)
     tensors, owners = [], {}
     for name, (scope, is_statistic) in readers.items():
-        held: Any = observed.model.graph.initializers[name].const_value
+        held = stored[name][1]
         at = scopes.get(name, scope)
         owners[name] = names.get(at) or (layer_name(at) if at else name.rpartition(".")[0])
         kind: Kind = "frozen" if held.dtype.is_floating_point() else "constant"

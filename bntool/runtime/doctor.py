@@ -14,6 +14,7 @@ from bntool.core.text import as_lines
 from bntool.runtime.cuda_versions import CUDNN_MAJOR, OLDEST_DRIVER, built_for, driver_cuda, wheel_version
 from bntool.runtime.libraries import CPU, CUDA, TENSORRT, first_line
 from bntool.runtime.providers import GPU_EXTRA, onnxruntime, run_tiny_convolution, why_no_cuda
+from bntool.runtime.wheels import wheels_of, whose_library
 
 Status = Literal["ok", "warn", "fail"]
 
@@ -23,7 +24,6 @@ _PYTHON_LEAST = (3, 10)
 _TORCH_LEAST = (2, 10)
 _TORCH_EXTRA = "pip install --upgrade torch (a build for the CUDA of your driver), or use --device cpu"
 _DRIVER_FIRST = "the NVIDIA driver first, or use --device cpu"
-_RUNTIME_WHEELS = ("onnxruntime", "onnxruntime-gpu")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,21 +171,23 @@ def _converters() -> Iterator[Row]:
 
 
 def _runtime_wheels() -> Iterator[Row]:
-    found = {name: version for name in _RUNTIME_WHEELS if (version := installed_version(name))}
-    if len(found) > 1:
-        yield Row(
-            "onnxruntime wheels",
-            "fail",
-            f"{' and '.join(found)} are both installed and overwrite each other",
-            "pip uninstall -y onnxruntime onnxruntime-gpu, then pip install onnxruntime-gpu",
-        )
+    found = wheels_of("onnxruntime")
     try:
         ort = onnxruntime()
     except DeviceError as error:
         yield Row("onnxruntime", "fail", error.what, error.next_step)
         return
-    wheel = next(iter(found), "another build")
-    yield Row("onnxruntime", "ok", f"{ort.__version__} ({wheel})")
+    winner = found[0] if len(found) == 1 else whose_library(ort, found)
+    if len(found) > 1:
+        which = f"the files are those of {winner}" if winner else "the files are of more than one"
+        kept = winner or "onnxruntime-gpu"
+        yield Row(
+            "onnxruntime wheels",
+            "fail",
+            f"{' and '.join(found)} are installed together and overwrite each other: {which}",
+            f"pip uninstall -y {' '.join(found)}, then pip install {kept}",
+        )
+    yield Row("onnxruntime", "ok", f"{ort.__version__} ({winner or 'another build'})")
 
 
 def _providers() -> Iterator[Row]:

@@ -10,6 +10,7 @@ import atexit
 import contextlib
 import functools
 import json
+import shlex
 import signal
 import subprocess
 import sys
@@ -45,7 +46,7 @@ def require_survival(path: str | Path, shapes: Shapes | None = None, name_node: 
         raise ExportError(
             f"running the file {_ODD} ({ended})",
             where=f"{path}: {where}" if where else str(path),
-            next_step="fold it with --check none --no-run, or export it again in another form",
+            next_step=f"bntool fold {shlex.quote(str(path))} --check none --no-run, or export it again",
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import shlex
 import tempfile
@@ -16,17 +17,20 @@ from bntool.core.options import FoldOptions, InsertOptions
 from bntool.core.plan import Plan
 from bntool.core.verdicts import Check
 from bntool.files.onnx_files import OnnxFile, open_onnx, save_onnx
+from bntool.files.onnx_forms import take_off_inputs
 from bntool.folding import at_graph_level, plan_on_all
 from bntool.graph.dataflow import Graph
 from bntool.graph.inputs import Inputs
 from bntool.inserting import plan_insert_nodes
 from bntool.observe.onnx_model import OnnxObservation, observe_onnx
+from bntool.observe.onnx_nodes import stored_tensors
 from bntool.observe.onnx_shapes import asked_shapes
 from bntool.runtime.onnx_inputs import first_runs
 from bntool.runtime.onnx_sizes import SeenSizes
 from bntool.subjects.base import Checking, Kind, Parameters
 from bntool.surgery.fold_onnx import apply_fold_onnx
 from bntool.surgery.insert_onnx import apply_insert_onnx
+from bntool.surgery.onnx_wiring import bind_branches
 from bntool.verifying.onnx_checking import OnnxReference, check_onnx_unchanged, example_inputs_of, opened
 
 LEAST_OPSET = 7
@@ -52,7 +56,6 @@ class OnnxSubject:
         data: a file of its own with the numbers, where it has one.
         name: how the user calls it.
         shapes: of inputs, by name, where the user said on what it is to be run.
-        run: whether it may be run to see the sizes that inference cannot tell.
     """
 
     kind: Kind = "onnx"
@@ -65,9 +68,8 @@ class OnnxSubject:
         data: Path | None = None,
         name: str = "",
         shapes: Shapes | None = None,
-        run: bool = True,
     ) -> None:
-        self.model, self.may_run = Path(path), run
+        self.model, self.may_run, self.freeze = Path(path), True, False
         self.data = data
         self.name = name or str(path)
         self._file: OnnxFile | None = open_onnx(path)
@@ -76,6 +78,13 @@ class OnnxSubject:
         self._told = asked_shapes(self._file.model)
         self._folder = folder or Scratch()
         self._observed: OnnxObservation | None = None
+
+    def read_as(self, *, run: bool = True, freeze: bool = False) -> None:
+        """`run`: it may be run to see sizes that inference cannot tell; `freeze`: inputs that have a default
+        are constants.
+        """
+        self.may_run, self.freeze = run, freeze
+        self._file = self._observed = None
 
     @property
     def runnable(self) -> None:
@@ -86,6 +95,8 @@ class OnnxSubject:
         """The file as it stands on the disk; read anew once it was changed in memory."""
         if self._file is None:
             self._file = open_onnx(self.model)
+            if self.freeze:
+                take_off_inputs(self._file.model)
         return self._file
 
     @property
@@ -113,10 +124,9 @@ class OnnxSubject:
 
     @functools.cached_property
     def counts(self) -> tuple[int, int, int]:
-        """Nodes, numbers in all initializers, and their bytes."""
-        tensors = [v.const_value for v in self.file.model.graph.initializers.values()]
-        held = [tensor for tensor in tensors if tensor is not None]
-        nodes = sum(1 for _ in self.file.model.graph)
+        """Nodes, numbers in all stored tensors, and their bytes."""
+        held = [tensor for _, tensor in stored_tensors(self.file.model).values()]
+        nodes = sum(1 for _ in self.file.model.graph.all_nodes())
         return nodes, sum(tensor.size for tensor in held), sum(tensor.nbytes for tensor in held)
 
     def graph(self) -> Graph:
@@ -191,6 +201,24 @@ class OnnxSubject:
             )
         return [row]
 
+    @property
+    def branches(self) -> bool:
+        """Whether some op of it runs one of two bodies."""
+        return any(node.op_type == "If" for node in self.file.model.graph.all_nodes())
+
+    def bound_to(self, taken: bool) -> OnnxSubject:
+        """The same file with every If bound to its then-branch, or to its else-branch."""
+        file = open_onnx(self.model)
+        bind_branches(file.model, taken=taken)
+        scratch = Scratch()
+        path, data = save_onnx(file, scratch.path / "bound.onnx")
+        return self._at(path, data, scratch)
+
+    def _at(self, path: Path, data: Path | None, folder: Path | Scratch) -> OnnxSubject:
+        made = OnnxSubject(path, folder=folder, data=data, name=self.name, shapes=self.asked)
+        made.read_as(run=self.may_run)
+        return made
+
     def _taken(self) -> tuple[OnnxFile, OnnxObservation]:
         """The file and its observation, which are changed now and no longer what stands on the disk."""
         found = self.file, self.observed
@@ -200,9 +228,7 @@ class OnnxSubject:
     def _written(self, file: OnnxFile) -> OnnxSubject:
         folder = self._folder if isinstance(self._folder, Path) else self._folder.path
         path, data = save_onnx(file, folder / self.model.name, force=True)
-        return OnnxSubject(
-            path, folder=self._folder, data=data, name=self.name, shapes=self.shapes, run=self.may_run
-        )
+        return self._at(path, data, self._folder)
 
 
 def plan_fold_onnx(
@@ -226,7 +252,7 @@ def plan_fold_onnx(
 
 
 class OnnxProof:
-    """A file's own runs, of several sizes where it leaves axes open."""
+    """A file's own runs, of several sizes where it leaves axes open, and with each branch of every If."""
 
     looks_elsewhere = True
 
@@ -235,16 +261,35 @@ class OnnxProof:
 
     @functools.cached_property
     def reference(self) -> OnnxReference:
-        nodes, *_ = self._subject.counts
-        count = 3 if self._checking.full else 2
-        return OnnxReference(
-            self._subject.model, nodes, count=count, seed=self._checking.seed, shapes=self._subject.shapes
-        )
+        return self._reference_of(self._subject)
+
+    @functools.cached_property
+    def _branches(self) -> list[tuple[bool, OnnxSubject, OnnxReference]]:
+        """The file with every If bound to one of its branches: a run takes one, and proves only that."""
+        choices = (True, False) if self._subject.branches else ()
+        bound = [(taken, self._subject.bound_to(taken)) for taken in choices]
+        return [(taken, subject, self._reference_of(subject)) for taken, subject in bound]
 
     def rows(self, plan: Plan, after: OnnxSubject) -> list[Check]:  # noqa: ARG002 - a protocol's
-        return self.reference.checks(
-            after.model, device=self._checking.onnx_device, atol=self._checking.atol, rtol=self._checking.rtol
-        )
+        rows = self._rows(self.reference, after)
+        for taken, _, reference in self._branches:
+            why = f"every If takes its {'then' if taken else 'else'} branch"
+            found = self._rows(reference, after.bound_to(taken))
+            rows += [dataclasses.replace(row, detail=f"{row.detail}; {why}") for row in found]
+        return rows
 
     def agrees(self, plan: Plan) -> bool:
         return all(row.passed for row in self.rows(plan, self._subject.folded(plan)))
+
+    def _reference_of(self, subject: OnnxSubject) -> OnnxReference:
+        nodes, *_ = subject.counts
+        count = 3 if self._checking.full else 2
+        return OnnxReference(
+            subject.model, nodes, count=count, seed=self._checking.seed, shapes=self._subject.shapes
+        )
+
+    def _rows(self, reference: OnnxReference, after: OnnxSubject) -> list[Check]:
+        checking = self._checking
+        return reference.checks(
+            after.model, device=checking.onnx_device, atol=checking.atol, rtol=checking.rtol
+        )

@@ -40,7 +40,8 @@ def apply_fold_onnx(observed: OnnxObservation, plan: Plan) -> OnnxCounts:
     before = _count(observed.model)
     tensors = _OnnxTensors(observed)
     # by name as they are now: rewiring gives names to others
-    values = {str(v.name): v for node in observed.model.graph for v in node.outputs} if plan.merges else {}
+    nodes = observed.model.graph.all_nodes() if plan.merges else ()
+    values = {str(v.name): v for node in nodes for v in node.outputs}
     apply_edits(tensors, plan)
     tensors.rewire(plan, values)
     after = _count(observed.model)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 import onnx_ir as ir
+import torch
 from torch import Tensor
 
 from bntool.observe.onnx_constants import to_onnx
@@ -15,7 +16,7 @@ Place = tuple[ir.Node, int]
 
 
 class Wiring:
-    """The main graph of a model under surgery."""
+    """The graph of a model under surgery; new tensors go to the main one, where bodies see them too."""
 
     def __init__(self, model: ir.Model) -> None:
         self.graph = model.graph
@@ -31,7 +32,7 @@ class Wiring:
         places = list(places)
         name = str(old.name)
         own = all((use.node, use.idx) in places for use in old.uses()) and not old.is_graph_output()
-        if own and self.graph.initializers.get(name) is old:
+        if own and old.is_initializer():
             doc = old.const_value.doc_string if old.const_value is not None else None
             old.const_value = to_onnx(tensor, name, doc)
             old.shape = ir.Shape(tuple(tensor.shape))
@@ -67,7 +68,9 @@ class Wiring:
         """
         source, output = nodes[0].inputs[data], nodes[-1].outputs[0]
         assert source is not None
-        if output.is_graph_output() and (source.producer() is None or source.is_graph_output()):
+        maker = source.producer()
+        outside = maker is None or maker.graph is not nodes[-1].graph
+        if output.is_graph_output() and (outside or source.is_graph_output()):
             self._insert_behind(nodes[-1], "Identity", [source], output)
             self._remove(nodes)
             return
@@ -128,13 +131,13 @@ class Wiring:
         output.replace_all_uses_with(result, replace_graph_outputs=True)
         label = self._free(f"{node.name or name}_{op_type}")
         made = ir.Node("", op_type, inputs, outputs=[result], name=label)
-        self.graph.insert_after(node, made)
+        _graph_of(node).insert_after(node, made)
         return made
 
     def _remove(self, nodes: Iterable[ir.Node]) -> None:
         for node in reversed(list(nodes)):
             self.released += [v for v in node.inputs if v is not None]
-            self.graph.remove(node, safe=True)
+            _graph_of(node).remove(node, safe=True)
 
     def drop_unused(self) -> None:
         """Drop what only the removed nodes read: initializers, and constant nodes that nobody reads now."""
@@ -144,14 +147,27 @@ class Wiring:
                 continue
             producer = value.producer()
             if producer is not None:
-                if producer.graph is self.graph and not any(
-                    v.uses() or v.is_graph_output() for v in producer.outputs
-                ):
+                read = any(v.uses() or v.is_graph_output() for v in producer.outputs)
+                if producer.graph is not None and not read:
                     self._remove([producer])
-            elif self.graph.initializers.get(str(value.name)) is value:
-                del self.graph.initializers[str(value.name)]
-                if value in self.graph.inputs:
-                    self.graph.inputs.remove(value)
+            elif value.is_initializer() and (graph := value.graph) is not None:
+                del graph.initializers[str(value.name)]
+                if value in graph.inputs:
+                    graph.inputs.remove(value)
+
+
+def bind_branches(model: ir.Model, *, taken: bool) -> None:
+    """Have every If take its then-branch, or its else-branch, whatever the data."""
+    condition = Wiring(model).new_initializer("branch_taken", torch.tensor(taken))
+    for node in model.graph.all_nodes():
+        if node.op_type == "If":
+            node.replace_input_with(0, condition)
+
+
+def _graph_of(node: ir.Node) -> ir.Graph:
+    """The main graph, or the body that a node stands in."""
+    assert isinstance(node.graph, ir.Graph)
+    return node.graph
 
 
 def _names(graph: ir.Graph) -> set[str]:
