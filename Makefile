@@ -8,7 +8,7 @@ MUTANTS := .venv-mutants
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test check lint gold docs man bench latency zoo peers exports verification large streaming \
-	gpu-check pickles fuzz durability random elsewhere mutants
+	gpu-check pickles fuzz durability random faults elsewhere mutants
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  \1\t/' | expand -t 14
@@ -80,6 +80,9 @@ elsewhere: $(ELSEWHERE)/.installed ## fold and insert over the models of other l
 AS ?= module
 random: setup ## fold and insert over networks made at random, AS=module, program or onnx
 	$(BIN)/python -m tools.random_folds --as $(AS)
+
+faults: setup ## fold networks made at random, half of them wrongly: does the proof find it?
+	$(BIN)/python -m tools.random_faults
 
 exports: setup ## fold, export and verify torchvision's and timm's models; goes on where it stopped
 	$(BIN)/python -m tools.exports

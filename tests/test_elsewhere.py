@@ -1,4 +1,4 @@
-"""Where a fold is proved: on small inputs that lead the model the same way, and on longer ones where it matters."""
+"""Where a fold is proved: on small inputs that lead the model the same way, and on longer ones if it matters."""
 
 from __future__ import annotations
 

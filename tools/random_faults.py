@@ -3,9 +3,9 @@
     make faults                                 # this proof
     python -m tools.random_faults --out a.json  # then --against a.json: beside the proof of another version
 
-A fault is one number of a folded weight that is off, or one edit of the plan that is left out. Of each network
-it is told whether the fault can be seen at all: whether the outputs move, on inputs of several sizes, by more
-than the model's own rounding may.
+A fault is one number of a folded weight that is off, or one edit of the plan that is left out. Of each
+network it is told whether the fault can be seen at all: how far the outputs move, in float64, on inputs of
+several sizes.
 """
 
 from __future__ import annotations
@@ -123,14 +123,19 @@ def told_of(rows: list[dict[str, Any]]) -> list[str]:
     broken = [row for row in rows if row["fault"]]
     whole = [row for row in rows if not row["fault"]]
     seen = [row for row in broken if row["moved"] > SEEN]
+    other = [row for row in broken if row["moved"] <= SEEN]
     kinds = Counter(row["fault"] for row in broken if row["found"])
     return [
         f"{len(rows)} networks folded, {len(broken)} of them with a fault",
-        f"faults that move an output by more than {SEEN:g}: {len(seen)}, found {sum(r['found'] for r in seen)}",
-        f"other faults: {len(broken) - len(seen)}, found {sum(r['found'] for r in broken) - sum(r['found'] for r in seen)}",
-        f"without a fault: {len(whole)}, refused {sum(row['found'] for row in whole)}",
+        f"faults that move an output by more than {SEEN:g}: {len(seen)}, found {_found(seen)}",
+        f"other faults: {len(other)}, found {_found(other)}",
+        f"without a fault: {len(whole)}, refused {_found(whole)}",
         *(f"  found, {kind}: {count}" for kind, count in sorted(kinds.items())),
-        *(f"  NOT FOUND: seed {r['seed']}, {r['fault']}, moves {r['moved']:.2g}" for r in seen if not r["found"]),
+        *(
+            f"  NOT FOUND: seed {r['seed']}, {r['fault']}, moves {r['moved']:.2g}"
+            for r in seen
+            if not r["found"]
+        ),
     ]
 
 
@@ -156,7 +161,9 @@ def main() -> None:
             old = before.get(row["seed"])
             if old is not None and old["found"] != row["found"]:
                 change = "now found" if row["found"] else "no longer found"
-                print(f"{change}: seed {row['seed']}, {row['fault']}, moves {row['moved']:.2g} ({old['told']})")
+                print(
+                    f"{change}: seed {row['seed']}, {row['fault']}, moves {row['moved']:.2g} ({old['told']})"
+                )
 
 
 if __name__ == "__main__":

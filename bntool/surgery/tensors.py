@@ -17,8 +17,8 @@ def scaled(weight: Tensor, factors: Sequence[Tensor], dtype: torch.dtype) -> Ten
     """The product of a weight and all factors in float64, cast to `dtype` once.
 
     Each factor broadcasts against the weight. A large weight goes in chunks along the first axis; one float64
-    buffer serves all of them: three times as fast as a new one for each. None is needed where float64 is asked
-    for. The memory format stays.
+    buffer serves all of them: three times as fast as a new one for each. None is needed where float64 is
+    asked for. The memory format stays.
     """
     if weight.numel() <= _CHUNK:
         return _multiplied(weight.to(torch.float64, copy=True), factors).to(dtype)
