@@ -1,4 +1,4 @@
-"""Where a fold is proved: on small inputs that lead the model the same way, and on longer ones if it matters."""
+"""Where a fold is proved: on small inputs that lead the model the same way, and on longer ones at need."""
 
 from __future__ import annotations
 

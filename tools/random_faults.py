@@ -131,12 +131,16 @@ def told_of(rows: list[dict[str, Any]]) -> list[str]:
         f"other faults: {len(other)}, found {_found(other)}",
         f"without a fault: {len(whole)}, refused {_found(whole)}",
         *(f"  found, {kind}: {count}" for kind, count in sorted(kinds.items())),
-        *(
-            f"  NOT FOUND: seed {r['seed']}, {r['fault']}, moves {r['moved']:.2g}"
-            for r in seen
-            if not r["found"]
-        ),
+        *(f"  NOT FOUND: {_fault(row)}" for row in seen if not row["found"]),
     ]
+
+
+def _found(rows: list[dict[str, Any]]) -> int:
+    return sum(row["found"] for row in rows)
+
+
+def _fault(row: dict[str, Any]) -> str:
+    return f"seed {row['seed']}, {row['fault'] or 'no fault'}, moves {row['moved']:.2g}"
 
 
 def main() -> None:
@@ -161,9 +165,7 @@ def main() -> None:
             old = before.get(row["seed"])
             if old is not None and old["found"] != row["found"]:
                 change = "now found" if row["found"] else "no longer found"
-                print(
-                    f"{change}: seed {row['seed']}, {row['fault']}, moves {row['moved']:.2g} ({old['told']})"
-                )
+                print(f"{change}: {_fault(row)} ({old['told'] or row['told']})")
 
 
 if __name__ == "__main__":
