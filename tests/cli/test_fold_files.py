@@ -135,8 +135,8 @@ def test_a_fold_of_a_module_that_differs_is_blamed(bntool: Shell, monkeypatch: p
     honest = module_folding.PlannedFold.carry_out
 
     def off(self):
-        folded = honest(self)
-        return broken.broken_module(folded, "transposed weight")
+        folded, _ = honest(self)
+        return broken.broken_module(folded, "transposed weight"), {}
 
     nets.save(broken.network(), "net.pt")
     monkeypatch.setattr(module_folding.PlannedFold, "carry_out", off)
