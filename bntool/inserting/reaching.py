@@ -59,7 +59,7 @@ def _attributes(model: nn.Module, sequential: str) -> Iterator[tuple[str, int]]:
             return
 
 
-@functools.cache
+@functools.cache  # mypy: a type is hashable
 def _reaches(cls: type, name: str, depth: int, is_itself: bool) -> bool:
     for function in _functions_of(cls):
         tree = _tree_of(function)

@@ -132,9 +132,9 @@ def _passed(
 
 
 def _calls_in(script: torch.jit.ScriptModule) -> Iterator[Any]:
-    for module in script.modules():
-        for method in module._c._method_names():
-            yield from module._c._get_method(method).graph.findAllNodes("prim::CallMethod")
+    for code in (getattr(module, "_c") for module in script.modules()):  # noqa: B009 - not in torch's stubs
+        for method in code._method_names():
+            yield from code._get_method(method).graph.findAllNodes("prim::CallMethod")
 
 
 def _rename(calls: Iterable[Any], old: str, new: str) -> None:
