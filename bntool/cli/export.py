@@ -8,6 +8,7 @@ from typing import Literal
 
 import click
 
+from bntool.cli.concluding import conclude
 from bntool.cli.opening import open_model
 from bntool.cli.options import takes_all
 from bntool.cli.session import Voice
@@ -83,13 +84,11 @@ def command(voice: Voice, asked: Asked) -> int:
         raise InvariantError("a target was given, and nothing was exported")
     voice.say(checks_text(result.checks))
     voice.say(f"wrote       {serving.export_text(result.export)}")
-    voice.emit(
-        {
-            "status": "ok",
-            "kind": opened.kind,
-            "onnx": str(place.named),
-            "export": result.export.to_dict(),
-            "checks": [row.to_dict() for row in result.checks],
-        }
-    )
-    return 0
+    document = {
+        "status": "ok",
+        "kind": opened.kind,
+        "onnx": str(place.named),
+        "export": result.export.to_dict(),
+        "checks": [row.to_dict() for row in result.checks],
+    }
+    return conclude(voice, document, result.checks, model=opened.source, new=place.named)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import click
 
 from bntool.cli.blaming import require_place
+from bntool.cli.concluding import conclude
 from bntool.cli.fold_refusals import require_no_node, why_not
 from bntool.cli.opening import Opened, open_model
 from bntool.cli.options import takes_all
@@ -136,17 +137,16 @@ def command(voice: Voice, asked: Asked) -> int:
     if result.export is not None:
         voice.say(f"wrote       {serving.export_text(result.export)}")
     latency = folded.timed(result, after, places) if asked.ask.bench else None
-    voice.emit(
-        {
-            **result.to_dict(),
-            # what the graph alone folded is something done too
-            **({"status": "ok"} if result.export and result.export.folded else {}),
-            **places.to_dict(),
-            "dry_run": asked.write.dry_run,
-            "latency": latency,
-        }
-    )
-    return 0
+    document = {
+        **result.to_dict(),
+        # what the graph alone folded is something done too
+        **({"status": "ok"} if result.export and result.export.folded else {}),
+        **places.to_dict(),
+        "dry_run": asked.write.dry_run,
+        "latency": latency,
+    }
+    new = places.model.named if places.model is not None else None
+    return conclude(voice, document, result.checks, model=opened.source, new=new)
 
 
 class _Fold:

@@ -40,7 +40,7 @@ def is_reached_into(model: nn.Module, sequential: str) -> bool:
         sequential: as `named_modules` has it; the model itself, `""`, is reached by its own methods alone.
     """
     own = type(model.get_submodule(sequential))
-    classes = {type(module) for module in model.modules()}
+    classes: set[Any] = {type(module) for module in model.modules()}
     return any(
         _reaches(cls, name, depth, cls is own and cls is not nn.Sequential)
         for name, depth in _attributes(model, sequential)
@@ -59,8 +59,8 @@ def _attributes(model: nn.Module, sequential: str) -> Iterator[tuple[str, int]]:
             return
 
 
-@functools.cache  # mypy: a type is hashable
-def _reaches(cls: type, name: str, depth: int, is_itself: bool) -> bool:
+@functools.cache
+def _reaches(cls: Any, name: str, depth: int, is_itself: bool) -> bool:
     for function in _functions_of(cls):
         tree = _tree_of(function)
         if tree is None:

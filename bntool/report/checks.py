@@ -13,12 +13,13 @@ from bntool.report.tables import Column, Table, render, wrapped
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """Several checks; true when at least one decides, and all that do passed. Prints itself as a table."""
+    """Several checks; true when one at least has passed, and none failed. Prints itself as a table."""
 
     checks: tuple[Check, ...]
 
     def __bool__(self) -> bool:
-        return any(check.decides for check in self.checks) and first_failed(self.checks) is None
+        shown = any(check.decides and check.passed for check in self.checks)
+        return shown and first_failed(self.checks) is None
 
     def to_dict(self) -> dict[str, Any]:
         return {"passed": bool(self), "checks": [check.to_dict() for check in self.checks]}
@@ -62,8 +63,8 @@ def checks_text(checks: Sequence[Check]) -> Lines:
 
 def _verdict(check: Check) -> str:
     if not check.decides:
-        return "within" if check.passed else "beyond"
-    return "passed" if check.passed else "FAILED"
+        return "within" if check.agrees else "beyond"
+    return "FAILED" if check.verdict == "failed" else check.verdict
 
 
 def _ran_on(check: Check) -> str:

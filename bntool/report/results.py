@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from bntool.core.plan import ByPlan, Plan
 from bntool.core.sites import FoldSite, InsertSite, Skip, Unshared
 from bntool.core.text import Lines, as_lines
-from bntool.core.verdicts import Check, first_failed
+from bntool.core.verdicts import Check, first_failed, nothing_shown
 from bntool.report.tables import Column, Table, count, render, signed, size, wrapped
 
 if TYPE_CHECKING:
@@ -49,6 +49,8 @@ class SurgeryResult(ByPlan):
     def status(self) -> str:
         if first_failed(self.checks) is not None:
             return "check-failed"
+        if nothing_shown(self.checks) is not None:
+            return "undecided"
         return "ok" if self.modified else "nothing-to-do"
 
     def to_dict(self) -> dict[str, Any]:

@@ -125,7 +125,7 @@ class _Judge:
         except CheckFailed:  # code that looks for an activation by its class finds none, and returns nothing
             return _suspects(sites), None
         check = exactly([before], [after])
-        return ([] if check.passed else _suspects(sites)), check
+        return ([] if check.agrees else _suspects(sites)), check
 
 
 def _culprits(judge: _Judge, options: InsertOptions, suspects: list[InsertSite]) -> list[InsertSite]:
@@ -185,7 +185,9 @@ def check_unchanged(original: nn.Module, modified: nn.Module, example: Inputs, *
     """Run both models in eval mode, with `full` on batches of 1, 2 and 3: equal to the last bit or failed."""
     inputs = seeded_batches(example) if full else [example]
     before = Reference(original, inputs)
-    after = TorchRunner(modified)
+    if [name for name, _ in original.named_children()] == [name for name, _ in modified.named_children()]:
+        before = before.telling()
+    after = TorchRunner(modified, parts=before.parts)
     return exactly(before.own, [after.run(i) for i in before.inputs])
 
 

@@ -89,7 +89,7 @@ class ModuleProof:
     def agrees(self, plan: Plan) -> bool:
         reference = self.elsewhere or self.reference
         folded = set_modes(apply_fold(self._model, plan), training=False)
-        return all(row.passed for row in self._compared(plan, folded, reference))
+        return all(row.agrees for row in self._compared(plan, folded, reference))
 
     def _compared(self, plan: Plan, folded: nn.Module, reference: Reference, **how: Any) -> list[Check]:
         return check_surgery(

@@ -99,7 +99,7 @@ def check_surgery(
         return [row] if algebra is None else [row, algebra]
 
     rows = judged(reference.limits)
-    settled = rows[0].passed or (algebra is not None and not algebra.passed)
+    settled = rows[0].agrees or (algebra is not None and not algebra.agrees)
     return rows if settled or (atol, rtol) != (None, None) else judged(reference.redrawn_limits)
 
 
@@ -211,7 +211,7 @@ def _check_file(
         return {n: dataclasses.replace(limit, absolute=slack.get(n, 0.0)) for n, limit in limits.items()}
 
     row = judged(allowed(reference.limits))
-    settled = row.passed or (atol, rtol) != (None, None)
+    settled = row.agrees or (atol, rtol) != (None, None)
     return row if settled else judged(allowed(reference.redrawn_limits))
 
 
@@ -266,7 +266,7 @@ def _check_algebra(
         detail = "in float64 the model narrows inside, so its own noise is the limit"
     judged = functools.partial(compare, exact, outputs, stage=stage, device="cpu", provider="torch")
     row = judged(limits, detail=detail)
-    if not row.passed and not reference.narrowed and reference.exact_limits:
+    if not row.agrees and not reference.narrowed and reference.exact_limits:
         row = judged(reference.exact_limits, detail="held to the model's own rounding in float64")
     return dataclasses.replace(row, precision="float64")
 
