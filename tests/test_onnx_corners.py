@@ -13,7 +13,6 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 
 import bntool
-from bntool.core.errors import CheckFailed
 from bntool.core.options import InsertOptions
 from bntool.core.reasons import Reason
 from bntool.graph.inputs import Inputs

@@ -52,6 +52,7 @@ def command(voice: Voice, asked: Asked) -> int:
     from bntool.cli.writing import OnnxPlace
     from bntool.export.dynamic_axes import DynamicAxes
     from bntool.files.sidecar import output_name
+    from bntool.graph.dataflow import READS_NUMBERS
     from bntool.pipeline.serving import Serving
     from bntool.pipeline.surgeries import unchanged
     from bntool.report.checks import checks_text
@@ -77,6 +78,8 @@ def command(voice: Voice, asked: Asked) -> int:
     how = Serving(asked.export, asked.ask.dtype or "", source_hash=opened.source_hash)
     if pair is None:
         voice.note("not verified (--check none)")
+    if subject.kind == "module" and subject.graph().reads_numbers:
+        voice.note(READS_NUMBERS)
     with voice.target.drafts() as drafts:
         result = serving.served(voice, (unchanged(subject), subject), place, how, pair, drafts, repro=None)
     result = serving.placed(result, place, drafts)

@@ -116,11 +116,13 @@ def command(voice: Voice, asked: Asked) -> int:
         result, after = folded.result()
         picture(voice, opened, after if result.modified else None)
         voice.say(result.render(verbose=not voice.quiet))
+        for note in result.plan.notes:
+            voice.note(note)
         refusal = why_not(result.plan, opened, asked)
         if refusal is not None:
             voice.fail(refusal, {**result.to_dict(), "dry_run": asked.write.dry_run})
-        for note in result.plan.notes:
-            voice.note(note)
+        if asked.ask.require_all and (least := sum(bool(site.untrained) for site in result.plan.fold_sites)):
+            voice.note(f"--require-all holds for this model as it is; {least} would stay once it is trained")
         if asked.check.check == "none":
             voice.note("not verified (--check none)")
         if places.onnx is not None:

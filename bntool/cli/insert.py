@@ -111,6 +111,8 @@ def command(voice: Voice, asked: Asked) -> int:
         if not result.modified:
             for skip in result.skips:
                 voice.say(f"not cut: {skip.name} [{skip.reason}] {skip.detail}")
+            for note in result.plan.notes:
+                voice.note(note)
             voice.fail(_no_site(opened, result), {**result.to_dict(), "dry_run": asked.write.dry_run})
         if asked.ask.source and opened.session is not None:
             source = rewritten(opened.session, result, asked)

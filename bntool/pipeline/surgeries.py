@@ -15,6 +15,7 @@ from bntool.core.options import FoldOptions, InsertOptions
 from bntool.core.plan import Plan
 from bntool.core.verdicts import Check, first_apart
 from bntool.data.batches import inputs_of
+from bntool.folding.untrained import with_untrained_told
 from bntool.graph.inputs import Inputs
 from bntool.observe.copying import structural_copy
 from bntool.observe.standing_in import set_modes
@@ -71,6 +72,8 @@ def fold(
     plan, (after, rows) = settle(
         plan_without, carry_out, agrees, options.exclude, options.merge, look_again=look_again
     )
+    if subject.kind != "script":
+        plan = with_untrained_told(plan, subject.graph())
     return _result(subject, after, plan, rows), after
 
 

@@ -59,12 +59,13 @@ class SurgeryResult(ByPlan):
         found = verdicts(self.plan)
         document: dict[str, Any] = {"status": self.status, "kind": self.kind, "parameters": self.parameters}
         document |= {**found, "checks": checks, "export": self.export.to_dict() if self.export else None}
+        document["notes"] = list(self.plan.notes)
         return (
             document if self.plan.action == "fold" else {**document, "check": checks[0] if checks else None}
         )
 
     def __str__(self) -> str:
-        return self.render()
+        return as_lines(self.render(), *(wrapped(f"note: {note}") for note in self.plan.notes))
 
     def render(self, width: int | None = None, *, verbose: bool = True) -> Lines:
         """The verdicts as a table, then the totals and the parameter delta."""
@@ -162,7 +163,9 @@ def _verdict(site: FoldSite) -> str:
     ]
     through = f" through {', '.join(way)}" if way else ""
     where = " in the graph" if site.level == "graph" else ""
-    return f"folded into {', '.join(site.into)}{through}{where}"
+    code, _, _ = site.untrained.partition(":")
+    now = f"; once trained it would stay: {code}" if code else ""
+    return f"folded into {', '.join(site.into)}{through}{where}{now}"
 
 
 def _skip_lines(skips: tuple[Skip, ...], width: int | None, verb: str, verbose: bool) -> list[str]:

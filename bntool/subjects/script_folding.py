@@ -43,6 +43,8 @@ class FoldedScript:
     wide_folded: torch.jit.ScriptModule
     branches: bool
     """Whether the code branches, so that a run may leave some of it out."""
+    untrained: tuple[str, ...]
+    """Those that went and had seen no batch."""
 
 
 def fold_script(script: torch.jit.ScriptModule) -> FoldedScript:
@@ -77,7 +79,9 @@ def fold_script(script: torch.jit.ScriptModule) -> FoldedScript:
         if name in left and name not in kept:
             kept[name] = Skip(name, Reason.SCRIPTED, failed or "torch's pass does not take it in")
     gone = tuple(sorted(set(norms) - left))
-    return FoldedScript(result, gone, tuple(kept.values()), wide, wide_folded, calls.branches)
+    counts = {name: getattr(calls.modules[name], "num_batches_tracked", None) for name in gone}
+    untrained = tuple(name for name, count in counts.items() if count is not None and not bool(count.any()))
+    return FoldedScript(result, gone, tuple(kept.values()), wide, wide_folded, calls.branches, untrained)
 
 
 def converted(script: torch.jit.ScriptModule, inputs: Inputs) -> nn.Module:
