@@ -114,6 +114,31 @@ def test_every_kind_says_it(kind: str, tmp_path: Path) -> None:
     assert any("seen no batch yet" in note for note in result.plan.notes)
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_weights_that_nobody_loaded_are_named_in_every_output(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    code = "from torch import nn\nclass Net(nn.Sequential):\n    def __init__(self):\n"
+    code += "        super().__init__(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))\n"
+    Path("net_of_chance.py").write_text(code)
+    words = ["fold", "net_of_chance.py:Net", "-o", "n.pt", "--input", "1x3x8x8", "--force"]
+    told = "no weights were loaded"
+    assert run(words) == 0
+    assert told in capsys.readouterr().out
+    assert run([*words, "--json", "--report", "r.html"]) == 0
+    assert any(told in note for note in json.loads(capsys.readouterr().out)["notes"])
+    assert told in Path("r.html").read_text()
+    assert run([*words, "--report", "r.md"]) == 0
+    assert told in Path("r.md").read_text()
+    capsys.readouterr()
+    assert (
+        run(["verify", "n.pt", "net_of_chance.py:Net", "--input", "1x3x8x8", "--allow", "net_of_chance.Net"])
+        == 0
+    )
+    assert told in capsys.readouterr().out
+
+
 def test_require_all_says_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -210,6 +210,8 @@ class Session:
     def load_recorded(self, name: str, options: LoadOptions) -> nn.Module | ExportedProgram:
         """A second model, with no more trust than `options` and what was granted for that very file."""
         loaded, _ = load_granted(name, self.record, options, self.voice)
+        for text in loaded.notes:
+            self.voice.note(f"{name}: {text}")
         return loaded.model
 
     def observe(self) -> Observation:

@@ -155,7 +155,8 @@ def _factory(ref: str) -> Built:
             f"calling {ref} raised {type(error).__name__}: {shown(str(error))}",
             next_step="name a class or function that needs no arguments",
         ) from error
-    return Built(_checked(model, ref))
+    notes = (f"no weights were loaded: {attribute} has what its code gives it (random numbers: seed 0)",)
+    return Built(_checked(model, ref), notes)
 
 
 def _checked(model: Any, ref: str) -> nn.Module:

@@ -245,11 +245,12 @@ class Reference:
         found = self.telling()
         if found is not self or self._with_parts:
             return found
-        if all(limit.undecidable for limit in self.limits.values()):
+        decided = {name for name, limit in self.limits.items() if limit.undecidable}
+        if decided == self.limits.keys():
             return self._by_parts("rounding decides every output")
-        if constant_outputs(self.outputs, self.limits).keys() < self.limits.keys():
+        if decided | constant_outputs(self.outputs, self.limits).keys() != self.limits.keys():
             return self
-        return self._by_parts("no output answers to the inputs")
+        return self._by_parts("rounding decides every output that answers to the inputs")
 
     def telling(self) -> Reference:
         """The same, by the outputs in own precision alone."""
