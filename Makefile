@@ -8,7 +8,7 @@ MUTANTS := .venv-mutants
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test check lint gold docs man bench latency zoo peers exports verification large streaming \
-	gpu-check pickles fuzz durability random elsewhere mutants
+	gpu-check pickles fuzz durability random styles elsewhere mutants
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  \1\t/' | expand -t 14
@@ -81,6 +81,9 @@ elsewhere: $(ELSEWHERE)/.installed ## fold and insert over the models of other l
 AS ?= module
 random: setup ## fold and insert over networks made at random, AS=module, program or onnx
 	$(BIN)/python -m tools.sweeps.random_folds --as $(AS)
+
+styles: setup ## fold, insert into and verify ONNX files in the styles of six exporters
+	$(BIN)/python -m tools.sweeps.styled_files
 
 exports: setup ## fold, export and verify torchvision's and timm's models; goes on where it stopped
 	$(BIN)/python -m tools.sweeps.exports
