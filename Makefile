@@ -5,10 +5,11 @@ PEERS := .venv-peers
 ELSEWHERE := .venv-elsewhere
 FUZZ := .venv-fuzz
 MUTANTS := .venv-mutants
+TOOLS := .venv-dist
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test check lint gold docs man bench latency zoo peers exports verification large streaming \
-	gpu-check pickles fuzz durability random styles elsewhere mutants
+	gpu-check pickles fuzz durability random styles elsewhere mutants dist false-claims faults
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  \1\t/' | expand -t 14
@@ -52,6 +53,9 @@ latency: setup ## time folded networks against the same ones built without Batch
 bench: setup ## measure time and memory
 	$(BIN)/python tools/measures/bench.py
 
+false-claims: setup ## bench A against A a hundred times; more than one difference claimed is an error
+	$(BIN)/python -m tools.measures.false_claims
+
 zoo: setup ## fold and insert over every torchvision and timm model; goes on where it stopped
 	$(BIN)/python -m tools.sweeps.zoo
 
@@ -82,8 +86,12 @@ AS ?= module
 random: setup ## fold and insert over networks made at random, AS=module, program or onnx
 	$(BIN)/python -m tools.sweeps.random_folds --as $(AS)
 
+
 styles: setup ## fold, insert into and verify ONNX files in the styles of six exporters
 	$(BIN)/python -m tools.sweeps.styled_files
+
+faults: setup ## fold networks made at random, half of them wrongly: does the proof find it?
+	$(BIN)/python -m tools.sweeps.random_faults
 
 exports: setup ## fold, export and verify torchvision's and timm's models; goes on where it stopped
 	$(BIN)/python -m tools.sweeps.exports
@@ -112,6 +120,14 @@ $(MUTANTS)/.installed: tools/sweeps/mutants.txt
 	test -x $(MUTANTS)/bin/python || $(PYTHON) -m venv $(MUTANTS)
 	$(MUTANTS)/bin/python -m pip install --quiet --requirement tools/sweeps/mutants.txt
 	touch $@
+
+$(TOOLS)/.installed: tools/dist.txt
+	test -x $(TOOLS)/bin/python || $(PYTHON) -m venv $(TOOLS)
+	$(TOOLS)/bin/python -m pip install --quiet --requirement tools/dist.txt
+	touch $@
+
+dist: $(TOOLS)/.installed ## build wheel and sdist twice and alike, check them, try the wheel in an empty environment
+	$(TOOLS)/bin/python tools/dist.py
 
 ONLY ?=
 mutants: setup $(MUTANTS)/.installed ## change the source one thing at a time, ONLY=comparing or all: do the tests notice?

@@ -13,6 +13,7 @@ from bntool.core.version import __version__
 if TYPE_CHECKING:
     from bntool.api import (
         apply,
+        bench,
         export_onnx,
         fold,
         fold_to_onnx,
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
     from bntool.core.reasons import Reason
     from bntool.core.sites import DroppedBias, Edit, FoldSite, InsertSite, Skip
     from bntool.core.verdicts import Check
+    from bntool.experiment.training_arms import compare
     from bntool.files.loading import Loaded, load
     from bntool.report.checks import Comparison
     from bntool.report.results import SurgeryResult
@@ -50,9 +52,10 @@ if TYPE_CHECKING:
     from bntool.surgery.converting import convert_state_dict
 
 _HOMES = {
-    "api": """apply export_onnx fold fold_to_onnx insert open_batches plan_fold plan_insert read_plan summary
-        verify""",
+    "api": """apply bench export_onnx fold fold_to_onnx insert open_batches plan_fold plan_insert
+        read_plan summary verify""",
     "calibrating.calibrating": "CalibrationResult calibrate",
+    "experiment.training_arms": "compare",
     "surgery.converting": "convert_state_dict",
     "core.errors": """BntoolError CheckFailed DamagedPlan DeviceError ExportError LoadError NothingToDo
         ObserveError PlanError StateError UsageError""",
@@ -99,7 +102,9 @@ __all__ = [
     "UsageError",
     "__version__",
     "apply",
+    "bench",
     "calibrate",
+    "compare",
     "convert_state_dict",
     "export_onnx",
     "fold",

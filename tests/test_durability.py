@@ -99,7 +99,7 @@ def test_an_onnx_file_keeps_its_data_until_the_new_one_stands(
             raise KeyboardInterrupt
         return place(draft, path, replace=replace)
 
-    monkeypatch.setattr("bntool.files.targets.place", dies)
+    monkeypatch.setattr("bntool.files.drafting.place", dies)
     with pytest.raises(KeyboardInterrupt):
         save_onnx(open_onnx(tmp_path / "in4.0.onnx"), output, force=True)
     assert _value(output) == 3.0

@@ -8,12 +8,13 @@ import types
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from bntool.core.errors import ExportError, UsageError
-from bntool.core.latencies import Benchmark, Cost, Latency, Versus
+from bntool.core.latencies import Benchmark, Cost, Latency, Versus, outside_by_chance
 from bntool.graph.inputs import Inputs
 from bntool.report.latency import latency_text
 from bntool.runtime import benchmarking, ort_runner, ready
@@ -35,8 +36,8 @@ def latency(name: str, *seconds: float, device: str = "cpu", batch: int = 1) -> 
 
 
 def spread(name: str, low: float, high: float, **more: Any) -> Latency:
-    """Nine samples, evenly from low to high: the middle half is that from a quarter to three quarters."""
-    return latency(name, *(low + (high - low) * i / 8 for i in range(9)), **more)
+    """Thirteen samples, evenly from low to high: the middle half is from a quarter to three quarters."""
+    return latency(name, *(low + (high - low) * i / 12 for i in range(13)), **more)
 
 
 # -- what may be claimed ----------------------------------------------------------------------------------
@@ -48,22 +49,46 @@ def test_median_middle_half_and_throughput():
 
 
 @pytest.mark.parametrize(
-    ("a", "b", "says"),
+    ("b", "says"),
     [
-        ((1.0, 3.0), (1.9, 3.9), "no measurable difference between a and b (medians 0.69 : 1)"),
-        ((2.0, 4.0), (1.0, 2.0), "b is 2.00x faster than a"),
-        ((1.0, 2.0), (2.0, 4.0), "b is 2.00x slower than a"),
+        ((0.5, 1.5), "b is 2.00x faster than a (from 2.00 to 2.00)"),
+        ((2.0, 6.0), "b is 2.00x slower than a (from 2.00 to 2.00)"),
+        ((1.01, 3.03), "no measurable difference between a and b (0.99 : 1, from 0.99 to 0.99)"),
     ],
 )
-def test_a_difference_is_claimed_only_where_the_middle_halves_part(a, b, says):
-    found = Versus(spread("a", *a), spread("b", *b))
+def test_a_difference_is_claimed_round_by_round(b, says):
+    """However far the machine drifts meanwhile: each round is beside its own."""
+    found = Versus(spread("a", 1.0, 3.0), spread("b", *b))
     assert found.verdict == f"batch 1: {says}"
     assert found.measurable == ("no measurable" not in says)
 
 
+def noisy(rounds, generator, *, slower=1.0):
+    """Seconds of two models on a busy machine: a drift and bursts that slow both, and noise of each alone."""
+    drift = np.exp(np.cumsum(generator.normal(0, 0.05, rounds)))
+    bursts = 1 + 3 * (generator.random(rounds) < 0.1)
+    alone = np.exp(np.abs(generator.standard_t(3, (2, rounds))) * 0.1)  # the tail is long, and on one side
+    both = 1e-3 * drift * bursts * alone
+    return latency("a", *both[0]), latency("b", *(slower * both[1]))
+
+
+@pytest.mark.parametrize("rounds", [11, 30])
+def test_two_equal_models_are_told_apart_once_in_a_thousand(rounds):
+    generator = np.random.default_rng(0)
+    claims = sum(Versus(*noisy(rounds, generator)).measurable for _ in range(2000))
+    assert claims <= 6  # of 2, by the sign test; six or fewer have a chance of 99.5 %
+    found = sum(Versus(*noisy(rounds, generator, slower=1.5)).measurable for _ in range(100))
+    assert found >= {11: 60, 30: 95}[rounds]
+
+
+def test_the_interval_is_that_of_the_sign_test():
+    """Rank of the lower end at 99.9 %, two-sided, of the median: by hand, and from tables of the binomial."""
+    assert [outside_by_chance(n) for n in (10, 11, 13, 14, 30)] == [None, 0, 0, 0, 5]
+
+
 def test_no_claim_from_few_rounds_or_across_devices():
     few = Versus(latency("a", 3.0, 3.1, 3.2), latency("b", 1.0, 1.1, 1.2))
-    assert few.verdict == "batch 1: not compared, fewer than 7 rounds"
+    assert few.verdict == "batch 1: not compared, fewer than 11 rounds"
     apart = Versus(spread("a", 3, 4), spread("b", 1, 2, device="cuda:0 (X)"))
     assert apart.verdict == "batch 1: not compared, they ran on cpu and cuda:0 (X)"
     assert (few.to_dict()["ratio"], apart.to_dict()["ratio"], apart.measurable) == (None, None, False)
@@ -105,8 +130,8 @@ def test_samples_are_taken_in_turn_every_second_round_backwards(monkeypatch):
     # Three to warm up, one to see how long it takes: a short run is repeated to two milliseconds.
     assert calls[:8] == ["a"] * 4 + ["b"] * 4
     assert calls[8:14] == ["a", "b", "b", "b", "b", "a"]
-    # Where time is up, seven rounds are still taken.
-    assert len(benchmarking._interleaved([run("a", 5.0)], 30, seconds=1)[0]) == 7
+    # Where time is up, eleven rounds are still taken.
+    assert len(benchmarking._interleaved([run("a", 5.0)], 30, seconds=1)[0]) == 11
 
 
 def test_models_and_files_side_by_side(tmp_path):
@@ -114,13 +139,13 @@ def test_models_and_files_side_by_side(tmp_path):
     model[1].train()
     path = export_onnx(model, IMAGE, tmp_path / "m.onnx").path
     found = benchmark(
-        [Candidate("torch", model), Candidate("file", path)], rebatching(IMAGE), batches=(1, 2), rounds=7
+        [Candidate("torch", model), Candidate("file", path)], rebatching(IMAGE), batches=(1, 2), rounds=11
     )
     assert [(r.name, r.batch, r.device, r.provider) for r in found.rows] == [
         ("torch", 1, "cpu", "torch"), ("file", 1, "cpu", CPU),
         ("torch", 2, "cpu", "torch"), ("file", 2, "cpu", CPU),
     ]  # fmt: skip
-    assert all(len(r.seconds) == 7 and min(r.seconds) > 0 for r in found.rows)
+    assert all(len(r.seconds) == 11 and min(r.seconds) > 0 for r in found.rows)
     # 4·3·9 weights, and γ and β; the file also holds the running statistics. 6x6 positions, two per product.
     assert found.costs == (Cost("torch", 116, 2 * 6 * 6 * 108), Cost("file", 124, 2 * 6 * 6 * 108))
     assert found.pairs == (("torch", "file"),)
@@ -155,7 +180,7 @@ def test_a_slower_model_is_found_slower():
             return x
 
     found = benchmark([Candidate("fast", nn.Identity()), Candidate("slow", Waits())], rebatching(IMAGE),
-                      batches=(1,), rounds=7)  # fmt: skip
+                      batches=(1,), rounds=11)  # fmt: skip
     assert found.versus[0].measurable
     assert "slow is " in found.versus[0].verdict
     assert "slower than fast" in found.versus[0].verdict
@@ -163,11 +188,11 @@ def test_a_slower_model_is_found_slower():
 
 def test_a_batch_that_a_file_does_not_take_is_left_out_and_said(tmp_path):
     path = export_onnx(network(), IMAGE, tmp_path / "m.onnx", dynamic_batch=False).path
-    found = benchmark([Candidate("file", path)], rebatching(IMAGE), batches=(1, 2), rounds=7)
+    found = benchmark([Candidate("file", path)], rebatching(IMAGE), batches=(1, 2), rounds=11)
     assert [row.batch for row in found.rows] == [1]
     assert found.notes[0].startswith("batch 2 is left out: ")
     with pytest.raises(UsageError, match="no batch size runs"):
-        benchmark([Candidate("file", path)], rebatching(IMAGE), batches=(2,), rounds=7)
+        benchmark([Candidate("file", path)], rebatching(IMAGE), batches=(2,), rounds=11)
     with pytest.raises(UsageError, match="tell no difference"):
         benchmark([Candidate("file", path)], rebatching(IMAGE), rounds=3)
 
@@ -286,7 +311,7 @@ def test_where_it_ran_stays_readable_beside_long_names():
     names = ("net_bn_trained.pt", "net_bn_trained_folded.pt")
     rows = tuple(latency(name, *(1e-4 + 1.1e-6 * i for i in range(7))) for name in names)
     rows = tuple(dataclasses.replace(row, memory=1_400_000) for row in rows)
-    text = latency_text(Benchmark(rows, (Cost(names[0], 723, 88_176),), (), threads=1))
+    text = latency_text(Benchmark(rows, (Cost(names[0], 723, 88_176),), (), threads=1), 80)
     assert text.count("torch cpu ") == 2
     assert all(len(line) <= 80 for line in text.splitlines())
     assert "7 rounds in turn, 1 thread, TF32 off" in text

@@ -13,7 +13,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 import bntool
 from bntool.core.reasons import Reason
 from bntool.observe.eager import observe
-from bntool.subjects import module_folding
+from bntool.subjects import elsewhere
 
 
 class RowsOfPixels(nn.Module):
@@ -289,7 +289,7 @@ def test_only_what_is_told_numbers_is_observed_on_a_second_size(
     by_axes: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seconds: list[int] = []
-    monkeypatch.setattr(module_folding, "observe", lambda *a, **k: seconds.append(1) or observe(*a, **k))
+    monkeypatch.setattr(elsewhere, "observe", lambda *a, **k: seconds.append(1) or observe(*a, **k))
     model, tokens = randomised(Tokens(by_axes)).double(), torch.randn(2, 5, 4, dtype=torch.float64)
     result = bntool.fold(model, tokens, check="none")
     assert len(result.sites) == 1

@@ -107,3 +107,22 @@ def test_what_is_no_number_and_what_is_not_stored_leave_gaps() -> None:
 
 def test_a_batchnorm_that_never_ran_is_there_without_figures() -> None:
     assert [norm["name"] for norm in norms_of(graph_of(Net()))] == ["block.bn", "idle"]
+
+
+class Split(nn.Module):
+    """Weights of its own beside a layer inside of it, and a layer that runs twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(4, 3, 1, 1))
+        self.twice = nn.Conv2d(4, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.twice(self.twice(torch.nn.functional.conv2d(x, self.weight)))
+
+
+def test_the_rows_sum_to_the_parameters_of_the_whole() -> None:
+    model = Split()
+    rows = layers_of(observe(model, Inputs((torch.zeros(1, 3, 2, 2),))).graph)["layers"]
+    assert sum(row["parameters"] for row in rows) == sum(p.numel() for p in model.parameters())
+    assert sum(row["name"] == "twice" for row in rows) == 2

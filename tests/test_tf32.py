@@ -15,9 +15,10 @@ from bntool.models.casting import TF32, round_to_tf32, tf32_copy
 from bntool.report.checks import Comparison
 from bntool.runtime.libraries import CPU, CUDA, TENSORRT
 from bntool.verifying import checking
-from bntool.verifying.checking import check_onnx, check_tf32, no_tf32
+from bntool.verifying.checking import check_onnx
 from bntool.verifying.onnx_verifying import check_itself
 from bntool.verifying.reference import Reference
+from bntool.verifying.tf32 import check_tf32, no_tf32
 from tests import broken
 from tests.exports import export_onnx
 

@@ -5,9 +5,11 @@ from bntool.api.plans import apply, read_plan
 from bntool.api.reading import open_batches
 from bntool.api.serving import export_onnx, exported, fold_to_onnx, verify
 from bntool.api.surgery import fold, insert, plan_fold, plan_insert
+from bntool.api.timing import bench
 
 __all__ = [
     "apply",
+    "bench",
     "export_onnx",
     "exported",
     "fold",

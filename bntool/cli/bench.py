@@ -38,7 +38,7 @@ def command(
     """Time A and B on the same inputs and device: models, exported programs, ONNX files.
 
     They run in turn, so that a machine that slows down slows both. A difference is claimed only where the
-    middle halves of the samples do not overlap.
+    ratio of the two, round by round, lies beyond 2 % with a chance of 99.9 %.
     """
     from bntool.cli import devices, timing
     from bntool.report.latency import latency_text

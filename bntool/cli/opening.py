@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from torch.export import ExportedProgram
 
     from bntool.cli.writing import Place
-    from bntool.files.targets import Drafts
+    from bntool.files.drafting import Drafts
     from bntool.subjects.base import Subject
 
 

@@ -53,7 +53,7 @@ def command(voice: Voice, page: PageOptions, write: WriteOptions, speech: Speech
         voice.say(*report_text(documents).removesuffix("\n").split("\n"))
         return 0
     path = Path(write.output or f"report.{chosen}")
-    claimed = claim_report(path, voice.target)
+    claimed = claim_report(path, voice.target, chosen)
     with voice.target.drafts() as drafts:
         if chosen in ("png", "svg"):
             write_figure(documents, page.figure, drafts.of(claimed), chosen)

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from bntool.cli.session import Session
     from bntool.cli.writing import OnnxPlace
     from bntool.export.exporting import ExportResult
-    from bntool.files.targets import Drafts
+    from bntool.files.drafting import Drafts
     from bntool.pipeline.serving import Serving
     from bntool.report.results import SurgeryResult
     from bntool.subjects.base import Checking

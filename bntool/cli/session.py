@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import click
 
 from bntool.cli.documents import emit, failure
-from bntool.cli.example_inputs import parse_inputs
+from bntool.cli.example_inputs import parse_inputs, texts_of
 from bntool.cli.loading import load_granted
 from bntool.cli.reading import read_by
 from bntool.cli.streams import say
@@ -233,11 +233,7 @@ class Session:
 
     def shapes(self) -> tuple[str, ...]:
         """The example inputs as `--input` takes them, where it can."""
-        if self.inputs is None or any(not hasattr(a, "shape") for a in self.inputs.args):
-            return ()
-        named = [(f"{k}:", v) for k, v in self.inputs.kwargs.items() if hasattr(v, "shape")]
-        positional = [("", a) for a in self.inputs.args]
-        return tuple(f"{name}{'x'.join(map(str, t.shape))}" for name, t in [*positional, *named])
+        return texts_of(self.inputs) if self.inputs is not None else ()
 
 
 def open_session(

@@ -214,7 +214,8 @@ def _compared(
     session: Session, other: Any, reference: Reference, check: CheckOptions, places: Devices, step: Any
 ) -> list[Check]:
     from bntool.cli import devices
-    from bntool.verifying.checking import check_onnx, check_surgery, check_tf32, no_tf32
+    from bntool.verifying.checking import check_onnx, check_surgery
+    from bntool.verifying.tf32 import check_tf32, no_tf32
 
     common: dict[str, Any] = {
         "progress": step,

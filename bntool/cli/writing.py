@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from bntool.core.errors import UsageError
+from bntool.files.drafting import Drafts
 from bntool.files.memory import Record, remember
 from bntool.files.sidecar import Origin, fill_sidecar, is_sidecar, make_document, output_name, sidecar_path
-from bntool.files.targets import Drafts, Target
+from bntool.files.targets import Target
 
 if TYPE_CHECKING:
     from torch import nn

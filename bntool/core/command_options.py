@@ -47,7 +47,7 @@ class LoadOptions(Options):
     )
     pretrained: bool = option(False, "Download the weights of torchvision: or timm:.")
     inputs: tuple[str, ...] = option(
-        (), "Shape of an example input; repeat for several.", "--input", metavar="[NAME:]1x3x224x224"
+        (), "Shape of an example input; repeat for several.", "--input", metavar="[NAME:]1x3x224x224[:TYPE]"
     )
     seed: int = option(0, "Seed of whatever is random.", metavar="N", least=0, most=2**63 - 1)
 
@@ -113,7 +113,7 @@ class BenchOptions(Options):
         (1, 8), "Batch sizes to time.", metavar="1,8,32", parse=_positive_numbers
     )
     rounds: int = option(
-        30, "Samples of each model; fewer where a batch size takes over 20 s.", metavar="N", least=7
+        30, "Samples of each model; fewer where a batch size takes over 20 s.", metavar="N", least=11
     )
 
 

@@ -200,6 +200,7 @@ class Inspect(Document, kw_only=True):
     classes: list[dict[str, Any]] = []
     tensors: list[dict[str, Any]] = []
     tensor_bytes: int | None = None
+    groups: list[dict[str, Any]] = []
     suspicious: list[str] = []
 
 

@@ -1,18 +1,23 @@
 """What a benchmark found: how long, how spread, on what it really ran. No torch here.
 
-A difference is claimed only where it was measured: where the middle halves of the two samples (the
-interquartile ranges) do not overlap. With seven rounds or more, the chance of that for two models of equal
-speed is below one in a thousand.
+A difference is claimed only where it was measured. Both models run once a round, one right behind the other,
+so that whatever slows the machine slows both; what is looked at is the ratio of the two in each round. The
+sign test gives an interval in which its median lies, whatever the noise is like; a difference is claimed
+where that interval, at 99.9 %, lies beyond 2 % on one side: less is decided by where memory happens to lie.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 import statistics
 from collections.abc import Sequence
 from typing import Any
 
-LEAST_ROUNDS = 7
+LEAST_ROUNDS = 11
+"""Of fewer no interval at 99.9 % can be had: all eleven on one side by chance is 2 in 2,048."""
+_CHANCE = 1e-3
+_LEAST_DIFFERENCE = 1.02
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,40 +84,73 @@ class Cost:
         return dataclasses.asdict(self)
 
 
+def outside_by_chance(rounds: int) -> int | None:
+    """How many of so many sorted values may be left out on each side for an interval of their median.
+
+    By the sign test: beyond the value after k that are left out, the median lies with the chance of at most k
+    heads in as many tosses. None where even none may be.
+    """
+    chance, below = 0.0, -1
+    while below < rounds:
+        chance += 2 * math.comb(rounds, below + 1) / 2**rounds
+        if chance > _CHANCE:
+            break
+        below += 1
+    return below if below >= 0 else None
+
+
 @dataclasses.dataclass(frozen=True)
 class Versus:
-    """Two models at one batch size: `ratio` is the first's median over the second's."""
+    """Two models at one batch size: `ratio` is the median of the first over the second, round by round."""
 
     first: Latency
     second: Latency
 
     @property
+    def ratios(self) -> list[float]:
+        """First over second, round by round."""
+        return [a / b for a, b in zip(self.first.seconds, self.second.seconds, strict=False)]
+
+    @property
     def ratio(self) -> float:
-        return self.first.median / self.second.median
+        return statistics.median(self.ratios)
+
+    @property
+    def interval(self) -> tuple[float, float] | None:
+        """Where the median of the ratios lies, but for one chance in a thousand; None for too few rounds."""
+        ratios = sorted(self.ratios)
+        outside = outside_by_chance(len(ratios))
+        return (ratios[outside], ratios[-1 - outside]) if outside is not None and self.comparable else None
 
     @property
     def comparable(self) -> bool:
         same = self.first.device == self.second.device
-        return same and min(len(self.first.seconds), len(self.second.seconds)) >= LEAST_ROUNDS
+        return same and len(self.ratios) >= LEAST_ROUNDS
 
     @property
     def measurable(self) -> bool:
-        (low_a, high_a), (low_b, high_b) = self.first.middle, self.second.middle
-        return self.comparable and (high_a < low_b or high_b < low_a)
+        if self.interval is None:
+            return False
+        low, high = self.interval
+        return low > _LEAST_DIFFERENCE or high < 1 / _LEAST_DIFFERENCE
 
     @property
     def verdict(self) -> str:
         batch = f"batch {self.first.batch}"
         if self.first.device != self.second.device:
             return f"{batch}: not compared, they ran on {self.first.device} and {self.second.device}"
-        if not self.comparable:
+        if self.interval is None:
             return f"{batch}: not compared, fewer than {LEAST_ROUNDS} rounds"
+        low, high = self.interval
         if not self.measurable:
             names = f"{self.first.name} and {self.second.name}"
-            return f"{batch}: no measurable difference between {names} (medians {self.ratio:.2f} : 1)"
-        faster = self.ratio if self.ratio > 1 else 1 / self.ratio
-        word = "faster" if self.ratio > 1 else "slower"
-        return f"{batch}: {self.second.name} is {faster:.2f}x {word} than {self.first.name}"
+            about = f"{self.ratio:.2f} : 1, from {low:.2f} to {high:.2f}"
+            return f"{batch}: no measurable difference between {names} ({about})"
+        word, faster = "faster", self.ratio
+        if faster < 1:
+            word, faster, low, high = "slower", 1 / faster, 1 / high, 1 / low
+        about = f"{faster:.2f}x {word} than {self.first.name} (from {low:.2f} to {high:.2f})"
+        return f"{batch}: {self.second.name} is {about}"
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -120,6 +158,7 @@ class Versus:
             "second": self.second.name,
             "batch": self.first.batch,
             "ratio": self.ratio if self.comparable else None,
+            "interval": None if self.interval is None else list(self.interval),
             "measurable": self.measurable,
             "verdict": self.verdict,
         }

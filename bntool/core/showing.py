@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import html
+import math
 from collections.abc import Iterable, Iterator, Sequence
 
 from bntool.core.text import escaped, visible
@@ -16,12 +17,14 @@ from bntool.core.text import escaped, visible
 class Column:
     """A column title; `number` aligns right; `flexible` is of names, which a narrow terminal shortens.
 
-    Of several flexible columns the rightmost gives way first.
+    Of several flexible columns the rightmost gives way first. A `spare` one is left out, and said to be,
+    where nothing else helps: the one with the highest figure first.
     """
 
     title: str
     number: bool = False
     flexible: bool = False
+    spare: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -182,7 +185,8 @@ def size(byte_count: int) -> str:
 def megabytes(byte_count: int) -> str:
     """Bytes in millions, as torchinfo tells them: `46.76 MB`, `0.00314 MB`."""
     amount = byte_count / 1e6
-    return f"{amount:,.2f} MB" if amount >= 1 else f"{amount:.3g} MB"
+    digits = 2 if amount >= 1 or not amount else 2 - math.floor(math.log10(amount))
+    return f"{amount:,.{digits}f} MB"
 
 
 def shape_text(shape: Sequence[int] | None) -> str:

@@ -19,7 +19,7 @@ from bntool.experiment.outcome import ARMS, TITLES, Run, TrainingComparison, tol
 from bntool.experiment.randomness import random_state_kept, seed_everything
 from bntool.experiment.samples import Data
 from bntool.experiment.settings import Settings
-from bntool.experiment.training import train, train_bounds
+from bntool.experiment.training import Trial, train, train_bounds
 from bntool.experiment.watching import Watcher, places_in_both
 from bntool.observe.copying import structural_copy
 from bntool.observe.standing_in import cast, set_modes
@@ -105,10 +105,12 @@ class _Job:
             model,
             dataclasses.replace(self.data, train=self.data.train.placed(torch.device(self.settings.device))),
             self.settings,
-            lr=lr,
-            seed=seed,
-            watcher=Watcher(model, places, self.settings.watched_steps(steps)),
-            checkpoint=self.folder / RUNS / f"{arm}-{lr:g}-{seed}.pt",
+            Trial(
+                lr,
+                seed,
+                Watcher(model, places, self.settings.watched_steps(steps)),
+                self.folder / RUNS / f"{arm}-{lr:g}-{seed}.pt",
+            ),
             world=self.world,
             tell=None if tell is None else lambda progress, steps: tell(arm, lr, repeat, progress, steps),
         )

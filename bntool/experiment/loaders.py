@@ -27,6 +27,11 @@ def loader_data(ref: str, seed: int, kinds: str) -> Data:
     with _user_code(ref):
         torch.manual_seed(seed)  # data that is generated is the same every time
         pair = source() if callable(source) else source
+    return paired(pair, ref)
+
+
+def paired(pair: Any, ref: str) -> Data:
+    """The data of a pair of datasets, loaders or iterables of batches: to train on, and to test."""
     if not isinstance(pair, tuple | list) or len(pair) != 2:
         raise UsageError(
             f"the loader gives a {type(pair).__name__}", where=ref, next_step="return (train, test)"

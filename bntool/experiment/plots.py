@@ -90,6 +90,7 @@ def curves(found: TrainingComparison) -> Figure | None:
                 low, high = ([ends(values) for _, values in known] for ends in (min, max))
                 if low != high:
                     axis.fill_between(at, low, high, color=_COLOURS[arm], alpha=0.15, linewidth=0)
+        _say_if_empty(axis, found.finished, "no run came to its end")
         axis.set_title(title, loc="left")
         axis.set_xlabel("epoch")
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -121,14 +122,15 @@ def distributions(found: TrainingComparison) -> Figure | None:
             colour = _COLOURS[arm]
             axis.fill_between(steps, lines[0], lines[4], color=colour, alpha=0.18, linewidth=0)
             axis.fill_between(steps, lines[1], lines[3], color=colour, alpha=0.38, linewidth=0)
-            axis.plot(steps, lines[2], color=colour, linewidth=1.0)
+            axis.plot(steps, lines[2], _style(steps), color=colour, linewidth=1.0)
+            _say_if_empty(axis, steps, "nothing seen")
             axis.axhline(0, color="#666666", linewidth=0.5)
             axis.locator_params(axis="y", nbins=4)
         grid[0][column].set_title(shorten_middle(layer or "(root)", 13), loc="left")
         if dead:
             for arm in ARMS:
                 steps, shares = _points(found, arm, layer, "dead")
-                grid[2][column].plot(steps, [100 * s for s in shares], color=_COLOURS[arm], linewidth=1.0)
+                grid[2][column].plot(steps, [100 * s for s in shares], _style(steps), color=_COLOURS[arm])
             grid[2][column].set_ylim(-3, 103)
             if column:
                 grid[2][column].set_yticklabels([])
@@ -158,7 +160,8 @@ def gradients(found: TrainingComparison) -> Figure | None:
             steps = [step for step, _ in known]
             low, middle, high = _rolling([norm for _, norm in known])
             axis.fill_between(steps, low, high, color=_COLOURS[arm], alpha=0.25, linewidth=0)
-            axis.plot(steps, middle, color=_COLOURS[arm], linewidth=1.0)
+            axis.plot(steps, middle, _style(steps), color=_COLOURS[arm], linewidth=1.0)
+        _say_if_empty(axis, [x for line in axis.lines for x in line.get_xdata()], "no gradient seen")
         axis.set_yscale("log")
         axis.set_title(shorten_middle(layer or "(root)", 13), loc="left")
     grid[0].set_ylabel("norm of the gradient")
@@ -242,6 +245,17 @@ def _rolling(values: list[float], window: int = 9) -> tuple[list[float], list[fl
         for series, share in ((low, 0.25), (middle, 0.5), (high, 0.75)):
             series.append(near[math.floor(share * (len(near) - 1))])
     return low, middle, high
+
+
+def _style(points: Sequence[Any]) -> str:
+    """A line; a single point is drawn as one, of which a line would show nothing."""
+    return "." if len(points) == 1 else "-"
+
+
+def _say_if_empty(axis: Axes, points: Sequence[Any], text: str) -> None:
+    """A panel without data says so: an empty one looks like a fault of the picture."""
+    if not len(points):
+        axis.text(0.5, 0.5, text, ha="center", transform=axis.transAxes, color="#666666")
 
 
 def _steps_axis(found: TrainingComparison, axes: Sequence[Axes]) -> None:

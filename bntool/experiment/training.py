@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -13,34 +14,42 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bntool.core.errors import BntoolError, UsageError
+from bntool.core.errors import UsageError
 from bntool.experiment.checkpoints import Progress, read_checkpoint, write_checkpoint
+from bntool.experiment.failing import explained, where_it_began
 from bntool.experiment.randomness import random_state, random_state_kept, seed_everything
 from bntool.experiment.samples import Data, Samples
 from bntool.experiment.settings import Settings, seed_for
 from bntool.experiment.syncing import sync_on_cpu
 from bntool.experiment.watching import Watcher
 from bntool.graph.inputs import named_tensors
-from bntool.runtime.world import World, lost_process
+from bntool.runtime.world import World
 
 CHECKPOINT_SECONDS = 60.0
 Tell = Callable[[Progress, int], None]
 """Is told of each step: how far the run is, and how many steps an epoch has."""
 
 
+@dataclasses.dataclass(frozen=True)
+class Trial:
+    """One run: its learning rate, the seed of its batches, who looks into it, and where it is saved."""
+
+    lr: float
+    seed: int
+    watcher: Watcher
+    checkpoint: Path
+
+
 def train(
     model: nn.Module,
     data: Data,
     settings: Settings,
+    trial: Trial,
     *,
-    lr: float,
-    seed: int,
-    watcher: Watcher,
-    checkpoint: Path,
     world: World,
     tell: Tell | None = None,
 ) -> Progress:
-    """Train `model` in place to the end, or from where `checkpoint` left it.
+    """Train `model` in place to the end, or from where the trial's checkpoint left it.
 
     The batches of an epoch depend on (seed, epoch) alone, so that both arms see the same; so does every
     random number that an epoch begins with. Loss: cross-entropy of the output (N, classes), which may be
@@ -48,23 +57,23 @@ def train(
     the batches as they were trained on, the test figures those of eval mode after the epoch.
 
     The processes of `world` share each batch, and each step is the step on the whole batch; rank 0 alone
-    reads and writes the checkpoint. `watcher` sees the share of its own process.
+    reads and writes the checkpoint. The watcher sees the share of its own process.
 
     Raises `UsageError` where the model fails on a batch, `ProcessError` where another process has ended.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = _optimizer(settings, parameters, lr)
+    optimizer = _optimizer(settings, parameters, trial.lr)
     together = sync_on_cpu(model) if world.size > 1 else contextlib.nullcontext()
     with random_state_kept(), _repeatable(), together:
-        progress = read_checkpoint(checkpoint, model, optimizer, world) or Progress()
-        watcher.records = progress.records
-        run = _Run(model, optimizer, data, settings, lr, seed, watcher, world, progress)
+        progress = read_checkpoint(trial.checkpoint, model, optimizer, world) or Progress()
+        trial.watcher.records = progress.records
+        run = _Run(model, optimizer, data, settings, trial, world, progress)
 
         def save() -> None:
             run.saved = time.monotonic()
             states = world.gather(random_state())
             if world.is_main:
-                write_checkpoint(checkpoint, model, optimizer, progress, states)
+                write_checkpoint(trial.checkpoint, model, optimizer, progress, states)
 
         while progress.epoch < settings.epochs and progress.diverged is None:
             for _ in run.epoch():
@@ -85,14 +94,12 @@ class _Run:
         optimizer: torch.optim.Optimizer,
         data: Data,
         settings: Settings,
-        lr: float,
-        seed: int,
-        watcher: Watcher,
+        trial: Trial,
         world: World,
         progress: Progress,
     ) -> None:
         self.model, self.optimizer, self.data, self.settings = model, optimizer, data, settings
-        self.lr, self.seed, self.watcher, self.world, self.progress = lr, seed, watcher, world, progress
+        self.trial, self.world, self.progress = trial, world, progress
         first = next(p for p in model.parameters() if p.requires_grad)
         self.device, self.dtype = first.device, first.dtype
         self.bounds = train_bounds(data, settings, world)
@@ -106,10 +113,10 @@ class _Run:
         (inputs,) = self.data.example().args
         moved = inputs.to(self.device, self.dtype if inputs.is_floating_point() else None)
         self.model.eval()
-        with random_state_kept(), _explained(moved):
+        with random_state_kept(), explained(moved):
             output = logits_of(self.model(moved))
             reached = torch.autograd.grad(output.sum(), parameters, allow_unused=True)
-        with _explained(moved):
+        with explained(moved):
             return nn.parallel.DistributedDataParallel(
                 self.model, find_unused_parameters=any(gradient is None for gradient in reached)
             )
@@ -119,8 +126,8 @@ class _Run:
         at = self.progress
         if not at.step:
             own = (self.world.rank,) if self.world.rank else ()  # dropout masks are no copies of each other
-            seed_everything(seed_for(self.seed, "epoch", at.epoch, *own))
-        generator = torch.Generator().manual_seed(seed_for(self.seed, "order", at.epoch))
+            seed_everything(seed_for(self.trial.seed, "epoch", at.epoch, *own))
+        generator = torch.Generator().manual_seed(seed_for(self.trial.seed, "order", at.epoch))
         order = torch.randperm(len(self.data.train), generator=generator)
         parts = [self.world.share(order[a:b]) for a, b in self.bounds[at.step :]]
         self.model.train()
@@ -139,8 +146,8 @@ class _Run:
         at = self.progress
         number = at.epoch * self.steps + at.step
         for group in self.optimizer.param_groups:
-            group["lr"] = self.settings.rate_at(self.lr, number, self.settings.epochs * self.steps)
-        with self.watcher.step(number), _explained(inputs):
+            group["lr"] = self.settings.rate_at(self.trial.lr, number, self.settings.epochs * self.steps)
+        with self.trial.watcher.step(number), explained(inputs):
             self.optimizer.zero_grad(set_to_none=True)
             output = logits_of(self.parallel(inputs))
             loss = F.cross_entropy(output, labels)
@@ -181,7 +188,7 @@ class _Run:
         sums = torch.zeros(3 + self.data.classes, dtype=torch.float64)
         with torch.no_grad():
             for inputs, labels in self._moved(self.data.test, parts):
-                with _explained(inputs):
+                with explained(inputs):
                     output = logits_of(self.model(inputs))
                     loss = F.cross_entropy(output, labels, reduction="sum").item()
                 hits = int((output.argmax(1) == labels).sum())
@@ -232,34 +239,6 @@ def logits_of(output: Any) -> Tensor:
     return next((tensor for _, tensor in named_tensors(output)), torch.empty(0))
 
 
-def where_it_began(model: nn.Module, inputs: Tensor) -> tuple[str, str]:
-    """The first layer to run that puts out NaN or infinity, and whether its own weights are at fault.
-
-    Runs the model once more, as it is.
-    """
-    found: list[tuple[str, str]] = []
-
-    def look(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, _args: Any, output: Any) -> None:
-            tensors = [tensor for _, tensor in named_tensors(output)]
-            if found or all(bool(torch.isfinite(tensor).all()) for tensor in tensors):
-                return
-            bad = [n for n, p in module.named_parameters() if not bool(torch.isfinite(p).all())]
-            found.append((name, f"its {bad[0]} is not finite" if bad else "its output is not finite"))
-
-        return hook
-
-    layers = [(n, m) for n, m in model.named_modules() if not any(m.children()) or m._parameters]
-    handles = [module.register_forward_hook(look(name)) for name, module in layers]
-    try:
-        with torch.no_grad(), random_state_kept():
-            model(inputs)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return found[0] if found else ("", "the loss itself: every layer's output is finite")
-
-
 def _optimizer(settings: Settings, parameters: list[nn.Parameter], lr: float) -> torch.optim.Optimizer:
     decay = settings.weight_decay
     if settings.optimizer == "adam":
@@ -279,31 +258,3 @@ def _repeatable() -> Iterator[None]:
         yield
     finally:
         cudnn.deterministic, cudnn.benchmark = before
-
-
-_NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
-
-
-@contextlib.contextmanager
-def _explained(inputs: Tensor) -> Iterator[None]:
-    """What a model raises on a batch, in words: too little memory, or a batch that it does not take."""
-    try:
-        yield
-    except BntoolError:
-        raise
-    except Exception as error:
-        lost = lost_process(error)
-        if lost is not None:
-            raise lost from error
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        shape = "x".join(map(str, inputs.shape))
-        if isinstance(error, MemoryError) or any(words in str(error) for words in _NO_MEMORY):
-            raise UsageError(
-                f"there is too little memory to train on a batch of {shape}",
-                where=lines[0],
-                next_step="give a smaller --batch-size; what was trained before is kept",
-            ) from error
-        raise UsageError(
-            f"the model fails on a batch of {shape}: {lines[0]}",
-            next_step="give data of the shape and type that the model takes in training",
-        ) from error

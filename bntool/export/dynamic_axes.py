@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from bntool.core.errors import UsageError
+from bntool.graph.drawing import Draw
 from bntool.graph.inputs import Inputs
 
 BATCH_AXIS = "batch"
@@ -55,17 +56,14 @@ def name_of(tensor: str, axis: int) -> str:
 
 def resized(inputs: Inputs, axes: Mapping[str, Sequence[int]], by: int, seed: int = 0) -> Inputs:
     """Seeded inputs like these, with the named axes longer by `by`."""
-    generator = torch.Generator().manual_seed(seed)
+    draw = Draw(seed)
     names = {id(tensor): name for name, tensor in inputs.tensors().items()}
 
-    def draw(t: Tensor) -> Tensor:
+    def drawn(t: Tensor) -> Tensor:
         longer = axes.get(names.get(id(t), ""), ())
-        shape = [n + by if i in longer else n for i, n in enumerate(t.shape)]
-        if t.is_floating_point():
-            return torch.randn(shape, generator=generator, dtype=torch.float32).to(t.dtype)
-        return t.reshape(-1)[torch.randint(max(t.numel(), 1), shape, generator=generator)]
+        return draw.like(t, [n + by if i in longer else n for i, n in enumerate(t.shape)])
 
-    return inputs.map(draw) if axes else inputs
+    return inputs.map(drawn) if axes else inputs
 
 
 def sample_for(inputs: Inputs, axes: Mapping[str, Sequence[int]]) -> Inputs:

@@ -19,6 +19,7 @@ import torch
 from bntool.core.errors import LoadError
 from bntool.core.limits import Limit
 from bntool.files.detect import FileKind, Kind, detect
+from bntool.files.grouping import Group, grouped
 from bntool.files.inspecting_onnx import look_at_onnx
 from bntool.files.inspecting_program import look_at_program
 from bntool.files.looking import Found, TensorRow
@@ -58,6 +59,11 @@ class Inspection:
     def tensor_bytes(self) -> int:
         return sum(row.nbytes for row in self.found.tensors)
 
+    @property
+    def groups(self) -> list[Group]:
+        keyed = str(self.found.facts.get("holds", "")).startswith("a dict of ")
+        return grouped(self.found.tensors, keyed=keyed)
+
     def to_dict(self) -> dict[str, Any]:
         return {
             "status": "ok" if self.error is None else self.error.status,
@@ -70,6 +76,7 @@ class Inspection:
             "classes": [{"name": n, "standing": s} for n, s in self.found.classes.items()],
             "tensors": [row.to_dict() for row in self.found.tensors],
             "tensor_bytes": self.tensor_bytes,
+            "groups": [group.to_dict() for group in self.groups],
             "suspicious": self.found.suspicious,
             **({"error": self.error.to_dict()} if self.error else {}),
         }

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import difflib
-import itertools
 import os
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -18,18 +16,16 @@ from bntool.core.errors import InvariantError, LoadError, NeedsArchitecture, Usa
 from bntool.core.limits import DEFAULT_MAX_SIZE, Limit
 from bntool.files.architectures import closest, load_index, take_exact
 from bntool.files.atomic import sha256_of
-from bntool.files.detect import FileKind, Kind, detect
+from bntool.files.detect import Kind, detect
 from bntool.files.filling import bare_weights, filled
-from bntool.files.references import build, full_names, is_reference, recorded_inputs
+from bntool.files.reading import Reading, read_file
+from bntool.files.references import build, is_reference, recorded_inputs
 from bntool.files.regular import exists
-from bntool.files.safetensors_files import read_header, read_index
 from bntool.files.security.exported import read_exported
 from bntool.files.security.missing import missing_names
 from bntool.files.security.pickled_calls import shown
-from bntool.files.security.pickles import read_pickled
 from bntool.files.security.scripted import DEPRECATED, read_script
-from bntool.files.tensors import require_dense
-from bntool.files.weights import Found, StateDict, find_weights
+from bntool.files.weights import Found, StateDict
 from bntool.graph.inputs import Inputs
 
 _SAFETENSORS = (Kind.SAFETENSORS, Kind.SAFETENSORS_INDEX)
@@ -115,7 +111,7 @@ def load(
     """
     ref = os.fspath(ref)
     allow = (allow,) if isinstance(allow, str) else tuple(allow)
-    options = _Reading(key, allow, trust_pickle, Limit(max_size), stand_ins, tell)
+    options = Reading(key, allow, trust_pickle, Limit(max_size), stand_ins, tell)
     path = Path(ref)
     if exists(path) or not is_reference(ref):
         if weights is not None or pretrained:
@@ -138,31 +134,11 @@ def load(
     return _from_reference(ref, weights, pretrained, options, prepare)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Reading:
-    key: str | None
-    allow: tuple[str, ...]
-    trust_pickle: bool
-    limit: Limit
-    stand_ins: bool
-    tell: Callable[[str], object] | None
-
-
-@dataclasses.dataclass(frozen=True)
-class _Read:
-    """What a file held, and for safetensors what it held beside its tensors."""
-
-    found: Found
-    kind: FileKind
-    metadata: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    shards: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
-
-
 def _from_file(
     path: Path,
     ref: str,
     arch: str | None,
-    options: _Reading,
+    options: Reading,
     prepare: Callable[[nn.Module], nn.Module] | None,
 ) -> Loaded:
     kind_there = detect(path).kind if exists(path) else None
@@ -178,7 +154,7 @@ def _from_file(
             trust_pickle=options.trust_pickle,
             notes=(DEPRECATED,),
         )
-    read = _read(path, options)
+    read = read_file(path, options)
     found, kind = read.found, read.kind
     common: dict[str, Any] = {
         "reference": ref,
@@ -231,7 +207,7 @@ def _from_file(
     )
 
 
-def _without_architecture(path: Path, found: Found, options: _Reading) -> NeedsArchitecture:
+def _without_architecture(path: Path, found: Found, options: Reading) -> NeedsArchitecture:
     state = bare_weights(_weights_of(found))
     near, fitting = "", "torchvision:resnet50"
     with contextlib.suppress(LoadError):
@@ -253,7 +229,7 @@ def _without_architecture(path: Path, found: Found, options: _Reading) -> NeedsA
     return error
 
 
-def _program(path: Path, ref: str, arch: str | None, options: _Reading) -> Loaded:
+def _program(path: Path, ref: str, arch: str | None, options: Reading) -> Loaded:
     return Loaded(
         model=read_exported(path, trust_pickle=options.trust_pickle, limit=options.limit),
         reference=ref,
@@ -270,7 +246,7 @@ def _from_reference(
     ref: str,
     weights: str | os.PathLike[str] | None,
     pretrained: bool,
-    options: _Reading,
+    options: Reading,
     prepare: Callable[[nn.Module], nn.Module] | None,
 ) -> Loaded:
     if pretrained and weights is not None:
@@ -287,7 +263,7 @@ def _from_reference(
             example_inputs=recorded_inputs(model),
         )
     path = Path(weights)
-    read = _read(path, options)
+    read = read_file(path, options)
     found = read.found
     if isinstance(found.value, nn.Module):
         found = dataclasses.replace(found, value=found.value.state_dict())
@@ -308,73 +284,7 @@ def _from_reference(
     )
 
 
-def _read(path: Path, options: _Reading) -> _Read:
-    if not exists(path):
-        raise _missing(path)
-    kind = detect(path)
-    if kind.kind is Kind.SAFETENSORS:
-        header = read_header(path, options.limit)
-        held: Any = {name: header.read(name) for name in header.entries}
-        return _Read(_dense(held, options.key, path), kind, header.metadata)
-    if kind.kind is Kind.SAFETENSORS_INDEX:
-        index = read_index(path, options.limit)
-        held = {name: header.read(name) for name, header in index.headers()}
-        shards = {name: tuple(header.entries) for name, header in index.shards.items()}
-        return _Read(_dense(held, options.key, path), kind, index.metadata, shards)
-    if kind.kind not in (Kind.TORCH_ZIP, Kind.TORCH_LEGACY):
-        raise _not_loadable(path, kind)
-    notes: list[str] = []
-    held = read_pickled(
-        path,
-        kind,
-        allow=options.allow,
-        trust_pickle=options.trust_pickle,
-        limit=options.limit,
-        stand_ins=options.stand_ins,
-        say=notes.append,
-    )
-    found = _dense(held, options.key, path)
-    return _Read(dataclasses.replace(found, notes=(*found.notes, *notes)), kind)
-
-
-def _dense(held: Any, key: str | None, path: Path) -> Found:
-    """The weights in what a file holds, all of them tensors that can be computed with."""
-    found = find_weights(held, key, str(path))
-    require_dense(_tensors_of(found.value), path)
-    return found
-
-
-def _tensors_of(value: nn.Module | StateDict) -> Iterable[tuple[str, Any]]:
-    if isinstance(value, nn.Module):
-        return itertools.chain(value.named_parameters(), value.named_buffers())
-    return value.items()
-
-
 def _weights_of(found: Found) -> StateDict:
     if isinstance(found.value, nn.Module):
         raise InvariantError("a whole module was taken for weights")
     return found.value
-
-
-def _not_loadable(path: Path, kind: FileKind) -> LoadError:
-    not_yet = kind.kind is Kind.ONNX
-    source = kind.kind is Kind.TEXT and path.suffix == ".py"
-    return LoadError(
-        f"{path.name} is {kind.description_in_full}"
-        + ("; bntool does not load that kind yet" if not_yet else ""),
-        where=str(path),
-        next_step=f"name the class in it: {path}:Class" if source else kind.next_step,
-    )
-
-
-def _missing(path: Path) -> LoadError:
-    try:
-        near = [p.name for p in path.parent.iterdir() if p.is_file()]
-    except OSError:
-        near = []
-    close = difflib.get_close_matches(path.name, near, n=2) or full_names(str(path))
-    hint = f"; did you mean {' or '.join(close)}?" if close else ""
-    return LoadError(
-        f"no such file: {path}{hint}",
-        next_step="name a file, torchvision:NAME, timm:NAME, pkg.mod:factory or path/file.py:Class",
-    )

@@ -17,8 +17,8 @@ from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 from onnx.external_data_helper import ExternalDataInfo
 
 from bntool.core.errors import LoadError
+from bntool.files.drafting import Drafts
 from bntool.files.security.pickled_calls import shown
-from bntool.files.targets import Drafts
 
 _DATA = ".data"
 _OWN = "bntool_data"

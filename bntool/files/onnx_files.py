@@ -15,10 +15,11 @@ from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
 from bntool.core.errors import InvariantError, LoadError
 from bntool.files.detect import Kind, detect
+from bntool.files.drafting import Drafts
 from bntool.files.onnx_data import add_data, external_tensors, first_line, require_data, require_numbers
 from bntool.files.onnx_forms import inline_functions, name_apart, to_one_form
 from bntool.files.onnx_unfusing import unfuse
-from bntool.files.targets import Drafts, Target
+from bntool.files.targets import Target
 
 SINGLE_FILE_LIMIT = int(1.8 * 2**30)
 """A protobuf message ends at 2 GiB; the graph itself and the names need room beside the weights."""

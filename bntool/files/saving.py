@@ -18,13 +18,14 @@ from torch.export import ExportedProgram
 from bntool.core.errors import UsageError
 from bntool.files.atomic import sha256_of
 from bntool.files.detect import detect
+from bntool.files.drafting import Drafts
 from bntool.files.loading import Loaded
 from bntool.files.safetensors_files import INDEX_SUFFIX
 from bntool.files.security.allowed import allow_entries_for
 from bntool.files.security.pickles import unknown_globals
 from bntool.files.security.scripted import script_bytes
 from bntool.files.shards import shard_of, write_shards
-from bntool.files.targets import Drafts, Target
+from bntool.files.targets import Target
 from bntool.files.weights import StateDict
 
 

@@ -12,8 +12,8 @@ from typing import Any
 
 from bntool.core.errors import LoadError
 from bntool.files.atomic import sha256_of, write_text
+from bntool.files.drafting import Drafts
 from bntool.files.safetensors_files import INDEX_SUFFIX, read_index
-from bntool.files.targets import Drafts
 
 _OWN_SHARD = re.compile(r"-[0-9a-f]{12}-\d{5}-of-\d{5}\.safetensors")
 

@@ -191,14 +191,17 @@ class Mover:
     def _undo(self, visited: set[int], way: Way) -> None:
         """Carry the inverse map to the readers of changed values that asked for no change."""
         inverse: dict[Edge, Affine] = {}
+        known: dict[int, Affine] = {}  # the readers of one value have one map
         for edge, affine in self._others.items():
             if edge[0] in visited:
                 raise self._read_elsewhere(self.graph.input(self.graph.ops[edge[0]], edge[1]), edge[0])
-            way.condition = max(way.condition, _condition(affine))
-            if way.condition > self.graph.coarsest**-0.5:
-                what = f"its inverse has condition number {way.condition:.2g}"
-                raise Refused(Reason.ZERO_SCALE, f"{what}, and other readers need it")
-            inverse[edge] = affine.then("inverse")
+            if id(affine) not in known:
+                way.condition = max(way.condition, _condition(affine))
+                if way.condition > self.graph.coarsest**-0.5:
+                    what = f"its inverse has condition number {way.condition:.2g}"
+                    raise Refused(Reason.ZERO_SCALE, f"{what}, and other readers need it")
+                known[id(affine)] = affine.then("inverse")
+            inverse[edge] = known[id(affine)]
         self._carry(inverse, way, forbidden=visited)
         way.laws.append("inverse")
 

@@ -60,10 +60,18 @@ def why_unfit(
     module = graph.modules.get(norm.name)
     if not chosen(norm.name, include, exclude):
         return Refused(Reason.EXCLUDED, "left out by --include/--exclude")
+    if module is not None and module.calls and _is_quantized(norm, graph):
+        return Refused(Reason.QUANTIZED, "it is part of a quantized layer, which torch.ao converts")
+    if module is not None and module.from_outside:
+        what = "it is called through a lambda or an object that holds it, which would call it still"
+        return Refused(Reason.CUSTOM_FORWARD, what)
     if not norm.ops and module is not None and module.role == "custom_norm" and module.calls:
         return Refused(Reason.CUSTOM_FORWARD, f"{module.kind} has a forward of its own")
     if not norm.ops:
         return Refused(Reason.NOT_OBSERVED, "it did not run on the example input")
+    if held := norm.ops[0].attrs.get("unregistered"):
+        what = f"a {held} that a list or another object holds, and that is no layer of the model"
+        return Refused(Reason.FUNCTIONAL, what)
     if module is None or not module.role:
         return Refused(Reason.FUNCTIONAL, "a function call inside forward, not a layer of its own")
     if module.role == "scripted":
@@ -80,6 +88,14 @@ def why_unfit(
     if module.left_in_train:
         return Refused(Reason.BATCH_STATISTICS, "it was left in train mode in a model in eval mode")
     return _read_affine(norm, op, graph, norm_of)
+
+
+def _is_quantized(norm: Norm, graph: Graph) -> bool:
+    """Whether it is a layer of torch.ao, for integers or for training towards them, or stands in one."""
+    owners = (norm.name, norm.name.rpartition(".")[0])
+    return any(
+        name in graph.modules and graph.modules[name].kind.startswith("torch.ao.nn.") for name in owners
+    )
 
 
 def _read_affine(norm: Norm, op: Op, graph: Graph, norm_of: dict[int, Norm]) -> Refused | None:

@@ -91,8 +91,9 @@ class Module:
     `role` is what planners need to know of the class: `conv`, `linear`, `norm` (a BatchNorm whose
     forward is known), `norm_act` (one that applies its own activation too), `custom_norm` (one whose
     forward is not known), `identity`, `sequential`, `scripted`, or empty. `plain_bias` says that the
-    layer's forward uses `self.bias`, so that a missing bias may be created. `whole` lists, call by
-    call, the ids of all ops that ran inside, children included.
+    layer's forward uses `self.bias`, so that a missing bias may be created. `from_outside` says that the
+    layer was called through what no copy of the model has a copy of, such as a closure. `whole` lists,
+    call by call, the ids of all ops that ran inside, children included.
     """
 
     name: str
@@ -104,6 +105,7 @@ class Module:
     calls: int = 0
     hooked: bool = False
     left_in_train: bool = False
+    from_outside: bool = False
     whole: list[list[int]] = dataclasses.field(default_factory=list)
     inputs: list[int | None] = dataclasses.field(default_factory=list)
     outputs: list[int | None] = dataclasses.field(default_factory=list)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from bntool.core.errors import CheckFailed, UsageError
+from bntool.graph.drawing import Draw
 
 _MAX_DEPTH = 32
 
@@ -65,18 +66,8 @@ class Inputs:
         Floating tensors are drawn from N(0, 1), integer ones resampled from the values they hold.
         Scalars and 0-d tensors stay.
         """
-        generator = torch.Generator().manual_seed(seed)
-
-        def draw(t: Tensor) -> Tensor:
-            if t.dim() == 0:
-                return t
-            shape = (batch, *t.shape[1:])
-            if t.is_floating_point():
-                return torch.randn(shape, generator=generator, dtype=torch.float32).to(t.dtype)
-            index = torch.randint(t.numel(), shape, generator=generator)
-            return t.reshape(-1)[index]
-
-        return self.map(draw)
+        draw = Draw(seed)
+        return self.map(lambda t: draw.like(t, (batch, *t.shape[1:])) if t.dim() else t)
 
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor by a stable name: `input` or `input_0`, `input_1`, keyword names, nested paths."""

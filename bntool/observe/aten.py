@@ -322,6 +322,7 @@ _TABLE: dict[str, Callable[[Bound], Translation]] = {
     "channel_shuffle": lambda b: ("channel_shuffle", {"groups": b["groups"]}),
     "native_channel_shuffle": lambda b: ("channel_shuffle", {"groups": b["groups"]}),
     "add": _binary("add"),
+    "addcmul": lambda b: ("addcmul", {"alpha": float(b.get("value", 1))}),
     "sub": _binary("sub"),
     "subtract": _binary("sub"),
     "rsub": _binary("rsub"),

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from bntool.core.errors import ObserveError
-from bntool.observe.modules import is_batch_norm_class, once_per_class
+from bntool.observe.modules import is_batch_norm_class, modules_of, once_per_class
 
 _EMPTY = frozenset({dict, set, list, OrderedDict})
 _FLAT = frozenset({int, float, str, bool, bytes, type(None), torch.dtype, torch.device, torch.Size, type})
@@ -50,7 +50,7 @@ def structural_copy(
     Raises:
         ObserveError: a layer with a way of its own to be copied failed.
     """
-    modules = list(model.modules())
+    modules = list(modules_of(model))
     memo: dict[int, Any] = {id(m): object.__new__(type(m)) for m in modules if _copies_plainly(type(m))}
     memo.update(instead or {})
     deep: list[tuple[dict[str, Any], str]] = []

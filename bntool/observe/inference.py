@@ -12,12 +12,8 @@ from torch import Tensor, nn
 from bntool.core.errors import ObserveError
 from bntool.graph.inputs import Inputs
 from bntool.observe.eager import Observation, observe
+from bntool.observe.first_layer import SMALL_SIDE, TELLING, first_layer, shapes_for
 from bntool.observe.modules import class_name
-
-_SIDES = {1: (28, 32, 64, 224), 3: (224, 299, 256, 384, 64, 32)}
-"""Image sides to try by the number of input channels: MNIST's for one, ImageNet's for three."""
-_SMALL_SIDE = 64
-
 
 Seen = TypeVar("Seen")
 
@@ -63,10 +59,10 @@ def _of_the_layer_that_failed(
     """The first layer in a model's `__init__` need not be the first in its forward, which may be the one that
     did not take the guess.
     """
-    modules, first = dict(model.named_modules()), _first_layer(model)
+    modules, first = dict(model.named_modules()), first_layer(model)
     for name in dict.fromkeys(failure.where for failure in failures):
         layer = modules.get(name)
-        if isinstance(layer, _TELLING) and first is not None and layer is not first[1]:
+        if isinstance(layer, TELLING) and first is not None and layer is not first[1]:
             yield from _for_layer(name, layer, small)
 
 
@@ -85,11 +81,11 @@ def guesses(model: nn.Module, *, small: bool = False) -> Iterator[Inputs]:
     recorded = _recorded_size(model)
     if recorded is not None:
         sides = recorded[1:]
-        if small and len(sides) == 2 and min(sides) > _SMALL_SIDE and not has_fixed_size(model):
-            image = _random(1, recorded[0], _SMALL_SIDE, _SMALL_SIDE)
+        if small and len(sides) == 2 and min(sides) > SMALL_SIDE and not has_fixed_size(model):
+            image = _random(1, recorded[0], SMALL_SIDE, SMALL_SIDE)
             yield Inputs((image,), origin="smaller than in the model's own configuration")
         yield Inputs((_random(1, *recorded),), origin="from the model's own configuration")
-    first = _first_layer(model)
+    first = first_layer(model)
     if first is None:
         return
     yield from _for_layer(*first, small)
@@ -97,7 +93,7 @@ def guesses(model: nn.Module, *, small: bool = False) -> Iterator[Inputs]:
 
 def _for_layer(name: str, layer: nn.Module, small: bool) -> Iterator[Inputs]:
     """Inputs that this layer takes; those of a model that begins with it."""
-    for shape in _shapes(layer, small):
+    for shape in shapes_for(layer, small):
         text = "x".join(map(str, shape))
         origin = f"inferred {text} from the first layer, {name or type(layer).__name__}"
         if isinstance(layer, nn.Embedding):
@@ -129,53 +125,3 @@ def _recorded_size(model: nn.Module) -> tuple[int, ...] | None:
             return tuple(size)
     side = getattr(model, "image_size", None)
     return (3, side, side) if isinstance(side, int) else None
-
-
-_TELLING = (
-    nn.modules.conv._ConvNd,
-    nn.Linear,
-    nn.Bilinear,
-    nn.Embedding,
-    nn.modules.batchnorm._BatchNorm,
-    nn.RNNBase,
-)
-
-
-def _first_layer(model: nn.Module) -> tuple[str, nn.Module] | None:
-    for name, module in model.named_modules():
-        if isinstance(module, _TELLING):
-            return name, module
-    return None
-
-
-def _shapes(layer: nn.Module, small: bool) -> Iterator[tuple[int, ...]]:
-    if isinstance(layer, nn.Embedding):
-        yield from ((1, 16), (1, 64))
-    elif isinstance(layer, nn.Linear):
-        yield from ((1, layer.in_features), (1, 16, layer.in_features))
-    elif isinstance(layer, nn.RNNBase):
-        yield (1, 16, layer.input_size)
-    elif isinstance(layer, nn.BatchNorm1d):
-        yield from ((2, layer.num_features), (2, layer.num_features, 16))
-    elif isinstance(layer, nn.BatchNorm3d):
-        yield (1, layer.num_features, 8, 8, 8)
-    elif isinstance(layer, nn.modules.batchnorm._BatchNorm):
-        yield (1, layer.num_features, 32, 32)
-    elif isinstance(layer, nn.modules.conv._ConvNd):
-        yield from _image_shapes(layer, small)
-
-
-def _image_shapes(layer: nn.modules.conv._ConvNd, small: bool) -> Iterator[tuple[int, ...]]:
-    channels, dims = layer.in_channels, len(layer.kernel_size)
-    if dims == 1:
-        yield from ((1, channels, n) for n in ((256, 1024, 16000) if small else (1024, 256, 16000)))
-    elif dims == 3:
-        sizes = ((8, 64, 64), (16, 112, 112), (16, 224, 224))
-        yield from ((1, channels, *s) for s in (sizes if small else (sizes[1], sizes[2], sizes[0])))
-    else:
-        sides = _SIDES.get(channels, (64, 32, 16, 224))
-        if layer.transposed:
-            sides = (8, 1, 16, 32)
-        elif small and channels != 1:
-            sides = (_SMALL_SIDE, 128, *sides)
-        yield from ((1, channels, n, n) for n in dict.fromkeys(sides))

@@ -24,6 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from bntool.core.errors import ObserveError
 from bntool.graph.inputs import Inputs
 from bntool.observe.leftovers import Kept, random_state_kept, undeclared_writes
+from bntool.observe.modules import modules_of
 from bntool.observe.standing_in import StandIn, set_modes, stand_in
 from bntool.observe.surroundings import Surroundings
 
@@ -58,7 +59,7 @@ class Isolation:
         """
         copied = self._stand_in()
         surroundings = Surroundings(self.model, copied.shared)
-        kept = Kept(self.model.modules())
+        kept = Kept(modules_of(self.model))
         kept.add(surroundings.tensors)
         self._say(surroundings.notes)
         with contextlib.ExitStack() as stack:
@@ -101,7 +102,7 @@ def fresh(inputs: Inputs) -> Inputs:
 @contextlib.contextmanager
 def modes_kept(model: nn.Module) -> Iterator[None]:
     """Give each layer back the mode that it has now."""
-    before = [(module, module.training) for module in model.modules()]
+    before = [(module, module.training) for module in modules_of(model)]
     try:
         yield
     finally:

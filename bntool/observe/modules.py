@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TypeVar
 
 import torch
@@ -46,6 +46,19 @@ def once_per_class(ask: Callable[[type], _Answer]) -> Callable[[type], _Answer]:
         return known[cls]
 
     return answer
+
+
+def modules_of(model: nn.Module) -> Iterator[nn.Module]:
+    """Every module once, in the order of `modules()`, which takes as many steps for each as it lies deep."""
+    seen: set[int] = set()
+    waiting: list[nn.Module | None] = [model]
+    while waiting:
+        module = waiting.pop()
+        if module is None or id(module) in seen:
+            continue
+        seen.add(id(module))
+        yield module
+        waiting += reversed(module._modules.values())
 
 
 def class_name(cls: type) -> str:

@@ -17,6 +17,7 @@ from torch.nn.parameter import is_lazy
 
 from bntool.observe.copying import structural_copy, tensors_of
 from bntool.observe.leftovers import storage_of
+from bntool.observe.modules import modules_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,8 +58,9 @@ def set_modes(model: nn.Module, *, training: bool) -> nn.Module:
 
     No `train()` of the user's is called: an overridden one may merge weights, or return nothing.
     """
-    for module in model.modules():
-        module.training = training
+    for module in modules_of(model):
+        if module.training != training:  # to set an attribute of a module takes long
+            module.training = training
     return model
 
 
@@ -78,7 +80,7 @@ def _own_tensors(model: nn.Module, own_parameters: bool) -> Iterator[tuple[int, 
     """A copy of each tensor by the identity of the original; views of one memory stay views of one."""
     found: dict[int, Tensor] = {}
     parameters: dict[int, Tensor] = {}
-    for module in model.modules():
+    for module in modules_of(model):
         if isinstance(module, torch.jit.ScriptModule):
             continue  # copied whole, by a way of its own
         parameters.update((id(p), p) for p in module._parameters.values() if p is not None)

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from bntool.observe.modules import once_per_class
+from bntool.observe.modules import modules_of, once_per_class
 
 _MOST = 10_000
 """Values noted in one run: a data set's index in a global is too large to be looked through each time."""
@@ -46,15 +46,15 @@ class Surroundings:
         self.notes: list[str] = []
         self._undo: list[Restore] = []
         self._seen: set[int] = set()
-        self._own = {id(module) for module in model.modules()}
+        self._own = {id(module) for module in modules_of(model)}
         for name, value in shared:
             self._note(value, 0)
             if not (_can_be_noted(value) or isinstance(value, _LOCKS)):
                 kind = type(value).__name__
                 self.notes.append(f"{name} (a {kind}) cannot be copied, so what a run does to it stays")
-        for cls in {cls for module in model.modules() for cls in _own_classes(type(module))}:
+        for cls in {cls for module in modules_of(model) for cls in _own_classes(type(module))}:
             self._note_class(cls)
-        for module in model.modules():
+        for module in modules_of(model):
             for function in _functions_on(module):
                 self._note_function(function)
 

@@ -108,6 +108,8 @@ class _Run:
     def extend(self, graph: Graph, op: Op) -> bool:
         """Take one op more in; False where it is no arithmetic with a constant per channel of this run."""
         roles = [role for role, value in op.inputs.items() if not graph.values[value].constant]
+        if op.kind == "addcmul" and roles in (["tensor1"], ["tensor2"]):
+            return self._extend_by_both(graph, op, roles[0])
         if op.kind not in _ARITHMETIC or op.inplace or len(roles) != 1 or len(op.outputs) != 1:
             return False
         role = roles[0]
@@ -143,6 +145,25 @@ class _Run:
         self.ops.append(op)
         return True
 
+    def _extend_by_both(self, graph: Graph, op: Op, role: str) -> bool:
+        """`addcmul`: a factor and a summand at once."""
+        data, result = graph.input(op, role), graph.output(op)
+        factor, summand = (
+            _constant(graph, graph.input(op, other), len(data.shape))
+            for other in ({"tensor1": "tensor2", "tensor2": "tensor1"}[role], "input")
+        )
+        if self.ops or factor is None or summand is None or data.dtype != result.dtype or op.inplace:
+            return False
+        axes = {i for part in (factor, summand) for i, size in enumerate(part.shape) if size != 1}
+        if data.shape != result.shape or len(axes) != 1 or not _is_channel(data, *axes):
+            return False
+        self.scale, self.shift = op.attrs["alpha"] * factor.reshape(-1), summand.reshape(-1)
+        self.role, self.source, self.axes = role, data, axes
+        self.channels = max(factor.numel(), summand.numel())
+        self.has_factor, self.has_summand = factor.numel() > 1, summand.numel() > 1
+        self.ops.append(op)
+        return True
+
 
 def _run_from(graph: Graph, op: Op, may: Callable[[Op], bool]) -> _Run:
     run = _Run()
@@ -159,8 +180,12 @@ def _operand(graph: Graph, op: Op, role: str) -> Tensor | None:
     if op.attrs["number"] is not None:
         return torch.tensor([float(op.attrs["number"])], dtype=torch.float64)
     others = [graph.values[value] for other, value in op.inputs.items() if other != role]
-    tensor = graph.constant(others[0]) if len(others) == 1 else None
-    rank = len(graph.input(op, role).shape)
+    return _constant(graph, others[0], len(graph.input(op, role).shape)) if len(others) == 1 else None
+
+
+def _constant(graph: Graph, value: Value, rank: int) -> Tensor | None:
+    """The numbers of a constant in float64, with `rank` axes; None where they are not known."""
+    tensor = graph.constant(value)
     if tensor is None or not tensor.is_floating_point() or tensor.dim() > rank:
         return None
     return tensor.detach().double().cpu().reshape((1,) * (rank - tensor.dim()) + tuple(tensor.shape))

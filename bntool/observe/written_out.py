@@ -22,9 +22,12 @@ _ROUNDINGS = 16
 def recognise_norms(graph: Graph) -> None:
     """Let one `batch_norm` stand for the arithmetic of each such module.
 
-    One that takes a root and is not known otherwise gets the role `custom_norm`: a verdict, and no fold.
+    One that takes a root and is not known otherwise gets the role `custom_norm`: a verdict, and no fold. A
+    class of one's own whose forward is one `batch_norm` with its own tensors is a BatchNorm too.
     """
     for module in graph.modules.values():
+        if module.role in ("", "custom_norm") and _is_one_norm(graph, module):
+            module.role = "norm"
         if module.role or module.children or not module.calls or module.own_tensors < 2:
             continue
         calls = [_Call(graph, module, number) for number in range(len(module.whole))]
@@ -35,6 +38,22 @@ def recognise_norms(graph: Graph) -> None:
         if all(known):
             for call in calls:
                 call.put_together()
+
+
+def _is_one_norm(graph: Graph, module: Module) -> bool:
+    """Whether every call was one batch normalisation of its input by the module's own tensors."""
+    if module.children or not module.calls or len(module.whole) != module.calls:
+        return False
+    for ran, given, made in zip(module.whole, module.inputs, module.outputs, strict=True):
+        op = graph.ops[ran[0]] if len(ran) == 1 else None
+        if op is None or op.kind != "batch_norm" or (op.inputs["input"], op.outputs[0]) != (given, made):
+            return False
+        if op.attrs["training"] or "running_mean" not in op.inputs:
+            return False
+        own = {slot: f"{module.name}.{slot}".lstrip(".") for slot in _SLOTS}
+        if any(graph.input(op, slot).handle != own[slot] for slot in _SLOTS if slot in op.inputs):
+            return False
+    return True
 
 
 class _Call:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from bntool.pages import charts
+from bntool.pages import charts, drawing, training_charts
 from bntool.pages.reading import Document, damaged
 from bntool.pages.trees import Mark, Tree, grown
 from bntool.pages.verdicts import Verdict, marks_after, marks_before, verdicts_of
@@ -32,7 +32,7 @@ class Chart:
     name: str
     title: str
     told: str
-    spec: charts.Spec
+    spec: drawing.Spec
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,13 +76,21 @@ class Chapter:
         return list(self.data.get("checks") or ([single] if single else ()))
 
     @property
+    def warnings(self) -> list[str]:
+        """What a reader must know before any figure."""
+        notes = [note for note in self.data.get("notes") or () if isinstance(note, str)]
+        if not any(note.startswith("random weights") for note in notes):
+            return []
+        return ["The weights are random: what stands here about values says nothing of a trained model."]
+
+    @property
     def norms(self) -> list[dict[str, Any]]:
         model = self.data.get("model")
         return list(model.get("norms") or ()) if isinstance(model, dict) else []
 
     @property
     def rows_watched(self) -> list[dict[str, Any]]:
-        return charts.watched_rows(self.data) if "watched" in self.data else []
+        return training_charts.watched_rows(self.data) if "watched" in self.data else []
 
 
 def chapters_of(documents: Sequence[Document]) -> list[Chapter]:
@@ -180,7 +188,7 @@ def _tiles(
     if isinstance(totals, dict):
         tiles.append((f"{totals['parameters']:,}", "parameters", ""))
         tiles.append((f"{totals['buffers']:,}", "buffers", ""))
-    for arm, title in charts.ARMS.items() if "arms" in data else ():
+    for arm, title in training_charts.ARMS.items() if "arms" in data else ():
         best = [r for r in data["arms"][arm]["rates"] if r["lr"] == data["arms"][arm]["best_rate"]]
         if best and best[0].get("test_accuracy"):
             tiles.append((f"{best[0]['test_accuracy']['mean']:.2%}", f"test accuracy {title}", ""))
@@ -189,7 +197,7 @@ def _tiles(
 
 def _charts(chapter: Chapter, model: Mapping[str, Any]) -> list[Chart]:
     data = chapter.data
-    made: list[tuple[str, str, str, charts.Spec | None]] = []
+    made: list[tuple[str, str, str, drawing.Spec | None]] = []
     counts = data.get("parameters")
     if isinstance(counts, dict) and isinstance(counts.get("delta"), dict):
         made.append(
@@ -213,12 +221,19 @@ def _charts(chapter: Chapter, model: Mapping[str, Any]) -> list[Chart]:
     if "runs" in data and "arms" in data:
         for quantity in ("loss", "accuracy"):
             told = f"{quantity.capitalize()} by epoch with and without BatchNorm; test full, training dashed."
-            made.append((quantity, f"{quantity.capitalize()} by epoch", told, charts.curves(data, quantity)))
+            made.append(
+                (quantity, f"{quantity.capitalize()} by epoch", told, training_charts.curves(data, quantity))
+            )
     rows = chapter.rows_watched
     if rows:
         told = "What every activation reads at one step of the training."
         made.append(
-            ("distributions", "Inputs of the activations", told, charts.distributions(rows, rows[0]["step"]))
+            (
+                "distributions",
+                "Inputs of the activations",
+                told,
+                training_charts.distributions(rows, rows[0]["step"]),
+            )
         )
         told = "What one activation reads, over the whole training."
         made.append(
@@ -226,7 +241,7 @@ def _charts(chapter: Chapter, model: Mapping[str, Any]) -> list[Chart]:
                 "over-training",
                 "One layer over the training",
                 told,
-                charts.over_training(rows, rows[-1]["layer"]),
+                training_charts.over_training(rows, rows[-1]["layer"]),
             )
         )
     return [Chart(name, title, told, spec) for name, title, told, spec in made if spec is not None]

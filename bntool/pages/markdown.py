@@ -7,9 +7,9 @@ from functools import partial
 
 from bntool.core.text import escaped
 from bntool.pages.chapters import Chapter, chapters_of, guarded
-from bntool.pages.charts import ARMS
 from bntool.pages.page import environment
 from bntool.pages.reading import Document
+from bntool.pages.training_charts import ARMS
 
 
 def markdown(documents: Sequence[Document]) -> str:

@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bntool.core.errors import LoadError
-from bntool.pages import charts
+from bntool.pages import charts, drawing
 from bntool.pages.chapters import Chapter, chapters_of, guarded
 from bntool.pages.reading import Document
+from bntool.pages.training_charts import ARMS
 from bntool.pages.trees import TONES
 
 if TYPE_CHECKING:
@@ -32,11 +33,13 @@ _LEGEND = {
 }
 
 
-def require_libraries() -> None:
-    """Raise `LoadError` where jinja2 or vl-convert is not installed: better before the work than after."""
+def require_libraries(*, drawing: bool = True) -> None:
+    """Raise `LoadError` where jinja2 or, for drawings, vl-convert is not installed: better now than late."""
     try:
         import jinja2  # noqa: F401 - whether it is there
-        import vl_convert  # noqa: F401
+
+        if drawing:
+            import vl_convert  # noqa: F401
     except ImportError as error:
         raise LoadError(
             f"reports need {error.name}, which is not installed", next_step="pip install 'bntool[report]'"
@@ -73,7 +76,7 @@ def _render(chapters: Sequence[Chapter], vega: str, script: str, policy: str) ->
             title=_title(chapters),
             version=importlib.metadata.version("bntool"),
             chapters=chapters,
-            arms=charts.ARMS,
+            arms=ARMS,
             legend=_legend,
             css=Markup(css),  # noqa: S704 - our own
             policy=policy,
@@ -89,7 +92,7 @@ def _vega() -> str:
     """Vega, Vega-Lite and vega-embed as one script."""
     import vl_convert
 
-    bundle: str = vl_convert.javascript_bundle(vl_version=charts.VEGALITE)
+    bundle: str = vl_convert.javascript_bundle(vl_version=drawing.VEGALITE)
     return bundle
 
 
@@ -149,7 +152,7 @@ def _data(chapters: Sequence[Chapter]) -> dict[str, Any]:
         "channels": {quantity: charts.channels(quantity) for quantity in ("scale", "shift", "variance")},
         "norms": {c.id: c.norms for c in chapters if c.norms},
         "least": charts.LEAST_VARIANCE,
-        "themes": {"light": charts.theme(False), "dark": charts.theme(True)},
+        "themes": {"light": drawing.theme(False), "dark": drawing.theme(True)},
     }
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 _OPEN_UP_TO = 40
@@ -89,7 +89,12 @@ def grown(side: str, data: Mapping[str, Any], marks: Mapping[str, Mark]) -> Tree
         node.is_open = node is root or len(rows) <= _OPEN_UP_TO
         for side_of in node.children:
             side_of.is_open = len(rows) <= _OPEN_UP_TO
-    return Tree(side, str(data["class"]), root, len(rows), int(data["left_out"]))
+    return Tree(side, str(data["class"]), root, _layers(rows), int(data["left_out"]))
+
+
+def _layers(rows: Sequence[Mapping[str, Any]]) -> int:
+    """The layers as a summary counts them: one that runs twice is one, and an operation is none."""
+    return len({str(row["name"]) for row in rows if not row["op"] or row["parameters"]})
 
 
 def _leaf(index: int, row: Mapping[str, Any], rows: list[Any], marks: Mapping[str, Mark]) -> Node:

@@ -9,7 +9,7 @@ from typing import Any
 from bntool.core.errors import UsageError
 from bntool.files.regular import open_regular, unreadable
 from bntool.files.targets import Target
-from bntool.pages import charts
+from bntool.pages import drawing
 from bntool.pages.chapters import chapters_of
 from bntool.pages.markdown import markdown
 from bntool.pages.page import html_page, require_libraries
@@ -19,9 +19,9 @@ _OURS = b'<meta name="generator" content="bntool '
 _HEAD = 2048
 
 
-def claim_report(path: Path, target: Target) -> Path:
+def claim_report(path: Path, target: Target, kind: str = "html") -> Path:
     """Before any work: reports can be made here, and `path` may be written. A report replaces a report."""
-    require_libraries()
+    require_libraries(drawing=kind != "md")
     return target.claim(path, force=target.force or _is_report(path))
 
 
@@ -32,8 +32,8 @@ def write_page(documents: Sequence[Document], draft: Path, kind: str = "html") -
 
 
 def report_text(documents: Sequence[Document]) -> str:
-    """The report as Markdown, for a pull request."""
-    require_libraries()
+    """The report as Markdown, for a pull request; it draws nothing."""
+    require_libraries(drawing=False)
     return markdown(documents)
 
 
@@ -52,12 +52,12 @@ def write_figure(documents: Sequence[Document], name: str | None, draft: Path, k
         there = f"the figures are {', '.join(found)}" if found else "these documents hold no figure"
         what = f"there is no figure {name}" if name else "a picture holds one figure"
         raise UsageError(what, where=there, next_step="bntool report FILE.json --figure NAME -o FIGURE.svg")
-    spec = {**found[name].spec, "width": 640, "title": found[name].title, "config": charts.theme(dark=False)}
+    spec = {**found[name].spec, "width": 640, "title": found[name].title, "config": drawing.theme(dark=False)}
     spec["autosize"] = {"type": "pad"}
     if kind == "svg":
-        content = vl_convert.vegalite_to_svg(spec, vl_version=charts.VEGALITE).encode("utf-8")
+        content = vl_convert.vegalite_to_svg(spec, vl_version=drawing.VEGALITE).encode("utf-8")
     else:
-        content = vl_convert.vegalite_to_png(spec, vl_version=charts.VEGALITE, scale=2)
+        content = vl_convert.vegalite_to_png(spec, vl_version=drawing.VEGALITE, scale=2)
     draft.write_bytes(content)
 
 

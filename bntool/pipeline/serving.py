@@ -17,7 +17,7 @@ from bntool.core.verdicts import Check, first_failed
 from bntool.core.version import __version__
 from bntool.export.exporting import ExportResult
 from bntool.export.onnx_writing import append_metadata
-from bntool.files.targets import Drafts
+from bntool.files.drafting import Drafts
 from bntool.models.casting import DTYPES, stored_as
 from bntool.observe.wrappers import model_inside
 from bntool.pipeline.onnx_folding import fold_exported

@@ -16,7 +16,7 @@ from bntool.observe.inference import first_that_runs
 from bntool.report.graph_layers import of_onnx, of_program, of_weights
 from bntool.report.notes import Note
 from bntool.report.summary import Summary, since, summarize, summarize_found
-from bntool.report.walking import Calls, observe_calls, require_calls
+from bntool.report.walking import Calls, observe_calls
 
 
 def summarized(subject: Any, inputs: Inputs | None = None, *, baseline: Any = None) -> Summary:
@@ -59,14 +59,29 @@ def _module(model: nn.Module, inputs: Inputs | None) -> Summary:
     if inputs is not None:
         calls = observe_calls(model, inputs)
     else:
+        tried: list[tuple[Inputs, Calls]] = []
         try:
-            inputs, calls = first_that_runs(model, lambda given: (given, require_calls(model, given)))
+            inputs, calls = first_that_runs(model, lambda given: _tried(model, given, tried))
             notes = (Note(f"example input: {inputs.origin} (--input, or example_inputs=, sets another)"),)
         except ObserveError as error:
-            notes = (Note(f"shapes are left out: {error.what}"),)
+            # the one that got furthest still tells what ran up to there
+            inputs, calls = max(tried, key=lambda one: len(one[1].by_name), default=(None, None))
+            if calls is None or not calls.by_name:
+                inputs, calls, notes = None, None, (Note(f"shapes are left out: {error.what}"),)
     idle = _idle_biases(model, inputs) if calls is not None and calls.biased_into_norm else []
     found = summarize(model, inputs, idle_biases=idle, calls=calls)
     return dataclasses.replace(found, notes=(*notes, *found.notes))
+
+
+def _tried(model: nn.Module, given: Inputs, tried: list[tuple[Inputs, Calls]]) -> tuple[Inputs, Calls]:
+    """One more run; `ObserveError`, with the module that failed, for one that does not end well."""
+    calls = observe_calls(model, given)
+    tried.append((given, calls))
+    if calls.failure:
+        raise ObserveError(
+            f"the model does not run on {given.shapes()}: {calls.failure}", where=calls.failed_in
+        )
+    return given, calls
 
 
 def _idle_biases(model: nn.Module, inputs: Inputs | None) -> list[str]:

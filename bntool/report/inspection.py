@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
+from bntool.core.showing import Column, Table, count, counted, size
 from bntool.core.text import Lines, as_lines
+from bntool.files.grouping import Group
 from bntool.files.inspecting import Inspection
-from bntool.report.tables import Column, Table, count, render, size, wrapped
+from bntool.report.tables import render, wrapped
 
 _COLUMNS = (
     Column("Tensor", flexible=True),
@@ -16,6 +18,7 @@ _COLUMNS = (
     Column("Bytes", number=True),
 )
 _SHOWN = 60
+_LEAST = 6
 _STANDING = {
     "unknown": "not known here: --allow",
     "other": "no layer and no enum: no flag but --trust-pickle lets it in",
@@ -44,18 +47,46 @@ def _lines(inspection: Inspection, quiet: bool, verbose: bool) -> Iterator[str]:
             yield f"class {name}  [{_STANDING[how]}]"
     if found.tensors:
         yield f"tensors: {count(len(found.tensors))}, {size(inspection.tensor_bytes)}"
-    if found.tensors and not quiet:
-        shown = found.tensors if verbose else found.tensors[:_SHOWN]
-        rows = [[t.name, t.dtype, "x".join(map(str, t.shape)) or "-", count(t.nbytes)] for t in shown]
+    groups = inspection.groups
+    if len(groups) > 1:
         yield ""
-        yield render(Table(_COLUMNS, rows))
-        if len(shown) < len(found.tensors):
-            yield f"... and {count(len(found.tensors) - len(shown))} more (-v lists all)"
+        yield render(_table_of(groups))
+    if found.tensors and not quiet:
+        most = len(found.tensors) if verbose else max(_SHOWN // len(groups), _LEAST)
+        for group in groups:
+            yield ""
+            yield from _tensors(group, most, named=len(groups) > 1)
+    if found.tensors:
         yield ""
     for why in found.suspicious:
         yield wrapped(f"suspicious: it {why}")
     if not found.suspicious and inspection.error is None:
         yield "suspicious: nothing"
+
+
+def _table_of(groups: Sequence[Group]) -> Table:
+    """The groups with their subtotals."""
+    columns = (
+        Column("Group", flexible=True),
+        Column("What"),
+        Column("Tensors", number=True),
+        Column("Bytes", number=True),
+    )
+    rows = [
+        [g.name, g.what + (f", as {g.of}" if g.of else ""), count(len(g.tensors)), count(g.nbytes)]
+        for g in groups
+    ]
+    whole = (sum(len(g.tensors) for g in groups), sum(g.nbytes for g in groups))
+    return Table(columns, rows, footer=["total", "", *map(count, whole)])
+
+
+def _tensors(group: Group, most: int, *, named: bool) -> Iterator[str]:
+    shown = group.tensors[:most]
+    rows = [[t.name, t.dtype, "x".join(map(str, t.shape)) or "-", count(t.nbytes)] for t in shown]
+    footer = [counted(len(group.tensors), "tensor"), "", "", count(group.nbytes)] if named else ()
+    yield render(Table(_COLUMNS, rows, group.name if named else "", footer))
+    if len(shown) < len(group.tensors):
+        yield f"... and {count(len(group.tensors) - len(shown))} more (-v lists all)"
 
 
 def _fact(value: Any, verbose: bool) -> str:

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from bntool.core.latencies import Benchmark, Latency
-from bntool.core.text import Lines, as_lines
-from bntool.report.tables import Column, Table, count, render, size, wrapped
+from bntool.core.showing import Column, Said, Table, count, size
+from bntool.core.text import Lines
+from bntool.report.tables import text_of
 
 
-def latency_text(found: Benchmark) -> Lines:
-    """Costs, latencies, and what may be said of them, in 80 columns."""
-    costs = render(
-        Table(
-            (Column("Model", flexible=True), Column("Parameters", number=True), Column("FLOPs", number=True)),
-            [[c.name, count(c.parameters), "-" if c.flops is None else count(c.flops)] for c in found.costs],
-        )
+def latency_text(found: Benchmark, width: int | None = None) -> Lines:
+    """Costs, latencies, and what may be said of them; names give way in a narrow window alone."""
+    costs = Table(
+        (Column("Model", flexible=True), Column("Parameters", number=True), Column("FLOPs", number=True)),
+        [[c.name, count(c.parameters), "-" if c.flops is None else count(c.flops)] for c in found.costs],
     )
     columns = (
         Column("Model", flexible=True),
@@ -24,14 +23,14 @@ def latency_text(found: Benchmark) -> Lines:
         Column("Samples/s", number=True),
         Column("Memory", number=True),
     )
-    table = render(Table(columns, [_cells(row) for row in found.rows]))
+    table = Table(columns, [_cells(row) for row in found.rows])
     verdicts = [versus.verdict for versus in found.versus]
     special = dict.fromkeys(f"{row.name}: {row.note}" for row in found.rows if row.note)
     rounds = min(len(row.seconds) for row in found.rows)
     threads = "1 thread" if found.threads == 1 else f"{found.threads} threads"
     how = f"{rounds} rounds in turn, {threads}, TF32 {'on' if found.tf32 else 'off'}"
-    told = [wrapped(line) for line in (*verdicts, *special, *found.notes, how)]
-    return as_lines(costs, "", table, "", *told)
+    told = [Said(line) for line in (*verdicts, *special, *found.notes, how)]
+    return text_of([costs, "", table, "", *told], width)
 
 
 def _cells(row: Latency) -> list[str]:

@@ -143,19 +143,19 @@ class _Shown:
     key: Callable[[Layer], Any]
 
 
-def _figures(title: str, figure: Callable[[Layer], int | None]) -> _Shown:
+def _figures(title: str, figure: Callable[[Layer], int | None], spare: int = 1) -> _Shown:
     def cell(row: Layer, _: Layer) -> str:
         found = figure(row)
         return "" if found is None or (row.container and not found) else count(found)
 
-    return _Shown(Column(title, number=True), cell, lambda row: figure(row) or 0)
+    return _Shown(Column(title, number=True, spare=spare), cell, lambda row: figure(row) or 0)
 
 
 def _shapes(title: str, shape: Callable[[Layer], Size | None], more: Callable[[Layer], int]) -> _Shown:
     def cell(row: Layer, _: Layer) -> str:
         return shape_text(shape(row)) + (f" +{more(row)}" if more(row) else "")
 
-    return _Shown(Column(title), cell, lambda row: math.prod(shape(row) or (0,)))
+    return _Shown(Column(title, spare=3), cell, lambda row: math.prod(shape(row) or (0,)))
 
 
 def _percent(row: Layer, whole: Layer) -> str:
@@ -165,13 +165,13 @@ def _percent(row: Layer, whole: Layer) -> str:
 
 _COLUMNS = {
     "type": _Shown(Column("Layer", flexible=True), lambda row, _: row.label, lambda row: row.type),
-    "name": _Shown(Column("Name", flexible=True), lambda row, _: row.name, lambda row: row.name),
+    "name": _Shown(Column("Name", flexible=True, spare=2), lambda row, _: row.name, lambda row: row.name),
     "input": _shapes("Input", lambda row: row.input_shape, lambda row: row.more_inputs),
     "output": _shapes("Output", lambda row: row.output_shape, lambda row: row.more_outputs),
     "kernel": _shapes("Kernel", lambda row: row.kernel, lambda _: 0),
-    "params": _figures("Params", lambda row: row.counts.parameters),
-    "percent": _Shown(Column("Params %", number=True), _percent, lambda row: row.counts.parameters),
-    "trainable": _figures("Trainable", lambda row: row.counts.trainable),
+    "params": _figures("Params", lambda row: row.counts.parameters, spare=0),
+    "percent": _Shown(Column("Params %", number=True, spare=1), _percent, lambda row: row.counts.parameters),
+    "trainable": _figures("Trainable", lambda row: row.counts.trainable, spare=0),
     "frozen": _figures("Frozen", lambda row: row.counts.frozen),
     "buffers": _figures("Buffers", lambda row: row.counts.buffers),
     "mult-adds": _figures("Mult-adds", lambda row: row.mult_adds),

@@ -10,7 +10,7 @@ from collections import Counter
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from bntool.folding.norms import Norm, find_norms
 from bntool.graph.affine import batch_norm_affine
@@ -47,7 +47,8 @@ def layers_of(graph: Graph) -> dict[str, Any]:
             name = op.scope or (op.place if graph.rewirable else "")
             kind = module.kind.rpartition(".")[2] if is_layer and module is not None else ""
             rows.append({"name": name, "kind": kind, "ops": [], "from": []})
-            rows[-1]["parameters"] = own[op.scope] if is_layer else 0
+            # once, where it first runs, so that the rows sum to the whole; a module with layers inside too
+            rows[-1]["parameters"] = own.pop(op.scope, 0)
             rows[-1]["op"] = not op.scope or (module is not None and not is_layer)
             run = this
         _read(graph, op, rows, maker)
@@ -90,11 +91,15 @@ def _read(graph: Graph, op: Op, rows: list[dict[str, Any]], maker: dict[int, int
 
 
 def _own_numbers(graph: Graph) -> Counter[str]:
-    """By module, the elements of the tensors that stand right in it; running statistics do not count."""
+    """By module, the elements of the parameters that stand right in it.
+
+    Where nothing says what is one, of all tensors but running statistics.
+    """
     numbers: Counter[str] = Counter()
+    told = any(isinstance(tensor, nn.Parameter) for tensor in graph.tensors.values())
     for handle, tensor in graph.tensors.items():
         scope, _, local = handle.rpartition(".")
-        if local not in _STATISTICS:
+        if isinstance(tensor, nn.Parameter) if told else local not in _STATISTICS:
             numbers[scope] += tensor.numel()
     return numbers
 

@@ -88,6 +88,7 @@ def render(table: Table, width: int | None = None) -> Lines:
     )
     room = Room.of(width)
     table = _without_zeros(table, room.width)
+    table, left_out = _without_spares(table, room)
     widths, gap = _fit(table, room)
     drawn = RichTable(box=_RULED, show_edge=False, pad_edge=False, padding=(0, gap - 1, 0, 0))
     drawn.show_footer = bool(table.footer)
@@ -103,7 +104,8 @@ def render(table: Table, width: int | None = None) -> Lines:
     for row in table.rows:
         drawn.add_row(*map(Text, map(shorten, row, widths, heads)))
     body = _plain(drawn, sum(widths) + gap * len(widths))
-    return as_lines(table.title, body) if table.title else body
+    told = [wrapped(f"no room for: {', '.join(left_out)}", width)] if left_out else []
+    return as_lines(*([table.title] if table.title else []), body, *told)
 
 
 def wrapped(text: str, width: int | None = None, indent: str = "  ") -> Lines:
@@ -167,6 +169,22 @@ def _without_zeros(table: Table, width: int | None) -> Table:
     while zeros and width is not None and sum(_widths(table)) + 2 * (len(table.columns) - 1) > width:
         table = table.without([zeros.pop()])
     return table
+
+
+def _without_spares(table: Table, room: Room) -> tuple[Table, list[str]]:
+    """In a window in which not even shortened names fit, the table less columns that it can spare."""
+    left_out: list[str] = []
+    while room.cut and room.width is not None:
+        least = [
+            min(w, _NARROWEST) if c.flexible else w
+            for w, c in zip(_widths(table), table.columns, strict=True)
+        ]
+        spare = max(range(len(least)), key=lambda i: (table.columns[i].spare, i))
+        if sum(least) + len(least) - 1 <= room.width or not table.columns[spare].spare:
+            break
+        left_out.insert(0, table.columns[spare].title)
+        table = table.without([spare])
+    return table, left_out
 
 
 def _is_zero(table: Table, column: int) -> bool:

@@ -28,7 +28,6 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.parameter import is_lazy
 
-from bntool.core.errors import ObserveError
 from bntool.graph.inputs import Inputs, named_tensors
 from bntool.observe.isolation import Isolation, fresh
 
@@ -109,16 +108,6 @@ def _is_torchinfos(error: Exception) -> bool:
     for frame, _ in traceback.walk_tb(error.__traceback__):
         last = frame.f_globals.get("__name__", "")
     return str(last).startswith("torchinfo")
-
-
-def require_calls(model: nn.Module, inputs: Inputs) -> Calls:
-    """The same; `ObserveError`, with the module that failed, for a forward pass that does not end well."""
-    calls = observe_calls(model, inputs)
-    if calls.failure:
-        raise ObserveError(
-            f"the model does not run on {inputs.shapes()}: {calls.failure}", where=calls.failed_in
-        )
-    return calls
 
 
 class _Walk(nn.Module):

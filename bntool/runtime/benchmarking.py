@@ -51,11 +51,11 @@ def benchmark(
     """Latency of every candidate at every batch size, each compared with the first unless `pairs` says which.
 
     `inputs_of` makes the inputs of a batch size, or None where there are none. `rounds` samples are taken of
-    each, fewer (never under 7) where a batch size takes longer than `seconds`. Torch runs eager, ONNX files
+    each, fewer (never under 11) where a batch size takes longer than `seconds`. Torch runs eager, ONNX files
     in ONNX Runtime with as many threads, on `onnx_device` where that is another than torch's. `tf32` lets
     both of them use TF32 on CUDA. A batch size that a candidate does not take is left out and noted.
 
-    Raises `UsageError` for no batch size that all take, or fewer than 7 rounds, and `DeviceError` where
+    Raises `UsageError` for no batch size that all take, or fewer than 11 rounds, and `DeviceError` where
     the device is not honoured.
     """
     if rounds < LEAST_ROUNDS:

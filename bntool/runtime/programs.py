@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
+from bntool.graph.drawing import Draw
 from bntool.graph.inputs import Inputs, map_tensors
 from bntool.observe.program_sizes import Sizes
 
@@ -22,7 +23,7 @@ def example_inputs_of(program: ExportedProgram, seed: int = 0) -> Inputs:
 
 def drawn_inputs(program: ExportedProgram, which: int, seed: int = 0) -> Inputs:
     """Seeded inputs of the shapes that a program declares, under one of the two sets of open sizes."""
-    generator = torch.Generator().manual_seed(seed)
+    draw = Draw(seed)
     sizes = Sizes(program, which)
     user_inputs = {str(name) for name in program.graph_signature.user_inputs}
     drawn: list[Any] = []
@@ -32,10 +33,8 @@ def drawn_inputs(program: ExportedProgram, which: int, seed: int = 0) -> Inputs:
             continue
         if not isinstance(value, Tensor):
             drawn.append(sizes.number(value))
-        elif value.is_floating_point():
-            drawn.append(torch.randn(sizes.shape(value), generator=generator).to(value.dtype))
         else:
-            drawn.append(torch.randint(0, 2, sizes.shape(value), generator=generator).to(value.dtype))
+            drawn.append(draw.numbers(sizes.shape(value), value.dtype))
     spec = program.call_spec.in_spec
     if spec is None:
         return Inputs(tuple(drawn))

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from bntool.core.errors import CheckFailed, DeviceError
 from bntool.graph.inputs import Inputs, outputs_of
 from bntool.observe.isolation import SEED, Isolation, fresh, same_random_numbers
+from bntool.observe.modules import modules_of
 from bntool.observe.standing_in import cast, own_copy
 
 
@@ -201,6 +202,6 @@ def _placed(model: nn.Module, device: torch.device, dtype: torch.dtype | None) -
 
 
 def _tensors(model: nn.Module) -> Iterator[Tensor]:
-    for module in model.modules():
+    for module in modules_of(model):
         for slots in (module._parameters, module._buffers):
             yield from (tensor for tensor in slots.values() if tensor is not None)

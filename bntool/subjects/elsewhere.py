@@ -82,8 +82,12 @@ class Elsewhere:
             yield inputs
 
     def graphs(self) -> list[Graph]:
-        """Of one observation on another size, and of a longer input where the model goes by size."""
-        return [one.graph for one in (self.seen.small, self.seen.long) if one is not None]
+        """Of an observation on another size, and of a longer input where the model goes by size."""
+        small, long = self.seen.small, self.seen.long
+        found = [small, long]
+        if small is not None and sides_of(small.inputs) == sides_of(self._observation.inputs):
+            found.append(self._first_taken(besides(small.inputs)))
+        return [one.graph for one in found if one is not None]
 
     def _smallest(self) -> Observation | None:
         """On the smallest input on which the model takes the same path."""
@@ -110,6 +114,11 @@ class Elsewhere:
         except ObserveError:
             self.untaken.append(inputs.shapes())
             return None
+
+
+def sides_of(inputs: Inputs) -> list[tuple[int, ...]]:
+    """All sizes but the number of samples."""
+    return [tuple(tensor.shape[1:]) for tensor in inputs.tensors().values()]
 
 
 def covers(seen: Graph, own: Graph) -> bool:

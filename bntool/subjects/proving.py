@@ -15,14 +15,13 @@ from bntool.export.dynamic_axes import resized
 from bntool.observe.eager import Observation
 from bntool.observe.standing_in import set_modes
 from bntool.subjects.base import Checking
-from bntool.subjects.elsewhere import Elsewhere
+from bntool.subjects.elsewhere import Elsewhere, sides_of
 from bntool.surgery.fold_modules import Numbers, apply_exactly, apply_fold
 from bntool.verifying.checking import check_surgery, seeded_batches
 from bntool.verifying.float64 import Unrounded
 from bntool.verifying.reference import Reference
 
 if TYPE_CHECKING:
-    from bntool.graph.inputs import Inputs
     from bntool.subjects.module import ModuleSubject
 
 
@@ -90,8 +89,8 @@ class ModuleProof:
         elsewhere = self.elsewhere
         if elsewhere is None and self.reference.exact is None:
             return "not proved on other sizes, since the model does not run in float64"
-        own = _sides(self._observation.inputs)
-        if elsewhere is not None and any(_sides(inputs) != own for inputs, _ in elsewhere.algebra):
+        own = sides_of(self._observation.inputs)
+        if elsewhere is not None and any(sides_of(inputs) != own for inputs, _ in elsewhere.algebra):
             return ""
         untaken = self._elsewhere.untaken
         why = f"takes none of {'; '.join(untaken)}" if untaken else "says that it takes one size alone"
@@ -138,10 +137,6 @@ class ModuleProof:
             changed_parts=_changed_parts(self._model, plan),
             **how,
         )
-
-
-def _sides(inputs: Inputs) -> list[tuple[int, ...]]:
-    return [tuple(tensor.shape[1:]) for tensor in inputs.tensors().values()]
 
 
 def _own_runs(seen: Sequence[Observation]) -> list[dict[str, Tensor]] | None:

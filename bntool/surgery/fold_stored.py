@@ -19,10 +19,11 @@ from bntool.core.plan import Plan
 from bntool.core.schema import Damaged
 from bntool.core.sites import Branch, Edit, FoldSite, Merge
 from bntool.files.atomic import sha256_of
+from bntool.files.drafting import Drafts
 from bntool.files.safetensors_files import Entry, layout, write_safetensors
 from bntool.files.shards import write_shards
 from bntool.files.stored import Described, Stored
-from bntool.files.targets import Drafts, Target
+from bntool.files.targets import Target
 from bntool.graph.affine import batch_norm_affine, evaluate, is_finite
 from bntool.surgery.editing import Edits, Role, Slot, StoredNorm
 from bntool.surgery.judging import EditJudge, Held, at

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from torch import nn
@@ -12,7 +12,7 @@ from torch import nn
 from bntool.core.errors import BntoolError, CheckFailed
 from bntool.core.verdicts import Check
 from bntool.runtime.libraries import first_line
-from bntool.verifying.comparing import Limit, Outputs, compare
+from bntool.verifying.comparing import Limit, Outputs, compare, difference
 from bntool.verifying.float64 import Unrounded, run_float64
 from bntool.verifying.reference import Progress, Reference
 
@@ -78,6 +78,23 @@ def _judged(
     if not row.passed and not reference.narrowed and reference.exact_limits:
         row = judged(reference.exact_limits, detail="held to the model's own rounding in float64")
     return row
+
+
+def left_to_algebra(
+    expected: Sequence[Outputs], got: Sequence[Outputs], limits: Mapping[str, Limit]
+) -> dict[str, str]:
+    """Outputs that are there but out of a limit that the model's own rounding makes meaningless, and why."""
+    return {
+        name: limit.undecidable
+        for name, limit in limits.items()
+        if limit.undecidable
+        and all(name in outputs for outputs in got)
+        and any(
+            not difference(ref[name], out[name]).relative <= limit.limit
+            for ref, out in zip(expected, got, strict=True)
+            if name in ref
+        )
+    }
 
 
 def without(runs: Sequence[Outputs], parts: Collection[str]) -> list[Outputs]:

@@ -22,12 +22,11 @@ from bntool.runtime.naming import on_nvidia
 from bntool.runtime.onnx_outputs import OutputTraits
 from bntool.runtime.ort_runner import OrtRunner
 from bntool.runtime.torch_runner import TorchRunner
-from bntool.verifying.algebra import check_algebra, does_not_run, without
+from bntool.verifying.algebra import check_algebra, does_not_run, left_to_algebra, without
 from bntool.verifying.comparing import Limit, Outputs, compare, difference
 from bntool.verifying.float64 import Unrounded
 from bntool.verifying.reference import Progress, Reference
-
-_TF32_LEAST = (8, 0)  # Ampere
+from bntool.verifying.tf32 import no_tf32
 
 
 def check_surgery(
@@ -78,7 +77,7 @@ def check_surgery(
 
     def judged(limits: Mapping[str, Limit]) -> list[Check]:
         limits = {name: limit for name, limit in limits.items() if name.partition(".")[0] not in changed}
-        unsure = _left_to_algebra(expected, got, limits) if algebra is not None else {}
+        unsure = left_to_algebra(expected, got, limits) if algebra is not None else {}
         if algebra is not None and unsure.keys() >= limits.keys():
             reasons = "; ".join(f"{name}: {why}" for name, why in unsure.items())
             return [dataclasses.replace(algebra, detail="; ".join(filter(None, (algebra.detail, reasons))))]
@@ -179,33 +178,6 @@ def check_onnx(
     return [*checks, dataclasses.replace(row, precision=TF32)]
 
 
-def check_tf32(candidate: nn.Module, reference: Reference, *, device: str) -> Check:
-    """A torch model on CUDA with TF32 on, judged by what TF32 itself does to the reference."""
-    coarse = reference.in_arithmetic(casting.TF32)
-    runner = TorchRunner(candidate, device, tf32=True)
-    row = compare(
-        coarse.outputs,
-        [runner.run(inputs) for inputs in coarse.inputs],
-        coarse.limits,
-        stage="verify",
-        device=runner.device,
-        provider=runner.provider,
-        detail=coarse.detail,
-    )
-    return dataclasses.replace(row, precision=TF32)
-
-
-def no_tf32(provider: str, eps: float) -> str:
-    """Why a run on this provider has no TF32, of numbers that are `eps` apart; empty where it has."""
-    if eps != torch.finfo(torch.float32).eps:
-        return "no TF32 row: TF32 is about float32 numbers, and the model has others"
-    if not on_nvidia(provider) and not provider.startswith("cuda"):
-        return f"no TF32 row: TF32 needs an NVIDIA GPU, and this ran on {provider}"
-    if torch.cuda.is_available() and torch.cuda.get_device_capability() < _TF32_LEAST:
-        return "no TF32 row: this GPU is older than Ampere, and has no TF32"
-    return ""
-
-
 def _check_file(
     runner: OrtRunner,
     reference: Reference,
@@ -262,23 +234,6 @@ def seeded_batches(example: Inputs, batches: Sequence[int] = (1, 2, 3), seed: in
     if not nested:
         return [example.rebatched(batch, seed + batch) for batch in batches]
     return [example.map(_redraw(torch.Generator().manual_seed(seed + batch))) for batch in batches]
-
-
-def _left_to_algebra(
-    expected: Sequence[Outputs], got: Sequence[Outputs], limits: Mapping[str, Limit]
-) -> dict[str, str]:
-    """Outputs that are there but out of a limit that the model's own rounding makes meaningless, and why."""
-    return {
-        name: limit.undecidable
-        for name, limit in limits.items()
-        if limit.undecidable
-        and all(name in outputs for outputs in got)
-        and any(
-            not difference(ref[name], out[name]).relative <= limit.limit
-            for ref, out in zip(expected, got, strict=True)
-            if name in ref
-        )
-    }
 
 
 def _run_all(runner: TorchRunner, inputs_list: Sequence[Inputs], stage: str) -> list[dict[str, Tensor]]:

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bntool.graph.inputs import Inputs
+from bntool.observe.modules import modules_of
 from bntool.runtime.torch_runner import TorchRunner
 
 _MOST_AT_ONCE = 1 << 20
@@ -84,7 +85,8 @@ def _widened(numbers: Numbers) -> Iterator[None]:
 
 def _is_widened_as_it_runs(model: nn.Module) -> bool:
     """Whether the model holds plain real numbers on the CPU, some of them narrower than float64."""
-    tensors = [*model.parameters(), *model.buffers()]
+    slots = [slots for module in modules_of(model) for slots in (module._parameters, module._buffers)]
+    tensors = [tensor for each in slots for tensor in each.values() if tensor is not None]
     plain = all(t.device.type == "cpu" and not t.is_complex() and not t.is_quantized for t in tensors)
     return plain and any(_is_narrow(t) for t in tensors)
 
@@ -118,7 +120,7 @@ class _Widened(TorchDispatchMode):
         views, written, kind = _traits(func)
         if written and any(_is_narrow(leaf) for leaf in _written(func, written, args, kwargs)):
             raise _Narrows
-        with torch._C._DisableTorchDispatch():  # type: ignore[attr-defined]  # what is done here concerns no other mode
+        with torch._C._DisableTorchDispatch():  # what is done here concerns no other mode
             if self._numbers:
                 args = [self._unrounded(arg) for arg in args]
             if not views or written:

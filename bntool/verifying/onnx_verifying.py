@@ -19,10 +19,11 @@ from bntool.runtime.ort_runner import OrtRunner
 from bntool.runtime.providers import why_no_cuda
 from bntool.runtime.surviving import require_survival
 from bntool.verifying.blaming import where_it_ran
-from bntool.verifying.checking import named_as, no_tf32, repeated
+from bntool.verifying.checking import named_as, repeated
 from bntool.verifying.comparing import Limit, compare, silent_outputs
 from bntool.verifying.onnx_checking import file_limits, rounded_runs
 from bntool.verifying.onnx_cutting import OnnxGraph, node_that
+from bntool.verifying.tf32 import no_tf32
 
 LEVELS: Mapping[str, bool | str] = {"basic": "basic", "extended": "extended", "all": True}
 """ONNX Runtime's optimisation levels by the names of its documentation; the stage of a check of one file."""

@@ -60,8 +60,14 @@ class Reference:
         self.notes: list[str] = []
         self.narrowed: set[torch.dtype] = set()
         self._with_parts = parts
-        self.layers = sum(1 for module in model.modules() if not any(module.children()))
-        self.eps = _coarsest_eps(model) if arithmetic is None else arithmetic.eps
+
+    @functools.cached_property
+    def layers(self) -> int:
+        return sum(1 for module in self._model.modules() if not any(module._modules.values()))
+
+    @functools.cached_property
+    def eps(self) -> float:
+        return _coarsest_eps(self._model) if self._arithmetic is None else self._arithmetic.eps
 
     @property
     def parts(self) -> bool:

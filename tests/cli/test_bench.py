@@ -6,7 +6,7 @@ import torch
 from tests.cli import nets
 from tests.cli.conftest import Shell
 
-SHORT = ("--rounds", "7", "--batch-sizes", "1,2")
+SHORT = ("--rounds", "11", "--batch-sizes", "1,2")
 
 
 def test_a_fold_is_timed_before_and_after(bntool: Shell) -> None:
@@ -45,7 +45,7 @@ def test_bench_takes_an_exported_program(bntool: Shell) -> None:
     program = torch.export.export(model, (torch.randn(2, 3, 12, 12),))
     torch.export.save(program, "model.pt2")
     nets.save(model, "model.pt")
-    said = bntool("bench", "model.pt2", "model.pt", "--rounds", "7", "--batch-sizes", "1,2", "--json")
+    said = bntool("bench", "model.pt2", "model.pt", "--rounds", "11", "--batch-sizes", "1,2", "--json")
     assert said.code == 0, said
     assert [row["batch"] for row in said.document["latency"]["rows"]] == [2, 2]
     assert "batch 1 is left out" in said.document["latency"]["notes"][0]

@@ -59,7 +59,7 @@ def _failing(*_: object, **__: object) -> None:
 @pytest.mark.parametrize(
     ("where", "fails", "code"),
     [
-        ("bntool.files.targets.place", _full, 2),
+        ("bntool.files.drafting.place", _full, 2),
         ("bntool.cli.writing.draft_result", _stopped, 130),
         ("bntool.cli.writing.draft_result", _failing, 1),
     ],

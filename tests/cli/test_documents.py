@@ -33,7 +33,7 @@ OUTCOMES = {
     "inspect": ("done", ("inspect", "{}")),
     "calibrate": ("done", ("calibrate", "{}", "--data", "x.npy", "--force")),
     "verify": ("done", ("verify", "{}", "same {}")),
-    "bench": ("done", ("bench", "{}", "{}", "--rounds", "7", "--batch-sizes", "2")),
+    "bench": ("done", ("bench", "{}", "{}", "--rounds", "11", "--batch-sizes", "2")),
     "missing": ("done", ("fold", "no such file.pt")),
 }
 MODELS = {

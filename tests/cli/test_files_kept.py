@@ -261,7 +261,7 @@ def test_a_later_file_that_cannot_be_placed_takes_the_earlier_back(
                 raise OSError(5, "Input/output error")
             return place(draft, path, replace=replace)
 
-        monkeypatch.setattr("bntool.files.targets.place", failing)
+        monkeypatch.setattr("bntool.files.drafting.place", failing)
         line = ("fold", "norm.pt", *nets.INPUT, "-o", "o.pt", "--export", "onnx", "--exclude", "4", "--force")
         said = bntool(*line)
         assert said.code == 2, said

@@ -264,3 +264,36 @@ def test_deep_cyclic_and_endless_pickles_take_no_time(bntool: Shell, structure: 
     assert bntool("inspect", "net.pt").code in (0, 3)
     assert bntool("summary", "net.pt").code == 3
     assert time.monotonic() - before < 20
+
+
+def test_what_belongs_together_has_a_subtotal(bntool: Shell) -> None:
+    model = nets.normalised()
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.randn(2, 3, 12, 12)).sum().backward()
+    optimizer.step()
+    state = model.state_dict()
+    averaged = torch.optim.swa_utils.AveragedModel(model).state_dict()
+    torch.save({"epoch": 1, "net": state, "ema": averaged, "optimizer": optimizer.state_dict()}, "c.pt")
+    said = bntool("inspect", "c.pt", "--json").document
+    found = {g["name"]: (g["what"], g["tensors"], g["copy_of"]) for g in said["groups"]}
+    parameters = len(list(model.parameters()))
+    assert found == {
+        "net": ("weights", len(state), ""),
+        "ema": ("averaged weights", len(averaged), "net"),
+        **{
+            f"optimizer.state.*.{name}": ("optimizer state", parameters, "")
+            for name in ("step", "exp_avg", "exp_avg_sq")
+        },
+    }
+    assert sum(g["bytes"] for g in said["groups"]) == said["tensor_bytes"]
+    out = bntool("inspect", "c.pt", "-q").out
+    assert "averaged weights, as net" in out
+    # a file of weights is one group, whatever its layers are called
+    torch.save({"stem.weight": torch.zeros(3), "head.weight": torch.zeros(3)}, "w.pt")
+    assert len(bntool("inspect", "w.pt", "--json").document["groups"]) == 1
+
+
+def test_two_weights_of_equal_names_are_no_groups_of_one_layer(bntool: Shell) -> None:
+    """Layers of a Sequential repeat their names, and are no copies of a model."""
+    nets.save(nets.plain().state_dict(), "w.pt")
+    assert len(bntool("inspect", "w.pt", "--json").document["groups"]) == 1

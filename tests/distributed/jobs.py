@@ -16,7 +16,7 @@ from bntool.experiment import training
 from bntool.experiment.checkpoints import Progress
 from bntool.experiment.samples import Data
 from bntool.experiment.settings import Settings
-from bntool.experiment.training import train
+from bntool.experiment.training import Trial, train
 from bntool.experiment.watching import Places, Watcher
 from bntool.runtime.world import World
 from tests.experiment.nets import classifier, thirds
@@ -136,10 +136,7 @@ def trained(
         model,
         data or thirds(95),
         settings,
-        lr=0.05,
-        seed=7,
-        watcher=Watcher(model, Places((), {}), 3),
-        checkpoint=folder / "run.pt",
+        Trial(0.05, 7, Watcher(model, Places((), {}), 3), folder / "run.pt"),
         world=World.current(),
         tell=tell,
     )

@@ -48,7 +48,8 @@ def test_the_schedules() -> None:
 
 def test_how_often_a_run_is_looked_into() -> None:
     assert Settings(epochs=1).watched_steps(4690) == 46
-    assert Settings(epochs=1).watched_steps(20) == 10
+    assert Settings(epochs=1).watched_steps(20) == 2
+    assert [Settings(epochs=1).watched_steps(n) for n in (1, 9, 10, 100, 999, 1100)] == [1, 1, 1, 10, 10, 11]
     assert Settings(epochs=1, watch_every=3).watched_steps(4690) == 3
     assert Settings(epochs=1, watch_every=0).watched_steps(4690) == 0
 

@@ -17,10 +17,11 @@ from torch.nn import functional as F
 from bntool.core.errors import LoadError, UsageError
 from bntool.experiment import training
 from bntool.experiment.checkpoints import Progress
+from bntool.experiment.failing import where_it_began
 from bntool.experiment.randomness import random_state, random_state_kept, seed_everything
 from bntool.experiment.samples import Data, Streamed
 from bntool.experiment.settings import Settings, seed_for
-from bntool.experiment.training import batch_bounds, train, where_it_began
+from bntool.experiment.training import Trial, batch_bounds, train
 from bntool.experiment.watching import Places, Watcher
 from bntool.runtime.world import World
 from tests.experiment.nets import classifier, thirds
@@ -42,10 +43,12 @@ def run(
         model,
         thirds() if data is None else data,
         settings,
-        lr=lr,
-        seed=7,
-        watcher=Watcher(model, Places((), {"0": "0.weight"}), settings.watched_steps(10)),
-        checkpoint=folder / "run.pt",
+        Trial(
+            lr,
+            7,
+            Watcher(model, Places((), {"0": "0.weight"}), settings.watched_steps(10)),
+            folder / "run.pt",
+        ),
         world=World(),
         tell=tell,
     )

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from bntool.pages import charts
+from bntool.pages import drawing
 from bntool.pages.page import html_page
 from bntool.pages.reading import as_document
 from tests.pages import documents
@@ -121,7 +121,7 @@ def test_names_are_shown_and_not_run(opened: Opener) -> None:
 
 def test_a_search_finds_and_gives_back(opened: Opener) -> None:
     page = opened(documents.large(90)).page
-    page.get_by_role("button", name="Fold all", exact=True).click()
+    page.get_by_role("button", name="Collapse all", exact=True).click()
     assert page.locator(".leaf:visible").count() == 0
     page.get_by_role("searchbox").fill("layer41")
     assert page.locator(".leaf:visible").count() == 2
@@ -164,7 +164,7 @@ def test_a_link_to_a_layer_opens_what_hides_it(opened: Opener) -> None:
     page = opened(documents.fold()).page
     link = page.locator('[data-side="before"] .reads a', has_text="block.bn2")
     link.click()
-    page.get_by_role("button", name="Fold all", exact=True).click()
+    page.get_by_role("button", name="Collapse all", exact=True).click()
     page.evaluate("location.hash = '#c1-before-2'")
     page.wait_for_function("document.querySelector('#c1-before-2').checkVisibility()")
 
@@ -204,7 +204,7 @@ def test_the_theme_follows_the_system_and_the_button(opened: Opener) -> None:
     assert page.evaluate(ground) == "rgb(15, 19, 24)"
     label = page.locator("#c1-checks .vega svg text").first
     dark = label.get_attribute("fill")
-    page.get_by_role("button", name="Dark").click()
+    page.get_by_role("button", name="Light theme").click()
     assert page.evaluate(ground) == "rgb(255, 255, 255)"
     page.wait_for_function(
         "dark => document.querySelector('#c1-checks .vega svg text').getAttribute('fill') !== dark", arg=dark
@@ -278,7 +278,7 @@ def _inks(pdf: bytes) -> set[str]:
 
 
 def test_what_was_drawn_in_the_dark_prints_in_the_light_and_is_dark_again_afterwards(opened: Opener) -> None:
-    light, dark = (set(charts.theme(dark=d)["range"]["category"][:2]) for d in (False, True))
+    light, dark = (set(drawing.theme(dark=d)["range"]["category"][:2]) for d in (False, True))
     page = opened(documents.fold(), theme="dark").page
     drawn = page.locator(".vega svg [fill]").evaluate_all("all => all.map(e => e.getAttribute('fill'))")
     assert dark <= set(drawn)

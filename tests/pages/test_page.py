@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from bntool.pages import charts, trees
 from bntool.pages.chapters import chapters_of
 from bntool.pages.markdown import markdown
 from bntool.pages.page import html_page
@@ -184,3 +185,32 @@ def test_markdown_for_a_pull_request() -> None:
     assert "| trainable | 176 | 160 | -16 |" in text
     assert "| block.bn2 | kept | a sigmoid is in the way |" in text
     assert "| fold | passed | torch, cpu | 2.00e-07 | 1.00e-07 | 1.00e-06 |" in text
+
+
+def side(**parameters: int) -> dict[str, Any]:
+    rows = [documents.layer(name, "Conv2d", [], number) for name, number in parameters.items()]
+    return {"class": "Net", "layers": rows, "modules": {}, "left_out": 0}
+
+
+def test_the_changes_of_many_layers_sum_to_that_of_the_whole() -> None:
+    before = side(**{f"l{i}": 10 + i for i in range(106)})
+    after = side(**{f"l{i}": 0 for i in range(106)})
+    spec = charts.delta_by_layer(before, after, {})
+    assert spec is not None
+    values = spec["data"]["values"]
+    assert values[-1]["what"] == "and 76 more"
+    assert sum(row["change"] for row in values) == -sum(10 + i for i in range(106))
+
+
+def test_a_layer_that_runs_twice_is_one_layer() -> None:
+    data = side(conv=8)
+    data["layers"] += [{**documents.layer("conv", "Conv2d", [0]), "parameters": 0}]
+    data["layers"] += [{**documents.layer("", "add", [1]), "op": True}]
+    assert trees.grown("model", data, {}).layers == 1
+
+
+def test_random_weights_are_said_before_any_figure() -> None:
+    data = {**documents.fold(), "notes": ["random weights (seed 0)"]}
+    page = html_page([as_document(data, "x.json")])
+    assert page.index("The weights are random") < page.index('class="tiles"')
+    assert "The weights are random" not in html_page([as_document(documents.fold(), "x.json")])

@@ -1,4 +1,4 @@
-"""Write what `--help` says as a page and as a man page: `python tools/docs/make_reference.py`."""
+"""Write what `--help` says: a page, a man page, and completions. `python tools/docs/make_reference.py`."""
 
 from __future__ import annotations
 
@@ -10,18 +10,21 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import click
+from click.shell_completion import get_completion_class
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from bntool import __version__  # noqa: E402
 from bntool.cli import cli  # noqa: E402
+from bntool.cli.completing import VARIABLE  # noqa: E402
 from bntool.cli.examples import EXAMPLES  # noqa: E402
 from bntool.core.documents import schema  # noqa: E402
 
 PAGE = ROOT / "docs" / "reference" / "commands.md"
 SCHEMA = ROOT / "docs" / "reference" / "schema.json"
 MANUAL = ROOT / "man" / "bntool.1"
+COMPLETIONS = ROOT / "completions"
 
 _HEAD = """# Commands
 
@@ -141,8 +144,18 @@ def _roff(text: str) -> str:
     return re.sub(r"^(?=[.'])", r"\\&", escaped, flags=re.MULTILINE)
 
 
+def completions() -> dict[Path, str]:
+    """The scripts that shells look for, where a wheel puts them: what `bntool completion` prints."""
+    scripts = {}
+    for shell, name in (("bash", "bntool"), ("zsh", "_bntool"), ("fish", "bntool.fish")):
+        script = get_completion_class(shell)
+        assert script is not None  # click knows all three
+        scripts[COMPLETIONS / shell / name] = script(cli, {}, "bntool", VARIABLE).source() + "\n"
+    return scripts
+
+
 if __name__ == "__main__":
-    texts = {PAGE: page(), MANUAL: manual(), SCHEMA: json.dumps(schema(), indent=1) + "\n"}
+    texts = {PAGE: page(), MANUAL: manual(), SCHEMA: json.dumps(schema(), indent=1) + "\n", **completions()}
     for path, text in texts.items():
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, encoding="utf-8", newline="\n")

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 import torchvision
-from bench_page import page
+from bench_page import CALLS, page, with_calls
 from bench_planning import growths
 from timm.utils import reparameterize_model
 from torch import nn
@@ -35,6 +35,12 @@ NETS = """torchvision:resnet50 torchvision:vgg16_bn torchvision:resnet18 torchvi
 timm:repvgg_a2 timm:tf_efficientnet_b3 torchvision:densenet121 torchvision:efficientnet_b0
 torchvision:mobilenet_v2 torchvision:mobilenet_v3_small torchvision:shufflenet_v2_x1_0
 timm:regnetx_002 timm:ghostnet_100 timm:levit_128s""".split()
+CALLED = """torchvision:vgg16_bn torchvision:resnet50 timm:repvgg_a2 timm:cspdarknet53 torchvision:r3d_18
+torchvision:resnet18 torchvision:densenet121 timm:levit_128s torchvision:efficientnet_b0 timm:ghostnet_100
+torchvision:mobilenet_v2 torchvision:ssdlite320_mobilenet_v3_large timm:regnetx_002
+torchvision:mobilenet_v3_small torchvision:shufflenet_v2_x1_0 timm:hrnet_w18_small""".split()
+"""Nets on which whole calls are timed: a backbone of YOLO's, one over volumes, one of detection too."""
+VOLUME = (1, 3, 16, 112, 112)
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "benchmarks.md"
 
 BARE_SCRIPT = """
@@ -104,13 +110,19 @@ def copy_of_weights(model: nn.Module) -> list[torch.Tensor]:
     return [tensor.detach().clone() for tensor in (*model.parameters(), *model.buffers())]
 
 
-def forward(model: nn.Module, image: torch.Tensor) -> None:
+def forward(model: nn.Module, image: Any) -> None:
     with torch.no_grad():
         model(image)
 
 
-def usual_input(model: nn.Module) -> torch.Tensor:
-    """One image of the size the model is made for: what its configuration records, else 3x224x224."""
+def usual_input(model: nn.Module) -> Any:
+    """One image of the size the model is made for: what its configuration records, else 3x224x224; a clip for
+    one over volumes, a list of one image for one of detection.
+    """
+    if any(isinstance(module, nn.Conv3d) for module in model.modules()):
+        return torch.randn(VOLUME)
+    if hasattr(model, "roi_heads") or hasattr(model, "anchor_generator"):
+        return [torch.randn(3, 320, 320)]
     recorded = getattr(model, "pretrained_cfg", None) or {}
     return torch.randn(1, *recorded.get("input_size", (3, 224, 224)))
 
@@ -139,6 +151,34 @@ def folds(repetitions: int) -> Iterator[dict[str, Any]]:
             "ratio": ratio(times, "fold", "forward", "copy"),
             "to_fx": ratio(times, "fold", "fx") if "fx" in times else None,
             "own_ratio": ratio(times, "own", "forward", "copy") if "own" in times else None,
+        }
+
+
+def calls(repetitions: int) -> Iterator[dict[str, Any]]:
+    """One row for each net: what a call costs, to one forward and one copy of the weights."""
+    for name in CALLED:
+        model = randomise(build(name).model)
+        image = usual_input(model)
+        given = (image,)
+        functions: dict[str, Callable[[], Any]] = {
+            "unchecked": lambda m=model, x=given: bntool.fold(m, x, check="none"),
+            "proved": lambda m=model, x=given: bntool.fold(m, x),
+            "full": lambda m=model, x=given: bntool.fold(m, x, check="full"),
+            "insert": lambda m=model, x=given: bntool.insert(m, x),
+            "summary": lambda m=model, x=given: bntool.summary(m, x),
+            "forward": lambda m=model, x=image: forward(m, x),
+            "copy": lambda m=model: copy_of_weights(m),
+        }
+        with contextlib.suppress(Exception):  # torch.fx cannot trace every model
+            fuse(model)
+            functions["fx fuse"] = lambda m=model: fuse(m)
+        times = rounds(functions, repetitions, time.process_time)
+        unit = {"forward", "copy"}
+        yield {
+            "net": name,
+            "parameters": sum(p.numel() for p in model.parameters()),
+            **medians({key: times[key] for key in unit}),
+            **{key: ratio(times, key, *unit) for key in times if key not in unit},
         }
 
 
@@ -178,23 +218,32 @@ def whole_command(repetitions: int) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repetitions", type=int, default=9)
-    parser.add_argument("--only", choices=("folds", "growth"), help="print these figures; write no page")
+    parser.add_argument(
+        "--only", choices=("folds", "calls", "growth"), help="these figures alone; calls go into the page"
+    )
     chosen = parser.parse_args()
     warnings.simplefilter("ignore")
-    rows, grown = [], []
+    rows, grown, called = [], [], []
     load = os.getloadavg()[0]
     torch.set_num_threads(1)
-    if chosen.only != "growth":
+    if chosen.only in (None, "calls"):
+        for row in calls(max(2, chosen.repetitions // 3)):
+            figures = (f"{key} {row[key]:.2f}" for key in CALLS if key in row)
+            print(f"{row['net']:44}{'  '.join(figures)}", flush=True)
+            called.append(row)
+        if chosen.only:
+            PAGE.write_text(with_calls(PAGE.read_text(encoding="utf-8"), called), encoding="utf-8")
+    if chosen.only in (None, "folds"):
         for row in folds(chosen.repetitions):
             print(f"{row['net']:34}{1000 * row['fold']:7.1f} ms{row['ratio']:7.2f}", flush=True)
             rows.append(row)
-    if chosen.only != "folds":
+    if chosen.only in (None, "growth"):
         for growth in growths():
             print(f"{growth.net:34}{1e6 * growth.plan[-1] / growth.ops[-1]:7.1f} us{growth.exponent:7.2f}")
             grown.append(growth)
     if chosen.only is None:
         help_, whole = help_page(chosen.repetitions), whole_command(max(2, chosen.repetitions // 3))
-        PAGE.write_text(page(load, rows, grown, help_, whole), encoding="utf-8")
+        PAGE.write_text(page(load, rows, called, grown, help_, whole), encoding="utf-8")
         print(f"wrote {PAGE}")
 
 

@@ -18,6 +18,9 @@ from bench_planning import Growth
 LARGE = 10_000_000
 """Parameters from which a net counts as large."""
 
+CALLS = ("unchecked", "proved", "full", "insert", "summary", "fx fuse")
+"""The calls that are timed, as the page heads them."""
+
 PAGE = """\
 # Benchmarks
 
@@ -44,7 +47,7 @@ The aims are 1.3 above 10 M parameters and 2 up to that. Most of what a fold of 
 work for each module and op, which does not shrink with the layers. repvgg_a2 merges branches by the blocks'
 own method, in float64; `timm.utils.reparameterize_model` is that method in the model's own precision.
 
-## Growth with the number of ops
+{calls}## Growth with the number of ops
 
 Nets of four channels, made to measure: microseconds of processor time per op, and the exponent of the time to
 plan over the number of ops (1 is linear).
@@ -60,6 +63,7 @@ plan over the number of ops (1 is linear).
 def page(
     load: float,
     rows: list[dict[str, Any]],
+    called: list[dict[str, Any]],
     grown: list[Growth],
     help_: dict[str, float],
     whole: dict[str, float],
@@ -82,6 +86,7 @@ def page(
             (_fold_row(row) for row in sorted(rows, key=lambda row: -row["parameters"])),
         ),
         summary="\n".join(_summary(rows)),
+        calls=_called(called),
         growth=_table(
             ("net", "ops", "observe", "plan", "apply", "exponent"),
             (line for growth in grown for line in _growth_rows(growth)),
@@ -98,6 +103,47 @@ def page(
             ],
         ),
     )
+
+
+CALLED_INTRO = """\
+Each call to one forward plus one copy of the weights, in processor time on one thread, on the example input
+that is given: `fold` with `check="none"`, as it is by default (proved) and with `check="full"`, `insert`,
+`summary`, and the `fuse` of `torch.fx`. What bounds them:
+
+- unchecked: one observed forward, Python's work for each module and op, and the new weights;
+- proved: that, one forward of the candidate, and five runs on small inputs, four of them in float64, in each
+  of which every weight is read once; a model that goes by size runs twice more, on a longer input;
+- full: seven forwards more on each side for the batches of 1, 2 and 3, in place of one;
+- insert: two observed forwards, and a copy of the weights;
+- summary: an observed forward, and the layer walk of `torchinfo`."""
+
+
+def with_calls(text: str, rows: list[dict[str, Any]]) -> str:
+    """The page with these whole calls in the place of those that it has."""
+    before, _, rest = text.partition("## As they are called")
+    head, mark, after = (rest or before).partition("## Growth")
+    return (before if rest else head) + _called(rows) + mark + after
+
+
+def _called(rows: list[dict[str, Any]]) -> str:
+    """The part of the page about whole calls."""
+    lines = []
+    for row in sorted(rows, key=lambda row: -row["parameters"]):
+        unit = f"{1000 * (row['forward'] + row['copy']):.0f}"
+        ratios = (f"{row[key]:.2f}" if key in row else "cannot trace" for key in CALLS)
+        lines.append([row["net"], f"{row['parameters'] / 1e6:.1f} M", unit, *ratios])
+    told = []
+    for what, chosen in (
+        ("above 10 M parameters", [row for row in rows if row["parameters"] > LARGE]),
+        ("up to 10 M parameters", [row for row in rows if row["parameters"] <= LARGE]),
+        ("all", rows),
+    ):
+        medians = (f"{key} {statistics.median(r[key] for r in chosen if key in r):.2f}" for key in CALLS)
+        worst = max(row["proved"] for row in chosen)
+        told.append(f"- {what}: medians {', '.join(medians)}; proved at most {worst:.2f}.")
+    head = ("net", "parameters", "forward + copy, ms", *CALLS)
+    parts = ("## As they are called", CALLED_INTRO, _table(head, lines), "\n".join(told))
+    return "\n\n".join(parts) + "\n\n"
 
 
 def _machine() -> str:

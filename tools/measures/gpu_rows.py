@@ -25,9 +25,10 @@ from bntool.runtime import OrtRunner, TorchRunner
 from bntool.runtime.benchmarking import Candidate, benchmark, rebatching
 from bntool.runtime.libraries import CPU, CUDA, TENSORRT
 from bntool.verifying import checking
-from bntool.verifying.checking import check_onnx, check_surgery, check_tf32, seeded_batches
+from bntool.verifying.checking import check_onnx, check_surgery, seeded_batches
 from bntool.verifying.comparing import compare
 from bntool.verifying.reference import Reference
+from bntool.verifying.tf32 import check_tf32
 from tools.measures.gpu_nets import NETS
 
 PRECISIONS = ("fp32", "TF32", "fp16")

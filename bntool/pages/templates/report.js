@@ -10,7 +10,7 @@
   const isDark = () => root.dataset.theme === "dark";
   function setTheme(dark) {
     root.dataset.theme = dark ? "dark" : "light";
-    button.setAttribute("aria-pressed", String(dark));
+    button.textContent = dark ? "Light theme" : "Dark theme";
   }
   setTheme(window.matchMedia("(prefers-color-scheme: dark)").matches);
   button.addEventListener("click", () => {
