@@ -7,6 +7,7 @@ from pathlib import Path
 
 import click
 
+from bntool.cli.concluding import conclude
 from bntool.cli.opening import open_model
 from bntool.cli.options import takes_all
 from bntool.cli.session import Voice
@@ -42,6 +43,7 @@ def command(voice: Voice, asked: Asked) -> int:
     from bntool.cli.writing import OnnxPlace
     from bntool.export.dynamic_axes import DynamicAxes
     from bntool.files.sidecar import output_name
+    from bntool.graph.dataflow import READS_NUMBERS
     from bntool.pipeline.serving import Serving, placed
     from bntool.pipeline.surgeries import unchanged
     from bntool.report.checks import checks_text
@@ -64,6 +66,8 @@ def command(voice: Voice, asked: Asked) -> int:
     how = Serving(asked.export, source_hash=opened.source_hash)
     if pair is None:
         voice.note("not verified (--check none)")
+    if subject.kind == "module" and subject.graph().reads_numbers:
+        voice.note(READS_NUMBERS)
     with voice.target.drafts() as drafts:
         result = serving.served(voice, (unchanged(subject), subject), place, how, pair, drafts, repro=None)
     result = placed(result, place.named, place.path, drafts)
@@ -71,13 +75,11 @@ def command(voice: Voice, asked: Asked) -> int:
         raise InvariantError("a target was given, and nothing was exported")
     voice.say(checks_text(result.checks))
     voice.say(f"wrote       {serving.export_text(result.export)}")
-    voice.emit(
-        {
-            "status": "ok",
-            "kind": opened.kind,
-            "onnx": str(place.named),
-            "export": result.export.to_dict(),
-            "checks": [row.to_dict() for row in result.checks],
-        }
-    )
-    return 0
+    document = {
+        "status": "ok",
+        "kind": opened.kind,
+        "onnx": str(place.named),
+        "export": result.export.to_dict(),
+        "checks": [row.to_dict() for row in result.checks],
+    }
+    return conclude(voice, document, result.checks, model=opened.source, new=place.named)

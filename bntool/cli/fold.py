@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import click
 
 from bntool.cli.blaming import require_place
+from bntool.cli.concluding import conclude
 from bntool.cli.fold_refusals import require_no_node, why_not
 from bntool.cli.opening import Opened, open_model
 from bntool.cli.options import takes_all
@@ -108,11 +109,13 @@ def command(voice: Voice, asked: Asked) -> int:
         result, after = folded.result()
         picture(voice, opened, after if result.modified else None)
         voice.say(result.render(verbose=not voice.quiet))
+        for note in result.plan.notes:
+            voice.note(note)
         refusal = why_not(result.plan, opened, asked)
         if refusal is not None:
             voice.fail(refusal, {**result.to_dict(), "dry_run": asked.write.dry_run})
-        for note in result.plan.notes:
-            voice.note(note)
+        if asked.ask.require_all and (least := sum(bool(site.untrained) for site in result.plan.fold_sites)):
+            voice.note(f"--require-all holds for this model as it is; {least} would stay once it is trained")
         if asked.check.check == "none":
             voice.note("not verified (--check none)")
         if places.onnx is not None:
@@ -130,17 +133,16 @@ def command(voice: Voice, asked: Asked) -> int:
     if result.export is not None:
         voice.say(f"wrote       {serving.export_text(result.export)}")
     latency = folded.timed(result, after, places) if asked.ask.bench else None
-    voice.emit(
-        {
-            **result.to_dict(),
-            # what the graph alone folded is something done too
-            **({"status": "ok"} if result.export and result.export.folded else {}),
-            **places.to_dict(),
-            "dry_run": asked.write.dry_run,
-            "latency": latency,
-        }
-    )
-    return 0
+    document = {
+        **result.to_dict(),
+        # what the graph alone folded is something done too
+        **({"status": "ok"} if result.export and result.export.folded else {}),
+        **places.to_dict(),
+        "dry_run": asked.write.dry_run,
+        "latency": latency,
+    }
+    new = places.model.named if places.model is not None else None
+    return conclude(voice, document, result.checks, model=opened.source, new=new)
 
 
 class _Fold:

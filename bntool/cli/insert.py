@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from bntool.cli.concluding import conclude
 from bntool.cli.data import opened_data, tell_used
 from bntool.cli.opening import Opened, open_model
 from bntool.cli.options import chosen, takes_all
@@ -116,6 +117,8 @@ def command(voice: Voice, asked: Asked) -> int:
         if not result.modified:
             for skip in result.skips:
                 voice.say(f"not cut: {skip.name} [{skip.reason}] {skip.detail}")
+            for note in result.plan.notes:
+                voice.note(note)
             voice.fail(_no_site(opened, result), {**result.to_dict(), "dry_run": asked.write.dry_run})
         if asked.ask.source and opened.session is not None:
             source = rewritten(opened.session, result, asked)
@@ -141,8 +144,9 @@ def command(voice: Voice, asked: Asked) -> int:
     if opened.kind == "module":
         voice.note("build the optimizer after the insertion, so that it trains the new layers")
     places = writing.Places(opened.kind, place).to_dict()
-    voice.emit({**result.to_dict(), **places, "dry_run": asked.write.dry_run, **document})
-    return 0
+    document = {**result.to_dict(), **places, "dry_run": asked.write.dry_run, **document}
+    new = place.named if place is not None else None
+    return conclude(voice, document, result.checks, model=opened.source, new=new)
 
 
 def _inserted(voice: Voice, opened: Opened, asked: Asked) -> tuple[SurgeryResult, Any]:
@@ -193,8 +197,8 @@ def _done_in_source(voice: Voice, source: Rewritten, result: SurgeryResult, aske
     named = dataclasses.replace(result, plan=source.plan, checks=checks).to_dict()
     for site in named["sites"]:
         site["form"] = "source"
-    voice.emit({**named, "output": output, "dry_run": asked.write.dry_run, "source": source.to_dict()})
-    return 0
+    document = {**named, "output": output, "dry_run": asked.write.dry_run, "source": source.to_dict()}
+    return conclude(voice, document, checks, model=asked.model.model, new=None)
 
 
 def _insert_plan(path: str) -> Plan:

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from bntool.verifying.reference import Reference
 
 
+_ITSELF = "it without optimisations"
+
+
 @dataclasses.dataclass(frozen=True)
 class VerifyOptions(Options):
     """What is compared, and on which inputs."""
@@ -75,7 +78,7 @@ def command(
 
         file = Path(other) if other else None
         found = verify_files(voice, Path(candidate), file, load, place, check, verify.inputs_file)
-        return _concluded(voice, candidate, str(file or "it without optimisations"), *found)
+        return _concluded(voice, candidate, str(file or _ITSELF), *found)
     if other and _is_onnx(other):
         voice.note(f"{candidate} runs in float64, so the noise floor is its own")
         candidate, other = other, candidate
@@ -162,6 +165,7 @@ def _checked(
 def _concluded(
     voice: Voice, candidate: str, reference: str, checks: list[Check], blame: dict[str, Any]
 ) -> int:
+    from bntool.cli.concluding import conclude
     from bntool.core.verdicts import first_failed
     from bntool.report.checks import checks_text
 
@@ -173,8 +177,8 @@ def _concluded(
     failed = first_failed(checks)
     if failed is not None:
         voice.fail(_mismatch(failed, candidate, reference), document)
-    voice.emit(document)
-    return 0
+    model = "" if reference == _ITSELF else reference
+    return conclude(voice, document, checks, model=model, new=Path(candidate))
 
 
 def _stands_alone(candidate: str, model: str | None) -> bool:

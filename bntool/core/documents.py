@@ -33,7 +33,10 @@ class Place(msgspec.Struct, forbid_unknown_fields=True):
 
 
 class Check(msgspec.Struct, forbid_unknown_fields=True):
-    """One row of a verification; `relative`, `noise_floor` and `limit` share a scale, the peak's."""
+    """One row of a verification; `relative`, `noise_floor` and `limit` share a scale, the peak's.
+
+    A row that proves nothing has not `passed`, and `undecided` tells why.
+    """
 
     stage: str
     device: str
@@ -52,6 +55,7 @@ class Check(msgspec.Struct, forbid_unknown_fields=True):
     worst: Place
     precision: str
     tolerance: str
+    undecided: str = ""
 
 
 class Counts(msgspec.Struct, forbid_unknown_fields=True):

@@ -51,6 +51,13 @@ class CheckFailed(BntoolError):
     status = "check-failed"
 
 
+class Undecided(BntoolError):
+    """The checks ran and showed nothing: no output answers to the inputs, or rounding decides them all."""
+
+    exit_code = 10
+    status = "undecided"
+
+
 class UsageError(BntoolError):
     """A wrong option or argument, or an output path that cannot be used."""
 

@@ -97,4 +97,6 @@ def _verdict(site: FoldSite) -> str:
     way = [law for law in site.laws if law not in _AT_ONCE]
     through = f" through {', '.join(way)}" if way else ""
     where = " in the graph" if site.level == "graph" else ""
-    return f"folded into {', '.join(site.into)}{through}{where}"
+    code, _, _ = site.untrained.partition(":")
+    now = f"; once trained it would stay: {code}" if code else ""
+    return f"folded into {', '.join(site.into)}{through}{where}{now}"

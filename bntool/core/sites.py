@@ -112,13 +112,18 @@ class Unshared:
 
 @dataclasses.dataclass(frozen=True)
 class FoldSite:
-    """A BatchNorm that goes: into which layers, by which laws, and the edits that do it."""
+    """A BatchNorm that goes: into which layers, by which laws, and the edits that do it.
+
+    `untrained` tells of one that has seen no batch why it would stay with measured statistics, the code of
+    the reason first; empty for any other.
+    """
 
     bn: Name
     into: tuple[Name, ...]
     laws: tuple[Name, ...]
     edits: tuple[Edit, ...]
     level: Literal["module", "graph"] = "module"
+    untrained: Text = ""
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -126,6 +131,7 @@ class FoldSite:
             "into": list(self.into),
             "laws": list(self.laws),
             "level": self.level,
+            "untrained": self.untrained,
             "edits": [e.to_dict() for e in self.edits],
         }
 

@@ -21,6 +21,7 @@ class Check(Shown):
     `limit` is what decided; `tolerance` tells where it comes from if not from the noise floor ("rtol 0.01").
     `top1` is None where no output looks like class scores. `precision` is `float64` for the row that proves
     the algebra, `TF32` for one with TF32 on, judged by a limit of its own, empty for the model's own.
+    A row that proves nothing has not `passed`; `undecided` tells why, and is empty for any other.
     """
 
     stage: str
@@ -40,6 +41,17 @@ class Check(Shown):
     worst: tuple[str, tuple[int, ...]] = ("", ())
     precision: str = ""
     tolerance: str = ""
+    undecided: str = ""
+
+    @property
+    def verdict(self) -> str:
+        """`passed`, `failed` or `undecided`."""
+        return "undecided" if self.undecided else "passed" if self.passed else "failed"
+
+    @property
+    def agrees(self) -> bool:
+        """Whether nothing lies out of its limit, whatever that proves."""
+        return self.passed or (bool(self.undecided) and self.relative <= self.limit)
 
     @property
     def figures(self) -> str:
@@ -64,7 +76,19 @@ class Check(Shown):
 
 def first_failed(checks: Iterable[Check]) -> Check | None:
     """The first row that fails, of those that decide."""
-    return next((check for check in checks if check.decides and not check.passed), None)
+    return next((check for check in checks if check.decides and check.verdict == "failed"), None)
+
+
+def first_apart(checks: Iterable[Check]) -> Check | None:
+    """The first row with anything out of its limit, decided or not: no surgery is kept so."""
+    return next((check for check in checks if check.decides and not check.agrees), None)
+
+
+def nothing_shown(checks: Iterable[Check]) -> Check | None:
+    """The first undecided row, where no row has shown anything; None where one has, or none ran."""
+    rows = [check for check in checks if check.decides]
+    shown = any(not check.undecided for check in rows)
+    return None if shown or not rows else rows[0]
 
 
 _COLUMNS = (
@@ -107,8 +131,8 @@ def checks_parts(checks: Sequence[Check]) -> Sequence[Part]:
 
 def _verdict(check: Check) -> str:
     if not check.decides:
-        return "within" if check.passed else "beyond"
-    return "passed" if check.passed else "FAILED"
+        return "within" if check.agrees else "beyond"
+    return "FAILED" if check.verdict == "failed" else check.verdict
 
 
 def _ran_on(check: Check) -> str:

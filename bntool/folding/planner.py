@@ -17,12 +17,9 @@ from bntool.folding.moving import Mover, Way
 from bntool.folding.norms import Norm, find_norms, why_unfit
 from bntool.folding.overwriting import require_no_overwriting
 from bntool.graph.affine import Affine, compose
-from bntool.graph.dataflow import Graph
+from bntool.graph.dataflow import READS_NUMBERS, Graph
 from bntool.laws import Refused
 
-_READS_NUMBERS = (
-    "forward reads numbers from its data: only the branches that the example input took were seen"
-)
 _MAX_PASSES = 4
 """A fold can open the way for a BatchNorm that was kept before; passes end when nothing changes."""
 
@@ -60,7 +57,7 @@ class _Planner:
         self.norms = find_norms(graph)
         self.norm_of = {op.id: norm for norm in self.norms for op in norm.ops}
         self.gone: set[int] = set()
-        self.notes = [_READS_NUMBERS] if graph.reads_numbers else []
+        self.notes = [READS_NUMBERS] if graph.reads_numbers else []
         self.mover = Mover(graph, self.gone)
         self.claims = Claims(graph, self.norm_of)
 

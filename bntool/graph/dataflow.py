@@ -14,6 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+READS_NUMBERS = "forward reads numbers from its data: only the branches that the example input took were seen"
+"""What a plan says where `Graph.reads_numbers`."""
+
 Edge = tuple[int, str]
 """One reading of a value: (id of the op that reads it, the role it plays there)."""
 

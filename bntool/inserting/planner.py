@@ -12,7 +12,7 @@ from bntool.core.patterns import chosen, require_matches
 from bntool.core.plan import Plan
 from bntool.core.reasons import Reason
 from bntool.core.sites import DroppedBias, InsertSite, Skip
-from bntool.graph.dataflow import Graph, Module, Op, Value
+from bntool.graph.dataflow import READS_NUMBERS, Graph, Module, Op, Value
 from bntool.inserting.activations import Activation, activation_of
 from bntool.inserting.biases import batched_rank, own_bias, redundant_biases, untouched
 from bntool.inserting.names import Rename, name_newcomers
@@ -119,6 +119,8 @@ class _Planner:
                 yield name, tuple(map(rename, self.graph.aliases[first[name]]))
 
     def _warnings(self, drafts: Sequence[Draft]) -> Iterator[str]:
+        if self.graph.reads_numbers:
+            yield READS_NUMBERS
         lone = [draft.conv for draft in drafts if draft.lone]
         if lone:
             named = ", ".join(lone[:3]) + (f" and {len(lone) - 3} more" if len(lone) > 3 else "")

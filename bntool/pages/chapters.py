@@ -127,8 +127,9 @@ def _chapter(document: Document, chapter_id: str) -> Chapter:
     if model.get("after"):
         trees.append(grown("after", model["after"], marks_after(verdicts, data)))
     checks = list(data.get("checks") or ([data["check"]] if data.get("check") else ()))
-    failed = any(not check["passed"] for check in checks)
-    status = str(data.get("status") or ("check-failed" if failed else "ok"))
+    failed = any(not check["passed"] and not check.get("undecided") for check in checks)
+    undecided = bool(checks) and all(check.get("undecided") for check in checks)
+    status = str(data.get("status") or ("check-failed" if failed else "undecided" if undecided else "ok"))
     chapter = Chapter(
         id=chapter_id,
         document=document,
@@ -182,7 +183,10 @@ def _tiles(
             tiles.append((f"{number:+,}" if number else "±0", what, ""))
     if checks:
         passed = sum(bool(check["passed"]) for check in checks)
-        tone = "passed" if passed == len(checks) else "failed"
+        undecided = sum(bool(check.get("undecided")) for check in checks)
+        tone = (
+            "passed" if passed == len(checks) else "kept" if passed + undecided == len(checks) else "failed"
+        )
         tiles.append((f"{passed} of {len(checks)}", "checks passed", tone))
     totals = data.get("totals")
     if isinstance(totals, dict):

@@ -52,6 +52,7 @@ class _Check(Struct):
     provider: Text = ""
     precision: Text | None = None
     detail: Text | None = None
+    undecided: Text = ""
 
 
 class _Layer(Struct, rename={"reads": "from"}):

@@ -40,7 +40,9 @@ def _folded(site: Mapping[str, Any]) -> Verdict:
     into = ", ".join(str(layer) for layer in site["into"])
     laws = [str(law) for law in site["laws"] if law not in _AT_ONCE]
     way = f" through {', '.join(laws)}" if laws else ""
-    return Verdict(str(site["bn"]) or "(root)", "folded", "folded", f"folded into {into}{way}")
+    why = str(site.get("untrained") or "")
+    now = f"; once trained it would stay: {why}" if why else ""
+    return Verdict(str(site["bn"]) or "(root)", "folded", "folded", f"folded into {into}{way}{now}")
 
 
 def _inserted(site: Mapping[str, Any]) -> Verdict:

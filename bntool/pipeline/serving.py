@@ -203,5 +203,7 @@ def _checked(
 
 def _told(checks: Sequence[Check]) -> str:
     """The verdicts for the file's metadata, without figures: those wobble from machine to machine."""
-    rows = [f"{c.stage} {c.precision}".strip() + f": passed on {c.provider}" for c in checks if c.decides]
+    rows = [
+        f"{c.stage} {c.precision}".strip() + f": {c.verdict} on {c.provider}" for c in checks if c.decides
+    ]
     return "; ".join(rows) or "none"

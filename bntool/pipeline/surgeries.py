@@ -13,8 +13,9 @@ from bntool.calibrating.sweeping import difference_in_training
 from bntool.core.errors import CheckFailed
 from bntool.core.options import FoldOptions, InsertOptions
 from bntool.core.plan import Plan
-from bntool.core.verdicts import Check, first_failed
+from bntool.core.verdicts import Check, first_apart
 from bntool.data.loaders import inputs_of
+from bntool.folding.untrained import with_untrained_told
 from bntool.graph.inputs import Inputs
 from bntool.observe.copying import structural_copy
 from bntool.observe.standing_in import set_modes
@@ -55,7 +56,7 @@ def fold(
             raise CheckFailed("one observation alone says nothing of other sizes")
         after = subject.folded(plan)
         rows = tuple(proof.rows(plan, after)) if proof is not None and plan else ()
-        failed = first_failed(rows)
+        failed = first_apart(rows)
         if failed is not None:
             raise _not_borne_out(failed, proof)
         return after, rows
@@ -71,6 +72,8 @@ def fold(
     plan, (after, rows) = settle(
         plan_without, carry_out, agrees, options.exclude, options.merge, look_again=look_again
     )
+    if subject.kind != "script":
+        plan = with_untrained_told(plan, subject.graph())
     return _result(subject, after, plan, rows), after
 
 
@@ -95,7 +98,7 @@ def replayed(subject: S, plan: Plan, after: S, checking: Checking | None) -> Sur
     if checking is not None and plan and plan.action == "fold":
         proof = subject.proof(checking)
         rows = proof.rows(plan, after)
-        failed = first_failed(rows)
+        failed = first_apart(rows)
         if failed is not None:
             error = _not_borne_out(failed, proof)
             error.where = first_at_fault(plan, proof.agrees) or error.where

@@ -14,12 +14,13 @@ from bntool.report.tables import text_of
 
 @dataclasses.dataclass(frozen=True)
 class Comparison(Shown):
-    """Several checks; true when at least one decides, and all that do passed. Prints itself as a table."""
+    """Several checks; true when one at least has passed, and none failed. Prints itself as a table."""
 
     checks: tuple[Check, ...]
 
     def __bool__(self) -> bool:
-        return any(check.decides for check in self.checks) and first_failed(self.checks) is None
+        shown = any(check.decides and check.passed for check in self.checks)
+        return shown and first_failed(self.checks) is None
 
     def to_dict(self) -> dict[str, Any]:
         return {"passed": bool(self), "checks": [check.to_dict() for check in self.checks]}

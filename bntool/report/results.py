@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from bntool.core.plan import ByPlan, Plan
 from bntool.core.plan_parts import plan_parts
-from bntool.core.showing import Part, Shown, count, signed
+from bntool.core.showing import Part, Said, Shown, count, signed
 from bntool.core.text import Lines
-from bntool.core.verdicts import Check, first_failed
+from bntool.core.verdicts import Check, first_failed, nothing_shown
 from bntool.report.tables import text_of
 
 if TYPE_CHECKING:
@@ -50,6 +50,8 @@ class SurgeryResult(ByPlan, Shown):
     def status(self) -> str:
         if first_failed(self.checks) is not None:
             return "check-failed"
+        if nothing_shown(self.checks) is not None:
+            return "undecided"
         return "ok" if self.modified else "nothing-to-do"
 
     def to_dict(self) -> dict[str, Any]:
@@ -58,12 +60,14 @@ class SurgeryResult(ByPlan, Shown):
         found = verdicts(self.plan)
         document: dict[str, Any] = {"status": self.status, "kind": self.kind, "parameters": self.parameters}
         document |= {**found, "checks": checks, "export": self.export.to_dict() if self.export else None}
+        document["notes"] = list(self.plan.notes)
         return (
             document if self.plan.action == "fold" else {**document, "check": checks[0] if checks else None}
         )
 
     def __str__(self) -> str:
-        return self.render()
+        told = (Said(f"note: {note}") for note in self.plan.notes)
+        return text_of([*self.parts(), *told])
 
     def render(self, width: int | None = None, *, verbose: bool = True) -> Lines:
         """The verdicts as a table, then the totals and the parameter delta."""

@@ -157,7 +157,7 @@ def prove(task: Task) -> tuple[str, Check | None]:
             check = exactly(task.outputs, [runner.run(inputs) for inputs in task.batches])
     except BntoolError as error:
         return f"{error.what} {error.where}".strip(), None
-    return ("" if check.passed else "the new source computes something else"), check
+    return ("" if check.agrees else "the new source computes something else"), check
 
 
 def _reads(graph: Graph, site: InsertSite, plan: Plan) -> bool:

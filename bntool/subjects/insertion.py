@@ -6,9 +6,8 @@ Where a form broke the model (code that indexes a Sequential, say) the site take
 from __future__ import annotations
 
 import dataclasses
+import functools
 import glob
-import inspect
-import re
 from collections.abc import Sequence
 
 from torch import nn
@@ -20,9 +19,10 @@ from bntool.core.verdicts import Check
 from bntool.graph.dataflow import Graph, Op
 from bntool.graph.inputs import Inputs, outputs_of
 from bntool.inserting import InsertOptions, activation_behind, ends_one, layer_before, plan_insert
+from bntool.inserting.reaching import is_reached_into
 from bntool.observe.eager import Observation, observe
-from bntool.observe.modules import once_per_class
 from bntool.runtime.torch_runner import TorchRunner
+from bntool.subjects.inserted_elsewhere import Elsewhere
 from bntool.surgery.insert_modules import apply_insert
 from bntool.verifying.checking import seeded_batches
 from bntool.verifying.comparing import Limit, Outputs, compare
@@ -48,9 +48,10 @@ def insert_observed(
             next_step="load its weights on a real device first",
         )
     notes: list[str] = []
+    judge = _Judge(model, observation)
     while True:
         plan = plan_insert(observation.graph, options)
-        indexed = [s for s in plan.insert_sites if s.form == "sequential" and _is_indexed(model, s.slot)]
+        indexed = [s for s in plan.insert_sites if s.form == "sequential" and is_reached_into(model, s.slot)]
         if indexed:
             options = _without(options, indexed)
             continue
@@ -58,13 +59,14 @@ def insert_observed(
             return plan, apply_insert(model, plan), None
         exact = _as_identities(plan)
         modified = apply_insert(model, exact)
-        broken, check = _broken_sites(exact, observation, modified, options)
+        broken, check = judge.broken(exact, modified, options)
         if not broken:
+            notes += [*judge.elsewhere.notes, *judge.elsewhere.mixed(plan)]
             if exact is not plan:
                 modified, check = apply_insert(model, plan), None
             return dataclasses.replace(plan, notes=(*plan.notes, *notes)), modified, check
         if broken[0].form in ("pair", "subclass"):
-            broken = _culprits(model, observation, options, broken)
+            broken = _culprits(judge, options, broken)
         notes += [f"{s.conv}: form {s.form} changed the model; the next form was tried" for s in broken]
         options = _without(options, broken)
 
@@ -84,32 +86,49 @@ def _as_identities(plan: Plan) -> Plan:
     return dataclasses.replace(plan, options={**plan.options, "init": "identity"}, dropped=())
 
 
-def _is_indexed(model: nn.Module, sequential: str) -> bool:
-    """Whether the code of a class in the model takes the children of a Sequential by number.
+class _Judge:
+    """Which sites of an insertion broke the model: on its example, then on another size and in training."""
 
-    It may do so where the example input does not lead, in training for one: a sibling would shift them.
-    """
-    child = sequential.rpartition(".")[2]
-    if not child.isidentifier():
-        return False
-    indexed = re.compile(rf"\.{child}\s*\[")
-    return any(indexed.search(_source_of(cls)) for cls in {type(module) for module in model.modules()})
+    def __init__(self, model: nn.Module, observation: Observation) -> None:
+        self.model, self.observation = model, observation
+
+    @functools.cached_property
+    def elsewhere(self) -> Elsewhere:
+        return Elsewhere(self.model, self.observation.inputs)
+
+    def broken(
+        self, plan: Plan, modified: nn.Module, options: InsertOptions
+    ) -> tuple[list[InsertSite], Check | None]:
+        """The sites whose form did not hold, and the check of the outputs where all did."""
+        broken, check = self._on_the_example(plan, modified, options)
+        if broken or not plan.sites:
+            return broken, check
+        moved = self.elsewhere.broken(plan, modified)
+        return ([] if moved is None else moved or _suspects(list(plan.insert_sites))), check
+
+    def _on_the_example(
+        self, plan: Plan, modified: nn.Module, options: InsertOptions
+    ) -> tuple[list[InsertSite], Check | None]:
+        sites = list(plan.insert_sites)
+        try:
+            again = observe(modified, self.observation.inputs)
+        except ObserveError:
+            return _suspects(sites), None
+        misplaced = [site for site in sites if not stands(again.graph, site, options)]
+        if misplaced:
+            return misplaced, None
+        if outline(again.graph, without=sites) != outline(self.observation.graph):
+            return _suspects(sites), None
+        before = outputs_of(self.observation.output)
+        try:
+            after = outputs_of(again.output)
+        except CheckFailed:  # code that looks for an activation by its class finds none, and returns nothing
+            return _suspects(sites), None
+        check = exactly([before], [after])
+        return ([] if check.agrees else _suspects(sites)), check
 
 
-@once_per_class
-def _source_of(cls: type) -> str:
-    """The text of a class; empty for PyTorch's own, which know no model, and for those without a file."""
-    if cls.__module__.partition(".")[0] == "torch":
-        return ""
-    try:
-        return inspect.getsource(cls)
-    except (OSError, TypeError):
-        return ""
-
-
-def _culprits(
-    model: nn.Module, observation: Observation, options: InsertOptions, suspects: list[InsertSite]
-) -> list[InsertSite]:
+def _culprits(judge: _Judge, options: InsertOptions, suspects: list[InsertSite]) -> list[InsertSite]:
     """Of sites that have no other form left, those that break the model without the others.
 
     Halved until they are alone; all of them where only together they break it.
@@ -121,33 +140,10 @@ def _culprits(
     for half in (suspects[:middle], suspects[middle:]):
         names = tuple(glob.escape(site.conv) for site in half)
         alone = dataclasses.replace(options, include=names, exclude=(), every=1, skip_last=False)
-        plan = _as_identities(plan_insert(observation.graph, alone))
-        if _broken_sites(plan, observation, apply_insert(model, plan), alone)[0]:
-            found += _culprits(model, observation, options, half)
+        plan = _as_identities(plan_insert(judge.observation.graph, alone))
+        if judge.broken(plan, apply_insert(judge.model, plan), alone)[0]:
+            found += _culprits(judge, options, half)
     return found or suspects
-
-
-def _broken_sites(
-    plan: Plan, observation: Observation, modified: nn.Module, options: InsertOptions
-) -> tuple[list[InsertSite], Check | None]:
-    """The sites whose form did not hold, and the check of the outputs where all did."""
-    sites = list(plan.insert_sites)
-    try:
-        again = observe(modified, observation.inputs)
-    except ObserveError:
-        return _suspects(sites), None
-    misplaced = [site for site in sites if not stands(again.graph, site, options)]
-    if misplaced:
-        return misplaced, None
-    if outline(again.graph, without=sites) != outline(observation.graph):
-        return _suspects(sites), None
-    before = outputs_of(observation.output)
-    try:
-        after = outputs_of(again.output)
-    except CheckFailed:  # code that looks for an activation by its class finds none, and returns nothing
-        return _suspects(sites), None
-    check = exactly([before], [after])
-    return ([] if check.passed else _suspects(sites)), check
 
 
 def _suspects(sites: list[InsertSite]) -> list[InsertSite]:
@@ -189,7 +185,9 @@ def check_unchanged(original: nn.Module, modified: nn.Module, example: Inputs, *
     """Run both models in eval mode, with `full` on batches of 1, 2 and 3: equal to the last bit or failed."""
     inputs = seeded_batches(example) if full else [example]
     before = Reference(original, inputs)
-    after = TorchRunner(modified)
+    if [name for name, _ in original.named_children()] == [name for name, _ in modified.named_children()]:
+        before = before.telling()
+    after = TorchRunner(modified, parts=before.parts)
     return exactly(before.own, [after.run(i) for i in before.inputs])
 
 

@@ -135,7 +135,7 @@ class ModuleSubject:
         else:
             batches = seeded_batches(inputs) if checking.full else [inputs]
             rows = check_surgery(self.model, after.model, batches, stage="insert")
-        if not all(row.passed for row in rows):
+        if not all(row.agrees for row in rows):
             raise CheckFailed("the insertion changes the output", next_step="please report this model")
         return rows
 

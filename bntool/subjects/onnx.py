@@ -193,7 +193,7 @@ class OnnxSubject:
     def insert_rows(self, plan: Plan, after: OnnxSubject, checking: Checking) -> list[Check]:  # noqa: ARG002
         inputs = [self.example(batch, checking.seed) for batch in ((1, 2, 3) if checking.full else (1,))]
         row = check_onnx_unchanged(self.model, after.model, inputs)
-        if not row.passed:
+        if not row.agrees:
             raise CheckFailed(
                 f"the new file differs by {row.max_abs:.3g}",
                 where=f"output {row.worst[0]}",
@@ -279,7 +279,7 @@ class OnnxProof:
         return rows
 
     def agrees(self, plan: Plan) -> bool:
-        return all(row.passed for row in self.rows(plan, self._subject.folded(plan)))
+        return all(row.agrees for row in self.rows(plan, self._subject.folded(plan)))
 
     def _reference_of(self, subject: OnnxSubject) -> OnnxReference:
         nodes, *_ = subject.counts

@@ -104,7 +104,7 @@ class ProgramSubject:
 
     def insert_rows(self, plan: Plan, after: ProgramSubject, checking: Checking) -> list[Check]:  # noqa: ARG002
         row = check_unchanged(self.runnable, after.runnable, self.example(), full=checking.full)
-        if not row.passed:
+        if not row.agrees:
             raise CheckFailed("the insertion changes the output", next_step="please report this program")
         return [row]
 
@@ -152,7 +152,7 @@ class ProgramProof:
         )
 
     def agrees(self, plan: Plan) -> bool:
-        return all(row.passed for row in self.rows(plan, self._subject.folded(plan)))
+        return all(row.agrees for row in self.rows(plan, self._subject.folded(plan)))
 
     def _folded_in_float64(self, plan: Plan) -> ProgramSubject:
         """The same fold planned and done again on the float64 program: constants differ in their digits."""

@@ -122,7 +122,7 @@ class ModuleProof:
         references = [self.elsewhere or self.reference]
         if self._with_long is not self.reference:
             references.append(self._with_long)
-        return all(row.passed for one in references for row in self._compared(plan, folded, numbers, one))
+        return all(row.agrees for one in references for row in self._compared(plan, folded, numbers, one))
 
     def _compared(
         self, plan: Plan, folded: nn.Module, numbers: Numbers, reference: Reference, **how: Any

@@ -13,6 +13,7 @@ from bntool.core.options import FoldOptions, InsertOptions
 from bntool.core.plan import Plan
 from bntool.core.sites import FoldSite
 from bntool.core.verdicts import Check
+from bntool.folding.untrained import note_on_untrained
 from bntool.graph.dataflow import Graph
 from bntool.graph.inputs import Inputs
 from bntool.report.counting import parameter_delta
@@ -58,7 +59,9 @@ class ScriptSubject:
     def plan_fold(self, options: FoldOptions, *, thorough: bool = True) -> Plan:  # noqa: ARG002 - torch's pass
         """What the pass folds, without a map: it knows a BatchNorm right behind its convolution alone."""
         sites = tuple(FoldSite(name, (), ("conv",), ()) for name in self.pass_result.folded)
-        return Plan("fold", sites, self.pass_result.skips, options=options.to_dict())
+        found = self.pass_result
+        notes = (note_on_untrained(found.untrained),) if found.untrained else ()
+        return Plan("fold", sites, found.skips, options=options.to_dict(), notes=notes)
 
     def folded(self, plan: Plan) -> ScriptSubject:
         return ScriptSubject(self.pass_result.model, self._inputs, name=self.name) if plan else self

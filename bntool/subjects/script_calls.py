@@ -112,8 +112,8 @@ class Calls:
         if source is not None and source.kind() == "prim::CallMethod" and source.s("name") == "forward":
             argument = known.get(next(iter(source.inputs())).debugName()) or ""
         once = node.outputsSize() == 1 and len(node.output().uses()) == 1
-        caller, *within = place
-        at = (type_of(self.modules[caller]), *within)
+        caller, within, number = place
+        at = (type_of(self.modules[caller]), within, number)
         self.to.setdefault(callee, []).append(Call(callee, method, caller, at, node, argument, once))
 
     def _is_a_module(self, receiver: Any) -> bool:

@@ -43,6 +43,8 @@ class FoldedScript:
     wide_folded: torch.jit.ScriptModule
     branches: bool
     """Whether the code branches, so that a run may leave some of it out."""
+    untrained: tuple[str, ...]
+    """Those that went and had seen no batch."""
 
 
 def fold_script(script: torch.jit.ScriptModule) -> FoldedScript:
@@ -77,7 +79,9 @@ def fold_script(script: torch.jit.ScriptModule) -> FoldedScript:
         if name in left and name not in kept:
             kept[name] = Skip(name, Reason.SCRIPTED, failed or "torch's pass does not take it in")
     gone = tuple(sorted(set(norms) - left))
-    return FoldedScript(result, gone, tuple(kept.values()), wide, wide_folded, calls.branches)
+    counts = {name: getattr(calls.modules[name], "num_batches_tracked", None) for name in gone}
+    untrained = tuple(name for name, count in counts.items() if count is not None and not bool(count.any()))
+    return FoldedScript(result, gone, tuple(kept.values()), wide, wide_folded, calls.branches, untrained)
 
 
 def converted(script: torch.jit.ScriptModule, inputs: Inputs) -> nn.Module:
@@ -132,9 +136,9 @@ def _passed(
 
 
 def _calls_in(script: torch.jit.ScriptModule) -> Iterator[Any]:
-    for module in script.modules():
-        for method in module._c._method_names():
-            yield from module._c._get_method(method).graph.findAllNodes("prim::CallMethod")
+    for code in (getattr(module, "_c") for module in script.modules()):  # noqa: B009 - not in torch's stubs
+        for method in code._method_names():
+            yield from code._get_method(method).graph.findAllNodes("prim::CallMethod")
 
 
 def _rename(calls: Iterable[Any], old: str, new: str) -> None:

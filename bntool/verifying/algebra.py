@@ -39,7 +39,7 @@ def check_algebra(
         return None
     say("checking the algebra in float64")
     row = _judged(reference, candidate64, stage, changed_parts, chosen)
-    if not row.passed and isinstance(candidate64, Unrounded) and candidate64.numbers:
+    if not row.agrees and isinstance(candidate64, Unrounded) and candidate64.numbers:
         # the numbers may have gone another way than by the tensors that stand for them
         row = _judged(reference, candidate64.copy(), stage, changed_parts, chosen)
     return dataclasses.replace(row, precision="float64")
@@ -75,7 +75,7 @@ def _judged(
         detail = "in float64 the model narrows inside, so its own noise is the limit"
     judged = functools.partial(compare, exact, outputs, stage=stage, device="cpu", provider="torch")
     row = judged(limits, detail=detail)
-    if not row.passed and not reference.narrowed and reference.exact_limits:
+    if not row.agrees and not reference.narrowed and reference.exact_limits:
         row = judged(reference.exact_limits, detail="held to the model's own rounding in float64")
     return row
 

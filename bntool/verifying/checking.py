@@ -101,7 +101,7 @@ def check_surgery(
         return [row] if algebra is None else [row, algebra]
 
     rows = judged(reference.limits)
-    settled = rows[0].passed or (algebra is not None and not algebra.passed)
+    settled = rows[0].agrees or (algebra is not None and not algebra.agrees)
     return rows if settled or (atol, rtol) != (None, None) else judged(reference.redrawn_limits)
 
 
@@ -221,7 +221,7 @@ def _check_file(
             return row
     expected = [reference.outputs[i] for i in fits]
     row = judged(expected, got, allowed(reference.limits))
-    return row if row.passed or exactly else judged(expected, got, allowed(reference.redrawn_limits))
+    return row if row.agrees or exactly else judged(expected, got, allowed(reference.redrawn_limits))
 
 
 def seeded_batches(example: Inputs, batches: Sequence[int] = (1, 2, 3), seed: int = 0) -> list[Inputs]:

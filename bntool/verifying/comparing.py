@@ -88,7 +88,7 @@ def difference(reference: Tensor, candidate: Tensor | None) -> Difference:
     delta = (cand - ref).abs()
     at = _unravel(int(delta.flatten().argmax()), delta.shape)
     max_abs, peak = float(delta.max()), _peak(ref)
-    if not reference.is_floating_point() and not reference.is_complex():
+    if not _rounds(reference):
         # Integers carry no rounding: what counts is how many of them differ.
         relative = float((delta != 0).double().mean())
     else:
@@ -134,24 +134,31 @@ def compare(
         )
     rows: list[tuple[float, str, Limit, Difference]] = []
     remarks = [detail] if detail else []
-    remarks += [f"{name}: one number everywhere, which proves nothing" for name in silent_outputs(reference)]
-    passed = True
+    nothing = {**constant_outputs(reference, limits), **silent_outputs(reference)}
+    remarks += [f"{name}: {why}, which proves nothing" for name, why in nothing.items()]
+    differs, unsure, shown = False, False, False
     for expected, got in zip(reference, candidate, strict=True):
         extra = [name for name in got if name not in expected]
         remarks += [f"{name}: an output that the reference does not have" for name in extra]
-        passed &= not extra
+        differs |= bool(extra)
         for name, tensor in expected.items():
             limit, diff = limits[name], difference(tensor, got.get(name))
             if atol is not None or rtol is not None:
                 limit, diff = _by_tolerance(tensor, limit, diff, atol or 0.0, rtol or 0.0)
             elif limit.absolute:
-                limit, diff, remark = _with_absolute(tensor, limit, diff)
-                remarks += [f"{name}: {remark}"] if remark else []
+                limit, diff, weak = _with_absolute(tensor, limit, diff)
+                nothing |= {name: weak} if weak else {}
+                remarks += [
+                    f"{name}: undecided: {weak}; pass inputs that it answers to with --inputs"
+                ] * bool(weak)
             within = math.isfinite(diff.max_abs) and diff.relative <= limit.limit
-            passed &= within
+            differs |= not within and not limit.undecidable
+            unsure |= not within and bool(limit.undecidable)
+            shown |= within and tensor.numel() > 0 and name not in nothing
             if diff.problem:
                 remarks.append(f"{name}: {diff.problem}")
             if not within and limit.undecidable:
+                nothing[name] = limit.undecidable
                 remarks.append(f"{name}: {limit.undecidable}, so nothing is proved")
             rows.append((_severity(diff, limit), name, limit, diff))
     _, name, limit, diff = max(rows, key=lambda row: row[0])
@@ -160,7 +167,7 @@ def compare(
         stage=stage,
         device=device,
         provider=provider,
-        passed=passed,
+        passed=shown and not differs and not unsure,
         max_abs=max(row[3].max_abs for row in rows),
         relative=diff.relative,
         rms=diff.rms,
@@ -173,6 +180,9 @@ def compare(
         detail="; ".join(dict.fromkeys(remarks)),
         worst=(name, diff.index),
         tolerance=", ".join(f"{k} {v:g}" for k, v in (("atol", atol), ("rtol", rtol)) if v is not None),
+        undecided=""
+        if differs or (shown and not unsure)
+        else "; ".join(f"{n}: {w}" for n, w in nothing.items()),
     )
 
 
@@ -188,7 +198,7 @@ def noise_limits(
     for name in dict.fromkeys(name for outputs in reference for name in outputs):
         pairs = [(ref[name], mine.get(name)) for ref, mine in zip(reference, own, strict=True) if name in ref]
         found = [difference(ref, mine) for ref, mine in pairs]
-        floating = pairs[0][0].is_floating_point() or pairs[0][0].is_complex()
+        floating = _rounds(pairs[0][0])
         why = ""
         if any(mine is None or mine.shape != ref.shape for ref, mine in pairs):
             why = "the model's own rounding changes this output's shape"
@@ -222,7 +232,7 @@ def _by_tolerance(
     scale = peak or 1.0
     allowed = atol / scale + (rtol if peak else 0.0)
     return (
-        dataclasses.replace(limit, limit=allowed),
+        dataclasses.replace(limit, limit=allowed, undecidable=""),
         dataclasses.replace(diff, relative=diff.max_abs / scale),
     )
 
@@ -236,21 +246,43 @@ def _with_absolute(reference: Tensor, limit: Limit, diff: Difference) -> tuple[L
     allowed = limit.limit * (peak / scale) + limit.absolute / scale
     remark = ""
     if limit.absolute > math.sqrt(torch.finfo(torch.float32).eps) * peak:
-        remark = f"undecided: its peak of {peak:.2g} is near what the runtime itself errs by, "
-        remark += f"{limit.absolute:.1g}; pass inputs that it answers to with --inputs"
+        remark = f"its peak of {peak:.2g} is near what the runtime itself errs by, {limit.absolute:.1g}"
     relative = diff.max_abs / scale
     return dataclasses.replace(limit, limit=allowed), dataclasses.replace(diff, relative=relative), remark
 
 
-def silent_outputs(reference: Sequence[Outputs]) -> list[str]:
-    """The outputs that are one number everywhere, on all inputs: they tell no two models apart."""
-    silent = []
+def silent_outputs(reference: Sequence[Outputs]) -> dict[str, str]:
+    """The outputs that are one number everywhere, on all inputs, and so tell no two models apart; and why."""
+    silent = {}
     for name in reference[0]:
         values = [outputs[name].flatten() for outputs in reference if name in outputs]
         found = torch.cat(values).double() if all(not v.is_complex() for v in values) else torch.empty(0)
         if found.numel() > 1 and bool((found == found[0]).all()):
-            silent.append(name)
+            silent[name] = "one number everywhere"
     return silent
+
+
+def constant_outputs(reference: Sequence[Outputs], limits: Mapping[str, Limit]) -> dict[str, str]:
+    """The outputs that are the same for every sample, but for the model's own rounding; and why they tell
+    nothing. An output whose samples cannot be told (no leading axis, one sample in all) is none of them.
+    """
+    constant = {}
+    for name in reference[0]:
+        values = [_float64(outputs[name]) for outputs in reference if name in outputs]
+        if any(not v.dim() or v.shape[1:] != values[0].shape[1:] or not v.numel() for v in values):
+            continue
+        samples = torch.cat(values)
+        if len(samples) < 2 or not bool(samples.isfinite().all()):
+            continue
+        spread = float((samples.amax(0) - samples.amin(0)).max())
+        noise = limits[name].noise_floor if _rounds(reference[0][name]) else 0.0  # of integers it is a share
+        if spread <= noise * _peak(samples):
+            constant[name] = "the same for every sample"
+    return constant
+
+
+def _rounds(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() or tensor.is_complex()
 
 
 def _peak(exact: Tensor) -> float:

@@ -111,7 +111,7 @@ class OnnxReference:
             rtol=tolerance.get("rtol"),
         )
         row = judged(self.limits)
-        return row if row.passed else judged(self.redrawn_limits)
+        return row if row.agrees else judged(self.redrawn_limits)
 
 
 def opened(

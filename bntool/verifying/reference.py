@@ -14,7 +14,14 @@ from bntool.models.casting import Arithmetic
 from bntool.models.shaking import shaken_copy
 from bntool.runtime.libraries import first_line
 from bntool.runtime.torch_runner import TorchRunner
-from bntool.verifying.comparing import K_NOISE, Limit, noise_limits, rounding_term
+from bntool.verifying.comparing import (
+    K_NOISE,
+    Limit,
+    constant_outputs,
+    noise_limits,
+    rounding_term,
+    silent_outputs,
+)
 from bntool.verifying.float64 import run_float64
 
 DRAWS = 7
@@ -232,11 +239,29 @@ class Reference:
         return noise_limits(self.exact * DRAWS, runs, self.layers, eps)
 
     def decidable(self) -> Reference:
-        """This reference, or one that holds the model's parts too, where rounding decides every output."""
-        if self._with_parts or not all(limit.undecidable for limit in self.limits.values()):
+        """This reference, or one that holds the model's parts too, where no output tells anything: rounding
+        decides them all, or they do not answer to the inputs.
+        """
+        found = self.telling()
+        if found is not self or self._with_parts:
+            return found
+        if all(limit.undecidable for limit in self.limits.values()):
+            return self._by_parts("rounding decides every output")
+        if constant_outputs(self.outputs, self.limits).keys() < self.limits.keys():
             return self
+        return self._by_parts("no output answers to the inputs")
+
+    def telling(self) -> Reference:
+        """The same, by the outputs in own precision alone."""
+        exact = {name: Limit(0.0, 0.0) for outputs in self.own for name in outputs}
+        silent = {**silent_outputs(self.own), **constant_outputs(self.own, exact)}
+        if self._with_parts or silent.keys() < exact.keys():
+            return self
+        return self._by_parts("no output answers to the inputs")
+
+    def _by_parts(self, why: str) -> Reference:
         found = Reference(self._model, self.inputs, device=self._device, progress=self._progress, parts=True)
-        found.notes.append("rounding decides every output, so what the model's parts return is compared")
+        found.notes.append(f"{why}, so what the model's parts return is compared")
         return found
 
     @property

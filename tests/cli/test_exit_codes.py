@@ -111,6 +111,14 @@ def _raising(error: BaseException) -> Callable[..., None]:
     return broken
 
 
+def test_10_nothing_shown(bntool: Shell, models: Path) -> None:
+    model = nets.normalised()
+    for parameter in list(model.parameters())[-2:]:
+        parameter.data.zero_()
+    nets.save(model, "silent.pt")
+    assert _line(bntool, "fold", "silent.pt") == 10
+
+
 @pytest.mark.parametrize(
     ("error", "code"), [(ZeroDivisionError(), 70), (BrokenPipeError(), 70), (KeyboardInterrupt(), 130)]
 )

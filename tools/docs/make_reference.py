@@ -42,6 +42,7 @@ EXIT_CODES = {
     "7": "bad model state",
     "8": "the processes of a job do not find each other",
     "9": "standard output is closed or full; the work was done",
+    "10": "the checks have shown nothing; the work was done",
     "70": "a bug in bntool",
     "130": "stopped with Ctrl-C",
     "141": "the reader of the output went away",

@@ -1,7 +1,8 @@
 """What the proof of a fold finds: networks made at random, a share of them folded wrongly on purpose.
 
     make faults                                 # this proof
-    python -m tools.sweeps.random_faults --out a.json  # then --against a.json: beside the proof of another version
+    python -m tools.sweeps.random_faults --out a.json
+    # then --against a.json: beside the proof of another version
 
 A fault is one number of a folded weight that is off, or one edit of the plan that is left out. Of each
 network it is told whether the fault can be seen at all: how far the outputs move, in float64, on inputs of
