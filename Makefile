@@ -9,7 +9,7 @@ TOOLS := .venv-dist
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test check lint gold docs man bench latency zoo peers exports verification large streaming \
-	gpu-check pickles fuzz durability random elsewhere mutants dist false-claims faults
+	gpu-check pickles fuzz durability random styles elsewhere mutants dist false-claims faults
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  \1\t/' | expand -t 14
@@ -85,6 +85,10 @@ elsewhere: $(ELSEWHERE)/.installed ## fold and insert over the models of other l
 AS ?= module
 random: setup ## fold and insert over networks made at random, AS=module, program or onnx
 	$(BIN)/python -m tools.sweeps.random_folds --as $(AS)
+
+
+styles: setup ## fold, insert into and verify ONNX files in the styles of six exporters
+	$(BIN)/python -m tools.sweeps.styled_files
 
 faults: setup ## fold networks made at random, half of them wrongly: does the proof find it?
 	$(BIN)/python -m tools.sweeps.random_faults

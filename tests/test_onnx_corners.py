@@ -213,3 +213,15 @@ def test_weights_that_a_caller_may_replace_are_told_as_that(tmp_path: Path) -> N
     (skip,) = fold_onnx(path, tmp_path / "n.onnx").skips
     assert skip.reason is Reason.WEIGHT_COMPUTED
     assert "a caller may replace" in skip.detail
+
+
+def test_a_constant_behind_a_sigmoid_scales_what_it_may_be_off_by(tmp_path: Path) -> None:
+    sigmoid = helper.make_node("Sigmoid", ["c"], ["s"])
+    scaled = helper.make_node("Mul", ["k", "s"], ["y"])
+    outputs: dict[str, Any] = {"y": (1, [1, 8, 7, 7])}
+    constant = numpy_helper.from_array(np.float32(-3), "k")
+    path = write(tmp_path / "m.onnx", [CONV, sigmoid, scaled], [stored()[0], constant], outputs)
+    plain = write(
+        tmp_path / "p.onnx", [CONV, helper.make_node("Sigmoid", ["c"], ["y"])], stored()[:1], outputs
+    )
+    assert OutputTraits(path).slack["y"] == pytest.approx(3 * OutputTraits(plain).slack["y"])

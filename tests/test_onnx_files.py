@@ -189,7 +189,7 @@ def test_old_data_goes_also_after_ctrl_c_between_the_moves(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr("bntool.files.targets.remove_unnamed", pressed)
+        patched.setattr("bntool.files.drafting.remove_unnamed", pressed)
         with pytest.raises(KeyboardInterrupt):
             fold_onnx(path, tmp_path / "out.onnx", force=True)
     assert places(tmp_path / "out.onnx")["w"] == "out.onnx.data.1"

@@ -3,6 +3,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 import pytest
 import torch
@@ -157,3 +158,29 @@ def test_activations_of_several_nodes_are_sites(tmp_path: Path) -> None:
     assert [site.activation_kind for site in result.plan.insert_sites] == ["silu", "gelu"]
     assert check_onnx_unchanged(path, tmp_path / "bn.onnx", [example_inputs_of(path)]).passed
     assert not insert_onnx(tmp_path / "bn.onnx", None, InsertOptions(activations=("any",))).modified
+
+
+@pytest.mark.parametrize("eps", [1e-8, 1e-5, 1e-3, 0.1])
+def test_float16_is_left_as_it_was_to_the_bit(tmp_path: Path, eps: float) -> None:
+    """The ε is one that float16 holds 1 − ε of."""
+    random = np.random.default_rng(0)
+    weight = onnx.numpy_helper.from_array(random.normal(size=(8, 3, 3, 3)).astype(np.float16), "W")
+    nodes = [
+        onnx.helper.make_node("Conv", ["x", "W"], ["c"]),
+        onnx.helper.make_node("Relu", ["c"], ["y"]),
+    ]
+    ends = [onnx.helper.make_tensor_value_info(n, 10, s) for n, s in (("x", [1, 3, 32, 32]), ("y", None))]
+    graph = onnx.helper.make_graph(nodes, "g", ends[:1], ends[1:], [weight])
+    opsets = [onnx.helper.make_opsetid("", 17)]
+    path, new = tmp_path / "m.onnx", tmp_path / "new.onnx"
+    onnx.save(onnx.helper.make_model(graph, opset_imports=opsets, ir_version=8), path)
+    result = insert_onnx(path, new, InsertOptions(eps=eps))
+    assert check_onnx_unchanged(path, new, [example_inputs_of(path)]).passed
+    (node,) = (n for n in onnx.load(new).graph.node if n.op_type == "BatchNormalization")
+    held = next(a.f for a in node.attribute if a.name == "epsilon")
+    variance = onnx.numpy_helper.to_array(
+        next(t for t in onnx.load(new).graph.initializer if t.name == node.input[4])
+    )
+    assert (variance.astype(np.float64) + held == 1).all()
+    assert abs(held - eps) <= 2**-11
+    assert any("float16" in note for note in result.plan.notes)

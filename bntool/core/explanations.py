@@ -421,7 +421,7 @@ _add(
     nn.utils.parametrizations.weight_norm(model[0])
     """,
     """Make it permanent: torch.nn.utils.parametrize.remove_parametrizations(layer, 'weight'). In an ONNX file
-    whose inputs list the weights too, so that a caller may replace them, take them off the inputs.""",
+    whose inputs list the weights too, for a caller to replace, --freeze-inputs takes them for constants.""",
 )
 _add(
     Reason.QUANTIZED,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,13 +21,16 @@ _TYPES: dict[int | None, torch.dtype] = {
 }
 _MOVES = frozenset("Reshape Transpose Concat Squeeze Unsqueeze Flatten Identity Slice Split Gather".split())
 _SQUASHING = frozenset({"Sigmoid", "Softmax"})
+_SCALING = frozenset({"Mul", "Add"})
+_SHORT = 1 << 12
 _ROOM = 2.0
 """An error is a maximum over few draws: what is measured here, and what a file meets."""
 
 
 class OutputTraits:
     """`eps` of the coarsest floating type through which the numbers of each output go, and `slack`: what the
-    runtime's own Sigmoid or Softmax may be off by at its end, whatever is left of the peak; else zero.
+    runtime's own Sigmoid or Softmax may be off by at its end, times a constant behind it, whatever is left of
+    the peak; else zero.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -34,6 +38,7 @@ class OutputTraits:
         self._makers = {name: node for node in graph.node for name in node.output}
         self._stored = {tensor.name: tensor.data_type for tensor in graph.initializer}
         self._declared = {i.name: i.type.tensor_type.elem_type for i in (*graph.input, *graph.output)}
+        self._numbers = _small_numbers(graph)
         self.eps = {info.name: self._eps_of(info.name) for info in graph.output}
         self.slack = {info.name: self._slack_of(info.name) for info in graph.output}
 
@@ -53,19 +58,36 @@ class OutputTraits:
     def _slack_of(self, output: str) -> float:
         if self._declared.get(output) != TensorProto.FLOAT:
             return 0.0
-        ends, waiting, seen = set(), [output], {output}
+        slack, waiting, seen = 0.0, [(output, 1.0)], {output}
         while waiting:
-            node = self._makers.get(waiting.pop())
-            if node is None or node.op_type not in _MOVES | _SQUASHING:
+            name, factor = waiting.pop()
+            node = self._makers.get(name)
+            if node is None or node.op_type not in _MOVES | _SQUASHING | _SCALING:
                 return 0.0
             if node.op_type in _SQUASHING:
-                ends.add(node.op_type)
+                slack = max(slack, factor * error_of(node.op_type))
                 continue
-            data = node.input if node.op_type == "Concat" else node.input[:1]
-            new = [value for value in data if value not in seen]
-            seen.update(new)
-            waiting += new
-        return _ROOM * max(map(error_of, ends), default=0.0)
+            data = list(node.input if node.op_type == "Concat" else node.input[:1])
+            if node.op_type in _SCALING:
+                numbers = [self._numbers.get(value) for value in node.input]
+                data = [v for v, known in zip(node.input, numbers, strict=True) if known is None]
+                known = [n for n in numbers if n is not None]
+                if len(data) != 1 or len(known) != 1:
+                    return 0.0
+                factor *= float(np.abs(known[0]).max()) if node.op_type == "Mul" else 1.0
+            waiting += [(value, factor) for value in data if value not in seen]
+            seen.update(data)
+        return _ROOM * slack
+
+
+def _small_numbers(graph: onnx.GraphProto) -> dict[str, np.ndarray]:
+    """The numbers of short constants, which scale or shift an output."""
+    held = {t.name: t for t in graph.initializer if t.data_location != TensorProto.EXTERNAL}
+    for node in graph.node:
+        if node.op_type == "Constant":
+            held.update((node.output[0], a.t) for a in node.attribute if a.type == onnx.AttributeProto.TENSOR)
+    short = {name: t for name, t in held.items() if 0 < math.prod(t.dims) <= _SHORT}
+    return {name: onnx.numpy_helper.to_array(tensor) for name, tensor in short.items()}
 
 
 def _types_of(node: onnx.NodeProto | None) -> Iterator[int]:

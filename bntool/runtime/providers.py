@@ -244,6 +244,10 @@ def _after_refusal(message: str) -> str:
         return "this provider has no kernel for that op and type: convert the model to float32"
     if "External data path" in message:
         return "copy the data beside the model"
+    if "is not a registered function/op" in message:
+        return "run it where the library of that op is registered; bntool fold --check none needs no run"
+    if "bfloat16" in message:
+        return "ONNX Runtime has no such op for bfloat16 here: convert the model to float32"
     return "try another --opset, or report the model to bntool"
 
 

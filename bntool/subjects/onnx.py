@@ -187,7 +187,7 @@ class OnnxSubject:
             return plan, self
         _ = self.counts
         file, observed = self._taken()
-        apply_insert_onnx(observed, plan)
+        plan = apply_insert_onnx(observed, plan)
         return plan, self._written(file)
 
     def insert_rows(self, plan: Plan, after: OnnxSubject, checking: Checking) -> list[Check]:  # noqa: ARG002

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import torch
 
@@ -12,21 +14,39 @@ from bntool.observe.onnx_shapes import DTYPES
 from bntool.surgery.onnx_wiring import Wiring
 
 
-def apply_insert_onnx(observed: OnnxObservation, plan: Plan) -> None:
-    """Carry an insertion plan out on the observed model itself.
+def apply_insert_onnx(observed: OnnxObservation, plan: Plan) -> Plan:
+    """Carry an insertion plan out on the observed model itself; the plan, with a note of another ε.
 
     γ = 1, β = 0, μ = 0 and σ² = 1 − ε in the type of the data, where ε is what a node can hold of it, a
-    float32: what the model computes stays. A momentum of torch's, the share that is new, is 1 − that of ONNX.
+    float32, and the type: what the model computes stays. A momentum of torch's, the share that is new, is
+    1 − that of ONNX.
     """
     wiring = Wiring(observed.model)
-    eps, momentum = float(np.float32(plan.options["eps"])), 1.0 - float(plan.options["momentum"])
+    asked, momentum = float(plan.options["eps"]), 1.0 - float(plan.options["momentum"])
+    notes: dict[str, None] = {}
     for site in plan.insert_sites:
         layer = observed.layers[site.conv]
         dtype = _type_of_data(observed, site.conv)
+        eps = held_eps(asked, dtype)
+        if torch.finfo(dtype).bits < 32 and eps != asked:
+            short = str(dtype).removeprefix("torch.")
+            notes[f"ε is {eps:.3g} in {short}: 1 − {asked:.3g} is no number of that type"] = None
         ones = torch.ones(site.channels, dtype=dtype)
         tensors = (ones, torch.zeros_like(ones), torch.zeros_like(ones), ones - eps)
         for call, name in zip(layer.calls, site.norms, strict=True):
             wiring.batch_norm_behind(call.last, name, tensors, eps, momentum)
+    return dataclasses.replace(plan, notes=(*plan.notes, *notes))
+
+
+def held_eps(eps: float, dtype: torch.dtype) -> float:
+    """The ε next to this one for which 1 − ε is a number of the type, so that (1 − ε) + ε is 1.
+
+    The numbers right below 1 lie half an eps of the type apart. A float32 has enough of them for any ε.
+    """
+    if torch.finfo(dtype).bits >= 32:
+        return float(np.float32(eps))
+    step = torch.finfo(dtype).eps / 2
+    return max(round(eps / step), 1) * step
 
 
 def _type_of_data(observed: OnnxObservation, layer: str) -> torch.dtype:
