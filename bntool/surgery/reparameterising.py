@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from bntool.core.plan import Plan
 from bntool.core.schema import Damaged
@@ -28,12 +29,21 @@ _METHODS = ("reparameterize", "switch_to_deploy")
 
 @dataclasses.dataclass(frozen=True)
 class Block:
-    """A block, the method that merges its branches, the BatchNorms that go with it, and what it becomes."""
+    """A block, the method that merges its branches, the BatchNorms that go with it, and what it becomes.
+
+    `exact` are the parameters of that before they were rounded, by name.
+    """
 
     name: str
     method: str
     norms: tuple[str, ...]
     merged: nn.Module
+    exact: dict[str, Tensor] = dataclasses.field(default_factory=dict)
+
+    def numbers(self) -> Iterator[tuple[int, Callable[[], Tensor]]]:
+        """What gives the numbers of each parameter in float64, by the identity of the parameter."""
+        for name, parameter in self.merged.named_parameters():
+            yield id(parameter), functools.partial(self.exact.__getitem__, name)
 
 
 def find_blocks(model: nn.Module) -> list[Block]:
@@ -57,13 +67,14 @@ def _tried(name: str, module: nn.Module) -> Block | None:
     before = _norm_names(module)
     for method in _methods_of(module) if before else ():
         try:
-            merged = reparameterised(module, method)
+            exact: dict[str, Tensor] = {}
+            merged = reparameterised(module, method, exact=exact)
         except Exception:  # noqa: BLE001, S112 - a method that fails is one this block does not offer
             continue
         gone = before - _norm_names(merged)
         if gone:
             norms = tuple(f"{name}.{norm}" if norm else name for norm in sorted(gone))
-            return Block(name, method, norms, merged)
+            return Block(name, method, norms, merged, exact)
     return None
 
 
@@ -110,14 +121,19 @@ def _merge_block(copied: nn.Module, edit: Edit, wide: bool) -> None:
     replace_everywhere(copied, block, merged)
 
 
-def reparameterised(module: nn.Module, method: str, *, wide: bool = False) -> nn.Module:
+def reparameterised(
+    module: nn.Module, method: str, *, wide: bool = False, exact: dict[str, Tensor] | None = None
+) -> nn.Module:
     """The block with its branches merged, computed in float64 and cast back unless `wide`; the argument is
-    untouched.
+    untouched. `exact` is given the parameters as they were before.
     """
     tensors = [t for t in (*module.parameters(), *module.buffers()) if t.is_floating_point()]
     dtype = torch.float64 if wide else tensors[0].dtype if tensors else torch.get_default_dtype()
     trains = any(p.requires_grad for p in module.parameters())
-    merged = _call(own_copy(module).double(), method).to(dtype)
+    merged = _call(own_copy(module).double(), method)
+    if exact is not None:
+        exact.update((name, parameter.detach()) for name, parameter in merged.named_parameters())
+    merged = merged.to(dtype)
     merged.requires_grad_(trains)
     return set_modes(merged, training=module.training)
 
