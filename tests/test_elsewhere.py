@@ -14,7 +14,9 @@ import bntool
 from bntool.graph.inputs import Inputs
 from bntool.observe.eager import observe
 from bntool.subjects import elsewhere
+from bntool.subjects.base import Checking
 from bntool.subjects.elsewhere import Elsewhere, covers
+from bntool.subjects.module import ModuleSubject
 
 
 def seen(model: nn.Module, *shape: int) -> elsewhere.Seen:
@@ -35,9 +37,9 @@ def test_the_small_input_leaves_two_places_wherever_there_were_several() -> None
     model = strided()
     found = seen(model, 1, 3, 64, 64)
     assert found.small is not None and found.covers and found.long is None
-    assert found.small.inputs.shapes() == "2x3x10x10"
+    assert found.small.inputs.shapes() == "2x3x11x19"
     (last,) = (op for op in found.small.graph.ops if op.scope == "9")
-    assert found.small.graph.output(last).shape == (2, 4, 2, 2)
+    assert found.small.graph.output(last).shape == (2, 4, 2, 3)
 
 
 def test_a_run_on_which_only_padding_meets_a_weight_covers_nothing() -> None:
@@ -76,7 +78,7 @@ def test_what_a_model_does_by_size_is_looked_at_on_a_longer_input(what: str) -> 
     model = Does(BY_SIZE[what]).eval()
     nn.init.constant_(model.bn.running_mean, 1.0)
     found = seen(model, 1, 3, 48, 48)
-    assert found.small is not None and found.small.inputs.shapes() == "2x3x8x8"
+    assert found.small is not None and found.small.inputs.shapes() == "2x3x9x17"
     assert found.long is not None and found.long.inputs.shapes() == "1x3x81x81"
     result = bntool.fold(model, torch.randn(1, 3, 48, 48))
     x = torch.randn(1, 3, 90, 90)
@@ -94,7 +96,7 @@ def test_a_volume_is_proved_on_a_small_one() -> None:
         nn.Conv3d(3, 4, 3, 2, 1), nn.BatchNorm3d(4), nn.ReLU(), nn.Conv3d(4, 4, 3, 2, 1)
     ).eval()
     found = seen(model, 1, 3, 16, 48, 48)
-    assert found.small is not None and found.small.inputs.shapes() == "2x3x8x8x8"
+    assert found.small is not None and found.small.inputs.shapes() == "2x3x9x17x25"
 
 
 def test_a_head_of_fixed_width_keeps_the_size_and_is_told() -> None:
@@ -125,7 +127,7 @@ def test_what_was_refused_is_remembered_of_an_architecture(monkeypatch: pytest.M
 
     monkeypatch.setattr(elsewhere, "observe", noted)
     for _ in range(2):
-        # pools round down: of ten pixels one place is left
+        # pools round down: of eleven pixels one place is left
         seen(
             nn.Sequential(nn.Conv2d(3, 5, 1), *(nn.MaxPool2d(2) for _ in range(3)), nn.Conv2d(5, 4, 1)),
             1,
@@ -133,7 +135,7 @@ def test_what_was_refused_is_remembered_of_an_architecture(monkeypatch: pytest.M
             64,
             64,
         )
-    assert tried == ["2x3x10x10", "2x3x16x16", "2x3x16x16"]
+    assert tried == ["2x3x11x19", "2x3x17x25", "2x3x17x25"]
 
 
 class Logged(nn.Module):
@@ -173,8 +175,34 @@ def test_a_fold_is_proved_at_the_price_of_one_more_run() -> None:
     # before and after, in its own precision; all that is float64 is small
     assert noted.count((torch.float32, (1, 3, 96, 96))) == 2
     wide = [shape for dtype, shape in noted if dtype == torch.float64]
-    assert len(wide) == 4 and all(max(shape[2:]) < 32 for shape in wide)
-    assert {shape[0] for shape in wide} == {1, 2}
+    assert wide == [(2, 3, 11, 19)] * 2
+
+
+def test_with_the_full_check_there_is_a_second_small_input_of_other_sides() -> None:
+    model = strided()
+    subject = ModuleSubject(model, torch.randn(1, 3, 64, 64))
+    shapes = [
+        [inputs.shapes() for inputs, _ in found.algebra]
+        for full in (False, True)
+        if (found := subject.proof(Checking(full=full)).elsewhere) is not None
+    ]
+    assert shapes == [["2x3x11x19"], ["2x3x11x19", "1x3x13x29"]]
+
+
+def test_where_the_small_input_tells_too_little_there_is_a_second_one() -> None:
+    class Even(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = strided()
+
+        def forward(self, x: Tensor) -> Tensor:
+            assert x.shape[2] % 2 == x.shape[3] % 2 == 0
+            out: Tensor = self.body(x)
+            return out
+
+    found = ModuleSubject(Even().eval(), torch.randn(1, 3, 64, 64)).proof(Checking()).elsewhere
+    assert found is not None
+    assert [inputs.shapes() for inputs, _ in found.algebra] == ["2x3x10x10", "1x3x10x42"]
 
 
 def test_a_long_sequence_is_made_shorter_where_its_features_may_not() -> None:

@@ -22,7 +22,7 @@ from bntool.graph.inputs import Inputs
 from bntool.observe.eager import Observation, observe
 from bntool.observe.inference import has_fixed_size
 from bntool.observe.modules import class_name
-from bntool.subjects.sizes import besides, longer, other_sizes, smaller
+from bntool.subjects.sizes import besides, is_telling, longer, other_sizes, smaller
 
 _REMEMBERED = 256
 """Architectures of which a process remembers what was found."""
@@ -73,13 +73,19 @@ class Elsewhere:
         return Seen(small, True, self._first_taken(longer(own.inputs)) if by_size else None)
 
     def besides(self) -> Iterator[Inputs]:
-        """Inputs of other sizes than the small ones, the most telling first; none is known to be taken."""
+        """Inputs of other sizes than the small one, the most telling first; none is known to be taken."""
         small = self.seen.small
         if small is None or not self.seen.covers or has_fixed_size(self._model):
             return
         for inputs in besides(small.inputs):
             self.untaken.append(inputs.shapes())
             yield inputs
+
+    @property
+    def is_telling(self) -> bool:
+        """Whether the small input differs from the example in all that a law could be mistaken about."""
+        small = self.seen.small
+        return small is not None and is_telling(small.inputs, self._observation.inputs)
 
     def graphs(self) -> list[Graph]:
         """Of an observation on another size, and of a longer input where the model goes by size."""
@@ -98,10 +104,8 @@ class Elsewhere:
         for number in range(start, len(inputs)):
             found = self._observed(inputs[number])
             if found is not None and covers(found.graph, own.graph):
-                _refused[key] = number
-                _refused.move_to_end(key)
-                if len(_refused) > _REMEMBERED:
-                    _refused.popitem(last=False)
+                if not fixed:
+                    _remember(key, number)
                 return found
         return None
 
@@ -114,6 +118,13 @@ class Elsewhere:
         except ObserveError:
             self.untaken.append(inputs.shapes())
             return None
+
+
+def _remember(kind: Hashable, refused: int) -> None:
+    _refused[kind] = refused
+    _refused.move_to_end(kind)
+    if len(_refused) > _REMEMBERED:
+        _refused.popitem(last=False)
 
 
 def sides_of(inputs: Inputs) -> list[tuple[int, ...]]:

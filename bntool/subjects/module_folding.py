@@ -51,6 +51,7 @@ class PlannedFold:
     plan: Plan
     _merged: nn.Module
     _rest: Plan
+    _blocks: tuple[Block, ...] = ()
 
     def carry_out(self) -> tuple[nn.Module, Numbers]:
         """The folded module, in eval mode, and its new numbers before they were rounded, where all are known.
@@ -58,7 +59,8 @@ class PlannedFold:
         What a surgery does not touch it shares with the original.
         """
         folded, numbers = apply_exactly(self._merged, self._rest)
-        return set_modes(folded, training=False), numbers if self._rest is self.plan else {}
+        of_blocks = dict(pair for block in self._blocks for pair in block.numbers())
+        return set_modes(folded, training=False), {**of_blocks, **numbers}
 
 
 def plan_module_fold(
@@ -86,12 +88,14 @@ def plan_module_fold(
     elsewhere = elsewhere or Elsewhere(model, observation, apart=unshare)
     plan = _settled(model, observation, choice, thorough, elsewhere)
     sites: list[FoldSite] = []
+    done: list[Block] = []
     merged = model
     # a block that has merged its branches may hold blocks that still can
     shapes = _shapes_read(observation.graph)
     while merge and (blocks := _fit(find_blocks(merged, shapes), plan)):
         sites += [site for block in blocks for site in _sites(block)]
         merged = with_blocks_merged(merged, blocks)
+        done += blocks
     if not sites:
         return PlannedFold(plan, model, plan)
     try:
@@ -102,7 +106,7 @@ def plan_module_fold(
     whole = dataclasses.replace(
         rest, sites=(*sites, *rest.sites), signature=signature_of(model), model_class=plan.model_class
     )
-    return PlannedFold(whole, merged, rest)
+    return PlannedFold(whole, merged, rest, tuple(done))
 
 
 def _shapes_read(graph: Graph) -> dict[str, tuple[int, ...]]:

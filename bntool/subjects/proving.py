@@ -65,7 +65,8 @@ class ModuleProof:
         small = self._elsewhere.seen.small
         if small is None:
             return None
-        beside = self._elsewhere.besides()
+        one_tells = self._elsewhere.is_telling and not self._checking.full
+        beside = () if one_tells else self._elsewhere.besides()
         found = Reference(self._model, [small.inputs], ran=_own_runs([small]), beside=beside)
         return found if found.exact is not None else None
 

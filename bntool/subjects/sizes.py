@@ -24,11 +24,23 @@ def smaller(inputs: Inputs, graph: Graph) -> Iterator[Inputs]:
     """Smaller inputs that the model of this graph may take the same path on, the smallest first; then inputs
     of the example's own sides. All have one sample more, and seeded values.
 
-    The sides are so long that the shortest map that any convolution makes has two places, then more: a
-    stride may divide them or not. Of a sequence (N, L, F) the other axis is tried too.
+    The sides are so long that the shortest map that any convolution makes has two places, then more: odd ones
+    of which no two are alike, then such as a stride may divide. Of a sequence (N, L, F) the other axis is
+    tried too.
     """
-    for seed, shape_of in enumerate((*_shrunken(inputs, graph), lambda tensor: list(tensor.shape))):
+    shapes = list(_shrunken(inputs, graph))
+    odd = [lambda tensor, shape_of=shape_of: _odd(shape_of(tensor)) for shape_of in shapes]
+    for seed, shape_of in enumerate((*odd, *shapes, lambda tensor: list(tensor.shape))):
         yield drawn(inputs, shape_of, seed, more=1)
+
+
+def is_telling(small: Inputs, example: Inputs) -> bool:
+    """Whether no side of an input is one of the example's, or even, or that of another axis."""
+    pairs = zip(small.tensors().values(), example.tensors().values(), strict=True)
+    sides = [(list(a.shape[2:]), list(b.shape[2:])) for a, b in pairs if a.dim() > 2]
+    return bool(sides) and all(
+        len(set(a)) == len(a) and all(x % 2 and x != y for x, y in zip(a, b, strict=True)) for a, b in sides
+    )
 
 
 def _shrunken(inputs: Inputs, graph: Graph) -> Iterator[ShapeOf]:
@@ -79,15 +91,21 @@ def besides(small: Inputs) -> Iterator[Inputs]:
     sides of the same area, for what a linear layer of a fixed width reads; a sequence (N, L, F) longer
     along L.
     """
-    shapes: list[ShapeOf] = [_odd, functools.partial(_longer_last, more=32), _of_same_area, _longer_sequence]
+    shapes: list[ShapeOf] = [
+        lambda tensor: _odd(tensor.shape),
+        functools.partial(_longer_last, more=32),
+        _of_same_area,
+        _longer_sequence,
+    ]
     for seed, shape_of in enumerate(shapes, start=10):
         if any(shape_of(tensor) != list(tensor.shape) for tensor in small.tensors().values()):
             yield drawn(small, shape_of, seed, more=-1)
 
 
-def _odd(tensor: Tensor) -> list[int]:
-    first, sides = tensor.shape[:2], [side + 1 + side % 2 for side in tensor.shape[2:]]
-    return [*first, *sides[:-1], *(side + 8 for side in sides[-1:])]
+def _odd(shape: Sequence[int]) -> list[int]:
+    """Odd sides, each longer than the one before by another number."""
+    sides = [side + 1 + side % 2 for side in shape[2:]]
+    return [*shape[:2], *(side + 8 * axis for axis, side in enumerate(sides))]
 
 
 def _longer_last(tensor: Tensor, more: int) -> list[int]:

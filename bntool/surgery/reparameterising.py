@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from bntool.core.plan import Plan
 from bntool.core.schema import Damaged
@@ -35,12 +36,21 @@ _EXACT = 1e-10
 
 @dataclasses.dataclass(frozen=True)
 class Block:
-    """A block, the method that merges its branches, the BatchNorms that go with it, and what it becomes."""
+    """A block, the method that merges its branches, the BatchNorms that go with it, and what it becomes.
+
+    `exact` are the parameters of that before they were rounded, by name.
+    """
 
     name: str
     method: str
     norms: tuple[str, ...]
     merged: nn.Module
+    exact: dict[str, Tensor] = dataclasses.field(default_factory=dict)
+
+    def numbers(self) -> Iterator[tuple[int, Callable[[], Tensor]]]:
+        """What gives the numbers of each parameter in float64, by the identity of the parameter."""
+        for name, parameter in self.merged.named_parameters():
+            yield id(parameter), functools.partial(self.exact.__getitem__, name)
 
 
 def find_blocks(model: nn.Module, shapes: Mapping[str, Sequence[int]] | None = None) -> list[Block]:
@@ -71,7 +81,8 @@ def _tried(name: str, module: nn.Module, shape: Sequence[int] | None) -> Block |
         fewer = method != "fuse" or _convolutions(wide) < _convolutions(module)
         if gone and fewer and _agree(cast(own_copy(module), torch.float64), wide, shape):
             norms = tuple(f"{name}.{norm}" if norm else name for norm in sorted(gone))
-            return Block(name, method, norms, _as_it_was(wide, module))
+            exact = {own: parameter.detach() for own, parameter in wide.named_parameters()}
+            return Block(name, method, norms, _as_it_was(wide, module), exact)
     return None
 
 

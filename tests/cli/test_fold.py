@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from bntool.pipeline import settling
-from bntool.subjects import proving
+from bntool.subjects import module_folding, proving
+from bntool.surgery import fold_modules
 from tests.cli import nets
 from tests.cli.conftest import Said, Shell, contents
 
@@ -133,18 +134,19 @@ def test_an_output_of_nothing_but_nan_proves_nothing(refused: Shell) -> None:
     refused("export", "plain.pt", *nets.INPUT, code=7, says="NaN")
 
 
-def _corrupting(layer: str) -> Callable[..., nn.Module]:
-    """`apply_fold` with one weight of `layer` wrong."""
-    honest: Any = proving.apply_fold
+def _corrupt(monkeypatch: pytest.MonkeyPatch, layer: str) -> None:
+    """From here on every fold has one weight of `layer` wrong."""
+    honest = fold_modules.apply_exactly
 
-    def apply_fold(model: nn.Module, plan: Any) -> nn.Module:
-        folded = honest(model, plan)
+    def apply_exactly(model: nn.Module, plan: Any, **how: Any) -> Any:
+        folded, numbers = honest(model, plan, **how)
         if any(site.bn == layer for site in plan.fold_sites):
             target = folded.get_submodule(next(s for s in plan.fold_sites if s.bn == layer).into[0])
             target.weight = nn.Parameter(target.weight.detach() * 1.01)
-        return folded
+        return folded, numbers
 
-    return apply_fold
+    for user in (fold_modules, module_folding, proving):
+        monkeypatch.setattr(user, "apply_exactly", apply_exactly)
 
 
 @pytest.mark.parametrize("layer", ["1", "4"])
@@ -152,7 +154,7 @@ def test_a_fold_that_comes_out_wrong_is_not_done(
     bntool: Shell, monkeypatch: pytest.MonkeyPatch, layer: str
 ) -> None:
     nets.save(nets.normalised(), "model.pt")
-    monkeypatch.setattr(proving, "apply_fold", _corrupting(layer))
+    _corrupt(monkeypatch, layer)
     document = bntool("fold", "model.pt", *nets.INPUT, "--json").document
     assert [(skip["bn"], skip["reason"]) for skip in document["skips"]] == [(layer, "not-proved")]
     assert "differs from the original" in document["skips"][0]["detail"]
@@ -164,7 +166,7 @@ def test_a_fold_that_nothing_can_prove_is_a_failed_check(
     refused: Shell, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     nets.save(nets.normalised(), "model.pt")
-    monkeypatch.setattr(proving, "apply_fold", _corrupting("1"))
+    _corrupt(monkeypatch, "1")
     monkeypatch.setattr(settling, "first_at_fault", lambda *_: "")
     for form in ([], ["--json"]):
         words = ["fold", "model.pt", *nets.INPUT, "--export", "onnx", *form]

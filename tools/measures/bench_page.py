@@ -111,8 +111,8 @@ that is given: `fold` with `check="none"`, as it is by default (proved) and with
 `summary`, and the `fuse` of `torch.fx`. What bounds them:
 
 - unchecked: one observed forward, Python's work for each module and op, and the new weights;
-- proved: that, one forward of the candidate, and five runs on small inputs, four of them in float64, in each
-  of which every weight is read once; a model that goes by size runs twice more, on a longer input;
+- proved: that, one forward of the candidate, and three runs on a small input, two of them in float64, where
+  every weight is widened once; a model that goes by size runs twice more, on a longer input;
 - full: seven forwards more on each side for the batches of 1, 2 and 3, in place of one;
 - insert: two observed forwards, and a copy of the weights;
 - summary: an observed forward, and the layer walk of `torchinfo`."""
