@@ -17,6 +17,7 @@ from bntool.export.capturing import (
     capture,
     convert,
     fixed_batch,
+    mode_notes,
     refuse_batch_statistics,
     running_instance_norms,
     silent,
@@ -117,7 +118,7 @@ def export_onnx(
     inputs = Inputs.of(example_inputs)
     axes = DynamicAxes(dynamic_batch, dynamic or {})
     axes.named_for(inputs)
-    notes = _mode_notes(model)
+    notes = mode_notes(model)
     if keep_io and not dtype:
         raise UsageError("--keep-io goes with --dtype", next_step="add --dtype fp16, or leave --keep-io out")
     isolation = Isolation(model)
@@ -247,15 +248,6 @@ def _written(onnx_model: Any, form: _Form, notes: list[str]) -> ExportResult:
         dtype=form.dtype,
         loads_in=loads_in(opset, int(onnx_model.ir_version)),
     )
-
-
-def _mode_notes(model: nn.Module) -> list[str]:
-    training = [(name, module) for name, module in model.named_modules() if module.training]
-    if not training:
-        return []
-    layers = [name for name, module in training if isinstance(module, nn.modules.batchnorm._NormBase)]
-    told = f", {layers[0]} (a BatchNorm) among them" if layers and not model.training else ""
-    return [f"{len(training)} module(s) were in train mode{told}; exported in eval mode"]
 
 
 def _require_every_batch_norm(onnx_model: Any, expected: range, instance_norms: int = 0) -> None:
