@@ -11,18 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from bntool.graph.affine import (
-    Affine,
-    Constant,
-    add,
-    batch_norm_affine,
-    compose,
-    concat,
-    evaluate,
-    first_asked,
-    identity,
-    merge,
-)
+from bntool.graph.affine import Affine, Constant, add, batch_norm_affine, compose, concat, identity, merge
+from bntool.graph.steps import evaluate, first_asked
 
 NAN = float("nan")
 

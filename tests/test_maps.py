@@ -12,7 +12,7 @@ from torch import Tensor
 from bntool.core import maps
 from bntool.core.maps import Allowance, nested_tuples, shape_of
 from bntool.core.schema import Damaged
-from bntool.graph import affine
+from bntool.graph import steps
 
 TENSORS = {"w": torch.rand(8), "plane": torch.rand(8, 1, 1)}
 BN = ["bn", "bn1"]
@@ -32,7 +32,7 @@ def _leaf(kind: str, name: str) -> Any:
 
 
 def test_every_step_that_computes_is_judged_and_no_other() -> None:
-    assert maps._STEPS.keys() == affine.PRIMITIVES.keys()
+    assert maps._STEPS.keys() == steps.PRIMITIVES.keys()
 
 
 @pytest.mark.parametrize(
@@ -71,7 +71,7 @@ def test_every_step_that_computes_is_judged_and_no_other() -> None:
 def test_what_passes_computes_the_shape_that_was_told(expr: Any) -> None:
     expr = nested_tuples(expr)
     shape = shape_of(expr, _shape, Allowance(1000))
-    pair = affine.evaluate(expr, _leaf)
+    pair = steps.evaluate(expr, _leaf)
     assert [tuple(part.shape) for part in pair] == [shape, shape]
     assert all(isinstance(part, Tensor) for part in pair)
 

@@ -223,6 +223,16 @@ def _nodes_of(module: nn.Module) -> Iterable[torch.fx.Node]:
     return module.graph.nodes if isinstance(module, torch.fx.GraphModule) else ()
 
 
+def mode_notes(model: nn.Module) -> list[str]:
+    """What to tell of layers in train mode, which are exported in eval mode."""
+    training = [(name, module) for name, module in model.named_modules() if module.training]
+    if not training:
+        return []
+    layers = [name for name, module in training if isinstance(module, nn.modules.batchnorm._NormBase)]
+    told = f", {layers[0]} (a BatchNorm) among them" if layers and not model.training else ""
+    return [f"{len(training)} module(s) were in train mode{told}; exported in eval mode"]
+
+
 @contextlib.contextmanager
 def silent() -> Iterator[None]:
     """Keep the exporter's prints, logs and own warnings away; what matters is raised or noted."""

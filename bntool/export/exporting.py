@@ -18,6 +18,7 @@ from bntool.export.capturing import (
     capture,
     convert,
     fixed_batch,
+    mode_notes,
     refuse_batch_statistics,
     running_instance_norms,
     silent,
@@ -102,7 +103,7 @@ def export_onnx(
     inputs = Inputs.of(example_inputs)
     axes = DynamicAxes(not how.static_batch, how.axes())
     axes.named_for(inputs)
-    notes = _mode_notes(model)
+    notes = mode_notes(model)
     isolation = Isolation(model)
     with isolation.run(watched=False) as subject:
         if how.narrow:
@@ -228,15 +229,6 @@ def _written(onnx_model: Any, form: _Form, notes: list[str]) -> ExportResult:
         dtype=form.how.narrow,
         loads_in=loads_in(opset, int(onnx_model.ir_version)),
     )
-
-
-def _mode_notes(model: nn.Module) -> list[str]:
-    training = [(name, module) for name, module in model.named_modules() if module.training]
-    if not training:
-        return []
-    layers = [name for name, module in training if isinstance(module, nn.modules.batchnorm._NormBase)]
-    told = f", {layers[0]} (a BatchNorm) among them" if layers and not model.training else ""
-    return [f"{len(training)} module(s) were in train mode{told}; exported in eval mode"]
 
 
 def _require_every_batch_norm(onnx_model: Any, expected: range, instance_norms: int = 0) -> None:

@@ -18,8 +18,8 @@ from bntool.core.plan import Plan
 from bntool.core.reasons import Reason
 from bntool.core.sites import Expr, FoldSite, Skip
 from bntool.folding.planner import plan_fold
-from bntool.graph.affine import evaluate
 from bntool.graph.dataflow import Graph
+from bntool.graph.steps import evaluate
 
 _DETAIL = "the fold would come out otherwise on an input of other sizes or numbers"
 

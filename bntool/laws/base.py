@@ -13,8 +13,9 @@ from typing import Protocol
 import torch
 
 from bntool.core.reasons import Reason
-from bntool.graph.affine import Affine, Constant, first_asked, identity
+from bntool.graph.affine import Affine, Constant, identity
 from bntool.graph.dataflow import Graph, Op, Value
+from bntool.graph.steps import first_asked
 
 
 class Refused(Exception):

@@ -15,7 +15,8 @@ from torch import Tensor
 from bntool.core.errors import InvariantError, PlanError, StateError
 from bntool.core.plan import Plan
 from bntool.core.sites import Branch, Edit, Merge
-from bntool.graph.affine import Pair, batch_norm_affine, evaluate, is_finite
+from bntool.graph.affine import batch_norm_affine, is_finite
+from bntool.graph.steps import Pair, evaluate
 from bntool.laws.merging import added_up
 from bntool.laws.taking import bias_from_input_shift, rows
 from bntool.surgery.tensors import cast_like, norm_taking_in, scaled

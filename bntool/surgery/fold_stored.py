@@ -24,7 +24,8 @@ from bntool.files.safetensors_files import Entry, layout, write_safetensors
 from bntool.files.shards import write_shards
 from bntool.files.stored import Described, Stored
 from bntool.files.targets import Target
-from bntool.graph.affine import batch_norm_affine, evaluate, is_finite
+from bntool.graph.affine import batch_norm_affine, is_finite
+from bntool.graph.steps import evaluate
 from bntool.surgery.editing import Edits, Role, Slot, StoredNorm
 from bntool.surgery.judging import EditJudge, Held, at
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from bntool.graph.affine import Pair
+from bntool.graph.steps import Pair
 
 _CHUNK = 1 << 18
 """Elements of a weight worked on at a time, so that the float64 copy stays in the cache."""
