@@ -17,7 +17,8 @@ import bntool
 NAMES = """torchvision:alexnet torchvision:vgg11_bn torchvision:resnet18 torchvision:densenet121
 torchvision:squeezenet1_1 torchvision:mobilenet_v2 torchvision:mobilenet_v3_small
 torchvision:mnasnet0_5 torchvision:shufflenet_v2_x0_5 torchvision:regnet_y_400mf torchvision:efficientnet_b0
-torchvision:convnext_tiny torchvision:vit_b_16 torchvision:swin_t torchvision:fcn_resnet50 timm:resnet18 timm:repvgg_a0
+torchvision:convnext_tiny torchvision:vit_b_16 torchvision:swin_t torchvision:fcn_resnet50
+timm:resnet18 timm:repvgg_a0
 timm:mobilenetv3_small_050 timm:efficientnet_lite0 timm:mixer_s32_224""".split()
 
 
