@@ -135,11 +135,11 @@ def test_what_fills_a_screen_is_shortened_and_whole_on_request(refused: Shell) -
     words = "from torch import nn\n\nclass Net(nn.Module):\n    def forward(self, x):\n"
     Path("wordy.py").write_text(words + "        raise ValueError('shape mismatch, ' * 100 + 'the end')\n")
     line = ("summary", "wordy.py:Net", *nets.INPUT)
-    short = refused(*line, code=3, says="shape mismatch")
+    short = refused(*line, code=2, says="shape mismatch")
     assert max(map(len, short.err.splitlines())) < 450
     assert "(-v shows all of it)" in short.err
-    assert "the end" in refused(*line, "-v", code=3).err
-    assert "the end" in refused(*line, "--json", code=3).document["error"]["what"]
+    assert "the end" in refused(*line, "-v", code=2).err
+    assert "the end" in refused(*line, "--json", code=2).document["error"]["what"]
 
 
 def test_debug_shows_the_traceback_and_keeps_the_code(capsys: pytest.CaptureFixture[str]) -> None:

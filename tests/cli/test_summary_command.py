@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 
+import bntool as package
 from tests.cli import nets
 from tests.cli.conftest import Shell, contents
 
@@ -108,3 +109,47 @@ def test_modes_are_shown_and_kept(bntool: Shell) -> None:
     nets.save(nets.normalised().train(), "model.pt")
     assert bntool("summary", "model.pt", *nets.INPUT).code == 0
     assert torch.load("model.pt", weights_only=False).training
+
+
+def test_every_kind_and_a_baseline_of_another(bntool: Shell) -> None:
+    """The BatchNorm of four channels is 8 parameters, and 9 buffers where one counts batches."""
+    plain, model, x = nets.plain(), nets.normalised(), torch.zeros(1, 3, 12, 12)
+    nets.save(plain, "plain.pt")
+    nets.save(model, "m.pt")
+    torch.save(model.state_dict(), "w.pt")
+    torch.export.save(torch.export.export(model, (x,)), "m.pt2")
+    package.export_onnx(model, (x,), "m.onnx")
+    for name, buffers in (("m.pt", 9), ("w.pt", 9), ("m.pt2", 9), ("m.onnx", 8)):
+        said = bntool("summary", name, "--baseline", "plain.pt", "--json")
+        assert said.code == 0, said
+        document = said.document
+        (norm,) = [layer for layer in document["layers"] if layer["name"] == "1"]
+        assert norm["type"].startswith("BatchNorm"), name
+        assert (norm["trainable"] + norm["frozen"], norm["buffers"]) == (8, buffers), name
+        change = {row["name"]: row for row in document["delta"]["layers"]}["1"]
+        assert (change["change"], change["trainable"], change["buffers"]) == ("added", 8, buffers), name
+        assert document["batch_norms"] == 2
+    same = bntool("summary", "m.pt2", "--baseline", "m.pt")
+    assert "no layer with parameters or buffers changed" in same.out
+
+
+def test_columns_depth_order_and_a_tree(bntool: Shell, refused: Shell) -> None:
+    nets.save(nets.normalised(), "m.pt")
+    line = ("summary", "m.pt", *nets.INPUT, "--columns", "name,mult-adds,percent")
+    rows = [row.split() for row in bntool(*line, "--sort", "mult-adds").out.splitlines()[3:8]]
+    assert [row[0] for row in rows[:2]] == ["0", "3"]
+    assert rows[0][1:] == ["10,800", f"{108 / 194:.2%}"]
+    assert "Sequential, 5 layers" in bntool("summary", "m.pt", "--depth", "0").out
+    assert "\n  BatchNorm2d-2" in bntool("summary", "m.pt", "--tree").out
+    refused("summary", "m.pt", "--columns", "nonsense", code=2, says="mult-adds")
+    refused("summary", "m.pt", "--sort", "nonsense", code=2, says="mult-adds")
+    refused("summary", "m.pt", "--depth", "-1", code=2)
+    refused("summary", "m.pt", "--tree", "--sort", "name", code=2)
+
+
+def test_a_size_that_does_not_fit_keeps_what_ran(bntool: Shell) -> None:
+    nets.save(nets.plain(), "m.pt")
+    said = bntool("summary", "m.pt", "--input", "1x3x3x3", "--json")
+    assert (said.code, said.document["status"]) == (2, "usage")
+    assert said.document["layers"][0]["output_shape"] == [1, 4, 1, 1]
+    assert said.document["layers"][2]["output_shape"] is None
