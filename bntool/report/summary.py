@@ -15,10 +15,10 @@ from bntool.graph.inputs import Inputs
 from bntool.observe.modules import is_batch_norm_class
 from bntool.report.counting import Counts, Owned, owned_by_module
 from bntool.report.delta import Delta, compare_layers
-from bntool.report.graph_layers import Found, StoredTensor
 from bntool.report.layers import Layer, table_of, total
 from bntool.report.notes import Note, note_on_biases, notes_on_calls, notes_on_state
 from bntool.report.tables import text_of
+from bntool.report.tensor_layers import Found, StoredTensor
 from bntool.report.walking import Call, Calls, observe_calls
 
 

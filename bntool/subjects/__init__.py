@@ -20,8 +20,10 @@ if TYPE_CHECKING:
     from bntool.subjects.base import Exportable, Subject
 
 
-def subject_of(model: Any, example_inputs: Any = None, *asked: Options) -> Subject:
+def subject_of(model: Any, example_inputs: Any = None, *asked: Options, stand_ins: bool = False) -> Subject:
     """A model of any kind as a subject: a module, a program, TorchScript, or a path or reference of one.
+
+    With `stand_ins`, also a file whose classes are not here, to be looked at and not run.
 
     Raises:
         UsageError: it is none; or one of the options `asked` is out of bounds, or none that its kind knows.
@@ -29,7 +31,7 @@ def subject_of(model: Any, example_inputs: Any = None, *asked: Options) -> Subje
     """
     for options in asked:
         options.validate()
-    found = _subject_of(model, example_inputs)
+    found = _subject_of(model, example_inputs, stand_ins)
     require_known(found.kind, *asked, name=found.name)
     return found
 
@@ -61,7 +63,7 @@ def exportable(subject: Subject) -> Exportable:
     return found
 
 
-def _subject_of(model: Any, example_inputs: Any) -> Subject:
+def _subject_of(model: Any, example_inputs: Any, stand_ins: bool) -> Subject:
     if isinstance(model, str | Path):
         name, path = str(model), Path(model)
         if path.is_file() and detect(path).kind is Kind.ONNX:
@@ -70,7 +72,7 @@ def _subject_of(model: Any, example_inputs: Any) -> Subject:
             return OnnxSubject(path)
         from bntool.files.loading import load
 
-        loaded = load(name)
+        loaded = load(name, stand_ins=stand_ins)
         if example_inputs is None:
             example_inputs = loaded.example_inputs
         found = _in_memory(loaded.model, example_inputs, name)
