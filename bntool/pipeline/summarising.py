@@ -62,7 +62,7 @@ def counted(subject: Any) -> Summary:
     if subject.kind == "onnx":
         return summarize_found(of_onnx(subject.observed), "ONNX", "onnx")
     if subject.kind == "program":
-        return summarize_found(of_program(subject.model), "ExportedProgram", "program")
+        return summarize_found(of_program(subject.observed), "ExportedProgram", "program")
     if subject.kind == "weights":
         return _weights(subject.model)
     return summarize(subject.model)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from bntool.graph.dataflow import Graph, Op, Value
-from bntool.observe.exported_program import observe_program
+from bntool.observe.exported_program import ProgramObservation
 from bntool.observe.onnx_model import OnnxObservation
 from bntool.observe.onnx_nodes import labels_of, stored_tensors
 from bntool.report.layers import Layer, total
@@ -24,10 +24,9 @@ from bntool.report.tensor_layers import Found, Kind, Size, StoredTensor, rows_of
 from bntool.report.walking import Call
 
 
-def of_program(program: ExportedProgram) -> Found:
+def of_program(observed: ProgramObservation) -> Found:
     """A program's layers and tensors, and its BatchNorms, those in a control-flow operator included."""
-    observed = observe_program(program)
-    tensors = _program_tensors(program)
+    tensors = _program_tensors(observed.program)
     owners = {tensor.name: tensor.name.rpartition(".")[0] for tensor in tensors}
     norms = len(observed.norms) + len(observed.hidden)
     return _found(observed.graph, tensors, owners, norms, observed.open)
