@@ -1,7 +1,8 @@
 """Make the pictures of docs/pictures.md anew: `make pictures`.
 
-Every picture is of what the commands print and write: a terminal of three widths and a pipe, an executed notebook
-in light and dark, four reports at the widths of a phone, a tablet and a desk. Needs Chromium, and nbconvert:
+Every picture is of what the commands print and write: terminals of four widths and a pipe, an executed
+notebook in light and dark, four reports at the widths of a phone, a tablet and a desk. Needs Chromium, and
+nbconvert:
 
     python -m tools.docs.make_pictures --nbconvert PATH [--only terminal|notebook|report] [--whole]
 
@@ -31,7 +32,7 @@ CHROMIUM = os.environ.get("BNTOOL_CHROMIUM") or shutil.which("chromium") or "chr
 WIDTHS = (360, 900, 1280)
 COLUMNS = "type,name,input,output,kernel,params,percent,mult-adds"
 SUMMARY = ("summary", "torchvision:densenet121", "--sort", "mult-adds", "--columns", COLUMNS)
-_LINES = (14, 12)
+_LINES = (13, 18)
 """Of a long table so many lines from its top and from its end."""
 _COLOURS = 128
 
@@ -114,7 +115,7 @@ def terminals(folder: Path) -> None:
         draw_text(told, columns, f"terminal-{columns}", f"bntool {' '.join(SUMMARY[:4])}")
     seed = str(ROOT / "samples" / "model.pt")
     narrow = in_a_terminal(20, "summary", seed, folder=folder)
-    draw_text(narrow, 20, "terminal-20", "20 columns")
+    draw_text(narrow, 20, "terminal-20", "")
     piped = bntool(*SUMMARY, folder=folder)
     draw_text(piped, max(map(len, piped.splitlines())), "pipe", "bntool summary ... | cat")
 
@@ -124,10 +125,12 @@ def draw_text(told: str, columns: int, name: str, title: str) -> None:
     from rich.console import Console
     from rich.text import Text
 
-    lines = told.rstrip().split("\n")
+    lines = [
+        line[i : i + columns] for line in told.rstrip().split("\n") for i in range(0, len(line) or 1, columns)
+    ]
     first, last = _LINES
     if len(lines) > first + last + 1:
-        lines[first:-last] = [f"... {len(lines) - first - last} lines ..."]
+        lines[first:-last] = [f"... {len(lines) - first - last} lines"[:columns]]
     console = Console(record=True, width=columns, file=io.StringIO(), force_terminal=True)
     console.print(Text.from_ansi("\n".join(lines)), soft_wrap=True)
     drawn = console.export_svg(title=title, unique_id=name)
