@@ -70,6 +70,12 @@ def test_every_kind_that_torch_exports_is_written_as_onnx(
     assert bntool.verify(models["module"], path, (X,))
 
 
+def test_an_onnx_file_is_written_in_another_opset(models: dict[str, Any], tmp_path: Path) -> None:
+    path = bntool.export_onnx(models["m.onnx"], None, tmp_path / "written.onnx", opset=20)
+    assert onnx.load(path).opset_import[0].version == 20
+    assert bntool.verify(models["m.onnx"], path)
+
+
 def test_what_a_kind_cannot_be_exported_as_is_said_and_nothing_is_written(
     models: dict[str, Any], tmp_path: Path
 ) -> None:

@@ -13,6 +13,7 @@ from torch.export import ExportedProgram
 
 from bntool.core.errors import UsageError
 from bntool.core.option import Options
+from bntool.core.options import ExportOptions
 from bntool.core.refusals import KINDS, require_known
 from bntool.files.detect import Kind, detect
 
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from bntool.subjects.base import Exportable, Subject
 
 
-def subject_of(model: Any, example_inputs: Any = None, *asked: Options) -> Subject:
+def subject_of(model: Any, example_inputs: Any = None, *asked: Options, command: str = "") -> Subject:
     """A model of any kind as a subject: a module, a program, TorchScript, or a path or reference of one.
 
     Raises:
@@ -30,21 +31,21 @@ def subject_of(model: Any, example_inputs: Any = None, *asked: Options) -> Subje
     for options in asked:
         options.validate()
     found = _subject_of(model, example_inputs)
-    require_known(found.kind, *asked, name=found.name)
+    require_known(found.kind, *asked, name=found.name, command=command)
     return found
 
 
-def exportable(subject: Subject) -> Exportable:
-    """The subject as one that torch can export: TorchScript becomes a module that computes the same.
+def exportable(subject: Subject, how: ExportOptions) -> Exportable:
+    """The subject as one that can be written as ONNX: TorchScript becomes a module that computes the same.
 
     Raises:
-        UsageError: it is an ONNX file already.
+        UsageError: it is an ONNX file, and no other opset is asked for.
         ExportError: torch's converter does not take the TorchScript.
     """
-    if subject.kind == "onnx":
+    if subject.kind == "onnx" and how.opset is None:
         raise UsageError(
             f"{subject.name} is {KINDS['onnx']} already",
-            next_step=f"bntool fold {subject.name}, or bntool verify {subject.name}",
+            next_step=f"bntool export {subject.name} --opset 17 converts it to another opset",
         )
     if subject.kind != "script":
         return cast("Exportable", subject)
