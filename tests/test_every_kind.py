@@ -70,6 +70,30 @@ def test_every_kind_that_torch_exports_is_written_as_onnx(
     assert bntool.verify(models["module"], path, (X,))
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit")
+@pytest.mark.parametrize("how", ["traced", "scripted", "frozen"])
+def test_every_function_answers_torchscript_or_refuses_it_in_one_sentence(
+    models: dict[str, Any], how: str, tmp_path: Path
+) -> None:
+    model = models["module"]
+    script = torch.jit.trace(model, X) if how == "traced" else torch.jit.script(model)
+    script = torch.jit.freeze(script) if how == "frozen" else script
+    assert bntool.summary(script, (X,)).layers
+    assert bntool.verify(model, script, (X,))
+    assert bntool.verify(script, script, (X,))
+    bntool.plan_fold(script)
+    for refused in (
+        lambda: bntool.insert(script, (X,)),
+        lambda: bntool.plan_insert(script, (X,)),
+        lambda: bntool.apply(script, bntool.plan_fold(model, (X,)), (X,)),
+        lambda: bntool.calibrate(script, [X]),
+        lambda: bntool.compare(script, [X], [X]),
+    ):
+        with pytest.raises(UsageError, match="is TorchScript, and bntool does not") as raised:
+            refused()
+        assert "the nn.Module that it was made from" in raised.value.next_step
+
+
 def test_what_a_kind_cannot_be_exported_as_is_said_and_nothing_is_written(
     models: dict[str, Any], tmp_path: Path
 ) -> None:

@@ -170,6 +170,11 @@ def calibrate(
             f"model is a {type(model).__name__}, not an nn.Module",
             next_step="load a file with bntool.load(path).model",
         )
+    if isinstance(model, torch.jit.ScriptModule):
+        raise UsageError(
+            f"{model.original_name} is TorchScript, and bntool does not calibrate it",
+            next_step="calibrate the nn.Module that it was made from",
+        )
     names, kept = layers_of(model)
     if not names:
         raise NothingToDo(

@@ -102,7 +102,7 @@ def fresh(inputs: Inputs) -> Inputs:
 @contextlib.contextmanager
 def modes_kept(model: nn.Module) -> Iterator[None]:
     """Give each layer back the mode that it has now."""
-    before = [(module, module.training) for module in modules_of(model)]
+    before = [(module, module.training) for module in modules_of(model) if hasattr(module, "training")]
     try:
         yield
     finally:
