@@ -26,7 +26,7 @@ from bntool.graph.inputs import Inputs
 from bntool.observe.leftovers import Kept, random_state_kept, undeclared_writes
 from bntool.observe.modules import modules_of
 from bntool.observe.standing_in import StandIn, set_modes, stand_in
-from bntool.observe.surroundings import Surroundings
+from bntool.observe.surroundings import LARGEST_COPIED, Surroundings
 
 SEED = 0
 """A run that draws random numbers must draw the same ones every time, or two runs cannot be compared."""
@@ -97,6 +97,25 @@ class Isolation:
 def fresh(inputs: Inputs) -> Inputs:
     """The inputs in memory of their own, for one run: a forward may write to them."""
     return inputs.map(lambda tensor: tensor.detach().clone().requires_grad_(tensor.requires_grad))
+
+
+@contextlib.contextmanager
+def surroundings_kept(model: nn.Module) -> Iterator[None]:
+    """What copies of the model do to what lies around it is put back: globals, attributes of its classes.
+
+    For trainings, which are not watched op by op: a tensor around is copied first, unless it is very large.
+    """
+    surroundings = Surroundings(model)
+    kept = Kept(())
+    kept.add(tensor for tensor in surroundings.tensors if tensor.nbytes <= LARGEST_COPIED)
+    for tensor in surroundings.tensors:
+        kept.before_write(tensor)
+    with _parameters_kept(model), modes_kept(model), _defaults_kept():
+        try:
+            yield
+        finally:
+            surroundings.restore()
+            kept.restore()
 
 
 @contextlib.contextmanager
