@@ -21,8 +21,13 @@ if TYPE_CHECKING:
     from bntool.subjects.base import Exportable, Subject
 
 
-def subject_of(model: Any, example_inputs: Any = None, *asked: Options, command: str = "") -> Subject:
+def subject_of(
+    model: Any, example_inputs: Any = None, *asked: Options, command: str = "", stand_ins: bool = False
+) -> Subject:
     """A model of any kind as a subject: a module, a program, TorchScript, or a path or reference of one.
+
+    With `stand_ins`, also a file whose classes are not here, to be looked at and not run. `command` is what
+    asks, where it makes more of the options work.
 
     Raises:
         UsageError: it is none; or one of the options `asked` is out of bounds, or none that its kind knows.
@@ -30,7 +35,7 @@ def subject_of(model: Any, example_inputs: Any = None, *asked: Options, command:
     """
     for options in asked:
         options.validate()
-    found = _subject_of(model, example_inputs)
+    found = _subject_of(model, example_inputs, stand_ins)
     require_known(found.kind, *asked, name=found.name, command=command)
     return found
 
@@ -62,7 +67,7 @@ def exportable(subject: Subject, how: ExportOptions) -> Exportable:
     return found
 
 
-def _subject_of(model: Any, example_inputs: Any) -> Subject:
+def _subject_of(model: Any, example_inputs: Any, stand_ins: bool) -> Subject:
     if isinstance(model, str | Path):
         name, path = str(model), Path(model)
         if path.is_file() and detect(path).kind is Kind.ONNX:
@@ -71,7 +76,7 @@ def _subject_of(model: Any, example_inputs: Any) -> Subject:
             return OnnxSubject(path)
         from bntool.files.loading import load
 
-        loaded = load(name)
+        loaded = load(name, stand_ins=stand_ins)
         if example_inputs is None:
             example_inputs = loaded.example_inputs
         found = _in_memory(loaded.model, example_inputs, name)
