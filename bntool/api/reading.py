@@ -21,27 +21,31 @@ def open_batches(
     seed: int = 0,
     split: str | None = None,
     include: Sequence[str] = (),
+    columns: Sequence[str] = (),
     like: Inputs | None = None,
     mean: Normalisation = None,
     std: Normalisation = None,
     resize: int | None = None,
     share: tuple[int, int] = (0, 1),
 ) -> Batches:
-    """Batches from a file of arrays, a folder of images, `pkg.mod:loader`, or an iterable of batches.
+    """Batches from a file of arrays, images, records, `pkg.mod:loader`, or an iterable of batches.
 
     Args:
         source: arrays and tensors have the samples on axis 0: (samples, *the model's input without its batch
-            axis). Images lie anywhere below a folder. A loader is an iterable of batches, or a function that
-            returns one: tensors, `(input, target)`, or mappings of keyword inputs.
+            axis). Images lie anywhere below a folder. Records are `.parquet`, `.tar` (webdataset shards),
+            folders of those, and what `Dataset.save_to_disk` wrote, with the library of each. A loader is an
+            iterable of batches, or a function that returns one: tensors, `(input, target)`, or mappings of
+            keyword inputs.
         batch_size: how many samples of a file or folder make a batch. A last batch of one sample joins the
             one before, of a loader too, since by itself it has no variance.
         limit: at most so many batches.
         samples: at most so many samples.
         shuffle: draw the samples of files, folders and plain `DataLoader`s in an order by `seed`.
         seed: of that order.
-        split: the part of a folder (`train`, `val`, …) or of an `.npz` (`x_train`, …); None for the training
-            where there are parts; `"all"`.
+        split: the part of a folder (`train`, `val`, …) or of an `.npz` (`x_train`, …), or of records (by
+            the names of their files); None for the training where there are parts; `"all"`.
         include: patterns for the paths of images below the folder, or for their names.
+        columns: of records: the name of the input's column; none for the one that can be it.
         like: example inputs; data whose axes or type do not fit them is refused.
         mean: of images in 0..1, one number for each channel or one for all: (x − mean)/std. A name such as
             `"imagenet"` stands for both, unless `std` is given.
@@ -54,5 +58,5 @@ def open_batches(
         UsageError: no data, or data that does not fit `like`; both shapes are named.
         LoadError: a source that cannot be read.
     """
-    choice = Choice(batch_size, limit, samples, shuffle, seed, split, tuple(include), share)
+    choice = Choice(batch_size, limit, samples, shuffle, seed, split, tuple(include), tuple(columns), share)
     return batches_from(source, choice, Preparation(like, *normalisation(mean, std), resize))

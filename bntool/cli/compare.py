@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 @takes(
     ModelOptions,
     LoadOptions,
-    some(DataOptions, "data", "samples", "split", "files", "mean", "std", "resize"),
+    some(DataOptions, "data", "samples", "split", "files", "columns", "mean", "std", "resize"),
     CompareOptions,
     some(InsertOptions, "activations", "position", "affine"),
     some(PlaceOptions, "device"),
@@ -48,7 +48,7 @@ if TYPE_CHECKING:
     ReportOptions,
     SpeechOptions,
     required=("data",),
-    data="mnist, fashion-mnist, a folder of images, an .npz file, or pkg.mod:loader.",
+    data="mnist, fashion-mnist, a folder of images, an .npz, .parquet or .tar file, or pkg.mod:loader.",
     samples="At most N samples of each part, drawn by the seed (default: all).",
     split="The parts to train and to test on (default: train,test).",
     activations="As in bntool insert.",
@@ -131,10 +131,12 @@ def _data_in_turn(session: Session, named: DataOptions, compare: CompareOptions,
 
 def _data(session: Session, named: DataOptions, compare: CompareOptions) -> Data:
     from bntool.cli.data import choice_of, example_of, preparation_of
+    from bntool.data.records import are_records
     from bntool.experiment.datasets import open_dataset
 
     assert named.data is not None  # the command requires it
-    like = example_of(session, small=False) if Path(named.data).is_dir() else None
+    path = Path(named.data)
+    like = example_of(session, small=False) if path.is_dir() or are_records(path) else None
     return open_dataset(
         named.data,
         choice_of(named, session.seed),

@@ -26,17 +26,18 @@ def opened_data(
     import torch
 
     from bntool.data.batches import batches_from
+    from bntool.data.records import are_records
 
     assert data.data is not None  # the commands require it
-    images = Path(data.data).is_dir()
-    like = example_of(session, small=not images)
-    if images and like is not None:
+    path = Path(data.data)
+    like = example_of(session, small=not path.is_dir() and not are_records(path))
+    torch.manual_seed(session.seed)  # a loader that shuffles does so the same way every time
+    batches = batches_from(data.data, choice_of(data, session.seed, share), preparation_of(data, like))
+    if batches.images and like is not None:
         why = "" if load.inputs else f": {like.origin} (--input sets another size)"
         session.voice.note(f"images are made {like.shapes()}{why}")
         if data.mean is None and data.std is None:
             session.voice.note("images are scaled to 0..1; --mean and --std if training normalised them")
-    torch.manual_seed(session.seed)  # a loader that shuffles does so the same way every time
-    batches = batches_from(data.data, choice_of(data, session.seed, share), preparation_of(data, like))
     tell_used(session.voice, batches)
     return batches
 
@@ -60,6 +61,7 @@ def choice_of(data: DataOptions, seed: int, share: tuple[int, int] = (0, 1)) -> 
         seed=seed,
         split=data.split,
         include=data.files,
+        columns=data.columns,
         share=share,
     )
 

@@ -16,6 +16,10 @@ def _positive_numbers(text: str) -> tuple[int, ...]:
     return tuple(dict.fromkeys(int(n) for n in text.split(",")))
 
 
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in text.split(",") if name.strip())
+
+
 @dataclasses.dataclass(frozen=True)
 class ModelOptions(Options):
     """What is worked on: a file or a reference; without one, what the last command in this folder wrote."""
@@ -77,7 +81,7 @@ class DataOptions(Options):
 
     data: str | None = option(
         None,
-        "An .npy, .npz or .pt file, a folder of images, or pkg.mod:loader.",
+        "An .npy, .npz, .pt, .parquet or .tar file, a folder of images, or pkg.mod:loader.",
         metavar="DATA",
         names="file",
     )
@@ -92,6 +96,12 @@ class DataOptions(Options):
     )
     files: tuple[str, ...] = option(
         (), "Only images whose path below the folder, or name, fits.", "--include", metavar="GLOB"
+    )
+    columns: tuple[str, ...] = option(
+        (),
+        "Of parquet, tar or a Hugging Face data set: the column of the input, and of the labels.",
+        metavar="INPUT[,LABEL]",
+        parse=_names,
     )
     mean: str | None = option(
         None, "Mean of each channel, taken off images in 0..1; or imagenet, …", metavar="R,G,B"

@@ -19,7 +19,7 @@ from bntool.files.security.pickles import read_pickled
 from bntool.files.tensors import require_dense
 from bntool.graph.inputs import Inputs
 
-KINDS = "an .npy, .npz or .pt file, a folder of images, or pkg.mod:loader"
+KINDS = "an .npy, .npz, .pt, .parquet or .tar file, a folder of images, or pkg.mod:loader"
 
 
 def arrays_in(path: Path) -> dict[str, Any]:

@@ -13,8 +13,10 @@ from torch import Tensor
 from bntool.core.errors import LoadError, UsageError
 from bntool.data.arrays import KINDS, arrays_in, axes_fit, chosen_arrays, of_split, shape_text, tensor_of
 from bntool.data.choosing import Choice, included, part_of, told
+from bntool.data.columns import read_columns
 from bntool.data.images import Preparation, converted, find_images, image_batch
 from bntool.data.loaders import loaded_batches
+from bntool.data.records import Records, records_at
 from bntool.files.scripts import import_path, import_script
 from bntool.graph.inputs import Inputs
 
@@ -24,23 +26,25 @@ class Batches:
     """Batches as model inputs, made anew each time they are iterated.
 
     `origin` says where they come from, `notes` which samples they are; of a loader some are known only when
-    it was read.
+    it was read. `images` tells that they are made of images.
     """
 
     make: Callable[[], Iterator[Inputs]]
     origin: str
     notes: list[str] = dataclasses.field(default_factory=list)
+    images: bool = False
 
     def __iter__(self) -> Iterator[Inputs]:
         return self.make()
 
 
 def batches_from(source: Any, choice: Choice, preparation: Preparation) -> Batches:
-    """Batches from a file of arrays, a folder of images, `pkg.mod:loader`, or an iterable of batches.
+    """Batches from a file of arrays, images, records, `pkg.mod:loader`, or an iterable of batches.
 
     Args:
         source: arrays and tensors have the samples on axis 0: (samples, *the model's input without its batch
-            axis). A loader is an iterable of batches, or a function that returns one.
+            axis). Records are what `data.records` reads. A loader is an iterable of batches,
+            or a function that returns one.
         choice: which samples, in what order and in batches of what size. Those of other processes are not
             read, unless from an iterable.
         preparation: what images are made into; its `like` is what the model takes: data whose axes or type do
@@ -55,11 +59,14 @@ def batches_from(source: Any, choice: Choice, preparation: Preparation) -> Batch
         return _of_loader(source, type(source).__name__, choice, preparation, named=False)
     text = os.fspath(source)
     path = Path(text)
+    records = records_at(path, choice.split, text)
+    if records is not None:
+        return _of_records(records, choice, preparation)
     if path.is_dir():
         return _of_folder(path, text, choice, preparation)
     if path.is_file():
         preparation.require_unused(text)
-        choice.require_unused(text, "include")
+        choice.require_unused(text, "include", "columns")
         arrays = chosen_arrays(of_split(arrays_in(path), choice.split, text), like, text)
         return _of_arrays(arrays, text, choice, like)
     head, colon, name = text.rpartition(":")
@@ -75,6 +82,7 @@ def batches_from(source: Any, choice: Choice, preparation: Preparation) -> Batch
 
 
 def _of_folder(folder: Path, text: str, choice: Choice, preparation: Preparation) -> Batches:
+    choice.require_unused(text, "columns")
     ready = preparation.checked(text)
     part = part_of(folder, choice.split)
     files = included(find_images(part), part, choice.include)
@@ -87,7 +95,24 @@ def _of_folder(folder: Path, text: str, choice: Choice, preparation: Preparation
         for numbers in parts:
             yield fitted(Inputs((image_batch([files[n] for n in numbers], ready),)), ready.like, text)
 
-    return Batches(make, text, [remark for remark in remarks if remark])
+    return Batches(make, text, [remark for remark in remarks if remark], images=True)
+
+
+def _of_records(records: Records, choice: Choice, preparation: Preparation) -> Batches:
+    where, like = records.where, preparation.like
+    choice.require_unused(where, "include")
+    order = choice.order(records.length)
+    parts = choice.parts(order, where)
+    columns = read_columns(records, choice.columns, [n for part in parts for n in part], preparation)
+
+    def make() -> Iterator[Inputs]:
+        for numbers in parts:
+            yield _arranged({c.name: c.tensor(numbers, where) for c in columns.inputs}, like, where)
+
+    of = "" if len(order) == records.length else f" of {records.length}"
+    return Batches(
+        make, where, [f"{len(order)}{of} samples of {records.what}, {where}{columns.told}"], columns.images
+    )
 
 
 def _of_arrays(arrays: dict[str, Any], text: str, choice: Choice, like: Inputs | None) -> Batches:
@@ -106,7 +131,7 @@ def _of_arrays(arrays: dict[str, Any], text: str, choice: Choice, like: Inputs |
 
 def _of_loader(source: Any, text: str, choice: Choice, preparation: Preparation, *, named: bool) -> Batches:
     preparation.require_unused(text)
-    choice.require_unused(text, "split", "include")
+    choice.require_unused(text, "split", "include", "columns")
     heard: list[str] = []
 
     def make() -> Iterator[Inputs]:
@@ -120,7 +145,11 @@ def _taken(arrays: dict[str, Any], numbers: list[int], like: Inputs | None, wher
     if len({len(array) for array in arrays.values()}) > 1:
         lengths = ", ".join(f"{name} {len(array)}" for name, array in arrays.items())
         raise UsageError(f"the arrays do not hold equally many samples: {lengths}", where=where)
-    parts: dict[str, Tensor] = {name: tensor_of(array[numbers], where) for name, array in arrays.items()}
+    return _arranged({name: tensor_of(array[numbers], where) for name, array in arrays.items()}, like, where)
+
+
+def _arranged(parts: dict[str, Tensor], like: Inputs | None, where: str) -> Inputs:
+    """Tensors by name as inputs: by keyword where the model takes that name so."""
     kwargs = {name: parts.pop(name) for name in list(parts) if like is not None and name in like.kwargs}
     return fitted(Inputs(tuple(parts.values()), kwargs), like, where)
 

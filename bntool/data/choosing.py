@@ -16,6 +16,11 @@ ALL = "all"
 _PARTS = {"train": "train", "training": "train", "test": "test", "testing": "test"}
 _PARTS |= dict.fromkeys(("val", "valid", "validation"), "val")
 _SHOWN = 8
+_MEANT_FOR = {
+    "split": "a folder, an .npz, or records with parts",
+    "include": "a folder of images",
+    "columns": "parquet, a Hugging Face data set, or webdataset shards",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +36,7 @@ class Choice:
         seed: of that order.
         split: the part of the data, `train`, `val`, …; `all` of them; None for `train` where there are parts.
         include: patterns for the paths of files below the folder, or for their names.
+        columns: of records: the input's, and the labels'; found by themselves where it is empty.
         share: (rank, size) of one of several processes: of the batches it takes every size-th from rank on.
     """
 
@@ -41,6 +47,7 @@ class Choice:
     seed: int = 0
     split: str | None = None
     include: tuple[str, ...] = ()
+    columns: tuple[str, ...] = ()
     share: tuple[int, int] = (0, 1)
 
     def __post_init__(self) -> None:
@@ -74,11 +81,11 @@ class Choice:
         return [sorted(order[start:stop]) for start, stop in bounds][rank : self.batches : size]
 
     def require_unused(self, where: str, *names: str) -> None:
-        """Raise `UsageError` where what is for folders alone was asked of other data."""
+        """Raise `UsageError` where what other data alone has was asked of this."""
         for name in names:
             if getattr(self, name):
                 raise UsageError(
-                    f"{name} is for a folder of images" + (", or an .npz" if name == "split" else ""),
+                    f"{name} is for {_MEANT_FOR[name]}",
                     where=where,
                     next_step=f"leave {name} out, and choose in the loader or in the file itself",
                 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import io
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -17,7 +18,7 @@ from bntool.core.errors import LoadError, UsageError
 from bntool.data.choosing import listed
 from bntool.graph.inputs import Inputs
 
-_ENDINGS = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"})
+ENDINGS = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"})
 _MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 _LOOKED_AT = 64
 """Images whose channels are looked at before any is decoded."""
@@ -28,6 +29,17 @@ NORMALISATIONS: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
     "mnist": ((0.1307,), (0.3081,)),
 }
 """Mean and standard deviation by name, as torchvision, timm and open_clip publish them."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Encoded:
+    """An image that has no file of its own: its name for messages, and its bytes."""
+
+    name: str
+    content: bytes
+
+
+Picture = Path | Encoded
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +60,7 @@ class Preparation:
         if len(shapes) != 1 or len(shapes[0]) != 4 or shapes[0][1] not in _MODES:
             takes = self.like.shapes() if self.like is not None else "an input of unknown size"
             raise UsageError(
-                f"the data is a folder of images, and the model takes {takes}",
+                f"the data is images, and the model takes {takes}",
                 where=where,
                 next_step="name the size with --input 1x3x224x224, or give an .npy file",
             )
@@ -109,13 +121,13 @@ def _numbers(given: Normalisation, flag: str, which: int) -> list[float] | None:
 def find_images(folder: Path) -> list[Path]:
     """Every image below `folder`, in order of name. Raises `UsageError` when there is none."""
     files = [path for path in folder.rglob("*") if path.is_file()]
-    found = sorted(path for path in files if path.suffix.lower() in _ENDINGS)
+    found = sorted(path for path in files if path.suffix.lower() in ENDINGS)
     if not found:
         endings = listed(f"{ending or 'no ending'} ({n})" for ending, n in _endings(files).most_common())
         raise UsageError(
             f"no image in {folder}",
             where=f"it holds {len(files)} files: {endings}" if files else "it holds no file",
-            next_step=f"it needs files that end in {', '.join(sorted(_ENDINGS))}",
+            next_step=f"it needs files that end in {', '.join(sorted(ENDINGS))}",
         )
     return found
 
@@ -124,7 +136,7 @@ def _endings(files: Sequence[Path]) -> Counter[str]:
     return Counter(path.suffix.lower() for path in files)
 
 
-def converted(files: Sequence[Path], channels: int) -> str:
+def converted(files: Sequence[Picture], channels: int) -> str:
     """What the first images are made from, in words; empty where each has the model's channels already."""
     modes: Counter[str] = Counter()
     for file in files[:_LOOKED_AT]:
@@ -136,7 +148,7 @@ def converted(files: Sequence[Path], channels: int) -> str:
     return f"of the first {sum(modes.values())} images are {held}; all are made {_MODES[channels]}"
 
 
-def image_batch(files: Sequence[Path], preparation: Preparation) -> Tensor:
+def image_batch(files: Sequence[Picture], preparation: Preparation) -> Tensor:
     """Images as (N, C, H, W) float32 in 0..1, then (x − mean)/std.
 
     As torchvision's `Resize`, `CenterCrop` and `ToTensor` do: the shorter side is resized by Pillow
@@ -163,7 +175,7 @@ def _covering(image: Any, height: int, width: int, resize: int | None) -> Any:
     return image.crop((left, top, left + width, top + height))
 
 
-def _decoded(file: Path, preparation: Preparation) -> Tensor:
+def _decoded(file: Picture, preparation: Preparation) -> Tensor:
     """An image as (C, H, W) uint8, in the size that the model takes."""
     channels, height, width = preparation.size
     with _opened(file) as image:
@@ -173,23 +185,24 @@ def _decoded(file: Path, preparation: Preparation) -> Tensor:
 
 
 @contextlib.contextmanager
-def _opened(file: Path) -> Iterator[Any]:
+def _opened(file: Picture) -> Iterator[Any]:
     """An image of Pillow's while it is open; whatever goes wrong with it is told with its name."""
+    where = str(file) if isinstance(file, Path) else ""
     try:
         from PIL import Image
     except ImportError as error:
         raise LoadError(
             "reading images needs Pillow, which is not installed",
-            where=str(file),
+            where=where,
             next_step="pip install pillow, or give an .npy file",
         ) from error
     try:
-        with Image.open(file) as image:
+        with Image.open(file if isinstance(file, Path) else io.BytesIO(file.content)) as image:
             yield image
     except Exception as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise LoadError(
             f"{file.name} is no image that can be read: {lines[0]}",
-            where=str(file),
-            next_step="remove it from the folder",
+            where=where,
+            next_step=f"remove it from the {'folder' if isinstance(file, Path) else 'data'}",
         ) from error

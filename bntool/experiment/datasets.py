@@ -8,21 +8,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from bntool.core.errors import LoadError, UsageError
 from bntool.data.arrays import arrays_in
 from bntool.data.choosing import Choice, included, kind_of, part_named, part_of, told
-from bntool.data.images import Preparation, converted, find_images, image_batch
+from bntool.data.images import Preparation, converted, find_images
+from bntool.data.records import are_records
 from bntool.experiment.loaders import loader_data
-from bntool.experiment.samples import Data, Held, Samples, Streamed, checked, held, subset
+from bntool.experiment.parts import Images, decoded, held_out_of, split_note, two_parts
+from bntool.experiment.recorded import recorded
+from bntool.experiment.samples import Data, Held, checked, held, held_data, subset
 
-KINDS = "mnist, fashion-mnist, a folder of images, an .npz file, or pkg.mod:loader"
+KINDS = "mnist, fashion-mnist, a folder of images, an .npz, .parquet or .tar file, or pkg.mod:loader"
 KNOWN = {"mnist": "MNIST", "fashion-mnist": "FashionMNIST"}
-_HELD_OUT = 5
-"""One sample in so many is held out for the test where the data has no part for it."""
-_IN_MEMORY = 1 << 29
-"""Bytes up to which images from files are decoded once and kept."""
 
 
 def open_dataset(
@@ -39,7 +37,8 @@ def open_dataset(
         ref: `mnist`, `fashion-mnist`: torchvision's, below `root`, normalised by the mean and standard
             deviation of the training images. A folder: `train/` and `test/` (or `val/`), each with a folder
             of images for each class; or the class folders alone. An `.npz`: x_train, y_train, x_test, y_test;
-            or x and y. `pkg.mod:loader` or `file.py:loader`: a pair, or a function that returns one, of
+            or x and y. Records of `data.records`, their parts by the names of their files, with a column of
+            labels. `pkg.mod:loader` or `file.py:loader`: a pair, or a function that returns one, of
             datasets, loaders or iterables of batches.
         choice: `split` names the training and the test part, as `train,val`; where there is no test part, a
             fifth is held out by `seed`. `samples` is the most that are taken of each part, drawn by `seed`.
@@ -53,11 +52,15 @@ def open_dataset(
     """
     choice, preparation = choice or Choice(), preparation or Preparation(None)
     path = Path(ref)
-    if ref not in KNOWN and path.is_dir():
+    if ref not in KNOWN and are_records(path):
+        choice.require_unused(ref, "include")
+        data = recorded(path, preparation, choice)
+    elif ref not in KNOWN and path.is_dir():
+        choice.require_unused(ref, "columns")
         data = _folder(path, preparation.checked(ref), choice)
     else:
         preparation.require_unused(ref)
-        choice.require_unused(ref, "include")
+        choice.require_unused(ref, "include", "columns")
         if ref not in KNOWN and path.is_file():
             data = _npz(path, choice)
         else:
@@ -106,22 +109,7 @@ def _known(ref: str, root: Path, download: bool) -> Data:
         for p in parts
     ]
     note = f"{ref}: pixels in 0..1, less {mean:.4f}, divided by {std:.4f}"
-    return _held_data(both[0], both[1], ref, note)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Images:
-    """Images by number, with the number of their class."""
-
-    files: list[Path]
-    targets: list[int]
-    preparation: Preparation
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def __getitem__(self, number: int) -> tuple[Tensor, int]:
-        return image_batch([self.files[number]], self.preparation)[0], self.targets[number]
+    return held_data(both[0], both[1], ref, note)
 
 
 def _folder(folder: Path, preparation: Preparation, choice: Choice) -> Data:
@@ -146,15 +134,15 @@ def _folder(folder: Path, preparation: Preparation, choice: Choice) -> Data:
     notes = [told(part, len(part), place) for part, place in zip(files, places, strict=True)]
     notes.append(converted(files[0], preparation.size[0]))
     found = [
-        _Images(part, [classes[0].index(kind_of(f, place)) for f in part], preparation)
+        Images(part, [classes[0].index(kind_of(f, place)) for f in part], preparation)
         for part, place in zip(files, places, strict=True)
     ]
-    parts = [_maybe_held(one) for one in found]
+    parts = [decoded(one) for one in found]
     labels = [torch.tensor(one.targets, dtype=torch.int64) for one in found]
     if len(found) == 1:
-        indices = _split(len(parts[0]), choice.seed, folder)
+        indices = held_out_of(len(parts[0]), choice.seed, folder)
         parts, labels = [subset(parts[0], index) for index in indices], [labels[0][i] for i in indices]
-        notes.append(_split_note(choice.seed))
+        notes.append(split_note(choice.seed))
     said = tuple(note for note in notes if note)
     return Data(parts[0], parts[1], len(classes[0]), str(folder), (labels[0], labels[1]), said)
 
@@ -162,7 +150,7 @@ def _folder(folder: Path, preparation: Preparation, choice: Choice) -> Data:
 def _places(folder: Path, split: str | None) -> list[Path]:
     """The folders of the training and of the test part; the folder alone where it has none."""
     if split is not None:
-        return [part_of(folder, name) for name in _two_parts(split, str(folder))]
+        return [part_of(folder, name) for name in two_parts(split, str(folder))]
     inside = [path for path in sorted(folder.iterdir()) if path.is_dir()]
     if [part_named(path.name) for path in inside] == ["train"]:
         raise UsageError(
@@ -175,72 +163,26 @@ def _places(folder: Path, split: str | None) -> list[Path]:
     return [training, tests[0]] if training != folder and tests else [folder]
 
 
-def _two_parts(split: str, where: str) -> list[str]:
-    names = split.split(",")
-    if len(names) != 2 or not all(names):
-        raise UsageError(
-            f"--split {split} does not name two parts",
-            where=where,
-            next_step="name the one to train on and the one to test on: --split train,val",
-        )
-    return names
-
-
-def _maybe_held(images: _Images) -> Samples:
-    """The images decoded once where they are small; decoded for each batch by workers where not."""
-    channels, height, width = images.preparation.size
-    if len(images) * channels * height * width * 4 > _IN_MEMORY:
-        return Streamed(images, workers=min(4, os.cpu_count() or 1))
-    cuts = range(0, len(images), 64)
-    inputs = torch.cat([image_batch(images.files[i : i + 64], images.preparation) for i in cuts])
-    return Held(inputs, torch.tensor(images.targets, dtype=torch.int64))
-
-
 def _npz(path: Path, choice: Choice) -> Data:
     if path.suffix != ".npz":
         raise LoadError(
             f"{path.name} is no training data that bntool reads", where=str(path), next_step=f"give {KINDS}"
         )
     arrays = arrays_in(path)
-    parts = _two_parts(choice.split, str(path)) if choice.split else ["train", "test"]
+    parts = two_parts(choice.split, str(path)) if choice.split else ["train", "test"]
     names = [f"{array}_{part}" for part in parts for array in "xy"]
     if set(names) <= set(arrays):
         both = [held(arrays[f"x_{part}"], arrays[f"y_{part}"], f"{path}, {part}") for part in parts]
-        return _held_data(both[0], both[1], str(path))
+        return held_data(both[0], both[1], str(path))
     if {"x", "y"} <= set(arrays) and not choice.split:
         whole = held(arrays["x"], arrays["y"], str(path))
-        both = [subset(whole, index) for index in _split(len(whole), choice.seed, path)]
-        return _held_data(both[0], both[1], str(path), _split_note(choice.seed))
+        both = [subset(whole, index) for index in held_out_of(len(whole), choice.seed, path)]
+        return held_data(both[0], both[1], str(path), split_note(choice.seed))
     raise UsageError(
         f"the file holds {', '.join(arrays) or 'nothing'}",
         where=str(path),
         next_step=f"name the arrays {', '.join(names)}; or x and y",
     )
-
-
-# -- pieces --------------------------------------------------------------------------------------------------
-
-
-def _held_data(train: Held, test: Held, origin: str, *notes: str) -> Data:
-    classes = int(train.labels.max()) + 1 if len(train) else 0
-    return Data(train, test, classes, origin, (train.labels, test.labels), notes)
-
-
-def _split(length: int, seed: int, where: Path) -> tuple[Tensor, Tensor]:
-    """Sample numbers for training and, a fifth of them, for the test, in their order."""
-    held_out = length // _HELD_OUT
-    if not held_out:
-        raise UsageError(
-            f"{length} samples are too few to hold some out for the test",
-            where=str(where),
-            next_step="give the test data of its own (test/, or x_test and y_test)",
-        )
-    order = torch.randperm(length, generator=torch.Generator().manual_seed(seed))
-    return order[held_out:].sort().values, order[:held_out].sort().values
-
-
-def _split_note(seed: int) -> str:
-    return f"no test part in the data: a fifth is held out (seed {seed})"
 
 
 def _torchvision_datasets(what: str) -> Any:

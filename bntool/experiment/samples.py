@@ -141,6 +141,12 @@ def held(inputs: Any, labels: Any, where: str) -> Held:
     return found
 
 
+def held_data(train: Held, test: Held, origin: str, *notes: str) -> Data:
+    """Data of two parts in memory; the classes are those of the training."""
+    classes = int(train.labels.max()) + 1 if len(train) else 0
+    return Data(train, test, classes, origin, (train.labels, test.labels), notes)
+
+
 def subset(samples: Any, index: Tensor) -> Any:
     """Those samples of these numbers."""
     if isinstance(samples, Held):

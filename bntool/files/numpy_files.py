@@ -31,6 +31,11 @@ def read_npy(path: Path) -> npt.NDArray[Any]:
         return _native(array)
 
 
+def array_in(content: bytes) -> npt.NDArray[Any]:
+    """The array of an `.npy` file that was read. Raises as `read_npy` does."""
+    return _array(bytearray(content))
+
+
 def read_npz(path: Path) -> dict[str, npt.NDArray[Any]]:
     """The arrays of an `.npz` file by name, in this machine's byte order. Raises as `read_npy` does."""
     with path.open("rb") as file:

@@ -27,8 +27,8 @@ _TITLES = {
 
 _UNTRAINED = {
     "random weights": "The weights are random: no value here says anything of a trained model.",
-    "no weights were loaded": "No weights were loaded: unless its own code loads some they are random, "
-    "and no value here says anything of a trained model.",
+    "no weights were loaded": "No weights were loaded: unless the model's own code loads some they are "
+    "random, and no value here says anything of a trained model.",
 }
 """What a reader must know before any figure, by how the note of `files.references` begins."""
 

@@ -91,7 +91,7 @@ def _statistics_are_bad(module: nn.Module) -> bool:
     statistics = _statistics(module)
     if statistics is None:
         return False
-    mean, variance = statistics
+    mean, variance = (tensor.double() for tensor in statistics)  # float8 has no such tests of its own
     return not bool(torch.isfinite(mean).all() & torch.isfinite(variance).all() & (variance >= 0).all())
 
 
