@@ -68,9 +68,9 @@ def verify(name: str) -> dict[str, Any]:
         blamed["export"] = blame_export(folded, path, inputs[:1])
     return {
         "model": name,
-        "passed": all(row.passed for row in rows),
+        "passed": all(row.agrees for row in rows),
         "rows": {
-            row.stage: {"ratio": round(row.ratio, 2), "passed": row.passed, "top1": row.top1} for row in rows
+            row.stage: {"ratio": round(row.ratio, 2), "passed": row.agrees, "top1": row.top1} for row in rows
         },
         "blamed": {stage: str(found.blame) for stage, found in blamed.items() if found},
         "seconds": round(time.perf_counter() - started, 1),
