@@ -69,7 +69,6 @@ def test_networks_that_once_came_out_wrong(front: str, seed: int) -> None:
         assert trial.error <= TOLERANCE, trial.what
 
 
-
 def test_a_file_of_the_newer_exporter() -> None:
     trials = list(file_trials(RandomNet(7), "dynamo"))
     assert {trial.what for trial in trials} >= {"dynamo, insert", "dynamo, fold"}

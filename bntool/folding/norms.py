@@ -16,7 +16,6 @@ from bntool.graph.affine import Affine, batch_norm_affine, is_finite
 from bntool.graph.dataflow import Graph, Op
 from bntool.laws import Refused
 
-
 _ROLES = ("norm", "norm_act", "custom_norm", "scripted")
 _STORED = ("running_mean", "running_var", "weight", "bias")
 
