@@ -6,10 +6,11 @@ ELSEWHERE := .venv-elsewhere
 FUZZ := .venv-fuzz
 MUTANTS := .venv-mutants
 TOOLS := .venv-dist
+PAGES := .venv-pages
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test check lint gold docs man bench latency zoo peers exports verification large streaming \
-	gpu-check pickles fuzz durability random styles elsewhere mutants dist false-claims faults
+	gpu-check pickles fuzz durability random styles elsewhere mutants dist false-claims faults pictures
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  \1\t/' | expand -t 14
@@ -46,6 +47,15 @@ docs: setup man ## build the docs site into site/; a link that leads nowhere is 
 
 man: setup ## write the man page and the page of commands from the help texts
 	$(BIN)/python tools/docs/make_reference.py
+
+# What makes a page of a notebook lies in an environment of its own.
+$(PAGES)/.installed:
+	test -x $(PAGES)/bin/python || $(PYTHON) -m venv $(PAGES)
+	$(PAGES)/bin/python -m pip install --quiet nbconvert
+	touch $@
+
+pictures: setup $(PAGES)/.installed ## make the pictures of docs/pictures.md anew; needs Chromium
+	$(BIN)/python -m tools.docs.make_pictures --nbconvert $(PAGES)/bin/jupyter-nbconvert
 
 latency: setup ## time folded networks against the same ones built without BatchNorm
 	$(BIN)/python tools/measures/latency.py

@@ -415,7 +415,7 @@ zoo(
 )
 zoo(
     "bn_behind_a_functional_one",
-    {"batch_norm": Reason.FUNCTIONAL, "b": Reason.FUNCTIONAL, "a": Reason.NOT_OBSERVED},
+    {"a": Reason.FUNCTIONAL, "b": Reason.FUNCTIONAL},
     lambda m, x: m.b(F.batch_norm(x.tanh(), m.a.running_mean, m.a.running_var)).tanh(),
     lambda: {"a": bn(4), "b": bn(4)},
 )
@@ -493,7 +493,7 @@ zoo(
 )
 zoo(
     "functional_bn",
-    {"batch_norm": Reason.FUNCTIONAL, "bn": Reason.NOT_OBSERVED},
+    {"bn": Reason.FUNCTIONAL},
     lambda m, x: F.batch_norm(m.conv(x), m.bn.running_mean, m.bn.running_var, m.bn.weight, m.bn.bias),
     pair,
 )

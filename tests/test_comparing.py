@@ -11,15 +11,8 @@ from torch import Tensor
 from bntool.core.errors import CheckFailed, StateError
 from bntool.core.verdicts import Check
 from bntool.report.checks import Comparison
-from bntool.verifying.comparing import (
-    K_NOISE,
-    Difference,
-    Limit,
-    compare,
-    difference,
-    noise_limits,
-    rounding_term,
-)
+from bntool.verifying.comparing import K_NOISE, Limit, compare, noise_limits, rounding_term
+from bntool.verifying.differences import Difference, difference
 
 EPS = torch.finfo(torch.float32).eps
 LAYERS = 20

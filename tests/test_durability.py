@@ -30,14 +30,14 @@ ROOT = Path(__file__).resolve().parent.parent
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="the writers are forked and killed")
 def test_writers_killed_interrupted_and_on_a_full_disk() -> None:
     ran = subprocess.run(
-        [sys.executable, "-m", "tools.sweeps.durability", "--kills", "10", "--full", "10",
-         "--interrupts", "3", "--together", "0.1", "--pairs", "60"],
+        [sys.executable, "-m", "tools.sweeps.durability", "--kills", "6", "--full", "6",
+         "--interrupts", "3", "--together", "0.1", "--pairs", "30"],
         cwd=ROOT, capture_output=True, text=True, check=False, timeout=240,
     )  # fmt: skip
     assert ran.returncode == 0, ran.stdout + ran.stderr
-    assert "10 times kill -9" in ran.stdout
-    assert "10 times disk full" in ran.stdout
-    assert "60 pairs at one moment, without force: exactly one of each wrote" in ran.stdout
+    assert "6 times kill -9" in ran.stdout
+    assert "6 times disk full" in ran.stdout
+    assert "30 pairs at one moment, without force: exactly one of each wrote" in ran.stdout
 
 
 def _names(folder: Path) -> list[str]:

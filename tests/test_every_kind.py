@@ -60,6 +60,12 @@ def test_a_function_takes_every_kind(models: dict[str, Any], name: str) -> None:
         assert found, kind
 
 
+def test_what_only_a_module_can_do_is_refused_to_a_program(models: dict[str, Any]) -> None:
+    for refused in (bntool.calibrate, lambda model, data: bntool.compare(model, data, epochs=1)):
+        with pytest.raises(UsageError, match="is an exported program, and bntool does not"):
+            refused(models["program"], [X])
+
+
 @pytest.mark.filterwarnings("ignore:.torch.jit.script. is")
 @pytest.mark.parametrize("kind", ["module", "program", "m.pt", "m.pt2", "script"])
 def test_every_kind_that_torch_exports_is_written_as_onnx(
@@ -68,6 +74,36 @@ def test_every_kind_that_torch_exports_is_written_as_onnx(
     model = torch.jit.script(models["module"]) if kind == "script" else models[kind]
     path = bntool.export_onnx(model, (X,), tmp_path / "written.onnx")
     assert bntool.verify(models["module"], path, (X,))
+
+
+def test_an_onnx_file_is_written_in_another_opset(models: dict[str, Any], tmp_path: Path) -> None:
+    path = bntool.export_onnx(models["m.onnx"], None, tmp_path / "written.onnx", opset=20)
+    assert onnx.load(path).opset_import[0].version == 20
+    assert bntool.verify(models["m.onnx"], path)
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit")
+@pytest.mark.parametrize("how", ["traced", "scripted", "frozen"])
+def test_every_function_answers_torchscript_or_refuses_it_in_one_sentence(
+    models: dict[str, Any], how: str, tmp_path: Path
+) -> None:
+    model = models["module"]
+    script = torch.jit.trace(model, X) if how == "traced" else torch.jit.script(model)
+    script = torch.jit.freeze(script) if how == "frozen" else script
+    assert bntool.summary(script, (X,)).layers
+    assert bntool.verify(model, script, (X,))
+    assert bntool.verify(script, script, (X,))
+    bntool.plan_fold(script)
+    for refused in (
+        lambda: bntool.insert(script, (X,)),
+        lambda: bntool.plan_insert(script, (X,)),
+        lambda: bntool.apply(script, bntool.plan_fold(model, (X,)), (X,)),
+        lambda: bntool.calibrate(script, [X]),
+        lambda: bntool.compare(script, [X], epochs=1),
+    ):
+        with pytest.raises(UsageError, match="is TorchScript, and bntool does not") as raised:
+            refused()
+        assert "the nn.Module that it was made from" in raised.value.next_step
 
 
 def test_what_a_kind_cannot_be_exported_as_is_said_and_nothing_is_written(

@@ -20,7 +20,6 @@ import torch
 from torch import Tensor, nn
 
 import bntool
-from bntool.api import fold_to_onnx
 from bntool.core.errors import BntoolError
 from tests import trace_zoo
 from tests.trace_zoo import OUTSIDE, ZOO
@@ -36,18 +35,43 @@ CALLS: dict[str, Callable[[nn.Module, Tensor], Any]] = {
     "summary": bntool.summary,
     "verify": lambda model, x: bntool.verify(model, model, x, check="fast"),
     "calibrate": lambda model, x: bntool.calibrate(model, [x]),
+    "bench": lambda model, x: bntool.bench(
+        model, model, example_inputs=x, names=("a", "b"), batch_sizes=(2,), rounds=7
+    ),
 }
 IN_TRAINING = ("fold unchecked", "insert", "summary", "calibrate")
+LEFT_OUT = frozenset(
+    """BntoolError CalibrationResult Check CheckFailed CheckOptions Comparison DamagedPlan DeviceError
+    DroppedBias Edit ExportError ExportOptions FoldOptions FoldSite InsertOptions InsertSite LoadError Loaded NothingToDo
+    ObserveError Plan PlanError Reason Skip StateError Summary SurgeryResult UsageError __version__
+    convert_state_dict load open_batches read_plan""".split()
+)
+"""Public names that run no model that they are given."""
 EXPORTS: dict[str, Callable[[nn.Module, Tensor, Path], Any]] = {
     "export": bntool.export_onnx,
     "legacy": lambda model, x, path: bntool.export_onnx(model, x, path, exporter="legacy"),
-    "fold to ONNX": lambda model, x, path: fold_to_onnx(model, path, x),
+    "fold to ONNX": lambda model, x, path: bntool.fold_to_onnx(model, path, x),
 }
 EXPORTED = (
     "CountingBuffer",
     "CacheBySize",
     "InitialisesItself",
     "hook_over_a_list",
+    "WritesToItsInput",
+)
+
+
+TRAINED = (
+    "CountingBuffer",
+    "CacheBySize",
+    "DrawsOfPython",
+    "FailsHalfway",
+    "GlobalList",
+    "InitialisesItself",
+    "LogInsideADict",
+    "merges_in_eval",
+    "GlobalTensor",
+    "ClassAttribute",
     "WritesToItsInput",
 )
 
@@ -153,6 +177,22 @@ def test_nothing_is_left_behind(name: str, training: bool) -> None:
         assert after[0] == before[0], f"{call} changed the model"
         assert after[1] == before[1], f"{call} changed the inputs"
         assert after[2] == before[2], f"{call} changed what lies around"
+
+
+def test_every_public_function_is_held_to_it() -> None:
+    called = {name.partition(" ")[0] for name in CALLS} | {"export_onnx", "fold_to_onnx", "compare"}
+    assert called | LEFT_OUT == set(bntool.__all__)
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_a_comparison_of_trainings_leaves_nothing_behind(name: str) -> None:
+    head = (nn.Conv2d(4, 4, 1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    model = nn.Sequential(made(name, training=True), *head)
+    images, labels = torch.randn(4, 3, 8, 8), torch.arange(4)
+    before = [picture(model), picture(images), around()]
+    with contextlib.nullcontext() if name != "FailsHalfway" else pytest.raises(BntoolError, match="halfway"):
+        bntool.compare(model, ((images, labels), (images, labels)), epochs=1, batch_size=2)
+    assert [picture(model), picture(images), around()] == before
 
 
 @pytest.mark.parametrize("name", EXPORTED)

@@ -6,10 +6,12 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
+from bntool import cli
 from bntool.cli import run
 from tests import trace_zoo
 from tests.test_no_trace import around, made, picture
@@ -35,7 +37,7 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     "export": ("export", "MODEL", "-o", "new.onnx", "--force", *SIZE),
     "verify": ("verify", "MODEL", "OTHER", *SIZE),
     "calibrate": ("calibrate", "MODEL", "--data", "data.pt", "-o", "new.pt", "--force"),
-    "bench": ("bench", "MODEL", "OTHER", "--rounds", "7", "--batch-sizes", "1", *SIZE),
+    "bench": ("bench", "MODEL", "OTHER", "--rounds", "11", "--batch-sizes", "1", *SIZE),
     "inspect": ("inspect", "MODEL"),
 }
 
@@ -74,6 +76,30 @@ def test_the_object_that_is_loaded_stays_as_it_was(name: str, monkeypatch: pytes
         # it may be kept, not be exported, or not be written since it is not to be pickled
         assert code in ((0, 1, 2, 4, 6) if name == "hook_over_a_list" else (0, 1, 4, 6)), command
         assert _left(model, other) == before, f"{command} changed what it was given"
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", ["CountingBuffer", "GlobalList", "InitialisesItself", "WritesToItsInput"])
+def test_what_two_trainings_are_given_stays_as_it_was(
+    name: str, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("bntool.experiment.plots.write_plots", lambda found, folder: [])
+    x, y = np.random.default_rng(0).random((8, 3, 8, 8), np.float32), np.arange(8) % 4
+    np.savez(place / "d.npz", x_train=x, y_train=y, x_test=x, y_test=y)
+    data = (place / "d.npz").read_bytes()
+    head = (nn.Conv2d(4, 4, 1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    model = nn.Sequential(made(name, training=False), *head)
+    monkeypatch.setattr(trace_zoo, "given", model, raising=False)
+    before = _left(model)
+    words = ("compare", "tests.trace_zoo:given", "--data", "d.npz", "--epochs", "1", "--batch-size", "4")
+    assert run(words) == 0
+    assert _left(model) == before
+    assert (place / "d.npz").read_bytes() == data
+
+
+def test_every_command_that_runs_a_model_is_held_to_it() -> None:
+    run_none = {"completion", "demo", "doctor", "explain", "report"}
+    assert {words[0] for words in COMMANDS.values()} | {"compare"} | run_none == set(cli._COMMANDS)
 
 
 def _saved(kind: str, model: nn.Module) -> str:

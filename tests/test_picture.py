@@ -39,7 +39,7 @@ def graph_of(model: nn.Module) -> picture.Graph:
 
 
 def test_layers_stand_in_the_order_they_ran_and_tell_what_they_read() -> None:
-    found = layers_of(graph_of(Net()))
+    found = layers_of(graph_of(Net()), 4)
     rows = [(row["name"], row["kind"], row["op"], row["from"]) for row in found["layers"]]
     assert rows == [
         ("stem", "Conv2d", False, []),
@@ -59,7 +59,7 @@ def test_layers_stand_in_the_order_they_ran_and_tell_what_they_read() -> None:
 
 def test_a_model_of_very_many_layers_is_cut_and_says_so(monkeypatch) -> None:
     monkeypatch.setattr(picture, "MOST_LAYERS", 3)
-    found = layers_of(graph_of(Net()))
+    found = layers_of(graph_of(Net()), 4)
     assert (len(found["layers"]), found["left_out"]) == (3, 5)
 
 
@@ -123,6 +123,6 @@ class Split(nn.Module):
 
 def test_the_rows_sum_to_the_parameters_of_the_whole() -> None:
     model = Split()
-    rows = layers_of(observe(model, Inputs((torch.zeros(1, 3, 2, 2),))).graph)["layers"]
+    rows = layers_of(observe(model, Inputs((torch.zeros(1, 3, 2, 2),))).graph, 2)["layers"]
     assert sum(row["parameters"] for row in rows) == sum(p.numel() for p in model.parameters())
     assert sum(row["name"] == "twice" for row in rows) == 2

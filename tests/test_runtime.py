@@ -8,8 +8,9 @@ from torch import nn
 from bntool.core.errors import CheckFailed, DeviceError, ExportError
 from bntool.graph.inputs import Inputs
 from bntool.runtime import OrtRunner, TorchRunner, providers
+from bntool.runtime.assignments import NodeAssignment, prove_heavy_nodes
 from bntool.runtime.libraries import CPU, CUDA, explain_missing_cuda
-from bntool.runtime.providers import NodeAssignment, open_session, prove_heavy_nodes
+from bntool.runtime.providers import open_session
 from bntool.runtime.torch_runner import float32_products
 from tests.recorded import Recorded
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable
 
@@ -346,7 +347,25 @@ def test_torchscript_is_counted_by_its_own_class_and_its_shapes_are_said_to_be_m
     summary = summarize(nn.Sequential(scripted, nn.ReLU()), image(1, 3))
     assert [(x.type, x.counts.trainable) for x in summary.layers] == [("Linear", 8), ("ReLU", 0)]
     assert summary.layers[1].output_shape == (1, 2)
-    assert note_layers(summary, "TorchScript") == ["0"]
+    assert note_layers(summary, "TorchScript, shapes not seen") == ["0"]
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit")
+@pytest.mark.parametrize("made", ["script", "trace", "inside"])
+def test_the_figures_of_torchscript_are_those_of_its_module(made: str) -> None:
+    shape, twice = (2, 3, 8, 8), nn.Conv2d(4, 4, 1)
+    model = nn.Sequential(with_batchnorm(), twice, nn.ReLU(), twice, nn.Flatten(), nn.Linear(144, 5)).eval()
+    scripts = {
+        "script": lambda: torch.jit.script(model),
+        "trace": lambda: torch.jit.trace(model, torch.zeros(shape)),
+        "inside": lambda: nn.Sequential(torch.jit.script(model[0]), *model[1:]),
+    }
+    eager, script = bntool.summary(model, shape), bntool.summary(scripts[made](), shape)
+    held = [[dataclasses.replace(x, number=0) for x in one.layers if x.counts] for one in (script, eager)]
+    assert held[0] == held[1]
+    assert (script.mult_adds, script.memory) == (eager.mult_adds, eager.memory)
+    assert note_layers(script, "runs more than once") == ["1 (2x)"]
+    assert len([note for note in script.notes if "TorchScript" in note.text]) == 1
 
 
 @pytest.mark.parametrize("name", ["resnet18", "googlenet"])

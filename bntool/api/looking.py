@@ -12,7 +12,7 @@ from torch import nn
 from bntool.api.asked import Model
 from bntool.core.command_options import ViewOptions
 from bntool.graph.inputs import Inputs
-from bntool.pipeline.summarising import summarized
+from bntool.pipeline.summarising import or_weights, summarized
 from bntool.report.summary import Summary
 from bntool.subjects import subject_of
 
@@ -33,7 +33,8 @@ def summary(
     activations are counted by torchinfo. A forward that fails is a note, with the shapes up to there.
 
     Args:
-        model: of any kind: an `nn.Module`, an `ExportedProgram`, TorchScript, or a path or reference.
+        model: of any kind: an `nn.Module`, an `ExportedProgram`, TorchScript, or a path or reference; also a
+            file of weights without its model, or one whose classes are not here, which is not run.
         example_inputs: as everywhere, or a size such as `(1, 3, 224, 224)`, or a list of sizes, of float32
             noise; inferred where they are not given, and where that fails the shapes stay blank.
         baseline: a model of any kind, or its summary, to compare with.
@@ -51,12 +52,16 @@ def summary(
     if columns is not None:
         view = dataclasses.replace(view, columns=tuple(columns))
     view.validate()  # before any work
-    compared = baseline if baseline is None or isinstance(baseline, Summary) else subject_of(baseline)
+    compared = baseline if baseline is None or isinstance(baseline, Summary) else _opened(baseline)
     inputs = _inputs_of(example_inputs, model)
-    subject = subject_of(model, inputs)
+    subject = _opened(model, inputs)
     if inputs is None and subject.kind == "script":
         inputs = subject.example()
     return dataclasses.replace(summarized(subject, inputs, baseline=compared), view=view)
+
+
+def _opened(model: Any, inputs: Inputs | None = None) -> Any:
+    return or_weights(lambda: subject_of(model, inputs, stand_ins=True))
 
 
 def _inputs_of(given: Any, model: Any) -> Inputs | None:

@@ -58,7 +58,7 @@ def fold_to_onnx(
         UsageError: an option that this kind of model does not know, or a `path` that may not be written.
     """
     options, how, asked = fold or FoldOptions(), export or ExportOptions(), check or CheckOptions()
-    subject = exportable(subject_of(model, example_inputs, options, how, asked))
+    subject = exportable(subject_of(model, example_inputs, options, how, asked), how)
     target = Target(force=force, reads=subject.files)
     place = target.claim(path)
     checking = Checking.of(asked, axes=how.axes())
@@ -90,7 +90,8 @@ def export_onnx(
     Nothing is compared: that is `verify(model, path)`.
 
     Args:
-        model: an `nn.Module`, an `ExportedProgram` or TorchScript, or a path or reference of one.
+        model: an `nn.Module`, an `ExportedProgram` or TorchScript, or a path or reference of one; the path of
+            an ONNX file with an `opset`, to which ONNX's own converter brings it.
         example_inputs: as for `fold`.
         path: where the file goes; weights of more than 1.8 GiB go into a second file beside it.
         opset: the lowest that works unless given.
@@ -136,7 +137,7 @@ def exported(
 ) -> ExportResult:
     """`export_onnx`, with everything it found out; its options in one object."""
     how = how or ExportOptions()
-    subject = exportable(subject_of(model, example_inputs, how))
+    subject = exportable(subject_of(model, example_inputs, how, command="export"), how)
     target = Target(force=force, reads=subject.files)
     place = target.claim(path)
     serving = Serving(how)

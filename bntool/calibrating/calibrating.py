@@ -18,7 +18,7 @@ from bntool.core.text import Lines
 from bntool.core.verdicts import Check
 from bntool.frozen import FrozenNorm, freeze_layer, frozen_class
 from bntool.observe.copying import structural_copy
-from bntool.observe.modules import is_batch_norm_class, is_decomposed
+from bntool.observe.modules import is_batch_norm_class, is_decomposed, require_module
 from bntool.report.counting import parameter_delta
 from bntool.report.results import delta_lines
 from bntool.report.tables import text_of
@@ -165,11 +165,7 @@ def calibrate(
             class that cannot be frozen.
         ProcessError: another process has ended.
     """
-    if not isinstance(model, nn.Module):
-        raise UsageError(
-            f"model is a {type(model).__name__}, not an nn.Module",
-            next_step="load a file with bntool.load(path).model",
-        )
+    require_module(model, "calibrate")
     names, kept = layers_of(model)
     if not names:
         raise NothingToDo(

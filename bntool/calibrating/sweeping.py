@@ -23,7 +23,7 @@ from bntool.observe.isolation import Isolation, fresh
 from bntool.observe.leftovers import require_materialised
 from bntool.runtime.torch_runner import float32_products
 from bntool.runtime.world import World
-from bntool.verifying.comparing import difference
+from bntool.verifying.differences import difference
 
 Progress = Callable[[str], None]
 

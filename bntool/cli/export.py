@@ -49,9 +49,9 @@ def command(voice: Voice, asked: Asked) -> int:
     from bntool.report.checks import checks_text
     from bntool.subjects.base import Checking
 
+    opened = opened.exportable(asked.export)
     if opened.kind == "onnx":
         return export_file(voice, opened, asked)
-    opened = opened.exportable()
     if asked.export.dtype == "float32" and opened.session is not None:
         opened = opened.cast("float32")
     devices = require_places(asked.place, onnx_too=True)

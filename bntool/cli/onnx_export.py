@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bntool.core.errors import BntoolError, CheckFailed, UsageError
-from bntool.core.refusals import KINDS
+from bntool.core.errors import BntoolError, CheckFailed
 
 if TYPE_CHECKING:
     from bntool.cli.opening import Opened
@@ -18,25 +18,17 @@ def export_file(voice: Voice, opened: Opened, asked: Any) -> int:
     """Convert the file to --opset, and verify the result against it where ONNX Runtime runs the original."""
     from bntool.cli.devices import require_places
     from bntool.core.verdicts import first_failed
-    from bntool.export.onnx_converting import converted
-    from bntool.export.onnx_writing import write_checked
     from bntool.files.onnx_files import put_onnx
     from bntool.report.checks import checks_text
 
     source, opset = Path(opened.source), asked.export.opset
-    if opset is None:
-        raise UsageError(
-            f"{source} is {KINDS['onnx']} already",
-            next_step=f"bntool export {source} --opset 17 converts it to another opset",
-        )
     named = Path(asked.write.output or source.with_name(f"{source.stem}_opset{opset}.onnx"))
     place = voice.target.claim(named)
     devices = require_places(asked.place, onnx_too=True)
-    model = converted(source, opset, asked.export.ir_version)
     rows: list[Check] = []
     with voice.target.drafts() as drafts:
         draft = drafts.folder_for(place) / place.name
-        data = write_checked(model, draft, asked.export.external_data)
+        made = opened.subject.export(draft, asked.export, {})
         if asked.check.check == "none":
             voice.note("not verified (--check none)")
         else:
@@ -49,12 +41,21 @@ def export_file(voice: Voice, opened: Opened, asked: Any) -> int:
                 where=f"output {failed.worst[0]} on {failed.provider} ({failed.stage})",
                 next_step="try another --opset; --atol and --rtol set another limit",
             )
-        put_onnx(draft, data, place, drafts)
+        put_onnx(draft, made.data_path, place, drafts)
     if rows:
         voice.say(checks_text(rows))
     voice.say(f"wrote       {named}")
-    document = {"onnx": str(named), "opset": opset, "checks": [row.to_dict() for row in rows]}
-    voice.emit({"status": "ok", "kind": opened.kind, **document})
+    made = dataclasses.replace(made, path=named, data_path=drafts.part_of(place))
+    checks = [row.to_dict() for row in rows]
+    voice.emit(
+        {
+            "status": "ok",
+            "kind": opened.kind,
+            "onnx": str(named),
+            "export": made.to_dict(),
+            "checks": checks,
+        }
+    )
     return 0
 
 

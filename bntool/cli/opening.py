@@ -10,7 +10,7 @@ from bntool.cli.session import Session, Voice, open_session
 from bntool.core.command_options import FileOptions, LoadOptions
 from bntool.core.errors import UsageError
 from bntool.core.option import Options
-from bntool.core.options import CheckOptions
+from bntool.core.options import CheckOptions, ExportOptions
 from bntool.core.refusals import require_known, require_module
 from bntool.files.detect import Kind, detect
 
@@ -62,11 +62,11 @@ class Opened:
         self.session.cast(dtype)
         return of_session(self.session)
 
-    def exportable(self) -> Opened:
+    def exportable(self, how: ExportOptions) -> Opened:
         """The same, as a model that can be exported, on the same inputs."""
         from bntool.subjects import exportable
 
-        subject = exportable(self.subject)
+        subject = exportable(self.subject, how)
         if subject is self.subject or self.session is None:
             return self
         loaded = dataclasses.replace(self.session.loaded, model=subject.model, kind="module")

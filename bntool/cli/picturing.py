@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +13,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from bntool.cli.opening import Opened
-    from bntool.graph.dataflow import Graph
+    from bntool.subjects.base import Subject
 
 
 def picture(voice: Voice, opened: Opened, after: Any = None) -> None:
@@ -23,7 +22,7 @@ def picture(voice: Voice, opened: Opened, after: Any = None) -> None:
     An axis that a file leaves open has a size of our own choosing.
     """
     name = opened.subject.name if opened.session is not None else Path(opened.subject.name).name
-    _picture(voice, name, opened.subject.graph, None if after is None else after.graph)
+    _picture(voice, name, opened.subject, after)
     session = opened.session
     if voice.model is not None and session is not None and session.inputs is not None:
         voice.model["input"] = session.inputs.shapes()
@@ -31,45 +30,45 @@ def picture(voice: Voice, opened: Opened, after: Any = None) -> None:
 
 def picture_module(session: Session, changed: nn.Module | None = None) -> None:
     """The model of the session, and another on the same inputs."""
-    from bntool.observe.eager import observe
+    from bntool.subjects.module import ModuleSubject
 
-    after = None if changed is None else lambda: observe(changed, session.example).graph
-    _picture(session.voice, session.loaded.reference, lambda: session.observe().graph, after)
+    if not session.voice.writes_document:
+        return
+    before = ModuleSubject(session.model, observed=session.observe)
+    after = None if changed is None else ModuleSubject(changed, session.known_inputs())
+    _picture(session.voice, session.loaded.reference, before, after)
     if session.voice.model is not None and session.inputs is not None:
         session.voice.model["input"] = session.inputs.shapes()
 
 
 def picture_onnx(voice: Voice, source: Path) -> None:
     """An ONNX file."""
-    _picture(voice, source.name, lambda: _read_onnx(source), None)
+    from bntool.subjects.onnx import OnnxSubject
+
+    if voice.writes_document:
+        _picture(voice, source.name, OnnxSubject(source))
 
 
-def _read_onnx(path: Path) -> Graph:
-    from bntool.files.onnx_files import open_onnx
-    from bntool.observe.onnx_model import observe_onnx
-
-    return observe_onnx(open_onnx(path).model).graph
-
-
-def _picture(
-    voice: Voice,
-    reference: str,
-    before: Callable[[], Graph],
-    after: Callable[[], Graph] | None,
-) -> None:
+def _picture(voice: Voice, reference: str, before: Subject, after: Subject | None = None) -> None:
     """Only where somebody reads a document; a model that cannot be looked at is not in it."""
     if not voice.writes_document:
         return
-    from bntool.report.picture import layers_of, norms_of
+    from bntool.report.picture import norms_of
 
     picture: dict[str, Any] = {"reference": reference}
     with contextlib.suppress(BntoolError):
-        graph = before()
-        picture |= {"before": layers_of(graph), "norms": norms_of(graph), "norms_of": "before"}
+        picture |= {"before": _side(before), "norms": norms_of(before.graph()), "norms_of": "before"}
         if after is not None:
-            graph = after()
-            picture["after"] = layers_of(graph)
-            norms = norms_of(graph)
+            picture["after"] = _side(after)
+            norms = norms_of(after.graph())
             if len(norms) > len(picture["norms"]):
                 picture |= {"norms": norms, "norms_of": "after"}
     voice.model = picture
+
+
+def _side(subject: Subject) -> dict[str, Any]:
+    """One side of the picture, with as many layers as a summary counts."""
+    from bntool.pipeline.summarising import counted
+    from bntool.report.picture import layers_of
+
+    return layers_of(subject.graph(), len(counted(subject).layers))

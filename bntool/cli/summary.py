@@ -13,7 +13,7 @@ from bntool.cli.opening import is_onnx, open_model
 from bntool.cli.options import takes
 from bntool.cli.session import Session, Voice
 from bntool.core.command_options import LoadOptions, ModelOptions, SpeechOptions, ViewOptions
-from bntool.core.errors import BntoolError, NeedsArchitecture, UsageError
+from bntool.core.errors import BntoolError, UsageError
 from bntool.core.option import Options, option
 
 
@@ -60,13 +60,12 @@ def _summarized(
     voice: Voice, name: str | None, load: LoadOptions, summary: SummaryOptions
 ) -> tuple[Any, Any]:
     """The summaries of the model and of what it is compared with, where there is that."""
-    from bntool.pipeline.summarising import summarized, summarized_weights
+    from bntool.pipeline.summarising import Weights, counted, or_weights, summarized
 
-    try:
-        opened = open_model(voice, name, load, summary, stand_ins=True)
-    except NeedsArchitecture as error:
-        voice.tell(error.what)
-        return summarized_weights(error.weights), _baseline(voice, None, summary.baseline, load)
+    opened = or_weights(lambda: open_model(voice, name, load, summary, stand_ins=True))
+    if isinstance(opened, Weights):
+        voice.tell(opened.told)
+        return counted(opened), _baseline(voice, None, summary.baseline, load)
     session = opened.session
     with voice.progress("running the model"):
         found = summarized(opened.subject, session.inputs if session is not None else None)
@@ -102,14 +101,11 @@ def _load(voice: Voice, session: Session | None, named: str, load: LoadOptions) 
 
 def _counted(voice: Voice, name: str, loaded: Any) -> Any:
     """The summary of a second model, without running it."""
-    from bntool.pipeline.summarising import counted, summarized_weights
+    from bntool.pipeline.summarising import counted, or_weights
     from bntool.subjects import subject_of
 
     if is_onnx(name):
         subject = subject_of(name)
         voice.target.read(*subject.files)
         return counted(subject)
-    try:
-        return counted(subject_of(loaded()))
-    except NeedsArchitecture as error:
-        return summarized_weights(error.weights)
+    return counted(or_weights(lambda: subject_of(loaded())))

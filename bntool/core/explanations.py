@@ -318,8 +318,9 @@ _add(
     Reason.AXIS_MISMATCH,
     "the channels are not where they would have to be",
     """The map belongs to one axis, and on the way that axis is mixed with others or broadcast: a flatten
-    before BatchNorm1d gives every pixel a scale of its own, which no filter can hold. Inserting: the
-    output does not have the axes that BatchNorm works on.""",
+    before BatchNorm1d gives every pixel a scale of its own, which no filter can hold. Or the channels
+    are there on the example, and elsewhere on an input of another size. Inserting: the output does not
+    have the axes that BatchNorm works on.""",
     """
     model = nn.Sequential(nn.Conv2d(1, 8, 3), nn.Flatten(), nn.BatchNorm1d(8 * 26 * 26))
     """,

@@ -121,6 +121,9 @@ class Options:
         made.validate()
         return made
 
+    def require_together(self) -> None:
+        """Raise `UsageError` for options that do not go together, once the kind of model knows each."""
+
     def validate(self) -> None:
         """Raise `UsageError` for a value out of its bounds, or two that exclude each other."""
         for one in self.options():

@@ -162,9 +162,12 @@ class ExportOptions(Options):
         return self.dtype if self.dtype in ("fp16", "bf16") else ""
 
     def validate(self) -> None:
-        """Raise `UsageError` for a number out of bounds, axes written wrongly, or `keep_io` with no cast."""
+        """Raise `UsageError` for a number out of bounds, or axes that are not written like any."""
         super().validate()
         self.axes()
+
+    def require_together(self) -> None:
+        """Raise `UsageError` for `keep_io` with no cast."""
         if self.keep_io and not self.narrow:
             raise UsageError(
                 "--keep-io goes with --dtype", next_step="add --dtype fp16, or leave --keep-io out"

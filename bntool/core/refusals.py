@@ -96,7 +96,9 @@ _BUT = {
 
 
 def require_known(kind: str, *asked: Options, name: str = "", command: str = "") -> None:
-    """Raise `UsageError` for the first option with another value than its default that `kind` has not.
+    """Raise `UsageError` for the first option that `kind` has not, or that does not go with another.
+
+    One counts as asked for where it has another value than its default.
 
     Args:
         kind: one of `KINDS`.
@@ -114,6 +116,7 @@ def require_known(kind: str, *asked: Options, name: str = "", command: str = "")
                         where=name,
                         next_step=refusal.instead,
                     )
+        options.require_together()
 
 
 def require_module(kind: str, what: str, name: str) -> None:

@@ -22,6 +22,7 @@ from bntool.experiment.settings import Settings
 from bntool.experiment.training import Trial, train, train_bounds
 from bntool.experiment.watching import Watcher, places_in_both
 from bntool.observe.copying import structural_copy
+from bntool.observe.isolation import surroundings_kept
 from bntool.observe.standing_in import cast, set_modes
 from bntool.report.results import SurgeryResult
 from bntool.runtime.world import World
@@ -101,19 +102,22 @@ class _Job:
         places = places_in_both(self.model, self.plan)[ARMS.index(arm)]
         steps = self.settings.epochs * len(train_bounds(self.data, self.settings, self.world))
         tell = self.tell
-        progress = train(
-            model,
-            dataclasses.replace(self.data, train=self.data.train.placed(torch.device(self.settings.device))),
-            self.settings,
-            Trial(
-                lr,
-                seed,
-                Watcher(model, places, self.settings.watched_steps(steps)),
-                self.folder / RUNS / f"{arm}-{lr:g}-{seed}.pt",
-            ),
-            world=self.world,
-            tell=None if tell is None else lambda progress, steps: tell(arm, lr, repeat, progress, steps),
+        placed = self.data.train.placed(torch.device(self.settings.device))
+        trial = Trial(
+            lr,
+            seed,
+            Watcher(model, places, self.settings.watched_steps(steps)),
+            self.folder / RUNS / f"{arm}-{lr:g}-{seed}.pt",
         )
+        with surroundings_kept(self.model):  # which every run finds as the first did
+            progress = train(
+                model,
+                dataclasses.replace(self.data, train=placed),
+                self.settings,
+                trial,
+                world=self.world,
+                tell=None if tell is None else lambda progress, steps: tell(arm, lr, repeat, progress, steps),
+            )
         return model, progress
 
     def _started(self, arm: str, seed: int) -> nn.Module:

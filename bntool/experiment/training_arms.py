@@ -21,6 +21,7 @@ from bntool.experiment.outcome import TrainingComparison
 from bntool.experiment.settings import Settings
 from bntool.files.loading import load
 from bntool.graph.inputs import Inputs
+from bntool.observe.modules import require_module
 from bntool.runtime.torch_runner import require_torch_device
 
 
@@ -68,6 +69,7 @@ def compare(
     if isinstance(model, str | Path):
         loaded = load(model)
         model, like = loaded.module, like or loaded.example_inputs
+    require_module(model, "train")
     if isinstance(data, str | Path):
         found = open_dataset(str(data), Choice(seed=chosen.seed), Preparation(like))
     else:

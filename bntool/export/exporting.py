@@ -65,17 +65,17 @@ class ExportResult:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Form:
+class Form:
     """What the file is to be, whatever it is made from.
 
     `names` maps every name of every stored tensor to the first name of the same tensor.
     """
 
     path: Path
-    names: Mapping[str, str]
     how: ExportOptions
     metadata: Mapping[str, str]
-    force: bool
+    force: bool = False
+    names: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 def export_onnx(
@@ -111,7 +111,7 @@ def export_onnx(
             subject, inputs = cast_copy(subject, dtype), inputs.to(dtype=dtype)
             torch.set_default_dtype(dtype)  # a tensor that forward makes without a dtype follows
         names = _tensor_names(subject)
-        form = _Form(target, names, how, metadata or {}, force)
+        form = Form(target, how, metadata or {}, force, names)
         by = _traced if how.exporter == "legacy" else _captured
         return by(subject, inputs, axes, form, notes + isolation.notes)
 
@@ -131,7 +131,7 @@ def export_program(
     """
     names = {name: name for name in (*program.state_dict, *program.constants)}
     target = _target(path, force)
-    form = _Form(target, names, how, metadata or {}, force)
+    form = Form(target, how, metadata or {}, force, names)
     return _cleaned(_converted(program, how.opset), Inputs.of(example_inputs), {}, form, [])
 
 
@@ -147,7 +147,7 @@ def _target(path: str | Path, force: bool) -> Path:
 
 
 def _captured(
-    model: nn.Module, inputs: Inputs, axes: DynamicAxes, form: _Form, notes: list[str]
+    model: nn.Module, inputs: Inputs, axes: DynamicAxes, form: Form, notes: list[str]
 ) -> ExportResult:
     """By torch.export; with the batch axis fixed where torch can capture an open one but not convert it."""
     with silent():
@@ -174,7 +174,7 @@ def _converted(program: torch.export.ExportedProgram, opset: int | None) -> Any:
 
 
 def _cleaned(
-    converted: Any, inputs: Inputs, symbols: Mapping[str, str], form: _Form, notes: list[str]
+    converted: Any, inputs: Inputs, symbols: Mapping[str, str], form: Form, notes: list[str]
 ) -> ExportResult:
     """What torch's exporter made, with the names of the user's model."""
     onnx_model, program = converted.model, converted.exported_program
@@ -184,11 +184,11 @@ def _cleaned(
     name_axes(onnx_model, symbols)
     input_names = _name_inputs(onnx_model, inputs, notes)
     _name_outputs(onnx_model, _output_names(program), set(input_names))
-    return _written(onnx_model, form, notes)
+    return written(onnx_model, form, notes)
 
 
 def _traced(
-    model: nn.Module, inputs: Inputs, axes: DynamicAxes, form: _Form, notes: list[str]
+    model: nn.Module, inputs: Inputs, axes: DynamicAxes, form: Form, notes: list[str]
 ) -> ExportResult:
     from bntool.export.legacy_exporting import trace
 
@@ -197,7 +197,7 @@ def _traced(
     notes = notes + told + _clean(onnx_model, form.names)
     taken = {str(value.name) for value in onnx_model.graph.inputs}
     _name_outputs(onnx_model, output_names, taken)
-    return _written(onnx_model, form, notes)
+    return written(onnx_model, form, notes)
 
 
 def _clean(onnx_model: Any, names: Mapping[str, str]) -> list[str]:
@@ -210,7 +210,8 @@ def _clean(onnx_model: Any, names: Mapping[str, str]) -> list[str]:
     return [f"{computed} weights that BatchNorm standardises are stored as what they come to"]
 
 
-def _written(onnx_model: Any, form: _Form, notes: list[str]) -> ExportResult:
+def written(onnx_model: Any, form: Form, notes: Sequence[str] = ()) -> ExportResult:
+    """An ONNX model in memory as a file in that form; checked before it takes its place."""
     opset = int(onnx_model.opset_imports[""])
     onnx_model.ir_version = chosen_ir_version(opset, form.how.ir_version)
     if form.how.keep_io:

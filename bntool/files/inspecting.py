@@ -28,11 +28,12 @@ from bntool.files.security.archives import Unsafe
 from bntool.files.security.containers import PICKLED, SCRIPT, Container, within
 from bntool.files.security.dry_runs import dry_run_of_archive
 from bntool.files.security.exported import judge_program, open_program
-from bntool.files.security.opcodes import DamagedPickle, DryRun
+from bntool.files.security.opcodes import DryRun
+from bntool.files.security.pickle_bytes import DamagedPickle
 from bntool.files.security.pickled_calls import shown
 from bntool.files.security.pickles import standing
 from bntool.files.security.scripted import check_script
-from bntool.files.security.stand_ins import Picture, StandIn, pictured_tensors
+from bntool.files.security.stand_ins import Picture, in_words, pictured_tensors
 from bntool.files.tensors import told_by
 
 
@@ -255,7 +256,7 @@ def _pickle(content: bytes, path: Path, found: Found) -> DryRun:
     for problem in run.problems:
         found.suspect(problem)
     _list_tensors(picture.value, found)
-    found.facts["holds"] = _what(picture.value)
+    found.facts["holds"] = in_words(picture.value)
     if damage:
         raise LoadError(
             f"{path.name} is damaged: {shown(damage)}",
@@ -275,23 +276,6 @@ def _list_tensors(value: Any, found: Found) -> None:
 
 def _rows(header: Header) -> Iterable[TensorRow]:
     return (TensorRow(n, e.torch_dtype, e.shape, e.nbytes) for n, e in header.entries.items())
-
-
-def _what(value: Any) -> str:
-    """What a picture shows, in words."""
-    if isinstance(value, dict):
-        plain = [k for k, v in value.items() if isinstance(v, StandIn) and v.name.startswith("torch._")]
-        if value and len(plain) == len(value):
-            return "a state_dict"
-        keys = [shown(str(key)) for key in list(value)[:12]]
-        return (
-            f"a dict of {', '.join(keys)}" + (" ..." if len(value) > 12 else "") if keys else "an empty dict"
-        )
-    if isinstance(value, StandIn):
-        state = value.state if isinstance(value.state, dict) else {}
-        whole = "_modules" in state
-        return f"a whole model of class {shown(value.name)}" if whole else f"a {shown(value.name)}"
-    return f"a {type(value).__name__}"
 
 
 def _list_members(container: Container, found: Found) -> list[str]:

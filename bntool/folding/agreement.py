@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import glob
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from bntool.graph.dataflow import Graph
 from bntool.graph.steps import evaluate
 
 _DETAIL = "the fold would come out otherwise on an input of other sizes or numbers"
+_ELSEWHERE = "on an input of other sizes or numbers"
 
 
 def plan_on_all(
@@ -38,7 +39,7 @@ def plan_on_all(
     Where the merges do not come out alike, there are none. `first` is that plan, where it has been made
     already with these options.
     """
-    unsettled: set[str] = set()
+    unsettled: dict[str, Skip] = {}
     while True:
         without = (*exclude, *(glob.escape(name) for name in sorted(unsettled)))
         known = [first] if first is not None and not unsettled else []
@@ -50,10 +51,14 @@ def plan_on_all(
         if any(other.merges != plan.merges for other in others):
             merge, first = False, None
             continue
-        differing = {name for other in others for name in _differing(plan, other, graphs[0])}
+        differing = {
+            name: skip
+            for other, graph in zip(others, graphs[1:], strict=True)
+            for name, skip in _differing(plan, other, graphs[0], graph)
+        }
         if not differing:
             return _with_reasons(plan, unsettled, exclude)
-        unsettled |= differing
+        unsettled = {**differing, **unsettled}
 
 
 def at_graph_level(plan: Plan, hidden: Iterable[tuple[str, str]]) -> Plan:
@@ -66,11 +71,29 @@ def at_graph_level(plan: Plan, hidden: Iterable[tuple[str, str]]) -> Plan:
     return dataclasses.replace(plan, sites=sites, skips=(*plan.skips, *left))
 
 
-def _differing(plan: Plan, other: Plan, graph: Graph) -> list[str]:
-    """The BatchNorms that one plan folds and the other does not, or not alike."""
-    mine: dict[str, FoldSite] = {site.bn: site for site in plan.fold_sites}
-    theirs = {site.bn: site for site in other.fold_sites}
-    return [name for name in {**mine, **theirs} if not _alike(mine.get(name), theirs.get(name), graph)]
+def _differing(plan: Plan, other: Plan, graph: Graph, elsewhere: Graph) -> Iterator[tuple[str, Skip]]:
+    """The BatchNorms that one plan folds and the other does not, or not alike, and why each stays."""
+    mine, theirs = ({site.bn: site for site in one.fold_sites} for one in (plan, other))
+    kept, kept_elsewhere = ({skip.name: skip for skip in one.skips} for one in (plan, other))
+    for name in {**mine, **theirs}:
+        if name not in mine:
+            yield name, kept.get(name, Skip(name, Reason.AXIS_MISMATCH, _DETAIL))
+        elif name not in theirs and name in kept_elsewhere:
+            skip = kept_elsewhere[name]
+            if skip.reason is Reason.EXCLUDED:  # another one was, since it does not come out alike itself
+                yield name, Skip(name, Reason.AXIS_MISMATCH, _DETAIL)
+            elif skip.reason is not Reason.NOT_OBSERVED:
+                yield name, dataclasses.replace(skip, detail=f"{_ELSEWHERE}: {skip.detail}")
+            elif taker := _still_runs(mine[name], elsewhere):
+                yield name, Skip(name, Reason.WEIGHT_SHARED, f"{_ELSEWHERE} {taker} runs without it")
+        elif not _alike(mine[name], theirs.get(name), graph):
+            yield name, Skip(name, Reason.AXIS_MISMATCH, _DETAIL)
+
+
+def _still_runs(site: FoldSite, graph: Graph) -> str:
+    """The first layer that the fold would change and that this graph reads, or nothing."""
+    read = {value.handle for value in graph.values if value.handle and value.readers}
+    return next((edit.layer for edit in site.edits if {edit.weight, edit.bias} & read), "")
 
 
 def _alike(mine: FoldSite | None, theirs: FoldSite | None, graph: Graph) -> bool:
@@ -111,9 +134,6 @@ def _same_map(first: Expr | None, second: Expr | None, graph: Graph) -> bool:
     )
 
 
-def _with_reasons(plan: Plan, unsettled: set[str], exclude: Sequence[str]) -> Plan:
-    skips = tuple(
-        Skip(skip.name, Reason.AXIS_MISMATCH, _DETAIL) if skip.name in unsettled else skip
-        for skip in plan.skips
-    )
+def _with_reasons(plan: Plan, unsettled: dict[str, Skip], exclude: Sequence[str]) -> Plan:
+    skips = tuple(unsettled.get(skip.name, skip) for skip in plan.skips)
     return dataclasses.replace(plan, skips=skips, options={**plan.options, "exclude": list(exclude)})

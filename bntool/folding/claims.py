@@ -11,9 +11,9 @@ from torch import Tensor
 
 from bntool.core.reasons import Reason
 from bntool.core.sites import Edit
-from bntool.folding.moving import Take, Way
 from bntool.folding.norms import Norm
 from bntool.folding.sharing import Sharing
+from bntool.folding.ways import Take, Way
 from bntool.graph.dataflow import Edge, Graph, Op
 from bntool.laws import Refused
 from bntool.laws.taking import bias_from_input_shift, channel_axis, layout_of, rows

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import heapq
 import math
-from collections.abc import Iterator, Set
+from collections.abc import Set
 
 from bntool.core.reasons import Reason
 from bntool.folding.norms import Norm
+from bntool.folding.ways import Agenda, Take, Way
 from bntool.graph.affine import Affine, identity, merge
 from bntool.graph.dataflow import Edge, Graph, Op, Value, is_out
 from bntool.laws import LAWS, Refused
@@ -21,52 +20,6 @@ _MAX_ATTEMPTS = 16
 """How many ways to hand out shifts among summed branches are tried for one BatchNorm."""
 _PARTIAL = frozenset({"slice", "select", "index_select"})
 """Readers that look at a part of a value only, and let the rest become anything."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Take:
-    """A linear layer takes a vector of channels in at its output or input side.
-
-    Or the constant that a sum adds, its `summand`, takes in a map of its own shape; `role` is what it is
-    there.
-    """
-
-    op: Op
-    side: str
-    vector: Affine
-    role: str = "weight"
-
-
-@dataclasses.dataclass
-class Way:
-    """What one successful move collected: the layers that take in, and the laws passed on the way.
-
-    `condition` is that of the maps whose inverse was needed.
-    """
-
-    takes: list[Take] = dataclasses.field(default_factory=list)
-    laws: list[str] = dataclasses.field(default_factory=list)
-    condition: float = 1.0
-
-
-class _Agenda:
-    """Ops still to visit, by id, the first or the latest first. Ops join while others are taken."""
-
-    def __init__(self, *, latest_first: bool = False) -> None:
-        self._sign = -1 if latest_first else 1
-        self._heap: list[int] = []
-        self._waiting: set[int] = set()
-
-    def add(self, op: int) -> None:
-        if op not in self._waiting:
-            self._waiting.add(op)
-            heapq.heappush(self._heap, self._sign * op)
-
-    def __iter__(self) -> Iterator[int]:
-        while self._heap:
-            op = self._sign * heapq.heappop(self._heap)
-            self._waiting.remove(op)
-            yield op
 
 
 class Mover:
@@ -155,7 +108,7 @@ class Mover:
         """Turn demands on the BatchNorm's inputs into demands on ever earlier values."""
         demands: dict[int, dict[Edge, Affine]] = {}
         visited = {op.id for op in norm.ops}
-        agenda = _Agenda(latest_first=True)
+        agenda = Agenda(latest_first=True)
         self._last = max(op.id for op in norm.ops)
 
         def demand(value: Value, edge: Edge, affine: Affine) -> None:
@@ -266,7 +219,7 @@ class Mover:
 
     def _carry(self, carried: dict[Edge, Affine], way: Way, forbidden: Set[int] = frozenset()) -> None:
         """Carry maps from edges on through every reader, until layers take them in."""
-        agenda = _Agenda()
+        agenda = Agenda()
         for reader, _ in carried:
             agenda.add(reader)
         for number in agenda:

@@ -16,6 +16,9 @@ from bntool.graph.affine import Affine, batch_norm_affine, is_finite
 from bntool.graph.dataflow import Graph, Op
 from bntool.laws import Refused
 
+_ROLES = ("norm", "norm_act", "custom_norm", "scripted")
+_STORED = ("running_mean", "running_var", "weight", "bias")
+
 
 @dataclasses.dataclass
 class Norm:
@@ -39,9 +42,8 @@ def find_norms(graph: Graph) -> list[Norm]:
     for op in graph.of_kind("batch_norm"):
         if graph.input(op).constant:
             continue  # a weight being standardised, not data
-        module = graph.modules.get(op.scope)
-        if module is not None and module.role in ("norm", "norm_act", "custom_norm", "scripted"):
-            norms.setdefault(op.scope, Norm(op.scope, [])).ops.append(op)
+        if owner := _owner(op, graph):
+            norms.setdefault(owner, Norm(owner, [])).ops.append(op)
             continue
         index = functional[op.scope] = functional.get(op.scope, -1) + 1
         name = f"{op.scope}.batch_norm" if op.scope else "batch_norm"
@@ -51,6 +53,15 @@ def find_norms(graph: Graph) -> list[Norm]:
         if module.role in ("norm", "norm_act", "custom_norm") and name not in norms:
             norms[name] = Norm(name, [])
     return list(norms.values())
+
+
+def _owner(op: Op, graph: Graph) -> str:
+    """The layer that runs here, or else whose statistics or parameters a function is called with."""
+    handles = (graph.input(op, role).handle for role in _STORED if role in op.inputs)
+    for name in (op.scope, *(handle.rpartition(".")[0] for handle in handles if handle)):
+        if name in graph.modules and graph.modules[name].role in _ROLES:
+            return name
+    return ""
 
 
 def why_unfit(
@@ -67,6 +78,8 @@ def why_unfit(
         return Refused(Reason.CUSTOM_FORWARD, what)
     if not norm.ops and module is not None and module.role == "custom_norm" and module.calls:
         return Refused(Reason.CUSTOM_FORWARD, f"{module.kind} has a forward of its own")
+    if not norm.ops and _is_read(norm, graph):
+        return Refused(Reason.FUNCTIONAL, "forward reads its numbers, and does not call the layer")
     if not norm.ops:
         return Refused(Reason.NOT_OBSERVED, "it did not run on the example input")
     if held := norm.ops[0].attrs.get("unregistered"):
@@ -76,6 +89,8 @@ def why_unfit(
         return Refused(Reason.FUNCTIONAL, "a function call inside forward, not a layer of its own")
     if module.role == "scripted":
         return Refused(Reason.SCRIPTED, "it belongs to a TorchScript module")
+    if any(op.scope != norm.name for op in norm.ops) and module.role != "custom_norm":
+        return Refused(Reason.FUNCTIONAL, "forward calls its function, or its own forward, and not the layer")
     if module.role == "custom_norm" and norm.ops[0].attrs.get("elementwise"):
         return Refused(Reason.CUSTOM_FORWARD, "it normalises each element on its own (spatial=0), no channel")
     if module.role == "custom_norm":
@@ -88,6 +103,11 @@ def why_unfit(
     if module.left_in_train:
         return Refused(Reason.BATCH_STATISTICS, "it was left in train mode in a model in eval mode")
     return _read_affine(norm, op, graph, norm_of)
+
+
+def _is_read(norm: Norm, graph: Graph) -> bool:
+    stored = {f"{norm.name}.{role}" for role in _STORED}
+    return any(value.readers for value in graph.values if value.handle in stored)
 
 
 def _is_quantized(norm: Norm, graph: Graph) -> bool:

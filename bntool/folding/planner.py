@@ -13,9 +13,10 @@ from bntool.core.reasons import Reason
 from bntool.core.sites import FoldSite, Skip
 from bntool.folding.claims import Claims
 from bntool.folding.merging import find_merges
-from bntool.folding.moving import Mover, Way
+from bntool.folding.moving import Mover
 from bntool.folding.norms import Norm, find_norms, why_unfit
 from bntool.folding.overwriting import require_no_overwriting
+from bntool.folding.ways import Way
 from bntool.graph.affine import Affine, compose
 from bntool.graph.dataflow import READS_NUMBERS, Graph
 from bntool.laws import Refused
@@ -46,6 +47,10 @@ def plan_fold(
         )
     with torch.no_grad():
         return _Planner(graph, include, exclude, unshare).plan(merge)
+
+
+_Refusal = tuple[str, Reason, str]
+"""A direction, why it is no way, and the detail."""
 
 
 class _Planner:
@@ -118,7 +123,7 @@ class _Planner:
     def _fold(self, norm: Norm, unshare: bool) -> FoldSite:
         """The site of this BatchNorm by the first exact way; refused where there is none."""
         placed = {op.id: norm.placed(self.graph, op) for op in norm.ops}
-        refusals: list[tuple[str, Reason, str]] = []
+        refusals: list[_Refusal] = []
         for name, up, down in self._directions(norm, placed):
             try:
                 way = self.mover.find_way(norm, up, down, undo=name == "inverse")
@@ -139,25 +144,32 @@ class _Planner:
                 dict.fromkeys(e.layer or e.weight for e in edits if e.kind not in ("remove", "unshare"))
             )
             return FoldSite(norm.name, layers, laws, tuple(edits))
-        # what algebra allows and the storage type forbids comes first: another type mends it
-        refusals.sort(key=lambda refusal: refusal[1] is not Reason.OVERFLOW)
-        deciding = self._deciding(norm, refusals)
-        refusals.sort(key=lambda refusal: refusal[1] is not deciding)
-        _, reason, _ = refusals[0]
-        raise Refused(reason, "; ".join(f"{name}: {detail}" for name, _, detail in refusals[:2]))
+        raise self._told(norm, refusals)
 
-    def _deciding(self, norm: Norm, refusals: list[tuple[str, Reason, str]]) -> Reason | None:
-        """The reason but for which the BatchNorm would go, where that is the sign of its scales."""
-        if all(reason is not Reason.NEGATIVE_SCALE for _, reason, _ in refusals):
-            return None
+    def _told(self, norm: Norm, refusals: list[_Refusal]) -> Refused:
+        """The refusal with the deciding reason first: but for that one the BatchNorm would go."""
+        if any(reason is Reason.NEGATIVE_SCALE for _, reason, _ in refusals):
+            others = self._with_positive_scales(norm)
+            # where the signs of its scales are not all that stands in the way, what stays without them is
+            refusals = others or sorted(refusals, key=lambda one: one[1] is not Reason.NEGATIVE_SCALE)
+        # what algebra allows and the storage type forbids comes first: another type mends it
+        refusals.sort(key=lambda one: one[1] is not Reason.OVERFLOW)
+        return Refused(refusals[0][1], "; ".join(f"{name}: {detail}" for name, _, detail in refusals[:2]))
+
+    def _with_positive_scales(self, norm: Norm) -> list[_Refusal]:
+        """What would stand in the way of this BatchNorm if no scale were negative; empty where it would go."""
         assert norm.affine is not None
         positive = Affine(norm.affine.scale.abs(), norm.affine.shift, norm.affine.expr)
         same = Norm(norm.name, norm.ops, positive)
-        for _, up, down in self._directions(same, {op.id: same.placed(self.graph, op) for op in norm.ops}):
-            with contextlib.suppress(Refused):
-                self.claims.edits(same, self.mover.find_way(same, up, down))
-                return Reason.NEGATIVE_SCALE
-        return None
+        refusals: list[_Refusal] = []
+        for name, up, down in self._directions(same, {op.id: same.placed(self.graph, op) for op in norm.ops}):
+            try:
+                self.claims.edits(same, self.mover.find_way(same, up, down, undo=name == "inverse"))
+            except Refused as refusal:
+                refusals.append((name, refusal.reason, refusal.detail))
+            else:
+                return []
+        return refusals
 
     def _directions(
         self, norm: Norm, placed: dict[int, Affine]

@@ -15,21 +15,13 @@ from bntool.core.sites import DroppedBias, InsertSite, Skip
 from bntool.graph.dataflow import READS_NUMBERS, Graph, Module, Op, Value
 from bntool.inserting.activations import Activation, activation_of
 from bntool.inserting.biases import batched_rank, own_bias, redundant_biases, untouched
+from bntool.inserting.forms import Refuse, form_of
 from bntool.inserting.names import Rename, name_newcomers
 from bntool.inserting.places import Draft, Form, passes, passes_node
 
 _NORMS = frozenset(
     {"batch_norm", "instance_norm", "group_norm", "layer_norm", "native_layer_norm", "rms_norm"}
 )
-_STOCK = frozenset(
-    f"torch.nn.modules.{name}"
-    for name in (
-        *(f"conv.Conv{d}d" for d in (1, 2, 3)),
-        *(f"conv.ConvTranspose{d}d" for d in (1, 2, 3)),
-        "linear.Linear",
-    )
-)
-"""Layers of exactly these classes can become the subclass that holds a BatchNorm."""
 
 
 def plan_insert(graph: Graph, options: InsertOptions) -> Plan:
@@ -52,11 +44,6 @@ def plan_insert_nodes(graph: Graph, options: InsertOptions) -> Plan:
                 next_step="a graph takes identity-initialised BatchNorms before the activation",
             )
     return _Planner(graph, options, tree=False).plan()
-
-
-class _Refuse(Exception):
-    def __init__(self, reason: Reason, detail: str) -> None:
-        self.reason, self.detail = reason, detail
 
 
 class _Planner:
@@ -137,7 +124,7 @@ class _Planner:
                 continue
             try:
                 drafts.append(self._draft(name, ops))
-            except _Refuse as refusal:
+            except Refuse as refusal:
                 skips.append(Skip(name or "(root)", refusal.reason, refusal.detail))
         for name, module in self.graph.modules.items():
             if module.role in wanted and name not in self.by_layer:
@@ -183,11 +170,11 @@ class _Planner:
     def _draft(self, name: str, ops: Sequence[Op]) -> Draft:
         module = self.graph.modules.get(name)
         if not chosen(name, self.options.include, self.options.exclude):
-            raise _Refuse(Reason.EXCLUDED, "left out by --include/--exclude")
+            raise Refuse(Reason.EXCLUDED, "left out by --include/--exclude")
         if module is None or module.role not in ("conv", "linear") or ops[0].scope != name:
-            raise _Refuse(Reason.NOT_A_MODULE, "a function call inside forward, not a layer of its own")
+            raise Refuse(Reason.NOT_A_MODULE, "a function call inside forward, not a layer of its own")
         if not self.tree and not self.graph.input(ops[0], "weight").handle:
-            raise _Refuse(Reason.WEIGHT_COMPUTED, "its weight is no stored tensor of the graph")
+            raise Refuse(Reason.WEIGHT_COMPUTED, "its weight is no stored tensor of the graph")
         if max(len(ops), module.calls) > 1:
             self._require_per_call(ops, module)
         found = [self._activation(op) for op in ops]
@@ -201,11 +188,14 @@ class _Planner:
         rank = batched_rank(ops[0])
         for shape in shapes:
             if len(shape) != rank:
-                raise _Refuse(
+                raise Refuse(
                     Reason.AXIS_MISMATCH, f"its output has {len(shape)} axes; BatchNorm needs {rank}"
                 )
         value = self.graph.output(values[0])
-        form, slot, child = self._form(name, module, activations, value)
+        node: tuple[Form, str, str] = ("node", name, "")
+        form, slot, child = (
+            form_of(self.graph, self.options, module, activations, value) if self.tree else node
+        )
         behind_layer = form in ("sequential", "subclass", "pair") and self.options.position == "before"
         straight = all(
             not between and untouched(self.graph, self.graph.output(op))
@@ -228,12 +218,12 @@ class _Planner:
     def _require_per_call(self, ops: Sequence[Op], module: Module) -> None:
         count = max(len(ops), module.calls)
         if not self.options.per_call:
-            raise _Refuse(
+            raise Refuse(
                 Reason.CALLED_MORE_THAN_ONCE,
                 f"it runs {count} times; one BN would mix them (--per-call gives each call its own)",
             )
         if len(ops) != module.calls:
-            raise _Refuse(Reason.CALLED_MORE_THAN_ONCE, f"its weight is also read outside its {count} calls")
+            raise Refuse(Reason.CALLED_MORE_THAN_ONCE, f"its weight is also read outside its {count} calls")
 
     def _activation(self, op: Op) -> tuple[Activation, int]:
         """The one activation that reads the layer's output, and how many ops stand between."""
@@ -244,88 +234,31 @@ class _Planner:
             self._require_not_normed(value)
             self._require_unseen(value)
             if not readers:
-                raise _Refuse(Reason.NO_ACTIVATION, "nothing reads its output")
+                raise Refuse(Reason.NO_ACTIVATION, "nothing reads its output")
             if found := activation_of(self.graph, value):
                 break
             if len(readers) > 1:
                 others = ", ".join(r.label for r in readers[:3])
-                raise _Refuse(Reason.OUTPUT_USED_ELSEWHERE, f"its output is read by {others}")
+                raise Refuse(Reason.OUTPUT_USED_ELSEWHERE, f"its output is read by {others}")
             reader = readers[0]
             behind = not self.tree and passes_node(self.graph, reader)
             if not behind and not passes(reader, pooling=self.options.pooling):
-                raise _Refuse(Reason.NO_ACTIVATION, f"{reader.label} follows, not an activation")
+                raise Refuse(Reason.NO_ACTIVATION, f"{reader.label} follows, not an activation")
             value = self.graph.output(reader)
             between += 1
         if "any" not in self.options.activations and found.kind not in self.options.activations:
-            raise _Refuse(
-                Reason.OTHER_ACTIVATION, f"{found.kind} follows; --activation {found.kind} takes it"
-            )
+            raise Refuse(Reason.OTHER_ACTIVATION, f"{found.kind} follows; --activation {found.kind} takes it")
         return found, between
 
     def _require_not_normed(self, value: Value) -> None:
         readers = [self.graph.ops[r] for r, _ in value.readers]
         if len(readers) == 1 and readers[0].kind in _NORMS:
-            raise _Refuse(Reason.ALREADY_NORMALISED, f"{readers[0].label} follows")
+            raise Refuse(Reason.ALREADY_NORMALISED, f"{readers[0].label} follows")
 
     def _require_unseen(self, value: Value) -> None:
         if value.is_output:
-            raise _Refuse(Reason.NO_ACTIVATION, "its output is returned by the model")
+            raise Refuse(Reason.NO_ACTIVATION, "its output is returned by the model")
         if value.escapes:
-            raise _Refuse(Reason.OUTPUT_ESCAPES, "its output is kept beyond the forward")
+            raise Refuse(Reason.OUTPUT_ESCAPES, "its output is kept beyond the forward")
         if value.watched:
-            raise _Refuse(Reason.HOOKED, f"a hook on {value.watched[0]} sees its output")
-
-    # -- the form ---------------------------------------------------------------------------------------
-
-    def _form(
-        self, name: str, layer: Module, activations: Sequence[Activation], value: Value
-    ) -> tuple[Form, str, str]:
-        """The first form that fits and is not banned: (form, slot, child it comes after)."""
-        if not self.tree:
-            return "node", name, ""
-        banned = self.options.banned.get(name, frozenset())
-        act = self._activation_module(activations)
-        after = self.options.position == "after"
-        if "identity" not in banned and layer.calls == 1:
-            for slot in value.through:
-                info = self.graph.modules[slot]
-                if info.role == "identity" and info.calls == 1 and not info.hooked:
-                    return "identity", slot, ""
-        if "sequential" not in banned and act is not None:
-            parent, _, child = name.rpartition(".")
-            act_parent, _, act_child = act.name.rpartition(".")
-            info_parent = self.graph.modules.get(parent)
-            if (
-                info_parent is not None
-                and parent == act_parent
-                and info_parent.role == "sequential"
-                and info_parent.calls == layer.calls
-                and _in_order(info_parent.children, child, act_child)
-            ):
-                return "sequential", parent, act_child if after else child
-        if "wrap" not in banned and act is not None and act.own_tensors == 0 and not act.hooked:
-            return "wrap", act.name, ""
-        own_class: Form = "pair" if self.options.portable else "subclass"
-        if own_class not in banned and not after and layer.kind in _STOCK:
-            return own_class, name, ""
-        if layer.kind not in _STOCK and not after:
-            raise _Refuse(Reason.CUSTOM_FORWARD, f"{layer.kind} has a forward of its own")
-        if after:
-            raise _Refuse(Reason.NOT_A_MODULE, "its activation is a function call; nothing can follow it")
-        raise _Refuse(Reason.FORM_BROKE_MODEL, "every form that fits changed what the model computes")
-
-    def _activation_module(self, activations: Sequence[Activation]) -> Module | None:
-        """The module that is nothing but these activations, call by call; None for a function call."""
-        scope = activations[0].last.scope
-        module = self.graph.modules.get(scope)
-        if module is None:
-            return None
-        ran = [[op.id for op in activation.ops] for activation in activations]
-        if module.whole != ran or module.role or module.children:
-            return None
-        return module
-
-
-def _in_order(children: Sequence[str], first: str, second: str) -> bool:
-    """Whether a Sequential runs `first` before `second`; what stands between keeps the channels."""
-    return first in children and second in list(children)[list(children).index(first) + 1 :]
+            raise Refuse(Reason.HOOKED, f"a hook on {value.watched[0]} sees its output")

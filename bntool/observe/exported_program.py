@@ -13,23 +13,18 @@ from torch.fx import GraphModule, Node
 
 from bntool.graph.dataflow import Graph, Module, Op
 from bntool.observe.aten import SHAPE_ONLY, product_of, translate
-from bntool.observe.program_calls import LinearCall, Stored, layer_names, linear_calls
-from bntool.observe.program_memory import Memory, nodes_in
+from bntool.observe.program_calls import LinearCall
 from bntool.observe.program_nodes import (
     arguments_of,
-    draws,
     has_tensor,
     in_batch_norm_module,
     operands_of,
     operator_of,
     scope_of,
-    sharing,
-    written_by,
 )
-from bntool.observe.program_sizes import Sizes
+from bntool.observe.program_values import ProgramValues
 from bntool.observe.taken_apart import TakenApart, norms_taken_apart, put_together
 
-_SMALL_CONSTANT = 1 << 16
 _NORM_ROLES = ("weight", "bias", "running_mean", "running_var")
 _NORMS = {
     "batch_norm": "batch_norm",
@@ -99,105 +94,27 @@ def _hidden_norms(program: ExportedProgram) -> Iterator[tuple[str, str]]:
                     yield f"{path}.{node.name}", f"it stands in {path}, the body of another operator"
 
 
-class _Reader:
+class _Reader(ProgramValues):
     def __init__(self, program: ExportedProgram, sizes: int) -> None:
-        self.program = program
-        self.graph = Graph()
+        super().__init__(program, sizes)
         self.graph.model_class = "exported program"
         self.graph.rewirable = True
-        self.sizes = Sizes(program, sizes)
-        self.stored = Stored(program)
-        self.calls = linear_calls(program, self.stored)
-        self.layer_of = layer_names(iter(self.calls.values()), self.stored)
-        self.memory = Memory()
         self.layers: dict[str, list[str]] = {}
         self.norms: dict[str, list[str]] = {}
         self.apart: dict[str, TakenApart] = {}
-        self.nodes: dict[int, Node] = {}
-        self.values: dict[Node, int] = {}
-        self.parts: dict[Node, dict[int, int]] = {}
-        self.by_handle: dict[str, int] = {}
-        self.turned = {node for call in self.calls.values() for node in call.turned}
-        self.order = {node: i for i, node in enumerate(program.graph.nodes)}
-        self.written: set[str] = set()
 
     def read(self) -> None:
-        self._find_written()
         for node in self.program.graph.nodes:
             if node.op == "placeholder":
-                self._placeholder(node)
+                self.placeholder(node)
             elif node.op == "get_attr":
-                self._attribute(node)
+                self.attribute(node)
             elif node.op == "output":
-                self._outputs(node)
+                self.outputs(node)
             elif node not in self.turned:
                 self._call(node)
         self._block_mixed_layers()
         self._put_norms_together()
-
-    def handle(self, name: str) -> str:
-        layer = self.layer_of.get(name)
-        return f"{layer}.weight" if layer is not None else name
-
-    # -- where values come from -------------------------------------------------------------------------
-
-    def _find_written(self) -> None:
-        """Stored tensors that the program writes to: what they hold at one moment is no constant."""
-        signature = self.program.graph_signature
-        mutated = {
-            *signature.buffers_to_mutate.values(),
-            *getattr(signature, "parameters_to_mutate", {}).values(),
-        }
-        memory = Memory()
-        for node in self.program.graph.nodes:
-            name = operator_of(node)
-            bound = arguments_of(node) if name else {}
-            memory.add(node, *sharing(name, node, bound))
-            for argument in written_by(node, name, bound) if name else ():
-                for target in nodes_in([bound.get(argument)]):
-                    mutated.update(self.stored.name(storage) for storage in memory.storages(target))
-        self.written = {name for name, names in self.stored.names_of.items() if mutated & {name, *names}}
-
-    def _placeholder(self, node: Node) -> None:
-        value = node.meta.get("val")
-        if not isinstance(value, Tensor):
-            return
-        name = self.stored.name(node)
-        self.memory.add(node, [])
-        if not name or name in self.written:
-            self.values[node] = self._new(value)
-            return
-        handle = self.handle(name)
-        if handle not in self.by_handle:
-            tensor = self.stored.tensors[name]
-            self.by_handle[handle] = self.graph.add_value(
-                tuple(tensor.shape), handle=handle, constant=True, dtype=str(tensor.dtype)
-            ).id
-            self.graph.tensors[handle] = tensor
-        self.values[node] = self.by_handle[handle]
-
-    def _attribute(self, node: Node) -> None:
-        found: Any = self.program.graph_module
-        for part in str(node.target).split("."):
-            found = getattr(found, part, None)
-        if isinstance(found, Tensor):
-            made = self.graph.add_value(tuple(found.shape), constant=True, dtype=str(found.dtype))
-            self.graph.constants[made.id] = found
-            self.values[node] = made.id
-            self.memory.add(node, [])
-
-    def _outputs(self, node: Node) -> None:
-        for value in dict.fromkeys(v for source in node.all_input_nodes for v in self._values_of(source)):
-            self.graph.values[value].is_output = True
-            if self.graph.values[value].handle:
-                self.graph.add_op("output", {"input": value}, (), attrs={})
-
-    def _new(self, value: Tensor, *, constant: bool = False) -> int:
-        return self.graph.add_value(self.sizes.shape(value), constant=constant, dtype=str(value.dtype)).id
-
-    def _values_of(self, node: Node) -> list[int]:
-        own = [self.values[node]] if node in self.values else []
-        return own + list(self.parts.get(node, {}).values())
 
     # -- calls ------------------------------------------------------------------------------------------
 
@@ -218,7 +135,7 @@ class _Reader:
             return
         elif name:
             self._operator(node, name)
-        elif any(self._values_of(source) for source in node.all_input_nodes) or has_tensor(node):
+        elif any(self.values_of(source) for source in node.all_input_nodes) or has_tensor(node):
             self._opaque(node, str(node.target))
 
     def _linear(self, call: LinearCall) -> None:
@@ -238,7 +155,7 @@ class _Reader:
             module = Module(layer, operator_of(call.node), role=role, plain_bias=True)
             self.graph.modules.setdefault(layer, module).calls += 1
             place = f"{layer}@{call.node.name}"
-        self._add(call.node, kind, inputs, attrs, layer or scope_of(call.node), place)
+        self.add(call.node, kind, inputs, attrs, layer or scope_of(call.node), place)
 
     def _is_layer(self, node: Node) -> bool:
         """Not one that standardises a weight, nor an InstanceNorm taken apart."""
@@ -257,7 +174,7 @@ class _Reader:
         name = self._norm_name(node, inputs, attrs)
         value = node.meta["val"]
         several = isinstance(value, tuple | list)
-        made = self._new(value[0] if several else value)
+        made = self.new(value[0] if several else value)
         self.graph.add_op(kind, inputs, (made,), attrs=attrs, scope=name)
         self.memory.add(node, [])
         if not several:
@@ -268,7 +185,7 @@ class _Reader:
             self.graph.modules[name] = Module(
                 name, operator, role="norm" if attrs["training"] else "custom_norm"
             )
-            saved = {i: self._new(v) for i, v in enumerate(value) if i and isinstance(v, Tensor)}
+            saved = {i: self.new(v) for i, v in enumerate(value) if i and isinstance(v, Tensor)}
             self.graph.add_op(
                 operator, {"input": inputs["input"]}, tuple(saved.values()), attrs={}, scope=name
             )
@@ -303,12 +220,12 @@ class _Reader:
         inputs = {role: self.values[s] for role, s in operands.items() if role not in unread}
         if kind == "matmul":
             kind, inputs = product_of(inputs, self.graph.values)
-        self._add(node, kind, inputs, attrs, scope_of(node))
+        self.add(node, kind, inputs, attrs, scope_of(node))
 
     def _opaque(self, node: Node, kind: str) -> None:
         """An op that no law covers: whatever it reads must not change."""
-        read = dict.fromkeys(value for source in node.all_input_nodes for value in self._values_of(source))
-        self._add(node, kind, {f"input_{i}": v for i, v in enumerate(read)}, {}, "")
+        read = dict.fromkeys(value for source in node.all_input_nodes for value in self.values_of(source))
+        self.add(node, kind, {f"input_{i}": v for i, v in enumerate(read)}, {}, "")
 
     def _numbers(self, bound: dict[str, Any]) -> dict[str, Any] | None:
         """The arguments with a number for every size; None where one depends on the data."""
@@ -328,93 +245,6 @@ class _Reader:
             return {name: plain(value) for name, value in bound.items()}
         except LookupError:
             return None
-
-    def _add(
-        self,
-        node: Node,
-        kind: str,
-        inputs: dict[str, int],
-        attrs: dict[str, Any],
-        scope: str,
-        place: str = "",
-    ) -> None:
-        name = operator_of(node)
-        bound = arguments_of(node) if name else {}
-        targets = [n for a in written_by(node, name, bound) for n in nodes_in([bound.get(a)])] if name else []
-        made = self._results(node, targets, inputs)
-        values = tuple(value for value in made.values())
-        sources, same_place = sharing(name, node, bound)
-        seen = {value for source in sources for value in self._values_of(source)}
-        op = self.graph.add_op(
-            kind,
-            inputs,
-            values,
-            attrs=attrs,
-            scope=scope,
-            inplace=bool(targets),
-            views=tuple(role for role, value in inputs.items() if value in seen),
-            place=place,
-        )
-        self.nodes[op.id] = node
-        self.memory.add(node, sources, same_place)
-        if isinstance(node.meta.get("val"), tuple | list):
-            self.parts[node] = made
-        elif made:
-            self.values[node] = made[0]
-            self.graph.values[made[0]].name = node.name
-        for target, value in zip(targets, values, strict=False):
-            self._overwrite(node, target, value)
-
-    def _results(self, node: Node, targets: list[Node], inputs: dict[str, int]) -> dict[int, int]:
-        if targets:
-            return {i: self._new(target.meta["val"]) for i, target in enumerate(targets)}
-        value = node.meta.get("val")
-        found = dict(enumerate(value)) if isinstance(value, tuple | list) else {0: value}
-        numbers = self._computed(node) if len(found) == 1 else None
-        fixed = numbers is not None or (bool(inputs) and self._is_fixed(node, inputs))
-        made = {i: self._new(v, constant=fixed) for i, v in found.items() if isinstance(v, Tensor)}
-        if numbers is not None and 0 in made:
-            self.graph.constants[made[0]] = numbers
-        return made
-
-    def _is_fixed(self, node: Node, inputs: Mapping[str, int]) -> bool:
-        return not draws(node) and all(self.graph.values[value].constant for value in inputs.values())
-
-    def _computed(self, node: Node) -> Tensor | None:
-        """The numbers of a small constant, computed by the operator itself."""
-        value = node.meta.get("val")
-        small = isinstance(value, Tensor) and all(isinstance(n, int) for n in value.shape)
-        if not (small and operator_of(node)) or draws(node) or value.numel() > _SMALL_CONSTANT:  # type: ignore[union-attr]
-            return None
-        known: dict[Node, Tensor] = {}
-        for source in node.all_input_nodes:
-            if source not in self.values:
-                return None
-            constant = self.graph.constant(self.graph.values[self.values[source]])
-            if constant is None or constant.numel() > _SMALL_CONSTANT:
-                return None
-            known[source] = constant
-        arguments = torch.fx.node.map_arg((node.args, dict(node.kwargs)), lambda n: known[n])
-        result = node.target(*arguments[0], **arguments[1])  # type: ignore[operator]
-        return result if isinstance(result, Tensor) else None
-
-    def _overwrite(self, node: Node, target: Node, value: int) -> None:
-        """An in-place write: every node that still reads the memory sees something new."""
-        if any(storage.op == "placeholder" for storage in self.memory.storages(target)):
-            self.graph.values[value].escapes = True
-        for other in (target, *self.memory.sharing(target)):
-            later = any(self.order[user] > self.order[node] for user in other.users)
-            if other is node or other not in self.values or not later:
-                continue
-            if self.memory.same_place(other, target):
-                self.values[other] = value
-                continue
-            before = self.values[other]
-            mixed = self._new(other.meta["val"])
-            self.graph.add_op(
-                "overwritten_view", {"input": before, "other": value}, (mixed,), attrs={}, views=("other",)
-            )
-            self.values[other] = mixed
 
     def _block_mixed_layers(self) -> None:
         """Calls that read one weight each in its own way cannot share its edit."""

@@ -26,7 +26,7 @@ from bntool.graph.inputs import Inputs
 from bntool.observe.leftovers import Kept, random_state_kept, undeclared_writes
 from bntool.observe.modules import modules_of
 from bntool.observe.standing_in import StandIn, set_modes, stand_in
-from bntool.observe.surroundings import Surroundings
+from bntool.observe.surroundings import LARGEST_COPIED, Surroundings
 
 SEED = 0
 """A run that draws random numbers must draw the same ones every time, or two runs cannot be compared."""
@@ -100,9 +100,28 @@ def fresh(inputs: Inputs) -> Inputs:
 
 
 @contextlib.contextmanager
+def surroundings_kept(model: nn.Module) -> Iterator[None]:
+    """What copies of the model do to what lies around it is put back: globals, attributes of its classes.
+
+    For trainings, which are not watched op by op: a tensor around is copied first, unless it is very large.
+    """
+    surroundings = Surroundings(model)
+    kept = Kept(())
+    kept.add(tensor for tensor in surroundings.tensors if tensor.nbytes <= LARGEST_COPIED)
+    for tensor in surroundings.tensors:
+        kept.before_write(tensor)
+    with _parameters_kept(model), modes_kept(model), _defaults_kept():
+        try:
+            yield
+        finally:
+            surroundings.restore()
+            kept.restore()
+
+
+@contextlib.contextmanager
 def modes_kept(model: nn.Module) -> Iterator[None]:
     """Give each layer back the mode that it has now."""
-    before = [(module, module.training) for module in modules_of(model)]
+    before = [(module, module.training) for module in modules_of(model) if hasattr(module, "training")]
     try:
         yield
     finally:

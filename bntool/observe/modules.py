@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
-from typing import TypeVar
+from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
+from torch.export import ExportedProgram
+
+from bntool.core.errors import UsageError
 
 _PLAIN_BIAS_OWNERS = (
     "torch.nn.modules.conv.",
@@ -123,6 +127,25 @@ def uses_plain_bias(cls: type) -> bool:
     """Whether the forward of a convolution or linear class is known to use `self.bias`."""
     owners = (forward_owner(cls), forward_owner(cls, "_conv_forward"))
     return all(owner.startswith(_PLAIN_BIAS_OWNERS) for owner in owners if owner)
+
+
+def require_module(model: Any, what: str) -> None:
+    """Refuse what has no Python of its own; `what` bntool would do with it, in a word.
+
+    Raises:
+        UsageError: it is TorchScript, or no module.
+    """
+    if isinstance(model, str | Path):
+        step = "load a file with bntool.load(path).model"
+        raise UsageError(f"model is a {type(model).__name__}, not an nn.Module", next_step=step)
+    kinds = {torch.jit.ScriptModule: "TorchScript", ExportedProgram: "an exported program"}
+    kind = next((kind for cls, kind in kinds.items() if isinstance(model, cls)), "")
+    if kind or not isinstance(model, nn.Module):
+        name = getattr(model, "original_name", "") or type(model).__name__
+        raise UsageError(
+            f"{name} is {kind or 'not an nn.Module'}, and bntool does not {what} it",
+            next_step="use the nn.Module that it was made from",
+        )
 
 
 def signature_of(model: nn.Module) -> dict[str, tuple[int, ...]]:

@@ -14,13 +14,15 @@ from bntool.observe.onnx_constants import Constants
 from bntool.observe.onnx_einsum import LinearEinsum, linear_einsum
 from bntool.observe.onnx_layers import CONVOLUTIONS, LINEAR_OPS, PRODUCTS, Call, Layer, Norm, bias_add
 from bntool.observe.onnx_nodes import bodies_of, handed_out, hidden_norms, is_standard, labels_of, opaque_kind
-from bntool.observe.onnx_ops import SHAPE_READERS, translate
+from bntool.observe.onnx_ops import translate
 from bntool.observe.onnx_shapes import Seen, sizes_of
 from bntool.observe.onnx_values import Values
 from bntool.observe.onnx_view import NodeView, Step, batch_norm_attrs, is_linear, linear_step
 from bntool.observe.taken_apart import norms_taken_apart, put_together
 
 _NORM_ROLES = ("weight", "bias", "running_mean", "running_var")
+_SHAPE_READERS = frozenset({"Shape", "Size"})
+"""Ops that read the shape of their input only: what it holds may change."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,7 +157,7 @@ class _Reader:
     def _opaque(self, node: ir.Node) -> None:
         """An op that no law covers: whatever it reads must not change."""
         reads: dict[str, int] = {}
-        if not (is_standard(node) and node.op_type in SHAPE_READERS):
+        if not (is_standard(node) and node.op_type in _SHAPE_READERS):
             read = dict.fromkeys(v for v in (*node.inputs, *handed_out(node)) if v is not None)
             reads = {f"input_{i}": self.values.of(v) for i, v in enumerate(read)}
         outputs = tuple(self.values.of(v) for v in node.outputs if v.name)

@@ -298,6 +298,3 @@ _TABLE: dict[str, Translator] = {
     "PRelu": lambda view: Steps((Step("prelu", {}),), (0, 1)),
     "Pow": lambda view: Steps((Step("pow", {}),), (0, 1)),
 }
-
-SHAPE_READERS = frozenset({"Shape", "Size"})
-"""Ops that read the shape of their input only: what it holds may change."""

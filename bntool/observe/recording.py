@@ -71,7 +71,7 @@ class Recorder:
                 own_tensors=len(module._parameters) + len(module._buffers),
                 plain_bias=uses_plain_bias(type(module)) and "forward" not in vars(module),
                 hooked=any(has_foreign_hook(getattr(module, hooks, None)) for hooks in _HOOKS),
-                left_in_train=module.training and not run[0][1].training,
+                left_in_train=getattr(module, "training", False) and not run[0][1].training,
             )
 
     # -- modules ----------------------------------------------------------------------------------------

@@ -56,10 +56,11 @@ def own_copy(model: nn.Module) -> nn.Module:
 def set_modes(model: nn.Module, *, training: bool) -> nn.Module:
     """The model with the flag of every layer set.
 
-    No `train()` of the user's is called: an overridden one may merge weights, or return nothing.
+    No `train()` of the user's is called: an overridden one may merge weights, or return nothing. Frozen
+    TorchScript has no flag.
     """
     for module in modules_of(model):
-        if module.training != training:  # to set an attribute of a module takes long
+        if getattr(module, "training", training) != training:  # to set an attribute of a module takes long
             module.training = training
     return model
 

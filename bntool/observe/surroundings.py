@@ -26,6 +26,8 @@ from bntool.observe.modules import modules_of, once_per_class
 _MOST = 10_000
 """Values noted in one run: a data set's index in a global is too large to be looked through each time."""
 _DEEPEST = 6
+LARGEST_COPIED = 1 << 26
+"""Bytes of an array that is copied in case somebody writes to it."""
 _LOCKS = (type(threading.Lock()), type(threading.RLock()), threading.Event, threading.Condition)
 _ATOMS = (int, float, complex, str, bytes, bool, type(None), range, torch.dtype, torch.device)
 _CODE = (type, FunctionType, MethodType, ModuleType, CodeType, property, staticmethod, classmethod)
@@ -149,7 +151,8 @@ def _undo_of(value: Any) -> Restore | None:
     if isinstance(value, list | deque | set | bytearray):
         return _undo_container(value) if len(value) <= _MOST else None
     if isinstance(value, np.ndarray):
-        return functools.partial(_put_numbers, value, value.copy()) if value.nbytes <= 1 << 26 else None
+        small = value.nbytes <= LARGEST_COPIED
+        return functools.partial(_put_numbers, value, value.copy()) if small else None
     if isinstance(value, random.Random):
         return functools.partial(value.setstate, value.getstate())
     if isinstance(value, np.random.RandomState):

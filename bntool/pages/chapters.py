@@ -25,6 +25,14 @@ _TITLES = {
 }
 
 
+_UNTRAINED = {
+    "random weights": "The weights are random: no value here says anything of a trained model.",
+    "no weights were loaded": "No weights were loaded: unless the model's own code loads some they are "
+    "random, and no value here says anything of a trained model.",
+}
+"""What a reader must know before any figure, by how the note of `files.references` begins."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Chart:
     """A chart, what it shows in one sentence, and its figures as a table."""
@@ -78,10 +86,10 @@ class Chapter:
     @property
     def warnings(self) -> list[str]:
         """What a reader must know before any figure."""
-        notes = [note for note in self.data.get("notes") or () if isinstance(note, str)]
-        if not any(note.startswith("random weights") for note in notes):
+        if "arms" in self.data:  # a training begins with random weights
             return []
-        return ["The weights are random: what stands here about values says nothing of a trained model."]
+        notes = [note for note in self.data.get("notes") or () if isinstance(note, str)]
+        return [told for begins, told in _UNTRAINED.items() if any(note.startswith(begins) for note in notes)]
 
     @property
     def norms(self) -> list[dict[str, Any]]:

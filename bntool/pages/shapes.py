@@ -68,6 +68,7 @@ class _Side(Struct):
     layers: tuple[_Layer, ...]
     modules: dict[Text, Text]
     left_out: Count
+    count: Count | None = None
 
 
 class _Norm(Struct):

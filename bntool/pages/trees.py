@@ -52,12 +52,13 @@ class Node:
 
 @dataclasses.dataclass(frozen=True)
 class Tree:
-    """One side of the diagram."""
+    """One side of the diagram: how many `layers` a summary counts, and how many of its own are `drawn`."""
 
     side: str
     model_class: str
     root: Node
     layers: int
+    drawn: int
     left_out: int
 
 
@@ -89,11 +90,15 @@ def grown(side: str, data: Mapping[str, Any], marks: Mapping[str, Mark]) -> Tree
         node.is_open = node is root or len(rows) <= _OPEN_UP_TO
         for side_of in node.children:
             side_of.is_open = len(rows) <= _OPEN_UP_TO
-    return Tree(side, str(data["class"]), root, _layers(rows), int(data["left_out"]))
+    drawn = _layers(rows) + int(data["left_out"])
+    counted = data.get("count")  # an older document does not tell
+    return Tree(
+        side, str(data["class"]), root, drawn if counted is None else counted, drawn, data["left_out"]
+    )
 
 
 def _layers(rows: Sequence[Mapping[str, Any]]) -> int:
-    """The layers as a summary counts them: one that runs twice is one, and an operation is none."""
+    """One that runs twice is one, and an operation is none."""
     return len({str(row["name"]) for row in rows if not row["op"] or row["parameters"]})
 
 

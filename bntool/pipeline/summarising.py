@@ -3,20 +3,44 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
+import torch
 from torch import Tensor, nn
 
-from bntool.core.errors import BntoolError, ObserveError
+from bntool.core.errors import BntoolError, NeedsArchitecture, ObserveError
 from bntool.graph.inputs import Inputs
 from bntool.inserting import redundant_biases
 from bntool.observe.eager import observe
 from bntool.observe.inference import first_that_runs
-from bntool.report.graph_layers import of_onnx, of_program, of_weights
+from bntool.report.graph_layers import calls_by_tensors, of_onnx, of_program
 from bntool.report.notes import Note
 from bntool.report.summary import Summary, since, summarize, summarize_found
+from bntool.report.tensor_layers import of_weights
 from bntool.report.walking import Calls, observe_calls
+
+Opened = TypeVar("Opened")
+
+
+@dataclasses.dataclass(frozen=True)
+class Weights:
+    """Weights by name, as a state_dict has them, without their model: they are counted like any subject.
+
+    `told` is why there is no model.
+    """
+
+    model: Mapping[str, Any]
+    told: str = ""
+    kind: str = "weights"
+
+
+def or_weights(opened: Callable[[], Opened]) -> Opened | Weights:
+    """What is opened; the weights of a file that holds them alone."""
+    try:
+        return opened()
+    except NeedsArchitecture as error:
+        return Weights(error.weights, error.what)
 
 
 def summarized(subject: Any, inputs: Inputs | None = None, *, baseline: Any = None) -> Summary:
@@ -38,12 +62,13 @@ def counted(subject: Any) -> Summary:
     if subject.kind == "onnx":
         return summarize_found(of_onnx(subject.observed), "ONNX", "onnx")
     if subject.kind == "program":
-        return summarize_found(of_program(subject.model), "ExportedProgram", "program")
+        return summarize_found(of_program(subject.observed), "ExportedProgram", "program")
+    if subject.kind == "weights":
+        return _weights(subject.model)
     return summarize(subject.model)
 
 
-def summarized_weights(weights: Mapping[str, Any]) -> Summary:
-    """The summary of weights by name, as a state_dict has them, without their model."""
+def _weights(weights: Mapping[str, Any]) -> Summary:
     held = {
         name: (str(t.dtype).removeprefix("torch."), tuple(t.shape), t.numel() * t.element_size())
         for name, t in weights.items()
@@ -57,7 +82,7 @@ def _module(model: nn.Module, inputs: Inputs | None) -> Summary:
     notes: tuple[Note, ...] = ()
     calls: Calls | None = None
     if inputs is not None:
-        calls = observe_calls(model, inputs)
+        calls = _observed(model, inputs)
     else:
         tried: list[tuple[Inputs, Calls]] = []
         try:
@@ -67,7 +92,8 @@ def _module(model: nn.Module, inputs: Inputs | None) -> Summary:
             # the one that got furthest still tells what ran up to there
             inputs, calls = max(tried, key=lambda one: len(one[1].by_name), default=(None, None))
             if calls is None or not calls.by_name:
-                inputs, calls, notes = None, None, (Note(f"shapes are left out: {error.what}"),)
+                wanted = f"; {error.next_step}" if error.next_step else ""
+                inputs, calls, notes = None, None, (Note(f"shapes are left out: {error.what}{wanted}"),)
     idle = _idle_biases(model, inputs) if calls is not None and calls.biased_into_norm else []
     found = summarize(model, inputs, idle_biases=idle, calls=calls)
     return dataclasses.replace(found, notes=(*notes, *found.notes))
@@ -75,13 +101,27 @@ def _module(model: nn.Module, inputs: Inputs | None) -> Summary:
 
 def _tried(model: nn.Module, given: Inputs, tried: list[tuple[Inputs, Calls]]) -> tuple[Inputs, Calls]:
     """One more run; `ObserveError`, with the module that failed, for one that does not end well."""
-    calls = observe_calls(model, given)
+    calls = _observed(model, given)
     tried.append((given, calls))
     if calls.failure:
         raise ObserveError(
             f"the model does not run on {given.shapes()}: {calls.failure}", where=calls.failed_in
         )
     return given, calls
+
+
+def _observed(model: nn.Module, inputs: Inputs) -> Calls:
+    """The calls of one run; those inside TorchScript, where no hook works, by the tensors they read."""
+    calls = observe_calls(model, inputs)
+    scripts = {name for name, m in model.named_modules() if isinstance(m, torch.jit.ScriptModule)}
+    if not scripts or calls.failure:
+        return calls
+    try:
+        inside = calls_by_tensors(observe(model, Inputs.of(inputs)).graph)
+    except BntoolError:
+        return calls
+    found = {name: call for name, call in inside.items() if name in scripts}
+    return dataclasses.replace(calls, by_name={**found, **calls.by_name})
 
 
 def _idle_biases(model: nn.Module, inputs: Inputs | None) -> list[str]:

@@ -1,73 +1,32 @@
-"""The layers of what is a graph, or only tensors: one row for each layer that holds numbers.
+"""The layers of what is a graph: one row for each layer that holds numbers, with its shapes and mult-adds.
 
-An exported program and an ONNX file tell shapes and mult-adds; a file of weights tells what its names and
-shapes tell.
+An exported program and an ONNX file are told by their graph alone, and so are the layers inside TorchScript.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Literal
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from bntool.graph.dataflow import Graph, Op, Value
-from bntool.observe.exported_program import observe_program
+from bntool.observe.exported_program import ProgramObservation
 from bntool.observe.onnx_model import OnnxObservation
 from bntool.observe.onnx_nodes import labels_of, stored_tensors
-from bntool.report.counting import Counts
 from bntool.report.layers import Layer, total
-
-Kind = Literal["trainable", "frozen", "buffer", "constant"]
-Size = tuple[int, ...]
-_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
+from bntool.report.tensor_layers import Found, Kind, Size, StoredTensor, rows_of
+from bntool.report.walking import Call
 
 
-@dataclasses.dataclass(frozen=True)
-class StoredTensor:
-    """A parameter (`trainable` or `frozen`), a buffer or a constant, by qualified name.
-
-    A tensor that stands under several names has its elements and bytes under the first.
-    """
-
-    name: str
-    kind: Kind
-    shape: Size
-    dtype: str
-    elements: int
-    bytes: int
-
-    def to_dict(self) -> dict[str, Any]:
-        return {**dataclasses.asdict(self), "shape": list(self.shape)}
-
-    @property
-    def counts(self) -> Counts:
-        """A constant is none of what is counted: only its bytes are."""
-        named = {"buffer": "buffers"}.get(self.kind, self.kind)
-        held = {} if self.kind == "constant" else {named: self.elements}
-        return Counts(**held, bytes=self.bytes)
-
-
-@dataclasses.dataclass(frozen=True)
-class Found:
-    """The layers of a model that is no module, its tensors, and how many BatchNorms it has."""
-
-    layers: tuple[Layer, ...]
-    tensors: tuple[StoredTensor, ...]
-    batch_norms: int
-    input_shapes: tuple[Size, ...] = ()
-    input_bytes: int | None = None
-    notes: tuple[str, ...] = ()
-
-
-def of_program(program: ExportedProgram) -> Found:
+def of_program(observed: ProgramObservation) -> Found:
     """A program's layers and tensors, and its BatchNorms, those in a control-flow operator included."""
-    observed = observe_program(program)
-    tensors = _program_tensors(program)
+    tensors = _program_tensors(observed.program)
     owners = {tensor.name: tensor.name.rpartition(".")[0] for tensor in tensors}
     norms = len(observed.norms) + len(observed.hidden)
     return _found(observed.graph, tensors, owners, norms, observed.open)
@@ -141,28 +100,6 @@ def _reader(value: Any, labels: Mapping[Any, str]) -> tuple[str, bool]:
     return "", False
 
 
-def of_weights(described: Mapping[str, tuple[str, Size, int]]) -> Found:
-    """A file of weights without its model: types by what stands together, and no shapes of inputs.
-
-    `described` has for each tensor its type, its shape and its bytes.
-    """
-    tensors = [
-        StoredTensor(
-            name, "buffer" if name.rpartition(".")[2] in _STATISTICS else "trainable", shape, dtype,
-            math.prod(shape), size,
-        )
-        for name, (dtype, shape, size) in described.items()
-    ]  # fmt: skip
-    owners = {tensor.name: tensor.name.rpartition(".")[0] for tensor in tensors}
-    layers = _rows({}, tensors, owners)
-    norms = sum(layer.type.startswith("BatchNorm") for layer in layers)
-    said = (
-        "weights without their model: types are read from names and shapes, what is trained is not known "
-        "(--arch names the model)"
-    )
-    return Found(tuple(layers), tuple(tensors), norms, notes=(said,))
-
-
 def layer_name(scope: str) -> str:
     """The module in the name of a node: `/layer1/conv1/Conv` and `layer1.conv1/Conv` are `layer1.conv1`."""
     head, slash, _ = scope.rpartition("/")
@@ -188,7 +125,7 @@ def _found(
     seen: dict[str, Layer] = {}
     names = names or {}
     for op in graph.ops:
-        if any(graph.values[value].handle for value in op.inputs.values()):
+        if _handles(graph, op):
             name = names.get(op.scope) or layer_name(op.scope)
             seen[name] = _with_call(seen.get(name), name, graph, op)
     given = [
@@ -197,8 +134,36 @@ def _found(
         if value.producer is None and not value.constant and not value.handle and value.readers
     ]
     notes = ("axes that are left open were given sizes, which the shapes here show",) if is_open else ()
-    rows = tuple(_rows(seen, tensors, owners))
+    rows = tuple(rows_of(seen, tensors, owners))
     return Found(rows, tuple(tensors), norms, tuple(v.shape for v in given), sum(map(_bytes, given)), notes)
+
+
+def calls_by_tensors(graph: Graph) -> dict[str, Call]:
+    """By module, the calls that its tensors tell: inside TorchScript no hook sees where one is made."""
+    seen: dict[str, Layer] = {}
+    first: dict[str, str] = {}
+    counts: Counter[str] = Counter()
+    for op in graph.ops:
+        for handle in _handles(graph, op)[:1]:
+            name = handle.rpartition(".")[0]
+            seen[name] = _with_call(seen.get(name), name, graph, op)
+            counts[name] += first.setdefault(name, handle) == handle
+    return {
+        name: Call(
+            layer.input_shape,
+            layer.output_shape,
+            count=counts[name],
+            kernel=layer.kernel,
+            mult_adds=layer.mult_adds or 0,
+            output_bytes=layer.output_bytes or 0,
+        )
+        for name, layer in seen.items()
+    }
+
+
+def _handles(graph: Graph, op: Op) -> list[str]:
+    """The stored tensors that an operation reads."""
+    return [graph.values[value].handle for value in op.inputs.values() if graph.values[value].handle]
 
 
 def _with_call(layer: Layer | None, name: str, graph: Graph, op: Op) -> Layer:
@@ -242,41 +207,3 @@ def _mult_adds(op: Op, weight: Size, given: Size, out: Size) -> int:
     if op.kind == "batch_norm":
         return math.prod(given[:1]) * (math.prod(weight) + bias)
     return 0
-
-
-def _rows(
-    seen: Mapping[str, Layer], tensors: Iterable[StoredTensor], owners: Mapping[str, str]
-) -> list[Layer]:
-    """The layers that were seen, each with its tensors; then those of which only tensors are known."""
-    held: dict[str, list[StoredTensor]] = {}
-    for tensor in tensors:
-        held.setdefault(owners[tensor.name], []).append(tensor)
-    rows = []
-    for number, name in enumerate(dict.fromkeys([*seen, *held]), start=1):
-        own = held.get(name, [])
-        row = seen.get(name) or Layer(0, name, _type_by_tensors(own))
-        rows.append(
-            dataclasses.replace(
-                row,
-                number=number,
-                counts=sum((tensor.counts for tensor in own), Counts()),
-                buffer_bytes=sum(tensor.bytes for tensor in own if tensor.kind in ("buffer", "constant")),
-                own_shapes=tuple(tensor.shape for tensor in own if tensor.elements),
-                kernel=row.kernel if name in seen else _kernel_by_tensors(own),
-            )
-        )
-    return rows
-
-
-def _type_by_tensors(tensors: Sequence[StoredTensor]) -> str:
-    """What a layer without a class must be, as far as its tensors tell."""
-    local = {tensor.name.rpartition(".")[2]: tensor for tensor in tensors}
-    if "running_mean" in local:
-        return "BatchNorm"
-    axes = len(local["weight"].shape) if "weight" in local else 0
-    return {2: "Linear", 3: "Conv1d", 4: "Conv2d", 5: "Conv3d"}.get(axes, "tensors")
-
-
-def _kernel_by_tensors(tensors: Sequence[StoredTensor]) -> Size | None:
-    weight = next((t for t in tensors if t.name.rpartition(".")[2] == "weight"), None)
-    return weight.shape[2:] if weight is not None and len(weight.shape) > 2 else None

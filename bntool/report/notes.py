@@ -62,12 +62,16 @@ def note_on_biases(layers: Sequence[str]) -> list[Note]:
 def notes_on_calls(modules: Mapping[str, nn.Module], calls: Mapping[str, Call]) -> list[Note]:
     """Remarks from the forward pass about these modules: not called, called again, or out of sight."""
     scripted = [name for name, module in modules.items() if isinstance(module, torch.jit.ScriptModule)]
-    seen = [name for name in modules if name not in scripted]
-    repeated = [f"{name} ({calls[name].count}x)" for name in seen if name in calls and calls[name].count > 1]
-    return _present(
-        ("not called as a module on this input", [name for name in seen if name not in calls]),
-        ("runs more than once, shapes of the first call", repeated),
-        ("TorchScript, shapes not seen", scripted),
+    unseen = [name for name in modules if name not in calls]
+    counts = {name: calls[name].count for name in modules if name in calls}
+    said = [Note("inside TorchScript shapes are seen of layers that hold tensors alone")]
+    return said * bool(scripted) + _present(
+        ("not called as a module on this input", [name for name in unseen if name not in scripted]),
+        (
+            "runs more than once, shapes of the first call",
+            [f"{n} ({count}x)" for n, count in counts.items() if count > 1],
+        ),
+        ("TorchScript, shapes not seen", [name for name in unseen if name in scripted]),
     )
 
 
@@ -87,7 +91,7 @@ def _statistics_are_bad(module: nn.Module) -> bool:
     statistics = _statistics(module)
     if statistics is None:
         return False
-    mean, variance = statistics
+    mean, variance = (tensor.double() for tensor in statistics)  # float8 has no such tests of its own
     return not bool(torch.isfinite(mean).all() & torch.isfinite(variance).all() & (variance >= 0).all())
 
 

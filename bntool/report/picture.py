@@ -26,12 +26,12 @@ DEAD = 1e-3
 """A channel is dead whose values spread less than this after normalisation and γ, where 1 is usual."""
 
 
-def layers_of(graph: Graph) -> dict[str, Any]:
+def layers_of(graph: Graph, count: int) -> dict[str, Any]:
     """The layers in the order they ran, each with what it reads from, and the classes of the modules.
 
     A layer is one call of a module without children, or a run of operations between such calls (`op`).
     `from` holds indices of earlier layers; it is empty for what reads the model's input alone. Shapes are
-    those of the (first) output, with the batch.
+    those of the (first) output, with the batch. `count` is how many a summary tells, run or not.
     """
     own = _own_numbers(graph)
     rows: list[dict[str, Any]] = []
@@ -62,6 +62,7 @@ def layers_of(graph: Graph) -> dict[str, Any]:
         "layers": kept,
         "modules": _containers(graph, kept),
         "left_out": len(rows) - len(kept),
+        "count": count,
     }
 
 

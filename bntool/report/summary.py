@@ -15,10 +15,10 @@ from bntool.graph.inputs import Inputs
 from bntool.observe.modules import is_batch_norm_class
 from bntool.report.counting import Counts, Owned, owned_by_module
 from bntool.report.delta import Delta, compare_layers
-from bntool.report.graph_layers import Found, StoredTensor
 from bntool.report.layers import Layer, table_of, total
 from bntool.report.notes import Note, note_on_biases, notes_on_calls, notes_on_state
 from bntool.report.tables import text_of
+from bntool.report.tensor_layers import Found, StoredTensor
 from bntool.report.walking import Call, Calls, observe_calls
 
 
@@ -27,8 +27,8 @@ class Summary(Shown):
     """A model's layers and totals, whatever its kind. Prints itself as a table; `to_dict` has every figure.
 
     `rows` are all modules in definition order, containers too; `layers` those that hold tensors or no other
-    module. `tensors` are those of what is no module; `failure` is why the forward pass did not end. `view`
-    says what of it is shown.
+    module, less every `nn.Identity`, as a fold leaves them. `tensors` are those of what is no module;
+    `failure` is why the forward pass did not end. `view` says what of it is shown.
     """
 
     model_class: str
@@ -205,7 +205,7 @@ def _rows(modules: Mapping[str, nn.Module], owned: Mapping[str, Owned], calls: C
     rows, number = [], 0
     for name, module in modules.items():
         own, call = owned[name], calls.by_name.get(name)
-        container = not (own.counts or own.tied) and any(True for _ in module.children())
+        container = not (own.counts or own.tied) and _only_holds(module)
         number += not container
         seen = call or Call()
         costs = call is not None and not container and not calls.gave_up
@@ -230,6 +230,11 @@ def _rows(modules: Mapping[str, nn.Module], owned: Mapping[str, Owned], calls: C
             )
         )
     return tuple(rows)
+
+
+def _only_holds(module: nn.Module) -> bool:
+    """Whether a module without tensors is no layer: it has others inside, or is the place where one stood."""
+    return any(True for _ in module.children()) or type(module) is nn.Identity
 
 
 def _is_norm(module: nn.Module) -> bool:

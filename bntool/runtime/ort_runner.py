@@ -13,9 +13,10 @@ from torch.utils.dlpack import from_dlpack
 
 from bntool.core.errors import BntoolError, DeviceError, ExportError
 from bntool.graph.inputs import Inputs
+from bntool.runtime.assignments import assignments
 from bntool.runtime.libraries import CPU, first_line
 from bntool.runtime.naming import on_nvidia
-from bntool.runtime.providers import GPU_EXTRA, assignments, open_session
+from bntool.runtime.providers import GPU_EXTRA, open_session
 
 _NARROW = {"tensor(float16)": torch.float16, "tensor(bfloat16)": torch.bfloat16}
 _OF_THE_DEVICE = ("CUDA", "CUDNN", "cuDNN", "CUBLAS", "Failed to allocate memory", "TensorRT")

@@ -10,21 +10,21 @@ import contextlib
 import dataclasses
 import functools
 import io
-import os
-import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch  # before onnxruntime: it loads the CUDA libraries that onnxruntime needs  # noqa: F401
 
 from bntool.core.errors import DeviceError, ExportError, UsageError
+from bntool.runtime.assignments import assignments, prove_heavy_nodes
 from bntool.runtime.libraries import CPU, CUDA, TENSORRT, explain_missing, explain_missing_cuda, first_line
 from bntool.runtime.naming import named_providers, on_nvidia, options_of, require_known, tell_tensorrt
+from bntool.runtime.native_paths import opened_by
+from bntool.runtime.tiny_model import tiny_convolution
 
 GPU_EXTRA = 'pip install "onnxruntime-gpu[cuda,cudnn]", or use --device cpu'
 TENSORRT_EXTRA = 'pip install "tensorrt-cu13<11", or use --device cuda'
 
-_HEAVY = re.compile(r"(Fused|Nhwc)?(Conv|ConvTranspose|Gemm|MatMul|BatchNormalization)(Activation)?")
 # ONNX Runtime has a setter for its default log level and no getter; this is the level it starts with.
 _DEFAULT_SEVERITY, _SILENT = 2, 4
 _LEVELS: dict[bool | str, str] = {
@@ -33,15 +33,6 @@ _LEVELS: dict[bool | str, str] = {
     "extended": "ORT_ENABLE_EXTENDED",
     True: "ORT_ENABLE_ALL",
 }
-
-
-@dataclasses.dataclass(frozen=True)
-class NodeAssignment:
-    """Where ONNX Runtime put one node."""
-
-    op_type: str
-    name: str
-    provider: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -213,30 +204,13 @@ def _create(
         options.add_session_config_entry(key, value)
     try:
         with quiet(ort):
-            return ort.InferenceSession(_opened_by(model), options, providers=providers)
+            return ort.InferenceSession(opened_by(model), options, providers=providers)
     except Exception as error:  # its exceptions share no base class but Exception
         raise ExportError(
             f"ONNX Runtime refuses the model: {first_line(error)}",
             where=model if isinstance(model, str) else "",
             next_step=_after_refusal(str(error)),
         ) from error
-
-
-def _opened_by(model: str | bytes) -> str | bytes | os.PathLike[bytes]:
-    """The model as ONNX Runtime takes it, which makes UTF-8 of a text: not every name can be that."""
-    if isinstance(model, str) and os.fsencode(model) != model.encode(errors="replace"):
-        return _NativePath(model)
-    return model
-
-
-@dataclasses.dataclass(frozen=True)
-class _NativePath(os.PathLike[bytes]):
-    """A path as the system's own bytes."""
-
-    path: str
-
-    def __fspath__(self) -> bytes:
-        return os.fsencode(self.path)
 
 
 def _after_refusal(message: str) -> str:
@@ -249,39 +223,6 @@ def _after_refusal(message: str) -> str:
     if "bfloat16" in message:
         return "ONNX Runtime has no such op for bfloat16 here: convert the model to float32"
     return "try another --opset, or report the model to bntool"
-
-
-def assignments(session: Any) -> list[NodeAssignment]:
-    """Which provider each node was given to, as the session recorded it at creation."""
-    return [
-        NodeAssignment(node.op_type, node.name, graph.ep_name)
-        for graph in session.get_provider_graph_assignment_info()
-        for node in graph.get_nodes()
-    ]
-
-
-def prove_heavy_nodes(found: Sequence[NodeAssignment], *providers: str) -> tuple[str, ...]:
-    """The nodes that are on none of the providers, as `op name`.
-
-    Raises `DeviceError` when one of them is a convolution, matrix product or batch normalisation, or
-    when nothing was recorded: no record is no proof.
-    """
-    asked = " and ".join(providers)
-    if not found:
-        raise DeviceError(
-            f"ONNX Runtime recorded no node assignment, so running on {asked} is not proved",
-            next_step="pip install --upgrade onnxruntime-gpu, or use --device cpu",
-        )
-    elsewhere = [node for node in found if node.provider not in providers]
-    heavy = [node for node in elsewhere if _HEAVY.fullmatch(node.op_type)]
-    if heavy:
-        first = heavy[0]
-        raise DeviceError(
-            f"{len(heavy)} heavy node(s) are not on {asked}: {first.op_type} is on {first.provider}",
-            where=first.name,
-            next_step="use --device cpu, or report the model to bntool",
-        )
-    return tuple(f"{node.op_type} {node.name}".strip() for node in elsewhere)
 
 
 def _require_options(session: Any, provider: str, asked: dict[str, str]) -> None:
@@ -332,7 +273,7 @@ def run_tiny_convolution(ort: Any, device: str) -> str:
     """
     import numpy as np
 
-    opened = open_session(_tiny_convolution(), device, optimize=False, ort=ort)
+    opened = open_session(tiny_convolution(), device, optimize=False, ort=ort)
     try:
         (result,) = opened.session.run(None, {"x": np.ones((1, 1, 3, 3), np.float32)})
     except Exception as error:
@@ -342,20 +283,3 @@ def run_tiny_convolution(ort: Any, device: str) -> str:
     if float(result.reshape(-1)[0]) != 9.0:
         raise DeviceError(f"a tiny convolution on {opened.provider} gives {result.reshape(-1)[0]}, not 9")
     return opened.provider
-
-
-@functools.cache
-def _tiny_convolution() -> bytes:
-    import numpy as np
-    from onnx import TensorProto, helper, numpy_helper
-
-    weight = numpy_helper.from_array(np.ones((1, 1, 3, 3), np.float32), "w")
-    graph = helper.make_graph(
-        [helper.make_node("Conv", ["x", "w"], ["y"], name="conv")],
-        "tiny",
-        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [1, 1, 3, 3])],
-        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [1, 1, 1, 1])],
-        [weight],
-    )
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
-    return bytes(model.SerializeToString())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 
 _CONV = re.compile(r"(?:^|(?<=_))conv(?=\d|_|$)")
 _NORM = re.compile(r"(?:^|_)norm(?=\d|_|$)")
@@ -29,3 +29,17 @@ def norm_name(layer: str, taken: Collection[str]) -> str:
     while f"{wanted[-1]}{number}" in taken:
         number += 1
     return f"{wanted[-1]}{number}"
+
+
+def moved(old: str, renamed: Mapping[str, Mapping[str, str]]) -> str:
+    """A qualified name after children were renamed; `renamed` maps the old name of a parent to theirs."""
+    result, path = [], ""
+    for part in old.split(".") if old else []:
+        result.append(renamed.get(path, {}).get(part, part))
+        path = f"{path}.{part}" if path else part
+    return ".".join(result)
+
+
+def joined(parent: str, child: str) -> str:
+    """The qualified name of a child."""
+    return f"{parent}.{child}" if parent else child

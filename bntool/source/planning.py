@@ -8,8 +8,7 @@ reached in another way than the model was seen to take, is refused with its line
 from __future__ import annotations
 
 import dataclasses
-import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import libcst as cst
 import torch
@@ -18,8 +17,9 @@ from torch import nn
 from bntool.core.plan import Plan
 from bntool.core.sites import InsertSite
 from bntool.inserting import sequential_names
-from bntool.source.mentions import Assignment, Family, methods
-from bntool.source.naming import norm_name
+from bntool.source.homes import Homes
+from bntool.source.mentions import Assignment, Family
+from bntool.source.naming import joined, moved, norm_name
 from bntool.source.reading import Insertion, SourceFile, Unsafe
 from bntool.source.sequentials import Entry, entries_of, inserted_after, is_sequential
 from bntool.source.spelling import require_maker, spelled
@@ -65,15 +65,14 @@ class _Group:
     sites: tuple[InsertSite, ...]
 
 
-class _Planner:
+class _Planner(Homes):
     def __init__(self, file: SourceFile, attribute: str, model: nn.Module, plan: Plan) -> None:
-        self.file, self.attribute, self.model, self.plan = file, attribute, model, plan
-        self.modules = dict(model.named_modules())
+        super().__init__(file, attribute, model)
+        self.plan = plan
         self.insertions: dict[Insertion, None] = {}
         self.names: dict[str, str] = {}
         self.after: dict[str, set[str]] = {}
         self.lines: dict[str, int] = {}
-        self.families: dict[type, Family] = {}
         self.given: dict[type, set[str]] = {}
 
     def planned(self) -> SourcePlan:
@@ -81,7 +80,7 @@ class _Planner:
         groups: dict[tuple[type | None, tuple[str, ...]], list[tuple[str, InsertSite]]] = {}
         for site in self.plan.insert_sites:
             try:
-                home, owner, path = self._home(site)
+                home, owner, path = self.home(site)
             except Unsafe as unsafe:
                 refusals.append(Refusal(site.conv, unsafe.line, unsafe.why))
             else:
@@ -96,80 +95,23 @@ class _Planner:
             return SourcePlan(self.file.text, self.plan, {}, tuple(refusals))
         return SourcePlan(self.file.edited(list(self.insertions)), self._named(), self.lines, ())
 
-    # -- where a site is made ---------------------------------------------------------------------------
-
-    def _home(self, site: InsertSite) -> tuple[type | None, str, tuple[str, ...]]:
-        """The class of the file whose lines make the layer, its instance, and the way from there."""
-        parts = site.conv.split(".") if site.conv else []
-        between = ""
-        for depth in range(len(parts) - 1, -1, -1):
-            owner = ".".join(parts[:depth])
-            module, path = self.modules[owner], tuple(parts[depth:])
-            if type(module).__module__ == self.file.module.__name__:
-                home = self._maker(type(module), path)
-                if between:
-                    line = self._line_of(home, path)
-                    raise Unsafe(line, f"the layer stands inside {between}, not in a plain Sequential")
-                return home, owner, path
-            if type(module) is not nn.Sequential and not between:
-                between = f"a {type(module).__name__}"
-        root = type(self.model)
-        if root is nn.Sequential and parts and not between:
-            return None, "", tuple(parts)
-        raise Unsafe(1, f"{root.__module__}.{root.__qualname__} is not defined in this file")
-
-    def _maker(self, cls: type, path: tuple[str, ...]) -> type:
-        """The class in the inheritance of `cls` that assigns the first step of the way."""
-        if issubclass(cls, nn.Sequential) and path[0] in self._children_of(cls):
-            return cls
-        for base in cls.__mro__:
-            if base.__module__ == self.file.module.__name__ and self._assigned(base, path[0]):
-                return base
-        node = self.file.class_of(cls)
-        for call in self.file.find(cst.Call, node):
-            if self.file.code(call.func) in ("setattr", "self.add_module", "self.register_module"):
-                raise Unsafe(self.file.line(call), "layers are given to self by a call, not by name")
-        raise Unsafe(self.file.line(node), f"no statement here assigns self.{path[0]}")
-
-    def _children_of(self, cls: type[nn.Module]) -> set[str]:
-        """The names of the children that instances of a class have."""
-        found: set[str] = set()
-        for module in self.modules.values():
-            if isinstance(module, cls):
-                found |= set(module._modules)
-        return found
-
-    def _assigned(self, cls: type, name: str) -> list[Assignment]:
-        node = self.file.class_of(cls)
-        found = self._family(cls).assignments(name)
-        return [a for a in found if self.file.enclosing(cst.ClassDef, a.statement) is node]
-
-    def _line_of(self, home: type, path: tuple[str, ...]) -> int:
-        assigned = self._assigned(home, path[0])
-        return self.file.line(assigned[0].statement if assigned else self.file.class_of(home))
-
-    def _family(self, cls: type) -> Family:
-        if cls not in self.families:
-            self.families[cls] = Family(self.file, self.file.class_of(cls))
-        return self.families[cls]
-
     # -- one layer of one class -------------------------------------------------------------------------
 
     def _edit(self, group: _Group) -> None:
         if group.home is None:
-            self._edit_literals(group, [self._root_literal()])
+            self._edit_literals(group, [self.root_literal()])
             return
         self._require_agreement(group, group.home)
-        if issubclass(group.home, nn.Sequential) and not self._assigned(group.home, group.path[0]):
-            self._edit_literals(group, [self._own_children(group.home)])
+        if issubclass(group.home, nn.Sequential) and not self.assigned(group.home, group.path[0]):
+            self._edit_literals(group, [self.own_children(group.home)])
             return
-        family = self._family(group.home)
+        family = self.family(group.home)
         assigned = family.assignments(group.path[0])
         if len(group.path) == 1:
             self._edit_attribute(group, group.home, family, assigned)
             return
         family.require_plain_container(group.path[0])
-        self._require_not_numbered(group.path[0])
+        self.require_not_numbered(group.path[0])
         for one in assigned:
             if not is_sequential(self.file, one.value):
                 what = self.file.code(one.value).splitlines()[0]
@@ -186,7 +128,7 @@ class _Planner:
             layer = ".".join(([name] if name else []) + list(group.path))
             if layer in self.modules and type(self.modules[layer]) is kind and layer not in wanted:
                 reason = next((s.reason.value for s in self.plan.skips if s.name == layer), "not a site")
-                line = self._line_of(home, group.path)
+                line = self.line_of(home, group.path)
                 raise Unsafe(line, f"the same line makes {layer}, which gets none ({reason})")
 
     def _edit_attribute(
@@ -241,57 +183,11 @@ class _Planner:
             if isinstance(module, home):
                 taken |= set(vars(module)) | set(dir(module))
         for cls, names in self.given.items():
-            if set(self._family(cls).classes) & set(family.classes):
+            if set(self.family(cls).classes) & set(family.classes):
                 taken |= names
         return norm_name(layer, taken)
 
     # -- in a Sequential --------------------------------------------------------------------------------
-
-    def _root_literal(self) -> cst.Call:
-        """The `nn.Sequential(...)` that a function returns, or that stands at the top of the file."""
-        made: list[cst.BaseExpression | None] = []
-        for statement in self.file.tree.body:
-            if isinstance(statement, cst.FunctionDef) and statement.name.value == self.attribute:
-                made += [node.value for node in self.file.find(cst.Return, statement)]
-            for assign in self.file.find(cst.Assign, statement):
-                names = [t.target.value for t in assign.targets if isinstance(t.target, cst.Name)]
-                at_top = self.file.enclosing(cst.FunctionDef, assign) is None
-                if at_top and self.attribute in names:
-                    made.append(assign.value)
-        value = made[0] if len(made) == 1 else None
-        if value is None or not is_sequential(self.file, value):
-            line = self.file.line(value) if value is not None else 1
-            raise Unsafe(line, f"{self.attribute} is not one nn.Sequential(...) written out")
-        assert isinstance(value, cst.Call)
-        for node in self.file.find(cst.Subscript, self.file.tree):
-            if isinstance(node.value, cst.Name) and node.value.value == self.attribute:
-                raise Unsafe(self.file.line(node), f"{self.file.code(node)} takes a layer by its number")
-        return value
-
-    def _own_children(self, home: type) -> cst.Call:
-        """The `super().__init__(...)` that gives a subclass of Sequential its children."""
-        node = self.file.class_of(home)
-        for method in methods(node, "forward"):
-            raise Unsafe(self.file.line(method), "a Sequential with a forward of its own")
-        for part in self.file.find(cst.Subscript, node):
-            if isinstance(part.value, cst.Name) and part.value.value == "self":
-                raise Unsafe(self.file.line(part), f"{self.file.code(part)} takes a layer by its number")
-        for name, module in self.modules.items():
-            owner, _, own = name.rpartition(".")
-            if isinstance(module, home) and own.isidentifier():
-                self._require_not_numbered(own)
-                if type(self.modules[owner]).__module__ == self.file.module.__name__:
-                    self._family(type(self.modules[owner])).require_plain_container(own)
-        calls = [c for c in self.file.find(cst.Call, node) if self._is_super_init(c)]
-        if len(calls) != 1:
-            raise Unsafe(self.file.line(node), "its layers are not written out in one super().__init__(...)")
-        return calls[0]
-
-    def _is_super_init(self, call: cst.Call) -> bool:
-        func = call.func
-        if not isinstance(func, cst.Attribute) or func.attr.value != "__init__":
-            return False
-        return isinstance(func.value, cst.Call) and self.file.code(func.value.func) == "super"
 
     def _edit_literals(self, group: _Group, literals: Sequence[cst.Call]) -> None:
         """Put the BatchNorm behind its child in every place that makes this Sequential."""
@@ -325,9 +221,7 @@ class _Planner:
 
     def _by_init(self, group: _Group) -> bool:
         home = group.home
-        return (
-            home is not None and issubclass(home, nn.Sequential) and not self._assigned(home, group.path[0])
-        )
+        return home is not None and issubclass(home, nn.Sequential) and not self.assigned(home, group.path[0])
 
     def _entry(self, call: cst.Call, name: str) -> tuple[list[Entry], int]:
         entries = entries_of(self.file, call)
@@ -362,51 +256,10 @@ class _Planner:
         layer = ""
         if isinstance(value, cst.Name):
             layer = value.value
-            value = self._local(value)
+            value = self.local(value)
         maker = require_maker(self.file, value, cls)
         norm = spelled(self.file, maker, site, self.plan.options, layer, moved=bool(layer))
         return [*norm.imports, inserted_after(self.file, entries, at, newcomer, norm.text)]
-
-    def _local(self, name: cst.Name) -> cst.BaseExpression:
-        """What a local name was given, once, in the same function, and never handed on but here."""
-        function = self.file.enclosing(cst.FunctionDef, name)
-        why = f"the layer {name.value} is made elsewhere"
-        if function is None:
-            raise Unsafe(self.file.line(name), why)
-        values = []
-        for other in self.file.find(cst.Name, function):
-            parent = self.file.parent(other)
-            if other is name or other.value != name.value:
-                continue
-            if isinstance(parent, cst.AssignTarget):
-                assign = self.file.parent(parent)
-                assert isinstance(assign, cst.Assign)
-                if len(assign.targets) > 1:
-                    raise Unsafe(self.file.line(other), f"{name.value} is assigned with another name")
-                values.append(assign.value)
-            elif (isinstance(parent, cst.Attribute) and parent.value is not other) or isinstance(
-                parent, cst.Attribute | cst.Comparison | cst.ComparisonTarget
-            ):
-                continue
-            else:
-                raise Unsafe(self.file.line(other), f"the layer {name.value} is handed on here too")
-        if len(values) != 1:
-            raise Unsafe(self.file.line(name), why)
-        for around in self.file.above(values[0]):
-            if isinstance(around, cst.For | cst.While):
-                raise Unsafe(self.file.line(values[0]), "it stands in a loop")
-        return values[0]
-
-    def _require_not_numbered(self, name: str) -> None:
-        """`Unsafe` where the file counts the children of a Sequential of this name, or knows their keys."""
-        for node in self.file.find(cst.Subscript, self.file.tree):
-            if isinstance(node.value, cst.Attribute) and node.value.attr.value == name:
-                raise Unsafe(self.file.line(node), f"{self.file.code(node)} takes a layer by its number")
-        for string in self.file.find(cst.SimpleString, self.file.tree):
-            parts = str(string.evaluated_value).split(".")
-            for before, number in itertools.pairwise(parts):
-                if before == name and number.isdecimal():
-                    raise Unsafe(self.file.line(string), f"{string.value} names a layer by its number")
 
     # -- names ------------------------------------------------------------------------------------------
 
@@ -417,7 +270,7 @@ class _Planner:
         of_module: dict[int, dict[str, str]] = {}
         for parent, after in self.after.items():
             module = self.modules[parent]
-            numbered = all(not self.names[_join(parent, c)].rpartition(".")[2] for c in after)
+            numbered = all(not self.names[joined(parent, c)].rpartition(".")[2] for c in after)
             if numbered:
                 children = tuple(module._modules)
                 of_module[id(module)], named = sequential_names(children, after, keep_keys=False)
@@ -429,24 +282,11 @@ class _Planner:
         for site in self.plan.insert_sites:
             parent, _, child = site.conv.rpartition(".")
             if (parent, child) in newcomers:
-                bn = _join(_moved(parent, renamed), newcomers[parent, child])
+                bn = joined(moved(parent, renamed), newcomers[parent, child])
             else:
                 owner, _, own = self.names[site.conv].rpartition(".")
-                bn = _join(_moved(owner, renamed), own)
+                bn = joined(moved(owner, renamed), own)
             sites.append(dataclasses.replace(site, bn=bn))
-        keys = {old: _moved(old, renamed) for old in self.model.state_dict()}
+        keys = {old: moved(old, renamed) for old in self.model.state_dict()}
         key_map = {old: new for old, new in keys.items() if new != old}
         return dataclasses.replace(self.plan, sites=tuple(sites), key_map=key_map)
-
-
-def _moved(old: str, renamed: Mapping[str, Mapping[str, str]]) -> str:
-    """A qualified name after children were renamed; `renamed` maps the old name of a parent to theirs."""
-    result, path = [], ""
-    for part in old.split(".") if old else []:
-        result.append(renamed.get(path, {}).get(part, part))
-        path = f"{path}.{part}" if path else part
-    return ".".join(result)
-
-
-def _join(parent: str, child: str) -> str:
-    return f"{parent}.{child}" if parent else child

@@ -13,6 +13,7 @@ from torch.export import ExportedProgram
 
 from bntool.core.errors import UsageError
 from bntool.core.option import Options
+from bntool.core.options import ExportOptions
 from bntool.core.refusals import KINDS, require_known
 from bntool.files.detect import Kind, detect
 
@@ -20,8 +21,13 @@ if TYPE_CHECKING:
     from bntool.subjects.base import Exportable, Subject
 
 
-def subject_of(model: Any, example_inputs: Any = None, *asked: Options) -> Subject:
+def subject_of(
+    model: Any, example_inputs: Any = None, *asked: Options, command: str = "", stand_ins: bool = False
+) -> Subject:
     """A model of any kind as a subject: a module, a program, TorchScript, or a path or reference of one.
+
+    With `stand_ins`, also a file whose classes are not here, to be looked at and not run. `command` is what
+    asks, where it makes more of the options work.
 
     Raises:
         UsageError: it is none; or one of the options `asked` is out of bounds, or none that its kind knows.
@@ -29,22 +35,22 @@ def subject_of(model: Any, example_inputs: Any = None, *asked: Options) -> Subje
     """
     for options in asked:
         options.validate()
-    found = _subject_of(model, example_inputs)
-    require_known(found.kind, *asked, name=found.name)
+    found = _subject_of(model, example_inputs, stand_ins)
+    require_known(found.kind, *asked, name=found.name, command=command)
     return found
 
 
-def exportable(subject: Subject) -> Exportable:
-    """The subject as one that torch can export: TorchScript becomes a module that computes the same.
+def exportable(subject: Subject, how: ExportOptions) -> Exportable:
+    """The subject as one that can be written as ONNX: TorchScript becomes a module that computes the same.
 
     Raises:
-        UsageError: it is an ONNX file already.
+        UsageError: it is an ONNX file, and no other opset is asked for.
         ExportError: torch's converter does not take the TorchScript.
     """
-    if subject.kind == "onnx":
+    if subject.kind == "onnx" and how.opset is None:
         raise UsageError(
             f"{subject.name} is {KINDS['onnx']} already",
-            next_step=f"bntool fold {subject.name}, or bntool verify {subject.name}",
+            next_step=f"bntool export {subject.name} --opset 17 converts it to another opset",
         )
     if subject.kind != "script":
         return cast("Exportable", subject)
@@ -61,7 +67,7 @@ def exportable(subject: Subject) -> Exportable:
     return found
 
 
-def _subject_of(model: Any, example_inputs: Any) -> Subject:
+def _subject_of(model: Any, example_inputs: Any, stand_ins: bool) -> Subject:
     if isinstance(model, str | Path):
         name, path = str(model), Path(model)
         if path.is_file() and detect(path).kind is Kind.ONNX:
@@ -70,7 +76,7 @@ def _subject_of(model: Any, example_inputs: Any) -> Subject:
             return OnnxSubject(path)
         from bntool.files.loading import load
 
-        loaded = load(name)
+        loaded = load(name, stand_ins=stand_ins)
         if example_inputs is None:
             example_inputs = loaded.example_inputs
         found = _in_memory(loaded.model, example_inputs, name)

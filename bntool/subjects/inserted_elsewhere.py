@@ -22,7 +22,7 @@ from bntool.observe.inference import has_fixed_size
 from bntool.observe.isolation import Isolation, fresh, same_random_numbers
 from bntool.runtime.libraries import first_line
 from bntool.subjects.sizes import other_sizes
-from bntool.verifying.comparing import difference
+from bntool.verifying.differences import difference
 
 
 @dataclasses.dataclass(frozen=True)

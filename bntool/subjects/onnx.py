@@ -9,11 +9,12 @@ import tempfile
 import weakref
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import onnx_ir as ir
 
-from bntool.core.errors import CheckFailed, LoadError
-from bntool.core.options import FoldOptions, InsertOptions
+from bntool.core.errors import CheckFailed, InvariantError, LoadError
+from bntool.core.options import ExportOptions, FoldOptions, InsertOptions
 from bntool.core.plan import Plan
 from bntool.core.verdicts import Check
 from bntool.files.onnx_files import OnnxFile, open_onnx, save_onnx
@@ -32,6 +33,9 @@ from bntool.surgery.fold_onnx import apply_fold_onnx
 from bntool.surgery.insert_onnx import apply_insert_onnx
 from bntool.surgery.onnx_wiring import bind_branches
 from bntool.verifying.onnx_checking import OnnxReference, check_onnx_unchanged, example_inputs_of, opened
+
+if TYPE_CHECKING:
+    from bntool.export.exporting import ExportResult
 
 LEAST_OPSET = 7
 Shapes = Mapping[str, Sequence[int | None]]
@@ -154,6 +158,15 @@ class OnnxSubject:
                 where=self.name,
                 next_step=f"bntool export {shlex.quote(self.name)} --opset 17 converts it",
             )
+
+    def export(self, path: Path, how: ExportOptions, metadata: Mapping[str, str]) -> ExportResult:
+        """Convert it to the opset that is asked for, into a new file."""
+        from bntool.export.exporting import Form, written
+        from bntool.export.onnx_converting import converted
+
+        if how.opset is None:
+            raise InvariantError("no opset was asked for, which was told before")
+        return written(converted(self.model, how.opset, how.ir_version), Form(path, how, metadata))
 
     def plan_fold(self, options: FoldOptions, *, thorough: bool = True) -> Plan:  # noqa: ARG002 - costs nothing
         """Where an axis has no fixed size, a fold counts only if it is the same for two sets of sizes."""

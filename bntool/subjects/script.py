@@ -93,7 +93,9 @@ class ScriptProof:
     def rows(self, plan: Plan, after: ScriptSubject) -> list[Check]:  # noqa: ARG002 - a protocol's
         inputs = self._subject.example()
         if inputs is None:
-            raise UsageError("a TorchScript module needs an input to be checked on")
+            raise UsageError(
+                "a TorchScript module needs an input to be checked on", next_step="pass example_inputs"
+            )
         return [check_script(self._subject.pass_result, inputs)]
 
     def agrees(self, plan: Plan) -> bool:

@@ -12,7 +12,8 @@ from torch import nn
 from bntool.core.errors import BntoolError, CheckFailed
 from bntool.core.verdicts import Check
 from bntool.runtime.libraries import first_line
-from bntool.verifying.comparing import Limit, Outputs, compare, difference
+from bntool.verifying.comparing import Limit, Outputs, compare
+from bntool.verifying.differences import difference
 from bntool.verifying.float64 import Unrounded, run_float64
 from bntool.verifying.reference import Progress, Reference
 

@@ -24,7 +24,8 @@ from bntool.graph.inputs import Inputs
 from bntool.runtime.libraries import CPU, CUDA
 from bntool.runtime.memory import available_bytes
 from bntool.runtime.ort_runner import OrtRunner
-from bntool.verifying.comparing import K_NOISE, Limit, difference, noise_limits, rounding_term
+from bntool.verifying.comparing import K_NOISE, Limit, noise_limits, rounding_term
+from bntool.verifying.differences import difference
 from bntool.verifying.onnx_cutting import Cut, OnnxGraph
 from bntool.verifying.tracing import Trace, once_called, trace_module
 

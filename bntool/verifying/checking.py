@@ -23,7 +23,8 @@ from bntool.runtime.onnx_outputs import OutputTraits
 from bntool.runtime.ort_runner import OrtRunner
 from bntool.runtime.torch_runner import TorchRunner
 from bntool.verifying.algebra import check_algebra, does_not_run, left_to_algebra, without
-from bntool.verifying.comparing import Limit, Outputs, compare, difference
+from bntool.verifying.comparing import Limit, Outputs, compare
+from bntool.verifying.differences import difference
 from bntool.verifying.float64 import Unrounded
 from bntool.verifying.reference import Progress, Reference
 from bntool.verifying.tf32 import no_tf32

@@ -27,22 +27,10 @@ from torch import Tensor
 
 from bntool.core.errors import CheckFailed, StateError
 from bntool.core.verdicts import Check
+from bntool.verifying.differences import Difference, difference, in_float64, peak_of, rounds
 
 K_NOISE = 8.0
 Outputs = Mapping[str, Tensor]
-
-
-@dataclasses.dataclass(frozen=True)
-class Difference:
-    """How far one candidate tensor lies from its reference. `problem` names what cannot be a number."""
-
-    max_abs: float = 0.0
-    relative: float = 0.0
-    rms: float = 0.0
-    cosine: float = 1.0
-    top1: float | None = None
-    index: tuple[int, ...] = ()
-    problem: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,47 +49,6 @@ class Limit:
 def rounding_term(eps: float, layers: int) -> float:
     """The second term of the limit, eps * sqrt(layers), derived at the head of this file."""
     return eps * math.sqrt(max(layers, 1))
-
-
-def difference(reference: Tensor, candidate: Tensor | None) -> Difference:
-    """How far `candidate` lies from `reference`, both of one shape.
-
-    NaN, and infinity of one sign, agree only with themselves: anything else is a problem, never a number.
-    """
-    if candidate is None:
-        return _broken("the output is missing")
-    if reference.shape != candidate.shape:
-        return _broken(f"the shape is {list(candidate.shape)}, expected {list(reference.shape)}")
-    if reference.is_complex() != candidate.is_complex():
-        return _broken("one of the two is complex")
-    ref, cand = _float64(reference), _float64(candidate)
-    same = (ref == cand) | (ref.isnan() & cand.isnan())
-    odd = ~(ref.isfinite() & cand.isfinite())
-    wrong = odd & ~same
-    if wrong.any():
-        at = _unravel(int(wrong.flatten().to(torch.uint8).argmax()), wrong.shape)
-        values = f"{float(cand[at])} where the reference has {float(ref[at]):.6g}"
-        return dataclasses.replace(_broken(f"{int(wrong.sum())} value(s) wrong, first {values}"), index=at)
-    ref, cand = ref.masked_fill(odd, 0.0), cand.masked_fill(odd, 0.0)
-    if ref.numel() == 0:
-        return Difference()
-    delta = (cand - ref).abs()
-    at = _unravel(int(delta.flatten().argmax()), delta.shape)
-    max_abs, peak = float(delta.max()), _peak(ref)
-    if not _rounds(reference):
-        # Integers carry no rounding: what counts is how many of them differ.
-        relative = float((delta != 0).double().mean())
-    else:
-        relative = 0.0 if max_abs == 0 else (max_abs / peak if peak else math.inf)
-    return Difference(
-        max_abs=max_abs,
-        relative=relative,
-        rms=float(delta.square().mean().sqrt()),
-        cosine=_cosine(ref, cand),
-        top1=_top1(ref, cand) if reference.is_floating_point() else None,
-        index=at,
-        problem=f"{int(odd.sum())} value(s) not finite in both" if odd.any() else "",
-    )
 
 
 def compare(
@@ -198,7 +145,7 @@ def noise_limits(
     for name in dict.fromkeys(name for outputs in reference for name in outputs):
         pairs = [(ref[name], mine.get(name)) for ref, mine in zip(reference, own, strict=True) if name in ref]
         found = [difference(ref, mine) for ref, mine in pairs]
-        floating = _rounds(pairs[0][0])
+        floating = rounds(pairs[0][0])
         why = ""
         if any(mine is None or mine.shape != ref.shape for ref, mine in pairs):
             why = "the model's own rounding changes this output's shape"
@@ -228,7 +175,7 @@ def _by_tolerance(
 
     Of integers `relative` is otherwise the share of them that differ, which no tolerance is about.
     """
-    peak = _peak(_float64(reference))
+    peak = peak_of(in_float64(reference))
     scale = peak or 1.0
     allowed = atol / scale + (rtol if peak else 0.0)
     return (
@@ -241,7 +188,7 @@ def _with_absolute(reference: Tensor, limit: Limit, diff: Difference) -> tuple[L
     """The limit with its absolute part, on the scale of the peak, or of 1 where that is zero; and what to say
     where that part leaves less than half of the digits to decide by.
     """
-    peak = _peak(_float64(reference))
+    peak = peak_of(in_float64(reference))
     scale = peak or 1.0
     allowed = limit.limit * (peak / scale) + limit.absolute / scale
     remark = ""
@@ -268,30 +215,17 @@ def constant_outputs(reference: Sequence[Outputs], limits: Mapping[str, Limit]) 
     """
     constant = {}
     for name in reference[0]:
-        values = [_float64(outputs[name]) for outputs in reference if name in outputs]
+        values = [in_float64(outputs[name]) for outputs in reference if name in outputs]
         if any(not v.dim() or v.shape[1:] != values[0].shape[1:] or not v.numel() for v in values):
             continue
         samples = torch.cat(values)
         if len(samples) < 2 or not bool(samples.isfinite().all()):
             continue
         spread = float((samples.amax(0) - samples.amin(0)).max())
-        noise = limits[name].noise_floor if _rounds(reference[0][name]) else 0.0  # of integers it is a share
-        if spread <= noise * _peak(samples):
+        noise = limits[name].noise_floor if rounds(reference[0][name]) else 0.0  # of integers it is a share
+        if spread <= noise * peak_of(samples):
             constant[name] = "the same for every sample"
     return constant
-
-
-def _rounds(tensor: Tensor) -> bool:
-    return tensor.is_floating_point() or tensor.is_complex()
-
-
-def _peak(exact: Tensor) -> float:
-    """The largest finite |value|; zero where there is none."""
-    return float(exact.masked_fill(~exact.isfinite(), 0.0).abs().max()) if exact.numel() else 0.0
-
-
-def _broken(problem: str) -> Difference:
-    return Difference(math.inf, math.inf, math.inf, 0.0, problem=problem)
 
 
 def _nothing(why: str) -> CheckFailed:
@@ -299,29 +233,3 @@ def _nothing(why: str) -> CheckFailed:
         f"there is nothing to compare: {why}",
         next_step="pass inputs on which the model returns something, with --input or --inputs",
     )
-
-
-def _float64(tensor: Tensor) -> Tensor:
-    tensor = tensor.detach()
-    return (torch.view_as_real(tensor) if tensor.is_complex() else tensor).to("cpu", torch.float64)
-
-
-def _cosine(a: Tensor, b: Tensor) -> float:
-    norms = float(a.norm() * b.norm())
-    if norms == 0.0:
-        return 1.0 if not a.any() and not b.any() else 0.0
-    return float((a * b).sum()) / norms
-
-
-def _top1(reference: Tensor, candidate: Tensor) -> float | None:
-    if reference.dim() != 2 or reference.shape[1] < 2:
-        return None
-    return float((reference.argmax(1) == candidate.argmax(1)).double().mean())
-
-
-def _unravel(flat: int, shape: torch.Size) -> tuple[int, ...]:
-    at: list[int] = []
-    for size in reversed(shape):
-        flat, rest = divmod(flat, size)
-        at.append(rest)
-    return tuple(reversed(at))

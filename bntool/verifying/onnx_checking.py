@@ -18,7 +18,8 @@ from bntool.runtime.onnx_outputs import OutputTraits
 from bntool.runtime.onnx_reference import ReferenceRunner
 from bntool.runtime.ort_runner import OrtRunner
 from bntool.runtime.surviving import require_survival
-from bntool.verifying.comparing import K_NOISE, Limit, Outputs, compare, difference, rounding_term
+from bntool.verifying.comparing import K_NOISE, Limit, Outputs, compare, rounding_term
+from bntool.verifying.differences import difference
 from bntool.verifying.onnx_cutting import node_that
 from bntool.verifying.reference import DRAWS
 

@@ -141,14 +141,14 @@ def test_what_is_excluded_stays_in_the_exported_graph(bntool: Shell) -> None:
 
 
 @pytest.mark.parametrize("words", [(), ("--require-all",)])
-def test_parallel_branches_merge_in_the_exported_graph(
+def test_parallel_branches_merge_in_the_module_and_so_in_the_file(
     bntool: Shell, folder: Path, words: tuple[str, ...]
 ) -> None:
     (folder / "net.py").write_text(BRANCHING)
     document = bntool("fold", "net.py:Net", "--export", "onnx", "--json", *nets.INPUT, *words).document
     assert op_types("Net_folded.onnx") == ["Conv", "Relu"]
-    assert document["export"]["merged"] == {"dense.0/Conv": ["dense.0/Conv", "point.0/Conv"]}
-    assert list(document["export"]["folded"].values()) == [["dense.0/Conv"]]
+    assert document["merges"] == [{"into": "dense.0", "branches": ["dense.0", "point.0", "identity"]}]
+    assert document["export"]["merged"] == {}
     assert all(check["passed"] for check in document["checks"])
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 import bntool as bntool_package
 from tests.cli import nets
@@ -81,6 +82,24 @@ def test_fold_draws_and_prints_the_same(bntool: Shell, folder: Path) -> None:
     assert [row["name"] for row in before if row["name"] not in folded] == names
     assert [norm["name"] for norm in document["model"]["norms"]] == folded
     assert f'option value="0">{folded[0]}<' in (folder / "fold.html").read_text(encoding="utf-8")
+
+
+def test_a_report_counts_the_layers_that_a_summary_counts(bntool: Shell, folder: Path) -> None:
+    """A Dropout does nothing here, one layer never runs, and a fold leaves an Identity."""
+    model = nn.Sequential(*nets.normalised(), nn.Dropout(), nn.Flatten(), nn.Linear(2 * 64, 3)).eval()
+    model[0].idle = nn.Linear(2, 2)
+    x = torch.zeros(1, 3, 12, 12)
+    torch.save(model, folder / "m.pt")
+    torch.export.save(torch.export.export(model, (x,)), folder / "m.pt2")
+    bntool_package.export_onnx(model, (x,), folder / "m.onnx")
+    for kind, counts in (("pt", (9, 7)), ("pt2", (6, 4)), ("onnx", (6, 4))):
+        given = nets.INPUT if kind == "pt" else ()
+        said = bntool("fold", f"m.{kind}", *given, "--json", "--report", "r.html", "--force").document
+        page = (folder / "r.html").read_text(encoding="utf-8")
+        for side, file, count in zip(("before", "after"), (f"m.{kind}", said["output"]), counts, strict=True):
+            document = bntool("summary", file, *given, "--json").document
+            assert len(document["layers"]) == said["model"][side]["count"] == count, (kind, side)
+            assert f", {count} layers" in page
 
 
 def test_insert_draws_the_newcomers(bntool: Shell, folder: Path) -> None:

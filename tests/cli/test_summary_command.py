@@ -3,7 +3,9 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+import safetensors.torch
 import torch
+from torch import nn
 
 import bntool as package
 from tests.cli import nets
@@ -131,6 +133,28 @@ def test_every_kind_and_a_baseline_of_another(bntool: Shell) -> None:
         assert document["batch_norms"] == 2
     same = bntool("summary", "m.pt2", "--baseline", "m.pt")
     assert "no layer with parameters or buffers changed" in same.out
+
+
+def test_weights_alone_are_told_alike_by_the_command_and_in_python(bntool: Shell) -> None:
+    """In the order of the layers, though a safetensors file is sorted by types and names."""
+    wide = nn.Sequential(*(nn.BatchNorm1d(2) if i % 2 else nn.Linear(2, 2) for i in range(12)))
+    safetensors.torch.save_file(wide.state_dict(), "w.safetensors")
+    torch.save({"state_dict": wide.state_dict()}, "w.pt")
+    for name in ("w.safetensors", "w.pt"):
+        told = package.summary(name, baseline="w.pt")
+        said = bntool("summary", name, "--baseline", "w.pt")
+        assert said.out.split("\n", 1)[1].rstrip() == str(told).rstrip()
+        assert [layer.name for layer in told.layers] == [str(i) for i in range(12)]
+        assert (told.kind, told.totals.parameters, told.batch_norms) == ("weights", 6 * 6 + 6 * 4, 6)
+
+
+def test_a_class_that_is_not_here_is_looked_at_in_python_too(bntool: Shell) -> None:
+    nets.save(nets.user_model(), "m.pt")
+    nets.forget("user_net")
+    Path("user_net.py").unlink()
+    told = package.summary("m.pt")
+    assert "not here" in str(told.notes[0])
+    assert str(told) in bntool("summary", "m.pt").out
 
 
 def test_columns_depth_order_and_a_tree(bntool: Shell, refused: Shell) -> None:

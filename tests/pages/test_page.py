@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from bntool.files.references import build
 from bntool.pages import charts, trees
 from bntool.pages.chapters import chapters_of
 from bntool.pages.markdown import markdown
@@ -207,10 +208,18 @@ def test_a_layer_that_runs_twice_is_one_layer() -> None:
     data["layers"] += [{**documents.layer("conv", "Conv2d", [0]), "parameters": 0}]
     data["layers"] += [{**documents.layer("", "add", [1]), "op": True}]
     assert trees.grown("model", data, {}).layers == 1
+    tree = trees.grown("model", {**data, "count": 3}, {})  # two more, which do not run
+    assert (tree.layers, tree.drawn) == (3, 1)
 
 
 def test_random_weights_are_said_before_any_figure() -> None:
-    data = {**documents.fold(), "notes": ["random weights (seed 0)"]}
-    page = html_page([as_document(data, "x.json")])
-    assert page.index("The weights are random") < page.index('class="tiles"')
+    notes = {"The weights are random": build("torchvision:mobilenet_v3_small").notes}
+    notes["No weights were loaded"] = build("tests.cli.nets:plain").notes
+    for told, note in notes.items():
+        document = as_document({**documents.fold(), "notes": list(note)}, "x.json")
+        page = html_page([document])
+        assert page.index(told) < page.index('class="tiles"')
+        assert markdown([document]).index(told) < markdown([document]).index("BatchNorms folded")
+    trained = as_document({**documents.compare(), "notes": list(note)}, "x.json")
+    assert "anything of a trained model" not in html_page([trained])
     assert "The weights are random" not in html_page([as_document(documents.fold(), "x.json")])

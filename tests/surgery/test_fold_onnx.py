@@ -20,7 +20,8 @@ from bntool.core.sites import Edit, FoldSite
 from bntool.observe.onnx_constants import to_onnx, to_torch
 from bntool.pipeline.onnx_folding import fold_onnx, plan_fold_onnx
 from bntool.surgery.fold_onnx import apply_fold_onnx
-from bntool.verifying.comparing import difference, noise_limits
+from bntool.verifying.comparing import noise_limits
+from bntool.verifying.differences import difference
 from tests.fold_zoo import enliven
 from tests.onnx_zoo import FOLDED, ONNX_ZOO, OnnxNet
 

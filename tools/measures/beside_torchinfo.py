@@ -1,4 +1,6 @@
-"""Every figure of a summary beside torchinfo's, for twenty models: `python -m tools.measures.beside_torchinfo`.
+"""Every figure of a summary beside torchinfo's, for twenty models.
+
+    python -m tools.measures.beside_torchinfo
 
 Prints a Markdown table; a figure that differs has its reason in docs/summary.md.
 """

@@ -9,7 +9,8 @@ from typing import BinaryIO
 from bntool.core.limits import Limit
 from bntool.files.detect import Kind
 from bntool.files.security.containers import PICKLED, Container, within
-from bntool.files.security.opcodes import DamagedPickle, DryRun
+from bntool.files.security.opcodes import DryRun
+from bntool.files.security.pickle_bytes import DamagedPickle
 from bntool.files.security.pickled_calls import shown
 from bntool.files.security.pinned import Pinned
 

@@ -13,6 +13,7 @@ from typing import Any, BinaryIO
 
 from torch._utils import IMPORT_MAPPING, NAME_MAPPING
 
+from bntool.files.security.pickle_bytes import DamagedPickle, exactly, line_of, number_of
 from bntool.files.security.pickled_calls import (
     MAPPINGS,
     MOST_EXPANDED,
@@ -36,10 +37,6 @@ _NAME = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*", re.ASCII)
 _MAX_PROBLEMS = 50
 _MOST_COPIED = 1 << 24
 """Items, of some 64 bytes each."""
-
-
-class DamagedPickle(ValueError):
-    """The pickle ends early or is not well formed."""
 
 
 class _Opaque:
@@ -74,7 +71,7 @@ class DryRun:
     def run(self, file: BinaryIO) -> DryRun:
         """Read one pickle up to its STOP; `DamagedPickle` when it is not well formed."""
         try:
-            while (op := _exactly(file, 1)) != b".":
+            while (op := exactly(file, 1)) != b".":
                 handler = _HANDLERS.get(op)
                 if handler is None:
                     self._problem(f"uses pickle opcode {op!r}, which torch.save does not write")
@@ -90,14 +87,14 @@ class DryRun:
             self.problems.append(text)
 
     def _proto(self, file: BinaryIO) -> None:
-        protocol = _exactly(file, 1)[0]
+        protocol = exactly(file, 1)[0]
         if protocol != 2:
             self._problem(
                 f"is pickled with protocol {protocol}: save it again with pickle_protocol=2, the default"
             )
 
     def _global(self, file: BinaryIO) -> None:
-        module, name = _line(file), _line(file)
+        module, name = line_of(file), line_of(file)
         module, name = NAME_MAPPING.get((module, name), (IMPORT_MAPPING.get(module, module), name))
         full = f"{module}.{name}"
         if not _NAME.fullmatch(full):
@@ -236,34 +233,16 @@ class DryRun:
         self._stack.append(text)
 
 
-def _exactly(file: BinaryIO, count: int) -> bytes:
-    data = file.read(count)
-    if len(data) != count:
-        raise DamagedPickle("it ends early")
-    return data
-
-
-def _line(file: BinaryIO) -> str:
-    line = file.readline(4096)
-    if not line.endswith(b"\n"):
-        raise DamagedPickle("a name without end")
-    return line[:-1].decode("utf-8")
-
-
-def _number(file: BinaryIO, code: str) -> Any:
-    return struct.unpack(code, _exactly(file, struct.calcsize(code)))[0]
-
-
 def _push(value: Any) -> Callable[[DryRun, BinaryIO], None]:
     return lambda run, file: run._stack.append(value)
 
 
 def _push_number(code: str) -> Callable[[DryRun, BinaryIO], None]:
-    return lambda run, file: run._stack.append(_number(file, code))
+    return lambda run, file: run._stack.append(number_of(file, code))
 
 
 def _long(run: DryRun, file: BinaryIO) -> None:
-    data = _exactly(file, _exactly(file, 1)[0])
+    data = exactly(file, exactly(file, 1)[0])
     run._stack.append(int.from_bytes(data, "little", signed=True))
 
 
@@ -292,11 +271,11 @@ _HANDLERS: dict[bytes, _Handler] = {
     b"K": _push_number("<B"),
     b"M": _push_number("<H"),
     b"G": _push_number(">d"),
-    b"X": lambda r, f: r._text(_exactly(f, _number(f, "<I")), "surrogatepass"),
-    b"U": lambda r, f: r._text(_exactly(f, _exactly(f, 1)[0]), "strict"),
+    b"X": lambda r, f: r._text(exactly(f, number_of(f, "<I")), "surrogatepass"),
+    b"U": lambda r, f: r._text(exactly(f, exactly(f, 1)[0]), "strict"),
     b"\x8a": _long,
-    b"h": lambda r, f: r._stack.append(r._memo[_number(f, "<B")]),
-    b"j": lambda r, f: r._stack.append(r._memo[_number(f, "<I")]),
-    b"q": lambda r, f: r._remember(_number(f, "<B")),
-    b"r": lambda r, f: r._remember(_number(f, "<I")),
+    b"h": lambda r, f: r._stack.append(r._memo[number_of(f, "<B")]),
+    b"j": lambda r, f: r._stack.append(r._memo[number_of(f, "<I")]),
+    b"q": lambda r, f: r._remember(number_of(f, "<B")),
+    b"r": lambda r, f: r._remember(number_of(f, "<I")),
 }

@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 
 from torch._utils import IMPORT_MAPPING, NAME_MAPPING
 
-from bntool.files.security.pickled_calls import REBUILD_PARAMETER, REBUILD_TENSOR, item_bytes
+from bntool.files.security.pickled_calls import REBUILD_PARAMETER, REBUILD_TENSOR, item_bytes, shown
 
 _REGISTRIES = ("_parameters", "_buffers", "_modules")
 _MAX_DEPTH = 500
@@ -241,3 +241,20 @@ def _add(target: Any, items: list[Any]) -> None:
         target.extend(items)
     elif isinstance(target, StandIn):
         target.items.extend(items)
+
+
+def in_words(value: Any) -> str:
+    """What a picture shows, in words."""
+    if isinstance(value, dict):
+        plain = [k for k, v in value.items() if isinstance(v, StandIn) and v.name.startswith("torch._")]
+        if value and len(plain) == len(value):
+            return "a state_dict"
+        keys = [shown(str(key)) for key in list(value)[:12]]
+        return (
+            f"a dict of {', '.join(keys)}" + (" ..." if len(value) > 12 else "") if keys else "an empty dict"
+        )
+    if isinstance(value, StandIn):
+        state = value.state if isinstance(value.state, dict) else {}
+        whole = "_modules" in state
+        return f"a whole model of class {shown(value.name)}" if whole else f"a {shown(value.name)}"
+    return f"a {type(value).__name__}"
