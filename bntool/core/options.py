@@ -89,7 +89,8 @@ class InsertOptions(Options):
 
     def __post_init__(self) -> None:
         """Take activations by the names that people have for them."""
-        if not isinstance(self.activations, str):  # which `validate` refuses
+        given: object = self.activations
+        if not isinstance(given, str):  # which `validate` refuses
             object.__setattr__(self, "activations", kinds_of(self.activations))
 
     def validate(self) -> None:
