@@ -53,11 +53,22 @@ def _cache_of_this_session(tmp_path_factory: pytest.TempPathFactory) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def _next_steps_can_be_typed() -> Iterator[None]:
-    """Every error that a test has the command line print: its next step is parsed as it stands."""
-    import bntool.cli as face
-    from tests.next_steps import faults
+    """Every error that a test has the command line print: its next step is parsed as it stands.
 
-    speaker = face._speaker
+    At the end one of each wording is typed where it was told, and must not lead to the same error.
+    """
+    import bntool.cli as face
+    from tests.next_steps import Typed, faults
+
+    speaker, runner = face._speaker, face._run
+    typed, words = Typed(), list[list[str]]()
+
+    def running(argv: list[str]) -> int:
+        words.append(argv)
+        try:
+            return runner(argv)
+        finally:
+            words.pop()
 
     def checked(as_json: bool, command: str, *, whole: bool) -> Callable[[Any], int]:
         fail = speaker(as_json, command, whole=whole)
@@ -66,13 +77,16 @@ def _next_steps_can_be_typed() -> Iterator[None]:
             code = fail(error)
             wrong = faults(error.next_step, command)
             assert not wrong, f"next: {error.next_step}\n{wrong}"
+            typed.remember(error, command, words[-1] if words else [])
             return code
 
         return told
 
-    face._speaker = checked
+    face._speaker, face._run = checked, running
     yield
-    face._speaker = speaker
+    face._speaker, face._run = speaker, runner
+    wrong = typed.loops()
+    assert not wrong, "\n".join(wrong)
 
 
 @pytest.fixture

@@ -57,7 +57,8 @@ def parse_inputs(texts: tuple[str, ...], model: nn.Module, seed: int) -> Inputs:
         else:
             raise _unknown(text, name, model)
     positional = [entries, *args] if entries else args
-    return Inputs(tuple(positional), kwargs, origin="--input " + " --input ".join(texts))
+    origin = "--input " + " --input ".join(texts)
+    return Inputs(tuple(positional), kwargs, origin).named_for(model.forward)
 
 
 def texts_of(inputs: Inputs) -> tuple[str, ...]:

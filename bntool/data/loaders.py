@@ -37,7 +37,7 @@ def inputs_of(model: nn.Module, batches: Iterable[Any]) -> Iterator[Inputs]:
             next_step="pass an iterable of batches, such as a DataLoader; open_batches reads files",
         )
     needed = _required_inputs(model)
-    yield from joined(as_inputs(item, needed) for item in batches)
+    yield from joined(as_inputs(item, needed).named_for(model.forward) for item in batches)
 
 
 def _required_inputs(model: nn.Module) -> int:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Iterator, Mapping
+import inspect
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -43,6 +44,17 @@ class Inputs:
             f"example_inputs is a {type(example_inputs).__name__}",
             next_step="pass a tensor, a tuple of positional inputs, or (args, kwargs)",
         )
+
+    def named_for(self, forward: Callable[..., Any]) -> Inputs:
+        """The same, by the names that `forward` cannot do without where it takes nothing by position."""
+        parameters = inspect.signature(forward).parameters.values()
+        keywords = [p for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in self.kwargs]
+        needed = [p.name for p in keywords if p.default is p.empty] or [p.name for p in keywords]
+        by_position = any(p.kind not in (p.KEYWORD_ONLY, p.VAR_KEYWORD) for p in parameters)
+        if by_position or len(self.args) > len(needed):
+            return self
+        named = dict(zip(needed, self.args, strict=False))
+        return dataclasses.replace(self, args=(), kwargs={**named, **self.kwargs})
 
     def map(self, fn: Any) -> Inputs:
         """The same structure with `fn` applied to every tensor."""

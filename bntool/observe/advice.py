@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dis
 import inspect
+import itertools
 import re
+from collections.abc import Sequence
 
 from torch import nn
 
@@ -58,20 +61,43 @@ def _of_the_arguments(error: Exception, model: nn.Module) -> str:
     text, shape = str(error), _shape_for(model)
     missing = _MISSING.search(text) if isinstance(error, TypeError) else None
     if missing is not None:
-        names = re.findall(r"'(\w+)'", missing[1])
-        each = " ".join(f"--input {name}:{shape}" for name in names[:3]) or f"--input {shape}"
+        names, needed = re.findall(r"'(\w+)'", missing[1]), _needed(model)
+        each = _each(needed if set(names) <= set(needed) else names, shape)
         return f"give every argument of forward an input: {each} {_IN_PYTHON}"
     if isinstance(error, TypeError) and "positional argument" in text and "given" in text:
         taken = ", ".join(inspect.signature(model.forward).parameters)
-        return f"its forward takes {taken}: name each, {_named(model)}"
-    if _OF_NAMES.search(text):
-        return f"where forward takes a dict, --input KEY:{shape} is an entry of it {_IN_PYTHON}"
+        return (
+            f"its forward takes {taken or 'nothing'}: name each, {_each(_needed(model), shape)} {_IN_PYTHON}"
+        )
+    entries = _entries(model)
+    if _OF_NAMES.search(text) or (isinstance(error, KeyError) and error.args[0] in entries):
+        are = "are entries" if len(entries) > 1 else "is an entry"
+        return f"where forward takes a dict, {_each(entries or ['KEY'], shape)} {are} of it {_IN_PYTHON}"
     return ""
 
 
-def _named(model: nn.Module) -> str:
-    name = next(iter(inspect.signature(model.forward).parameters), "NAME")
-    return f"--input {name}:{_shape_for(model)} {_IN_PYTHON}"
+def _each(names: Sequence[str], shape: str) -> str:
+    return " ".join(f"--input {name}:{shape}" for name in names) or f"--input {shape}"
+
+
+def _needed(model: nn.Module) -> list[str]:
+    """What forward cannot do without."""
+    parameters = inspect.signature(model.forward).parameters.values()
+    variable = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    return [p.name for p in parameters if p.default is p.empty and p.kind not in variable]
+
+
+def _entries(model: nn.Module) -> list[str]:
+    """The names that forward and the methods it names look up, as batch["image"] does."""
+    code = getattr(type(model).forward, "__code__", None)
+    methods = [getattr(type(model), name, None) for name in code.co_names] if code is not None else []
+    found: dict[str, None] = {}
+    for each in (code, *(getattr(method, "__code__", None) for method in methods)):
+        for step, after in itertools.pairwise(dis.get_instructions(each) if each is not None else ()):
+            looks_up = step.opname == "LOAD_CONST" and after.opname.startswith("BINARY_")
+            if looks_up and isinstance(step.argval, str) and step.argval.isidentifier():
+                found[step.argval] = None
+    return list(found)
 
 
 def _of_the_numbers(error: Exception) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
@@ -38,12 +39,13 @@ def first_that_runs(model: nn.Module, run: Callable[[Inputs], Seen], *, small: b
     failures: list[ObserveError] = []
     for inputs in guesses(model, small=small):
         try:
-            return run(inputs)
+            with _warning_when_it_runs():
+                return run(inputs.named_for(model.forward))
         except ObserveError as error:
             failures.append(error)
     for inputs in _of_the_layer_that_failed(model, failures, small):
-        with contextlib.suppress(ObserveError):
-            return run(inputs)
+        with contextlib.suppress(ObserveError), _warning_when_it_runs():
+            return run(inputs.named_for(model.forward))
     if not failures:
         raise ObserveError(
             "cannot infer an example input: the model has no layer that tells its input's shape",
@@ -51,6 +53,16 @@ def first_that_runs(model: nn.Module, run: Callable[[Inputs], Seen], *, small: b
             next_step="give one with --input 1x3x224x224 (example_inputs= in Python)",
         )
     raise failures[0]
+
+
+@contextlib.contextmanager
+def _warning_when_it_runs() -> Iterator[None]:
+    """Warnings are passed on where nothing is raised: those over a wrong guess are not the user's."""
+    with warnings.catch_warnings(record=True) as heard:
+        warnings.simplefilter("always")  # the filters are asked when they are passed on
+        yield
+    for one in heard:
+        warnings.warn_explicit(one.message, one.category, one.filename, one.lineno)
 
 
 def _of_the_layer_that_failed(

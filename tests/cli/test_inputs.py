@@ -34,6 +34,18 @@ class ByName(nn.Module):
     def forward(self, *, image, scale=None):
         return self.bn(self.conv(image))
 
+class Pair(ByName):
+    def forward(self, *, a, b):
+        return super().forward(image=a + b)
+
+class Looks(ByName):
+    def forward(self, batch):
+        return super().forward(image=batch["image"] + batch["other"])
+
+class Optional(ByName):
+    def forward(self, *, image=None, mask=None):
+        return super().forward(image=image)
+
 class Signal(nn.Module):
     def __init__(self):
         super().__init__()
@@ -59,6 +71,10 @@ def nets(folder: Path) -> None:
         ("Tokens", ("x:2x4", "ids:2x5:int64")),
         ("Tokens", ("2x4", "2x5:int64")),
         ("ByName", ("image:1x3x9x9",)),
+        ("ByName", ("1x3x9x9",)),
+        ("ByName", ()),
+        ("Pair", ("1x3x9x9", "1x3x9x9")),
+        ("Optional", ()),
     ],
 )
 def test_an_input_finds_its_place(bntool: Shell, net: str, inputs: tuple[str, ...]) -> None:
@@ -72,7 +88,12 @@ def test_an_input_finds_its_place(bntool: Shell, net: str, inputs: tuple[str, ..
     [
         ("Tokens", ("2x4", "2x5"), "an input holds integers: --input NAME:1x16:int64"),
         ("Tokens", ("2x4",), "--input ids:1x4"),
-        ("ByName", ("1x3x9x9",), "its forward takes image, scale: name each, --input image:1x3x224x224"),
+        ("ByName", ("1x3x9x9", "1"), "its forward takes image, scale: name each, --input image:1x3x224x224"),
+        ("Pair", ("1x3x9x9",), "--input a:1x3x224x224 --input b:1x3x224x224"),
+        ("Pair", ("a:1x3x9x9",), "--input a:1x3x224x224 --input b:1x3x224x224"),
+        ("Entries", (), "--input meta:1x3x224x224 --input image:1x3x224x224 are entries of it"),
+        ("Looks", (), "--input image:1x3x224x224 --input other:1x3x224x224 are entries of it"),
+        ("Looks", ("image:1x3x9x9",), "--input image:1x3x224x224 --input other:1x3x224x224"),
         ("Signal", ("1x3x224x224",), "give the right shape with --input 1x2x1024"),
         ("Broken", ("1x3x9x9",), "this AttributeError is raised by its own code"),
     ],
