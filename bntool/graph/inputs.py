@@ -47,7 +47,10 @@ class Inputs:
 
     def named_for(self, forward: Callable[..., Any]) -> Inputs:
         """The same, by the names that `forward` cannot do without where it takes nothing by position."""
-        parameters = inspect.signature(forward).parameters.values()
+        try:
+            parameters = inspect.signature(forward).parameters.values()
+        except ValueError:  # a method of TorchScript tells none
+            return self
         keywords = [p for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in self.kwargs]
         needed = [p.name for p in keywords if p.default is p.empty] or [p.name for p in keywords]
         by_position = any(p.kind not in (p.KEYWORD_ONLY, p.VAR_KEYWORD) for p in parameters)
