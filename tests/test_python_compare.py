@@ -61,7 +61,7 @@ def test_bench_times_models_of_every_kind_beside_each_other(tmp_path):
     bntool.export_onnx(model, (x,), tmp_path / "net.onnx")
     program = torch.export.export(model, (x,), dynamic_shapes=({0: torch.export.Dim.AUTO},))
     found = bntool.bench(
-        model, net(8).eval(), program, tmp_path / "net.onnx", example_inputs=(x,), batch_sizes=(2,), rounds=7
+        model, net(8).eval(), program, tmp_path / "net.onnx", example_inputs=(x,), batch_sizes=(2,), rounds=11
     )
     names = [row.name for row in found.rows]
     assert len(set(names)) == 4

@@ -26,7 +26,7 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         "bntool fold model_bn.pt --require-all --force",
     ),
     "export": ("bntool export model_bn.pt --opset 20",),
-    "bench": ("bntool bench model_bn.pt model_bn_folded.pt --batch-sizes 1 --rounds 7",),
+    "bench": ("bntool bench model_bn.pt model_bn_folded.pt --batch-sizes 1 --rounds 11",),
     "verify": (
         "bntool verify model_bn.pt model_bn_folded.pt",
         "bntool verify model_bn.pt model_bn_folded.onnx --inputs images.npy",
