@@ -315,7 +315,7 @@ def test_a_merge_that_the_check_does_not_bear_out_is_left_out(monkeypatch: pytes
     result = fold_program(program_of(*ONE["repvgg"]))
     assert result.plan.merges == ()
     assert len(result.plan.sites) == 2
-    assert "it differs" in result.plan.notes[-1]
+    assert any("it differs" in note for note in result.plan.notes)
     assert all(check.passed for check in result.checks)
 
 

@@ -42,9 +42,9 @@ CALLS: dict[str, Callable[[nn.Module, Tensor], Any]] = {
 IN_TRAINING = ("fold unchecked", "insert", "summary", "calibrate")
 LEFT_OUT = frozenset(
     """BntoolError CalibrationResult Check CheckFailed CheckOptions Comparison DamagedPlan DeviceError
-    DroppedBias Edit ExportError ExportOptions FoldOptions FoldSite InsertOptions InsertSite LoadError Loaded NothingToDo
-    ObserveError Plan PlanError Reason Skip StateError Summary SurgeryResult UsageError __version__
-    convert_state_dict load open_batches read_plan""".split()
+    DroppedBias Edit ExportError ExportOptions FoldOptions FoldSite InsertOptions InsertSite LoadError Loaded
+    NothingToDo ObserveError Plan PlanError Reason Skip StateError Summary SurgeryResult UsageError
+    __version__ convert_state_dict load open_batches read_plan""".split()
 )
 """Public names that run no model that they are given."""
 EXPORTS: dict[str, Callable[[nn.Module, Tensor, Path], Any]] = {

@@ -93,7 +93,9 @@ def test_torchvision(name: str) -> None:
     result = fold_program(program, check="full")
     assert len(result.plan.sites) == total
     assert not result.plan.skips
-    assert all(check.passed for check in result.checks)
+    # what rounding alone decides in float32 is decided in float64
+    assert all(check.agrees for check in result.checks)
+    assert [check.passed for check in result.checks if check.precision == "float64"] == [True]
     assert max(check.batches for check in result.checks) >= 3
     assert len(norm_nodes(program)) == total
     again = saved_and_loaded(result.program)

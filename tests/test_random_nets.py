@@ -56,6 +56,19 @@ def test_surgeries_are_right_where_nothing_checks_them(front: str, nets: int) ->
     assert done["insert"] > nets / 4
 
 
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("front", "seed"),
+    [
+        ("module", 90156),  # a convolution that the forward adds behind its BatchNorm and by itself
+        ("onnx", 90007),  # a node that has its weight under the name of another
+    ],
+)
+def test_networks_that_once_came_out_wrong(front: str, seed: int) -> None:
+    for trial in FRONT_ENDS[front](seed):
+        assert trial.error <= TOLERANCE, trial.what
+
+
 def test_a_file_of_the_newer_exporter() -> None:
     trials = list(file_trials(RandomNet(7), "dynamo"))
     assert {trial.what for trial in trials} >= {"dynamo, insert", "dynamo, fold"}

@@ -141,3 +141,20 @@ def test_real_inputs_are_the_way_out(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert run(["fold", "m.pt", "-o", "n.pt", "--input", "1x1x8x8"]) == 10
     np.save("real.npy", np.random.default_rng(0).uniform(20, 60, (4, 1, 8, 8)).astype(np.float32))
     assert run(["verify", "m.pt", "n.pt", "--inputs", "real.npy"]) == 0
+
+
+def test_a_head_that_starts_at_zero_is_folded_and_the_way_out_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.save(_net("zero"), "m.pt")
+    assert run(["fold", "m.pt", "-o", "n.pt", "--input", "1x3x12x12"]) == 10
+    told = " ".join(capsys.readouterr().err.split())
+    assert "nothing was shown" in told
+    assert "one whose head is zero answers once it is trained" in told
+    trained = _net("zero")
+    nn.init.normal_(trained[0][1].weight)
+    torch.save(trained, "trained.pt")
+    assert run(["fold", "trained.pt", "-o", "n2.pt", "--input", "1x3x12x12"]) == 0
+    old, new = (bntool.load(name).model.state_dict() for name in ("n.pt", "n2.pt"))
+    assert all(torch.equal(old[key], new[key]) for key in old if not key.startswith("0.1."))

@@ -33,5 +33,6 @@ def conclude(
 def _undecided(found: Check, model: object, new: Path | None) -> Undecided:
     what = f"nothing was shown: on these inputs, {found.undecided}"
     command = " ".join(filter(None, ("bntool verify", str(model), str(new or "NEW"), "--inputs FILE")))
-    next_step = f"{command}, with inputs that the model answers to"
+    answer = "with inputs that the model answers to; one whose head is zero answers once it is trained"
+    next_step = f"{command}, {answer}"
     return Undecided(what, where=str(model), next_step=next_step)

@@ -186,6 +186,7 @@ class Compare(Document, kw_only=True):
     processes: int | None = None
     steps_per_epoch: int | None = None
     sites: list[dict[str, Any]] = []
+    key_map: dict[str, str] = {}
     parameters: Parameters | None = None
     arms: dict[str, Any] | None = None
     runs: list[dict[str, Any]] = []

@@ -89,7 +89,9 @@ class InsertOptions(Options):
 
     def __post_init__(self) -> None:
         """Take activations by the names that people have for them."""
-        object.__setattr__(self, "activations", kinds_of(self.activations))
+        given: object = self.activations
+        if not isinstance(given, str):  # which `validate` refuses
+            object.__setattr__(self, "activations", kinds_of(self.activations))
 
     def validate(self) -> None:
         """Raise `UsageError` for an unknown activation, a bad number, or two that exclude each other."""

@@ -143,6 +143,7 @@ class TrainingComparison(Shown):
             "processes": self.processes,
             "steps_per_epoch": self.steps_per_epoch,
             "sites": [site.to_dict() for site in self.surgery.plan.insert_sites],
+            "key_map": dict(self.surgery.plan.key_map),
             "parameters": self.surgery.parameters,
             "arms": {arm: self._arm(arm) for arm in ARMS},
             "runs": [run.to_dict() for run in self.runs],

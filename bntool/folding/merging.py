@@ -33,21 +33,28 @@ _ROOTS = frozenset({"add", "sub", "mul", "div", "batch_norm"})
 class _Sum:
     """Branches over one value: each a convolution (None: the value itself) and the map behind it.
 
-    `members` are the ops that do nothing else. `open` where a forward adds what is no branch of it.
+    `members` are the ops that do nothing else. `open` where a forward adds what is no branch of it: the
+    values `beside`.
     """
 
     terms: tuple[tuple[Op | None, Affine], ...]
     members: frozenset[int] = frozenset()
     open: bool = False
+    beside: frozenset[int] = frozenset()
 
     def then(self, outer: Affine, op: Op) -> _Sum:
         """This sum after an affine map: its scale for every branch, its shift for one."""
         bare = outer.then("scale_part")
         terms = [(conv, compose(bare if i else outer, own)) for i, (conv, own) in enumerate(self.terms)]
-        return _Sum(tuple(terms), self.members | {op.id}, self.open)
+        return dataclasses.replace(self, terms=tuple(terms), members=self.members | {op.id})
 
     def plus(self, other: _Sum) -> _Sum:
-        return _Sum(self.terms + other.terms, self.members | other.members, self.open or other.open)
+        return _Sum(
+            self.terms + other.terms,
+            self.members | other.members,
+            self.open or other.open,
+            self.beside | other.beside,
+        )
 
 
 def find_merges(context: Context, claims: Claims, gone: set[int], kept: Mapping[int, Norm]) -> list[Merge]:
@@ -150,17 +157,18 @@ class _Merger:
 
     def _added_in_forward(self, op: Op, behind: dict[str, Affine]) -> dict[int, _Sum]:
         """The sums with whatever else the forward adds to them: constants, the value itself, any other."""
-        found: dict[int, _Sum] = {}
-        both: set[int] = set()
+        found: dict[int, list[tuple[int, _Sum]]] = {}
         for role, outer in behind.items():
             value = self.graph.input(op, role)
             for source, total in self.sums.get(value.id, {}).items() if len(value.readers) == 1 else ():
-                more = total.then(outer, op)
-                if source in found:
-                    both.add(source)
-                    more = found[source].plus(more)
-                found[source] = more
-        return {s: t if s in both else dataclasses.replace(t, open=True) for s, t in found.items()}
+                found.setdefault(source, []).append((value.id, total.then(outer, op)))
+        sums: dict[int, _Sum] = {}
+        for source, parts in found.items():
+            (value_id, total), *other = parts
+            others = frozenset(op.inputs.values()) - {value_id}
+            opened = dataclasses.replace(total, open=True, beside=total.beside | others)
+            sums[source] = total.plus(other[0][1]) if other else opened
+        return sums
 
     def _mapped(self, op: Op, role: str, outer: Affine) -> dict[int, _Sum]:
         sums = self._sums_of(op.inputs[role]).items()
@@ -174,6 +182,8 @@ class _Merger:
         worth = bool(convs) and (len(convs) > 1 or bool(norms))
         if not worth or not self._is_closed(root, source, total.members):
             return None
+        if any(self.graph.values[value].producer in total.members for value in total.beside):
+            return None  # the sum adds one of its own branches once more
         if not all(self._is_own(conv) for conv in convs):
             return None
         weights = {conv.id: self.graph.input(conv, "weight") for conv in convs}

@@ -157,7 +157,7 @@ class _Planner:
         return Refused(refusals[0][1], "; ".join(f"{name}: {detail}" for name, _, detail in refusals[:2]))
 
     def _with_positive_scales(self, norm: Norm) -> list[_Refusal]:
-        """What would stand in the way of this BatchNorm if no scale were negative; empty where it would go."""
+        """What would stand in the way if no scale were negative; nothing where the BatchNorm would go."""
         assert norm.affine is not None
         positive = Affine(norm.affine.scale.abs(), norm.affine.shift, norm.affine.expr)
         same = Norm(norm.name, norm.ops, positive)

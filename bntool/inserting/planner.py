@@ -173,6 +173,8 @@ class _Planner:
             raise Refuse(Reason.EXCLUDED, "left out by --include/--exclude")
         if module is None or module.role not in ("conv", "linear") or ops[0].scope != name:
             raise Refuse(Reason.NOT_A_MODULE, "a function call inside forward, not a layer of its own")
+        if module.from_outside:
+            raise Refuse(Reason.NOT_A_MODULE, "it is called through a lambda or an object that no copy has")
         if not self.tree and not self.graph.input(ops[0], "weight").handle:
             raise Refuse(Reason.WEIGHT_COMPUTED, "its weight is no stored tensor of the graph")
         if max(len(ops), module.calls) > 1:

@@ -151,8 +151,9 @@ def _undo_of(value: Any) -> Restore | None:
     if isinstance(value, list | deque | set | bytearray):
         return _undo_container(value) if len(value) <= _MOST else None
     if isinstance(value, np.ndarray):
-        small = value.nbytes <= LARGEST_COPIED
-        return functools.partial(_put_numbers, value, value.copy()) if small else None
+        return (
+            functools.partial(_put_numbers, value, value.copy()) if value.nbytes <= LARGEST_COPIED else None
+        )
     if isinstance(value, random.Random):
         return functools.partial(value.setstate, value.getstate())
     if isinstance(value, np.random.RandomState):

@@ -125,7 +125,8 @@ def norms(figures: Sequence[Mapping[str, Any]]) -> Spec | None:
     if not rows:
         return None
     x: Spec = {"field": "number", "type": "quantitative", "title": "BatchNorm, in order"}
-    x |= {"axis": drawing.whole(), "scale": {"nice": False, "padding": 8}}
+    ticks = drawing.some([row["number"] for row in rows], 12)
+    x |= {"axis": {**drawing.whole(), "values": ticks}, "scale": {"nice": False, "zero": False, "padding": 8}}
     told = drawing.told(
         name="", least=".3g", low=".3g", median=".3g", high=".3g", most=".3g", channels=",", dead=","
     )

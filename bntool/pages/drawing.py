@@ -87,7 +87,8 @@ def told(**formats: str) -> list[Spec]:
 
 def si() -> Spec:
     """An axis of counts: no tick lies between two whole ones."""
-    return {"format": "~s", "tickCount": 6, "tickMinStep": 1, "labelOverlap": True}
+    zero = "datum.value === 0 ? '0' : datum.label"  # which else is 0k or 0M
+    return {"format": "~s", "tickCount": 6, "tickMinStep": 1, "labelOverlap": True, "labelExpr": zero}
 
 
 def whole() -> Spec:

@@ -52,8 +52,12 @@ def held_eps(eps: float, dtype: torch.dtype) -> float:
 def _type_of_data(observed: OnnxObservation, layer: str) -> torch.dtype:
     """The type of what a layer puts out; its weight may be held in another, and dequantised."""
     graph = observed.graph
-    told = {graph.output(op).dtype for op in graph.ops if op.scope == layer and op.kind in TAKERS}
-    own = graph.tensors[f"{layer}.weight"].dtype
+    ops = [op for op in graph.ops if op.scope == layer and op.kind in TAKERS]
+    told = {graph.output(op).dtype for op in ops}
+    # nodes that share a weight have it under the name of one of them
+    handles = (graph.input(op, "weight").handle for op in ops if "weight" in op.inputs)
+    stored = (graph.tensors[name].dtype for name in (*handles, f"{layer}.weight") if name in graph.tensors)
+    own = next(stored, torch.float32)
     if own.is_floating_point:
         told.add(str(own))
     known = [dtype for dtype in DTYPES.values() if str(dtype) in told]

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 
 from bntool.experiment import training
+from bntool.pages.chapters import chapters_of
+from bntool.pages.reading import as_document
 from tests.experiment.nets import NET_CODE, write_npz
 
 LINE = ("compare", "net.py:net", "--data", "data.npz", "--batch-size", "24", "--lr", "0.05")
@@ -44,6 +46,10 @@ def test_compare_then_fold(bntool, ready: Path) -> None:
     assert (out / "compare.json").read_bytes() == before
     assert again.document["arms"] == json.loads(before)["arms"]
     assert again.document["folder"] == "net_compare"
+    (drawn,) = chapters_of([as_document(again.document, "x.json")])
+    sites = again.document["sites"]  # a layer that moved up neither lost nor gained
+    changed = {row["what"]: row["change"] for row in drawn.charts["layers"].spec["data"]["values"]}
+    assert changed == {site["bn"]: 2 * site["channels"] for site in sites}
 
 
 @pytest.fixture

@@ -148,6 +148,26 @@ def test_zeros_have_the_shape_of_the_branch(stride: int) -> None:
         assert not zeros(x).any()
 
 
+def _added_once_more(m: Any, x: Tensor) -> Tensor:
+    y = m.square(x)
+    return m.square_bn(y) + y
+
+
+def _added_once_more_behind_another(m: Any, x: Tensor) -> Tensor:
+    y = m.square(x)
+    return m.square_bn(y) + x.tanh() + y
+
+
+@pytest.mark.parametrize("run", [_added_once_more, _added_once_more_behind_another])
+def test_a_branch_that_the_forward_adds_once_more_is_no_sum(
+    run: Callable[[Any, Tensor], Tensor],
+) -> None:
+    model, x = enliven(Block(run)).double().eval(), torch.randn(2, 4, 7, 7, dtype=torch.float64)
+    result = bntool.fold(model, x, check="none")  # by the laws alone
+    assert not result.plan.merges
+    torch.testing.assert_close(result.model(x), model(x), atol=EXACT, rtol=EXACT)
+
+
 @pytest.mark.parametrize("broken", ["window", "values", "layer", "twice", "map"])
 def test_a_merge_that_does_not_fit_the_model_is_refused(broken: str) -> None:
     model, x = net_of("all")

@@ -167,7 +167,7 @@ def reports(folder: Path) -> Iterator[tuple[str, Path, str, int]]:
     images, labels = arrays(600)
     tests = arrays(200, seed=1)
     np.savez(folder / "thirds.npz", x_train=images, y_train=labels, x_test=tests[0], y_test=tests[1])
-    training = "--epochs 6 --batch-size 30 --lr 0.01,0.1 --repeats 3 --from-scratch --watch 10"
+    training = "--epochs 6 --batch-size 30 --lr 0.01,0.1 --repeats 3 --from-scratch --watch-every 20"
     commands = {
         "resnet50": "fold torchvision:resnet50 -o resnet50.pt",
         "densenet121": "fold torchvision:densenet121 -o densenet121.pt",
@@ -188,7 +188,7 @@ def photograph(pages: Iterator[tuple[str, Path, str, int]], whole: Path | None) 
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         for name, path, theme, width in pages:
-            height = 1800 if name.startswith("notebook") else 1000
+            height = 1520 if name.startswith("notebook") else 1000
             page: Any = browser.new_page(viewport={"width": width, "height": height}, color_scheme=theme)
             page.route("http**", lambda route: route.abort())
             page.goto(path.as_uri(), wait_until="load")

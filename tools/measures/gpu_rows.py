@@ -116,7 +116,7 @@ class Case:
             candidates,
             rebatching(example),
             batches=(1,) if self.rehearse else (1, 32),
-            rounds=7 if self.rehearse else 30,
+            rounds=11 if self.rehearse else 30,
             seconds=2 if self.rehearse else 10,
             device="cpu" if self.rehearse else "cuda",
             onnx_device=None if in_torch else device,

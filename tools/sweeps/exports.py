@@ -84,9 +84,11 @@ def examine(name: str) -> dict[str, Any]:
         "stages": {f"{c.stage} {c.precision}".strip(): round(c.ratio, 2) for c in checks},
         "notes": list(export.notes),
     }
-    failed = [f"{c.stage} {c.precision}".strip() for c in checks if not c.passed]
+    failed = [f"{c.stage} {c.precision}".strip() for c in checks if c.verdict == "failed"]
     if failed:
         return {"status": "differs", "error": f"in {', '.join(failed)}", **row}
+    if unsure := [c for c in checks if c.undecided]:
+        return {"status": "undecided", "error": unsure[0].undecided, **row}
     if left > len(kept):
         return {"status": "without a reason", "error": f"{left} nodes, {len(kept)} reasons", **row}
     return {"status": "ok", **row}

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 import bntool
 from bntool.cli.loading import replay_of, side_file_of
 from bntool.core.errors import BntoolError
-from bntool.files.sidecar import make_document, sidecar_path
+from bntool.files.sidecar import Origin, make_document, sidecar_path
 from bntool.pipeline.onnx_folding import fold_onnx
 
 SECONDS = 2.0
@@ -107,10 +107,8 @@ def subjects(folder: Path) -> Iterator[Subject]:
         return nn.Sequential(nn.Conv2d(3, 8, 1), Block(), nn.ReLU(), Block()).eval()
 
     def subject(name: str, plan: Any, build: Callable[[], nn.Module], earlier: Any = None) -> Subject:
-        document = make_document(
-            plan.action, source="w.pt", source_hash="0" * 64, output=output, arch="torchvision:resnet18",
-            plan=plan.to_dict(),
-        )  # fmt: skip
+        origin = Origin("w.pt", "0" * 64, arch="torchvision:resnet18")
+        document = make_document(plan.action, origin, output, plan=plan.to_dict())
         if earlier is not None:
             document["earlier_plans"] = [earlier.to_dict()]
         return Subject(name, json.loads(json.dumps(document)), build)

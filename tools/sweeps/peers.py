@@ -97,7 +97,7 @@ def judge(name: str, tool: str, folder: Path, gain: float = 1.0) -> dict[str, An
         theirs = noise_limits(expected, [rounding], layers, torch.finfo(torch.float32).eps)
         limits = {name: max(limit, theirs[name], key=lambda x: x.limit) for name, limit in limits.items()}
     check = compare(expected, [got], limits, stage="fold", device="cpu", provider=tool)
-    decidable = not any(limit.undecidable for limit in limits.values())
+    decidable = not (check.undecided or any(limit.undecidable for limit in limits.values()))
     return {
         "status": "ok" if check.passed else "wrong" if decidable else "undecided",
         "left": outcome.trace.left(batch_norms),

@@ -92,7 +92,7 @@ def _judged(subject: ModuleSubject, plan: Plan, after: Any) -> tuple[bool, str]:
         rows = subject.proof(Checking()).rows(plan, candidate)
     except BntoolError as error:
         return True, type(error).__name__
-    failed = [f"{row.precision or 'own'}" for row in rows if not row.passed]
+    failed = [f"{row.precision or 'own'}" for row in rows if not row.agrees]
     return bool(failed), ", ".join(failed)
 
 

@@ -174,7 +174,7 @@ def _inserted(model: Any, observation: Any) -> dict[str, Any]:
     return {
         "sites": len(plan.sites),
         "forms": dict(collections.Counter(site.form for site in plan.insert_sites)),
-        "insert_exact": check is None or check.passed,
+        "insert_exact": check is None or check.agrees,
         "round_trip": worst,
         "sites_again": sites_again(made, observation.inputs),
         **second,
