@@ -203,6 +203,9 @@ def test_a_single_point_is_seen_and_a_panel_without_data_says_so(tmp_path: Path)
     assert plain.lines[0].get_marker() == "."
     assert not plain.texts
     assert [text.get_text() for text in batchnorm.texts] == ["nothing seen"]
+    layer = next(iter(first["gradients"]))
+    first["gradients"][layer] = second["gradients"][layer] = 0.0
+    assert write_plots(found, tmp_path / "c")
     for record in (first, second):
         record["gradients"] = dict.fromkeys(record["gradients"], 0.0)
     gradients = plots.gradients(found)
