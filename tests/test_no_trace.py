@@ -36,7 +36,7 @@ CALLS: dict[str, Callable[[nn.Module, Tensor], Any]] = {
     "verify": lambda model, x: bntool.verify(model, model, x, check="fast"),
     "calibrate": lambda model, x: bntool.calibrate(model, [x]),
     "bench": lambda model, x: bntool.bench(
-        model, model, example_inputs=x, names=("a", "b"), batch_sizes=(2,), rounds=7
+        model, model, example_inputs=x, names=("a", "b"), batch_sizes=(2,), rounds=11
     ),
 }
 IN_TRAINING = ("fold unchecked", "insert", "summary", "calibrate")

@@ -282,6 +282,24 @@ def test_calibrating_from_a_folder_in_class_order_keeps_the_accuracy(folder, cap
     assert "warning: the 4 batches differ more than chance allows" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("command", ["calibrate", "insert"])
+def test_an_empty_loader_is_told_as_such(tmp_path, monkeypatch, capsys, command):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    norm = [nn.BatchNorm2d(4)] if command == "calibrate" else []
+    torch.save(nn.Sequential(nn.Conv2d(3, 4, 3), *norm, nn.ReLU()), "m.pt")
+    Path("own.py").write_text(
+        "import torch\ndef loader(): return torch.utils.data.DataLoader([], batch_size=2)\n"
+    )
+    more = ["--init", "calibrate"] if command == "insert" else []
+    code = run([command, "m.pt", "--input", "1x3x8x8", "--data", "own.py:loader", *more])
+    said = capsys.readouterr().err
+    assert code in (2, 3), said
+    assert "num_samples" not in said
+    assert "no " in said.split("error: ")[1].split("\n")[0], said
+    assert sorted(path.name for path in tmp_path.iterdir() if path.is_file()) == ["m.pt", "own.py"]
+
+
 @pytest.mark.parametrize("words", [["--split", "dev"], ["--include", "cats/*"], ["--limit", "0"]])
 def test_bad_choices_write_nothing(folder, capsys, words):
     torch.save(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)), "m.pt")

@@ -46,7 +46,7 @@ def bench(
         seed: of the inputs.
 
     Raises:
-        UsageError: fewer than two models, no batch size that all take, or fewer than 7 rounds.
+        UsageError: fewer than two models, no batch size that all take, or fewer than 11 rounds.
         DeviceError: the device is not there, or not honoured.
     """
     if len(models) < 2 or (names and len(names) != len(models)):

@@ -152,18 +152,16 @@ def gradients(found: TrainingComparison) -> Figure | None:
     grid = figure.subplots(1, len(layers), sharey=True, squeeze=False)[0]
     for axis, layer in zip(grid, layers, strict=True):
         for arm in ARMS:
-            pairs = [
-                (record["step"], record["gradients"].get(layer))
-                for record in found.watched(arm).progress.records
-            ]
-            known = [(step, norm) for step, norm in pairs if norm]
+            records = found.watched(arm).progress.records
+            known = [(r["step"], norm) for r in records if (norm := r["gradients"].get(layer))]
             steps = [step for step, _ in known]
             low, middle, high = _rolling([norm for _, norm in known])
             axis.fill_between(steps, low, high, color=_COLOURS[arm], alpha=0.25, linewidth=0)
             axis.plot(steps, middle, _style(steps), color=_COLOURS[arm], linewidth=1.0)
         _say_if_empty(axis, [x for line in axis.lines for x in line.get_xdata()], "no gradient seen")
-        axis.set_yscale("log")
         axis.set_title(shorten_middle(layer or "(root)", 13), loc="left")
+    if any(norm > 0 for axis in grid for line in axis.lines for norm in line.get_ydata()):
+        grid[0].set_yscale("log")  # of all, for they share it; it cannot be of none
     grid[0].set_ylabel("norm of the gradient")
     _steps_axis(found, grid)
     _keyed(figure, "gradient of each layer's weight: median and quartiles of nine records")

@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ from bntool.cli.examples import EXAMPLES
 from bntool.cli.versions import version_text
 from tests.cli import nets
 from tests.cli.conftest import Shell
-from tools.docs.make_reference import MANUAL, PAGE, manual, page
+from tools.docs.make_reference import MANUAL, PAGE, completions, manual, page
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -79,6 +80,15 @@ def test_what_bash_is_told(line: str, words: list[str]) -> None:
 def test_zsh_and_fish_are_told_the_same() -> None:
     assert "insert" in _completed("bntool ins", "zsh")
     assert any(word.startswith("plain,insert") for word in _completed("ins", "fish"))
+
+
+def test_the_scripts_that_the_wheel_brings_are_those_that_click_writes() -> None:
+    pinned = re.search(r"^click==(.+)$", (ROOT / "constraints.txt").read_text(encoding="utf-8"), re.MULTILINE)
+    assert pinned is not None, "make_reference writes them by the click that constraints.txt names"
+    if metadata.version("click") != pinned[1]:
+        pytest.skip(f"another click than {pinned[1]}, whose scripts may differ")
+    for path, text in completions().items():
+        assert path.read_text(encoding="utf-8") == text, "python tools/docs/make_reference.py"
 
 
 def test_completion_imports_nothing_heavy() -> None:

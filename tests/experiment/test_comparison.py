@@ -11,6 +11,7 @@ from torch import nn
 
 import bntool
 from bntool.core.errors import CheckFailed, NothingToDo, UsageError
+from bntool.experiment import plots
 from bntool.experiment.comparison import compare_training, draw_weights
 from bntool.experiment.folder import FILES, RUNS, write_document
 from bntool.experiment.plots import write_plots
@@ -187,3 +188,27 @@ def test_a_softmax_at_the_end_is_remarked(tmp_path: Path) -> None:
     model = nn.Sequential(*classifier(), nn.Softmax(1))
     found = compare_training(model, thirds(), Settings(epochs=1), tmp_path / "c")
     assert "leave its softmax out" in found.notes[0]
+
+
+def test_a_single_point_is_seen_and_a_panel_without_data_says_so(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    once = dataclasses.replace(SETTINGS, epochs=1, lrs=(0.05,), repeats=1, watch_every=1000)
+    found = compare_training(classifier(), thirds(), once, tmp_path / "c")
+    (first,), (second,) = (found.watched(arm).progress.records for arm in ("plain", "batchnorm"))
+    for layer in second["values"].values():
+        layer["quantiles"] = [None] * 5  # as where the numbers ran away
+    figure = plots.distributions(found)
+    assert figure is not None
+    plain, batchnorm = figure.axes[0], figure.axes[len(second["values"])]
+    assert plain.lines[0].get_marker() == "."
+    assert not plain.texts
+    assert [text.get_text() for text in batchnorm.texts] == ["nothing seen"]
+    layer = next(iter(first["gradients"]))
+    first["gradients"][layer] = second["gradients"][layer] = 0.0
+    assert write_plots(found, tmp_path / "c")
+    for record in (first, second):
+        record["gradients"] = dict.fromkeys(record["gradients"], 0.0)
+    gradients = plots.gradients(found)
+    assert gradients is not None
+    assert {text.get_text() for axis in gradients.axes for text in axis.texts} == {"no gradient seen"}
+    assert write_plots(found, tmp_path / "c")
