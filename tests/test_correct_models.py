@@ -1,6 +1,6 @@
 """Correct models pass every check, and nothing in them is blamed; `make verification` runs forty.
 
-With weights of chance the mnasnet gives the same for every sample, to within its rounding: that proves nothing.
+With weights of chance the mnasnet gives the same for every sample, within its rounding: that proves nothing.
 """
 
 from __future__ import annotations
