@@ -1,10 +1,13 @@
-"""Correct models pass every check, and nothing in them is blamed; `make verification` runs forty."""
+"""Correct models pass every check, and nothing in them is blamed; `make verification` runs forty.
+
+With weights of chance the mnasnet gives the same for every sample, within its rounding: that proves nothing.
+"""
 
 from __future__ import annotations
 
 import pytest
 
-from tools.sweeps.forty import NAMES, verify
+from tools.sweeps.forty import NAMES, verdict, verify
 
 
 def test_there_are_forty() -> None:
@@ -15,9 +18,9 @@ def test_there_are_forty() -> None:
     "name",
     ["torchvision:squeezenet1_1", "torchvision:mnasnet0_5", "timm:resnet10t", "timm:lcnet_050"],
 )
-def test_a_correct_model_passes_and_is_not_blamed(name: str) -> None:
+def test_a_correct_model_passes_or_is_undecided_and_is_not_blamed(name: str) -> None:
     pytest.importorskip(name.partition(":")[0])
     line = verify(name)
-    # the outputs of mnasnet0_5 hardly answer to its inputs, which float32 cannot tell from its own rounding
-    assert line["passed"] or (name.endswith("mnasnet0_5") and line["undecided"]), line["rows"]
+    expected = "undecided" if name == "torchvision:mnasnet0_5" else "passed"
+    assert verdict(line) == expected, line["rows"]
     assert line["blamed"] == {}

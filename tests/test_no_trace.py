@@ -124,6 +124,7 @@ def around() -> Any:
         random.getstate(),
         numpy_state,
         torch.get_default_dtype(),
+        torch.backends.cudnn.benchmark,
         torch.is_grad_enabled(),
     ]
 
@@ -146,6 +147,7 @@ def _on_one_thread() -> Any:
     yield
     torch.set_num_threads(threads)
     torch.set_default_dtype(torch.float32)
+    torch.backends.cudnn.benchmark = False
 
 
 def test_the_zoo_is_large_and_every_model_of_it_leaves_a_trace_by_itself() -> None:
@@ -160,6 +162,7 @@ def test_the_zoo_is_large_and_every_model_of_it_leaves_a_trace_by_itself() -> No
         if [picture(model), picture(x), around()] == before:
             clean.append(name)
         torch.set_default_dtype(torch.float32)
+        torch.backends.cudnn.benchmark = False
     # spectral vectors move in training alone, and a train() without a return leaves nothing in the model
     assert set(clean) == {"spectral_parametrization", "weight_parametrization", "TrainReturnsNothing"}
 

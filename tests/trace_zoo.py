@@ -495,6 +495,13 @@ class SetsTheDefaultType(Net):
 
 
 @zoo
+class SetsFlags(Net):
+    def leave(self, x: Tensor, y: Tensor) -> Tensor:
+        torch.backends.cudnn.benchmark = True
+        return y
+
+
+@zoo
 class GlobalList(Net):
     def leave(self, x: Tensor, y: Tensor) -> Tensor:
         OUTSIDE["log"].append(x.shape)

@@ -174,7 +174,7 @@ def _goes_in_order(loader: Any) -> bool:
         and not isinstance(loader.dataset, IterableDataset)
         and type(loader.sampler) is SequentialSampler
         and type(loader.batch_sampler) is BatchSampler
-        and len(loader.dataset) > 0  # of nothing no order can be drawn
+        and len(loader.sampler) > 0  # of nothing no order can be drawn
     )
 
 

@@ -158,9 +158,14 @@ def _not_compiled(model: nn.Module) -> Iterator[None]:
 @contextlib.contextmanager
 def _defaults_kept() -> Iterator[None]:
     dtype, grad = torch.get_default_dtype(), torch.is_grad_enabled()
+    cudnn: Any = torch.backends.cudnn
+    flags = {name: getattr(cudnn, name) for name in ("benchmark", "deterministic", "allow_tf32")}
     try:
         yield
     finally:
+        for name, flag in flags.items():
+            if getattr(cudnn, name) != flag:
+                setattr(cudnn, name, flag)
         if torch.get_default_dtype() != dtype:
             torch.set_default_dtype(dtype)
         if torch.is_grad_enabled() != grad:
