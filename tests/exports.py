@@ -27,4 +27,5 @@ def export_onnx(
     axes = tuple(f"{name}:{','.join(map(str, found))}" for name, found in (dynamic or {}).items())
     how = ExportOptions(static_batch=not dynamic_batch, dynamic=axes, **options)
     how.validate()
+    how.require_together()
     return exporting.export_onnx(model, example_inputs, path, how, metadata=metadata, force=force)

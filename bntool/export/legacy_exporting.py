@@ -101,7 +101,7 @@ def trace(
         with silent(), isolation.run() as run, torch.no_grad(), _BatchNormCalls() as calls:
             _Flat(run, sample)(*fresh(Inputs(tuple(named.values()))).args)
         # the trace runs the model again, unwatched
-        flat = _Flat(own_copy(model) if isolation.wrote else model, sample)
+        flat = _Flat(own_copy(model) if isolation.written else model, sample)
         with silent(), _no_graph_on_stdout(), warnings.catch_warnings(record=True) as warned:
             warnings.simplefilter("ignore")  # that this exporter is deprecated, which is not news
             warnings.simplefilter("always", TracerWarning)

@@ -60,7 +60,7 @@ def observe(model: nn.Module, inputs: Inputs, *, apart: bool = False) -> Observa
         modules = list(run.named_modules(remove_duplicate=False))
         recorder = Recorder(model, modules, copies)
         # Monte Carlo dropout: left on in a model in eval mode, it is what will run
-        still_dropping = [] if run.training else [m for _, m in modules if _drops(m)]
+        still_dropping = [] if getattr(run, "training", False) else [m for _, m in modules if _drops(m)]
         set_modes(run, training=False)
         for module in still_dropping:
             module.training = True

@@ -12,7 +12,7 @@ import contextlib
 import functools
 import random
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -38,14 +38,18 @@ class Isolation:
     Args:
         model: the user's own.
         own_parameters: whether each run gets parameters of its own; for runs that are not watched.
+        writes: tensors outside that a watched run wrote to; for runs that are not.
 
-    `notes` says what could not be isolated; `wrote` whether a run wrote to a tensor that it shared.
+    `notes` says what could not be isolated; `written` are the shared tensors that runs wrote to.
     """
 
-    def __init__(self, model: nn.Module, *, own_parameters: bool = False) -> None:
+    def __init__(
+        self, model: nn.Module, *, own_parameters: bool = False, writes: Sequence[Tensor] = ()
+    ) -> None:
         self.model = model
         self.notes: list[str] = []
-        self.wrote = False
+        self.written: list[Tensor] = []
+        self._writes = writes
         self._own_parameters = own_parameters
 
     @contextlib.contextmanager
@@ -61,6 +65,8 @@ class Isolation:
         surroundings = Surroundings(self.model, copied.shared)
         kept = Kept(modules_of(self.model))
         kept.add(surroundings.tensors)
+        for tensor in self._writes:
+            kept.before_write(tensor)
         self._say(surroundings.notes)
         with contextlib.ExitStack() as stack:
             stack.callback(self._notice, kept)
@@ -91,7 +97,7 @@ class Isolation:
         self.notes += [note for note in notes if note not in self.notes]
 
     def _notice(self, kept: Kept) -> None:
-        self.wrote = self.wrote or bool(kept.copies)
+        self.written += [tensor for tensor, _ in kept.copies.values()]
 
 
 def fresh(inputs: Inputs) -> Inputs:

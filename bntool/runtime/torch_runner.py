@@ -96,7 +96,8 @@ class TorchRunner:
         on_cuda = self._asked.type == "cuda"
         with self._isolation.run() as model, self._held():
             _called(model, fresh(moved))
-        isolation = Isolation(self._model, own_parameters=self._isolation.wrote)
+        written = self._isolation.written
+        isolation = Isolation(self._model, own_parameters=bool(written), writes=written)
         with isolation.run(watched=False) as model, self._held():
 
             def run() -> None:
