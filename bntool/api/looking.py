@@ -11,6 +11,7 @@ from torch import nn
 
 from bntool.api.asked import Model
 from bntool.core.command_options import ViewOptions
+from bntool.graph.drawing import Draw
 from bntool.graph.inputs import Inputs
 from bntool.pipeline.summarising import or_weights, summarized
 from bntool.report.summary import Summary
@@ -71,8 +72,8 @@ def _inputs_of(given: Any, model: Any) -> Inputs | None:
     sizes = [given] if _is_size(given) else given
     if not isinstance(sizes, list | tuple) or not sizes or not all(map(_is_size, sizes)):
         return Inputs.of(given)
-    generator = torch.Generator().manual_seed(0)
-    drawn = Inputs(tuple(torch.randn(tuple(size), generator=generator) for size in sizes))
+    draw = Draw()
+    drawn = Inputs(tuple(draw.numbers(size, torch.float32) for size in sizes))
     parameters = model.parameters() if isinstance(model, nn.Module) else ()
     return drawn.to(dtype=next((p.dtype for p in parameters if p.is_floating_point()), None))
 

@@ -40,7 +40,7 @@ def fold_to_onnx(
     """The whole way of `bntool fold --export onnx`: fold, prove, export, verify.
 
     Args:
-        model: an `nn.Module` or an `ExportedProgram`, or a path or reference of one.
+        model: an `nn.Module`, an `ExportedProgram` or TorchScript, or a path or reference of one.
         path: where the ONNX file goes; nothing is written unless every stage passes.
         example_inputs: as for `fold`.
         fold: which BatchNorms may go; by default all.

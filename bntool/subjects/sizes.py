@@ -6,10 +6,10 @@ import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 
-import torch
 from torch import Tensor
 
 from bntool.graph.dataflow import Graph
+from bntool.graph.drawing import Draw
 from bntool.graph.inputs import Inputs
 
 _LEAST = 8
@@ -151,8 +151,8 @@ def drawn(inputs: Inputs, shape_of: ShapeOf, seed: int, *, more: int) -> Inputs:
 
     The values spread more widely than a usual example's, so that a number read from them is another one.
     """
-    generator = torch.Generator().manual_seed(seed)
-    return inputs.map(functools.partial(_drawn, shape_of=shape_of, more=more, generator=generator))
+    draw = Draw(seed, mean=0.5, spread=2.5)
+    return inputs.map(functools.partial(_drawn, shape_of=shape_of, more=more, draw=draw))
 
 
 def _longer(tensor: Tensor, more: int) -> list[int]:
@@ -183,12 +183,9 @@ def _sides(tensor: Tensor) -> Iterator[tuple[int, int]]:
     return enumerate(tensor.shape)
 
 
-def _drawn(tensor: Tensor, shape_of: ShapeOf, more: int, generator: torch.Generator) -> Tensor:
+def _drawn(tensor: Tensor, shape_of: ShapeOf, more: int, draw: Draw) -> Tensor:
     if tensor.dim() < 2:
         return tensor
     samples, *rest = shape_of(tensor)
     shape = [max(samples + more, 1), *rest]
-    if not tensor.is_floating_point():
-        index = torch.randint(tensor.numel(), shape, generator=generator)
-        return tensor.cpu().reshape(-1)[index].to(tensor.device)
-    return (2.5 * torch.randn(shape, generator=generator) + 0.5).to(tensor)
+    return draw.like(tensor, shape)
