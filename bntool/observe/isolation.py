@@ -12,19 +12,19 @@ import contextlib
 import functools
 import random
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from bntool.core.errors import ObserveError
 from bntool.graph.inputs import Inputs
 from bntool.observe.leftovers import Kept, random_state_kept, undeclared_writes
 from bntool.observe.modules import modules_of
+from bntool.observe.operators import OperatorMode
 from bntool.observe.standing_in import StandIn, set_modes, stand_in
 from bntool.observe.surroundings import LARGEST_COPIED, Surroundings
 
@@ -219,15 +219,14 @@ def _is_same_memory(one: Tensor, other: Tensor) -> bool:
         return True
 
 
-class _Watch(TorchDispatchMode):
+class _Watch(OperatorMode):
     """Keeps what a run is about to write to, where it belongs to somebody else."""
 
     def __init__(self, kept: Kept) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self._kept = kept
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
+    def operator(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         written = _written(func)
         if written:
             name, schema = _name(func), func._schema
