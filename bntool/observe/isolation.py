@@ -25,6 +25,7 @@ from bntool.graph.inputs import Inputs
 from bntool.observe.leftovers import Kept, random_state_kept, undeclared_writes
 from bntool.observe.modules import modules_of
 from bntool.observe.operators import OperatorMode
+from bntool.observe.settings import settings_kept
 from bntool.observe.standing_in import StandIn, set_modes, stand_in
 from bntool.observe.surroundings import LARGEST_COPIED, Surroundings
 
@@ -74,7 +75,7 @@ class Isolation:
             stack.callback(surroundings.restore)
             stack.enter_context(_parameters_kept(self.model))
             stack.enter_context(modes_kept(self.model))
-            stack.enter_context(_defaults_kept())
+            stack.enter_context(settings_kept())
             stack.enter_context(_not_compiled(self.model))
             stack.enter_context(random_state_kept())
             set_modes(self.model, training=False)
@@ -116,7 +117,7 @@ def surroundings_kept(model: nn.Module) -> Iterator[None]:
     kept.add(tensor for tensor in surroundings.tensors if tensor.nbytes <= LARGEST_COPIED)
     for tensor in surroundings.tensors:
         kept.before_write(tensor)
-    with _parameters_kept(model), modes_kept(model), _defaults_kept():
+    with _parameters_kept(model), modes_kept(model), settings_kept():
         try:
             yield
         finally:
@@ -159,23 +160,6 @@ def _not_compiled(model: nn.Module) -> Iterator[None]:
             "ignore", message=r"Using `torch\.compile\(module\)` when there are global hooks"
         )
         yield
-
-
-@contextlib.contextmanager
-def _defaults_kept() -> Iterator[None]:
-    dtype, grad = torch.get_default_dtype(), torch.is_grad_enabled()
-    cudnn: Any = torch.backends.cudnn
-    flags = {name: getattr(cudnn, name) for name in ("benchmark", "deterministic", "allow_tf32")}
-    try:
-        yield
-    finally:
-        for name, flag in flags.items():
-            if getattr(cudnn, name) != flag:
-                setattr(cudnn, name, flag)
-        if torch.get_default_dtype() != dtype:
-            torch.set_default_dtype(dtype)
-        if torch.is_grad_enabled() != grad:
-            torch.set_grad_enabled(grad)
 
 
 @contextlib.contextmanager
