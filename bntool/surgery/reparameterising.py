@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from bntool.core.plan import Plan
 from bntool.core.schema import Damaged
 from bntool.core.sites import Edit
+from bntool.core.tolerances import ALGEBRA_LIMIT
 from bntool.graph.inputs import Inputs, named_tensors
 from bntool.observe.copying import structural_copy
 from bntool.observe.isolation import Isolation, fresh
@@ -30,8 +31,6 @@ _MOST_CONVOLUTIONS = 8
 """`fuse` is a common word: only a block of a few convolutions that become fewer is meant by it."""
 _SIDE = 16
 """A block is tried on an image no larger than this."""
-_EXACT = 1e-10
-"""Relative to the peak of an output: what a merge in float64 may differ by, as in the proof of a fold."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,7 +113,7 @@ def _output_of(model: nn.Module, inputs: Inputs) -> dict[str, torch.Tensor]:
 def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
     if one.shape != other.shape or not one.is_floating_point():
         return one.shape == other.shape
-    return bool((one - other).abs().max() <= _EXACT * one.abs().max())
+    return bool((one - other).abs().max() <= ALGEBRA_LIMIT * one.abs().max())
 
 
 def with_blocks_merged(model: nn.Module, blocks: list[Block]) -> nn.Module:
