@@ -15,7 +15,8 @@ from bntool.core.blame import Step, first_fault
 from bntool.core.errors import BntoolError, CheckFailed, UsageError
 from bntool.graph.inputs import Inputs
 from bntool.verifying import blaming
-from bntool.verifying.checking import check_onnx, check_surgery, seeded_batches
+from bntool.verifying.checking import check_surgery, seeded_batches
+from bntool.verifying.export_checking import check_onnx
 from bntool.verifying.reference import Reference
 from bntool.verifying.repro import write_repro
 from tests import broken

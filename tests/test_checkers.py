@@ -16,9 +16,10 @@ from bntool.core.verdicts import Check
 from bntool.graph.inputs import Inputs
 from bntool.runtime.ort_runner import OrtRunner
 from bntool.verifying.algebra import Redone
-from bntool.verifying.checking import check_onnx, check_surgery, seeded_batches
+from bntool.verifying.checking import check_surgery, seeded_batches
 from bntool.verifying.comparing import compare, noise_limits
 from bntool.verifying.conditions import Conditions
+from bntool.verifying.export_checking import check_onnx
 from bntool.verifying.onnx_checking import OnnxReference, check_onnx_unchanged
 from bntool.verifying.onnx_verifying import check_files, check_itself
 from bntool.verifying.reference import Reference

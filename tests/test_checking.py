@@ -12,8 +12,9 @@ from bntool.core.tolerances import ALGEBRA_LIMIT, Tolerance
 from bntool.graph.inputs import Inputs
 from bntool.report.checks import Comparison
 from bntool.verifying.algebra import Redone
-from bntool.verifying.checking import check_onnx, check_surgery, named_as, seeded_batches
+from bntool.verifying.checking import check_surgery, seeded_batches
 from bntool.verifying.conditions import Conditions
+from bntool.verifying.export_checking import check_onnx, named_as
 from bntool.verifying.reference import Reference
 from tests.exports import export_onnx
 

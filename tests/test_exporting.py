@@ -12,7 +12,8 @@ from torch import nn
 from bntool.core.errors import ExportError
 from bntool.export import exporting, onnx_writing
 from bntool.graph.inputs import Inputs
-from bntool.verifying.checking import check_onnx, seeded_batches
+from bntool.verifying.checking import seeded_batches
+from bntool.verifying.export_checking import check_onnx
 from bntool.verifying.reference import Reference
 from tests.exports import export_onnx
 

@@ -19,8 +19,8 @@ from bntool.graph.inputs import Inputs
 from bntool.pipeline.onnx_folding import fold_onnx, insert_onnx
 from bntool.runtime.onnx_outputs import OutputTraits, error_of
 from bntool.runtime.ort_runner import OrtRunner
-from bntool.verifying.checking import check_onnx
 from bntool.verifying.conditions import Conditions
+from bntool.verifying.export_checking import check_onnx
 from bntool.verifying.onnx_verifying import check_files, check_itself, seeded_file_inputs
 from bntool.verifying.reference import Reference
 

@@ -15,8 +15,8 @@ from bntool.models.casting import TF32, round_to_tf32, tf32_copy
 from bntool.report.checks import Comparison
 from bntool.runtime.libraries import CPU, CUDA, TENSORRT
 from bntool.verifying import checking
-from bntool.verifying.checking import check_onnx
 from bntool.verifying.conditions import Conditions
+from bntool.verifying.export_checking import check_onnx
 from bntool.verifying.onnx_verifying import check_itself
 from bntool.verifying.reference import Reference
 from bntool.verifying.tf32 import check_tf32, no_tf32

@@ -96,7 +96,6 @@ def command(voice: Voice, asked: Asked) -> int:
     from bntool.cli import writing
     from bntool.cli.devices import require_places
     from bntool.cli.picturing import picture
-    from bntool.pipeline.serving import placed
 
     onnx_too = opened.kind == "onnx" or bool(asked.ask.export_to)
     devices = require_places(asked.place, torch_too=opened.kind != "onnx", onnx_too=onnx_too)
@@ -112,6 +111,8 @@ def command(voice: Voice, asked: Asked) -> int:
             result = folded.served(result, after, places.onnx, drafts)
         record = writing.draft_result(opened, "fold", (result, after), places.model, drafts)
     if places.onnx is not None:
+        from bntool.pipeline.serving import placed
+
         result = placed(result, places.onnx.named, places.onnx.path, drafts)
     writing.keep_in_mind(voice, record)
     folded.tell_written(result, places)

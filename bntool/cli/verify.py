@@ -219,8 +219,9 @@ def _compared(
     session: Session, other: Any, reference: Reference, check: CheckOptions, places: Devices, step: Any
 ) -> list[Check]:
     from bntool.cli import devices
-    from bntool.verifying.checking import check_onnx, check_surgery
+    from bntool.verifying.checking import check_surgery
     from bntool.verifying.conditions import Conditions
+    from bntool.verifying.export_checking import check_onnx
     from bntool.verifying.tf32 import check_tf32, no_tf32
 
     tf32 = check.tf32 == "both"

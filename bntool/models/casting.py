@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from bntool.core.errors import ExportError
 from bntool.observe.standing_in import cast, own_copy
+from bntool.observe.watching import OpMode
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 _PRODUCTS = frozenset(
@@ -107,7 +107,7 @@ def round_to_tf32(tensor: Tensor) -> Tensor:
     return torch.where(tensor.isfinite(), rounded.view(tensor.shape), tensor)
 
 
-def _running_in(model: nn.Module, mode: Callable[[], TorchDispatchMode]) -> nn.Module:
+def _running_in(model: nn.Module, mode: Callable[[], OpMode]) -> nn.Module:
     forward = model.forward
 
     @functools.wraps(forward)
@@ -119,11 +119,11 @@ def _running_in(model: nn.Module, mode: Callable[[], TorchDispatchMode]) -> nn.M
     return model
 
 
-class _Rounding(TorchDispatchMode):
+class _Rounding(OpMode):
     """Rounds every new floating tensor to a narrower type, in place, so that aliases stay aliases."""
 
     def __init__(self, dtype: torch.dtype) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self._dtype = dtype
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -138,7 +138,7 @@ class _Rounding(TorchDispatchMode):
         return result
 
 
-class _RoundingFactors(TorchDispatchMode):
+class _RoundingFactors(OpMode):
     """Hands convolutions and matrix products their tensors rounded to TF32.
 
     A bias is added after the product, in float32, so it is left as it is: the third tensor of a convolution

@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from bntool.core.collecting import paused
 from bntool.core.errors import ObserveError
@@ -29,6 +28,7 @@ from bntool.observe.leftovers import require_materialised, undeclared_writes
 from bntool.observe.reading_out import size_reads, unseen_reads
 from bntool.observe.recording import Recorder, tensors_in
 from bntool.observe.standing_in import set_modes
+from bntool.observe.watching import OpMode
 from bntool.observe.written_out import recognise_norms
 
 
@@ -152,9 +152,9 @@ def _schema_of(func: Any) -> tuple[str, dict[str, str], frozenset[str], bool]:
     return name, names, frozenset(names[a.name] for a in written), draws
 
 
-class _DispatchMode(TorchDispatchMode):
+class _DispatchMode(OpMode):
     def __init__(self, recorder: Recorder) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.recorder = recorder
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -24,7 +24,7 @@ from bntool.pipeline.onnx_folding import fold_exported
 from bntool.report.results import SurgeryResult
 from bntool.subjects.base import Checking, Exportable
 from bntool.verifying.blaming import Found, blame_onnx
-from bntool.verifying.checking import check_onnx
+from bntool.verifying.export_checking import check_onnx
 from bntool.verifying.reference import Reference
 
 

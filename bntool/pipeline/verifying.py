@@ -10,7 +10,8 @@ from bntool.core.errors import CheckFailed
 from bntool.core.verdicts import Check
 from bntool.graph.inputs import Inputs
 from bntool.subjects.base import Checking, Subject
-from bntool.verifying.checking import check_onnx, check_surgery, seeded_batches
+from bntool.verifying.checking import check_surgery, seeded_batches
+from bntool.verifying.export_checking import check_onnx
 from bntool.verifying.onnx_verifying import check_files, seeded_file_inputs
 from bntool.verifying.reference import Reference
 

@@ -18,8 +18,8 @@ from bntool.subjects.base import Checking
 from bntool.subjects.elsewhere import Elsewhere, sides_of
 from bntool.surgery.fold_modules import Numbers, apply_exactly, apply_fold
 from bntool.verifying.algebra import Redone
-from bntool.verifying.checking import DEFAULT, check_surgery, seeded_batches
-from bntool.verifying.conditions import Conditions
+from bntool.verifying.checking import check_surgery, seeded_batches
+from bntool.verifying.conditions import DEFAULT, Conditions
 from bntool.verifying.float64 import Unrounded
 from bntool.verifying.reference import Reference
 

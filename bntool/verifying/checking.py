@@ -1,38 +1,28 @@
-"""The stages of a check: torch against torch (fold, insert), torch against ONNX (export), and the runtime.
+"""A model before and after surgery, both run by torch: in its own precision, and in float64.
 
-Each stage has its own verdict, so that a failure says who broke it. All are judged against the original's
-own float64 run, and no model runs twice on the same inputs.
+All is judged against the original's own float64 run, and no model runs twice on the same inputs.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from bntool.core.errors import BntoolError, CheckFailed
-from bntool.core.tolerances import BY_NOISE, Limit, Tolerance
-from bntool.core.verdicts import TF32, Check
+from bntool.core.errors import BntoolError
+from bntool.core.tolerances import Limit, Tolerance
+from bntool.core.verdicts import Check
 from bntool.graph.inputs import Inputs
-from bntool.models import casting
-from bntool.runtime.naming import on_nvidia
-from bntool.runtime.onnx_outputs import OutputTraits
-from bntool.runtime.ort_runner import OrtRunner
 from bntool.runtime.runner import Runner
 from bntool.runtime.torch_runner import TorchRunner
 from bntool.verifying.algebra import Redone, does_not_run, left_to_algebra, without
 from bntool.verifying.comparing import Outputs, compare
-from bntool.verifying.conditions import Conditions
+from bntool.verifying.conditions import DEFAULT, Conditions
 from bntool.verifying.differences import difference
 from bntool.verifying.reference import Reference
-from bntool.verifying.tf32 import no_tf32
-
-DEFAULT = Conditions()
-"""On the CPU, judged by the noise floor."""
 
 
 def check_surgery(
@@ -125,77 +115,6 @@ def _by_floor(
     return own(floor.limits)
 
 
-def check_onnx(reference: Reference, path: str | Path, how: Conditions = DEFAULT) -> list[Check]:
-    """Compare an ONNX file with the torch model: the export stage (ONNX Runtime's optimisations off), then
-    the runtime stage (optimisations on), both on one device. `how.twice` runs the last of them again, which
-    is always done on CUDA. `how.tf32` adds a row with TF32 on, judged by what TF32 itself does to the model;
-    where nothing here has TF32 the runtime row says so.
-
-    Raises `DeviceError` when CUDA is asked for and not honoured, `ExportError` when the file does not run,
-    `CheckFailed` when none of the inputs fits it.
-    """
-    checks: list[Check] = []
-    for stage, optimize in (("export", False), ("runtime", True)):
-        runner = OrtRunner(path, how.device, optimize=optimize)
-        how.progress(f"{stage}: {runner.label} on {runner.provider}")
-        checks.append(_check_file(runner, reference, path, stage, how))
-    if not how.tf32:
-        return checks
-    missing = no_tf32(runner.provider, reference.eps)
-    if missing:
-        last = checks[-1]
-        return [
-            *checks[:-1],
-            dataclasses.replace(last, detail="; ".join(filter(None, (last.detail, missing)))),
-        ]
-    runner = OrtRunner(path, how.device, optimize=True, tf32=True)
-    coarse = reference.in_arithmetic(casting.TF32)
-    row = _check_file(runner, coarse, path, "runtime", dataclasses.replace(how, tolerance=BY_NOISE))
-    return [*checks, dataclasses.replace(row, precision=TF32)]
-
-
-def _check_file(
-    runner: OrtRunner,
-    reference: Reference,
-    path: str | Path,
-    stage: str,
-    how: Conditions,
-) -> Check:
-    fits = [i for i, inputs in enumerate(reference.inputs) if runner.accepts(inputs)]
-    if not fits:
-        raise CheckFailed(
-            "there is nothing to compare: the file takes none of these inputs",
-            where=f"{path}: {', '.join(runner.input_names)}",
-            next_step="pass an input of the file's own shape with --input NAME:SHAPE",
-        )
-    got = [runner.run(reference.inputs[i]) for i in fits]
-    got = [named_as(reference.own[i], outputs) for i, outputs in zip(fits, got, strict=True)]
-    judged = functools.partial(
-        compare,
-        stage=stage,
-        device=runner.device,
-        provider=runner.provider,
-        detail="; ".join(_remarks(runner, reference, fits, got, stage, how.twice)),
-        tolerance=how.tolerance,
-    )
-    slack = OutputTraits(path).slack
-
-    def allowed(limits: Mapping[str, Limit]) -> dict[str, Limit]:
-        named = slack
-        if set(slack) != set(limits) and len(slack) == len(limits):
-            named = dict(zip(limits, slack.values(), strict=True))  # as `named_as` has it
-        return {n: dataclasses.replace(limit, absolute=named.get(n, 0.0)) for n, limit in limits.items()}
-
-    exactly = how.tolerance.is_asked
-    if reference.floor is not None and not exactly:
-        row = judged([reference.own[i] for i in fits], got, allowed(reference.floor.limits))
-        if row.passed:
-            return row
-    expected = [reference.outputs[i] for i in fits]
-    row = judged(expected, got, allowed(reference.limits))
-    return row if row.agrees or exactly else judged(expected, got, allowed(reference.redrawn_limits))
-
-
 def seeded_batches(example: Inputs, batches: Sequence[int] = (1, 2, 3), seed: int = 0) -> list[Inputs]:
     """Seeded random inputs like `example` for several batch sizes.
 
@@ -217,36 +136,10 @@ def _run_all(runner: TorchRunner, inputs_list: Sequence[Inputs], stage: str) -> 
         raise does_not_run(stage, error) from error
 
 
-def _remarks(
-    runner: OrtRunner,
-    reference: Reference,
-    fits: list[int],
-    got: list[dict[str, Tensor]],
-    stage: str,
-    twice: bool,
-) -> Iterator[str]:
-    yield from reference.notes
-    if runner.note:
-        yield runner.note
-    if len(fits) < len(reference.inputs):
-        yield f"only {len(fits)} of {len(reference.inputs)} inputs fit the file's fixed shape"
-    if runner.cpu_nodes:
-        yield f"kept on the CPU by ONNX Runtime: {', '.join(runner.cpu_nodes)}"
-    if stage == "runtime" and (twice or on_nvidia(runner.provider)):
-        yield repeated(got[0], runner.run(reference.inputs[fits[0]]))
-
-
 def repeated(first: Outputs, again: Outputs) -> str:
     """Whether a second run on the same inputs gives the same bits, or what it differs by."""
     worst = max((difference(first[name], again.get(name)).relative for name in first), default=0.0)
     return f"a second run differs by {worst:.2g} of the peak" if worst else "a second run gives the same bits"
-
-
-def named_as(expected: Outputs, got: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Files exported elsewhere name their outputs as they like; their order is the model's."""
-    if set(expected) == set(got) or len(expected) != len(got):
-        return got
-    return dict(zip(expected, got.values(), strict=True))
 
 
 def _redraw(generator: torch.Generator) -> Callable[[Tensor], Tensor]:

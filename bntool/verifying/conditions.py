@@ -31,3 +31,7 @@ class Conditions:
     twice: bool = False
     tf32: bool = False
     progress: Progress = silent
+
+
+DEFAULT = Conditions()
+"""On the CPU, judged by the noise floor."""

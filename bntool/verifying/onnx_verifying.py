@@ -20,9 +20,10 @@ from bntool.runtime.ort_runner import OrtRunner
 from bntool.runtime.providers import why_no_cuda
 from bntool.runtime.surviving import require_survival
 from bntool.verifying.blaming import where_it_ran
-from bntool.verifying.checking import named_as, repeated
+from bntool.verifying.checking import repeated
 from bntool.verifying.comparing import compare
 from bntool.verifying.conditions import Conditions
+from bntool.verifying.export_checking import named_as
 from bntool.verifying.onnx_checking import file_limits, rounded_runs
 from bntool.verifying.onnx_cutting import OnnxGraph, node_that
 from bntool.verifying.tf32 import no_tf32

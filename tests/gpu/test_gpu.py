@@ -15,8 +15,9 @@ from bntool.runtime.doctor import diagnose
 from bntool.runtime.libraries import CUDA
 from bntool.runtime.ort_runner import OrtRunner
 from bntool.runtime.torch_runner import TorchRunner
-from bntool.verifying.checking import check_onnx, check_surgery, seeded_batches
+from bntool.verifying.checking import check_surgery, seeded_batches
 from bntool.verifying.conditions import Conditions
+from bntool.verifying.export_checking import check_onnx
 from bntool.verifying.reference import Reference
 from tests.exports import export_onnx
 

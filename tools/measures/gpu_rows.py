@@ -26,9 +26,10 @@ from bntool.runtime.libraries import CPU, CUDA, TENSORRT
 from bntool.runtime.ort_runner import OrtRunner
 from bntool.runtime.torch_runner import TorchRunner
 from bntool.verifying import checking
-from bntool.verifying.checking import check_onnx, check_surgery, seeded_batches
+from bntool.verifying.checking import check_surgery, seeded_batches
 from bntool.verifying.comparing import compare
 from bntool.verifying.conditions import Conditions
+from bntool.verifying.export_checking import check_onnx
 from bntool.verifying.reference import Reference
 from bntool.verifying.tf32 import check_tf32
 from tools.measures.gpu_nets import NETS

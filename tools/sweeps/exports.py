@@ -52,7 +52,7 @@ def examine(name: str) -> dict[str, Any]:
     from bntool.pipeline.onnx_folding import fold_exported
     from bntool.subjects.base import Checking
     from bntool.subjects.module import ModuleSubject
-    from bntool.verifying.checking import check_onnx
+    from bntool.verifying.export_checking import check_onnx
 
     torch.set_num_threads(1)
     model = build(name).model.eval()

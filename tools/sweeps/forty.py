@@ -20,8 +20,9 @@ from bntool import api
 from bntool.files.references import build
 from bntool.graph.inputs import Inputs
 from bntool.verifying.blaming import blame_export, blame_modules
-from bntool.verifying.checking import check_onnx, check_surgery, seeded_batches
+from bntool.verifying.checking import check_surgery, seeded_batches
 from bntool.verifying.conditions import Conditions
+from bntool.verifying.export_checking import check_onnx
 from bntool.verifying.onnx_verifying import check_itself
 from bntool.verifying.reference import Reference
 from tools.measures.gpu_nets import enliven
