@@ -95,7 +95,7 @@ class _Judge:
 
     @functools.cached_property
     def elsewhere(self) -> Elsewhere:
-        return Elsewhere(self.model, self.observation.inputs)
+        return Elsewhere(self.model, self.observation)
 
     def broken(
         self, plan: Plan, modified: nn.Module, options: InsertOptions
