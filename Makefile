@@ -100,8 +100,8 @@ random: setup ## fold and insert over networks made at random, AS=module, progra
 styles: setup ## fold, insert into and verify ONNX files in the styles of six exporters
 	$(BIN)/python -m tools.sweeps.styled_files
 
-faults: setup ## fold networks made at random, half of them wrongly: does the proof find it?
-	$(BIN)/python -m tools.sweeps.random_faults
+faults: setup ## fold networks made at random, half of them wrongly, AS=module, program or onnx: is it found?
+	$(BIN)/python -m tools.sweeps.random_faults --as $(AS)
 
 exports: setup ## fold, export and verify torchvision's and timm's models; goes on where it stopped
 	$(BIN)/python -m tools.sweeps.exports
