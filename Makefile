@@ -60,8 +60,8 @@ pictures: setup $(PAGES)/.installed ## make the pictures of docs/pictures.md ane
 latency: setup ## time folded networks against the same ones built without BatchNorm
 	$(BIN)/python tools/measures/latency.py
 
-bench: setup ## measure time and memory
-	$(BIN)/python tools/measures/bench.py
+bench: $(PEERS)/.installed ## measure time and memory, beside other tools; goes on where it stopped
+	$(PEERS)/bin/python tools/measures/bench.py
 
 false-claims: setup ## bench A against A a hundred times; more than one difference claimed is an error
 	$(BIN)/python -m tools.measures.false_claims
