@@ -127,7 +127,7 @@ def seeded_batches(example: Inputs, batches: Sequence[int] = (1, 2, 3), seed: in
     return [example.map(_redraw(torch.Generator().manual_seed(seed + batch))) for batch in batches]
 
 
-def _run_all(runner: TorchRunner, inputs_list: Sequence[Inputs], stage: str) -> list[dict[str, Tensor]]:
+def _run_all(runner: Runner, inputs_list: Sequence[Inputs], stage: str) -> list[dict[str, Tensor]]:
     try:
         return [runner.run(inputs) for inputs in inputs_list]
     except BntoolError:
