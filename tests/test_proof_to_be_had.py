@@ -1,4 +1,4 @@
-"""Models on which the whole proof of a fold is not to be had: what is proved, and what is said of the rest."""
+"""Models on which the whole proof of a fold is not to be had: what is proved, what is said of the rest."""
 
 from __future__ import annotations
 

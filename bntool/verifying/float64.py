@@ -50,30 +50,45 @@ def run_float64(
     model: nn.Module | Unrounded, inputs_list: Sequence[Inputs], *, parts: bool = False
 ) -> tuple[Runs, set[torch.dtype]]:
     """The model's outputs in float64 on the CPU, and the narrower dtypes it computed in all the same."""
-    default = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)  # a tensor that forward makes without a dtype follows
-    try:
-        found = _as_it_stands(model, inputs_list, parts)
-        if found is not None:
-            return found, set()
-        wide = model.copy() if isinstance(model, Unrounded) else model
-        seen: set[torch.dtype] = set()
+    found = run_as_it_stands(model, inputs_list, parts=parts)
+    return (found, set()) if found is not None else run_in_a_copy(model, inputs_list, parts=parts)
+
+
+def run_in_a_copy(
+    model: nn.Module | Unrounded, inputs_list: Sequence[Inputs], *, parts: bool = False
+) -> tuple[Runs, set[torch.dtype]]:
+    """The same in a float64 copy of the model."""
+    wide = model.copy() if isinstance(model, Unrounded) else model
+    seen: set[torch.dtype] = set()
+    with _double_by_default():
         runner = TorchRunner(wide, "cpu", torch.float64, parts=parts, within=lambda: _NarrowWatch(seen))
         return [runner.run(inputs) for inputs in inputs_list], seen
-    finally:
-        torch.set_default_dtype(default)
 
 
-def _as_it_stands(model: nn.Module | Unrounded, inputs_list: Sequence[Inputs], parts: bool) -> Runs | None:
-    """The runs without a copy of the model; None where it takes one."""
+def run_as_it_stands(
+    model: nn.Module | Unrounded, inputs_list: Sequence[Inputs], *, parts: bool = False
+) -> Runs | None:
+    """The runs without a copy of the model; None where it takes one, or does not take the inputs."""
     stands, numbers = (model.model, model.numbers) if isinstance(model, Unrounded) else (model, {})
     if not _is_widened_as_it_runs(stands) or (isinstance(model, Unrounded) and not numbers):
         return None
     runner = TorchRunner(stands, "cpu", parts=parts, within=lambda: _widened(numbers))
     try:
-        return [runner.run(inputs.to(dtype=torch.float64)) for inputs in inputs_list]
+        with _double_by_default():
+            return [runner.run(inputs.to(dtype=torch.float64)) for inputs in inputs_list]
     except Exception:  # noqa: BLE001 - whatever a forward raises that it may not raise in a copy
         return None
+
+
+@contextlib.contextmanager
+def _double_by_default() -> Iterator[None]:
+    """A tensor that forward makes without a dtype is float64 too."""
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(default)
 
 
 @contextlib.contextmanager

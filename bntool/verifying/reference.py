@@ -17,7 +17,7 @@ from bntool.runtime.libraries import first_line
 from bntool.runtime.torch_runner import TorchRunner
 from bntool.verifying.comparing import constant_outputs, noise_limits, silent_outputs
 from bntool.verifying.conditions import Progress, silent
-from bntool.verifying.float64 import run_float64
+from bntool.verifying.float64 import run_as_it_stands, run_float64, run_in_a_copy
 
 
 class Reference:
@@ -54,6 +54,7 @@ class Reference:
         self.notes: list[str] = []
         self.narrowed: set[torch.dtype] = set()
         self._with_parts = False
+        self._stands = False
 
     @functools.cached_property
     def layers(self) -> int:
@@ -130,8 +131,12 @@ class Reference:
     def exact(self) -> list[dict[str, Tensor]] | None:
         """The original's outputs in float64, or None (and a note) where it cannot run in float64."""
         self._progress("running the original in float64")
+        found = run_as_it_stands(self._model, self.inputs, parts=self.parts)
+        self._stands = found is not None
+        if found is not None:
+            return found
         try:
-            runs, self.narrowed = run_float64(self._model, self.inputs, parts=self.parts)
+            runs, self.narrowed = run_in_a_copy(self._model, self.inputs, parts=self.parts)
         except Exception as error:  # noqa: BLE001 - whatever a model's forward raises on float64
             self.notes.append(
                 f"the model does not run in float64 ({first_line(error)}); the limit is derived, not measured"
@@ -149,12 +154,19 @@ class Reference:
             return []
         found = list(zip(self.inputs, self.exact, strict=True))
         for inputs in self._beside:
-            try:
-                runs, _ = run_float64(self._model, [inputs], parts=self.parts)
-            except Exception:  # noqa: BLE001, S112 - whatever a model's forward raises on inputs it does not take
-                continue
-            return [*found, (inputs, runs[0])]
+            runs = self._in_float64(inputs)
+            if runs is not None:
+                return [*found, (inputs, runs[0])]
         return found
+
+    def _in_float64(self, inputs: Inputs) -> list[dict[str, Tensor]] | None:
+        """One more float64 run, as those before; None where the model does not take the inputs."""
+        if self._stands:
+            return run_as_it_stands(self._model, [inputs], parts=self.parts)
+        try:
+            return run_in_a_copy(self._model, [inputs], parts=self.parts)[0]
+        except Exception:  # noqa: BLE001 - whatever a model's forward raises on inputs it does not take
+            return None
 
     @property
     def floor(self) -> Reference | None:
