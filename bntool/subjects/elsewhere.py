@@ -22,7 +22,7 @@ from bntool.graph.inputs import Inputs
 from bntool.observe.eager import Observation, observe
 from bntool.observe.inference import has_fixed_size
 from bntool.observe.modules import class_name
-from bntool.subjects.sizes import besides, is_telling, longer, other_sizes, other_values, smaller
+from bntool.subjects.sizes import besides, fewer, is_telling, longer, other_sizes, other_values, smaller
 
 _REMEMBERED = 256
 """Architectures of which a process remembers what was found."""
@@ -92,16 +92,24 @@ class Elsewhere:
         return small is not None and is_telling(small.inputs, self._observation.inputs)
 
     def graphs(self) -> list[Graph]:
-        """Of an observation on another size, on a longer input where the model goes by size, and on other
-        values where it reads numbers.
-        """
+        """Of an observation on another size, and of a longer input where the model goes by size."""
         own, small, long = self._observation, self.seen.small, self.seen.long
         found = [small, long]
-        if own.graph.reads_numbers:
-            found += map(self._observed, other_values((small or own).inputs))
         if small is not None and sides_of(small.inputs) == sides_of(own.inputs):
             found.append(self._first_taken(besides(small.inputs)))
         return [one.graph for one in found if one is not None]
+
+    def other_paths(self) -> list[Graph]:
+        """Of inputs that lead the model another way: fewer samples of smaller sides where it asks for sizes,
+        other values where it reads numbers.
+        """
+        own = self._observation
+        found: list[Observation | None] = []
+        if own.graph.reads_sizes and not has_fixed_size(self._model):
+            found.append(self._first_taken(fewer(own.inputs)))
+        if own.graph.reads_numbers:
+            found += map(self._observed, other_values((self.seen.small or own).inputs))
+        return [one.graph for one in found if one is not None and not _is_same_path(one.graph, own.graph)]
 
     def _smallest(self) -> Observation | None:
         """On the smallest input on which the model takes the same path."""
@@ -146,16 +154,21 @@ def covers(seen: Graph, own: Graph) -> bool:
     `seen` is of another size: each axis that had several places has some, and of a convolution's weights as
     many meet more than padding.
     """
-    if len(seen.ops) != len(own.ops):
-        return False
-    return all(_is_same(a, b, seen, own) for a, b in zip(seen.ops, own.ops, strict=True))
+    return _is_same_path(seen, own) and all(
+        _is_seen_whole(a, b, seen, own) for a, b in zip(seen.ops, own.ops, strict=True)
+    )
 
 
-def _is_same(a: Op, b: Op, seen: Graph, own: Graph) -> bool:
-    if (a.kind, a.scope, a.inputs, a.outputs) != (b.kind, b.scope, b.inputs, b.outputs):
-        return False
-    if any(seen.values[v].handle != own.values[v].handle for v in a.inputs.values()):
-        return False
+def _is_same_path(seen: Graph, own: Graph) -> bool:
+    """Whether two runs do the same ops on the same weights."""
+    return len(seen.ops) == len(own.ops) and all(
+        (a.kind, a.scope, a.inputs, a.outputs) == (b.kind, b.scope, b.inputs, b.outputs)
+        and all(seen.values[v].handle == own.values[v].handle for v in a.inputs.values())
+        for a, b in zip(seen.ops, own.ops, strict=True)
+    )
+
+
+def _is_seen_whole(a: Op, b: Op, seen: Graph, own: Graph) -> bool:
     for value in a.outputs:
         short, long = seen.values[value].shape, own.values[value].shape
         if len(short) != len(long) or any(x < 2 <= y for x, y in zip(short, long, strict=True)):

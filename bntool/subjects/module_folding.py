@@ -138,10 +138,11 @@ def _settled(
     biased = would_use_a_bias(model, observation)
     _note_biases(observation.graph, biased)
     plan = plan_fold(observation.graph, **options)
-    alone = not (thorough or observation.graph.reads_numbers or any(map(_rests_on_one_run, plan.fold_sites)))
-    if not plan or alone:
+    if not plan:
         return plan
-    others = elsewhere.graphs()
+    others = elsewhere.other_paths()
+    if thorough or any(map(_rests_on_one_run, plan.fold_sites)):
+        others += elsewhere.graphs()
     for other in others:
         _note_biases(other, biased)
     return plan_on_all([observation.graph, *others], first=plan, **options) if others else plan

@@ -158,6 +158,14 @@ def other_sizes(inputs: Inputs, *, fixed: bool = False) -> Iterator[Inputs]:
         yield drawn(inputs, shape_of, seed, more=1)
 
 
+def fewer(inputs: Inputs) -> Iterator[Inputs]:
+    """One sample, of half the sides; one of the example's."""
+    halves: ShapeOf = lambda tensor: [*tensor.shape[:2], *(max(side // 2, 1) for side in tensor.shape[2:])]  # noqa: E731
+    for seed, shape_of in enumerate((halves, lambda tensor: list(tensor.shape)), start=30):
+        one = drawn(inputs, shape_of, seed, more=0)
+        yield one.map(lambda tensor: tensor[:1] if tensor.dim() > 1 else tensor)
+
+
 def other_values(inputs: Inputs) -> Iterator[Inputs]:
     """Inputs of these sizes that a branch on numbers may take another way: bytes from 0 to 255 as images hold
     them, the same below zero, values about zero a hundred times smaller, nothing but zeros.

@@ -1,4 +1,4 @@
-"""A branch on numbers that the example does not take: other values are tried, and may take it."""
+"""A branch that the example does not take, on numbers or sizes: others are tried, and may take it."""
 
 from __future__ import annotations
 
@@ -42,6 +42,24 @@ def test_a_branch_that_other_values_take_is_seen(branches: Callable[[Tensor], ob
     result = bntool.fold(Branching(branches).eval(), X)
     assert [skip.reason for skip in result.skips] == [Reason.NONLINEAR]
     assert READS_NUMBERS in result.plan.notes
+
+
+@pytest.mark.parametrize(
+    "branches",
+    [
+        lambda x: x.shape[-1] < 10,
+        lambda x: len(x) == 1,
+        lambda x: x.shape[0] * x.shape[-1] < 20,
+        lambda x: len(x) > 2,
+        lambda x: x.shape[-1] % 2,
+        lambda x: x.size(2) != x.size(3),
+        lambda x: x.numel() > 2000,
+    ],
+)
+def test_a_branch_that_other_sizes_take_is_seen(branches: Callable[[Tensor], object]) -> None:
+    result = bntool.fold(Branching(branches).eval(), X)
+    assert not result.sites
+    assert result.skips[0].reason in (Reason.NONLINEAR, Reason.NOT_PROVED)
 
 
 def test_a_branch_that_all_of_them_take_alike_is_folded_and_said() -> None:
