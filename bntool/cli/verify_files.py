@@ -64,15 +64,14 @@ def _found(candidate: Path, reference: Path | None, inputs: list[Inputs], failed
 
 def _inputs(path: Path, load: LoadOptions, inputs_file: str | None, *, full: bool) -> list[Inputs]:
     from bntool.cli.example_inputs import shapes_by_name
-    from bntool.cli.real_inputs import read_inputs
+    from bntool.cli.real_inputs import file_inputs
     from bntool.files.onnx_files import open_onnx
     from bntool.observe.onnx_shapes import asked_shapes
-    from bntool.runtime.onnx_inputs import SIDES, drawn_inputs
     from bntool.runtime.ort_runner import OrtRunner
     from bntool.verifying.onnx_verifying import seeded_file_inputs
 
-    runner, told = OrtRunner(path, "cpu", optimize=False), asked_shapes(open_onnx(path).model)
     if inputs_file:
-        return read_inputs(inputs_file, drawn_inputs(runner, 1, SIDES[0], load.seed, told), full=full)
+        return file_inputs(path, inputs_file, full=full)[1]
+    runner, told = OrtRunner(path, "cpu", optimize=False), asked_shapes(open_onnx(path).model)
     shapes: dict[str, Any] = {**told, **shapes_by_name(path, load.inputs, runner.input_names)}
     return seeded_file_inputs(path, (1, 2, 3) if full else (1,), load.seed, shapes)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
 from bntool.core.options import CheckOptions, ExportOptions, FoldOptions, InsertOptions
 from bntool.core.plan import Plan
 from bntool.core.verdicts import Check
+from bntool.verifying.checking import seeded_batches
 
 if TYPE_CHECKING:
     from bntool.export.exporting import ExportResult
@@ -34,6 +35,7 @@ class Checking:
         tf32: whether a row with TF32 on is added to those of an ONNX file.
         seed: of whatever inputs are drawn.
         axes: those that are to be open, by input; one more input is then longer along them.
+        inputs: the user's own, instead of drawn ones.
         step: is told what is done at the moment.
     """
 
@@ -45,6 +47,7 @@ class Checking:
     tf32: bool = False
     seed: int = 0
     axes: Mapping[str, Sequence[int]] = dataclasses.field(default_factory=dict)
+    inputs: tuple[Inputs, ...] = ()
     step: Callable[[str], None] = lambda text: None
 
     @classmethod
@@ -54,6 +57,13 @@ class Checking:
             return None
         full, tf32 = asked.check == "full", asked.tf32 == "both"
         return cls(full=full, atol=asked.atol, rtol=asked.rtol, tf32=tf32, **more)
+
+
+    def batches_of(self, example: Inputs) -> list[Inputs]:
+        """What both models run on: the user's own inputs, else seeded batches of the example, or it alone."""
+        if self.inputs:
+            return list(self.inputs)
+        return seeded_batches(example, seed=self.seed) if self.full else [example]
 
 
 class Proof(Protocol[S_contra]):

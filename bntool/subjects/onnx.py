@@ -29,10 +29,11 @@ from bntool.observe.onnx_shapes import asked_shapes
 from bntool.runtime.onnx_inputs import first_runs
 from bntool.runtime.onnx_sizes import SeenSizes
 from bntool.subjects.base import Checking, Kind, Parameters
+from bntool.subjects.onnx_proving import OnnxProof
 from bntool.surgery.fold_onnx import apply_fold_onnx
 from bntool.surgery.insert_onnx import apply_insert_onnx
 from bntool.surgery.onnx_wiring import bind_branches
-from bntool.verifying.onnx_checking import OnnxReference, check_onnx_unchanged, example_inputs_of, opened
+from bntool.verifying.onnx_checking import check_onnx_unchanged, example_inputs_of, opened
 
 if TYPE_CHECKING:
     from bntool.export.exporting import ExportResult
@@ -60,6 +61,7 @@ class OnnxSubject:
         data: a file of its own with the numbers, where it has one.
         name: how the user calls it.
         shapes: of inputs, by name, where the user said on what it is to be run.
+        real: inputs of the user's own, by name, of which it is read and on which it is checked.
     """
 
     kind: Kind = "onnx"
@@ -72,6 +74,7 @@ class OnnxSubject:
         data: Path | None = None,
         name: str = "",
         shapes: Shapes | None = None,
+        real: Sequence[Inputs] = (),
     ) -> None:
         self.model, self.may_run, self.freeze = Path(path), True, False
         self.data = data
@@ -79,6 +82,8 @@ class OnnxSubject:
         self._file: OnnxFile | None = open_onnx(path)
         self.files = self._file.files
         self.asked = shapes or {}
+        self.real: Sequence[Inputs] = ()
+        self.run_on(real)
         self._told = asked_shapes(self._file.model)
         self._folder = folder or Scratch()
         self._observed: OnnxObservation | None = None
@@ -89,6 +94,13 @@ class OnnxSubject:
         """
         self.may_run, self.freeze = run, freeze
         self._file = self._observed = None
+
+    def run_on(self, real: Sequence[Inputs]) -> None:
+        """Inputs of the user's own take the place of drawn ones."""
+        if real:
+            self.real = real
+            self.asked = {name: list(t.shape) for name, t in real[0].tensors().items()}
+            self._observed = None
 
     @property
     def runnable(self) -> None:
@@ -122,7 +134,8 @@ class OnnxSubject:
 
     def _seen(self) -> SeenSizes | None:
         def inputs() -> list[Inputs]:
-            return first_runs(opened(self.model, self.shapes), 2, shapes=self.shapes).inputs
+            drawn = first_runs(opened(self.model, self.shapes), 2, shapes=self.shapes).inputs
+            return [*self.real[:1], *drawn[1:]] if self.real else drawn
 
         return SeenSizes(self.file.model, inputs, asked=bool(self.asked)) if self.may_run else None
 
@@ -137,7 +150,7 @@ class OnnxSubject:
         return self.observed.graph
 
     def example(self, batch: int = 1, seed: int = 0) -> Inputs:
-        return example_inputs_of(self.model, batch, seed, self.shapes)
+        return self.real[0] if self.real else example_inputs_of(self.model, batch, seed, self.shapes)
 
     def parameters(self, after: OnnxSubject) -> Parameters:
         """All numbers of a file are counted as frozen: nothing in it says which of them are trained."""
@@ -204,7 +217,8 @@ class OnnxSubject:
         return plan, self._written(file)
 
     def insert_rows(self, plan: Plan, after: OnnxSubject, checking: Checking) -> list[Check]:  # noqa: ARG002
-        inputs = [self.example(batch, checking.seed) for batch in ((1, 2, 3) if checking.full else (1,))]
+        drawn = ((1, 2, 3) if checking.full else (1,)) if not self.real else ()
+        inputs = [*self.real, *(self.example(batch, checking.seed) for batch in drawn)]
         row = check_onnx_unchanged(self.model, after.model, inputs)
         if not row.agrees:
             raise CheckFailed(
@@ -227,9 +241,17 @@ class OnnxSubject:
         path, data = save_onnx(file, scratch.path / "bound.onnx")
         return self._at(path, data, scratch)
 
-    def _at(self, path: Path, data: Path | None, folder: Path | Scratch) -> OnnxSubject:
-        made = OnnxSubject(path, folder=folder, data=data, name=self.name, shapes=self.asked)
-        made.read_as(run=self.may_run)
+    def working_in(self, folder: Path) -> OnnxSubject:
+        """The same, where new files are made in this folder."""
+        return self._at(self.model, None, folder, freeze=self.freeze)
+
+    def _at(
+        self, path: Path, data: Path | None, folder: Path | Scratch, *, freeze: bool = False
+    ) -> OnnxSubject:
+        made = OnnxSubject(
+            path, folder=folder, data=data, name=self.name, shapes=self.asked, real=self.real
+        )
+        made.read_as(run=self.may_run, freeze=freeze)
         return made
 
     def _taken(self) -> tuple[OnnxFile, OnnxObservation]:
@@ -262,47 +284,3 @@ def plan_fold_onnx(
     graphs = [observed.graph, *([observe_onnx(model, 1, seen).graph] if observed.open else [])]
     plan = plan_on_all(graphs, include=include, exclude=exclude, merge=merge, unshare=unshare)
     return at_graph_level(plan, observed.hidden), observed
-
-
-class OnnxProof:
-    """A file's own runs, of several sizes where it leaves axes open, and with each branch of every If."""
-
-    looks_elsewhere = True
-
-    def __init__(self, subject: OnnxSubject, checking: Checking) -> None:
-        self._subject, self._checking = subject, checking
-
-    @functools.cached_property
-    def reference(self) -> OnnxReference:
-        return self._reference_of(self._subject)
-
-    @functools.cached_property
-    def _branches(self) -> list[tuple[bool, OnnxSubject, OnnxReference]]:
-        """The file with every If bound to one of its branches: a run takes one, and proves only that."""
-        choices = (True, False) if self._subject.branches else ()
-        bound = [(taken, self._subject.bound_to(taken)) for taken in choices]
-        return [(taken, subject, self._reference_of(subject)) for taken, subject in bound]
-
-    def rows(self, plan: Plan, after: OnnxSubject) -> list[Check]:  # noqa: ARG002 - a protocol's
-        rows = self._rows(self.reference, after)
-        for taken, _, reference in self._branches:
-            why = f"every If takes its {'then' if taken else 'else'} branch"
-            found = self._rows(reference, after.bound_to(taken))
-            rows += [dataclasses.replace(row, detail=f"{row.detail}; {why}") for row in found]
-        return rows
-
-    def agrees(self, plan: Plan) -> bool:
-        return all(row.agrees for row in self.rows(plan, self._subject.folded(plan)))
-
-    def _reference_of(self, subject: OnnxSubject) -> OnnxReference:
-        nodes, *_ = subject.counts
-        count = 3 if self._checking.full else 2
-        return OnnxReference(
-            subject.model, nodes, count=count, seed=self._checking.seed, shapes=self._subject.shapes
-        )
-
-    def _rows(self, reference: OnnxReference, after: OnnxSubject) -> list[Check]:
-        checking = self._checking
-        return reference.checks(
-            after.model, device=checking.onnx_device, atol=checking.atol, rtol=checking.rtol
-        )

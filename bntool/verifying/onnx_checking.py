@@ -13,7 +13,7 @@ import torch
 from bntool.core.errors import CheckFailed, ExportError
 from bntool.core.verdicts import Check
 from bntool.graph.inputs import Inputs
-from bntool.runtime.onnx_inputs import SIDES, drawn_inputs, first_runs
+from bntool.runtime.onnx_inputs import SIDES, drawn_inputs, first_runs, runs_of
 from bntool.runtime.onnx_outputs import OutputTraits
 from bntool.runtime.onnx_reference import ReferenceRunner
 from bntool.runtime.ort_runner import OrtRunner
@@ -25,7 +25,8 @@ from bntool.verifying.reference import DRAWS
 
 
 class OnnxReference:
-    """What a file computes before a fold, on seeded inputs of several sizes where it leaves axes open.
+    """What a file computes before a fold, on the inputs `given`, or on seeded ones of several sizes where it
+    leaves axes open.
 
     The limits of a candidate come from the file's `nodes`, from what ONNX Runtime's own optimisations move
     the file by, and from what a rounding of the inputs does (`file_limits`).
@@ -43,10 +44,11 @@ class OnnxReference:
         count: int = 2,
         seed: int = 0,
         shapes: Mapping[str, Sequence[int | None]] | None = None,
+        given: Sequence[Inputs] = (),
     ) -> None:
         runner = opened(path, shapes)
         self.runtime = isinstance(runner, OrtRunner)
-        found = first_runs(runner, count, seed, shapes)
+        found = runs_of(runner, given) if given else first_runs(runner, count, seed, shapes)
         self.inputs, self.outputs, refused = found.inputs, found.outputs, found.refused
         if not self.inputs:
             raise CheckFailed(
