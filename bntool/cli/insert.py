@@ -156,9 +156,7 @@ def _inserted(voice: Voice, opened: Opened, asked: Asked) -> tuple[SurgeryResult
     from bntool.pipeline import surgeries
     from bntool.subjects.base import Checking
 
-    full = asked.check.check == "full"
-    checking = Checking(full=full, seed=asked.load.seed, inputs=opened.inputs)
-    checking = None if asked.check.check == "none" else checking
+    checking = Checking.of(asked.check, seed=asked.load.seed, inputs=opened.inputs)
     subject = opened.subject
     with voice.progress("inserting") as step:
         if asked.ask.plan_file:

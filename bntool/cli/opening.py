@@ -57,7 +57,7 @@ class Opened:
     def on(self, real: RealOptions, load: LoadOptions, *, full: bool) -> Opened:
         """The same, observed and checked on the inputs in a file, where one is named.
 
-        Raises `LoadError` for a file that cannot be read, `UsageError` for inputs that the model does not take.
+        Raises `LoadError` for a file that cannot be read, `UsageError` for what the model does not take.
         """
         if real.inputs_file is None:
             return self

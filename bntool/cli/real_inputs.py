@@ -27,11 +27,11 @@ _UNNAMED = re.compile(r"(input|arr)(_\d+)?|\d+")
 class RealInputs:
     """The samples of a file, as inputs like `like`.
 
-    Arrays go to the inputs of the same name, those without a name to the inputs in order, in the input's type.
-    A sample is an entry of the first axis. `fixed` are the lengths that a model demands of that axis, by
-    input: such an array is given whole or, where all are fixed, in parts of that length.
+    Arrays go to the inputs of the same name, those without a name to the inputs in order, each in the
+    input's type. A sample is an entry of the first axis. `fixed` are the lengths that a model demands of that
+    axis, by input: such an array is given whole or, where all are fixed, in parts of that length.
 
-    Raises `LoadError` for a file that cannot be read, `UsageError` for arrays that are not inputs like `like`.
+    Raises `LoadError` for a file that cannot be read, `UsageError` for arrays that are none like `like`.
     """
 
     def __init__(self, path: str, like: Inputs, fixed: Mapping[str, int] | None = None) -> None:
@@ -117,7 +117,8 @@ def file_inputs(path: str | Path, inputs_file: str, *, full: bool) -> tuple[Real
     first = real.batches(full=False)[0].tensors()
     for name, _, axes in runner.signature:
         shape = first[name].shape
-        fits = len(axes) == len(shape) and all(not isinstance(n, int) or n == m for n, m in zip(axes, shape))
+        pairs = zip(axes, shape, strict=False)
+        fits = len(axes) == len(shape) and all(not isinstance(n, int) or n == m for n, m in pairs)
         if axes and not fits:
             takes = "x".join(str(n) if isinstance(n, int) else "?" for n in axes)
             raise UsageError(
@@ -125,7 +126,19 @@ def file_inputs(path: str | Path, inputs_file: str, *, full: bool) -> tuple[Real
                 where=str(path),
                 next_step=f"its inputs are {', '.join(n for n, *_ in runner.signature)}; ? is any length",
             )
-    return real, real.taken(runner.run, full=full)
+
+    def run(inputs: Inputs) -> None:
+        lengths: dict[str, set[int]] = {}
+        for name, _, axes in runner.signature:
+            for axis, length in zip(axes, inputs.tensors()[name].shape, strict=False):
+                if isinstance(axis, str):
+                    lengths.setdefault(axis, set()).add(length)
+        for axis, found in lengths.items():
+            if len(found) > 1:
+                raise UsageError(f"the axis {axis} is {' and '.join(map(str, sorted(found)))} long")
+        runner.run(inputs)
+
+    return real, real.taken(run, full=full)
 
 
 def session_inputs(session: Session, inputs_file: str, *, full: bool) -> tuple[RealInputs, list[Inputs]]:
@@ -133,17 +146,20 @@ def session_inputs(session: Session, inputs_file: str, *, full: bool) -> tuple[R
 
     The first becomes the example of the session. Raises as `RealInputs`.
     """
-    from bntool.cli.opening import runnable
     from bntool.core.errors import ObserveError
     from bntool.runtime.libraries import first_line
+    from bntool.runtime.programs import RunnableProgram
     from bntool.runtime.torch_runner import TorchRunner
 
     program = session.program
     if program is None:
-        real = RealInputs(inputs_file, session.inputs or like_arrays(inputs_file, session.model))
+        like = session.inputs or like_arrays(inputs_file, session.model) or session.known_inputs()
+        real = RealInputs(inputs_file, like)
     else:
         real = _of_program(program, inputs_file)
-    runner = None if session.loaded.kind == "module" else TorchRunner(runnable(session.loaded.model))
+    runner = None
+    if session.loaded.kind != "module":
+        runner = TorchRunner(session.model if program is None else RunnableProgram(program))
 
     def run(inputs: Inputs) -> None:
         session.on(inputs)
@@ -180,8 +196,9 @@ def held_in(path: str) -> dict[str, Any]:
     return held
 
 
-def like_arrays(path: str, model: nn.Module) -> Inputs:
+def like_arrays(path: str, model: nn.Module) -> Inputs | None:
     """Inputs of a module of which none are known: each array by the name of an input, else by its place.
+    None where neither tells.
 
     Floating ones are of the module's type, and so is one array of integers for a module that reads none.
     """
@@ -210,7 +227,7 @@ def like_arrays(path: str, model: nn.Module) -> Inputs:
     needed = [name for name, one in known.items() if one.default is one.empty]
     if needed and set(needed) <= held.keys():
         return Inputs((), {name: like(held[name]) for name in needed})
-    raise _misnamed(path, held, list(known))
+    return None
 
 
 def _by_name(held: Mapping[str, Any], like: Inputs, path: str) -> dict[str, Any]:

@@ -170,10 +170,12 @@ def _concluded(
     voice: Voice, candidate: str, reference: str, checks: list[Check], blame: dict[str, Any]
 ) -> int:
     from bntool.cli.concluding import conclude
-    from bntool.core.verdicts import first_failed
+    from bntool.core.verdicts import first_failed, told_limits
     from bntool.report.checks import checks_text
 
     voice.say(checks_text(checks))
+    for line in told_limits(checks):
+        voice.say(line)
     scores = [check.top1 for check in checks if check.top1 is not None]
     if scores:
         voice.say(f"the same class comes first for {min(scores):.2%} of the samples")

@@ -37,6 +37,8 @@ def compare_models(
     if example is None:
         raise CheckFailed("there is nothing to compare: no input is known", next_step="pass inputs=")
     several = seeded_batches(example, batches, checking.seed) if checking.full else [example]
+    if inputs is not None and checking.full:
+        several = [inputs, *several]
     if candidate.kind == "onnx":
         return check_onnx(
             reference.runnable,

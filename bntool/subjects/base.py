@@ -31,7 +31,8 @@ class Checking:
         full: on batches of 1, 2 and 3, not on the example alone.
         torch_device: where torch runs the candidate.
         onnx_device: where ONNX Runtime runs it, or the names of its providers.
-        atol: absolute tolerance; `rtol`: relative to the peak of an output. Both replace the noise floor.
+        atol: absolute tolerance, and `rtol`: relative; instead of the noise floor: no element may lie further
+            off than atol + rtol · peak, the largest absolute value of its output.
         tf32: whether a row with TF32 on is added to those of an ONNX file.
         seed: of whatever inputs are drawn.
         axes: those that are to be open, by input; one more input is then longer along them.
@@ -57,7 +58,6 @@ class Checking:
             return None
         full, tf32 = asked.check == "full", asked.tf32 == "both"
         return cls(full=full, atol=asked.atol, rtol=asked.rtol, tf32=tf32, **more)
-
 
     def batches_of(self, example: Inputs) -> list[Inputs]:
         """What both models run on: the user's own inputs, else seeded batches of the example, or it alone."""

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import shlex
 import tempfile
 import weakref
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import onnx_ir as ir
 
-from bntool.core.errors import CheckFailed, InvariantError, LoadError
+from bntool.core.errors import CheckFailed, InvariantError, LoadError, UsageError
 from bntool.core.options import ExportOptions, FoldOptions, InsertOptions
 from bntool.core.plan import Plan
 from bntool.core.verdicts import Check
@@ -101,6 +100,18 @@ class OnnxSubject:
             self.real = real
             self.asked = {name: list(t.shape) for name, t in real[0].tensors().items()}
             self._observed = None
+
+    def take(self, example_inputs: Any) -> None:
+        """Inputs as everywhere, by the names of the file's or in their order. Raises `UsageError`."""
+        given, names = Inputs.of(example_inputs), self.input_names
+        held = given.tensors()
+        if not set(names) <= held.keys():
+            if len(names) != len(held):
+                raise UsageError(
+                    f"{len(held)} input(s) are given, and the file takes {', '.join(names)}", where=self.name
+                )
+            held = dict(zip(names, held.values(), strict=True))
+        self.run_on([Inputs((), {name: held[name] for name in names}, given.origin)])
 
     @property
     def runnable(self) -> None:
@@ -248,9 +259,7 @@ class OnnxSubject:
     def _at(
         self, path: Path, data: Path | None, folder: Path | Scratch, *, freeze: bool = False
     ) -> OnnxSubject:
-        made = OnnxSubject(
-            path, folder=folder, data=data, name=self.name, shapes=self.asked, real=self.real
-        )
+        made = OnnxSubject(path, folder=folder, data=data, name=self.name, shapes=self.asked, real=self.real)
         made.read_as(run=self.may_run, freeze=freeze)
         return made
 

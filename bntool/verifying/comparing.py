@@ -65,10 +65,10 @@ def compare(
 ) -> Check:
     """One verdict over every output of every batch.
 
-    `atol` or `rtol` replace the noise-floor limit: no element of an output may then lie further off than
-    atol + rtol · peak |reference| of that output. An output out of a limit that cannot decide it fails, and
-    the detail says why. Raises `CheckFailed` when there is nothing to compare, and `StateError` when the
-    reference holds no finite value: never a pass.
+    `atol` or `rtol` replace the noise floor: no element may lie further off than atol + rtol · peak, the
+    largest absolute value of its output in the reference. An output out of a limit that cannot decide it
+    fails, and the detail says why. Raises `CheckFailed` when there is nothing to compare, and `StateError`
+    when the reference holds no finite value: never a pass.
     """
     if not reference or len(reference) != len(candidate):
         raise _nothing(f"{len(candidate)} result(s) for {len(reference)} batch(es)")
@@ -92,6 +92,9 @@ def compare(
             limit, diff = limits[name], difference(tensor, got.get(name))
             if atol is not None or rtol is not None:
                 limit, diff = _by_tolerance(tensor, limit, diff, atol or 0.0, rtol or 0.0)
+                remarks += [f"{name}: allowed all of its peak and more, which proves nothing"] * (
+                    limit.limit >= 1
+                )
             elif limit.absolute:
                 limit, diff, weak = _with_absolute(tensor, limit, diff)
                 nothing |= {name: weak} if weak else {}
