@@ -79,8 +79,8 @@ $(PEERS)/.installed: pyproject.toml constraints.txt tools/sweeps/peers.txt
 	done
 	touch $@
 
-peers: $(PEERS)/.installed ## compare with the best BatchNorm folders; goes on where it stopped
-	$(PEERS)/bin/python -m tools.sweeps.peers
+peers: $(PEERS)/.installed ## compare with the best BatchNorm folders, AS=onnx on ONNX files; goes on where it stopped
+	$(PEERS)/bin/python -m tools.sweeps.$(if $(filter onnx,$(AS)),peer_files,peers)
 
 $(ELSEWHERE)/.installed: pyproject.toml constraints.txt tools/sweeps/elsewhere.txt
 	test -x $(ELSEWHERE)/bin/python || $(PYTHON) -m venv $(ELSEWHERE)

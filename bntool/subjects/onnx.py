@@ -32,7 +32,8 @@ from bntool.subjects.onnx_proving import OnnxProof
 from bntool.surgery.fold_onnx import apply_fold_onnx
 from bntool.surgery.insert_onnx import apply_insert_onnx
 from bntool.surgery.onnx_wiring import bind_branches
-from bntool.verifying.onnx_checking import check_onnx_unchanged, example_inputs_of, opened
+from bntool.verifying.onnx_checking import check_onnx_unchanged, opened
+from bntool.verifying.onnx_verifying import seeded_file_inputs
 
 if TYPE_CHECKING:
     from bntool.export.exporting import ExportResult
@@ -161,7 +162,8 @@ class OnnxSubject:
         return self.observed.graph
 
     def example(self, batch: int = 1, seed: int = 0) -> Inputs:
-        return self.real[0] if self.real else example_inputs_of(self.model, batch, seed, self.shapes)
+        """One that it takes, of several batches where it leaves that axis open."""
+        return self.real[0] if self.real else seeded_file_inputs(self.model, (batch,), seed, self.shapes)[0]
 
     def parameters(self, after: OnnxSubject) -> Parameters:
         """All numbers of a file are counted as frozen: nothing in it says which of them are trained."""
@@ -228,8 +230,8 @@ class OnnxSubject:
         return plan, self._written(file)
 
     def insert_rows(self, plan: Plan, after: OnnxSubject, checking: Checking) -> list[Check]:  # noqa: ARG002
-        drawn = ((1, 2, 3) if checking.full else (1,)) if not self.real else ()
-        inputs = [*self.real, *(self.example(batch, checking.seed) for batch in drawn)]
+        batches = (1, 2, 3) if checking.full else (1,)
+        inputs = self.real or seeded_file_inputs(self.model, batches, checking.seed, self.shapes)
         row = check_onnx_unchanged(self.model, after.model, inputs)
         if not row.agrees:
             raise CheckFailed(

@@ -13,7 +13,7 @@ import torch
 from bntool.core.errors import CheckFailed, ExportError
 from bntool.core.verdicts import Check
 from bntool.graph.inputs import Inputs
-from bntool.runtime.onnx_inputs import SIDES, drawn_inputs, first_runs, runs_of
+from bntool.runtime.onnx_inputs import first_runs, runs_of
 from bntool.runtime.onnx_outputs import OutputTraits
 from bntool.runtime.onnx_reference import ReferenceRunner
 from bntool.runtime.ort_runner import OrtRunner
@@ -136,14 +136,6 @@ def opened(
                 where=str(path),
                 next_step="fold it with --check none, and verify the result where it will run",
             ) from error
-
-
-def example_inputs_of(
-    path: str | Path, batch: int = 1, seed: int = 0, shapes: Mapping[str, Sequence[int | None]] | None = None
-) -> Inputs:
-    """Seeded inputs of the shapes that a file declares, or of `shapes`: an open first axis is the batch."""
-    require_survival(path, shapes, node_that)
-    return drawn_inputs(OrtRunner(path, "cpu", optimize=False), batch, SIDES[0], seed + batch, shapes)
 
 
 def check_onnx_unchanged(before: str | Path, after: str | Path, inputs_list: Sequence[Inputs]) -> Check:
