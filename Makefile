@@ -10,7 +10,7 @@ PAGES := .venv-pages
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test check lint gold docs man bench latency zoo peers exports verification large streaming \
-	gpu-check pickles fuzz durability random styles elsewhere mutants dist false-claims faults pictures
+	published gpu-check pickles fuzz durability random styles elsewhere mutants dist false-claims faults pictures
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  \1\t/' | expand -t 14
@@ -99,6 +99,9 @@ random: setup ## fold and insert over networks made at random, AS=module, progra
 
 styles: setup ## fold, insert into and verify ONNX files in the styles of six exporters
 	$(BIN)/python -m tools.sweeps.styled_files
+
+published: setup ## fold, insert into and verify the ONNX files of published packages; goes on where it stopped
+	$(BIN)/python -m tools.sweeps.published
 
 faults: setup ## fold networks made at random, half of them wrongly: does the proof find it?
 	$(BIN)/python -m tools.sweeps.random_faults

@@ -14,8 +14,8 @@ _ALIAS = "ai.onnx"
 
 
 def to_one_form(proto: onnx.ModelProto) -> None:
-    """Change the message itself: `ai.onnx` is the empty domain, a sparse tensor is written out, and an axis of
-    negative size is one that is left open.
+    """Change the message itself: `ai.onnx` is the empty domain, a sparse tensor is written out, and an axis
+    of negative size is one that is left open.
 
     Runtimes take both forms alike; ONNX's own checker and reader know only this one.
     """

@@ -212,9 +212,9 @@ def files_section(results: Mapping[str, Row]) -> str:
     lines = [
         FILES_START,
         "",
-        f"{len(rows)} graphs made at random (`make styles` tells how) with {total:,} BatchNorms, many of them",
-        "written out as arithmetic, at opsets 7 to 23. Left of each style's, found by value as above; all of a",
-        "graph's where a tool is wrong or fails. Written by `make peers AS=onnx`.",
+        f"{len(rows)} graphs made at random (`make styles` tells how) with {total:,} BatchNorms, many of",
+        "them written out as arithmetic, at opsets 7 to 23. Left of each style's, found by value as above;",
+        "all of a graph's where a tool is wrong or fails. Written by `make peers AS=onnx`.",
         "",
         f"| tool | {' | '.join(heads)} | wrong | not done |",
         "|---" * (len(styles) + 3) + "|",

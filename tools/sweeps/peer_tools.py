@@ -177,7 +177,10 @@ ON_FILES: dict[str, Callable[[Case], Outcome]] = {
 }
 """What takes an ONNX file as it is."""
 
-_PACKAGES = "bntool torch torchvision timm onnx onnxscript onnxruntime-gpu onnxruntime onnxsim onnxslim onnxoptimizer openvino"
+_PACKAGES = (
+    "bntool torch torchvision timm onnx onnxscript onnxruntime-gpu onnxruntime onnxsim onnxslim "
+    "onnxoptimizer openvino"
+)
 
 
 def versions() -> dict[str, str]:
