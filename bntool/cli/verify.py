@@ -214,7 +214,11 @@ def _is_onnx(candidate: str | None) -> bool:
         if path.suffix == ".onnx":
             raise LoadError(f"no such file: {candidate}", next_step="bntool export MODEL writes one")
         return False
-    return detect(path).kind is Kind.ONNX
+    found = detect(path)
+    if path.suffix == ".onnx" and found.kind in (Kind.UNKNOWN, Kind.TEXT, Kind.EMPTY):
+        step = "download or export it again"
+        raise LoadError(f"{candidate} is {found.description}", where=candidate, next_step=step)
+    return found.kind is Kind.ONNX
 
 
 def _compared(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import shlex
 import tempfile
 import weakref
 from collections.abc import Mapping, Sequence
@@ -12,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 import onnx_ir as ir
 
-from bntool.core.errors import CheckFailed, InvariantError, LoadError, UsageError
+from bntool.core.errors import CheckFailed, InvariantError, UsageError
 from bntool.core.options import ExportOptions, FoldOptions, InsertOptions
 from bntool.core.plan import Plan
 from bntool.core.verdicts import Check
-from bntool.files.onnx_files import OnnxFile, open_onnx, save_onnx
+from bntool.files.onnx_files import OnnxFile, open_onnx, require_opset, save_onnx
 from bntool.files.onnx_forms import take_off_inputs
 from bntool.folding import at_graph_level, plan_on_all
 from bntool.graph.dataflow import Graph
@@ -38,7 +37,6 @@ from bntool.verifying.onnx_verifying import seeded_file_inputs
 if TYPE_CHECKING:
     from bntool.export.exporting import ExportResult
 
-LEAST_OPSET = 7
 Shapes = Mapping[str, Sequence[int | None]]
 
 
@@ -175,16 +173,6 @@ class OnnxSubject:
             "delta": {**none, "frozen": new - old, "bytes": new_bytes - old_bytes, "conv_bias": 0},
         }
 
-    def _require_opset(self) -> None:
-        """Older ops broadcast, and normalise, by rules of their own. Raises `LoadError`."""
-        opset = self.file.model.opset_imports.get("", LEAST_OPSET)
-        if opset < LEAST_OPSET:
-            raise LoadError(
-                f"it is written in opset {opset}, and bntool changes files of opset {LEAST_OPSET} or later",
-                where=self.name,
-                next_step=f"bntool export {shlex.quote(self.name)} --opset 17 converts it",
-            )
-
     def export(self, path: Path, how: ExportOptions, metadata: Mapping[str, str]) -> ExportResult:
         """Convert it to the opset that is asked for, into a new file."""
         from bntool.export.exporting import Form, written
@@ -196,7 +184,7 @@ class OnnxSubject:
 
     def plan_fold(self, options: FoldOptions, *, thorough: bool = True) -> Plan:  # noqa: ARG002 - costs nothing
         """Where an axis has no fixed size, a fold counts only if it is the same for two sets of sizes."""
-        self._require_opset()
+        require_opset(self.file.model, self.name)
         plan, self._observed = plan_fold_onnx(
             self.file.model,
             include=options.include,
@@ -217,7 +205,7 @@ class OnnxSubject:
         return OnnxProof(self, checking)
 
     def plan_insert(self, options: InsertOptions) -> Plan:
-        self._require_opset()
+        require_opset(self.file.model, self.name)
         return plan_insert_nodes(self.observed.graph, options)
 
     def inserted(self, options: InsertOptions) -> tuple[Plan, OnnxSubject]:

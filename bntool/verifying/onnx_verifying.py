@@ -15,14 +15,14 @@ from bntool.graph.inputs import Inputs
 from bntool.models import casting
 from bntool.runtime.onnx_inputs import SIDES, drawn_inputs
 from bntool.runtime.onnx_outputs import OutputTraits
+from bntool.runtime.onnx_reference import ReferenceRunner
 from bntool.runtime.ort_runner import OrtRunner
 from bntool.runtime.providers import why_no_cuda
-from bntool.runtime.surviving import require_survival
 from bntool.verifying.blaming import where_it_ran
 from bntool.verifying.checking import named_as, repeated
 from bntool.verifying.comparing import Limit, compare
-from bntool.verifying.onnx_checking import file_limits, rounded_runs
-from bntool.verifying.onnx_cutting import OnnxGraph, node_that
+from bntool.verifying.onnx_checking import file_limits, opened, rounded_runs
+from bntool.verifying.onnx_cutting import OnnxGraph
 from bntool.verifying.tf32 import no_tf32
 
 LEVELS: Mapping[str, bool | str] = {"basic": "basic", "extended": "extended", "all": True}
@@ -39,12 +39,15 @@ def check_files(
     atol: float | None = None,
     rtol: float | None = None,
 ) -> list[Check]:
-    """Two rows: both files as they are written, and the candidate with optimisations on, on `device`.
+    """Two rows: both files as they are written, and the candidate with optimisations on, on `device`. One
+    where ONNX Runtime refuses the reference: both run in ONNX's own implementation.
 
     With `tf32` one more with TF32 on, judged by a walk of TF32's roundings, or why there is none.
     Raises `ExportError` where ONNX Runtime refuses a file, `DeviceError` where it refuses the device.
     """
     runs = _Runs(reference, inputs_list)
+    if not runs.in_runtime:
+        return [runs.row("verify", ReferenceRunner(candidate), atol, rtol)]
     rows = []
     for stage, optimize, where in (("verify", False, "cpu"), ("runtime", True, device)):
         rows.append(runs.row(stage, OrtRunner(candidate, where, optimize=optimize), atol, rtol))
@@ -89,8 +92,7 @@ def seeded_file_inputs(
 
     Raises `CheckFailed` where the file runs on none of them.
     """
-    require_survival(path, shapes, node_that)
-    runner = OrtRunner(path, "cpu", optimize=False)
+    runner = opened(path, shapes)
     found: list[Inputs] = []
     refused = ""
     for batch in batches:
@@ -116,8 +118,8 @@ class _Runs:
     """What the reference file gives, unoptimised on the CPU, and how far a candidate may be from it."""
 
     def __init__(self, path: str | Path, inputs_list: Sequence[Inputs]) -> None:
-        require_survival(path, None, node_that)
-        runner = OrtRunner(path, "cpu", optimize=False)
+        runner = opened(path)
+        self.in_runtime = isinstance(runner, OrtRunner)
         self.inputs = [inputs for inputs in inputs_list if runner.accepts(inputs)]
         if not self.inputs:
             raise CheckFailed(
@@ -146,7 +148,7 @@ class _Runs:
     def row(
         self,
         stage: str,
-        runner: OrtRunner,
+        runner: OrtRunner | ReferenceRunner,
         atol: float | None,
         rtol: float | None,
         limits: Mapping[str, Limit] | None = None,
