@@ -10,7 +10,7 @@ PAGES := .venv-pages
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test check lint gold docs man bench latency zoo peers exports verification large streaming \
-	gpu-check pickles fuzz durability random styles elsewhere mutants dist false-claims faults pictures
+	published gpu-check pickles fuzz durability random styles elsewhere mutants dist false-claims faults pictures
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  \1\t/' | expand -t 14
@@ -79,8 +79,8 @@ $(PEERS)/.installed: pyproject.toml constraints.txt tools/sweeps/peers.txt
 	done
 	touch $@
 
-peers: $(PEERS)/.installed ## compare with the best BatchNorm folders; goes on where it stopped
-	$(PEERS)/bin/python -m tools.sweeps.peers
+peers: $(PEERS)/.installed ## compare with the best BatchNorm folders, AS=onnx on ONNX files; goes on where it stopped
+	$(PEERS)/bin/python -m tools.sweeps.$(if $(filter onnx,$(AS)),peer_files,peers)
 
 $(ELSEWHERE)/.installed: pyproject.toml constraints.txt tools/sweeps/elsewhere.txt
 	test -x $(ELSEWHERE)/bin/python || $(PYTHON) -m venv $(ELSEWHERE)
@@ -99,6 +99,9 @@ random: setup ## fold and insert over networks made at random, AS=module, progra
 
 styles: setup ## fold, insert into and verify ONNX files in the styles of six exporters
 	$(BIN)/python -m tools.sweeps.styled_files
+
+published: setup ## fold, insert into and verify the ONNX files of published packages; goes on where it stopped
+	$(BIN)/python -m tools.sweeps.published
 
 faults: setup ## fold networks made at random, half of them wrongly, AS=module, program or onnx: is it found?
 	$(BIN)/python -m tools.sweeps.random_faults --as $(AS)

@@ -18,7 +18,8 @@ from bntool.inserting import InsertOptions
 from bntool.pipeline.onnx_folding import fold_onnx, insert_onnx
 from bntool.pipeline.program_folding import insert_program
 from bntool.runtime.onnx_reference import ReferenceRunner
-from bntool.verifying.onnx_checking import check_onnx_unchanged, example_inputs_of
+from bntool.verifying.onnx_checking import check_onnx_unchanged
+from bntool.verifying.onnx_verifying import seeded_file_inputs
 
 
 class Net(nn.Module):
@@ -63,7 +64,7 @@ def test_nodes_stand_between_convolution_and_activation_and_change_nothing(
     assert [made[node.input[0]] for node in norms] == ["Conv", "ConvTranspose"]
     readers = [node.op_type for norm in norms for node in model.graph.node if norm.output[0] in node.input]
     assert readers == ["Relu", "Relu"]
-    inputs = [example_inputs_of(exported, batch) for batch in (1, 3)]
+    inputs = seeded_file_inputs(exported, (1, 3))
     assert check_onnx_unchanged(exported, tmp_path / "bn.onnx", inputs).passed
 
 
@@ -81,7 +82,7 @@ def test_a_file_in_float64_keeps_its_last_bit(tmp_path: Path) -> None:
 def test_each_call_gets_its_own_where_asked(exported: Path, tmp_path: Path) -> None:
     result = insert_onnx(exported, tmp_path / "bn.onnx", InsertOptions(per_call=True))
     assert [site.calls for site in result.plan.insert_sites] == [1, 1, 2]
-    assert check_onnx_unchanged(exported, tmp_path / "bn.onnx", [example_inputs_of(exported)]).passed
+    assert check_onnx_unchanged(exported, tmp_path / "bn.onnx", seeded_file_inputs(exported, (1,))).passed
 
 
 def test_what_was_inserted_folds_away_to_the_same_numbers(exported: Path, tmp_path: Path) -> None:
@@ -109,7 +110,7 @@ def test_an_activation_is_told_by_its_node(tmp_path: Path, activation: nn.Module
     assert not insert_onnx(path, None).modified
     result = insert_onnx(path, tmp_path / "bn.onnx", InsertOptions(activations=(kind,)))
     assert [site.activation_kind for site in result.plan.insert_sites] == [kind]
-    assert check_onnx_unchanged(path, tmp_path / "bn.onnx", [example_inputs_of(path)]).passed
+    assert check_onnx_unchanged(path, tmp_path / "bn.onnx", seeded_file_inputs(path, (1,))).passed
 
 
 def test_options_that_need_modules_are_refused(exported: Path) -> None:
@@ -156,7 +157,7 @@ def test_activations_of_several_nodes_are_sites(tmp_path: Path) -> None:
     assert {"Sigmoid", "Mul"} <= set(nodes)
     result = insert_onnx(path, tmp_path / "bn.onnx", InsertOptions(activations=("any",)))
     assert [site.activation_kind for site in result.plan.insert_sites] == ["silu", "gelu"]
-    assert check_onnx_unchanged(path, tmp_path / "bn.onnx", [example_inputs_of(path)]).passed
+    assert check_onnx_unchanged(path, tmp_path / "bn.onnx", seeded_file_inputs(path, (1,))).passed
     assert not insert_onnx(tmp_path / "bn.onnx", None, InsertOptions(activations=("any",))).modified
 
 
@@ -175,7 +176,7 @@ def test_float16_is_left_as_it_was_to_the_bit(tmp_path: Path, eps: float) -> Non
     path, new = tmp_path / "m.onnx", tmp_path / "new.onnx"
     onnx.save(onnx.helper.make_model(graph, opset_imports=opsets, ir_version=8), path)
     result = insert_onnx(path, new, InsertOptions(eps=eps))
-    assert check_onnx_unchanged(path, new, [example_inputs_of(path)]).passed
+    assert check_onnx_unchanged(path, new, seeded_file_inputs(path, (1,))).passed
     (node,) = (n for n in onnx.load(new).graph.node if n.op_type == "BatchNormalization")
     held = next(a.f for a in node.attribute if a.name == "epsilon")
     variance = onnx.numpy_helper.to_array(

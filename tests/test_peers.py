@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import os
 import time
 from typing import Any
@@ -17,7 +18,16 @@ from torch import nn
 import bntool
 from tools.sweeps import peers
 from tools.sweeps.fingerprints import Trace, fingerprints, trace_onnx, trace_torch
-from tools.sweeps.peer_page import EXPLAINED, behind, only_bntool, only_peers, page
+from tools.sweeps.peer_page import (
+    EXPLAINED,
+    FILES_RESULTS,
+    behind,
+    behind_on_files,
+    files_section,
+    only_bntool,
+    only_peers,
+    page,
+)
 from tools.sweeps.peer_tools import BNTOOL, PEERS
 from tools.sweeps.processes import in_own_process
 from tools.sweeps.sweeping import Results
@@ -208,3 +218,29 @@ def test_what_rounding_alone_decides_is_measured_with_a_smaller_gain(monkeypatch
     assert "gain" not in peers.examine("calm", 1)
     assert peers.examine("wild", 1)["gain"] == peers.examine("undecided", 1)["gain"] == 0.3
     assert gains == [1.0, 1.0, 0.3, 1.0, 0.3]
+
+
+def _of_file(**left: int | str) -> dict[str, Any]:
+    tools = {
+        tool: {"status": "ok", "left": n} if isinstance(n, int) else {"status": n} for tool, n in left.items()
+    }
+    return {"model": "keras-7-0", "status": "ok", "bn": 5, "tools": tools, "versions": {"onnx": "1"}}
+
+
+def test_a_file_on_which_a_peer_leaves_fewer_is_told() -> None:
+    others = dict.fromkeys(("onnxslim", "onnxoptimizer", "ORT", "OpenVINO"), 5)
+    good = _of_file(bntool=2, onnxsim="failed", **others)
+    bad = _of_file(bntool=2, onnxsim=1, **others)
+    wrong = _of_file(bntool="wrong", onnxsim=4, **others)
+    assert [behind_on_files(row) for row in (good, bad, wrong)] == [False, True, True]
+    assert "leaves at most what the best" in files_section({"keras-7-0": good})
+    assert "| onnxsim | 5 | 0 | 1 |" in files_section({"keras-7-0": good})
+    assert "left by some peer on: keras-7-0." in files_section({"keras-7-0": bad})
+
+
+def test_on_no_file_is_bntool_behind() -> None:
+    rows = [json.loads(line) for line in FILES_RESULTS.read_text(encoding="utf-8").splitlines()]
+    judged = [row for row in rows if row.get("tools")]
+    assert len(rows) > 300
+    assert not [row["model"] for row in judged if behind_on_files(row)]
+    assert not [row["model"] for row in judged if row["tools"]["bntool"]["status"] != "ok"]

@@ -182,7 +182,8 @@ def verify(
         inputs: what both are run on, as for `fold`; drawn or inferred where they are not given.
         device: `auto`, `cpu` or `cuda`; CUDA that cannot run is an error.
         atol: absolute tolerance, instead of the noise floor.
-        rtol: tolerance relative to the peak of an output, instead of the noise floor.
+        rtol: relative tolerance, instead of the noise floor: no element may lie further off than
+            atol + rtol · peak, the largest absolute value of its output.
         check: on batches of 1, 2 and 3, or (`fast`) on one.
 
     Raises:

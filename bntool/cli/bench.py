@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from bntool.cli.opening import is_onnx
+from bntool.cli.opening import is_onnx, open_model, require_one
 from bntool.cli.options import takes
 from bntool.cli.session import Session, Voice, open_session
-from bntool.core.command_options import BenchOptions, LoadOptions, SpeechOptions
+from bntool.core.command_options import BenchOptions, LoadOptions, RealOptions, SpeechOptions
 from bntool.core.option import Options, option
 from bntool.core.options import PlaceOptions
 
@@ -31,9 +31,14 @@ class PairOptions(Options):
 
 
 @click.command("bench", short_help="Time two models beside each other.")
-@takes(PairOptions, LoadOptions, BenchOptions, PlaceOptions, SpeechOptions)
+@takes(PairOptions, LoadOptions, RealOptions, BenchOptions, PlaceOptions, SpeechOptions)
 def command(
-    voice: Voice, pair: PairOptions, load: LoadOptions, bench: BenchOptions, place: PlaceOptions
+    voice: Voice,
+    pair: PairOptions,
+    load: LoadOptions,
+    real: RealOptions,
+    bench: BenchOptions,
+    place: PlaceOptions,
 ) -> int:
     """Time A and B on the same inputs and device: models, exported programs, ONNX files.
 
@@ -44,12 +49,13 @@ def command(
     from bntool.report.latency import latency_text
     from bntool.runtime.benchmarking import Candidate
 
+    require_one(real, load)
     names = (pair.first, pair.second)
     files = [name for name in names if is_onnx(name)]
     modules = [name for name in names if name not in files]
     places = devices.require_places(place, torch_too=bool(modules), onnx_too=bool(files))
     session = open_session(voice, modules[0], load) if modules else None
-    inputs_of = _inputs_of(session, files, load.seed)
+    inputs_of = _inputs_of(voice, session, files, load, real)
     candidates = []
     for name, label in zip(names, _labels(*names), strict=True):
         what: nn.Module | Path = Path(name)
@@ -76,13 +82,21 @@ def _module(model: Any) -> nn.Module:
     return model.module() if isinstance(model, ExportedProgram) else model
 
 
-def _inputs_of(session: Session | None, files: list[str], seed: int) -> Callable[[int], Inputs | None]:
+def _inputs_of(
+    voice: Voice, session: Session | None, files: list[str], load: LoadOptions, real: RealOptions
+) -> Callable[[int], Inputs | None]:
+    from bntool.cli.real_inputs import file_inputs, session_inputs
     from bntool.runtime.benchmarking import rebatching
     from bntool.runtime.programs import example_inputs_of as inputs_of_program
-    from bntool.verifying.onnx_checking import example_inputs_of
 
+    seed = load.seed
+    if real.inputs_file is not None:
+        if session is None:
+            return file_inputs(files[0], real.inputs_file, full=False)[0].of
+        return session_inputs(session, real.inputs_file, full=False)[0].of
     if session is None:
-        return lambda batch: example_inputs_of(files[0], batch, seed)
+        subject = open_model(voice, files[0], load).subject
+        return lambda batch: subject.example(batch, seed)
     if session.program is not None:
         return rebatching(inputs_of_program(session.program, seed), seed)
     session.observe()

@@ -81,7 +81,7 @@ class _Drawn:
 
     def __init__(self, model: nn.Module, generator: Any) -> None:
         self.model, self.generator = model, generator
-        self.embeds = _first_reads_tokens(model)
+        self.embeds = first_reads_tokens(model)
 
     def numbers(self, shape: list[int], dtype: Any) -> Any:
         import torch
@@ -180,7 +180,7 @@ def _too_large(text: str) -> UsageError:
     return UsageError(f"--input {text} is too large for this machine", next_step="give a smaller shape")
 
 
-def _first_reads_tokens(model: nn.Module) -> int:
+def first_reads_tokens(model: nn.Module) -> int:
     """The vocabulary of an embedding that comes first; 0 where the model reads numbers."""
     from torch import nn
 

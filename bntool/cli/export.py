@@ -11,7 +11,7 @@ from bntool.cli.concluding import conclude
 from bntool.cli.opening import open_model
 from bntool.cli.options import takes_all
 from bntool.cli.session import Voice
-from bntool.core.command_options import LoadOptions, ModelOptions, SpeechOptions, WriteOptions
+from bntool.core.command_options import LoadOptions, ModelOptions, RealOptions, SpeechOptions, WriteOptions
 from bntool.core.errors import InvariantError
 from bntool.core.options import CheckOptions, ExportOptions, PlaceOptions
 
@@ -22,6 +22,7 @@ class Asked:
 
     model: ModelOptions
     load: LoadOptions
+    real: RealOptions
     export: ExportOptions
     write: WriteOptions
     place: PlaceOptions
@@ -49,7 +50,7 @@ def command(voice: Voice, asked: Asked) -> int:
     from bntool.report.checks import checks_text
     from bntool.subjects.base import Checking
 
-    opened = opened.exportable(asked.export)
+    opened = opened.on(asked.real, asked.load, full=asked.check.check == "full").exportable(asked.export)
     if opened.kind == "onnx":
         return export_file(voice, opened, asked)
     if asked.export.dtype == "float32" and opened.session is not None:
@@ -60,7 +61,11 @@ def command(voice: Voice, asked: Asked) -> int:
     subject = opened.subject
     DynamicAxes(asked=asked.export.axes()).named_for(subject.example())
     checking = Checking.of(
-        asked.check, onnx_device=devices.onnx, seed=asked.load.seed, axes=asked.export.axes()
+        asked.check,
+        onnx_device=devices.onnx,
+        seed=asked.load.seed,
+        axes=asked.export.axes(),
+        inputs=opened.inputs,
     )
     pair = None if checking is None else (subject.proof(checking).reference, checking)
     how = Serving(asked.export, source_hash=opened.source_hash)

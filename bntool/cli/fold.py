@@ -18,6 +18,7 @@ from bntool.core.command_options import (
     FileOptions,
     LoadOptions,
     ModelOptions,
+    RealOptions,
     ReportOptions,
     SpeechOptions,
     WriteOptions,
@@ -55,6 +56,7 @@ class Asked:
 
     model: ModelOptions
     load: LoadOptions
+    real: RealOptions
     file: FileOptions
     ask: AskOptions
     export: ExportOptions
@@ -91,6 +93,7 @@ def command(voice: Voice, asked: Asked) -> int:
     opened = open_model(voice, asked.model.model, asked.load, *of_torch)
     asked.require_fitting(opened.kind)
     opened = opened.reading(asked.file, asked.check)
+    opened = opened.on(asked.real, asked.load, full=asked.check.check == "full")
     if asked.export.dtype == "float32" and opened.session is not None:
         opened = opened.cast("float32")
     from bntool.cli import writing
@@ -150,6 +153,7 @@ class _Fold:
                 onnx_device=self.devices.onnx,
                 seed=self.asked.load.seed,
                 axes=self.asked.export.axes(),
+                inputs=self.opened.inputs,
                 step=step,
             )
             if self.checking is not None:

@@ -18,6 +18,7 @@ from bntool.core.command_options import (
     FileOptions,
     LoadOptions,
     ModelOptions,
+    RealOptions,
     ReportOptions,
     SpeechOptions,
     WriteOptions,
@@ -56,6 +57,7 @@ class Asked:
 
     model: ModelOptions
     load: LoadOptions
+    real: RealOptions
     file: FileOptions
     insert: InsertOptions
     data: DataOptions
@@ -103,6 +105,7 @@ def command(voice: Voice, asked: Asked) -> int:
     asked.require_fitting()
     opened = open_model(voice, asked.model.model, asked.load, asked.insert, asked.data, asked.ask, asked.file)
     opened = opened.reading(asked.file, asked.check)
+    opened = opened.on(asked.real, asked.load, full=asked.check.check == "full")
     from bntool.cli import writing
     from bntool.cli.picturing import picture
 
@@ -153,8 +156,7 @@ def _inserted(voice: Voice, opened: Opened, asked: Asked) -> tuple[SurgeryResult
     from bntool.pipeline import surgeries
     from bntool.subjects.base import Checking
 
-    full = asked.check.check == "full"
-    checking = None if asked.check.check == "none" else Checking(full=full, seed=asked.load.seed)
+    checking = Checking.of(asked.check, seed=asked.load.seed, inputs=opened.inputs)
     subject = opened.subject
     with voice.progress("inserting") as step:
         if asked.ask.plan_file:

@@ -67,7 +67,9 @@ def _verified(voice: Voice, opened: Opened, draft: Path, asked: Any, device: str
     path = opened.subject.model
     batches = (1, 2, 3) if asked.check.check == "full" else (1,)
     try:
-        inputs = seeded_file_inputs(path, batches, asked.load.seed, opened.subject.shapes)
+        inputs = list(opened.inputs) or seeded_file_inputs(
+            path, batches, asked.load.seed, opened.subject.shapes
+        )
     except BntoolError as error:
         voice.note(f"not verified: {error.what}")
         return []

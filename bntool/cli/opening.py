@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from bntool.cli.session import Session, Voice, open_session
-from bntool.core.command_options import FileOptions, LoadOptions
+from bntool.core.command_options import FileOptions, LoadOptions, RealOptions
 from bntool.core.errors import UsageError
 from bntool.core.option import Options
 from bntool.core.options import CheckOptions, ExportOptions
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from bntool.cli.writing import Place
     from bntool.files.drafting import Drafts
+    from bntool.graph.inputs import Inputs
     from bntool.subjects.base import Subject
 
 
@@ -31,6 +32,8 @@ class Opened:
     subject: Any
     source: str | Path
     session: Session | None = None
+    inputs: tuple[Inputs, ...] = ()
+    """The user's own, in the batches that it is checked on."""
 
     @property
     def kind(self) -> str:
@@ -41,12 +44,7 @@ class Opened:
         """The same, where new files of a graph's own are made beside the one that they become."""
         if self.kind != "onnx" or place is None:
             return self
-        from bntool.subjects.onnx import OnnxSubject
-
-        old, folder = self.subject, drafts.folder_for(place.model)
-        subject = OnnxSubject(old.model, folder=folder, shapes=old.asked)
-        subject.read_as(run=old.may_run, freeze=old.freeze)
-        return dataclasses.replace(self, subject=subject)
+        return dataclasses.replace(self, subject=self.subject.working_in(drafts.folder_for(place.model)))
 
     def reading(self, file: FileOptions, check: CheckOptions) -> Opened:
         """The same, where an ONNX file is read as is asked. Raises `UsageError` for a check without a run."""
@@ -56,11 +54,33 @@ class Opened:
             self.subject.read_as(run=file.run, freeze=file.freeze_inputs)
         return self
 
+    def on(self, real: RealOptions, load: LoadOptions, *, full: bool) -> Opened:
+        """The same, observed and checked on the inputs in a file, where one is named.
+
+        Raises `LoadError` for a file that cannot be read, `UsageError` for what the model does not take.
+        """
+        if real.inputs_file is None:
+            return self
+        require_one(real, load)
+        from bntool.cli.real_inputs import file_inputs, session_inputs
+
+        if self.session is None:
+            found = file_inputs(self.source, real.inputs_file, full=full)[1]
+            self.subject.run_on(found)
+        else:
+            found = session_inputs(self.session, real.inputs_file, full=full)[1]
+            if self.kind == "program":
+                self.subject.given = found[0]
+        return dataclasses.replace(self, inputs=tuple(found))
+
     def cast(self, dtype: str) -> Opened:
         """The same module in another floating type."""
+        import torch
+
         assert self.session is not None
         self.session.cast(dtype)
-        return of_session(self.session)
+        inputs = tuple(one.to(dtype=getattr(torch, dtype)) for one in self.inputs)
+        return dataclasses.replace(of_session(self.session), inputs=inputs)
 
     def exportable(self, how: ExportOptions) -> Opened:
         """The same, as a model that can be exported, on the same inputs."""
@@ -70,11 +90,18 @@ class Opened:
         if subject is self.subject or self.session is None:
             return self
         loaded = dataclasses.replace(self.session.loaded, model=subject.model, kind="module")
-        return of_session(dataclasses.replace(self.session, loaded=loaded, _observation=None))
+        session = dataclasses.replace(self.session, loaded=loaded, _observation=None)
+        return dataclasses.replace(of_session(session), inputs=self.inputs)
 
     @property
     def source_hash(self) -> str:
         return self.session.loaded.source_hash if self.session is not None else ""
+
+
+def require_one(real: RealOptions, load: LoadOptions) -> None:
+    """Raise `UsageError` for inputs and a shape of inputs."""
+    if real.inputs_file is not None and load.inputs:
+        raise UsageError("--inputs and --input both say what it is run on", next_step="give one of the two")
 
 
 def is_onnx(name: str | None) -> bool:

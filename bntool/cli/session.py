@@ -227,6 +227,10 @@ class Session:
             self.voice.note(f"example input: {self.inputs.origin} (--input sets another)")
         return self._observation
 
+    def on(self, inputs: Inputs) -> None:
+        """Go on on these inputs."""
+        self.inputs, self._observation = inputs, None
+
     def known_inputs(self) -> Inputs:
         """The example inputs, which are found by observing the model where they are not known."""
         if self.inputs is None:

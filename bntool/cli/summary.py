@@ -12,7 +12,7 @@ import click
 from bntool.cli.opening import is_onnx, open_model
 from bntool.cli.options import takes
 from bntool.cli.session import Session, Voice
-from bntool.core.command_options import LoadOptions, ModelOptions, SpeechOptions, ViewOptions
+from bntool.core.command_options import LoadOptions, ModelOptions, RealOptions, SpeechOptions, ViewOptions
 from bntool.core.errors import BntoolError, UsageError
 from bntool.core.option import Options, option
 
@@ -27,17 +27,18 @@ class SummaryOptions(Options):
 
 
 @click.command("summary", short_help="Layers, shapes, parameters, mult-adds, memory; before and after.")
-@takes(ModelOptions, LoadOptions, SummaryOptions, ViewOptions, SpeechOptions)
+@takes(ModelOptions, LoadOptions, RealOptions, SummaryOptions, ViewOptions, SpeechOptions)
 def command(
     voice: Voice,
     model: ModelOptions,
     load: LoadOptions,
+    real: RealOptions,
     summary: SummaryOptions,
     view: ViewOptions,
     speech: SpeechOptions,
 ) -> int:
     """Show a model's layers, shapes, exact counts and costs; after insert or fold, the difference too."""
-    found, baseline = _summarized(voice, model.model, load, summary)
+    found, baseline = _summarized(voice, model.model, load, real, summary)
     if baseline is not None:
         from bntool.report.summary import since
 
@@ -57,15 +58,18 @@ def command(
 
 
 def _summarized(
-    voice: Voice, name: str | None, load: LoadOptions, summary: SummaryOptions
+    voice: Voice, name: str | None, load: LoadOptions, real: RealOptions, summary: SummaryOptions
 ) -> tuple[Any, Any]:
     """The summaries of the model and of what it is compared with, where there is that."""
     from bntool.pipeline.summarising import Weights, counted, or_weights, summarized
 
-    opened = or_weights(lambda: open_model(voice, name, load, summary, stand_ins=True))
+    opened = or_weights(lambda: open_model(voice, name, load, real, summary, stand_ins=True))
     if isinstance(opened, Weights):
+        if real.inputs_file:
+            raise UsageError("weights without their model do not run", next_step="leave --inputs out")
         voice.tell(opened.told)
         return counted(opened), _baseline(voice, None, summary.baseline, load)
+    opened = opened.on(real, load, full=False)
     session = opened.session
     with voice.progress("running the model"):
         found = summarized(opened.subject, session.inputs if session is not None else None)

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from bntool.cli.opening import require_one
 from bntool.cli.options import takes
 from bntool.cli.session import Session, Voice, open_session, same_file
-from bntool.core.command_options import LoadOptions, ReportOptions, SpeechOptions
+from bntool.core.command_options import LoadOptions, RealOptions, ReportOptions, SpeechOptions
 from bntool.core.errors import CheckFailed, LoadError, UsageError
 from bntool.core.option import Options, option
 from bntool.core.options import CheckOptions, PlaceOptions
@@ -19,6 +20,7 @@ from bntool.core.options import CheckOptions, PlaceOptions
 if TYPE_CHECKING:
     from bntool.cli.devices import Devices
     from bntool.core.verdicts import Check
+    from bntool.graph.inputs import Inputs
     from bntool.verifying.blaming import Found
     from bntool.verifying.reference import Reference
 
@@ -28,19 +30,17 @@ _ITSELF = "it without optimisations"
 
 @dataclasses.dataclass(frozen=True)
 class VerifyOptions(Options):
-    """What is compared, and on which inputs."""
+    """What is compared."""
 
     first: str | None = option(None, "", argument=True, names="file", metavar="[REFERENCE]")
     second: str | None = option(None, "", argument=True, names="file", metavar="CANDIDATE")
-    inputs_file: str | None = option(
-        None, "Real inputs: an .npy, .npz or .pt file.", "--inputs", metavar="FILE", names="file"
-    )
 
 
 @click.command("verify", short_help="Compare any two models or ONNX files; blame what differs.")
 @takes(
     VerifyOptions,
     LoadOptions,
+    RealOptions,
     PlaceOptions,
     CheckOptions,
     ReportOptions,
@@ -50,6 +50,7 @@ def command(
     voice: Voice,
     verify: VerifyOptions,
     load: LoadOptions,
+    real: RealOptions,
     place: PlaceOptions,
     check: CheckOptions,
 ) -> int:
@@ -64,6 +65,7 @@ def command(
     from bntool.cli import blaming
 
     blaming.require_place(check.repro)
+    require_one(real, load)
     if verify.first is None:
         raise UsageError("no CANDIDATE is named", next_step="bntool verify model_bn.pt model_bn_folded.onnx")
     other, candidate = (verify.first, verify.second) if verify.second else (None, verify.first)
@@ -78,14 +80,14 @@ def command(
         from bntool.cli.verify_files import verify_files
 
         file = Path(other) if other else None
-        found = verify_files(voice, Path(candidate), file, load, place, check, verify.inputs_file)
+        found = verify_files(voice, Path(candidate), file, load, place, check, real.inputs_file)
         return _concluded(voice, candidate, str(file or _ITSELF), *found)
     if other and _is_onnx(other):
         voice.note(f"{candidate} runs in float64, so the noise floor is its own")
         candidate, other = other, candidate
     load = dataclasses.replace(load, arch=load.arch or _arch_of_both(candidate, other, voice))
     session = open_session(voice, other, load)
-    found = _checked(session, candidate, load, place, check, verify.inputs_file)
+    found = _checked(session, candidate, load, place, check, real.inputs_file)
     return _concluded(voice, candidate, session.loaded.reference, *found)
 
 
@@ -130,9 +132,11 @@ def _checked(
 
     from bntool.cli import blaming, devices, picturing
     from bntool.cli.opening import runnable, with_runnable_program
+    from bntool.cli.real_inputs import session_inputs
     from bntool.core.verdicts import first_failed
 
-    is_onnx = _is_onnx(candidate)
+    full, is_onnx = check.check == "full", _is_onnx(candidate)
+    given = session_inputs(session, inputs_file, full=full)[1] if inputs_file else None
     if session.program is not None:
         devices.require_cpu(place.device)
         session = with_runnable_program(session, session.program)
@@ -145,7 +149,7 @@ def _checked(
         places, other = dataclasses.replace(places, torch="cpu"), runnable(other)
     if session.loaded.kind != "program":
         session.observe()
-    reference = _reference(session, inputs_file, full=check.check == "full")
+    reference = _reference(session, given, full=full)
     with session.voice.progress("comparing") as step:
         checks = _compared(session, other or Path(candidate), reference, check, places, step)
     if session.loaded.kind != "program":
@@ -167,10 +171,12 @@ def _concluded(
     voice: Voice, candidate: str, reference: str, checks: list[Check], blame: dict[str, Any]
 ) -> int:
     from bntool.cli.concluding import conclude
-    from bntool.core.verdicts import first_failed
+    from bntool.core.verdicts import first_failed, told_limits
     from bntool.report.checks import checks_text
 
     voice.say(checks_text(checks))
+    for line in told_limits(checks):
+        voice.say(line)
     scores = [check.top1 for check in checks if check.top1 is not None]
     if scores:
         voice.say(f"the same class comes first for {min(scores):.2%} of the samples")
@@ -192,14 +198,11 @@ def _stands_alone(candidate: str, model: str | None) -> bool:
     return record is None or Path(record.output).resolve().with_suffix("") != path.with_suffix("")
 
 
-def _reference(session: Session, inputs_file: str | None, *, full: bool) -> Reference:
+def _reference(session: Session, given: list[Inputs] | None, *, full: bool) -> Reference:
     from bntool.cli import serving
-    from bntool.cli.real_inputs import read_inputs
     from bntool.verifying.reference import Reference
 
-    if not inputs_file:
-        return serving.reference_with(session, full=full)
-    return Reference(session.model, read_inputs(inputs_file, session.example, full=full))
+    return Reference(session.model, given) if given else serving.reference_with(session, full=full)
 
 
 def _is_onnx(candidate: str | None) -> bool:
@@ -212,7 +215,11 @@ def _is_onnx(candidate: str | None) -> bool:
         if path.suffix == ".onnx":
             raise LoadError(f"no such file: {candidate}", next_step="bntool export MODEL writes one")
         return False
-    return detect(path).kind is Kind.ONNX
+    found = detect(path)
+    if path.suffix == ".onnx" and found.kind in (Kind.UNKNOWN, Kind.TEXT, Kind.EMPTY):
+        step = "download or export it again"
+        raise LoadError(f"{candidate} is {found.description}", where=candidate, next_step=step)
+    return found.kind is Kind.ONNX
 
 
 def _compared(

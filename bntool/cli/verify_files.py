@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from bntool.cli.session import Voice
 from bntool.core.command_options import LoadOptions
+from bntool.core.errors import ExportError
 from bntool.core.options import CheckOptions, PlaceOptions
 
 if TYPE_CHECKING:
@@ -30,20 +31,24 @@ def verify_files(
     """
     from bntool.cli import blaming, devices, picturing
     from bntool.core.verdicts import first_failed
-    from bntool.files.onnx_files import open_onnx
+    from bntool.files.onnx_files import open_onnx, require_opset
     from bntool.verifying.conditions import Conditions
     from bntool.verifying.onnx_verifying import check_files, check_itself
 
-    for path in filter(None, (candidate, reference)):
-        open_onnx(path)
+    files = {path: open_onnx(path) for path in (candidate, reference) if path is not None}
     places = devices.require_places(place, onnx_too=True)
     inputs = _inputs(reference or candidate, load, inputs_file, full=check.check == "full")
     how = Conditions(places.onnx, check.tolerance, tf32=check.tf32 == "both")
-    with voice.progress("comparing"):
-        if reference is None:
-            checks = check_itself(candidate, inputs, how)
-        else:
-            checks = check_files(reference, candidate, inputs, how)
+    try:
+        with voice.progress("comparing"):
+            if reference is None:
+                checks = check_itself(candidate, inputs, how)
+            else:
+                checks = check_files(reference, candidate, inputs, how)
+    except ExportError:
+        for path, file in files.items():
+            require_opset(file.model, str(path))
+        raise
     picturing.picture_onnx(voice, reference or candidate)
     failed = first_failed(checks)
     if failed is None:
@@ -64,15 +69,15 @@ def _found(candidate: Path, reference: Path | None, inputs: list[Inputs], failed
 
 def _inputs(path: Path, load: LoadOptions, inputs_file: str | None, *, full: bool) -> list[Inputs]:
     from bntool.cli.example_inputs import shapes_by_name
-    from bntool.cli.real_inputs import read_inputs
+    from bntool.cli.real_inputs import file_inputs
     from bntool.files.onnx_files import open_onnx
     from bntool.observe.onnx_shapes import asked_shapes
-    from bntool.runtime.onnx_inputs import SIDES, drawn_inputs
-    from bntool.runtime.ort_runner import OrtRunner
+    from bntool.verifying.onnx_checking import opened
     from bntool.verifying.onnx_verifying import seeded_file_inputs
 
-    runner, told = OrtRunner(path, "cpu", optimize=False), asked_shapes(open_onnx(path).model)
     if inputs_file:
-        return read_inputs(inputs_file, drawn_inputs(runner, 1, SIDES[0], load.seed, told), full=full)
+        return file_inputs(path, inputs_file, full=full)[1]
+    told = asked_shapes(open_onnx(path).model)
+    runner = opened(path, told)
     shapes: dict[str, Any] = {**told, **shapes_by_name(path, load.inputs, runner.input_names)}
     return seeded_file_inputs(path, (1, 2, 3) if full else (1,), load.seed, shapes)

@@ -57,6 +57,19 @@ class LoadOptions(Options):
 
 
 @dataclasses.dataclass(frozen=True)
+class RealOptions(Options):
+    """Inputs of the user's own, instead of drawn ones."""
+
+    inputs_file: str | None = option(
+        None,
+        "Real inputs instead of drawn ones: an .npy, .npz or .pt file, an array for each input.",
+        "--inputs",
+        metavar="FILE",
+        names="file",
+    )
+
+
+@dataclasses.dataclass(frozen=True)
 class FileOptions(Options):
     """How an ONNX file is read."""
 

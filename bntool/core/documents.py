@@ -35,7 +35,8 @@ class Place(msgspec.Struct, forbid_unknown_fields=True):
 class Check(msgspec.Struct, forbid_unknown_fields=True):
     """One row of a verification; `relative`, `noise_floor` and `limit` share a scale, the peak's.
 
-    A row that proves nothing has not `passed`, and `undecided` tells why.
+    `limit_by` is what set the limit: a tolerance as it was given, or noise. A row that proves nothing has not
+    `passed`, and `undecided` tells why.
     """
 
     stage: str
@@ -56,6 +57,7 @@ class Check(msgspec.Struct, forbid_unknown_fields=True):
     precision: str
     tolerance: str
     undecided: str = ""
+    limit_by: str = ""
 
 
 class Counts(msgspec.Struct, forbid_unknown_fields=True):

@@ -19,6 +19,8 @@ from bntool.core.option import Options, option
 from bntool.core.tolerances import Tolerance
 
 _LARGEST = sys.float_info.max
+TOLERANCE = "no element may lie further off than atol + rtol · peak, the largest absolute value of its output"
+"""What `atol` and `rtol` mean, in the words of the help, the man page, the docs and the code."""
 
 
 def _names(text: str) -> tuple[str, ...]:
@@ -206,10 +208,10 @@ class CheckOptions(Options):
         "off", "both: one row more with TF32 on, for information. It needs an NVIDIA GPU."
     )
     atol: float | None = option(
-        None, "Absolute tolerance instead of the noise floor.", least=0, most=_LARGEST
+        None, f"Absolute tolerance, instead of the noise floor: {TOLERANCE}.", least=0, most=_LARGEST
     )
     rtol: float | None = option(
-        None, "Tolerance relative to the peak, instead of the noise floor.", least=0, most=_LARGEST
+        None, f"Relative tolerance, instead of the noise floor: {TOLERANCE}.", least=0, most=_LARGEST
     )
     repro: str | None = option(
         None,

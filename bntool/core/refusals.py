@@ -80,8 +80,8 @@ _REFUSED: Mapping[str, Sequence[_Refusal]] = {
     "weights": [
         _FILE,
         _no(
-            f"{_CODE} inputs include exclude merge unshare dtype bench repro require_all tf32 atol rtol "
-            f"check device providers {_FORM} export_to",
+            f"{_CODE} inputs inputs_file include exclude merge unshare dtype bench repro require_all tf32 "
+            f"atol rtol check device providers {_FORM} export_to",
             "--plan folds it layer by layer, and that needs the model",
             "leave out --plan, or the other",
         ),

@@ -44,6 +44,11 @@ class Check(Shown):
     undecided: str = ""
 
     @property
+    def name(self) -> str:
+        """The row's, as the table has it."""
+        return f"{self.stage} {self.precision}".strip()
+
+    @property
     def verdict(self) -> str:
         """`passed`, `failed` or `undecided`."""
         return "undecided" if self.undecided else "passed" if self.passed else "failed"
@@ -52,6 +57,15 @@ class Check(Shown):
     def agrees(self) -> bool:
         """Whether nothing lies out of its limit, whatever that proves."""
         return self.passed or (bool(self.undecided) and self.relative <= self.limit)
+
+    @property
+    def limit_by(self) -> str:
+        """What set the limit: `rtol 0.01` as it was given, or the noise that it comes from."""
+        if self.tolerance:
+            return self.tolerance
+        if not self.limit:
+            return "equal bits"
+        return {"float64": "rounding in float64", TF32: "rounding in TF32"}.get(self.precision, "noise floor")
 
     @property
     def figures(self) -> str:
@@ -70,8 +84,20 @@ class Check(Shown):
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON; a figure that is not finite becomes None."""
         data = dataclasses.asdict(self)
+        data["limit_by"] = self.limit_by
         data["worst"] = {"output": self.worst[0], "index": list(self.worst[1])}
         return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in data.items()}
+
+
+def told_limits(checks: Sequence[Check]) -> list[str]:
+    """A line for what set the limits, by rows where they differ, and one for rows that prove nothing."""
+    by: dict[str, list[str]] = {}
+    for check in checks:
+        by.setdefault(check.limit_by, []).append(check.name)
+    told = [what if len(by) == 1 else f"{what} ({', '.join(rows)})" for what, rows in by.items()]
+    nothing = [check.name for check in checks if check.undecided]
+    lines = [f"limit by    {', '.join(told)}"] if told else []
+    return [*lines, f"undecided   {', '.join(nothing)}: proves nothing on these inputs"] if nothing else lines
 
 
 def first_failed(checks: Iterable[Check]) -> Check | None:
@@ -109,7 +135,7 @@ def checks_parts(checks: Sequence[Check]) -> Sequence[Part]:
     """
     rows = [
         [
-            f"{check.stage} {check.precision}".strip(),
+            check.name,
             _ran_on(check),
             _verdict(check),
             f"{check.max_abs:.1e}",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import onnx
+import onnx.inliner
 import onnx_ir as ir
 
 from bntool.core.errors import ExportError, UsageError
@@ -30,6 +31,8 @@ def converted(path: Path, opset: int, ir_version: int | None = None) -> ir.Model
     try:
         proto = whole_proto(path)
         to_one_form(proto)
+        if proto.functions:  # the converter forgets their bodies
+            proto = onnx.inliner.inline_local_functions(proto)
         done = onnx.version_converter.convert_version(proto, opset)
         onnx.checker.check_model(done)
     except Exception as error:  # whatever a converter of an op raises

@@ -46,7 +46,7 @@ def look_at_onnx(path: Path, found: Found) -> None:
                 problems += [problem] if problem is not None else []
     if external:
         found.facts["external_data"] = external
-    if problems and not found.suspicious:
+    if problems and (problems[0].cut or not found.suspicious):
         raise LoadError(f"{path.name} {problems[0].what}", where=str(path), next_step=problems[0].next_step)
 
 
@@ -109,4 +109,4 @@ def _look_outside(path: Path, tensor: Any, external: dict[str, int], found: Foun
         external[shown(str(data.relative_to(path.parent)))] = data.stat().st_size
     elif fault.suspicious:
         found.suspect(fault.what)
-    return None if fault is None or fault.suspicious else fault
+    return None if fault is None or (fault.suspicious and not fault.cut) else fault

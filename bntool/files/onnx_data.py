@@ -45,11 +45,13 @@ class Fault:
     """What is wrong with where a tensor is said to be: words that follow the file's name, and a way out.
 
     `suspicious` is what no honest file says; the rest happens to files that are copied without their data.
+    `cut` is a suspicious place that begins in the data: a download that ended early looks so too.
     """
 
     what: str
     next_step: str
     suspicious: bool = False
+    cut: bool = False
 
 
 def require_data(path: Path, tensor: onnx.TensorProto) -> Path:
@@ -86,7 +88,8 @@ def fault_of(path: Path, tensor: onnx.TensorProto) -> Fault | None:
     needed = _bytes_of(tensor) if info.length is None else info.length
     if begin < 0 or begin + needed > held:
         what = f"{text}, which has {held:,} bytes; it ends at {begin + needed:,}"
-        return Fault(f"takes {name} from beyond the end of {what}", "download or copy the data again", True)
+        step = "download or copy the data again"
+        return Fault(f"takes {name} from beyond the end of {what}", step, True, begin >= 0)
     if needed != _bytes_of(tensor):
         what = f"{needed:,} bytes of {text}, and takes {_bytes_of(tensor):,}"
         return Fault(f"gives {name} {what}, or from beyond the end", "download or export it again", True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
+import shlex
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from bntool.files.onnx_forms import inline_functions, name_apart, to_one_form
 from bntool.files.onnx_unfusing import unfuse
 from bntool.files.targets import Target
 
+LEAST_OPSET = 7
 SINGLE_FILE_LIMIT = int(1.8 * 2**30)
 """A protobuf message ends at 2 GiB; the graph itself and the names need room beside the weights."""
 _SMALL = 1024
@@ -43,6 +45,17 @@ class OnnxFile:
     def files(self) -> tuple[Path, ...]:
         """Every file that it is in."""
         return (self.path, *self.data_files)
+
+
+def require_opset(model: ir.Model, name: str) -> None:
+    """Raise `LoadError` for ops that broadcast, and normalise, by rules of their own."""
+    opset = model.opset_imports.get("", LEAST_OPSET)
+    if opset < LEAST_OPSET:
+        raise LoadError(
+            f"it is written in opset {opset}, and bntool changes files of opset {LEAST_OPSET} or later",
+            where=name,
+            next_step=f"bntool export {shlex.quote(name)} --opset 17 converts it",
+        )
 
 
 def open_onnx(path: str | Path) -> OnnxFile:

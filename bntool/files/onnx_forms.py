@@ -14,7 +14,8 @@ _ALIAS = "ai.onnx"
 
 
 def to_one_form(proto: onnx.ModelProto) -> None:
-    """Change the message itself: `ai.onnx` is the empty domain, and a sparse tensor is written out.
+    """Change the message itself: `ai.onnx` is the empty domain, a sparse tensor is written out, and an axis
+    of negative size is one that is left open.
 
     Runtimes take both forms alike; ONNX's own checker and reader know only this one.
     """
@@ -25,6 +26,10 @@ def to_one_form(proto: onnx.ModelProto) -> None:
     for graph in _graphs(proto):
         graph.initializer.extend(_dense(sparse) for sparse in graph.sparse_initializer)
         del graph.sparse_initializer[:]
+        for info in (*graph.input, *graph.output, *graph.value_info):
+            for dim in info.type.tensor_type.shape.dim:
+                if dim.dim_value < 0:
+                    dim.ClearField("dim_value")
 
 
 def inline_functions(model: ir.Model) -> None:

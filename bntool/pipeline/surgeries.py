@@ -172,7 +172,7 @@ def _not_borne_out(failed: Check, proof: Any) -> CheckFailed:
         return CheckFailed(
             f"the fold cannot be checked: {limit.undecidable}",
             where=where,
-            next_step="fold it with --check none, and verify the result with inputs of your own",
+            next_step="give inputs that it answers to with --inputs FILE, or verify what --check none makes",
         )
     why = failed.detail or failed.stage
     return CheckFailed(

@@ -34,6 +34,8 @@ def compare_models(
         raise CheckFailed("there is nothing to compare: no input is known", next_step="pass inputs=")
     several = seeded_batches(example, batches, checking.seed) if checking.full else [example]
     runs = Reference(reference.runnable, several)
+    if inputs is not None and checking.full:
+        several = [inputs, *several]
     if candidate.kind == "onnx":
         return check_onnx(runs, candidate.model, checking.on_onnx())
     on = checking.torch_device

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -40,9 +40,15 @@ def first_runs(
 
     `shapes` says how large some of them are. Raises as `drawn_inputs`.
     """
+    sides = enumerate(SIDES, 1)
+    drawn = (drawn_inputs(runner, min(batch, 3), side, seed + batch, shapes) for batch, side in sides)
+    return runs_of(runner, drawn, count)
+
+
+def runs_of(runner: FileRunner, several: Iterable[Inputs], count: int | None = None) -> FirstRuns:
+    """Run a file on inputs until it has taken `count` of them; on all of them without."""
     found = FirstRuns()
-    for batch, side in enumerate(SIDES, 1):
-        inputs = drawn_inputs(runner, min(batch, 3), side, seed + batch, shapes)
+    for inputs in several:
         try:
             outputs = runner.run(inputs)
         except ExportError as error:

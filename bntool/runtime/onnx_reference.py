@@ -28,6 +28,7 @@ class ReferenceRunner:
 
     device: str = "cpu"
     provider: str = "onnx.reference"
+    note: str = "ONNX Runtime cannot run this file"
 
     def __init__(self, path: str | Path) -> None:
         self._path = Path(path)
@@ -49,6 +50,22 @@ class ReferenceRunner:
     def signature(self) -> list[tuple[str, str, list[int | str | None]]]:
         """Name, type and axes of every input, in ONNX Runtime's words."""
         return [(info.name, _kind(info.type), _axes(info.type.tensor_type)) for info in self._inputs]
+
+    @property
+    def input_names(self) -> tuple[str, ...]:
+        return tuple(info.name for info in self._inputs)
+
+    def accepts(self, inputs: Inputs) -> bool:
+        """Whether every fixed axis of the file's inputs has the length that these inputs have."""
+        given = inputs.tensors()
+
+        def fits(axes: list[int | str | None], shape: tuple[int, ...]) -> bool:
+            fixed = [not isinstance(n, int) or n == m for n, m in zip(axes, shape, strict=False)]
+            return not axes or (len(axes) == len(shape) and all(fixed))
+
+        return given.keys() >= set(self.input_names) and all(
+            fits(axes, tuple(given[name].shape)) for name, _, axes in self.signature
+        )
 
     def run(self, inputs: Inputs) -> dict[str, Tensor]:
         """Every output by name. Raises `ExportError` when the file does not run."""

@@ -37,3 +37,9 @@ class FileRunner(Runner, Protocol):
     @property
     def signature(self) -> list[tuple[str, str, list[int | str | None]]]:
         """Name, type and axes of every input; an axis that the file leaves open is a name or None."""
+
+    @property
+    def input_names(self) -> tuple[str, ...]: ...
+
+    def accepts(self, inputs: Inputs) -> bool:
+        """Whether the file takes these: their names, types and shapes."""

@@ -73,7 +73,10 @@ def _subject_of(model: Any, example_inputs: Any, stand_ins: bool) -> Subject:
         if path.is_file() and detect(path).kind is Kind.ONNX:
             from bntool.subjects.onnx import OnnxSubject
 
-            return OnnxSubject(path)
+            file = OnnxSubject(path)
+            if example_inputs is not None:
+                file.take(example_inputs)
+            return file
         from bntool.files.loading import load
 
         loaded = load(name, stand_ins=stand_ins)

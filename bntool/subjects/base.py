@@ -11,6 +11,7 @@ from bntool.core.options import CheckOptions, ExportOptions, FoldOptions, Insert
 from bntool.core.plan import Plan
 from bntool.core.tolerances import BY_NOISE, Tolerance
 from bntool.core.verdicts import Check
+from bntool.verifying.checking import seeded_batches
 from bntool.verifying.conditions import Conditions
 
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ class Checking:
         tf32: whether a row with TF32 on is added to those of an ONNX file.
         seed: of whatever inputs are drawn.
         axes: those that are to be open, by input; one more input is then longer along them.
+        inputs: the user's own, instead of drawn ones.
         step: is told what is done at the moment.
     """
 
@@ -46,6 +48,7 @@ class Checking:
     tf32: bool = False
     seed: int = 0
     axes: Mapping[str, Sequence[int]] = dataclasses.field(default_factory=dict)
+    inputs: tuple[Inputs, ...] = ()
     step: Callable[[str], None] = lambda text: None
 
     @classmethod
@@ -63,6 +66,12 @@ class Checking:
     def on_onnx(self) -> Conditions:
         """What an ONNX file is held to."""
         return Conditions(self.onnx_device, self.tolerance, tf32=self.tf32, progress=self.step)
+
+    def batches_of(self, example: Inputs) -> list[Inputs]:
+        """What both models run on: the user's own inputs, else seeded batches of the example, or it alone."""
+        if self.inputs:
+            return list(self.inputs)
+        return seeded_batches(example, seed=self.seed) if self.full else [example]
 
 
 class Proof(Protocol[S_contra]):

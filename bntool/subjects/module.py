@@ -26,7 +26,7 @@ from bntool.subjects.insertion import check_unchanged, insert_observed
 from bntool.subjects.module_folding import PlannedFold, plan_module_fold
 from bntool.subjects.proving import ModuleProof
 from bntool.surgery.fold_modules import Numbers, apply_exactly
-from bntool.verifying.checking import check_surgery, seeded_batches
+from bntool.verifying.checking import check_surgery
 from bntool.verifying.reference import Reference
 
 if TYPE_CHECKING:
@@ -131,14 +131,16 @@ class ModuleSubject:
     def insert_rows(self, plan: Plan, after: ModuleSubject, checking: Checking) -> list[Check]:
         inputs = self.observation.inputs
         if plan.options.get("init") == "identity" and not plan.dropped:
-            seen = None if checking.full else self._unchanged
-            rows = [seen or check_unchanged(self.model, after.model, inputs, full=checking.full)]
+            seen = None if checking.full or checking.inputs else self._unchanged
+            rows = [seen or check_unchanged(self.model, after.model, checking.batches_of(inputs))]
         else:
-            batches = seeded_batches(inputs) if checking.full else [inputs]
             # a layer whose bias has moved returns something else, as it should
             moved = {dropped.conv.partition(".")[0] for dropped in plan.dropped}
             rows = check_surgery(
-                Reference(self.model, batches), after.model, stage="insert", changed_parts=moved
+                Reference(self.model, checking.batches_of(inputs)),
+                after.model,
+                stage="insert",
+                changed_parts=moved,
             )
         if not all(row.agrees for row in rows):
             raise CheckFailed("the insertion changes the output", next_step="please report this model")

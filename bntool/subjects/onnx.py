@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
-import shlex
 import tempfile
 import weakref
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import onnx_ir as ir
 
-from bntool.core.errors import CheckFailed, InvariantError, LoadError
+from bntool.core.errors import CheckFailed, InvariantError, UsageError
 from bntool.core.options import ExportOptions, FoldOptions, InsertOptions
 from bntool.core.plan import Plan
 from bntool.core.verdicts import Check
-from bntool.files.onnx_files import OnnxFile, open_onnx, save_onnx
+from bntool.files.onnx_files import OnnxFile, open_onnx, require_opset, save_onnx
 from bntool.files.onnx_forms import take_off_inputs
 from bntool.folding import at_graph_level, plan_on_all
 from bntool.graph.dataflow import Graph
@@ -29,15 +27,16 @@ from bntool.observe.onnx_shapes import asked_shapes
 from bntool.runtime.onnx_inputs import first_runs
 from bntool.runtime.onnx_sizes import SeenSizes
 from bntool.subjects.base import Checking, Kind, Parameters
+from bntool.subjects.onnx_proving import OnnxProof
 from bntool.surgery.fold_onnx import apply_fold_onnx
 from bntool.surgery.insert_onnx import apply_insert_onnx
 from bntool.surgery.onnx_wiring import bind_branches
-from bntool.verifying.onnx_checking import OnnxReference, check_onnx_unchanged, example_inputs_of, opened
+from bntool.verifying.onnx_checking import check_onnx_unchanged, opened
+from bntool.verifying.onnx_verifying import seeded_file_inputs
 
 if TYPE_CHECKING:
     from bntool.export.exporting import ExportResult
 
-LEAST_OPSET = 7
 Shapes = Mapping[str, Sequence[int | None]]
 
 
@@ -60,6 +59,7 @@ class OnnxSubject:
         data: a file of its own with the numbers, where it has one.
         name: how the user calls it.
         shapes: of inputs, by name, where the user said on what it is to be run.
+        real: inputs of the user's own, by name, of which it is read and on which it is checked.
     """
 
     kind: Kind = "onnx"
@@ -72,6 +72,7 @@ class OnnxSubject:
         data: Path | None = None,
         name: str = "",
         shapes: Shapes | None = None,
+        real: Sequence[Inputs] = (),
     ) -> None:
         self.model, self.may_run, self.freeze = Path(path), True, False
         self.data = data
@@ -79,6 +80,8 @@ class OnnxSubject:
         self._file: OnnxFile | None = open_onnx(path)
         self.files = self._file.files
         self.asked = shapes or {}
+        self.real: Sequence[Inputs] = ()
+        self.run_on(real)
         self._told = asked_shapes(self._file.model)
         self._folder = folder or Scratch()
         self._observed: OnnxObservation | None = None
@@ -89,6 +92,25 @@ class OnnxSubject:
         """
         self.may_run, self.freeze = run, freeze
         self._file = self._observed = None
+
+    def run_on(self, real: Sequence[Inputs]) -> None:
+        """Inputs of the user's own take the place of drawn ones."""
+        if real:
+            self.real = real
+            self.asked = {name: list(t.shape) for name, t in real[0].tensors().items()}
+            self._observed = None
+
+    def take(self, example_inputs: Any) -> None:
+        """Inputs as everywhere, by the names of the file's or in their order. Raises `UsageError`."""
+        given, names = Inputs.of(example_inputs), self.input_names
+        held = given.tensors()
+        if not set(names) <= held.keys():
+            if len(names) != len(held):
+                raise UsageError(
+                    f"{len(held)} input(s) are given, and the file takes {', '.join(names)}", where=self.name
+                )
+            held = dict(zip(names, held.values(), strict=True))
+        self.run_on([Inputs((), {name: held[name] for name in names}, given.origin)])
 
     @property
     def runnable(self) -> None:
@@ -122,7 +144,8 @@ class OnnxSubject:
 
     def _seen(self) -> SeenSizes | None:
         def inputs() -> list[Inputs]:
-            return first_runs(opened(self.model, self.shapes), 2, shapes=self.shapes).inputs
+            drawn = first_runs(opened(self.model, self.shapes), 2, shapes=self.shapes).inputs
+            return [*self.real[:1], *drawn[1:]] if self.real else drawn
 
         return SeenSizes(self.file.model, inputs, asked=bool(self.asked)) if self.may_run else None
 
@@ -137,7 +160,8 @@ class OnnxSubject:
         return self.observed.graph
 
     def example(self, batch: int = 1, seed: int = 0) -> Inputs:
-        return example_inputs_of(self.model, batch, seed, self.shapes)
+        """One that it takes, of several batches where it leaves that axis open."""
+        return self.real[0] if self.real else seeded_file_inputs(self.model, (batch,), seed, self.shapes)[0]
 
     def parameters(self, after: OnnxSubject) -> Parameters:
         """All numbers of a file are counted as frozen: nothing in it says which of them are trained."""
@@ -148,16 +172,6 @@ class OnnxSubject:
             "after": {**none, "frozen": new, "bytes": new_bytes},
             "delta": {**none, "frozen": new - old, "bytes": new_bytes - old_bytes, "conv_bias": 0},
         }
-
-    def _require_opset(self) -> None:
-        """Older ops broadcast, and normalise, by rules of their own. Raises `LoadError`."""
-        opset = self.file.model.opset_imports.get("", LEAST_OPSET)
-        if opset < LEAST_OPSET:
-            raise LoadError(
-                f"it is written in opset {opset}, and bntool changes files of opset {LEAST_OPSET} or later",
-                where=self.name,
-                next_step=f"bntool export {shlex.quote(self.name)} --opset 17 converts it",
-            )
 
     def export(self, path: Path, how: ExportOptions, metadata: Mapping[str, str]) -> ExportResult:
         """Convert it to the opset that is asked for, into a new file."""
@@ -170,7 +184,7 @@ class OnnxSubject:
 
     def plan_fold(self, options: FoldOptions, *, thorough: bool = True) -> Plan:  # noqa: ARG002 - costs nothing
         """Where an axis has no fixed size, a fold counts only if it is the same for two sets of sizes."""
-        self._require_opset()
+        require_opset(self.file.model, self.name)
         plan, self._observed = plan_fold_onnx(
             self.file.model,
             include=options.include,
@@ -191,7 +205,7 @@ class OnnxSubject:
         return OnnxProof(self, checking)
 
     def plan_insert(self, options: InsertOptions) -> Plan:
-        self._require_opset()
+        require_opset(self.file.model, self.name)
         return plan_insert_nodes(self.observed.graph, options)
 
     def inserted(self, options: InsertOptions) -> tuple[Plan, OnnxSubject]:
@@ -204,7 +218,8 @@ class OnnxSubject:
         return plan, self._written(file)
 
     def insert_rows(self, plan: Plan, after: OnnxSubject, checking: Checking) -> list[Check]:  # noqa: ARG002
-        inputs = [self.example(batch, checking.seed) for batch in ((1, 2, 3) if checking.full else (1,))]
+        batches = (1, 2, 3) if checking.full else (1,)
+        inputs = self.real or seeded_file_inputs(self.model, batches, checking.seed, self.shapes)
         row = check_onnx_unchanged(self.model, after.model, inputs)
         if not row.agrees:
             raise CheckFailed(
@@ -227,9 +242,15 @@ class OnnxSubject:
         path, data = save_onnx(file, scratch.path / "bound.onnx")
         return self._at(path, data, scratch)
 
-    def _at(self, path: Path, data: Path | None, folder: Path | Scratch) -> OnnxSubject:
-        made = OnnxSubject(path, folder=folder, data=data, name=self.name, shapes=self.asked)
-        made.read_as(run=self.may_run)
+    def working_in(self, folder: Path) -> OnnxSubject:
+        """The same, where new files are made in this folder."""
+        return self._at(self.model, None, folder, freeze=self.freeze)
+
+    def _at(
+        self, path: Path, data: Path | None, folder: Path | Scratch, *, freeze: bool = False
+    ) -> OnnxSubject:
+        made = OnnxSubject(path, folder=folder, data=data, name=self.name, shapes=self.asked, real=self.real)
+        made.read_as(run=self.may_run, freeze=freeze)
         return made
 
     def _taken(self) -> tuple[OnnxFile, OnnxObservation]:
@@ -262,45 +283,3 @@ def plan_fold_onnx(
     graphs = [observed.graph, *([observe_onnx(model, 1, seen).graph] if observed.open else [])]
     plan = plan_on_all(graphs, include=include, exclude=exclude, merge=merge, unshare=unshare)
     return at_graph_level(plan, observed.hidden), observed
-
-
-class OnnxProof:
-    """A file's own runs, of several sizes where it leaves axes open, and with each branch of every If."""
-
-    looks_elsewhere = True
-
-    def __init__(self, subject: OnnxSubject, checking: Checking) -> None:
-        self._subject, self._checking = subject, checking
-
-    @functools.cached_property
-    def reference(self) -> OnnxReference:
-        return self._reference_of(self._subject)
-
-    @functools.cached_property
-    def _branches(self) -> list[tuple[bool, OnnxSubject, OnnxReference]]:
-        """The file with every If bound to one of its branches: a run takes one, and proves only that."""
-        choices = (True, False) if self._subject.branches else ()
-        bound = [(taken, self._subject.bound_to(taken)) for taken in choices]
-        return [(taken, subject, self._reference_of(subject)) for taken, subject in bound]
-
-    def rows(self, plan: Plan, after: OnnxSubject) -> list[Check]:  # noqa: ARG002 - a protocol's
-        rows = self._rows(self.reference, after)
-        for taken, _, reference in self._branches:
-            why = f"every If takes its {'then' if taken else 'else'} branch"
-            found = self._rows(reference, after.bound_to(taken))
-            rows += [dataclasses.replace(row, detail=f"{row.detail}; {why}") for row in found]
-        return rows
-
-    def agrees(self, plan: Plan) -> bool:
-        return all(row.agrees for row in self.rows(plan, self._subject.folded(plan)))
-
-    def _reference_of(self, subject: OnnxSubject) -> OnnxReference:
-        nodes, *_ = subject.counts
-        count = 3 if self._checking.full else 2
-        return OnnxReference(
-            subject.model, nodes, count=count, seed=self._checking.seed, shapes=self._subject.shapes
-        )
-
-    def _rows(self, reference: OnnxReference, after: OnnxSubject) -> list[Check]:
-        checking = self._checking
-        return reference.checks(after.model, device=checking.onnx_device, tolerance=checking.tolerance)

@@ -27,7 +27,7 @@ from bntool.subjects.replanning import replanned_fold
 from bntool.surgery.fold_program import apply_fold_program, in_float64
 from bntool.surgery.insert_program import apply_insert_program
 from bntool.verifying.algebra import Redone
-from bntool.verifying.checking import check_surgery, seeded_batches
+from bntool.verifying.checking import check_surgery
 from bntool.verifying.reference import Reference
 
 if TYPE_CHECKING:
@@ -104,8 +104,8 @@ class ProgramSubject:
         plan = self.plan_insert(options)
         return plan, self._like(apply_insert_program(self.observed, plan)) if plan else self
 
-    def insert_rows(self, plan: Plan, after: ProgramSubject, checking: Checking) -> list[Check]:  # noqa: ARG002
-        row = check_unchanged(self.runnable, after.runnable, self.example(), full=checking.full)
+    def insert_rows(self, plan: Plan, after: ProgramSubject, checking: Checking) -> list[Check]:  # noqa: ARG002 - of a plan
+        row = check_unchanged(self.runnable, after.runnable, checking.batches_of(self.example()))
         if not row.agrees:
             raise CheckFailed("the insertion changes the output", next_step="please report this program")
         return [row]
@@ -131,10 +131,12 @@ class ProgramProof:
     def reference(self) -> Reference:
         subject, checking = self._subject, self._checking
         first = subject.example()
-        others = seeded_batches(first, seed=checking.seed) if checking.full else []
+        inputs = checking.batches_of(first)
+        if checking.full and not checking.inputs:
+            inputs = [first, *inputs]
         if subject.observed.open and subject.given is None:
-            others.append(drawn_inputs(subject.model, 1))
-        return Reference(subject.runnable, [first, *others])
+            inputs.append(drawn_inputs(subject.model, 1))
+        return Reference(subject.runnable, inputs)
 
     @functools.cached_property
     def _wide(self) -> ProgramSubject:

@@ -18,7 +18,7 @@ from bntool.subjects.base import Checking
 from bntool.subjects.elsewhere import Elsewhere, sides_of
 from bntool.surgery.fold_modules import Numbers, apply_exactly, apply_fold
 from bntool.verifying.algebra import Redone
-from bntool.verifying.checking import check_surgery, seeded_batches
+from bntool.verifying.checking import check_surgery
 from bntool.verifying.conditions import DEFAULT, Conditions
 from bntool.verifying.float64 import Unrounded
 from bntool.verifying.reference import Reference
@@ -51,11 +51,12 @@ class ModuleProof:
     def reference(self) -> Reference:
         """The original on the inputs that a candidate is compared on."""
         checking, example = self._checking, self._observation.inputs
-        inputs = seeded_batches(example, seed=checking.seed) if checking.full else [example]
+        inputs = checking.batches_of(example)
         longer = {name: [axis for axis in axes if axis] for name, axes in checking.axes.items()}
         if any(longer.values()):  # by 32, which most strides divide
             inputs = [*inputs, resized(example, longer, by=32, seed=checking.seed)]
-        ran = _own_runs([self._observation]) if inputs == [example] else None
+        alone = len(inputs) == 1 and inputs[0] is example
+        ran = _own_runs([self._observation]) if alone else None
         return Reference(self._model, inputs, ran=ran, floor=self._floor)
 
     @functools.cached_property

@@ -66,8 +66,8 @@ class ScriptSubject:
     def folded(self, plan: Plan) -> ScriptSubject:
         return ScriptSubject(self.pass_result.model, self._inputs, name=self.name) if plan else self
 
-    def proof(self, checking: Checking) -> ScriptProof:  # noqa: ARG002 - one way alone
-        return ScriptProof(self)
+    def proof(self, checking: Checking) -> ScriptProof:
+        return ScriptProof(self, checking)
 
     def plan_insert(self, options: InsertOptions) -> Plan:  # noqa: ARG002 - whatever they are
         raise UsageError(
@@ -87,8 +87,8 @@ class ScriptProof:
 
     looks_elsewhere = True
 
-    def __init__(self, subject: ScriptSubject) -> None:
-        self._subject = subject
+    def __init__(self, subject: ScriptSubject, checking: Checking) -> None:
+        self._subject, self._checking = subject, checking
 
     def rows(self, plan: Plan, after: ScriptSubject) -> list[Check]:  # noqa: ARG002 - a protocol's
         inputs = self._subject.example()
@@ -96,7 +96,7 @@ class ScriptProof:
             raise UsageError(
                 "a TorchScript module needs an input to be checked on", next_step="pass example_inputs"
             )
-        return [check_script(self._subject.pass_result, inputs)]
+        return [check_script(self._subject.pass_result, inputs, self._checking.inputs)]
 
     def agrees(self, plan: Plan) -> bool:
         """The pass folds all or nothing."""

@@ -155,13 +155,17 @@ def _copy(script: torch.jit.ScriptModule) -> torch.jit.ScriptModule:
         return copied
 
 
-def check_script(folded: FoldedScript, inputs: Inputs) -> Check:
+def check_script(folded: FoldedScript, inputs: Inputs, real: Sequence[Inputs] = ()) -> Check:
     """Both modules in float64, over two draws of inputs: far apart by less than rounding, or failed.
+
+    With `real` inputs over those instead.
 
     Exported methods are run too, where they take the same inputs; what was not run is said.
     Raises `CheckFailed` where forward cannot be run so.
     """
-    given = [inputs.map(functools.partial(_drawn, torch.Generator().manual_seed(seed))) for seed in (0, 1)]
+    given = [one.to(dtype=torch.float64) for one in real] or [
+        inputs.map(functools.partial(_drawn, torch.Generator().manual_seed(seed))) for seed in (0, 1)
+    ]
     before: list[dict[str, Tensor]] = [{} for _ in given]
     after: list[dict[str, Tensor]] = [{} for _ in given]
     others = [name for name in folded.wide._c._method_names() if name != "forward"]

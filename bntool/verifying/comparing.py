@@ -41,10 +41,10 @@ def compare(
 ) -> Check:
     """One verdict over every output of every batch.
 
-    A `tolerance` that is asked replaces the noise-floor limit: no element of an output may then lie further
-    off than atol + rtol · peak |reference| of that output. An output out of a limit that cannot decide it
-    fails, and the detail says why. Raises `CheckFailed` when there is nothing to compare, and `StateError`
-    when the reference holds no finite value: never a pass.
+    A `tolerance` that is asked replaces the noise floor: no element may lie further off than
+    atol + rtol · peak, the largest absolute value of its output in the reference. An output out of a limit
+    that cannot decide it fails, and the detail says why. Raises `CheckFailed` when there is nothing to
+    compare, and `StateError` when the reference holds no finite value: never a pass.
     """
     _require_something(reference, candidate)
     judged = _Judged(limits, tolerance, {**constant_outputs(reference, limits), **silent_outputs(reference)})
@@ -124,6 +124,8 @@ class _Judged:
             limit, diff = self._limits[name], difference(tensor, got.get(name))
             if self._tolerance.is_asked:
                 limit, diff = _by_tolerance(tensor, limit, diff, self._tolerance)
+                if limit.limit >= 1:
+                    yield f"{name}: allowed all of its peak and more, which proves nothing"
             elif limit.absolute:
                 limit, diff, weak = _with_absolute(tensor, limit, diff)
                 if weak:

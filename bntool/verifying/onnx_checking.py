@@ -27,7 +27,7 @@ from bntool.core.tolerances import (
 )
 from bntool.core.verdicts import Check
 from bntool.graph.inputs import Inputs
-from bntool.runtime.onnx_inputs import SIDES, drawn_inputs, first_runs
+from bntool.runtime.onnx_inputs import first_runs, runs_of
 from bntool.runtime.onnx_outputs import OutputTraits
 from bntool.runtime.onnx_reference import ReferenceRunner
 from bntool.runtime.ort_runner import OrtRunner
@@ -39,7 +39,8 @@ from bntool.verifying.onnx_cutting import node_that
 
 
 class OnnxReference:
-    """What a file computes before a fold, on seeded inputs of several sizes where it leaves axes open.
+    """What a file computes before a fold, on the inputs `given`, or on seeded ones of several sizes where it
+    leaves axes open.
 
     The limits of a candidate come from the file's `nodes`, from what ONNX Runtime's own optimisations move
     the file by, and from what a rounding of the inputs does (`file_limits`).
@@ -57,10 +58,11 @@ class OnnxReference:
         count: int = 2,
         seed: int = 0,
         shapes: Mapping[str, Sequence[int | None]] | None = None,
+        given: Sequence[Inputs] = (),
     ) -> None:
         runner = opened(path, shapes)
         self.runtime = isinstance(runner, OrtRunner)
-        found = first_runs(runner, count, seed, shapes)
+        found = runs_of(runner, given) if given else first_runs(runner, count, seed, shapes)
         self.inputs, self.outputs, refused = found.inputs, found.outputs, found.refused
         if not self.inputs:
             raise CheckFailed(
@@ -101,11 +103,11 @@ class OnnxReference:
         """
         try:
             if not self.runtime:
-                note = "ONNX Runtime cannot run this file"
-                return [self._row("fold", ReferenceRunner(after), tolerance, note)]
+                runner = ReferenceRunner(after)
+                return [self._row("fold", runner, tolerance, runner.note)]
             rows = [self._row("fold", OrtRunner(after, "cpu", optimize=False), tolerance)]
-            runner = OrtRunner(after, device, optimize=True)
-            return [*rows, self._row("runtime", runner, tolerance, runner.note)]
+            served = OrtRunner(after, device, optimize=True)
+            return [*rows, self._row("runtime", served, tolerance, served.note)]
         except ExportError as error:
             raise CheckFailed(f"the folded file does not run: {error.what}") from error
 
@@ -144,17 +146,13 @@ def opened(path: str | Path, shapes: Mapping[str, Sequence[int | None]] | None =
             ) from error
 
 
-def example_inputs_of(
-    path: str | Path, batch: int = 1, seed: int = 0, shapes: Mapping[str, Sequence[int | None]] | None = None
-) -> Inputs:
-    """Seeded inputs of the shapes that a file declares, or of `shapes`: an open first axis is the batch."""
-    require_survival(path, shapes, node_that)
-    return drawn_inputs(OrtRunner(path, "cpu", optimize=False), batch, SIDES[0], seed + batch, shapes)
-
-
 def check_onnx_unchanged(before: str | Path, after: str | Path, inputs_list: Sequence[Inputs]) -> Check:
-    """Two files that compute the same to the last bit, with ONNX Runtime's optimisations off."""
-    reference, candidate = (OrtRunner(path, "cpu", optimize=False) for path in (before, after))
+    """Two files that compute the same to the last bit, with ONNX Runtime's optimisations off; in ONNX's own
+    implementation where ONNX Runtime refuses the first.
+    """
+    reference = opened(before)
+    in_runtime = isinstance(reference, OrtRunner)
+    candidate = OrtRunner(after, "cpu", optimize=False) if in_runtime else ReferenceRunner(after)
     fits = [inputs for inputs in inputs_list if reference.accepts(inputs)]
     expected, got = ([runner.run(inputs) for inputs in fits] for runner in (reference, candidate))
     limits = {name: EXACT for outputs in expected for name in outputs}

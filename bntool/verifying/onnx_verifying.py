@@ -16,16 +16,16 @@ from bntool.graph.inputs import Inputs
 from bntool.models import casting
 from bntool.runtime.onnx_inputs import SIDES, drawn_inputs
 from bntool.runtime.onnx_outputs import OutputTraits
+from bntool.runtime.onnx_reference import ReferenceRunner
 from bntool.runtime.ort_runner import OrtRunner
 from bntool.runtime.providers import why_no_cuda
-from bntool.runtime.surviving import require_survival
 from bntool.verifying.blaming import where_it_ran
 from bntool.verifying.checking import repeated
 from bntool.verifying.comparing import compare
 from bntool.verifying.conditions import Conditions
 from bntool.verifying.export_checking import named_as
-from bntool.verifying.onnx_checking import file_limits, rounded_runs
-from bntool.verifying.onnx_cutting import OnnxGraph, node_that
+from bntool.verifying.onnx_checking import file_limits, opened, rounded_runs
+from bntool.verifying.onnx_cutting import OnnxGraph
 from bntool.verifying.tf32 import no_tf32
 
 AUTO = Conditions("auto")
@@ -41,12 +41,15 @@ def check_files(
     inputs_list: Sequence[Inputs],
     how: Conditions = AUTO,
 ) -> list[Check]:
-    """Two rows: both files as they are written, and the candidate with optimisations on, on a device.
+    """Two rows: both files as they are written, and the candidate with optimisations on, on `device`. One
+    where ONNX Runtime refuses the reference: both run in ONNX's own implementation.
 
     With `how.tf32` one more with TF32 on, judged by a walk of TF32's roundings, or why there is none.
     Raises `ExportError` where ONNX Runtime refuses a file, `DeviceError` where it refuses the device.
     """
     runs = _Runs(reference, inputs_list)
+    if not runs.in_runtime:
+        return [runs.row("verify", ReferenceRunner(candidate), how.tolerance)]
     rows = []
     for stage, optimize, where in (("verify", False, "cpu"), ("runtime", True, how.device)):
         rows.append(runs.row(stage, OrtRunner(candidate, where, optimize=optimize), how.tolerance))
@@ -87,8 +90,7 @@ def seeded_file_inputs(
 
     Raises `CheckFailed` where the file runs on none of them.
     """
-    require_survival(path, shapes, node_that)
-    runner = OrtRunner(path, "cpu", optimize=False)
+    runner = opened(path, shapes)
     found: list[Inputs] = []
     refused = ""
     for batch in batches:
@@ -114,8 +116,8 @@ class _Runs:
     """What the reference file gives, unoptimised on the CPU, and how far a candidate may be from it."""
 
     def __init__(self, path: str | Path, inputs_list: Sequence[Inputs]) -> None:
-        require_survival(path, None, node_that)
-        runner = OrtRunner(path, "cpu", optimize=False)
+        runner = opened(path)
+        self.in_runtime = isinstance(runner, OrtRunner)
         self.inputs = [inputs for inputs in inputs_list if runner.accepts(inputs)]
         if not self.inputs:
             raise CheckFailed(
@@ -144,7 +146,7 @@ class _Runs:
     def row(
         self,
         stage: str,
-        runner: OrtRunner,
+        runner: OrtRunner | ReferenceRunner,
         tolerance: Tolerance,
         limits: Mapping[str, Limit] | None = None,
     ) -> Check:

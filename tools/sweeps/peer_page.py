@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import collections
+import json
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
-from tools.sweeps.peer_tools import BNTOOL, PEERS
+from tools.sweeps.peer_tools import BNTOOL, ON_FILES, PEERS
+
+FILES_RESULTS = Path(__file__).resolve().parents[2] / "docs" / "peers-onnx.jsonl"
+FILES_START = "## ONNX files of other exporters"
 
 Row = Mapping[str, Any]
 
@@ -90,7 +95,7 @@ def page(results: Mapping[str, Row]) -> str:
     if rest:
         lines = [f"- {row['model']}: {row['status']}, {_first(row)}" for row in rest]
         parts.append("\n".join(["## Not measured", "", *lines]) + "\n")
-    return "\n".join([*parts, _versions(rows)])
+    return "\n".join([*parts, _versions(rows), _of_files()])
 
 
 def _summary(rows: list[Row]) -> str:
@@ -181,6 +186,53 @@ def _versions(rows: list[Row]) -> str:
             found[package][version] = None
     listed = ", ".join(f"{package} {' and '.join(versions)}" for package, versions in found.items())
     return f"## Versions\n\n{listed}.\n"
+
+
+def _of_files() -> str:
+    """The section on files as `make peers AS=onnx` found them last; nothing before."""
+    if not FILES_RESULTS.exists():
+        return ""
+    lines = FILES_RESULTS.read_text(encoding="utf-8").splitlines()
+    return files_section({row["model"]: row for row in map(json.loads, lines)})
+
+
+def behind_on_files(row: Row) -> bool:
+    """Whether some peer leaves fewer BatchNorms of a file than bntool."""
+    lefts = {tool: found["left"] for tool, found in row["tools"].items() if found["status"] == "ok"}
+    return lefts.get("bntool", row["bn"]) > min(lefts.values(), default=row["bn"])
+
+
+def files_section(results: Mapping[str, Row]) -> str:
+    """How many BatchNorms each tool leaves of graphs in the styles of other exporters."""
+    rows = [row for row in results.values() if row.get("tools")]
+    styles = list(dict.fromkeys(str(row["model"]).partition("-")[0] for row in rows))
+    of = {style: [row for row in rows if str(row["model"]).startswith(style)] for style in styles}
+    total = sum(row["bn"] for row in rows)
+    heads = [f"{style} ({sum(row['bn'] for row in of[style])})" for style in styles]
+    lines = [
+        FILES_START,
+        "",
+        f"{len(rows)} graphs made at random (`make styles` tells how) with {total:,} BatchNorms, many of",
+        "them written out as arithmetic, at opsets 7 to 23. Left of each style's, found by value as above;",
+        "all of a graph's where a tool is wrong or fails. Written by `make peers AS=onnx`.",
+        "",
+        f"| tool | {' | '.join(heads)} | wrong | not done |",
+        "|---" * (len(styles) + 3) + "|",
+    ]
+    for tool in ON_FILES:
+        found = {style: [(row, row["tools"][tool]) for row in of[style]] for style in styles}
+        cells = [
+            str(sum(f["left"] if f["status"] == "ok" else row["bn"] for row, f in found[style]))
+            for style in styles
+        ]
+        statuses = [f["status"] for pairs in found.values() for _, f in pairs]
+        wrong, done = statuses.count("wrong"), statuses.count("ok")
+        lines.append(f"| {tool} | {' | '.join(cells)} | {wrong} | {len(statuses) - wrong - done} |")
+    worse = [str(row["model"]) for row in rows if behind_on_files(row)]
+    verdict = "On every graph bntool leaves at most what the best of its peers leaves."
+    lines += ["", f"Fewer than bntool is left by some peer on: {', '.join(worse)}." if worse else verdict]
+    lines += ["", _versions(rows).replace("## Versions\n\n", "Versions: ")]
+    return "\n".join(lines)
 
 
 def _short(model: Any) -> str:

@@ -112,6 +112,15 @@ def onnxslim(case: Case) -> Outcome:
     return _read(path, case)
 
 
+def onnxoptimizer(case: Case) -> Outcome:
+    import onnx
+    import onnxoptimizer as tool
+
+    path = case.folder / "onnxoptimizer.onnx"
+    onnx.save(tool.optimize(onnx.load(case.unfolded)), path)
+    return _read(path, case)
+
+
 def ort(case: Case) -> Outcome:
     import onnxruntime
 
@@ -158,9 +167,19 @@ PEERS = {
     "OpenVINO": openvino,
 }
 TOOLS: dict[str, Callable[[Case], Outcome]] = {**BNTOOL, **PEERS}
+ON_FILES: dict[str, Callable[[Case], Outcome]] = {
+    "bntool": bntool_onnx,
+    "onnxsim": onnxsim,
+    "onnxslim": onnxslim,
+    "onnxoptimizer": onnxoptimizer,
+    "ORT": ort,
+    "OpenVINO": openvino,
+}
+"""What takes an ONNX file as it is."""
 
 _PACKAGES = (
-    "bntool torch torchvision timm onnx onnxscript onnxruntime-gpu onnxruntime onnxsim onnxslim openvino"
+    "bntool torch torchvision timm onnx onnxscript onnxruntime-gpu onnxruntime onnxsim onnxslim "
+    "onnxoptimizer openvino"
 )
 
 
