@@ -183,6 +183,13 @@ NORMED: dict[type[nn.Module], type[nn.Module]] = {
 """The stock class -> the class that holds a BatchNorm."""
 
 
+class Passing(nn.Identity):
+    """What a BatchNorm leaves behind that was handed more than its data: hands the data on."""
+
+    def forward(self, input: Tensor, *_args: Any, **_kwargs: Any) -> Tensor:  # noqa: A002  as layers call it
+        return input
+
+
 class Absorbed(nn.Module):
     """A branch of a sum that another convolution has taken in: gives zeros, which add nothing.
 

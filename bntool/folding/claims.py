@@ -141,6 +141,8 @@ class Claims:
         norm, label = self.norm_of[take.op.id], take.op.label
         if norm.unfit is not None:
             raise Refused(norm.unfit.reason, f"{label} cannot take it in: {norm.unfit.detail}")
+        if "map" in take.op.attrs:
+            raise Refused(Reason.CUSTOM_FORWARD, f"{label} computes its numbers in a forward of its own")
         if len(norm.ops) != 1:
             raise Refused(Reason.CALLED_MORE_THAN_ONCE, f"{label} runs {len(norm.ops)} times")
         gamma, beta = (self._own_or_new(role, norm, take) for role in ("weight", "bias"))

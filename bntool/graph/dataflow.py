@@ -17,6 +17,9 @@ from torch import Tensor
 READS_NUMBERS = "forward reads numbers from its data: only the branches that the example input took were seen"
 """What a plan says where `Graph.reads_numbers`."""
 
+WRITTEN_OUT = "BatchNorm in elementary operators"
+"""The kind of a BatchNorm that is arithmetic of its own, of no module."""
+
 Edge = tuple[int, str]
 """One reading of a value: (id of the op that reads it, the role it plays there)."""
 
