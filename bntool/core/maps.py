@@ -222,6 +222,8 @@ _STEPS: dict[str, tuple[Any, Callable[..., tuple[int, ...]]]] = {
     "root": (tuple[()], _same),
     "inverse": (tuple[()], _same),
     "constant": (tuple[()], _same),
+    "slope": (tuple[Constant], _with),
+    "turn": (tuple[Constant], _with),
     "reshape": (tuple[Shape, Shape], _reshaped),
     "collapse": (tuple[Index], _collapsed),
     "permute": (tuple[Shape], _permuted),

@@ -88,7 +88,7 @@ OPS: Mapping[str, Word] = {
         frozen=_BOOL,
         map=(Affine,),
     ),
-    "prelu": _word("input weight"),
+    "prelu": _word("input weight", axis=_INT),
     "scaled_dot_product_attention": _word("query key value attn_mask", dropout=(bool, float)),
     # arithmetic
     **dict.fromkeys(("add", "sub", "rsub", "mul", "div"), _ARITHMETIC),

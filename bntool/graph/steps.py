@@ -77,9 +77,20 @@ def _inverse(scale: Tensor, shift: Tensor) -> Pair:
     return 1 / scale, -shift / scale
 
 
-def _constant(scale: Tensor, shift: Tensor) -> Pair:
+def _constant(scale: Tensor, _shift: Tensor) -> Pair:
     """The scale as a summand: the same numbers whatever x is."""
     return torch.zeros_like(scale), scale
+
+
+def _slope(scale: Tensor, shift: Tensor, slope: Tensor) -> Pair:
+    """What turns a slope over where the scale is negative: a·(1/a²) = 1/a."""
+    kept = torch.where(torch.isnan(scale), scale, torch.ones_like(scale))
+    return broadcast(torch.where(scale < 0, slope**-2, kept), torch.zeros_like(shift))
+
+
+def _turn(scale: Tensor, shift: Tensor, slope: Tensor) -> Pair:
+    """The scale on the other side of a PReLU whose slope was turned over: a·s where s is negative."""
+    return broadcast(torch.where(scale < 0, slope * scale, scale), shift)
 
 
 def _reshape(scale: Tensor, shift: Tensor, expanded: Sequence[int], shape: Sequence[int]) -> Pair:
@@ -192,6 +203,8 @@ PRIMITIVES: dict[str, Callable[..., Pair]] = {
     "root": _root,
     "inverse": _inverse,
     "constant": _constant,
+    "slope": _slope,
+    "turn": _turn,
     "reshape": _reshape,
     "collapse": _collapse,
     "permute": _permute,

@@ -183,7 +183,7 @@ _TABLE: dict[str, Callable[[Bound], Translation]] = {
     "negative": to_fixed("mul", number=-1.0, alpha=1.0),
     "relu": to_fixed("relu"),
     "leaky_relu": lambda b: ("leaky_relu", {"slope": float(b.get("negative_slope", 0.01))}),
-    "prelu": to_fixed("prelu"),
+    "prelu": to_fixed("prelu", axis=1),
     "relu6": to_fixed("relu6"),
     "log_sigmoid": to_fixed("logsigmoid"),
     "hardtanh": to_hardtanh,

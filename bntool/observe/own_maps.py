@@ -221,7 +221,7 @@ class _Reader:
             axis = op.attrs["axis"] % len(before)
             place = op.attrs["index"] % before[axis] if found.scale.shape[axis] > 1 else 0
             found = found.then("slice", axis, place, place + 1, 1)
-            before = before[:axis] + (1,) + before[axis + 1 :]
+            before = (*before[:axis], 1, *before[axis + 1 :])
         return found.then("reshape", before, after)
 
     def _shape(self, value: int) -> tuple[int, ...]:

@@ -1,8 +1,8 @@
 """Modules of any class whose forward is a BatchNorm in eval mode: told by what they compute.
 
-A copy of torchvision's `FrozenBatchNorm2d` is one under any name of its class and of its tensors: s·x + t with
-a factor and a summand for each channel that rest on tensors of the model, in any order, as arithmetic or as a
-call of `batch_norm`.
+A copy of torchvision's `FrozenBatchNorm2d` is one under any name of its class and of its tensors: s·x + t
+with a factor and a summand for each channel that rest on tensors of the model, in any order, as arithmetic or
+as a call of `batch_norm`.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ _ROUNDINGS = 16 * torch.finfo(torch.float64).eps
 def recognise_norms(graph: Graph) -> None:
     """Let one `batch_norm` stand for what each such module does.
 
-    What takes a root of stored tensors, and is not known otherwise, gets a verdict and stays: a module the role
-    `custom_norm`, arithmetic between layers a name of its own.
+    What takes a root of stored tensors, and is not known otherwise, gets a verdict and stays: a module the
+    role `custom_norm`, arithmetic between layers a name of its own.
     """
     for module in list(graph.modules.values()):
         if module.role not in ("", "custom_norm") or not module.calls or len(module.whole) != module.calls:
@@ -82,7 +82,7 @@ class _Call:
         return bool(self.ops) and all(reader in inside for value in own for reader, _ in value.readers)
 
     def put_together(self) -> None:
-        """One `batch_norm` in place of the op that made the output; the others read and make nothing any more."""
+        """One `batch_norm` in place of the last op; the others read and make nothing any more."""
         assert self.found is not None and self.made is not None and self.given is not None
         stored = {self.graph.values[v].handle: v for v in self.found.stored}
         eps = self._epsilon(stored)

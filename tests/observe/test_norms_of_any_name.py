@@ -1,4 +1,4 @@
-"""Hand-written BatchNorms whatever their tensors are called: each gets a verdict, and goes where algebra lets it."""
+"""Hand-written BatchNorms whatever their tensors are called: each gets a verdict, and goes where it can."""
 
 from __future__ import annotations
 
@@ -132,10 +132,11 @@ VARIANTS: dict[str, tuple[Callable[[Any, Tensor], Tensor], str]] = {
 @pytest.mark.parametrize("style", sorted(VARIANTS))
 def test_each_folds_exactly_and_its_plan_fits_other_weights(style: str) -> None:
     torch.manual_seed(0)
-    make = lambda: (
+    model, other = (
         nn.Sequential(nn.Conv2d(3, C, 3, bias=False), Own(*VARIANTS[style]), nn.ReLU()).double().eval()
+        for _ in range(2)
     )
-    model, other, x = make(), make(), torch.randn(2, 3, 7, 7, dtype=torch.float64)
+    x = torch.randn(2, 3, 7, 7, dtype=torch.float64)
     result = bntool.fold(model, x)
     assert [site.bn for site in result.plan.fold_sites] == ["1"]
     assert isinstance(result.model[1], nn.Identity)
