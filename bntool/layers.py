@@ -257,6 +257,18 @@ def count_calls_anew(model: nn.Module) -> None:
         model.register_forward_pre_hook(StartOfForward())
 
 
+def computes_weight(hook: Any) -> bool:
+    """Whether a hook is one by which older ways of PyTorch make a weight, or prune it."""
+    kinds = {cls.__name__ for cls in type(hook).__mro__}
+    return type(hook).__module__.startswith("torch.nn.utils") and not kinds.isdisjoint(_MAKERS)
+
+
+_MAKERS = frozenset(
+    """WeightNorm SpectralNorm SpectralNormStateDictHook SpectralNormLoadStateDictPreHook
+    BasePruningMethod""".split()
+)
+
+
 def has_foreign_hook(hooks: Any) -> bool:
     """Whether one of a module's registries of hooks (or None) holds a hook that is not bntool's own."""
     if not hooks:

@@ -93,6 +93,7 @@ def command(voice: Voice, asked: Asked) -> int:
     opened = opened.reading(asked.file, asked.check)
     if asked.export.dtype == "float32" and opened.session is not None:
         opened = opened.cast("float32")
+    opened = opened.prepared(asked.fold)
     from bntool.cli import serving, writing
     from bntool.cli.devices import require_places
     from bntool.cli.picturing import picture

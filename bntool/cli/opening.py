@@ -10,7 +10,7 @@ from bntool.cli.session import Session, Voice, open_session
 from bntool.core.command_options import FileOptions, LoadOptions
 from bntool.core.errors import UsageError
 from bntool.core.option import Options
-from bntool.core.options import CheckOptions, ExportOptions
+from bntool.core.options import CheckOptions, ExportOptions, FoldOptions
 from bntool.core.refusals import require_known, require_module
 from bntool.files.detect import Kind, detect
 
@@ -61,6 +61,17 @@ class Opened:
         assert self.session is not None
         self.session.cast(dtype)
         return of_session(self.session)
+
+    def prepared(self, how: FoldOptions) -> Opened:
+        """The same, as a fold begins with it."""
+        from bntool.subjects import prepared
+
+        subject = prepared(self.subject, how)
+        if subject is self.subject or self.session is None:
+            return self
+        loaded = dataclasses.replace(self.session.loaded, model=subject.runnable)
+        session = dataclasses.replace(self.session, loaded=loaded, _observation=None)
+        return Opened(subject, self.source, session)
 
     def exportable(self, how: ExportOptions) -> Opened:
         """The same, as a model that can be exported, on the same inputs."""

@@ -83,7 +83,12 @@ class Claims:
             return self._norm_edit(take, kind)
         weight = self.graph.input(op, "weight")
         if not weight.handle:
-            raise Refused(Reason.WEIGHT_COMPUTED, f"the weight of {op.label} is computed, not stored")
+            known = self.graph.modules.get(op.scope)
+            layer = weight.constant and known is not None and known.role in ("conv", "linear")
+            way_out = "; --bake stores it" if layer else ""
+            raise Refused(
+                Reason.WEIGHT_COMPUTED, f"the weight of {op.label} is computed, not stored{way_out}"
+            )
         tensor = self.graph.tensors[weight.handle]
         if not tensor.is_floating_point():
             raise Refused(Reason.QUANTIZED, f"the weight of {op.label} is {tensor.dtype}")

@@ -13,7 +13,7 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 
 from bntool.graph.dataflow import Graph, Module, Op
 from bntool.graph.inputs import named_tensors
-from bntool.layers import has_foreign_hook
+from bntool.layers import computes_weight, has_foreign_hook
 from bntool.observe.aten import SHAPE_ONLY, product_of, translate
 from bntool.observe.holding import SMALL_CONSTANT, Holders
 from bntool.observe.leftovers import storage_of
@@ -27,6 +27,13 @@ def _role(module: nn.Module) -> str:
     """The role of the class, unless this one instance was given another forward."""
     role = role_of(type(module))
     return "custom_norm" if role in ("norm", "norm_act") and "forward" in vars(module) else role
+
+
+def _sees(hooks: Any) -> bool:
+    """Whether a hook may look at what a module takes and gives; one that makes its weight does not."""
+    if isinstance(hooks, dict):
+        hooks = {key: hook for key, hook in hooks.items() if not computes_weight(hook)}
+    return has_foreign_hook(hooks)
 
 
 @dataclasses.dataclass(slots=True)
@@ -70,7 +77,7 @@ class Recorder:
                 children=tuple(child for child, _ in module._modules.items()),
                 own_tensors=len(module._parameters) + len(module._buffers),
                 plain_bias=uses_plain_bias(type(module)) and "forward" not in vars(module),
-                hooked=any(has_foreign_hook(getattr(module, hooks, None)) for hooks in _HOOKS),
+                hooked=any(_sees(getattr(module, hooks, None)) for hooks in _HOOKS),
                 left_in_train=getattr(module, "training", False) and not run[0][1].training,
             )
 
@@ -190,6 +197,8 @@ class Recorder:
             constant = constant and bool(inputs)
             unsure = {"number"} if attrs.get("alpha") == 1.0 else {"number", "alpha"}
             attrs = {k: None if k in unsure else v for k, v in attrs.items()}
+        if kind in ("conv", "linear"):
+            self._keep_computed(inputs, operands)
         made = targets or outs
         values = []
         for tensor in made:
@@ -217,6 +226,13 @@ class Recorder:
         hold = holders.overwrite if targets else holders.hold
         for tensor, value in zip(made, values, strict=True):
             hold(tensor, value)
+
+    def _keep_computed(self, inputs: dict[str, int], operands: dict[str, Tensor]) -> None:
+        """What a layer computes of its weight or bias from its parameters is known, however large."""
+        for role in ("weight", "bias"):
+            value = self.graph.values[inputs[role]] if role in inputs else None
+            if value is not None and value.constant and not value.handle:
+                self.graph.constants.setdefault(value.id, operands[role])
 
     def _collapse_norm(self, frame: _Frame, last: Op) -> None:
         """A frozen norm computes x·scale + bias by elementary ops: record it as one batch_norm."""

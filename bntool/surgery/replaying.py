@@ -19,6 +19,7 @@ from bntool.inserting.replaying import options_of
 from bntool.layers import NORMED
 from bntool.observe.copying import structural_copy
 from bntool.observe.modules import is_batch_norm_class, role_of
+from bntool.surgery.baking import with_these_plain
 from bntool.surgery.fold_modules import carry_out
 from bntool.surgery.insert_modules import apply_insert
 from bntool.surgery.judging import EditJudge, Held, at
@@ -32,6 +33,8 @@ def replay_fold(model: nn.Module, plan: Plan) -> nn.Module:
     What a block becomes is known when its method has been called; so that is judged and done first, on the
     copy that is folded.
     """
+    if plan.options.get("bake"):
+        model = with_these_plain(model, _names(plan.options["bake"]))
     merged = structural_copy(model)
     merge_blocks_of(merged, plan)
     _FoldJudge(model, merged).judge(plan)
@@ -202,6 +205,12 @@ class _InsertJudge:
         parent, _, child = behind.rpartition(".")
         if site.form == "sequential" and (parent != site.slot or slot is None or child not in slot._modules):
             raise Damaged(f"{behind!r} is no child of {site.slot!r}", "slot")
+
+
+def _names(given: Any) -> list[str]:
+    if not isinstance(given, list):
+        raise Damaged("it is no list of layers", "options.bake")
+    return [str(name) for name in given]
 
 
 def _tensors_in(expr: Any) -> Iterator[str]:
