@@ -18,6 +18,7 @@ from bntool.files.architectures import closest, load_index, take_exact
 from bntool.files.atomic import sha256_of
 from bntool.files.detect import Kind, detect
 from bntool.files.filling import bare_weights, filled
+from bntool.files.folders import read_folder
 from bntool.files.reading import Reading, read_file
 from bntool.files.references import build, is_reference, recorded_inputs
 from bntool.files.regular import exists
@@ -98,9 +99,9 @@ def load(
 ) -> Loaded:
     """Load a model from a file or a reference, on the CPU, in the mode it was saved in.
 
-    `ref`: a file of `torch.save`, `torch.export.save` or safetensors, `torchvision:NAME`, `timm:NAME`,
-    `pkg.mod:factory` or `path/file.py:Class`. `arch` is such a reference for a file that holds only weights,
-    or `auto` for the one of torchvision or timm that fits exactly; `weights` a file for a reference, `key`
+    `ref`: a file of `torch.save`, `torch.export.save` or safetensors, a folder that transformers saved a
+    model into, `torchvision:NAME`, `timm:NAME`, `pkg.mod:factory` or `path/file.py:Class`. `arch` is such a
+    reference for a file that holds only weights, or `auto` for the one of torchvision or timm that fits exactly; `weights` a file for a reference, `key`
     the entry of a checkpoint that holds them. `allow` names classes of whole pickled models; no code in a
     file is run without `trust_pickle`. `prepare` is applied to the model of `arch` before its weights go in.
     `max_size` bounds, in bytes, what a file may ask for. With `stand_ins`, classes that are not known become
@@ -113,6 +114,8 @@ def load(
     allow = (allow,) if isinstance(allow, str) else tuple(allow)
     options = Reading(key, allow, trust_pickle, Limit(max_size), stand_ins, tell)
     path = Path(ref)
+    if path.is_dir():
+        return _from_folder(path, ref, arch, weights, prepare)
     if exists(path) or not is_reference(ref):
         if weights is not None or pretrained:
             flag = "--weights" if weights is not None else "--pretrained"
@@ -132,6 +135,30 @@ def load(
             next_step=f"bntool ... {ref} --weights FILE",
         )
     return _from_reference(ref, weights, pretrained, options, prepare)
+
+
+def _from_folder(
+    path: Path,
+    ref: str,
+    arch: str | None,
+    weights: str | os.PathLike[str] | None,
+    prepare: Callable[[nn.Module], nn.Module] | None,
+) -> Loaded:
+    for flag, given in (("--arch", arch), ("--weights", weights)):
+        if given is not None:
+            raise UsageError(
+                f"{flag} is for a file; {ref} is a folder, which names its model and holds its weights",
+                next_step=f"leave {flag} out",
+            )
+    model = read_folder(path)
+    model = prepare(model) if prepare is not None else model
+    return Loaded(
+        model=model,
+        reference=ref,
+        kind="reference",
+        notes=(f"{type(model).__name__}, loaded by transformers from this folder",),
+        example_inputs=recorded_inputs(model),
+    )
 
 
 def _from_file(
