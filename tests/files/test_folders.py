@@ -1,4 +1,4 @@
-"""Folders of a Hugging Face layout: loaded by their library, with nothing fetched and no code of theirs run."""
+"""Folders of a Hugging Face layout: loaded by their library, nothing is fetched or run."""
 
 from __future__ import annotations
 
