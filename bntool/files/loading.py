@@ -102,8 +102,9 @@ def load(
     `ref`: a file of `torch.save`, `torch.export.save` or safetensors, a folder that transformers saved a
     model into, `torchvision:NAME`, `timm:NAME`, `pkg.mod:factory` or `path/file.py:Class`. `arch` is such a
     reference for a file that holds only weights, or `auto` for the one of torchvision or timm that fits
-    exactly; `weights` a file for a reference, `key` the entry of a checkpoint that holds them. `allow` names classes of whole pickled models; no code in a
-    file is run without `trust_pickle`. `prepare` is applied to the model of `arch` before its weights go in.
+    exactly; `weights` a file for a reference, `key` the entry of a checkpoint that holds them. `allow` names
+    classes of whole pickled models; no code in a file is run without `trust_pickle`. `prepare` is applied to
+    the model of `arch` before its weights go in.
     `max_size` bounds, in bytes, what a file may ask for. With `stand_ins`, classes that are not known become
     ones that hold state and run nothing: enough to look at a model, not to run it. `tell` takes a line on
     what takes long.

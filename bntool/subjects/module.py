@@ -21,6 +21,7 @@ from bntool.observe.eager import Observation, observe
 from bntool.observe.inference import observe_inferred
 from bntool.observe.modules import signature_of
 from bntool.observe.standing_in import set_modes
+from bntool.observe.wrappers import REWRAP, gathers_gradients
 from bntool.report.counting import parameter_delta
 from bntool.subjects.base import Checking, Kind, Parameters
 from bntool.subjects.elsewhere import Elsewhere
@@ -111,6 +112,9 @@ class ModuleSubject:
             thorough=thorough,
             elsewhere=self.elsewhere,
         )
+        if self._planned.plan and gathers_gradients(self.model):
+            told = dataclasses.replace(self._planned.plan, notes=(*self._planned.plan.notes, REWRAP))
+            self._planned = dataclasses.replace(self._planned, plan=told)
         if self._baked_from is not None:
             told = self._with_baked(self._planned.plan, self._baked_from)
             self._planned = dataclasses.replace(self._planned, plan=told)

@@ -58,6 +58,9 @@ def carry_out(copied: nn.Module, plan: Plan, *, wide: bool = False) -> tuple[nn.
     tensors.write(removed_norms(plan))
     for merge in plan.merges:
         tensors.merge(merge)
+    for module in copied.modules():
+        if isinstance(module, nn.parallel.DistributedDataParallel):
+            module._assign_modules_buffers()  # it keeps a list of those that it hands on
     return copied, {id(new): functools.partial(edits.exact, slot) for slot, new in tensors.new.items()}
 
 
