@@ -32,7 +32,7 @@ def recognise_norms(graph: Graph) -> None:
             continue
         if _is_one_norm(graph, module):
             module.role = "norm"
-        elif not any(graph.modules[child].own_tensors for child in _children(graph, module)):
+        else:
             calls = [_Call(graph, module, number) for number in range(module.calls)]
             if all(call.found is not None for call in calls) and _agree(calls):
                 module.role = "norm"
@@ -41,11 +41,6 @@ def recognise_norms(graph: Graph) -> None:
     for found in norms_taken_apart(graph, lambda op: op.kind != "absorbed"):
         if any(_takes_a_root(graph, op) for op in found.ops):
             _give_a_verdict(graph, found)
-
-
-def _children(graph: Graph, module: Module) -> list[str]:
-    names = (f"{module.name}.{child}".lstrip(".") for child in module.children)
-    return [name for name in names if name in graph.modules]
 
 
 def _is_one_norm(graph: Graph, module: Module) -> bool:
@@ -73,13 +68,20 @@ class _Call:
         self.given, self.made = module.inputs[number], module.outputs[number]
         self.found: OwnMap | None = None
         if self.given is not None and self.made is not None and self._is_private():
-            self.found = own_map(graph, self.ops, self.given, self.made)
+            found = own_map(graph, self.ops, self.given, self.made)
+            self.found = found if found is not None and not self._holds_the_norm(found) else None
 
     def _is_private(self) -> bool:
         inside = {op.id for op in self.ops}
         made = (self.graph.values[v] for op in self.ops for v in op.outputs if v != self.made)
         own = (value for value in made if not value.is_output)
         return bool(self.ops) and all(reader in inside for value in own for reader, _ in value.readers)
+
+    def _holds_the_norm(self, found: OwnMap) -> bool:
+        """Whether it is a layer inside that does it, and has the tensors."""
+        inside = f"{self.module.name}." if self.module.name else ""
+        owners = (self.graph.values[v].handle.rpartition(".")[0] for v in found.stored)
+        return any(owner != self.module.name and owner.startswith(inside) for owner in owners)
 
     def put_together(self) -> None:
         """One `batch_norm` in place of the last op; the others read and make nothing any more."""

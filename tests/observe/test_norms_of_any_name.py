@@ -221,3 +221,17 @@ def test_other_normalisations_and_their_affine_are_none(layer: nn.Module) -> Non
     model = nn.Sequential(nn.Conv2d(3, C, 3, padding=1), layer, nn.ReLU()).eval()
     plan = bntool.plan_fold(model, torch.randn(1, 3, 7, 7))
     assert not plan.sites and not plan.skips
+
+
+def test_a_module_that_only_holds_a_batchnorm_is_none_itself() -> None:
+    class Turned(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.BatchNorm1d(C)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.norm(x.transpose(1, 2)).transpose(1, 2)
+
+    model = nn.Sequential(nn.Linear(3, C), nn.Sequential(Turned()), nn.Tanh()).eval()
+    plan = bntool.plan_fold(model, torch.randn(2, 5, 3))
+    assert [site.bn for site in plan.fold_sites] == ["1.0.norm"] and not plan.skips

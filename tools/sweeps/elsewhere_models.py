@@ -116,7 +116,6 @@ _HF: dict[str, tuple[str, dict[str, Any], Shapes]] = {
     "MobileNetV2ForSemanticSegmentation": ("MobileNetV2Config", {"depth_multiplier": 0.35}, _PIXELS),
     "EfficientNetModel": ("EfficientNetConfig", {"width_coefficient": 0.5, "depth_coefficient": 0.5, "hidden_dim": 640}, _PIXELS),
     "LevitModel": ("LevitConfig", {"image_size": 64}, _PIXELS),
-    "CvtModel": ("CvtConfig", {"depth": [1, 1, 2]}, _PIXELS),
     "MobileViTModel": ("MobileViTConfig", {"image_size": 64}, _PIXELS),
     "MobileViTV2Model": ("MobileViTV2Config", {"image_size": 64, "width_multiplier": 0.5}, _PIXELS),
     "MobileViTForSemanticSegmentation": ("MobileViTConfig", {"image_size": 64}, {"pixel_values": (2, 3, 64, 64)}),
@@ -219,7 +218,7 @@ def _vision() -> Iterator[Entry]:
     for name in _OCR:
         kind, _, bare = name.partition(".")
         shape = ((1, 3, 32, 128),) if kind == "recognition" else IMAGE
-        options = {} if kind == "classification" else {"pretrained_backbone": False}
+        options = {} if kind == "classification" else {"pretrained_backbone": False, "exportable": True}
         yield f"doctr:{bare}", made(f"doctr.models.{kind}", bare, pretrained=False, **options), shape
     for name in _GEFFNET:
         yield f"geffnet:{name}", made("geffnet", "create_model", name, pretrained=False), IMAGE
