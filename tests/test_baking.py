@@ -88,6 +88,18 @@ def test_a_layer_that_does_more_with_its_data_stays_as_it_is() -> None:
     assert type(result.model[0]) is Padded and len(result.skips) == 1
 
 
+def test_a_cast_is_no_computing() -> None:
+    class Cast(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                return super().forward(x)
+
+    model = Cast(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).eval()
+    result = bntool.fold(model, torch.randn(1, 3, 8, 8), bake=True)
+    assert [skip.reason.value for skip in result.skips] == ["weight-computed"]
+    assert "--bake" not in result.skips[0].detail and not any("plain" in n for n in result.plan.notes)
+
+
 def test_a_program_is_told_that_it_has_no_layers_to_store_them() -> None:
     model = nn.Sequential(parametrizations.weight_norm(nn.Conv2d(3, 4, 3)), nn.BatchNorm2d(4)).eval()
     program = torch.export.export(model, (torch.randn(1, 3, 8, 8),))

@@ -84,7 +84,7 @@ class Claims:
         weight = self.graph.input(op, "weight")
         if not weight.handle:
             known = self.graph.modules.get(op.scope)
-            layer = weight.constant and known is not None and known.role in ("conv", "linear")
+            layer = known is not None and known.role in ("conv", "linear") and self.graph.is_computed(weight)
             way_out = "; --bake stores it" if layer else ""
             raise Refused(
                 Reason.WEIGHT_COMPUTED, f"the weight of {op.label} is computed, not stored{way_out}"

@@ -173,6 +173,11 @@ class Graph:
         """The numbers of a constant value, where they are known."""
         return self.tensors.get(value.handle) if value.handle else self.constants.get(value.id)
 
+    def is_computed(self, value: Value) -> bool:
+        """Whether a constant was computed: it is no stored tensor, nor a copy or a cast of one."""
+        maker = self.producer(value)
+        return value.constant and not value.handle and maker is not None and maker.kind != "identity"
+
     @functools.cached_property
     def coarsest(self) -> float:
         """The machine epsilon of the model's coarsest floating type; that of float32 where it has none."""

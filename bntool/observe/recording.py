@@ -199,7 +199,9 @@ class Recorder:
             attrs = {k: None if k in unsure else v for k, v in attrs.items()}
         if kind in ("conv", "linear"):
             self._keep_computed(inputs, operands)
-        made = targets or outs
+        # what fake quantisation returns is none of what it writes to
+        new = [out for out in outs if not _is_one_of(out, targets)]
+        made = [*new, *targets]
         values = []
         for tensor in made:
             value = graph.add_value(tuple(tensor.shape), constant=constant, dtype=str(tensor.dtype)).id
@@ -223,9 +225,8 @@ class Recorder:
         )
         if frame is not None and kind == "add" and is_decomposed(type(frame.module)):
             self._collapse_norm(frame, op)
-        hold = holders.overwrite if targets else holders.hold
-        for tensor, value in zip(made, values, strict=True):
-            hold(tensor, value)
+        for number, (tensor, value) in enumerate(zip(made, values, strict=True)):
+            (holders.hold if number < len(new) else holders.overwrite)(tensor, value)
 
     def _keep_computed(self, inputs: dict[str, int], operands: dict[str, Tensor]) -> None:
         """What a layer computes of its weight or bias from its parameters is known, however large."""
@@ -276,6 +277,14 @@ def _is_written(role: str, written: frozenset[str]) -> bool:
     stem, _, index = role.rpartition("_")
     name = stem if index.isdigit() else role
     return name in written or (name == "input" and "self" in written)
+
+
+def _is_one_of(tensor: Tensor, targets: list[Tensor]) -> bool:
+    """Whether a result is what was written to, or shares its memory."""
+    memory = storage_of(tensor)
+    return any(
+        tensor is target or (memory is not None and memory == storage_of(target)) for target in targets
+    )
 
 
 def _is_handed_on(tensor: Tensor, operands: dict[str, Tensor]) -> bool:

@@ -74,7 +74,7 @@ def _is_whole_layer(graph: Graph, op: Op) -> bool:
     if module is None or module.role not in ("conv", "linear") or op.call >= len(module.whole):
         return False
     weight = graph.input(op, "weight")
-    if weight.handle or not weight.constant or weight.id not in graph.constants:
+    if not graph.is_computed(weight) or weight.id not in graph.constants:
         return False
     ran = (graph.ops[i] for i in module.whole[op.call])
     on_data = [one.id for one in ran if not all(graph.values[v].constant for v in one.outputs)]

@@ -102,3 +102,19 @@ def test_one_of_integers_is_kept_as_quantized() -> None:
     assert [(skip.name, skip.reason.value) for skip in plan.skips] == [("1", "quantized")]
     conv = nn.Sequential(nnq.Quantize(0.1, 0, torch.quint8), nnq.Conv2d(3, 4, 3), nnq.DeQuantize()).eval()
     assert bntool.plan_fold(conv, torch.randn(1, 3, 7, 7)).skips == ()
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:.*reduce_range")
+def test_behind_fake_quantisation_it_runs_on_data() -> None:
+    """Such an operator writes to its ranges and returns something else."""
+    ranges = {"scale": torch.ones(1), "zero_point": torch.zeros(1, dtype=torch.int32)}
+
+    class Faked(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            on, low, high = torch.ones(1, dtype=torch.int64), torch.full((1,), -9.0), torch.full((1,), 9.0)
+            held = [tensor.clone() for tensor in (low, high, ranges["scale"], ranges["zero_point"])]
+            return torch.fused_moving_avg_obs_fake_quant(x, on, on, *held, 0.01, 0, 255, -1)
+
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), Faked(), nn.BatchNorm2d(4), nn.ReLU()).eval()
+    plan = bntool.plan_fold(enliven(model), torch.randn(1, 3, 7, 7))
+    assert [(skip.name, skip.reason.value) for skip in plan.skips] == [("2", "unknown-op")]
