@@ -13,8 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from tools.sweeps.elsewhere_models import Make, Shapes, entries, inputs_like
-from tools.sweeps.elsewhere_models import made as _made
+from tools.sweeps.libraries import Make, Shapes, entries, inputs_like
+from tools.sweeps.libraries import made as _made
 from tools.sweeps.sweeping import arguments, sweep
 from tools.sweeps.zoo import folded_of, judged, page
 
@@ -116,7 +116,7 @@ def _nnunet(name: str) -> Any:
 
 
 def observed(model: Any, shapes: Shapes = None) -> Any:
-    """On inputs of these shapes; else on the smallest image that it takes, or one of the size that it names."""
+    """On inputs of these shapes, else on the smallest image that it takes, or one as large as it says."""
     import torch
 
     from bntool.core.errors import ObserveError

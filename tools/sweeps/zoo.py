@@ -133,7 +133,7 @@ def _judged(make: Callable[[], Any], observed: Callable[[Any], Any], gain: float
 
 
 def _without_verdict(graph: Any, plan: Any) -> list[str]:
-    """The modules that ran and are BatchNorms by their class or their statistics, of which the plan is silent."""
+    """The modules that ran, BatchNorms by their class or their statistics, of which the plan is silent."""
     told = {site.bn for site in plan.sites} | {skip.name for skip in plan.skips}
     return [
         name
