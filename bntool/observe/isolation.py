@@ -12,19 +12,20 @@ import contextlib
 import functools
 import random
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from bntool.core.errors import ObserveError
 from bntool.graph.inputs import Inputs
 from bntool.observe.leftovers import Kept, random_state_kept, undeclared_writes
 from bntool.observe.modules import modules_of
+from bntool.observe.operators import OperatorMode
+from bntool.observe.settings import settings_kept
 from bntool.observe.standing_in import StandIn, set_modes, stand_in
 from bntool.observe.surroundings import LARGEST_COPIED, Surroundings
 
@@ -74,7 +75,7 @@ class Isolation:
             stack.callback(surroundings.restore)
             stack.enter_context(_parameters_kept(self.model))
             stack.enter_context(modes_kept(self.model))
-            stack.enter_context(_defaults_kept())
+            stack.enter_context(settings_kept())
             stack.enter_context(_not_compiled(self.model))
             stack.enter_context(random_state_kept())
             set_modes(self.model, training=False)
@@ -116,7 +117,7 @@ def surroundings_kept(model: nn.Module) -> Iterator[None]:
     kept.add(tensor for tensor in surroundings.tensors if tensor.nbytes <= LARGEST_COPIED)
     for tensor in surroundings.tensors:
         kept.before_write(tensor)
-    with _parameters_kept(model), modes_kept(model), _defaults_kept():
+    with _parameters_kept(model), modes_kept(model), settings_kept():
         try:
             yield
         finally:
@@ -162,23 +163,6 @@ def _not_compiled(model: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _defaults_kept() -> Iterator[None]:
-    dtype, grad = torch.get_default_dtype(), torch.is_grad_enabled()
-    cudnn: Any = torch.backends.cudnn
-    flags = {name: getattr(cudnn, name) for name in ("benchmark", "deterministic", "allow_tf32")}
-    try:
-        yield
-    finally:
-        for name, flag in flags.items():
-            if getattr(cudnn, name) != flag:
-                setattr(cudnn, name, flag)
-        if torch.get_default_dtype() != dtype:
-            torch.set_default_dtype(dtype)
-        if torch.is_grad_enabled() != grad:
-            torch.set_grad_enabled(grad)
-
-
-@contextlib.contextmanager
 def _parameters_kept(model: nn.Module) -> Iterator[None]:
     """What `data =`, `grad =`, `requires_grad_()` and the like do to a parameter, which no dispatch shows."""
     before = [
@@ -219,15 +203,14 @@ def _is_same_memory(one: Tensor, other: Tensor) -> bool:
         return True
 
 
-class _Watch(TorchDispatchMode):
+class _Watch(OperatorMode):
     """Keeps what a run is about to write to, where it belongs to somebody else."""
 
     def __init__(self, kept: Kept) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self._kept = kept
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
+    def operator(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         written = _written(func)
         if written:
             name, schema = _name(func), func._schema
