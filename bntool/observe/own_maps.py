@@ -61,7 +61,7 @@ class _Reader:
         self.maps: dict[int, Affine] = {given: identity(len(self.source.shape))}
         self.constants: dict[int, Affine] = {}
         self.stored: dict[int, None] = {}
-        self.is_new = False
+        self.is_new = self.has_factor = self.has_summand = False
 
     def read(self, ops: list[Op], made: int) -> OwnMap | None:
         for op in ops:
@@ -74,6 +74,8 @@ class _Reader:
                     raise
                 # only its size may be asked for
         found, result = self.maps[made], self.graph.values[made]
+        if not (self.has_factor and self.has_summand):
+            return None
         if (result.shape, result.dtype) != (self.source.shape, self.source.dtype):
             return None
         parts = [[i for i, size in enumerate(part.shape) if size != 1] for part in (found.scale, found.shift)]
@@ -100,8 +102,11 @@ class _Reader:
             after = self._normed(op, data)
         elif op.kind == "addcmul" and role != "input":
             other = next(r for r in others if r != "input")
-            scaled = compose(_times(op.attrs["alpha"]), compose(self._beside(op, other), data))
-            after = together(scaled, self._beside(op, "input").then("constant"))
+            factor, summand = self._beside(op, other), self._beside(op, "input")
+            self.has_factor |= factor.scale.numel() > 1
+            self.has_summand |= summand.scale.numel() > 1
+            scaled = compose(_times(op.attrs["alpha"]), compose(factor, data))
+            after = together(scaled, summand.then("constant"))
         else:
             after = self._arithmetic(op, data, role, others)
         self.is_new |= not op.views
@@ -118,7 +123,9 @@ class _Reader:
         if op.kind in ("mul", "div"):
             if op.kind == "div" and not first:
                 raise Unread
+            self.has_factor |= operand.scale.numel() > 1
             return compose(operand if op.kind == "mul" else operand.then("inverse"), data)
+        self.has_summand |= operand.scale.numel() > 1
         return _summed(op.kind, data, operand.then("constant"), alpha, first)
 
     def _moved(self, op: Op, data: Affine) -> Affine:
@@ -143,6 +150,7 @@ class _Reader:
         """γ·(x − μ)/√(σ²+ε) + β, whatever the four are made of."""
         if op.attrs["training"] or not {"running_mean", "running_var"} <= op.inputs.keys():
             raise Unread
+        self.has_factor = self.has_summand = True
         placed = [1] * data.rank
         placed[op.attrs["axis"]] = self._shape(op.inputs["input"])[op.attrs["axis"]]
 
