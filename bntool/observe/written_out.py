@@ -31,7 +31,7 @@ def recognise_norms(graph: Graph) -> None:
         if module.role not in ("", "custom_norm") or not module.calls or len(module.whole) != module.calls:
             continue
         if _is_one_norm(graph, module):
-            module.role = "norm"
+            module.role = "norm" if not module.children else "norm_act"
         else:
             calls = [_Call(graph, module, number) for number in range(module.calls)]
             if all(call.found is not None for call in calls) and _agree(calls):
@@ -44,12 +44,26 @@ def recognise_norms(graph: Graph) -> None:
 
 
 def _is_one_norm(graph: Graph, module: Module) -> bool:
-    """Whether every call was one batch normalisation of its input by the module's own tensors."""
-    if module.children:
+    """Whether every call was one batch normalisation of its input by the module's own tensors; behind it
+    may come what its children `drop` and `act` do, which remain when it goes.
+    """
+    behind = [graph.modules.get(f"{module.name}.{child}".lstrip(".")) for child in module.children]
+    if not set(module.children) <= {"drop", "act"} or None in behind:
         return False
-    for ran, given, made in zip(module.whole, module.inputs, module.outputs, strict=True):
-        op = graph.ops[ran[0]] if len(ran) == 1 else None
-        if op is None or op.kind != "batch_norm" or (op.inputs["input"], op.outputs[0]) != (given, made):
+    for call, (ran, given, made) in enumerate(zip(module.whole, module.inputs, module.outputs, strict=True)):
+        op = graph.ops[ran[0]] if ran else None
+        if op is None or op.kind != "batch_norm" or op.inputs["input"] != given:
+            return False
+        last: int | None = op.outputs[0]
+        rest = ran[1:]
+        for child in behind:
+            if child is None or child.calls != module.calls or child.inputs[call] != last:
+                return False
+            inside = child.whole[call]
+            if rest[: len(inside)] != inside or child.outputs[call] is None:
+                return False
+            last, rest = child.outputs[call], rest[len(inside) :]
+        if rest or last != made:
             return False
         if op.attrs["training"] or "running_mean" not in op.inputs:
             return False

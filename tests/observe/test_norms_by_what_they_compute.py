@@ -118,3 +118,24 @@ def test_behind_fake_quantisation_it_runs_on_data() -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 3), Faked(), nn.BatchNorm2d(4), nn.ReLU()).eval()
     plan = bntool.plan_fold(enliven(model), torch.randn(1, 3, 7, 7))
     assert [(skip.name, skip.reason.value) for skip in plan.skips] == [("2", "unknown-op")]
+
+
+class ActivatedByChildren(nn.BatchNorm2d):
+    """As libraries copy timm's: the function, then what its children do."""
+
+    def __init__(self, channels: int, act: nn.Module) -> None:
+        super().__init__(channels)
+        self.drop, self.act = nn.Identity(), act
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps)
+        return self.act(self.drop(x))
+
+
+def test_one_with_an_activation_as_its_child_leaves_that_behind() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), ActivatedByChildren(4, nn.SiLU()), nn.Conv2d(4, 2, 1)).double()
+    enliven(model.eval())
+    x = torch.randn(2, 3, 7, 7, dtype=torch.float64)
+    result = bntool.fold(model, x)
+    assert (len(result.sites), type(result.model[1])) == (1, nn.SiLU)
+    torch.testing.assert_close(result.model(x), model(x), rtol=0, atol=1e-12)

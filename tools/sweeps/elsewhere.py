@@ -137,12 +137,22 @@ def observed(model: Any, shapes: Shapes = None) -> Any:
         return observe(model, Inputs.of(torch.randn(1, *shape)))
 
 
+def told(results: dict[str, Any], file: str, known: int) -> str:
+    """The page, with how many libraries there are, and how many models are yet to be run."""
+    text = page(results, title=TITLE, target="elsewhere", file=file)
+    libraries = {name.partition(":")[0] for name, row in results.items() if row["status"] == "ok"}
+    left = f"; {known - len(results)} more models are in the tables, and yet to be run" * (
+        known > len(results)
+    )
+    return text.replace("\n- models run:", f"\n- libraries: {len(libraries)}{left}\n- models run:", 1)
+
+
 def main() -> None:
     chosen = arguments(__doc__, RESULTS, limit=90).parse_args()
     models: dict[str, tuple[Make, Shapes]] = {name: (make, shapes) for name, make, shapes in entries()}
     with contextlib.suppress(ModuleNotFoundError):
         models |= {name: (make, None) for name, make in every_model()}
-    made = functools.partial(page, title=TITLE, target="elsewhere", file=chosen.results.name)
+    made = functools.partial(told, file=chosen.results.name, known=len(models))
 
     def examine(name: str) -> dict[str, Any]:
         make, shapes = models[name]

@@ -154,7 +154,7 @@ def _volumes() -> Iterator[Entry]:
         ),
         ((1, 1, 32, 32),),
     )
-    for name in ("resnet18", "mobilenetv3_small_100", "efficientnet_b0"):
+    for name in ("resnet18", "efficientnet_b0"):
         yield f"timm_3d:{name}", made("timm_3d", "create_model", name, pretrained=False), colour
     for decoder in ("Unet", "FPN", "Linknet"):
         yield (
