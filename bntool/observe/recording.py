@@ -16,8 +16,15 @@ from bntool.graph.inputs import named_tensors
 from bntool.layers import computes_weight, has_foreign_hook
 from bntool.observe.aten import SHAPE_ONLY, product_of, translate
 from bntool.observe.holding import SMALL_CONSTANT, Holders
-from bntool.observe.leftovers import storage_of
 from bntool.observe.modules import class_name, is_decomposed, role_of, uses_plain_bias
+from bntool.observe.operands import (
+    is_handed_on,
+    is_one_of,
+    is_written,
+    operands_of,
+    seen_through,
+    tensors_in,
+)
 from bntool.observe.reading_out import numbers_read
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -56,6 +63,7 @@ class Recorder:
         self.original = original
         self.originals = {id(module): name for name, module in original.named_modules()}
         self.unregistered: list[nn.Module] = []
+        self.around: list[int] = []  # how many known layers each of them runs in
         self.names: dict[int, str] = {}
         self.places: dict[int, str] = {}
         self.frames: list[_Frame] = []
@@ -99,6 +107,7 @@ class Recorder:
         name = self.names.get(id(module))
         if name is None and (name := self._in_original(module)) is None:
             self.unregistered.append(module)
+            self.around.append(len(self.frames))
             return
         info = self.graph.modules[name]
         if id(module) not in self.names:
@@ -115,7 +124,8 @@ class Recorder:
         name = self.names.get(id(module))
         if name is None and (name := self._in_original(module)) is None:
             if module in self.unregistered:
-                del self.unregistered[self.unregistered.index(module) :]
+                first = self.unregistered.index(module)
+                del self.unregistered[first:], self.around[first:]
             return
         if id(module) not in self.names:
             self._watch_original(module, (kwargs, output))
@@ -178,15 +188,15 @@ class Recorder:
         self, name: str, bound: dict[str, Any], written: frozenset[str], draws: bool, out: Any
     ) -> None:
         graph, holders = self.graph, self.holders
-        operands = _operands(bound)
+        operands = operands_of(bound)
         for unread in SHAPE_ONLY.get(name, ()):
             operands.pop(unread, None)
         outs = list(tensors_in(out))
         inputs = {role: holders.value_of(tensor) for role, tensor in operands.items()}
         if not all(graph.values[inputs[role]].constant for role in numbers_read(name, operands, bound)):
             graph.reads_numbers = True
-        targets = [t for role, t in operands.items() if _is_written(role, written)] if written else []
-        if not targets and outs and all(_is_handed_on(o, operands) for o in outs):
+        targets = [t for role, t in operands.items() if is_written(role, written)] if written else []
+        if not targets and outs and all(is_handed_on(o, operands) for o in outs):
             return
         kind, attrs = translate(name, bound)
         if kind == "matmul":
@@ -200,7 +210,7 @@ class Recorder:
         if kind in ("conv", "linear"):
             self._keep_computed(inputs, operands)
         # what fake quantisation returns is none of what it writes to
-        new = [out for out in outs if not _is_one_of(out, targets)]
+        new = [out for out in outs if not is_one_of(out, targets)]
         made = [*new, *targets]
         values = []
         for tensor in made:
@@ -210,7 +220,7 @@ class Recorder:
                 graph.constants[value] = tensor.clone() if targets else tensor
             values.append(value)
         frame = self.frames[-1] if self.frames else None
-        if kind == "batch_norm" and self.unregistered:
+        if kind == "batch_norm" and self.around and self.around[-1] >= len(self.frames):
             attrs = {**attrs, "unregistered": class_name(type(self.unregistered[-1]))}
         op = graph.add_op(
             kind,
@@ -220,7 +230,7 @@ class Recorder:
             scope=frame.name if frame else "",
             call=frame.call if frame else 0,
             inplace=bool(targets),
-            views=_seen_through(made, operands),
+            views=seen_through(made, operands),
             place=frame.place if frame else "",
         )
         if frame is not None and kind == "add" and is_decomposed(type(frame.module)):
@@ -256,51 +266,3 @@ def _first(module: nn.Module, copies: dict[int, nn.Module]) -> nn.Module:
     while id(module) in copies:
         module = copies[id(module)]
     return module
-
-
-def _operands(bound: dict[str, Any]) -> dict[str, Tensor]:
-    """The tensors among the arguments by role; those of a list are numbered."""
-    found: dict[str, Tensor] = {}
-    for name, item in bound.items():
-        role = "input" if name == "self" else name
-        if isinstance(item, Tensor):
-            found[role] = item
-        elif isinstance(item, list | tuple):
-            for i, entry in enumerate(item):
-                if isinstance(entry, Tensor):
-                    found[f"{role}_{i}"] = entry
-    return found
-
-
-def _is_written(role: str, written: frozenset[str]) -> bool:
-    """Whether the operator writes to this operand, or to the list it stands in (`input_0`, `out_1`)."""
-    stem, _, index = role.rpartition("_")
-    name = stem if index.isdigit() else role
-    return name in written or (name == "input" and "self" in written)
-
-
-def _is_one_of(tensor: Tensor, targets: list[Tensor]) -> bool:
-    """Whether a result is what was written to, or shares its memory."""
-    memory = storage_of(tensor)
-    return any(
-        tensor is target or (memory is not None and memory == storage_of(target)) for target in targets
-    )
-
-
-def _is_handed_on(tensor: Tensor, operands: dict[str, Tensor]) -> bool:
-    """`contiguous`, `to` and eval dropout return their input itself."""
-    return any(tensor is source for source in operands.values())
-
-
-def _seen_through(made: list[Tensor], operands: dict[str, Tensor]) -> tuple[str, ...]:
-    """The operands whose memory a result shares: those that were written to, and those it is a view of."""
-    storages = {storage_of(tensor) for tensor in made} - {None}
-    return tuple(role for role, tensor in operands.items() if storage_of(tensor) in storages)
-
-
-def tensors_in(out: Any) -> Iterator[Tensor]:
-    if isinstance(out, Tensor):
-        yield out
-    elif isinstance(out, list | tuple):
-        for item in out:
-            yield from tensors_in(item)

@@ -139,3 +139,20 @@ def test_one_with_an_activation_as_its_child_leaves_that_behind() -> None:
     result = bntool.fold(model, x)
     assert (len(result.sites), type(result.model[1])) == (1, nn.SiLU)
     torch.testing.assert_close(result.model(x), model(x), rtol=0, atol=1e-12)
+
+
+def test_a_layer_that_the_forward_puts_into_a_new_sequential_is_still_a_layer() -> None:
+    class Stages(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.bn, self.last = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 2, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            for stage in (nn.Sequential(self.conv, self.bn, nn.ReLU()), self.last):
+                x = stage(x)
+            return x
+
+    model, x = enliven(Stages().double().eval()), torch.randn(1, 3, 7, 7, dtype=torch.float64)
+    result = bntool.fold(model, x)
+    assert [site.bn for site in result.plan.fold_sites] == ["bn"]
+    torch.testing.assert_close(result.model(x), model(x), rtol=0, atol=1e-12)
