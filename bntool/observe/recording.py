@@ -30,6 +30,10 @@ from bntool.observe.reading_out import numbers_read
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
+_FILLED = frozenset("zeros ones zeros_like ones_like new_zeros new_ones".split())
+"""What these make is the same whatever size Python asks them for."""
+
+
 def _role(module: nn.Module) -> str:
     """The role of the class, unless this one instance was given another forward."""
     role = role_of(type(module))
@@ -204,7 +208,7 @@ class Recorder:
         constant = not draws and all(graph.values[v].constant for v in inputs.values())
         if graph.reads_numbers:
             # any Python number from here on may have been read from the data
-            constant = constant and bool(inputs)
+            constant = constant and (bool(inputs) or kind in _FILLED)
             unsure = {"number"} if attrs.get("alpha") == 1.0 else {"number", "alpha"}
             attrs = {k: None if k in unsure else v for k, v in attrs.items()}
         if kind in ("conv", "linear"):
