@@ -5,12 +5,11 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from torch import nn
-from torch.export import ExportedProgram
 
 from bntool.core.errors import InvariantError, LoadError, NeedsArchitecture, UsageError
 from bntool.core.limits import DEFAULT_MAX_SIZE, Limit
@@ -19,6 +18,7 @@ from bntool.files.atomic import sha256_of
 from bntool.files.detect import Kind, detect
 from bntool.files.filling import bare_weights, filled
 from bntool.files.folders import read_folder
+from bntool.files.loaded import Loaded, LoadedKind
 from bntool.files.reading import Reading, read_file
 from bntool.files.references import build, is_reference, recorded_inputs
 from bntool.files.regular import exists
@@ -27,60 +27,8 @@ from bntool.files.security.missing import missing_names
 from bntool.files.security.pickled_calls import shown
 from bntool.files.security.scripted import DEPRECATED, read_script
 from bntool.files.weights import Found, StateDict
-from bntool.graph.inputs import Inputs
 
 _SAFETENSORS = (Kind.SAFETENSORS, Kind.SAFETENSORS_INDEX)
-LoadedKind = Literal["module", "state_dict", "checkpoint", "safetensors", "program", "script", "reference"]
-
-
-@dataclasses.dataclass(frozen=True)
-class Loaded:
-    """A model and where it came from.
-
-    `kind` says what the input was and so what an output is saved as: a whole `module`, a bare
-    `state_dict`, a `checkpoint` with either inside, `safetensors`, an exported `program` (then the model
-    is an `ExportedProgram`), a TorchScript module (`script`), or a `reference` to code.
-    `source_hash` is the sha256 of the file that was read (MODEL, or `weights`), empty for none.
-    `wrapped_in` is what the file held around the weights, to save the same way; `metadata` and `shards` are
-    what safetensors files held beside their tensors, and the tensors of each file of several; `weight_shards`
-    are those of `weights`.
-    """
-
-    model: nn.Module | ExportedProgram
-    reference: str
-    kind: LoadedKind
-    path: Path | None = None
-    source_hash: str = ""
-    allow: tuple[str, ...] = ()
-    trust_pickle: bool = False
-    arch: str | None = None
-    weights: str | None = None
-    key: str | None = None
-    notes: tuple[str, ...] = ()
-    example_inputs: Inputs | None = None
-    state_dict: StateDict | None = None
-    wrapped_in: Found | None = None
-    metadata: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    shards: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
-    weight_shards: tuple[str, ...] = ()
-
-    @property
-    def module(self) -> nn.Module:
-        """The model where it is an `nn.Module`; `UsageError` for an exported program."""
-        if isinstance(self.model, nn.Module):
-            return self.model
-        raise UsageError(
-            f"{self.reference} is an exported program (.pt2); bntool does not do this to one yet",
-            next_step="bntool fold (with --export onnx), summary and verify take it; for the rest torch.save "
-            "the nn.Module that it was exported from",
-        )
-
-    @property
-    def files(self) -> tuple[Path, ...]:
-        """Every model file that was read; none may be overwritten."""
-        named = [p for p in (self.path, Path(self.weights) if self.weights else None) if p]
-        shards = (*self.shards, *self.weight_shards)
-        return (*named, *(named[0].with_name(shard) for shard in shards))
 
 
 def load(
@@ -172,58 +120,30 @@ def _from_file(
     kind_there = detect(path).kind if exists(path) else None
     if kind_there is Kind.PT2:
         return _program(path, ref, arch, options)
+    common: dict[str, Any] = {"reference": ref, "path": path, "trust_pickle": options.trust_pickle}
     if kind_there is Kind.TORCHSCRIPT:
-        return Loaded(
-            model=read_script(path, trust_pickle=options.trust_pickle, limit=options.limit),
-            reference=ref,
-            kind="script",
-            path=path,
-            source_hash=sha256_of(path),
-            trust_pickle=options.trust_pickle,
-            notes=(DEPRECATED,),
-        )
+        script = read_script(path, trust_pickle=options.trust_pickle, limit=options.limit)
+        return Loaded(script, kind="script", source_hash=sha256_of(path), notes=(DEPRECATED,), **common)
     read = read_file(path, options)
-    found, kind = read.found, read.kind
-    common: dict[str, Any] = {
-        "reference": ref,
-        "path": path,
+    found = read.found
+    common |= {
         "source_hash": sha256_of(path),
         "allow": options.allow,
-        "trust_pickle": options.trust_pickle,
         "key": options.key,
         "wrapped_in": found,
         "metadata": read.metadata,
         "shards": read.shards,
     }
     if isinstance(found.value, nn.Module):
-        notes = found.notes
-        missing = missing_names(found.value)
-        if missing:
-            notes += (f"not here, so only looked at and not run: {', '.join(map(shown, missing))}",)
-        if arch is not None:
-            notes += (f"--arch {arch} was not needed: the file holds a whole model",)
-        return Loaded(
-            model=found.value,
-            kind="checkpoint" if found.path else "module",
-            notes=notes,
-            example_inputs=recorded_inputs(found.value),
-            **common,
-        )
+        return _whole(found, found.value, arch, common)
     if arch is None:
         raise _without_architecture(path, found, options)
-    if arch == "auto":
-        arch = take_exact(bare_weights(found.value), load_index(options.tell))
-        found = dataclasses.replace(found, notes=(*found.notes, f"--arch auto: {arch}"))
-    if not is_reference(arch):
-        raise UsageError(
-            f"--arch {shown(arch)} is not a reference to a model",
-            next_step="--arch torchvision:resnet50, timm:NAME, pkg.mod:factory or path/file.py:Class",
-        )
+    arch, found = _chosen(arch, found, found.value, options)
     model = build(arch).model
     if prepare is not None:
         model = prepare(model)
     found = filled(model, found, arch, str(path))
-    outer: LoadedKind = "safetensors" if kind.kind in _SAFETENSORS else "state_dict"
+    outer: LoadedKind = "safetensors" if read.kind.kind in _SAFETENSORS else "state_dict"
     return Loaded(
         model=model,
         kind="checkpoint" if found.path else outer,
@@ -233,6 +153,36 @@ def _from_file(
         state_dict=_weights_of(found),
         **{**common, "wrapped_in": found},
     )
+
+
+def _whole(found: Found, model: nn.Module, arch: str | None, common: dict[str, Any]) -> Loaded:
+    """A file that holds the whole model."""
+    notes = found.notes
+    missing = missing_names(model)
+    if missing:
+        notes += (f"not here, so only looked at and not run: {', '.join(map(shown, missing))}",)
+    if arch is not None:
+        notes += (f"--arch {arch} was not needed: the file holds a whole model",)
+    return Loaded(
+        model=model,
+        kind="checkpoint" if found.path else "module",
+        notes=notes,
+        example_inputs=recorded_inputs(model),
+        **common,
+    )
+
+
+def _chosen(arch: str, found: Found, state: StateDict, options: Reading) -> tuple[str, Found]:
+    """The reference to the architecture of weights; for `auto` the one that fits, as the notes say."""
+    if arch == "auto":
+        arch = take_exact(bare_weights(state), load_index(options.tell))
+        found = dataclasses.replace(found, notes=(*found.notes, f"--arch auto: {arch}"))
+    if not is_reference(arch):
+        raise UsageError(
+            f"--arch {shown(arch)} is not a reference to a model",
+            next_step="--arch torchvision:resnet50, timm:NAME, pkg.mod:factory or path/file.py:Class",
+        )
+    return arch, found
 
 
 def _without_architecture(path: Path, found: Found, options: Reading) -> NeedsArchitecture:

@@ -27,10 +27,10 @@ from bntool.observe.copying import is_separable, take_apart
 from bntool.observe.isolation import SEED, Isolation, fresh, same_random_numbers
 from bntool.observe.leftovers import require_materialised, undeclared_writes
 from bntool.observe.operands import tensors_in
-from bntool.observe.operators import OperatorMode
 from bntool.observe.reading_out import size_reads, unseen_reads
 from bntool.observe.recording import Recorder
 from bntool.observe.standing_in import set_modes
+from bntool.observe.watching import OpMode
 from bntool.observe.written_out import recognise_norms
 
 
@@ -154,7 +154,7 @@ def _schema_of(func: Any) -> tuple[str, dict[str, str], frozenset[str], bool]:
     return name, names, frozenset(names[a.name] for a in written), draws
 
 
-class _DispatchMode(OperatorMode):
+class _DispatchMode(OpMode):
     def __init__(self, recorder: Recorder) -> None:
         super().__init__()
         self.recorder = recorder

@@ -77,9 +77,13 @@ class Elsewhere:
         small = self.seen.small
         if small is None or not self.seen.covers or has_fixed_size(self._model):
             return
-        for inputs in besides(small.inputs):
+        key = ("beside", _kind_of(self._model, self._observation))
+        known = _refused.get(key, 0)
+        for number, inputs in enumerate(besides(small.inputs)):
             self.untaken.append(inputs.shapes())
-            yield inputs
+            if number >= known:
+                _remember(key, number)  # who asks for the next one was refused this one
+                yield inputs
 
     @property
     def is_telling(self) -> bool:

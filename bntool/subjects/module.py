@@ -31,6 +31,7 @@ from bntool.subjects.proving import ModuleProof
 from bntool.surgery.baking import note_on, with_plain_weights
 from bntool.surgery.fold_modules import Numbers, apply_exactly
 from bntool.verifying.checking import check_surgery, seeded_batches
+from bntool.verifying.reference import Reference
 
 if TYPE_CHECKING:
     from bntool.export.exporting import ExportResult
@@ -139,7 +140,7 @@ class ModuleSubject:
             return self
         plain = self.like(model)
         plain._baked_from, plain._baked = self.model, names
-        rows = check_surgery(self.model, model, [self.example()], stage="fold")
+        rows = check_surgery(Reference(self.model, [self.example()]), model, stage="fold")
         if not all(row.agrees for row in rows):
             raise CheckFailed(
                 "with plain weights the output is not the same", next_step="fold without --bake"
@@ -174,7 +175,9 @@ class ModuleSubject:
             batches = seeded_batches(inputs) if checking.full else [inputs]
             # a layer whose bias has moved returns something else, as it should
             moved = {dropped.conv.partition(".")[0] for dropped in plan.dropped}
-            rows = check_surgery(self.model, after.model, batches, stage="insert", changed_parts=moved)
+            rows = check_surgery(
+                Reference(self.model, batches), after.model, stage="insert", changed_parts=moved
+            )
         if not all(row.agrees for row in rows):
             raise CheckFailed("the insertion changes the output", next_step="please report this model")
         return rows

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -31,8 +31,19 @@ def smaller(inputs: Inputs, graph: Graph) -> Iterator[Inputs]:
     """
     shapes = list(_shrunken(inputs, graph))
     odd = [lambda tensor, shape_of=shape_of: _odd(shape_of(tensor)) for shape_of in shapes]
-    for seed, shape_of in enumerate((*odd, *shapes, lambda tensor: list(tensor.shape))):
-        yield drawn(inputs, shape_of, seed, more=1)
+    yield from _each_once(
+        drawn(inputs, shape_of, seed, more=1)
+        for seed, shape_of in enumerate((*odd, *shapes, lambda tensor: list(tensor.shape)))
+    )
+
+
+def _each_once(several: Iterable[Inputs]) -> Iterator[Inputs]:
+    """Inputs of shapes that none before had."""
+    seen: set[str] = set()
+    for inputs in several:
+        if inputs.shapes() not in seen:
+            seen.add(inputs.shapes())
+            yield inputs
 
 
 def is_telling(small: Inputs, example: Inputs) -> bool:
@@ -184,7 +195,7 @@ def _longer(tensor: Tensor, more: int) -> list[int]:
 
 
 def _longer_sequence(tensor: Tensor) -> list[int]:
-    return [size + 33 if axis == 1 and tensor.dim() > 2 else size for axis, size in _sides(tensor)]
+    return [size + 33 if axis == 1 and tensor.dim() == 3 else size for axis, size in _sides(tensor)]
 
 
 def _of_same_area(tensor: Tensor) -> list[int]:
