@@ -82,11 +82,15 @@ $(PEERS)/.installed: pyproject.toml constraints.txt tools/sweeps/peers.txt
 peers: $(PEERS)/.installed ## compare with the best BatchNorm folders, AS=onnx on ONNX files; goes on where it stopped
 	$(PEERS)/bin/python -m tools.sweeps.$(if $(filter onnx,$(AS)),peer_files,peers)
 
-$(ELSEWHERE)/.installed: pyproject.toml constraints.txt tools/sweeps/elsewhere.txt
+$(ELSEWHERE)/.installed: pyproject.toml constraints.txt tools/sweeps/elsewhere.txt tools/sweeps/libraries/installed.txt
 	test -x $(ELSEWHERE)/bin/python || $(PYTHON) -m venv $(ELSEWHERE)
 	$(ELSEWHERE)/bin/python -m pip install --quiet --constraint constraints.txt torch torchvision
 	$(ELSEWHERE)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[zoo]'
 	$(ELSEWHERE)/bin/python -m pip install --quiet --no-deps --requirement tools/sweeps/elsewhere.txt
+	grep -v '^#' tools/sweeps/libraries/installed.txt | while read library; do \
+		$(ELSEWHERE)/bin/python -m pip install --quiet --prefer-binary --constraint constraints.txt $$library \
+		|| $(ELSEWHERE)/bin/python -m pip install --quiet --no-deps $$library || echo "not installed: $$library"; \
+	done
 	touch $@
 
 elsewhere: $(ELSEWHERE)/.installed ## fold and insert over the models of other libraries; goes on where it stopped

@@ -45,7 +45,8 @@ if TYPE_CHECKING:
     from bntool.core.sites import DroppedBias, Edit, FoldSite, InsertSite, Skip
     from bntool.core.verdicts import Check
     from bntool.experiment.training_arms import compare
-    from bntool.files.loading import Loaded, load
+    from bntool.files.loaded import Loaded
+    from bntool.files.loading import load
     from bntool.report.checks import Comparison
     from bntool.report.results import SurgeryResult
     from bntool.report.summary import Summary
@@ -59,7 +60,8 @@ _HOMES = {
     "surgery.converting": "convert_state_dict",
     "core.errors": """BntoolError CheckFailed DamagedPlan DeviceError ExportError LoadError NothingToDo
         ObserveError PlanError StateError UsageError""",
-    "files.loading": "Loaded load",
+    "files.loaded": "Loaded",
+    "files.loading": "load",
     "core.options": "CheckOptions ExportOptions FoldOptions InsertOptions",
     "core.plan": "Plan",
     "core.sites": "DroppedBias Edit FoldSite InsertSite Skip",

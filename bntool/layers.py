@@ -183,6 +183,13 @@ NORMED: dict[type[nn.Module], type[nn.Module]] = {
 """The stock class -> the class that holds a BatchNorm."""
 
 
+class Passing(nn.Identity):
+    """What a BatchNorm leaves behind that was handed more than its data: hands the data on."""
+
+    def forward(self, input: Tensor, *_args: Any, **_kwargs: Any) -> Tensor:  # noqa: A002  as layers call it
+        return input
+
+
 class Absorbed(nn.Module):
     """A branch of a sum that another convolution has taken in: gives zeros, which add nothing.
 
@@ -248,6 +255,18 @@ def count_calls_anew(model: nn.Module) -> None:
     """Let the calls of repeated layers be counted from the start of each forward of `model`."""
     if not any(isinstance(hook, StartOfForward) for hook in model._forward_pre_hooks.values()):
         model.register_forward_pre_hook(StartOfForward())
+
+
+def computes_weight(hook: Any) -> bool:
+    """Whether a hook is one by which older ways of PyTorch make a weight, or prune it."""
+    kinds = {cls.__name__ for cls in type(hook).__mro__}
+    return type(hook).__module__.startswith("torch.nn.utils") and not kinds.isdisjoint(_MAKERS)
+
+
+_MAKERS = frozenset(
+    """WeightNorm SpectralNorm SpectralNormStateDictHook SpectralNormLoadStateDictPreHook
+    BasePruningMethod""".split()
+)
 
 
 def has_foreign_hook(hooks: Any) -> bool:

@@ -468,7 +468,7 @@ zoo(
 )
 zoo("left_in_train_mode", {"bn": Reason.BATCH_STATISTICS}, straight, pair, tweak=lambda m: m.bn.train())
 zoo("subclass_without_forward", {"bn": FOLDED}, straight, lambda: {"conv": conv(), "bn": Quiet(6)})
-zoo("subclass_with_forward", {"bn": Reason.CUSTOM_FORWARD}, straight, lambda: {"conv": conv(), "bn": Loud(6)})
+zoo("subclass_with_forward", {"bn": FOLDED}, straight, lambda: {"conv": conv(), "bn": Loud(6)})
 zoo(
     "forward_set_on_instance",
     {"bn": Reason.CUSTOM_FORWARD},
@@ -500,7 +500,7 @@ zoo(
 zoo("instance_norm", {}, straight, lambda: {"conv": conv(), "bn": nn.InstanceNorm2d(6, affine=True)})
 zoo(
     "weight_norm_old",
-    {"bn": Reason.HOOKED},
+    {"bn": Reason.WEIGHT_COMPUTED},
     straight,
     lambda: {"conv": quietly(nn.utils.weight_norm, conv()), "bn": bn()},
 )
@@ -518,7 +518,7 @@ zoo(
 )
 zoo(
     "pruned",
-    {"bn": Reason.HOOKED},
+    {"bn": Reason.WEIGHT_COMPUTED},
     straight,
     lambda: {"conv": prune.random_unstructured(conv(), "weight", 0.5), "bn": bn()},
 )

@@ -153,3 +153,18 @@ def test_an_instance_norm_with_running_statistics_exports(tmp_path: Path) -> Non
     x = torch.randn(2, 3, 12, 12)
     bntool.export_onnx(model, x, tmp_path / "m.onnx")
     assert all(row.passed for row in bntool.verify(model, tmp_path / "m.onnx", x).checks)
+
+
+def test_the_processes_of_a_distributed_model_are_not_asked() -> None:
+    """Its wrapper writes the buffers of the first process into all of them before a forward."""
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        model = enliven(nn.parallel.DistributedDataParallel(nn.Sequential(*parts())).eval())
+        x = torch.randn(2, 3, 8, 8)
+        result = bntool.fold(model, x)
+        assert (type(result.model), len(result.plan.sites)) == (type(model), 2)
+        assert model.require_forward_param_sync and result.model.require_forward_param_sync
+        assert any("wrap result.model.module" in note for note in result.plan.notes)
+        torch.testing.assert_close(result.model(x), model(x), rtol=1e-5, atol=1e-5)
+    finally:
+        torch.distributed.destroy_process_group()

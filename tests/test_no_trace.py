@@ -298,3 +298,30 @@ def test_an_observation_looks_through_no_more_than_what_the_forward_made(
     monkeypatch.setattr(gc, "collect", lambda generation=2: asked.append(generation) or 0)
     bntool.fold(made("LogOfTensors", training=False), torch.randn(2, 3, 8, 8))
     assert set(asked) == {0}
+
+
+class Made(dict):  # type: ignore[type-arg]
+    """Makes what is asked for anew, as a library's table of its activations does."""
+
+    def __getitem__(self, key: str) -> nn.Module:
+        return super().__getitem__(key)()
+
+    def __setitem__(self, key: str, value: type) -> None:
+        raise TypeError("nothing can be put in")
+
+
+TABLE = Made(relu=nn.ReLU, conv=functools.partial(nn.Conv2d, bias=True))
+
+
+class FromATable(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return TABLE["relu"](self.bn(self.conv(x)))
+
+
+def test_a_table_that_makes_what_is_asked_for_is_read_as_the_dict_that_it_is() -> None:
+    assert len(bntool.fold(FromATable().eval(), torch.randn(1, 3, 8, 8)).sites) == 1
+    assert dict.keys(TABLE) == {"relu", "conv"}

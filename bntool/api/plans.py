@@ -64,6 +64,8 @@ def apply(
     try:
         if isinstance(subject, ModuleSubject):
             after: Any = _on_a_module(subject, plan, checking is not None)
+            if plan.options.get("bake") and checking is not None:
+                subject = subject.baked()
         else:
             plan, after = replanned(subject, plan)
         result = surgeries.replayed(subject, plan, after, checking)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 
@@ -22,8 +22,8 @@ from bntool.pipeline.serving import Serving, Silent, placed, served
 from bntool.pipeline.serving import exported as export_draft
 from bntool.report.checks import Comparison
 from bntool.report.results import SurgeryResult
-from bntool.subjects import exportable, subject_of
-from bntool.subjects.base import Checking
+from bntool.subjects import exportable, prepared, subject_of
+from bntool.subjects.base import Checking, Exportable
 
 
 @torch.inference_mode(False)
@@ -60,6 +60,7 @@ def fold_to_onnx(
     """
     options, how, asked = fold or FoldOptions(), export or ExportOptions(), check or CheckOptions()
     subject = exportable(subject_of(model, example_inputs, options, how, asked), how)
+    subject = cast("Exportable", prepared(subject, options))
     target = Target(force=force, reads=subject.files)
     place = target.claim(path)
     checking = Checking.of(asked, axes=how.axes())

@@ -14,7 +14,7 @@ from bntool.core.options import FoldOptions, InsertOptions
 from bntool.core.plan import Plan
 from bntool.pipeline import surgeries
 from bntool.report.results import SurgeryResult
-from bntool.subjects import subject_of
+from bntool.subjects import prepared, subject_of
 from bntool.subjects.module import ModuleSubject
 
 
@@ -123,6 +123,7 @@ def fold(
     exclude: Sequence[str] = (),
     merge: bool = True,
     unshare: bool = False,
+    bake: bool = False,
     check: CheckLevel = "fast",
     share: bool = False,
 ) -> SurgeryResult:
@@ -141,6 +142,9 @@ def fold(
             a file merge by law.
         unshare: clone a layer whose weight others use too for each call site that needs it changed;
             `result.plan.unshared` says what that adds.
+        bake: first store the weights that layers compute from parameters alone (weight and spectral
+            normalisation, pruning, weight standardisation); training then no longer goes through what
+            computed them, and the plan says which.
         check: `fast` runs the model before and after on the example inputs in its own precision, and in
             float64 on inputs of other sizes and one sample more; `full` on batches of 1, 2 and 3 too; `none`
             trusts the plan.
@@ -154,8 +158,8 @@ def fold(
         ObserveError: the model does not run on the inputs.
         UsageError: an option that this kind of model does not know.
     """
-    options = FoldOptions(names_of(include, "include"), names_of(exclude, "exclude"), merge, unshare)
-    subject = subject_of(model, example_inputs, options)
+    options = FoldOptions(names_of(include, "include"), names_of(exclude, "exclude"), merge, unshare, bake)
+    subject = prepared(subject_of(model, example_inputs, options), options)
     checking = checking_of(check)
     proof = None if checking is None else subject.proof(checking)
     result, _ = surgeries.fold(subject, options, proof)
@@ -176,7 +180,8 @@ def plan_fold(
     exclude: Sequence[str] = (),
     merge: bool = True,
     unshare: bool = False,
+    bake: bool = False,
 ) -> Plan:
     """What `fold` would do, with nothing changed; its arguments are those of `fold`."""
-    options = FoldOptions(names_of(include, "include"), names_of(exclude, "exclude"), merge, unshare)
-    return subject_of(model, example_inputs, options).plan_fold(options, thorough=True)
+    options = FoldOptions(names_of(include, "include"), names_of(exclude, "exclude"), merge, unshare, bake)
+    return prepared(subject_of(model, example_inputs, options), options).plan_fold(options, thorough=True)

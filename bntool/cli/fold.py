@@ -96,6 +96,7 @@ def command(voice: Voice, asked: Asked) -> int:
     opened = opened.on(asked.real, asked.load, full=asked.check.check == "full")
     if asked.export.dtype == "float32" and opened.session is not None:
         opened = opened.cast("float32")
+    opened = opened.prepared(asked.fold)
     from bntool.cli import writing
     from bntool.cli.devices import require_places
     from bntool.cli.picturing import picture

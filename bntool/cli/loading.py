@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from bntool.cli.session import Voice
     from bntool.core.command_options import LoadOptions
     from bntool.core.plan import Plan
-    from bntool.files.loading import Loaded
+    from bntool.files.loaded import Loaded
     from bntool.files.memory import Record
 
 

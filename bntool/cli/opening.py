@@ -10,7 +10,7 @@ from bntool.cli.session import Session, Voice, open_session
 from bntool.core.command_options import FileOptions, LoadOptions, RealOptions
 from bntool.core.errors import UsageError
 from bntool.core.option import Options
-from bntool.core.options import CheckOptions, ExportOptions
+from bntool.core.options import CheckOptions, ExportOptions, FoldOptions
 from bntool.core.refusals import require_known, require_module
 from bntool.files.detect import Kind, detect
 
@@ -81,6 +81,17 @@ class Opened:
         self.session.cast(dtype)
         inputs = tuple(one.to(dtype=getattr(torch, dtype)) for one in self.inputs)
         return dataclasses.replace(of_session(self.session), inputs=inputs)
+
+    def prepared(self, how: FoldOptions) -> Opened:
+        """The same, as a fold begins with it."""
+        from bntool.subjects import prepared
+
+        subject = prepared(self.subject, how)
+        if subject is self.subject or self.session is None:
+            return self
+        loaded = dataclasses.replace(self.session.loaded, model=subject.runnable)
+        session = dataclasses.replace(self.session, loaded=loaded, _observation=None)
+        return Opened(subject, self.source, session)
 
     def exportable(self, how: ExportOptions) -> Opened:
         """The same, as a model that can be exported, on the same inputs."""

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     from bntool.core.option import Options
     from bntool.core.plan import Plan
-    from bntool.files.loading import Loaded
+    from bntool.files.loaded import Loaded
     from bntool.files.memory import Record
     from bntool.graph.inputs import Inputs
     from bntool.observe.eager import Observation

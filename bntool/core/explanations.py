@@ -229,10 +229,10 @@ _add(
     """A subclass of a BatchNorm, convolution or linear layer that overrides forward may do more than its
     parent, so its parent's algebra may not hold for it.""",
     """
-    class DoubledNorm(nn.BatchNorm2d):
+    class NormAndRelu(nn.BatchNorm2d):
         def forward(self, input):
-            return 2 * super().forward(input)
-    model = nn.Sequential(nn.Conv2d(3, 8, 3), DoubledNorm(8))
+            return super().forward(input).relu()
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), NormAndRelu(8))
     """,
     "Use the stock class, and put the extra work in a module beside it.",
 )
@@ -421,8 +421,9 @@ _add(
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))
     nn.utils.parametrizations.weight_norm(model[0])
     """,
-    """Make it permanent: torch.nn.utils.parametrize.remove_parametrizations(layer, 'weight'). In an ONNX file
-    whose inputs list the weights too, for a caller to replace, --freeze-inputs takes them for constants.""",
+    """Where a layer computes it from its own parameters, --bake (bake=True in Python) stores what it computes
+    and folds; training then no longer goes through what computed it. In an ONNX file whose inputs list the
+    weights too, for a caller to replace, --freeze-inputs takes them for constants.""",
 )
 _add(
     Reason.QUANTIZED,

@@ -85,7 +85,7 @@ def shape_of(expr: Any, leaf: Leaf, allowance: Allowance) -> tuple[int, ...]:
         shape = leaf("bn", _arguments(name, rest, tuple[Name])[0])
     elif name == "identity":
         shape = (1,) * _arguments(name, rest, tuple[Axes])[0]
-    elif name in ("compose", "merge", "add"):
+    elif name in ("compose", "merge", "add", "together"):
         if len(rest) != 2:
             raise Damaged(f"{name} joins two maps")
         shape = _broadcast(*(shape_of(part, leaf, allowance) for part in rest))
@@ -221,6 +221,9 @@ _STEPS: dict[str, tuple[Any, Callable[..., tuple[int, ...]]]] = {
     "square": (tuple[()], _same),
     "root": (tuple[()], _same),
     "inverse": (tuple[()], _same),
+    "constant": (tuple[()], _same),
+    "slope": (tuple[Constant], _with),
+    "turn": (tuple[Constant], _with),
     "reshape": (tuple[Shape, Shape], _reshaped),
     "collapse": (tuple[Index], _collapsed),
     "permute": (tuple[Shape], _permuted),

@@ -44,6 +44,7 @@ _REFUSED: Mapping[str, Sequence[_Refusal]] = {
         _FILE,
         _no("arch weights key allow pretrained", "it holds its own graph and weights"),
         _no("inputs", "it holds its own shapes"),
+        _no("bake", "its graph computes them, and no layer is left that could store them", _MODULE),
         _no(
             "dynamic static_batch keep_io exporter dtype",
             "it brings its axes and its types, and was captured already",
@@ -58,6 +59,7 @@ _REFUSED: Mapping[str, Sequence[_Refusal]] = {
             "it is one already, and stays as it is",
             "leave it out; bntool verify A B compares two files",
         ),
+        _no("bake", "its weights are stored already"),
         _no("dtype", "it keeps its types", "fold the PyTorch model with --dtype, and --export onnx"),
         _no("tf32", "a fold of it is checked without", "bntool verify A B --tf32 both compares two files"),
         _no(
@@ -70,7 +72,7 @@ _REFUSED: Mapping[str, Sequence[_Refusal]] = {
         _FILE,
         _no("arch weights key allow pretrained", "it holds its own code and weights"),
         _no(
-            "include exclude merge unshare dtype bench repro",
+            "include exclude merge unshare bake dtype bench repro",
             "torch's own pass folds it, which folds what it can",
             _MODULE,
         ),
@@ -80,7 +82,7 @@ _REFUSED: Mapping[str, Sequence[_Refusal]] = {
     "weights": [
         _FILE,
         _no(
-            f"{_CODE} inputs inputs_file include exclude merge unshare dtype bench repro require_all tf32 "
+            f"{_CODE} inputs inputs_file include exclude merge unshare bake dtype bench repro require_all tf32 "
             f"atol rtol check device providers {_FORM} export_to",
             "--plan folds it layer by layer, and that needs the model",
             "leave out --plan, or the other",

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from bntool.files.atomic import sha256_of, write_atomically
     from bntool.files.detect import FileKind, Kind, detect
-    from bntool.files.loading import Loaded, load
+    from bntool.files.loaded import Loaded
+    from bntool.files.loading import load
     from bntool.files.memory import Record, last_output, recall, remember
     from bntool.files.references import is_reference
     from bntool.files.saving import allow_entries_of, save_model
@@ -36,7 +37,7 @@ _HOME = {
     "FileKind": "detect",
     "Kind": "detect",
     "detect": "detect",
-    "Loaded": "loading",
+    "Loaded": "loaded",
     "load": "loading",
     "Record": "memory",
     "last_output": "memory",

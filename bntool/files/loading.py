@@ -5,12 +5,11 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from torch import nn
-from torch.export import ExportedProgram
 
 from bntool.core.errors import InvariantError, LoadError, NeedsArchitecture, UsageError
 from bntool.core.limits import DEFAULT_MAX_SIZE, Limit
@@ -18,6 +17,8 @@ from bntool.files.architectures import closest, load_index, take_exact
 from bntool.files.atomic import sha256_of
 from bntool.files.detect import Kind, detect
 from bntool.files.filling import bare_weights, filled
+from bntool.files.folders import read_folder
+from bntool.files.loaded import Loaded, LoadedKind
 from bntool.files.reading import Reading, read_file
 from bntool.files.references import build, is_reference, recorded_inputs
 from bntool.files.regular import exists
@@ -26,60 +27,8 @@ from bntool.files.security.missing import missing_names
 from bntool.files.security.pickled_calls import shown
 from bntool.files.security.scripted import DEPRECATED, read_script
 from bntool.files.weights import Found, StateDict
-from bntool.graph.inputs import Inputs
 
 _SAFETENSORS = (Kind.SAFETENSORS, Kind.SAFETENSORS_INDEX)
-LoadedKind = Literal["module", "state_dict", "checkpoint", "safetensors", "program", "script", "reference"]
-
-
-@dataclasses.dataclass(frozen=True)
-class Loaded:
-    """A model and where it came from.
-
-    `kind` says what the input was and so what an output is saved as: a whole `module`, a bare
-    `state_dict`, a `checkpoint` with either inside, `safetensors`, an exported `program` (then the model
-    is an `ExportedProgram`), a TorchScript module (`script`), or a `reference` to code.
-    `source_hash` is the sha256 of the file that was read (MODEL, or `weights`), empty for none.
-    `wrapped_in` is what the file held around the weights, to save the same way; `metadata` and `shards` are
-    what safetensors files held beside their tensors, and the tensors of each file of several; `weight_shards`
-    are those of `weights`.
-    """
-
-    model: nn.Module | ExportedProgram
-    reference: str
-    kind: LoadedKind
-    path: Path | None = None
-    source_hash: str = ""
-    allow: tuple[str, ...] = ()
-    trust_pickle: bool = False
-    arch: str | None = None
-    weights: str | None = None
-    key: str | None = None
-    notes: tuple[str, ...] = ()
-    example_inputs: Inputs | None = None
-    state_dict: StateDict | None = None
-    wrapped_in: Found | None = None
-    metadata: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    shards: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
-    weight_shards: tuple[str, ...] = ()
-
-    @property
-    def module(self) -> nn.Module:
-        """The model where it is an `nn.Module`; `UsageError` for an exported program."""
-        if isinstance(self.model, nn.Module):
-            return self.model
-        raise UsageError(
-            f"{self.reference} is an exported program (.pt2); bntool does not do this to one yet",
-            next_step="bntool fold (with --export onnx), summary and verify take it; for the rest torch.save "
-            "the nn.Module that it was exported from",
-        )
-
-    @property
-    def files(self) -> tuple[Path, ...]:
-        """Every model file that was read; none may be overwritten."""
-        named = [p for p in (self.path, Path(self.weights) if self.weights else None) if p]
-        shards = (*self.shards, *self.weight_shards)
-        return (*named, *(named[0].with_name(shard) for shard in shards))
 
 
 def load(
@@ -98,11 +47,12 @@ def load(
 ) -> Loaded:
     """Load a model from a file or a reference, on the CPU, in the mode it was saved in.
 
-    `ref`: a file of `torch.save`, `torch.export.save` or safetensors, `torchvision:NAME`, `timm:NAME`,
-    `pkg.mod:factory` or `path/file.py:Class`. `arch` is such a reference for a file that holds only weights,
-    or `auto` for the one of torchvision or timm that fits exactly; `weights` a file for a reference, `key`
-    the entry of a checkpoint that holds them. `allow` names classes of whole pickled models; no code in a
-    file is run without `trust_pickle`. `prepare` is applied to the model of `arch` before its weights go in.
+    `ref`: a file of `torch.save`, `torch.export.save` or safetensors, a folder that transformers saved a
+    model into, `torchvision:NAME`, `timm:NAME`, `pkg.mod:factory` or `path/file.py:Class`. `arch` is such a
+    reference for a file that holds only weights, or `auto` for the one of torchvision or timm that fits
+    exactly; `weights` a file for a reference, `key` the entry of a checkpoint that holds them. `allow` names
+    classes of whole pickled models; no code in a file is run without `trust_pickle`. `prepare` is applied to
+    the model of `arch` before its weights go in.
     `max_size` bounds, in bytes, what a file may ask for. With `stand_ins`, classes that are not known become
     ones that hold state and run nothing: enough to look at a model, not to run it. `tell` takes a line on
     what takes long.
@@ -113,6 +63,8 @@ def load(
     allow = (allow,) if isinstance(allow, str) else tuple(allow)
     options = Reading(key, allow, trust_pickle, Limit(max_size), stand_ins, tell)
     path = Path(ref)
+    if path.is_dir():
+        return _from_folder(path, ref, arch, weights, prepare)
     if exists(path) or not is_reference(ref):
         if weights is not None or pretrained:
             flag = "--weights" if weights is not None else "--pretrained"
@@ -132,6 +84,30 @@ def load(
             next_step=f"bntool ... {ref} --weights FILE",
         )
     return _from_reference(ref, weights, pretrained, options, prepare)
+
+
+def _from_folder(
+    path: Path,
+    ref: str,
+    arch: str | None,
+    weights: str | os.PathLike[str] | None,
+    prepare: Callable[[nn.Module], nn.Module] | None,
+) -> Loaded:
+    for flag, given in (("--arch", arch), ("--weights", weights)):
+        if given is not None:
+            raise UsageError(
+                f"{flag} is for a file; {ref} is a folder, which names its model and holds its weights",
+                next_step=f"leave {flag} out",
+            )
+    model = read_folder(path)
+    model = prepare(model) if prepare is not None else model
+    return Loaded(
+        model=model,
+        reference=ref,
+        kind="reference",
+        notes=(f"{type(model).__name__}, loaded by transformers from this folder",),
+        example_inputs=recorded_inputs(model),
+    )
 
 
 def _from_file(

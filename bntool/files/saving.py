@@ -19,7 +19,7 @@ from bntool.core.errors import UsageError
 from bntool.files.atomic import sha256_of
 from bntool.files.detect import detect
 from bntool.files.drafting import Drafts
-from bntool.files.loading import Loaded
+from bntool.files.loaded import Loaded
 from bntool.files.safetensors_files import INDEX_SUFFIX
 from bntool.files.security.allowed import allow_entries_for
 from bntool.files.security.pickles import unknown_globals

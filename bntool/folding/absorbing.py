@@ -6,14 +6,16 @@ layer of it gives zeros.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NoReturn
 
 from bntool.core.reasons import Reason
 from bntool.core.sites import Window
 from bntool.folding.norms import Norm
+from bntool.graph.affine import Affine, identity, is_finite
 from bntool.graph.dataflow import Graph, Op
-from bntool.laws import Refused
+from bntool.laws import Context, Refused
+from bntool.laws.base import constant_operand
 
 _ZERO, _BESIDE, _HEIR = range(3)
 """What a value of the sum will be: zeros; what is added beside them; something with the heir in it."""
@@ -28,8 +30,9 @@ def can_be_heir(graph: Graph, conv: Op, window: Window) -> None:
 
 def layers_that_go(
     graph: Graph, gone: set[int], kept: Mapping[int, Norm], root: Op, members: frozenset[int], heir: Op
-) -> tuple[str, ...]:
-    """The layers that must give a zero for the sum to be what `heir` gives, in the order they ran.
+) -> tuple[tuple[str, ...], tuple[Op, ...]]:
+    """The layers that must give a zero for the sum to be what `heir` gives, in the order they ran, and the
+    products by which the forward scales what it gives.
 
     Args:
         graph: of a module tree.
@@ -43,6 +46,7 @@ def layers_that_go(
     """
     becomes: dict[int, int] = {}
     layers: list[str] = []
+    factors: list[Op] = []
     for op in (graph.ops[i] for i in sorted(members)):
         reads = [becomes.get(op.inputs[r], _BESIDE) for r in op.reads if not graph.input(op, r).constant]
         if op is heir:
@@ -56,12 +60,27 @@ def layers_that_go(
             result = _HEIR if _HEIR in reads else _ZERO
             if result is _ZERO:
                 layers.append(_layer_of(graph, op))
+        elif reads == [_HEIR] and op.kind in ("mul", "div"):
+            factors.append(op)
+            result = _HEIR
         else:
             result = _after_arithmetic(op, reads)
         becomes[op.outputs[0]] = result
     if becomes[root.outputs[0]] is not _HEIR:
         _refuse(Reason.MIXED_BRANCHES, f"{heir.label} is no part of the sum")
-    return tuple(layers)
+    return tuple(layers), tuple(factors)
+
+
+def undone(context: Context, factors: Sequence[Op], rank: int) -> Affine:
+    """What undoes the products that the forward makes of the sum; refused where one is by zero."""
+    found = identity(rank)
+    for op in factors:
+        role = next(role for role in op.reads if not context.graph.input(op, role).constant)
+        factor = constant_operand(context, op, role)
+        found = found.then_constant("times", factor, -1 if op.kind == "mul" else 1)
+    if not is_finite((found.scale, found.shift)) or not bool(found.scale.all()):
+        _refuse(Reason.ZERO_SCALE, "the forward multiplies the sum by zero")
+    return found
 
 
 def _after_arithmetic(op: Op, reads: list[int]) -> int:

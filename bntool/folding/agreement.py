@@ -120,7 +120,8 @@ def _without_maps(site: FoldSite) -> FoldSite:
 def _same_map(first: Expr | None, second: Expr | None, graph: Graph) -> bool:
     if first is None or second is None:
         return False
-    channels = {op.scope: graph.input(op, "running_var").shape[-1] for op in graph.of_kind("batch_norm")}
+    norms = (op for op in graph.of_kind("batch_norm") if "running_var" in op.inputs)
+    channels = {op.scope: graph.input(op, "running_var").shape[-1] for op in norms}
 
     def drawn(kind: str, name: str) -> Any:
         generator = torch.Generator().manual_seed(zlib.crc32(f"{kind} {name}".encode()))

@@ -83,7 +83,12 @@ class Claims:
             return self._norm_edit(take, kind)
         weight = self.graph.input(op, "weight")
         if not weight.handle:
-            raise Refused(Reason.WEIGHT_COMPUTED, f"the weight of {op.label} is computed, not stored")
+            known = self.graph.modules.get(op.scope)
+            layer = known is not None and known.role in ("conv", "linear") and self.graph.is_computed(weight)
+            way_out = "; --bake stores it" if layer else ""
+            raise Refused(
+                Reason.WEIGHT_COMPUTED, f"the weight of {op.label} is computed, not stored{way_out}"
+            )
         tensor = self.graph.tensors[weight.handle]
         if not tensor.is_floating_point():
             raise Refused(Reason.QUANTIZED, f"the weight of {op.label} is {tensor.dtype}")
@@ -141,6 +146,8 @@ class Claims:
         norm, label = self.norm_of[take.op.id], take.op.label
         if norm.unfit is not None:
             raise Refused(norm.unfit.reason, f"{label} cannot take it in: {norm.unfit.detail}")
+        if "map" in take.op.attrs:
+            raise Refused(Reason.CUSTOM_FORWARD, f"{label} computes its numbers in a forward of its own")
         if len(norm.ops) != 1:
             raise Refused(Reason.CALLED_MORE_THAN_ONCE, f"{label} runs {len(norm.ops)} times")
         gamma, beta = (self._own_or_new(role, norm, take) for role in ("weight", "bias"))

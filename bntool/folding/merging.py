@@ -16,7 +16,7 @@ from collections.abc import Mapping
 import torch
 
 from bntool.core.sites import Branch, Merge, Window
-from bntool.folding.absorbing import adds_a_constant, can_be_heir, layers_that_go
+from bntool.folding.absorbing import adds_a_constant, can_be_heir, layers_that_go, undone
 from bntool.folding.claims import Claims
 from bntool.folding.norms import Norm
 from bntool.graph.affine import Affine, Constant, compose, identity
@@ -202,11 +202,11 @@ class _Merger:
         if rows * width * math.prod(window.kernel) > sum(math.prod(w.shape) for w in weights.values()):
             return None
         by_size = sorted(convs, key=lambda conv: -math.prod(weights[conv.id].shape))
-        heir, going = self._heir(root, total, by_size, window)
+        heir, going, undo = self._heir(root, total, by_size, window)
         if heir is None:
             return None
         try:
-            vectors = [output_demand(self.context, heir, own) for _, own in total.terms]
+            vectors = [output_demand(self.context, heir, compose(undo, own)) for _, own in total.terms]
         except Refused:
             return None
         branches = []
@@ -221,17 +221,22 @@ class _Merger:
 
     def _heir(
         self, root: Op, total: _Sum, convs: list[Op], window: Window
-    ) -> tuple[Op | None, tuple[str, ...]]:
-        """The convolution that becomes the sum, none where none can, and the names of what goes by that."""
+    ) -> tuple[Op | None, tuple[str, ...], Affine]:
+        """The convolution that becomes the sum, none where none can; the names of what goes by that, and what
+        undoes the products that a forward still makes of what it gives.
+        """
+        alone = identity(len(self.graph.output(root).shape))
         if not self.in_tree:
             going = sorted(total.members - self.gone - {convs[0].id})
             names = tuple(self.graph.output(self.graph.ops[i]).name for i in going)
-            return (convs[0] if all(names) else None), names
+            return (convs[0] if all(names) else None), names, alone
         for heir in convs:
             with contextlib.suppress(Refused):
                 can_be_heir(self.graph, heir, window)
-                return heir, layers_that_go(self.graph, self.gone, self.kept, root, total.members, heir)
-        return None, ()
+                members = total.members
+                names, factors = layers_that_go(self.graph, self.gone, self.kept, root, members, heir)
+                return heir, names, undone(self.context, factors, alone.rank)
+        return None, (), alone
 
     def _is_closed(self, root: Op, source: int, members: frozenset[int]) -> bool:
         """Whether nobody else sees the values in between, and all are of one type."""

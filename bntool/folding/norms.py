@@ -13,7 +13,7 @@ from torch import Tensor
 from bntool.core.patterns import chosen
 from bntool.core.reasons import Reason
 from bntool.graph.affine import Affine, batch_norm_affine, is_finite
-from bntool.graph.dataflow import Graph, Op
+from bntool.graph.dataflow import WRITTEN_OUT, Graph, Op
 from bntool.laws import Refused
 
 _ROLES = ("norm", "norm_act", "custom_norm", "scripted")
@@ -76,6 +76,8 @@ def why_unfit(
     if module is not None and module.from_outside:
         what = "it is called through a lambda or an object that holds it, which would call it still"
         return Refused(Reason.CUSTOM_FORWARD, what)
+    if not norm.ops and module is not None and module.kind == WRITTEN_OUT:
+        return Refused(Reason.FUNCTIONAL, "arithmetic inside a forward, not a layer of its own")
     if not norm.ops and module is not None and module.role == "custom_norm" and module.calls:
         return Refused(Reason.CUSTOM_FORWARD, f"{module.kind} has a forward of its own")
     if not norm.ops and _is_read(norm, graph):
@@ -98,11 +100,11 @@ def why_unfit(
     if module.hooked:
         return Refused(Reason.HOOKED, "a hook is registered on it")
     op = norm.ops[0]
-    if op.attrs["training"] or "running_mean" not in op.inputs:
+    if op.attrs["training"] or ("running_mean" not in op.inputs and "map" not in op.attrs):
         return Refused(Reason.BATCH_STATISTICS, "it normalises by the statistics of each batch")
     if module.left_in_train:
         return Refused(Reason.BATCH_STATISTICS, "it was left in train mode in a model in eval mode")
-    return _read_affine(norm, op, graph, norm_of)
+    return _read_own_map(norm, op, graph) if "map" in op.attrs else _read_affine(norm, op, graph, norm_of)
 
 
 def _is_read(norm: Norm, graph: Graph) -> bool:
@@ -116,6 +118,20 @@ def _is_quantized(norm: Norm, graph: Graph) -> bool:
     return any(
         name in graph.modules and graph.modules[name].kind.startswith("torch.ao.nn.") for name in owners
     )
+
+
+def _read_own_map(norm: Norm, op: Op, graph: Graph) -> Refused | None:
+    """Of a module of a user's own class: what it computes names its tensors itself."""
+    found: Affine = op.attrs["map"]
+    calls = {one.id for one in norm.ops}
+    for value in (graph.input(op, role) for role in op.reads if role != "input"):
+        other = next((reader for reader, _ in value.readers if reader not in calls), None)
+        if other is not None:
+            return Refused(Reason.WEIGHT_SHARED, f"{graph.ops[other].label} reads its {value.handle} too")
+    if not is_finite((found.scale, found.shift)):
+        return Refused(Reason.BAD_STATISTICS, "its factors or summands are not finite")
+    norm.affine = found
+    return None
 
 
 def _read_affine(norm: Norm, op: Op, graph: Graph, norm_of: dict[int, Norm]) -> Refused | None:

@@ -31,6 +31,7 @@ from bntool.graph.steps import (
     identity_pair,
     merge_pairs,
     numbers_of,
+    together_pairs,
 )
 
 
@@ -165,3 +166,9 @@ def add(first: Affine, second: Affine) -> Affine | None:
         return None
     scale, shift = add_pairs((first.scale, first.shift), (second.scale, second.shift))
     return Affine(scale, shift, ("add", first.expr, second.expr))
+
+
+def together(first: Affine, second: Affine) -> Affine:
+    """(s₁·x + t₁) + (s₂·x + t₂): two maps of one value, added."""
+    scale, shift = together_pairs((first.scale, first.shift), (second.scale, second.shift))
+    return Affine(scale, shift, ("together", first.expr, second.expr))

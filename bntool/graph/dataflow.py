@@ -17,6 +17,9 @@ from torch import Tensor
 READS_NUMBERS = "forward reads numbers from its data: only the branches that the example input took were seen"
 """What a plan says where `Graph.reads_numbers`."""
 
+WRITTEN_OUT = "BatchNorm in elementary operators"
+"""The kind of a BatchNorm that is arithmetic of its own, of no module."""
+
 Edge = tuple[int, str]
 """One reading of a value: (id of the op that reads it, the role it plays there)."""
 
@@ -169,6 +172,11 @@ class Graph:
     def constant(self, value: Value) -> Tensor | None:
         """The numbers of a constant value, where they are known."""
         return self.tensors.get(value.handle) if value.handle else self.constants.get(value.id)
+
+    def is_computed(self, value: Value) -> bool:
+        """Whether a constant was computed: it is no stored tensor, nor a copy or a cast of one."""
+        maker = self.producer(value)
+        return value.constant and not value.handle and maker is not None and maker.kind != "identity"
 
     @functools.cached_property
     def coarsest(self) -> float:

@@ -11,6 +11,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from bntool.graph.affine import Affine
+
 NoneType = type(None)
 Types = tuple[type, ...]
 
@@ -79,13 +81,14 @@ OPS: Mapping[str, Word] = {
     "linear": _word(_LAYER),
     "matmul": _word(_LAYER),
     "batch_norm": _word(
-        "input weight bias running_mean running_var",
+        "input weight bias running_mean running_var stored_",
         eps=_FLOAT,
         training=_BOOL,
         axis=_INT,
         frozen=_BOOL,
+        map=(Affine,),
     ),
-    "prelu": _word("input weight"),
+    "prelu": _word("input weight", axis=_INT),
     "scaled_dot_product_attention": _word("query key value attn_mask", dropout=(bool, float)),
     # arithmetic
     **dict.fromkeys(("add", "sub", "rsub", "mul", "div"), _ARITHMETIC),
@@ -132,3 +135,18 @@ OPS: Mapping[str, Word] = {
     "channel_shuffle": _word(groups=_INT),
 }
 """Every word. Where a front end cannot tell an attribute, it leaves it out, and the law gives a reason."""
+
+
+def permuted_axes(attrs: Mapping[str, Any], rank: int) -> tuple[int, ...]:
+    """The order of axes of a `permute`: `dims` in full, `swap` of two, or `move` of some to new places."""
+    if "swap" in attrs:
+        dims = list(range(rank))
+        if rank > 1:
+            a, b = (axis % rank for axis in attrs["swap"])
+            dims[a], dims[b] = dims[b], dims[a]
+        return tuple(dims)
+    if "move" in attrs:
+        moved = {to % rank: axis % rank for axis, to in zip(*attrs["move"], strict=True)}
+        rest = iter(axis for axis in range(rank) if axis not in moved.values())
+        return tuple(moved[place] if place in moved else next(rest) for place in range(rank))
+    return tuple(axis % rank for axis in attrs["dims"])

@@ -77,6 +77,22 @@ def _inverse(scale: Tensor, shift: Tensor) -> Pair:
     return 1 / scale, -shift / scale
 
 
+def _constant(scale: Tensor, _shift: Tensor) -> Pair:
+    """The scale as a summand: the same numbers whatever x is."""
+    return torch.zeros_like(scale), scale
+
+
+def _slope(scale: Tensor, shift: Tensor, slope: Tensor) -> Pair:
+    """What turns a slope over where the scale is negative: a·(1/a²) = 1/a."""
+    kept = torch.where(torch.isnan(scale), scale, torch.ones_like(scale))
+    return broadcast(torch.where(scale < 0, slope**-2, kept), torch.zeros_like(shift))
+
+
+def _turn(scale: Tensor, shift: Tensor, slope: Tensor) -> Pair:
+    """The scale on the other side of a PReLU whose slope was turned over: a·s where s is negative."""
+    return broadcast(torch.where(scale < 0, slope * scale, scale), shift)
+
+
 def _reshape(scale: Tensor, shift: Tensor, expanded: Sequence[int], shape: Sequence[int]) -> Pair:
     """Expand to `expanded`, then reshape to `shape`."""
     return (
@@ -186,6 +202,9 @@ PRIMITIVES: dict[str, Callable[..., Pair]] = {
     "square": _square,
     "root": _root,
     "inverse": _inverse,
+    "constant": _constant,
+    "slope": _slope,
+    "turn": _turn,
     "reshape": _reshape,
     "collapse": _collapse,
     "permute": _permute,
@@ -208,6 +227,11 @@ PRIMITIVES: dict[str, Callable[..., Pair]] = {
 
 def compose_pairs(outer: Pair, inner: Pair) -> Pair:
     return outer[0] * inner[0], outer[0] * inner[1] + outer[1]
+
+
+def together_pairs(first: Pair, second: Pair) -> Pair:
+    """The sum of two maps of one value."""
+    return first[0] + second[0], first[1] + second[1]
 
 
 def merge_pairs(first: Pair, second: Pair) -> Pair:
@@ -241,7 +265,7 @@ def add_pairs(first: Pair, second: Pair) -> Pair:
     return broadcast(scale, shift)
 
 
-_JOINS = {"compose": compose_pairs, "merge": merge_pairs, "add": add_pairs}
+_JOINS = {"compose": compose_pairs, "merge": merge_pairs, "add": add_pairs, "together": together_pairs}
 
 
 def evaluate(expr: Expr, leaf: Leaf) -> Pair:
@@ -257,11 +281,11 @@ def evaluate(expr: Expr, leaf: Leaf) -> Pair:
     if name == "concat":
         return concat_pairs([evaluate(e, leaf) for e in expr[3:]], expr[1], expr[2])
     scale, shift = evaluate(expr[1], leaf)
-    args = [_constant(a, leaf) for a in expr[2:]]
+    args = [_argument(a, leaf) for a in expr[2:]]
     return PRIMITIVES[name](scale, shift, *args)
 
 
-def _constant(value: Any, leaf: Leaf) -> Any:
+def _argument(value: Any, leaf: Leaf) -> Any:
     """A step's argument: a constant tensor by handle or by value, or a plain argument."""
     if isinstance(value, tuple) and value and value[0] == "tensor":
         return numbers_of(leaf("tensor", value[1])).reshape(value[2])

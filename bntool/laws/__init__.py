@@ -7,6 +7,7 @@ from bntool.laws import (  # noqa: F401  (registers the laws)
     sampling,
     scattering,
     shapes,
+    slopes,
     spreads,
 )
 from bntool.laws.base import LAWS, Context, Maps, Refused

@@ -22,7 +22,7 @@ from bntool.laws.base import (
 )
 
 
-@law("relu", "leaky_relu", "prelu")
+@law("relu", "leaky_relu")
 class PositivelyHomogeneous:
     """f(s·x) = s·f(x) for s ≥ 0; a shift would move the corner at zero."""
 

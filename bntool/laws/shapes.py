@@ -9,6 +9,7 @@ import torch
 from bntool.core.reasons import Reason
 from bntool.graph.affine import Affine
 from bntool.graph.dataflow import Op
+from bntool.graph.ops import permuted_axes
 from bntool.laws.base import Context, Maps, Refused, along, constant_over, law, of_input, only_input
 
 
@@ -122,22 +123,11 @@ class Permute:
     @staticmethod
     def down(context: Context, op: Op, maps: Maps) -> list[Affine]:
         dims = _dims(context, op)
-        return [along(of_input(op, maps), len(dims), op.label).then("permute", tuple(dims))]
+        return [along(of_input(op, maps), len(dims), op.label).then("permute", dims)]
 
 
-def _dims(context: Context, op: Op) -> list[int]:
-    rank = len(context.graph.input(op).shape)
-    if "swap" in op.attrs:
-        dims = list(range(rank))
-        if rank > 1:
-            a, b = (axis % rank for axis in op.attrs["swap"])
-            dims[a], dims[b] = dims[b], dims[a]
-        return dims
-    if "move" in op.attrs:
-        moved = {to % rank: axis % rank for axis, to in zip(*op.attrs["move"], strict=True)}
-        rest = iter(axis for axis in range(rank) if axis not in moved.values())
-        return [moved[place] if place in moved else next(rest) for place in range(rank)]
-    return [axis % rank for axis in op.attrs["dims"]]
+def _dims(context: Context, op: Op) -> tuple[int, ...]:
+    return permuted_axes(op.attrs, len(context.graph.input(op).shape))
 
 
 @law("expand", "repeat")

@@ -164,6 +164,12 @@ def to_binary(kind: str) -> Callable[[Bound], Translation]:
     return translator
 
 
+def to_power(b: Bound) -> Translation:
+    """Of a number; one of a tensor of powers, or of a number to the data, has none."""
+    exponent = b.get("exponent")
+    return "pow", {"number": float(exponent)} if isinstance(exponent, int | float) else {}
+
+
 def to_hardtanh(b: Bound) -> Translation:
     low, high = float(b.get("min_val", -1)), float(b.get("max_val", 1))
     return ("relu6", {}) if (low, high) == (0.0, 6.0) else ("hardtanh", {"low": low, "high": high})

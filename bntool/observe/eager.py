@@ -26,8 +26,9 @@ from bntool.observe.advice import what_to_do
 from bntool.observe.copying import is_separable, take_apart
 from bntool.observe.isolation import SEED, Isolation, fresh, same_random_numbers
 from bntool.observe.leftovers import require_materialised, undeclared_writes
+from bntool.observe.operands import tensors_in
 from bntool.observe.reading_out import size_reads, unseen_reads
-from bntool.observe.recording import Recorder, tensors_in
+from bntool.observe.recording import Recorder
 from bntool.observe.standing_in import set_modes
 from bntool.observe.watching import OpMode
 from bntool.observe.written_out import recognise_norms

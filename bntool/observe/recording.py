@@ -13,20 +13,38 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 
 from bntool.graph.dataflow import Graph, Module, Op
 from bntool.graph.inputs import named_tensors
-from bntool.layers import has_foreign_hook
+from bntool.layers import computes_weight, has_foreign_hook
 from bntool.observe.aten import SHAPE_ONLY, product_of, translate
 from bntool.observe.holding import SMALL_CONSTANT, Holders
-from bntool.observe.leftovers import storage_of
 from bntool.observe.modules import class_name, is_decomposed, role_of, uses_plain_bias
+from bntool.observe.operands import (
+    is_handed_on,
+    is_one_of,
+    is_written,
+    operands_of,
+    seen_through,
+    tensors_in,
+)
 from bntool.observe.reading_out import numbers_read
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+_FILLED = frozenset("zeros ones zeros_like ones_like new_zeros new_ones".split())
+"""What these make is the same whatever size Python asks them for."""
 
 
 def _role(module: nn.Module) -> str:
     """The role of the class, unless this one instance was given another forward."""
     role = role_of(type(module))
     return "custom_norm" if role in ("norm", "norm_act") and "forward" in vars(module) else role
+
+
+def _sees(hooks: Any) -> bool:
+    """Whether a hook may look at what a module takes and gives; one that makes its weight does not."""
+    if isinstance(hooks, dict):
+        hooks = {key: hook for key, hook in hooks.items() if not computes_weight(hook)}
+    return has_foreign_hook(hooks)
 
 
 @dataclasses.dataclass(slots=True)
@@ -49,6 +67,7 @@ class Recorder:
         self.original = original
         self.originals = {id(module): name for name, module in original.named_modules()}
         self.unregistered: list[nn.Module] = []
+        self.around: list[int] = []  # how many known layers each of them runs in
         self.names: dict[int, str] = {}
         self.places: dict[int, str] = {}
         self.frames: list[_Frame] = []
@@ -70,7 +89,7 @@ class Recorder:
                 children=tuple(child for child, _ in module._modules.items()),
                 own_tensors=len(module._parameters) + len(module._buffers),
                 plain_bias=uses_plain_bias(type(module)) and "forward" not in vars(module),
-                hooked=any(has_foreign_hook(getattr(module, hooks, None)) for hooks in _HOOKS),
+                hooked=any(_sees(getattr(module, hooks, None)) for hooks in _HOOKS),
                 left_in_train=getattr(module, "training", False) and not run[0][1].training,
             )
 
@@ -92,6 +111,7 @@ class Recorder:
         name = self.names.get(id(module))
         if name is None and (name := self._in_original(module)) is None:
             self.unregistered.append(module)
+            self.around.append(len(self.frames))
             return
         info = self.graph.modules[name]
         if id(module) not in self.names:
@@ -108,7 +128,8 @@ class Recorder:
         name = self.names.get(id(module))
         if name is None and (name := self._in_original(module)) is None:
             if module in self.unregistered:
-                del self.unregistered[self.unregistered.index(module) :]
+                first = self.unregistered.index(module)
+                del self.unregistered[first:], self.around[first:]
             return
         if id(module) not in self.names:
             self._watch_original(module, (kwargs, output))
@@ -171,15 +192,15 @@ class Recorder:
         self, name: str, bound: dict[str, Any], written: frozenset[str], draws: bool, out: Any
     ) -> None:
         graph, holders = self.graph, self.holders
-        operands = _operands(bound)
+        operands = operands_of(bound)
         for unread in SHAPE_ONLY.get(name, ()):
             operands.pop(unread, None)
         outs = list(tensors_in(out))
         inputs = {role: holders.value_of(tensor) for role, tensor in operands.items()}
         if not all(graph.values[inputs[role]].constant for role in numbers_read(name, operands, bound)):
             graph.reads_numbers = True
-        targets = [t for role, t in operands.items() if _is_written(role, written)] if written else []
-        if not targets and outs and all(_is_handed_on(o, operands) for o in outs):
+        targets = [t for role, t in operands.items() if is_written(role, written)] if written else []
+        if not targets and outs and all(is_handed_on(o, operands) for o in outs):
             return
         kind, attrs = translate(name, bound)
         if kind == "matmul":
@@ -187,10 +208,14 @@ class Recorder:
         constant = not draws and all(graph.values[v].constant for v in inputs.values())
         if graph.reads_numbers:
             # any Python number from here on may have been read from the data
-            constant = constant and bool(inputs)
+            constant = constant and (bool(inputs) or kind in _FILLED)
             unsure = {"number"} if attrs.get("alpha") == 1.0 else {"number", "alpha"}
             attrs = {k: None if k in unsure else v for k, v in attrs.items()}
-        made = targets or outs
+        if kind in ("conv", "linear"):
+            self._keep_computed(inputs, operands)
+        # what fake quantisation returns is none of what it writes to
+        new = [out for out in outs if not is_one_of(out, targets)]
+        made = [*new, *targets]
         values = []
         for tensor in made:
             value = graph.add_value(tuple(tensor.shape), constant=constant, dtype=str(tensor.dtype)).id
@@ -199,7 +224,7 @@ class Recorder:
                 graph.constants[value] = tensor.clone() if targets else tensor
             values.append(value)
         frame = self.frames[-1] if self.frames else None
-        if kind == "batch_norm" and self.unregistered:
+        if kind == "batch_norm" and self.around and self.around[-1] >= len(self.frames):
             attrs = {**attrs, "unregistered": class_name(type(self.unregistered[-1]))}
         op = graph.add_op(
             kind,
@@ -209,14 +234,20 @@ class Recorder:
             scope=frame.name if frame else "",
             call=frame.call if frame else 0,
             inplace=bool(targets),
-            views=_seen_through(made, operands),
+            views=seen_through(made, operands),
             place=frame.place if frame else "",
         )
         if frame is not None and kind == "add" and is_decomposed(type(frame.module)):
             self._collapse_norm(frame, op)
-        hold = holders.overwrite if targets else holders.hold
-        for tensor, value in zip(made, values, strict=True):
-            hold(tensor, value)
+        for number, (tensor, value) in enumerate(zip(made, values, strict=True)):
+            (holders.hold if number < len(new) else holders.overwrite)(tensor, value)
+
+    def _keep_computed(self, inputs: dict[str, int], operands: dict[str, Tensor]) -> None:
+        """What a layer computes of its weight or bias from its parameters is known, however large."""
+        for role in ("weight", "bias"):
+            value = self.graph.values[inputs[role]] if role in inputs else None
+            if value is not None and value.constant and not value.handle:
+                self.graph.constants.setdefault(value.id, operands[role])
 
     def _collapse_norm(self, frame: _Frame, last: Op) -> None:
         """A frozen norm computes x·scale + bias by elementary ops: record it as one batch_norm."""
@@ -239,43 +270,3 @@ def _first(module: nn.Module, copies: dict[int, nn.Module]) -> nn.Module:
     while id(module) in copies:
         module = copies[id(module)]
     return module
-
-
-def _operands(bound: dict[str, Any]) -> dict[str, Tensor]:
-    """The tensors among the arguments by role; those of a list are numbered."""
-    found: dict[str, Tensor] = {}
-    for name, item in bound.items():
-        role = "input" if name == "self" else name
-        if isinstance(item, Tensor):
-            found[role] = item
-        elif isinstance(item, list | tuple):
-            for i, entry in enumerate(item):
-                if isinstance(entry, Tensor):
-                    found[f"{role}_{i}"] = entry
-    return found
-
-
-def _is_written(role: str, written: frozenset[str]) -> bool:
-    """Whether the operator writes to this operand, or to the list it stands in (`input_0`, `out_1`)."""
-    stem, _, index = role.rpartition("_")
-    name = stem if index.isdigit() else role
-    return name in written or (name == "input" and "self" in written)
-
-
-def _is_handed_on(tensor: Tensor, operands: dict[str, Tensor]) -> bool:
-    """`contiguous`, `to` and eval dropout return their input itself."""
-    return any(tensor is source for source in operands.values())
-
-
-def _seen_through(made: list[Tensor], operands: dict[str, Tensor]) -> tuple[str, ...]:
-    """The operands whose memory a result shares: those that were written to, and those it is a view of."""
-    storages = {storage_of(tensor) for tensor in made} - {None}
-    return tuple(role for role, tensor in operands.items() if storage_of(tensor) in storages)
-
-
-def tensors_in(out: Any) -> Iterator[Tensor]:
-    if isinstance(out, Tensor):
-        yield out
-    elif isinstance(out, list | tuple):
-        for item in out:
-            yield from tensors_in(item)

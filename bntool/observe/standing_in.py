@@ -41,7 +41,14 @@ def stand_in(model: nn.Module, *, own_parameters: bool = False) -> StandIn:
     """
     shared: list[tuple[str, Any]] = []
     run = structural_copy(model, dict(_own_tensors(model, own_parameters)), shared)
+    for module in modules_of(run):
+        if _SYNCS in vars(module):  # DistributedDataParallel: other processes are not here, or not yet
+            vars(module)[_SYNCS] = False
     return StandIn(run, tuple(shared))
+
+
+_SYNCS = "require_forward_param_sync"
+"""By which a wrapper writes the buffers of its first process into all of them before each forward."""
 
 
 def own_copy(model: nn.Module) -> nn.Module:

@@ -12,7 +12,7 @@ import dis
 import functools
 import random
 import threading
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator
 from types import CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
@@ -167,13 +167,16 @@ def _undo_of(value: Any) -> Restore | None:
 
 
 def _undo_dict(value: dict[Any, Any]) -> Restore:
-    before = dict(value)
+    """By the methods of its kind: a class of one's own may make something anew whenever it is asked."""
+    kind: Any = OrderedDict if isinstance(value, OrderedDict) else dict
+    before = dict(kind.items(value))
 
     def undo() -> None:
-        same = list(value) == list(before) and all(value[key] is before[key] for key in before)
-        if not same:
-            value.clear()
-            value.update(before)
+        now = dict(kind.items(value))
+        if list(now) != list(before) or any(now[key] is not before[key] for key in before):
+            kind.clear(value)
+            for key, item in before.items():
+                kind.__setitem__(value, key, item)
 
     return undo
 
@@ -217,7 +220,7 @@ def _put_content(cell: Any, value: Any) -> None:
 
 def _items(value: Any) -> list[Any]:
     if isinstance(value, dict):
-        return list(value.values())
+        return list(dict.values(value))
     return list(value) if isinstance(value, list | deque | set) else []
 
 

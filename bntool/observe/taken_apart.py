@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 import torch
 from torch import Tensor
 
-from bntool.graph.dataflow import Graph, Module, Op, Value
+from bntool.graph.dataflow import WRITTEN_OUT, Graph, Module, Op, Value
 
 _ARITHMETIC = frozenset("add sub mul div".split())
 _SLOTS = ("weight", "bias", "running_mean", "running_var")
@@ -89,7 +89,7 @@ def put_together(graph: Graph, norm: TakenApart, name: str, stem: str) -> None:
         last.inputs[slot] = stored.id
     for role, value in last.inputs.items():
         graph.values[value].readers.append((last.id, role))
-    graph.modules[name] = Module(name, "BatchNorm in elementary operators", role="norm", calls=1)
+    graph.modules[name] = Module(name, WRITTEN_OUT, role="norm", calls=1)
 
 
 class _Run:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from bntool.observe.modules import class_name
+from bntool.observe.modules import class_name, modules_of
 
 _CHECKPOINTS = "torch.distributed.algorithms._checkpoint.checkpoint_wrapper"
 _INSIDE = {
@@ -15,6 +15,18 @@ _INSIDE = {
     f"{_CHECKPOINTS}.CheckpointWrapper": "_checkpoint_wrapped_module",
 }
 """The class of a wrapper, and the name of what it holds."""
+
+
+REWRAP = (
+    "its DistributedDataParallel still gathers the gradients of the old parameters: to train the result, "
+    "wrap result.model.module in one again"
+)
+"""What is said of a result that such a wrapper holds."""
+
+
+def gathers_gradients(model: nn.Module) -> bool:
+    """Whether a wrapper holds the model that was made for the parameters which it then had."""
+    return any(isinstance(module, nn.parallel.DistributedDataParallel) for module in modules_of(model))
 
 
 def model_inside(model: nn.Module) -> tuple[nn.Module, str]:

@@ -13,7 +13,7 @@ from torch.export import ExportedProgram
 
 from bntool.core.errors import UsageError
 from bntool.core.option import Options
-from bntool.core.options import ExportOptions
+from bntool.core.options import ExportOptions, FoldOptions
 from bntool.core.refusals import KINDS, require_known
 from bntool.files.detect import Kind, detect
 
@@ -38,6 +38,17 @@ def subject_of(
     found = _subject_of(model, example_inputs, stand_ins)
     require_known(found.kind, *asked, name=found.name, command=command)
     return found
+
+
+def prepared(subject: Subject, options: FoldOptions) -> Subject:
+    """The subject as a fold begins with it: with `bake`, weights that layers compute are stored first.
+
+    Raises:
+        CheckFailed: with the stored weights it does not compute the same.
+    """
+    from bntool.subjects.module import ModuleSubject
+
+    return subject.baked() if options.bake and isinstance(subject, ModuleSubject) else subject
 
 
 def exportable(subject: Subject, how: ExportOptions) -> Exportable:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -18,13 +19,16 @@ from bntool.graph.inputs import Inputs
 from bntool.inserting import plan_insert
 from bntool.observe.eager import Observation, observe
 from bntool.observe.inference import observe_inferred
+from bntool.observe.modules import signature_of
 from bntool.observe.standing_in import set_modes
+from bntool.observe.wrappers import REWRAP, gathers_gradients
 from bntool.report.counting import parameter_delta
 from bntool.subjects.base import Checking, Kind, Parameters
 from bntool.subjects.elsewhere import Elsewhere
 from bntool.subjects.insertion import check_unchanged, insert_observed
 from bntool.subjects.module_folding import PlannedFold, plan_module_fold
 from bntool.subjects.proving import ModuleProof
+from bntool.surgery.baking import note_on, with_plain_weights
 from bntool.surgery.fold_modules import Numbers, apply_exactly
 from bntool.verifying.checking import check_surgery
 from bntool.verifying.reference import Reference
@@ -66,6 +70,8 @@ class ModuleSubject:
         self._given = example_inputs
         self._observed = observed
         self._small = small
+        self._baked_from: nn.Module | None = None
+        self._baked: tuple[str, ...] = ()
         self._planned: PlannedFold | None = None
         self.numbers: Numbers = {}
         self._unchanged: Check | None = None
@@ -107,7 +113,39 @@ class ModuleSubject:
             thorough=thorough,
             elsewhere=self.elsewhere,
         )
+        if self._planned.plan and gathers_gradients(self.model):
+            told = dataclasses.replace(self._planned.plan, notes=(*self._planned.plan.notes, REWRAP))
+            self._planned = dataclasses.replace(self._planned, plan=told)
+        if self._baked_from is not None:
+            told = self._with_baked(self._planned.plan, self._baked_from)
+            self._planned = dataclasses.replace(self._planned, plan=told)
         return self._planned.plan
+
+    def _with_baked(self, plan: Plan, original: nn.Module) -> Plan:
+        """The plan as one for the model as it was, which tells the layers to store their weights first."""
+        return dataclasses.replace(
+            plan,
+            notes=(note_on(self._baked), *plan.notes),
+            options={**plan.options, "bake": list(self._baked)},
+            signature=signature_of(original),
+        )
+
+    def baked(self) -> ModuleSubject:
+        """The same with weights stored that its layers compute from parameters, held to its outputs.
+
+        Raises `CheckFailed` where those are not the same.
+        """
+        model, names = with_plain_weights(self.model, self.graph())
+        if not names:
+            return self
+        plain = self.like(model)
+        plain._baked_from, plain._baked = self.model, names
+        rows = check_surgery(Reference(self.model, [self.example()]), model, stage="fold")
+        if not all(row.agrees for row in rows):
+            raise CheckFailed(
+                "with plain weights the output is not the same", next_step="fold without --bake"
+            )
+        return plain
 
     def folded(self, plan: Plan) -> ModuleSubject:
         if self._planned is not None and self._planned.plan is plan:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from bntool.core.errors import InvariantError
 from bntool.core.plan import Plan
 from bntool.core.sites import Branch, Edit, Merge, Window
-from bntool.layers import NORMED, Absorbed
+from bntool.layers import NORMED, Absorbed, Passing
 from bntool.observe.copying import is_plain, structural_copy, take_apart
 from bntool.observe.modules import is_batch_norm_class
 from bntool.observe.standing_in import set_modes
@@ -57,6 +58,9 @@ def carry_out(copied: nn.Module, plan: Plan, *, wide: bool = False) -> tuple[nn.
     tensors.write(removed_norms(plan))
     for merge in plan.merges:
         tensors.merge(merge)
+    for module in copied.modules():
+        if isinstance(module, nn.parallel.DistributedDataParallel):
+            module._assign_modules_buffers()  # it keeps a list of those that it hands on
     return copied, {id(new): functools.partial(edits.exact, slot) for slot, new in tensors.new.items()}
 
 
@@ -252,6 +256,15 @@ def _what_remains(norm: nn.Module) -> nn.Module:
     """What a folded BatchNorm leaves behind: its own dropout and activation, or nothing."""
     own = (norm._modules.get(name) for name in ("drop", "act"))
     rest = [module for module in own if module is not None and not isinstance(module, nn.Identity)]
-    remains = rest[0] if len(rest) == 1 else nn.Sequential(*rest) if rest else nn.Identity()
+    nothing = Passing if _takes_more(norm) else nn.Identity
+    remains = rest[0] if len(rest) == 1 else nn.Sequential(*rest) if rest else nothing()
     remains.training = norm.training
     return remains
+
+
+def _takes_more(norm: nn.Module) -> bool:
+    """Whether its forward may be handed more than the data, such as a mask or a domain."""
+    try:
+        return len(inspect.signature(norm.forward).parameters) > 1
+    except (TypeError, ValueError):
+        return False

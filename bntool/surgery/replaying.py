@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+from collections.abc import Iterator
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -17,6 +19,7 @@ from bntool.inserting.replaying import options_of
 from bntool.layers import NORMED
 from bntool.observe.copying import structural_copy
 from bntool.observe.modules import is_batch_norm_class, role_of
+from bntool.surgery.baking import with_these_plain
 from bntool.surgery.fold_modules import carry_out
 from bntool.surgery.insert_modules import apply_insert
 from bntool.surgery.judging import EditJudge, Held, at
@@ -30,6 +33,8 @@ def replay_fold(model: nn.Module, plan: Plan) -> nn.Module:
     What a block becomes is known when its method has been called; so that is judged and done first, on the
     copy that is folded.
     """
+    if plan.options.get("bake"):
+        model = with_these_plain(model, _names(plan.options["bake"]))
     merged = structural_copy(model)
     merge_blocks_of(merged, plan)
     _FoldJudge(model, merged).judge(plan)
@@ -68,13 +73,22 @@ class _FoldJudge:
                 merges.judge(merge)
 
     def _site(self, site: FoldSite) -> None:
-        gone = Edit("remove", site.bn) in site.edits or not _is_norm(self.modules.get(site.bn))
-        gone |= site.bn in self.merged
-        if not _is_norm(self.before.get(site.bn)) or not gone:
+        removed = Edit("remove", site.bn) in site.edits
+        gone = removed or site.bn in self.merged or not _is_norm(self.modules.get(site.bn))
+        known = _is_norm(self.before.get(site.bn)) or (removed and self._is_told(site))
+        if not known or not gone:
             raise Damaged(f"{site.bn!r} is no BatchNorm that goes", "bn")
         for number, edit in enumerate(site.edits):
             with at(f"edits[{number}]"):
                 self._edit(site, edit)
+
+    def _is_told(self, site: FoldSite) -> bool:
+        """Whether it is a module of a user's own whose tensors, and no BatchNorm's, the edits name."""
+        module = self.before.get(site.bn)
+        if module is None or role_of(type(module)) or any(child._parameters for child in module.children()):
+            return False
+        maps = [edit.map for edit in site.edits if edit.map is not None]
+        return bool(maps) and all(any(n.rpartition(".")[0] == site.bn for n in _tensors_in(m)) for m in maps)
 
     def _edit(self, site: FoldSite, edit: Edit) -> None:
         if edit.kind == "reparameterize":
@@ -191,6 +205,21 @@ class _InsertJudge:
         parent, _, child = behind.rpartition(".")
         if site.form == "sequential" and (parent != site.slot or slot is None or child not in slot._modules):
             raise Damaged(f"{behind!r} is no child of {site.slot!r}", "slot")
+
+
+def _names(given: Any) -> list[str]:
+    if not isinstance(given, list):
+        raise Damaged("it is no list of layers", "options.bake")
+    return [str(name) for name in given]
+
+
+def _tensors_in(expr: Any) -> Iterator[str]:
+    """The names of the tensors that a map reads."""
+    if isinstance(expr, tuple):
+        if expr[:1] == ("tensor",) and len(expr) > 1 and isinstance(expr[1], str):
+            yield expr[1]
+        for part in expr:
+            yield from _tensors_in(part)
 
 
 def _require_owner(edit: Edit, place: str, handle: str) -> None:

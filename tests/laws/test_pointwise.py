@@ -19,7 +19,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "leaky_relu": lambda x: F.leaky_relu(x, 0.2),
     "steep": lambda x: F.leaky_relu(x, 3.0),
     "clamp": lambda x: x.clamp(min=0),
-    "prelu": lambda x: F.prelu(x, torch.linspace(-1, 2, x.shape[1], dtype=x.dtype)),
+    "prelu": lambda x: F.prelu(x, torch.linspace(-1, 2, x.shape[1], dtype=x.dtype)),  # no stored slope
 }
 
 

@@ -113,3 +113,18 @@ def test_two_batch_norms_one_after_the_other_go_into_one_bias() -> None:
     assert not planned.plan.skips
     after, _ = planned.carry_out()
     torch.testing.assert_close(after(*graph(5)), model(*graph(5)), rtol=1e-10, atol=1e-12)
+
+
+def test_zeros_are_zeros_though_the_forward_has_read_a_number() -> None:
+    class AsManyAsSaid(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lin, self.bias = nn.Linear(3, 4, bias=False), nn.Parameter(torch.randn(4))
+            self.norm = Numbers("mixed", True, 1e-5, 1.0, 3).fill(nn.BatchNorm1d(4))
+
+        def forward(self, x: Tensor, target: Tensor) -> Tensor:
+            sent = self.lin(x)
+            nodes = sent.new_zeros(int(target.max()) + 1, 4)
+            return self.norm(nodes.index_add(0, target, sent) + self.bias).tanh()
+
+    assert verdict(AsManyAsSaid(), data(6, 3), torch.tensor([0, 1, 2, 2, 3, 0])) is None

@@ -102,3 +102,57 @@ def test_one_of_integers_is_kept_as_quantized() -> None:
     assert [(skip.name, skip.reason.value) for skip in plan.skips] == [("1", "quantized")]
     conv = nn.Sequential(nnq.Quantize(0.1, 0, torch.quint8), nnq.Conv2d(3, 4, 3), nnq.DeQuantize()).eval()
     assert bntool.plan_fold(conv, torch.randn(1, 3, 7, 7)).skips == ()
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:.*reduce_range")
+def test_behind_fake_quantisation_it_runs_on_data() -> None:
+    """Such an operator writes to its ranges and returns something else."""
+    ranges = {"scale": torch.ones(1), "zero_point": torch.zeros(1, dtype=torch.int32)}
+
+    class Faked(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            on, low, high = torch.ones(1, dtype=torch.int64), torch.full((1,), -9.0), torch.full((1,), 9.0)
+            held = [tensor.clone() for tensor in (low, high, ranges["scale"], ranges["zero_point"])]
+            return torch.fused_moving_avg_obs_fake_quant(x, on, on, *held, 0.01, 0, 255, -1)
+
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), Faked(), nn.BatchNorm2d(4), nn.ReLU()).eval()
+    plan = bntool.plan_fold(enliven(model), torch.randn(1, 3, 7, 7))
+    assert [(skip.name, skip.reason.value) for skip in plan.skips] == [("2", "unknown-op")]
+
+
+class ActivatedByChildren(nn.BatchNorm2d):
+    """As libraries copy timm's: the function, then what its children do."""
+
+    def __init__(self, channels: int, act: nn.Module) -> None:
+        super().__init__(channels)
+        self.drop, self.act = nn.Identity(), act
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps)
+        return self.act(self.drop(x))
+
+
+def test_one_with_an_activation_as_its_child_leaves_that_behind() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), ActivatedByChildren(4, nn.SiLU()), nn.Conv2d(4, 2, 1)).double()
+    enliven(model.eval())
+    x = torch.randn(2, 3, 7, 7, dtype=torch.float64)
+    result = bntool.fold(model, x)
+    assert (len(result.sites), type(result.model[1])) == (1, nn.SiLU)
+    torch.testing.assert_close(result.model(x), model(x), rtol=0, atol=1e-12)
+
+
+def test_a_layer_that_the_forward_puts_into_a_new_sequential_is_still_a_layer() -> None:
+    class Stages(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.bn, self.last = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 2, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            for stage in (nn.Sequential(self.conv, self.bn, nn.ReLU()), self.last):
+                x = stage(x)
+            return x
+
+    model, x = enliven(Stages().double().eval()), torch.randn(1, 3, 7, 7, dtype=torch.float64)
+    result = bntool.fold(model, x)
+    assert [site.bn for site in result.plan.fold_sites] == ["bn"]
+    torch.testing.assert_close(result.model(x), model(x), rtol=0, atol=1e-12)

@@ -181,6 +181,11 @@ DRAWINGS: dict[str, Drawing] = {
         _line(X, Box("ReLU"), Pill("s·, s ≥ 0"), Y),
         _line(X, Pill("s·, s ≥ 0"), Box("ReLU"), Y),
     ),
+    "slope": Drawing(
+        "A slope turns over for a negative scale",
+        _line(X, Box("PReLU, slope a"), Pill("s·, s < 0"), Y),
+        _line(X, Pill("(a·s)·"), Box("PReLU, slope 1/a", changed=True), Y),
+    ),
     "attention": Drawing(
         "Rows of a softmax sum to one",
         _line(Label("V"), Box("softmax(QKᵀ) ·"), _ST, Y),

@@ -6,19 +6,20 @@ Results are appended to `docs/elsewhere.jsonl` as they come; `docs/elsewhere.md`
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from tools.sweeps.libraries import Make, Shapes, entries, inputs_like
+from tools.sweeps.libraries import made as _made
 from tools.sweeps.sweeping import arguments, sweep
 from tools.sweeps.zoo import folded_of, judged, page
 
 RESULTS = Path(__file__).resolve().parents[2] / "docs" / "elsewhere.jsonl"
 TITLE = "Models of other libraries"
-
-Make = Callable[[], Any]
 
 _DECODERS = "Unet UnetPlusPlus MAnet Linknet FPN PSPNet DeepLabV3 DeepLabV3Plus PAN UPerNet Segformer".split()
 _ENCODERS = """efficientnet-b0 mobilenet_v2 densenet121 vgg11 vgg11_bn se_resnet50 xception inceptionv4 dpn68
@@ -104,16 +105,6 @@ def _of_pytorchcv() -> Iterator[tuple[str, Make]]:
         yield f"pytorchcv:{name}", lambda name=name: models[name](pretrained=False)
 
 
-def _made(module: str, name: str, *words: Any, **options: Any) -> Make:
-    def make() -> Any:
-        found: Any = importlib.import_module(module)
-        for part in name.split("."):
-            found = getattr(found, part)
-        return found(*words, **options)
-
-    return make
-
-
 def _nnunet(name: str) -> Any:
     from torch import nn
 
@@ -124,8 +115,8 @@ def _nnunet(name: str) -> Any:
     return getattr(module, name)(**_NNUNET, **blocks, **kinds)
 
 
-def observed(model: Any) -> Any:
-    """On the smallest image that it takes, or on one of the size that it says it is for."""
+def observed(model: Any, shapes: Shapes = None) -> Any:
+    """On inputs of these shapes, else on the smallest image that it takes, or one as large as it says."""
     import torch
 
     from bntool.core.errors import ObserveError
@@ -133,6 +124,8 @@ def observed(model: Any) -> Any:
     from bntool.observe.eager import observe
     from bntool.observe.inference import observe_inferred
 
+    if shapes is not None:
+        return observe(model, inputs_like(shapes))
     try:
         return observe_inferred(model, small=True)
     except ObserveError:
@@ -144,11 +137,28 @@ def observed(model: Any) -> Any:
         return observe(model, Inputs.of(torch.randn(1, *shape)))
 
 
+def told(results: dict[str, Any], file: str, known: int) -> str:
+    """The page, with how many libraries there are, and how many models are yet to be run."""
+    text = page(results, title=TITLE, target="elsewhere", file=file)
+    libraries = {name.partition(":")[0] for name, row in results.items() if row["status"] == "ok"}
+    left = f"; {known - len(results)} more models are in the tables, and yet to be run" * (
+        known > len(results)
+    )
+    return text.replace("\n- models run:", f"\n- libraries: {len(libraries)}{left}\n- models run:", 1)
+
+
 def main() -> None:
-    chosen = arguments(__doc__, RESULTS, limit=240).parse_args()
-    models = dict(every_model())
-    made = functools.partial(page, title=TITLE, target="elsewhere", file=chosen.results.name)
-    sweep(chosen, models, lambda name: judged(models[name], observed), made, folded_of)
+    chosen = arguments(__doc__, RESULTS, limit=90).parse_args()
+    models: dict[str, tuple[Make, Shapes]] = {name: (make, shapes) for name, make, shapes in entries()}
+    with contextlib.suppress(ModuleNotFoundError):
+        models |= {name: (make, None) for name, make in every_model()}
+    made = functools.partial(told, file=chosen.results.name, known=len(models))
+
+    def examine(name: str) -> dict[str, Any]:
+        make, shapes = models[name]
+        return judged(make, functools.partial(observed, shapes=shapes))
+
+    sweep(chosen, models, examine, made, folded_of)
 
 
 if __name__ == "__main__":

@@ -108,7 +108,8 @@ def _judged(make: Callable[[], Any], observed: Callable[[Any], Any], gain: float
     from bntool.core.options import FoldOptions
     from bntool.subjects.module import ModuleSubject
 
-    model = make().eval()
+    model = make()
+    model.eval()  # which may return nothing
     row: dict[str, Any] = {"parameters": sum(p.numel() for p in model.parameters())}
     randomise(model, gain=gain)
     start = time.perf_counter()
@@ -122,12 +123,25 @@ def _judged(make: Callable[[], Any], observed: Callable[[Any], Any], gain: float
     row["seconds_fold"] = round(time.perf_counter() - start, 3)
     row["bn_total"] = len(plan.sites) + len(plan.skips)
     row["folded"] = len(plan.sites)
+    row["no_verdict"] = _without_verdict(observation.graph, plan)
     row["kept"] = dict(collections.Counter(skip.reason.value for skip in plan.skips))
     if plan.sites:
         row.update(_checked(subject, plan, folded))
     row.update(_inserted(model, observation))
     row["peak_gb"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2)
     return {"status": "ok", **row}
+
+
+def _without_verdict(graph: Any, plan: Any) -> list[str]:
+    """The modules that ran, BatchNorms by their class or their statistics, of which the plan is silent."""
+    told = {site.bn for site in plan.sites} | {skip.name for skip in plan.skips}
+    return [
+        name
+        for name, module in graph.modules.items()
+        if module.calls and name not in told and not module.children
+        if "BatchNorm" in module.kind or f"{name}.running_var" in graph.tensors
+        if "InstanceNorm" not in module.kind
+    ]
 
 
 def _checked(subject: Any, plan: Any, folded: Any) -> dict[str, Any]:
@@ -223,6 +237,10 @@ def page(results: dict[str, dict[str, Any]], title: str, target: str, file: str)
         f"- with BatchNorm: {len(with_bn)}; BatchNorm layers: {total:,}; folded: {folded:,} ({share:.1f} %)",
         f"- kept, by reason: {', '.join(f'{n:,} {reason}' for reason, n in kept.most_common()) or 'none'}",
     ]
+    silent = {row["model"]: row["no_verdict"] for row in good if row.get("no_verdict")}
+    if any("no_verdict" in row for row in good):
+        told = ", ".join(f"{len(names)} in {model}" for model, names in silent.items())
+        lines.append(f"- BatchNorms that ran and got no verdict: {told or 'none'}")
     if ratios:
         lines.append(
             f"- float32 error over the model's own noise: median {statistics.median(ratios):.2f}, "
