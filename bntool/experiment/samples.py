@@ -182,6 +182,6 @@ def checked(data: Data, where: str) -> Data:
             f"the test labels go up to {int(data.labels[1].max())}, and the training labels only up to "
             f"{data.classes - 1}",
             where=where,
-            next_step="number the classes alike in both parts",
+            next_step="number the classes alike in both parts; shuffle data that lies in order before a cut",
         )
     return data
