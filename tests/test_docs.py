@@ -102,32 +102,12 @@ def _shown(page: Path) -> Iterator[str]:
 # -- what a page expects to find in the folder -------------------------------------------------------------
 
 
-def _with_batchnorm() -> None:
-    assert run(["insert", "model.pt", "-q"]) == 0
-
-
-def _for_calibrating() -> None:
-    _with_batchnorm()
-    images = np.random.default_rng(0).standard_normal((24, 1, 28, 28), dtype=np.float32)
-    np.save("images.npy", images)
-    Path("my_data.py").write_text("import numpy, torch\nloader = [torch.tensor(numpy.load('images.npy'))]\n")
-    _photos()
-
-
 def _photos() -> None:
     image = pytest.importorskip("PIL.Image")
     Path("photos").mkdir()
     pixels = np.random.default_rng(0).integers(256, size=(4, 72, 72, 3), dtype=np.uint8)
     for number, one in enumerate(pixels):
         image.fromarray(one).save(f"photos/{number}.png")
-
-
-def _finetuned() -> None:
-    from safetensors.torch import save_file
-
-    _with_batchnorm()
-    assert run(["fold", "model_bn.pt", "-q"]) == 0
-    save_file(bntool.load("model_bn.pt").model.state_dict(), "finetuned.safetensors")
 
 
 def _downloaded() -> None:
@@ -142,12 +122,10 @@ def _downloaded() -> None:
 
 
 BEFORE: dict[str, Callable[[], None]] = {
-    "calibrating.md": _for_calibrating,
-    "files.md": _finetuned,
-    "latency.md": _with_batchnorm,
     "pretrained.md": _downloaded,
 }
 NEEDS = {
+    "calibrating.md": "PIL",
     "tutorial.md": "matplotlib torchvision jinja2 vl_convert",
     "reporting.md": "jinja2 vl_convert",
     "ci.md": "jinja2 vl_convert torchvision",

@@ -19,7 +19,7 @@ from bntool.data.choosing import Choice
 from bntool.files.scripts import running_user_code
 from bntool.graph.inputs import Inputs
 
-SHUFFLED = "the loader reads its data set in order; its samples are drawn by the seed (--no-shuffle does not)"
+SHUFFLED = "the loader reads its data set in order; its samples are drawn by the seed (--no-shuffle keeps its order)"
 
 
 def inputs_of(model: nn.Module, batches: Iterable[Any]) -> Iterator[Inputs]:
