@@ -11,12 +11,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import click
 import numpy as np
 import pytest
 import torch
 
 import bntool
-from bntool.cli import run
+from bntool.cli import cli, run
 from bntool.laws.base import LAWS
 from tools.docs import draw_laws
 
@@ -172,6 +173,38 @@ def test_every_link_leads_somewhere(page: Path) -> None:
     for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", prose):
         if not target.startswith("http"):
             assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+def test_every_file_of_code_that_a_page_names_exists() -> None:
+    named = re.compile(r"`((?:\w+/)*test_\w+\.py|(?:tests|tools|bntool|samples)/[\w/]+\.py)[\s`]")
+    text = {page.name: page.read_text(encoding="utf-8") for page in PAGES}
+    missing = {
+        f"{page}: {name}"
+        for page, said in text.items()
+        for name in named.findall(said)
+        if not ((ROOT / name).exists() or (ROOT / "tests" / name).exists())
+    }
+    assert not missing
+
+
+def test_every_option_that_a_page_names_is_one_of_its_command() -> None:
+    context = click.Context(cli)
+    commands = {name: cli.get_command(context, name) for name in cli.list_commands(context)}
+    known = {
+        name: {word for one in command.params for word in (*one.opts, *one.secondary_opts)} | {"--help"}
+        for name, command in commands.items()
+        if command is not None
+    }
+    wrong = set()
+    for page in PAGES:
+        for command, rest in re.findall(
+            r"bntool ([a-z]+)\b((?:[^\n`|;]|\n(?! *\n))*)", page.read_text(encoding="utf-8")
+        ):
+            words = re.findall(r"(?<![\w-])--?[a-z][\w-]*", rest.partition("\n")[0])
+            wrong |= {
+                f"{page.name}: {command} {word}" for word in words if word not in known.get(command, words)
+            }
+    assert not wrong
 
 
 def test_no_page_holds_two_versions_of_itself() -> None:
