@@ -60,8 +60,8 @@ pictures: setup $(PAGES)/.installed ## make the pictures of docs/pictures.md ane
 latency: setup ## time folded networks against the same ones built without BatchNorm
 	$(BIN)/python tools/measures/latency.py
 
-bench: setup ## measure time and memory
-	$(BIN)/python tools/measures/bench.py
+bench: $(PEERS)/.installed ## measure time and memory, beside other tools; goes on where it stopped
+	$(PEERS)/bin/python tools/measures/bench.py
 
 false-claims: setup ## bench A against A a hundred times; more than one difference claimed is an error
 	$(BIN)/python -m tools.measures.false_claims
@@ -100,8 +100,8 @@ random: setup ## fold and insert over networks made at random, AS=module, progra
 styles: setup ## fold, insert into and verify ONNX files in the styles of six exporters
 	$(BIN)/python -m tools.sweeps.styled_files
 
-faults: setup ## fold networks made at random, half of them wrongly: does the proof find it?
-	$(BIN)/python -m tools.sweeps.random_faults
+faults: setup ## fold networks made at random, half of them wrongly, AS=module, program or onnx: is it found?
+	$(BIN)/python -m tools.sweeps.random_faults --as $(AS)
 
 exports: setup ## fold, export and verify torchvision's and timm's models; goes on where it stopped
 	$(BIN)/python -m tools.sweeps.exports

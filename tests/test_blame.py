@@ -15,7 +15,9 @@ from bntool.core.blame import Step, first_fault
 from bntool.core.errors import BntoolError, CheckFailed, UsageError
 from bntool.graph.inputs import Inputs
 from bntool.verifying import blaming
-from bntool.verifying.checking import check_onnx, check_surgery, seeded_batches
+from bntool.verifying.checking import check_surgery, seeded_batches
+from bntool.verifying.export_checking import check_onnx
+from bntool.verifying.reference import Reference
 from bntool.verifying.repro import write_repro
 from tests import broken
 from tests.exports import export_onnx
@@ -59,7 +61,7 @@ def test_a_broken_module_is_caught_and_the_layer_blamed(how: str):
     model = broken.network()
     candidate = broken.broken_module(model, how)
     inputs = seeded_batches(IMAGE)
-    (check,) = check_surgery(model, candidate, inputs, stage="verify")
+    (check,) = check_surgery(Reference(model, inputs), candidate, stage="verify")
     assert not check.passed
     found = blaming.blame_modules(model, candidate, inputs, stage="verify")
     assert found is not None
@@ -74,9 +76,9 @@ def test_a_broken_file_is_caught_and_the_node_blamed(how: str, file: Path, tmp_p
     node = broken.FILES[how][1]
     if not node:
         with pytest.raises(BntoolError):
-            check_onnx(model, candidate, inputs, device="cpu")
+            check_onnx(Reference(model, inputs), candidate)
         return
-    checks = check_onnx(model, candidate, inputs, device="cpu")
+    checks = check_onnx(Reference(model, inputs), candidate)
     assert [(c.stage, c.passed) for c in checks] == [("export", False), ("runtime", False)]
     found = blaming.blame_onnx(model, candidate, inputs, checks)
     assert found is not None
@@ -103,7 +105,7 @@ def test_a_dropped_output_is_caught_and_named(tmp_path: Path):
     file = onnx.load(path)
     del file.graph.output[1]
     onnx.save(file, path)
-    checks = check_onnx(model, path, seeded_batches(IMAGE), device="cpu")
+    checks = check_onnx(Reference(model, seeded_batches(IMAGE)), path)
     assert not any(check.passed for check in checks)
     assert "output_1: the output is missing" in checks[0].detail
 

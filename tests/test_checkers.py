@@ -15,10 +15,14 @@ from torch import Tensor, nn
 from bntool.core.verdicts import Check
 from bntool.graph.inputs import Inputs
 from bntool.runtime.ort_runner import OrtRunner
-from bntool.verifying.checking import check_onnx, check_surgery, seeded_batches
+from bntool.verifying.algebra import Redone
+from bntool.verifying.checking import check_surgery, seeded_batches
 from bntool.verifying.comparing import compare, noise_limits
+from bntool.verifying.conditions import Conditions
+from bntool.verifying.export_checking import check_onnx
 from bntool.verifying.onnx_checking import OnnxReference, check_onnx_unchanged
 from bntool.verifying.onnx_verifying import check_files, check_itself
+from bntool.verifying.reference import Reference
 from tests.exports import export_onnx
 
 Run = dict[str, Tensor]
@@ -132,7 +136,10 @@ def failed(rows: list[Check]) -> list[bool]:
 def test_the_same_network_passes() -> None:
     net = network()
     rows = check_surgery(
-        net, copy.deepcopy(net), seeded_batches(IMAGE, BATCHES), stage="fold", candidate64=network().double()
+        Reference(net, seeded_batches(IMAGE, BATCHES)),
+        copy.deepcopy(net),
+        stage="fold",
+        redone=Redone(network().double()),
     )
     assert failed(rows) == [False, False]
 
@@ -142,11 +149,10 @@ def test_a_fault_in_the_weights_fails_in_both_precisions(fault: Callable[[Two], 
     wrong = network()
     fault(wrong)
     rows = check_surgery(
-        network(),
+        Reference(network(), seeded_batches(IMAGE, BATCHES)),
         wrong,
-        seeded_batches(IMAGE, BATCHES),
         stage="fold",
-        candidate64=copy.deepcopy(wrong).double(),
+        redone=Redone(copy.deepcopy(wrong).double()),
     )
     assert failed(rows) == [True, True]
 
@@ -154,14 +160,14 @@ def test_a_fault_in_the_weights_fails_in_both_precisions(fault: Callable[[Two], 
 @pytest.mark.parametrize("name", IN_RUNS)
 def test_a_fault_in_a_run_fails(name: str) -> None:
     wrong = Faulty(network(), *IN_RUNS[name])
-    (row,) = check_surgery(network(), wrong, seeded_batches(IMAGE, BATCHES), stage="fold")
+    (row,) = check_surgery(Reference(network(), seeded_batches(IMAGE, BATCHES)), wrong, stage="fold")
     assert not row.passed
 
 
 @pytest.mark.parametrize("output", ONE_OUTPUT)
 def test_a_fault_in_one_output_of_several_fails_and_is_named(output: str) -> None:
     wrong = Faulty(network(), 2, ONE_OUTPUT[output])
-    (row,) = check_surgery(network(), wrong, seeded_batches(IMAGE, BATCHES), stage="fold")
+    (row,) = check_surgery(Reference(network(), seeded_batches(IMAGE, BATCHES)), wrong, stage="fold")
     assert not row.passed
     assert row.worst[0] == output
 
@@ -170,7 +176,7 @@ def test_a_fault_in_one_output_of_several_fails_and_is_named(output: str) -> Non
 def test_the_algebra_is_run_on_the_second_input_which_has_other_sizes(factor: float) -> None:
     wide = Faulty(network().double(), 2, lambda run: run.update(maps=run["maps"] * factor))
     row, algebra = check_surgery(
-        network(), network(), seeded_batches(IMAGE, BATCHES), stage="fold", candidate64=wide
+        Reference(network(), seeded_batches(IMAGE, BATCHES)), network(), stage="fold", redone=Redone(wide)
     )
     assert row.passed
     assert not algebra.passed
@@ -210,10 +216,10 @@ def test_a_file_with_a_fault_in_its_weights_fails(
     fault(wrong)
     other = export_onnx(wrong, IMAGE, tmp_path / "wrong.onnx").path
     named = [Inputs((), {"x": inputs.args[0]}) for inputs in batches]
-    assert failed(check_onnx(network(), file, batches, device="cpu")) == [False, False]
-    assert failed(check_onnx(network(), other, batches, device="cpu")) == [True, True]
-    assert failed(check_files(file, file, named, device="cpu")) == [False, False]
-    assert failed(check_files(file, other, named, device="cpu")) == [True, True]
+    assert failed(check_onnx(Reference(network(), batches), file)) == [False, False]
+    assert failed(check_onnx(Reference(network(), batches), other)) == [True, True]
+    assert failed(check_files(file, file, named, how=Conditions("cpu"))) == [False, False]
+    assert failed(check_files(file, other, named, how=Conditions("cpu"))) == [True, True]
     assert failed(OnnxReference(file, 5).checks(file)) == [False, False]
     assert failed(OnnxReference(file, 5).checks(other)) == [True, True]
     assert failed([check_onnx_unchanged(file, other, named)]) == [True]
@@ -225,14 +231,14 @@ def test_a_fault_in_a_run_of_a_file_fails_its_stage(
     name: str, optimised: bool, file: Path, spoil: Callable[..., None]
 ) -> None:
     spoil(*IN_RUNS[name], (optimised,))
-    rows = check_onnx(network(), file, seeded_batches(IMAGE, BATCHES), device="cpu")
+    rows = check_onnx(Reference(network(), seeded_batches(IMAGE, BATCHES)), file)
     assert failed(rows) == [not optimised, optimised]
 
 
 @pytest.mark.parametrize("output", ONE_OUTPUT)
 def test_one_output_of_a_file_fails_and_is_named(output: str, file: Path, spoil: Callable[..., None]) -> None:
     spoil(2, ONE_OUTPUT[output])
-    rows = check_onnx(network(), file, seeded_batches(IMAGE, BATCHES), device="cpu")
+    rows = check_onnx(Reference(network(), seeded_batches(IMAGE, BATCHES)), file)
     assert [(row.passed, row.worst[0]) for row in rows] == [(False, output)] * 2
 
 
@@ -242,8 +248,8 @@ def test_a_file_that_the_optimiser_breaks_fails_against_itself(
 ) -> None:
     spoil(*IN_RUNS[name], (True, "extended"))
     named = [Inputs((), {"x": inputs.args[0]}) for inputs in seeded_batches(IMAGE, BATCHES)]
-    assert failed(check_itself(file, named, device="cpu")) == [False, True, True]
-    assert failed(check_files(file, file, named, device="cpu")) == [False, True]
+    assert failed(check_itself(file, named, how=Conditions("cpu"))) == [False, True, True]
+    assert failed(check_files(file, file, named, how=Conditions("cpu"))) == [False, True]
 
 
 # -- the arithmetic -------------------------------------------------------------------------------------

@@ -8,10 +8,13 @@ from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from bntool.core.errors import CheckFailed, DeviceError, ExportError
+from bntool.core.tolerances import ALGEBRA_LIMIT, Tolerance
 from bntool.graph.inputs import Inputs
 from bntool.report.checks import Comparison
-from bntool.verifying.algebra import ALGEBRA_LIMIT
-from bntool.verifying.checking import check_onnx, check_surgery, named_as, seeded_batches
+from bntool.verifying.algebra import Redone
+from bntool.verifying.checking import check_surgery, seeded_batches
+from bntool.verifying.conditions import Conditions
+from bntool.verifying.export_checking import check_onnx, named_as
 from bntool.verifying.reference import Reference
 from tests.exports import export_onnx
 
@@ -77,11 +80,10 @@ def test_a_correct_fold_of_resnet18_passes_and_proves_the_algebra():
     models = pytest.importorskip("torchvision").models
     model = randomised(models.resnet18())
     checks = check_surgery(
-        model,
+        Reference(model, seeded_batches(Inputs((torch.zeros(1, 3, 64, 64),)))),
         folded(model, torch.float32),
-        seeded_batches(Inputs((torch.zeros(1, 3, 64, 64),))),
         stage="fold",
-        candidate64=folded(model, torch.float64),
+        redone=Redone(folded(model, torch.float64)),
     )
     assert [check.passed for check in checks] == [True, True]
     row, algebra = checks
@@ -113,7 +115,7 @@ def test_a_wrong_fold_fails(mutate):
     model = small_net()
     candidate = folded(model, torch.float32)
     mutate(candidate)
-    (check,) = check_surgery(model, candidate, seeded_batches(IMAGE), stage="fold")
+    (check,) = check_surgery(Reference(model, seeded_batches(IMAGE)), candidate, stage="fold")
     assert not check.passed
     assert check.ratio > 8
 
@@ -123,7 +125,10 @@ def test_wrong_algebra_below_the_float32_noise_fails_in_float64():
     candidate64 = folded(model, torch.float64)
     candidate64[3].weight.data.mul_(1 + 1e-8)
     row, algebra = check_surgery(
-        model, folded(model, torch.float32), seeded_batches(IMAGE), stage="fold", candidate64=candidate64
+        Reference(model, seeded_batches(IMAGE)),
+        folded(model, torch.float32),
+        stage="fold",
+        redone=Redone(candidate64),
     )
     assert row.passed
     assert not algebra.passed
@@ -152,12 +157,11 @@ def chaotic_net(steps: int) -> nn.Module:
 def test_a_model_that_amplifies_rounding_is_held_to_its_own_rounding_in_float64():
     model = chaotic_net(24)  # 2.2e-16 * 2^24 = 4e-9, above what the algebra of other models is held to
     (*_, check) = check_surgery(
-        model,
+        Reference(model, seeded_batches(IMAGE)),
         folded(model, torch.float32),
-        seeded_batches(IMAGE),
         stage="fold",
-        candidate64=folded(model, torch.float64),
         changed_parts={"0", "1"},
+        redone=Redone(folded(model, torch.float64)),
     )
     assert check.passed
     assert ALGEBRA_LIMIT < check.relative < check.limit < 1e-6  # a wrong bit of float32 shows above 1e-6
@@ -169,12 +173,11 @@ def test_wrong_algebra_of_a_model_that_amplifies_rounding_fails():
     candidate64 = folded(model, torch.float64)
     candidate64[0].weight.data.mul_(1 + 1e-12)  # ten thousand roundings
     (*_, algebra) = check_surgery(
-        model,
+        Reference(model, seeded_batches(IMAGE)),
         folded(model, torch.float32),
-        seeded_batches(IMAGE),
         stage="fold",
-        candidate64=candidate64,
         changed_parts={"0", "1"},
+        redone=Redone(candidate64),
     )
     assert not algebra.passed
 
@@ -190,7 +193,7 @@ def lucky_reference(model: nn.Module) -> Reference:
 def test_one_lucky_draw_of_the_noise_fails_no_right_fold():
     model = chaotic_net(8)
     reference = lucky_reference(model)
-    (row,) = check_surgery(model, folded(model, torch.float32), [], stage="fold", reference=reference)
+    (row,) = check_surgery(reference, folded(model, torch.float32), stage="fold")
     assert row.relative > max(limit.limit for limit in reference.limits.values())
     assert row.passed
 
@@ -199,7 +202,7 @@ def test_a_wrong_fold_fails_against_more_draws_too():
     model = chaotic_net(8)
     candidate = folded(model, torch.float32)
     candidate[0].weight.data.mul_(1 + 1e-4)
-    (row,) = check_surgery(model, candidate, [], stage="fold", reference=lucky_reference(model))
+    (row,) = check_surgery(lucky_reference(model), candidate, stage="fold")
     assert not row.passed
 
 
@@ -207,7 +210,7 @@ def test_one_lucky_draw_of_the_noise_fails_no_right_file(tmp_path):
     model = chaotic_net(8)
     path = export_onnx(model, IMAGE, tmp_path / "m.onnx").path
     reference = lucky_reference(model)
-    rows = check_onnx(model, path, [], device="cpu", reference=reference)
+    rows = check_onnx(reference, path)
     assert all(row.passed for row in rows)
     assert any(row.relative > max(limit.limit for limit in reference.limits.values()) for row in rows)
 
@@ -216,9 +219,9 @@ def test_a_tolerance_is_not_widened_by_more_draws(tmp_path):
     model = chaotic_net(8)
     path = export_onnx(model, IMAGE, tmp_path / "m.onnx").path
     reference = lucky_reference(model)
-    rows = check_onnx(model, path, [], device="cpu", reference=reference, atol=1e-12)
+    rows = check_onnx(reference, path, how=Conditions(tolerance=Tolerance(atol=1e-12)))
     candidate = folded(model, torch.float32)
-    rows += check_surgery(model, candidate, [], stage="fold", reference=reference, rtol=1e-12)
+    rows += check_surgery(reference, candidate, stage="fold", how=Conditions(tolerance=Tolerance(rtol=1e-12)))
     assert not any(row.passed for row in rows)
     assert "redrawn_limits" not in reference.__dict__
     assert all("tol 1e-12" in row.figures for row in rows)
@@ -228,17 +231,21 @@ def test_no_model_runs_twice_on_the_same_inputs(tmp_path):
     model = Counted(small_net())
     inputs = seeded_batches(IMAGE)
     reference = Reference(model, inputs)
-    check_surgery(model, folded(model.inner, torch.float32), inputs, stage="fold", reference=reference)
+    check_surgery(reference, folded(model.inner, torch.float32), stage="fold")
     assert model.calls == [6]  # three batches, each in float32 and in float64
     path = export_onnx(model.inner, IMAGE, tmp_path / "m.onnx").path
-    check_onnx(model, path, inputs, device="cpu", reference=reference)
+    check_onnx(reference, path)
     assert model.calls == [6]
 
 
 def test_export_and_runtime_have_their_own_rows(tmp_path):
     model, said = small_net(), []
     path = export_onnx(model, IMAGE, tmp_path / "m.onnx").path
-    checks = check_onnx(model, path, seeded_batches(IMAGE), device="cpu", progress=said.append)
+    checks = check_onnx(
+        Reference(model, seeded_batches(IMAGE), progress=said.append),
+        path,
+        how=Conditions(progress=said.append),
+    )
     assert [(c.stage, c.passed, c.device, c.provider, c.batches) for c in checks] == [
         ("export", True, "cpu", "CPUExecutionProvider", 3),
         ("runtime", True, "cpu", "CPUExecutionProvider", 3),
@@ -251,7 +258,7 @@ def test_a_file_of_another_model_fails(tmp_path):
     other = copy.deepcopy(model)
     scale_weight(other)
     path = export_onnx(other, IMAGE, tmp_path / "m.onnx").path
-    assert not any(c.passed for c in check_onnx(model, path, seeded_batches(IMAGE), device="cpu"))
+    assert not any(c.passed for c in check_onnx(Reference(model, seeded_batches(IMAGE)), path))
 
 
 def test_a_file_of_fixed_shape_is_checked_where_it_fits(tmp_path):
@@ -259,10 +266,10 @@ def test_a_file_of_fixed_shape_is_checked_where_it_fits(tmp_path):
     path = export_onnx(
         model, Inputs((torch.zeros(2, 3, 12, 12),)), tmp_path / "m.onnx", dynamic_batch=False
     ).path
-    checks = check_onnx(model, path, seeded_batches(IMAGE), device="cpu")
+    checks = check_onnx(Reference(model, seeded_batches(IMAGE)), path)
     assert all(c.passed and c.batches == 1 and "only 1 of 3" in c.detail for c in checks)
     with pytest.raises(CheckFailed, match="takes none of these inputs"):
-        check_onnx(model, path, seeded_batches(IMAGE, (1, 3)), device="cpu")
+        check_onnx(Reference(model, seeded_batches(IMAGE, (1, 3))), path)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
@@ -270,10 +277,10 @@ def test_cuda_is_never_replaced_by_the_cpu(tmp_path):
     model = small_net()
     path = export_onnx(model, IMAGE, tmp_path / "m.onnx").path
     with pytest.raises(DeviceError):
-        check_onnx(model, path, seeded_batches(IMAGE), device="cuda")
+        check_onnx(Reference(model, seeded_batches(IMAGE)), path, how=Conditions("cuda"))
     with pytest.raises(DeviceError):
-        check_surgery(model, model, seeded_batches(IMAGE), stage="fold", device="cuda")
-    rows = check_onnx(model, path, seeded_batches(IMAGE), device="auto")
+        check_surgery(Reference(model, seeded_batches(IMAGE)), model, stage="fold", how=Conditions("cuda"))
+    rows = check_onnx(Reference(model, seeded_batches(IMAGE)), path, how=Conditions("auto"))
     assert all(row.device == "cpu" and "CPU used: " in row.detail for row in rows)
 
 
@@ -290,10 +297,10 @@ def test_a_model_with_its_own_casts_is_held_to_a_derived_limit():
     wrong.load_state_dict(model.state_dict())
     wrong.linear.bias.data.add_(1e-3)
     inputs = seeded_batches(Inputs((torch.zeros(1, 4),)))
-    (same,) = check_surgery(model, copy.deepcopy(model), inputs, stage="fold")
+    (same,) = check_surgery(Reference(model, inputs), copy.deepcopy(model), stage="fold")
     assert same.passed
     assert "does not run in float64" in same.detail
-    assert not check_surgery(model, wrong, inputs, stage="fold")[0].passed
+    assert not check_surgery(Reference(model, inputs), wrong, stage="fold")[0].passed
 
 
 def test_a_model_that_narrows_inside_is_said_to():
@@ -303,9 +310,11 @@ def test_a_model_that_narrows_inside_is_said_to():
 
     model = Narrows(4, 4)
     checks = check_surgery(
-        model, copy.deepcopy(model), seeded_batches(Inputs((torch.zeros(1, 4),))), stage="fold",
-        candidate64=copy.deepcopy(model).double(),
-    )  # fmt: skip
+        Reference(model, seeded_batches(Inputs((torch.zeros(1, 4),)))),
+        copy.deepcopy(model),
+        stage="fold",
+        redone=Redone(copy.deepcopy(model).double()),
+    )
     assert all(c.passed for c in checks)
     assert "casts to float32 inside" in checks[0].detail
     assert "narrows inside" in checks[1].detail
@@ -327,16 +336,19 @@ def test_an_output_decided_by_rounding_is_left_to_the_algebra():
     inputs = seeded_batches(Inputs((torch.zeros(1, 500),)))
     model = Chooses()
     row, algebra = check_surgery(
-        model, Chooses(1.0 + 2e-7), inputs, stage="fold", candidate64=Chooses().double()
+        Reference(model, inputs), Chooses(1.0 + 2e-7), stage="fold", redone=Redone(Chooses().double())
     )
     assert row.passed
     assert "own rounding changes this output's shape, decided in float64" in row.detail
     assert algebra.passed
-    (alone,) = check_surgery(model, Chooses(1.0 + 2e-7), inputs, stage="fold")
+    (alone,) = check_surgery(Reference(model, inputs), Chooses(1.0 + 2e-7), stage="fold")
     assert not alone.passed
     assert "nothing is proved" in alone.detail
     _, wrong = check_surgery(
-        model, Chooses(1.0 + 2e-7), inputs, stage="fold", candidate64=Chooses(1.0 + 1e-6).double()
+        Reference(model, inputs),
+        Chooses(1.0 + 2e-7),
+        stage="fold",
+        redone=Redone(Chooses(1.0 + 1e-6).double()),
     )
     assert not wrong.passed
 
@@ -348,7 +360,7 @@ def test_inputs_that_the_original_cannot_run_are_left_out_and_said():
 
     model = OnlyTwo(4, 3)
     (check,) = check_surgery(
-        model, copy.deepcopy(model), seeded_batches(Inputs((torch.zeros(1, 4),))), stage="fold"
+        Reference(model, seeded_batches(Inputs((torch.zeros(1, 4),)))), copy.deepcopy(model), stage="fold"
     )
     assert check.passed
     assert check.batches == 1
@@ -362,7 +374,9 @@ def test_inputs_that_the_original_cannot_run_are_left_out_and_said():
 def test_a_candidate_that_does_not_run_is_named_with_its_stage():
     with pytest.raises(CheckFailed, match="after insert does not run"):
         check_surgery(
-            nn.Linear(4, 4), nn.Linear(5, 4), seeded_batches(Inputs((torch.zeros(1, 4),))), stage="insert"
+            Reference(nn.Linear(4, 4), seeded_batches(Inputs((torch.zeros(1, 4),)))),
+            nn.Linear(5, 4),
+            stage="insert",
         )
 
 
@@ -394,4 +408,4 @@ def test_nested_inputs_keep_their_shapes():
 
 def test_an_unusable_file_is_an_export_error(tmp_path):
     with pytest.raises(ExportError):
-        check_onnx(small_net(), tmp_path / "none.onnx", seeded_batches(IMAGE), device="cpu")
+        check_onnx(Reference(small_net(), seeded_batches(IMAGE)), tmp_path / "none.onnx")

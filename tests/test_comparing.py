@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from bntool.core.errors import CheckFailed, StateError
+from bntool.core.tolerances import K_NOISE, Limit, Tolerance, rounding_term
 from bntool.core.verdicts import Check
 from bntool.report.checks import Comparison
-from bntool.verifying.comparing import K_NOISE, Limit, compare, noise_limits, rounding_term
+from bntool.verifying.comparing import compare, noise_limits
 from bntool.verifying.differences import Difference, difference
 
 EPS = torch.finfo(torch.float32).eps
@@ -163,9 +164,9 @@ def test_tolerances_of_the_user_replace_the_noise_floor():
     limits = noise_limits(ref, ref, 1, EPS)
     keys = {"stage": "export", "device": "cpu", "provider": "torch"}
     assert not compare(ref, cand, limits, **keys).passed
-    assert compare(ref, cand, limits, rtol=0.01, **keys).passed
-    assert compare(ref, cand, limits, atol=0.5, **keys).passed
-    assert not compare(ref, cand, limits, atol=0.4, **keys).passed
+    assert compare(ref, cand, limits, tolerance=Tolerance(rtol=0.01), **keys).passed
+    assert compare(ref, cand, limits, tolerance=Tolerance(atol=0.5), **keys).passed
+    assert not compare(ref, cand, limits, tolerance=Tolerance(atol=0.4), **keys).passed
 
 
 def test_the_worst_cosine_and_top_class_of_all_outputs_are_told():
@@ -244,8 +245,8 @@ def test_an_empty_output_differs_by_nothing_and_is_within_every_tolerance():
     assert difference(torch.zeros(0, 4), torch.ones(0, 4)) == Difference(0.0, 0.0, 0.0, 1.0)
     ref = [{"boxes": torch.zeros(0, 4), "scores": torch.tensor([1.0, 2.0, 3.0])}]
     limits = dict.fromkeys(ref[0], Limit(1e-7, 1e-6))
-    assert compare(ref, ref, limits, rtol=0.0, **KEYS).passed
-    assert compare(ref, ref, limits, atol=1e-9, **KEYS).passed
+    assert compare(ref, ref, limits, tolerance=Tolerance(rtol=0.0), **KEYS).passed
+    assert compare(ref, ref, limits, tolerance=Tolerance(atol=1e-9), **KEYS).passed
     assert compare(ref, ref, limits, **KEYS).passed
 
 
@@ -305,52 +306,58 @@ KEYS = {"stage": "verify", "device": "cpu", "provider": "torch"}
 def test_rtol_is_relative_to_the_peak_of_the_output():
     ref, off = [{"y": torch.tensor([0.0, 0.001, -100.0])}], [{"y": torch.tensor([0.0, 0.501, -100.0])}]
     limits = {"y": Limit(1e-7, 1e-6)}
-    assert compare(ref, off, limits, rtol=0.01, **KEYS).passed
-    assert not compare(ref, off, limits, rtol=0.004, **KEYS).passed
-    assert compare(ref, off, limits, atol=0.3, rtol=0.003, **KEYS).passed  # they add up: 0.3 + 0.003 * 100
-    assert not compare(ref, off, limits, atol=0.1, rtol=0.003, **KEYS).passed
-    assert not compare(ref, off, limits, atol=0.0, **KEYS).passed
+    assert compare(ref, off, limits, tolerance=Tolerance(rtol=0.01), **KEYS).passed
+    assert not compare(ref, off, limits, tolerance=Tolerance(rtol=0.004), **KEYS).passed
+    assert compare(
+        ref, off, limits, tolerance=Tolerance(atol=0.3, rtol=0.003), **KEYS
+    ).passed  # they add up: 0.3 + 0.003 * 100
+    assert not compare(ref, off, limits, tolerance=Tolerance(atol=0.1, rtol=0.003), **KEYS).passed
+    assert not compare(ref, off, limits, tolerance=Tolerance(atol=0.0), **KEYS).passed
 
 
 def test_the_peak_is_that_of_each_output_and_leaves_infinity_out():
     ref = [{"large": torch.tensor([1e6]), "small": torch.tensor([1.0, math.inf, math.nan])}]
     off = [{"large": torch.tensor([1e6]), "small": torch.tensor([1.5, math.inf, math.nan])}]
     limits = dict.fromkeys(ref[0], Limit(1e-7, 1e-6))
-    assert not compare(ref, off, limits, rtol=0.4, **KEYS).passed
-    assert compare(ref, off, limits, rtol=0.6, **KEYS).passed
+    assert not compare(ref, off, limits, tolerance=Tolerance(rtol=0.4), **KEYS).passed
+    assert compare(ref, off, limits, tolerance=Tolerance(rtol=0.6), **KEYS).passed
     tiny = [{"large": torch.tensor([1e6]), "small": torch.tensor([0.01, math.inf, math.nan])}]
     moved = [{"large": torch.tensor([1e6]), "small": torch.tensor([0.015, math.inf, math.nan])}]
-    assert not compare(tiny, moved, limits, rtol=0.1, **KEYS).passed
+    assert not compare(tiny, moved, limits, tolerance=Tolerance(rtol=0.1), **KEYS).passed
     gone = [{"large": torch.tensor([1e6]), "small": torch.tensor([1.0, 5.0, math.nan])}]
     for tolerance in (1e9, math.inf):  # what is no number is within no tolerance
-        assert not compare(ref, gone, limits, atol=tolerance, rtol=tolerance, **KEYS).passed
+        assert not compare(
+            ref, gone, limits, tolerance=Tolerance(atol=tolerance, rtol=tolerance), **KEYS
+        ).passed
     assert not compare(ref, gone, dict.fromkeys(ref[0], Limit(1e-7, math.inf)), **KEYS).passed
 
 
 def test_an_output_of_zeros_has_no_peak_and_is_held_to_atol():
     ref, off = [{"y": torch.zeros(3)}], [{"y": torch.tensor([0.0, 0.1, 0.0])}]
     limits = {"y": Limit(1e-7, 1e-6)}
-    assert not compare(ref, off, limits, rtol=10.0, **KEYS).passed
-    assert compare(ref, off, limits, atol=0.2, **KEYS).agrees  # one number everywhere proves nothing
-    row = compare(ref, off, limits, atol=0.05, **KEYS)
+    assert not compare(ref, off, limits, tolerance=Tolerance(rtol=10.0), **KEYS).passed
+    assert compare(
+        ref, off, limits, tolerance=Tolerance(atol=0.2), **KEYS
+    ).agrees  # one number everywhere proves nothing
+    row = compare(ref, off, limits, tolerance=Tolerance(atol=0.05), **KEYS)
     assert (row.passed, row.limit) == (False, 0.05)
     assert row.relative == row.max_abs == pytest.approx(0.1)
 
 
 def test_integers_are_held_to_a_tolerance_by_value():
     ref, off = [{"label": torch.tensor([10, 20, 100])}], [{"label": torch.tensor([10, 20, 101])}]
-    assert compare(ref, off, {"label": Limit(0.0, 0.0)}, atol=1.0, **KEYS).passed
-    assert not compare(ref, off, {"label": Limit(0.0, 0.0)}, atol=0.5, **KEYS).passed
-    assert compare(ref, off, {"label": Limit(0.0, 0.0)}, rtol=0.01, **KEYS).passed
+    assert compare(ref, off, {"label": Limit(0.0, 0.0)}, tolerance=Tolerance(atol=1.0), **KEYS).passed
+    assert not compare(ref, off, {"label": Limit(0.0, 0.0)}, tolerance=Tolerance(atol=0.5), **KEYS).passed
+    assert compare(ref, off, {"label": Limit(0.0, 0.0)}, tolerance=Tolerance(rtol=0.01), **KEYS).passed
 
 
 def test_the_limit_of_a_row_is_what_decided_and_its_figures_say_whence():
     ref, off = [{"y": torch.tensor([1.0, 100.0])}], [{"y": torch.tensor([1.0, 100.5])}]
     limits = {"y": Limit(1e-7, 1e-6)}
-    row = compare(ref, off, limits, rtol=0.004, **KEYS)
+    row = compare(ref, off, limits, tolerance=Tolerance(rtol=0.004), **KEYS)
     assert (row.limit, row.relative, row.noise_floor) == (0.004, 0.005, 1e-7)
     assert row.figures == "relative error 0.005, allowed 0.004 by rtol 0.004"
-    row = compare(ref, off, limits, atol=0.4, rtol=0.0, **KEYS)
+    row = compare(ref, off, limits, tolerance=Tolerance(atol=0.4, rtol=0.0), **KEYS)
     assert row.figures == "relative error 0.005, allowed 0.004 by atol 0.4, rtol 0"
     assert row.to_dict()["tolerance"] == "atol 0.4, rtol 0"
     own = compare(ref, off, limits, **KEYS)
@@ -363,7 +370,7 @@ def test_the_output_that_is_told_is_the_one_farthest_beyond_its_tolerance():
     off = [{"noisy": torch.tensor([101.0]), "quiet": torch.tensor([1.1])}]
     limits = {"noisy": Limit(0.1, 0.8), "quiet": Limit(1e-7, 1e-6)}
     assert compare(ref, off, limits, **KEYS).worst[0] == "quiet"
-    assert compare(ref, off, limits, atol=0.5, **KEYS).worst[0] == "noisy"
+    assert compare(ref, off, limits, tolerance=Tolerance(atol=0.5), **KEYS).worst[0] == "noisy"
 
 
 def test_the_limit_is_k_times_the_noise_plus_the_rounding_term():

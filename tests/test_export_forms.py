@@ -16,7 +16,8 @@ from bntool.export.onnx_versions import chosen_ir_version, loads_in
 from bntool.export.onnx_writing import append_metadata
 from bntool.graph.inputs import Inputs
 from bntool.models.casting import stored_as
-from bntool.verifying.checking import check_onnx, seeded_batches
+from bntool.verifying.checking import seeded_batches
+from bntool.verifying.export_checking import check_onnx
 from bntool.verifying.reference import Reference
 from tests.exports import export_onnx
 
@@ -37,7 +38,7 @@ def network() -> nn.Sequential:
 
 
 def passes(model: nn.Module, path, inputs: Inputs = IMAGE, *more: Inputs) -> bool:
-    return all(c.passed for c in check_onnx(model, path, [*seeded_batches(inputs), *more], device="cpu"))
+    return all(c.passed for c in check_onnx(Reference(model, [*seeded_batches(inputs), *more]), path))
 
 
 def dims(value: onnx.ValueInfoProto) -> list[str | int]:
@@ -193,7 +194,7 @@ def test_a_full_disk_during_the_export(tmp_path):
 
 def narrow_checks(model, path, dtype=torch.float16):
     reference = Reference(model, seeded_batches(IMAGE)).in_arithmetic(stored_as(dtype))
-    return check_onnx(model, path, [], device="cpu", reference=reference)
+    return check_onnx(reference, path)
 
 
 def test_float16_is_judged_by_the_noise_of_float16(tmp_path):
@@ -244,7 +245,7 @@ def test_inputs_and_outputs_may_stay_float32(tmp_path):
     assert result.output_names == ("y", "picked", "same")
     assert {i.data_type for i in graph.initializer if i.name.startswith("net.")} == {TensorProto.FLOAT16}
     reference = Reference(model, [inputs]).in_arithmetic(stored_as(torch.float16))
-    assert all(c.passed for c in check_onnx(model, result.path, [], device="cpu", reference=reference))
+    assert all(c.passed for c in check_onnx(reference, result.path))
     with pytest.raises(UsageError, match="--dtype"):
         export_onnx(model, inputs, tmp_path / "n.onnx", keep_io=True)
 
@@ -383,7 +384,7 @@ def test_a_trace_of_inputs_without_a_common_axis_and_of_tied_weights(tmp_path):
     assert [dims(value) for value in graph.input] == [[2, 4], [1, 4]]
     assert any("no common leading axis" in note for note in result.notes)
     assert {"first.weight", "first.bias", "second.bias"} == {i.name for i in graph.initializer}
-    assert all(c.passed for c in check_onnx(model, result.path, [inputs], device="cpu"))
+    assert all(c.passed for c in check_onnx(Reference(model, [inputs]), result.path))
 
 
 def test_a_batch_that_a_trace_froze_is_caught_by_the_check(tmp_path):

@@ -12,7 +12,9 @@ from torch import nn
 from bntool.core.errors import ExportError
 from bntool.export import exporting, onnx_writing
 from bntool.graph.inputs import Inputs
-from bntool.verifying.checking import check_onnx, seeded_batches
+from bntool.verifying.checking import seeded_batches
+from bntool.verifying.export_checking import check_onnx
+from bntool.verifying.reference import Reference
 from tests.exports import export_onnx
 
 
@@ -86,7 +88,7 @@ def test_weights_keep_their_names_and_values(exported):
 
 def test_the_file_is_right_in_onnxruntime_for_every_batch(exported):
     model, result = exported
-    checks = check_onnx(model, result.path, seeded_batches(VOLUME), device="cpu")
+    checks = check_onnx(Reference(model, seeded_batches(VOLUME)), result.path)
     assert [(c.stage, c.passed, c.batches) for c in checks] == [("export", True, 3), ("runtime", True, 3)]
 
 
@@ -134,7 +136,7 @@ def test_inputs_by_keyword_and_scalars_keep_their_names(tmp_path):
     model = Takes()
     result = export_onnx(model, inputs, tmp_path / "m.onnx")
     assert result.input_names == ("input", "a", "b")
-    assert all(c.passed for c in check_onnx(model, result.path, seeded_batches(inputs), device="cpu"))
+    assert all(c.passed for c in check_onnx(Reference(model, seeded_batches(inputs)), result.path))
 
 
 def test_an_output_that_is_an_input_and_names_that_collide(tmp_path):
@@ -146,7 +148,7 @@ def test_an_output_that_is_an_input_and_names_that_collide(tmp_path):
     model = Passes()
     result = export_onnx(model, inputs, tmp_path / "m.onnx")
     assert result.output_names == ("output_0", "output_1", "output_2.relu")
-    assert all(c.passed for c in check_onnx(model, result.path, seeded_batches(inputs), device="cpu"))
+    assert all(c.passed for c in check_onnx(Reference(model, seeded_batches(inputs)), result.path))
 
 
 def test_a_tied_weight_has_the_first_of_its_names(tmp_path):
@@ -235,7 +237,7 @@ def test_a_batch_axis_that_can_be_captured_and_not_written_is_fixed_and_said(tmp
     export = export_onnx(model, x, tmp_path / "m.onnx")
     (note,) = export.notes
     assert note.startswith("the batch axis is fixed, as in the example input (2x3x6x6): torch cannot convert")
-    assert all(check.passed for check in check_onnx(model, export.path, [x], device="cpu"))
+    assert all(check.passed for check in check_onnx(Reference(model, [x]), export.path))
 
 
 class Standardised(nn.Conv2d):
@@ -262,7 +264,7 @@ def test_standardised_weights_are_computed_once_and_are_no_batchnorm_of_the_mode
     names = {tensor.name for tensor in onnx.load(export.path).graph.initializer}
     if exporter == "dynamo":  # the legacy exporter does not tell whose a weight is
         assert {"0.weight_computed", "3.weight_computed"} <= names
-    checks = check_onnx(model, export.path, seeded_batches(x, (1, 3)), device="cpu")
+    checks = check_onnx(Reference(model, seeded_batches(x, (1, 3))), export.path)
     assert all(check.passed for check in checks)
 
 
@@ -336,7 +338,7 @@ def test_a_large_model_has_one_data_file_named_after_it(tmp_path, monkeypatch):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["big.onnx", "big.onnx.data"]
     assert result.data_path == tmp_path / "big.onnx.data"
     assert result.to_dict()["data_path"] == str(result.data_path)
-    assert all(c.passed for c in check_onnx(model, result.path, seeded_batches(example), device="cpu"))
+    assert all(c.passed for c in check_onnx(Reference(model, seeded_batches(example)), result.path))
 
 
 def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
@@ -373,7 +375,7 @@ def test_half_precision_keeps_its_type(tmp_path):
     result = export_onnx(model, example, tmp_path / "m.onnx")
     types = {i.data_type for i in onnx.load(result.path).graph.initializer if "weight" in i.name}
     assert types == {onnx.TensorProto.FLOAT16}
-    assert all(c.passed for c in check_onnx(model, result.path, seeded_batches(example), device="cpu"))
+    assert all(c.passed for c in check_onnx(Reference(model, seeded_batches(example)), result.path))
     bfloat = export_onnx(classifier().bfloat16(), torch.zeros(1, 3, 8, 8).bfloat16(), tmp_path / "b.onnx")
     assert bfloat.opset == 22
 

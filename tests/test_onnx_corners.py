@@ -19,8 +19,10 @@ from bntool.graph.inputs import Inputs
 from bntool.pipeline.onnx_folding import fold_onnx, insert_onnx
 from bntool.runtime.onnx_outputs import OutputTraits, error_of
 from bntool.runtime.ort_runner import OrtRunner
-from bntool.verifying.checking import check_onnx
+from bntool.verifying.conditions import Conditions
+from bntool.verifying.export_checking import check_onnx
 from bntool.verifying.onnx_verifying import check_files, check_itself, seeded_file_inputs
+from bntool.verifying.reference import Reference
 
 CONV = helper.make_node("Conv", ["x", "W"], ["c"], name="conv")
 NORM = helper.make_node("BatchNormalization", ["c", *"gbmv"], ["d"], name="bn")
@@ -126,7 +128,7 @@ def test_float16_inside_decides_how_exact_a_float32_output_is(tmp_path: Path) ->
     path = write(tmp_path / "m.onnx", HALF, stored("float16"), {"y": (1, [1, 8, "i", "j"])}, ("h", "w"))
     assert not fold_onnx(path, tmp_path / "n.onnx").skips
     assert OutputTraits(path).eps == {"y": 2.0**-10}
-    rows = check_itself(path, seeded_file_inputs(path, (1,)), device="cpu")
+    rows = check_itself(path, seeded_file_inputs(path, (1,)), how=Conditions("cpu"))
     assert all(row.passed for row in rows)
     # what is off by more than float16 rounds is still found
     nodes = [HALF[0], HALF[1], helper.make_node("Mul", ["c", "k"], ["d"]), HALF[3]]
@@ -140,7 +142,7 @@ def test_float16_inside_decides_how_exact_a_float32_output_is(tmp_path: Path) ->
         )
         for factor in (1.0, 1.05)
     )
-    assert not check_files(right, off, seeded_file_inputs(right, (1,)), device="cpu")[0].passed
+    assert not check_files(right, off, seeded_file_inputs(right, (1,)), how=Conditions("cpu"))[0].passed
 
 
 @pytest.mark.parametrize("kind", ["image", "labels"])
@@ -165,7 +167,7 @@ def test_integers_may_fall_the_other_way_as_often_as_rounding_makes_them(tmp_pat
     assert not fold_onnx(path, tmp_path / "n.onnx").skips
     moved = [nh for nh in tensors if nh.name != "v"] + [numpy_helper.from_array(np.full(8, 3, "f"), "v")]
     other = write(tmp_path / "other.onnx", [*HEAD, last, *ends[kind]], moved, outputs, ("h", "w"))
-    assert not check_files(path, other, seeded_file_inputs(path, (1,)), device="cpu")[0].passed
+    assert not check_files(path, other, seeded_file_inputs(path, (1,)), how=Conditions("cpu"))[0].passed
 
 
 def test_where_every_output_is_one_number_nothing_is_proved(tmp_path: Path) -> None:
@@ -187,12 +189,12 @@ def test_a_head_that_sees_nothing_is_held_to_what_the_runtimes_sigmoid_can(
     model[2].weight.data.mul_(0.1)
     path = bntool.export_onnx(model, (torch.randn(1, 3, 16, 16),), tmp_path / "m.onnx")
     inputs = [Inputs((torch.randn(1, 3, 16, 16),))]
-    rows = check_onnx(model, path, inputs, device="cpu")
+    rows = check_onnx(Reference(model, inputs), path)
     assert {row.verdict for row in rows} == {"undecided" if undecided else "passed"}
     assert all(row.agrees for row in rows)
     # a head that is off by more than the runtime errs fails
     model[2].bias.data.add_(4.0)
-    assert not check_onnx(model, path, inputs, device="cpu")[0].passed
+    assert not check_onnx(Reference(model, inputs), path)[0].passed
 
 
 def test_only_a_squashing_end_has_slack(tmp_path: Path) -> None:

@@ -19,13 +19,12 @@ import torch
 from bntool.core.errors import CheckFailed
 from bntool.core.plan import Plan
 from bntool.core.reasons import Reason
+from bntool.core.tolerances import DRAWS, K_NOISE, Limit
 from bntool.folding import agreement, plan_fold
 from bntool.graph.inputs import Inputs
 from bntool.pipeline.onnx_folding import fold_onnx, plan_fold_onnx
 from bntool.verifying import onnx_checking
-from bntool.verifying.comparing import K_NOISE, Limit
 from bntool.verifying.onnx_checking import OnnxReference, Run, file_limits
-from bntool.verifying.reference import DRAWS
 from tests.onnx_zoo import ONNX_ZOO
 
 ZOO = {net.name: net for net in ONNX_ZOO}

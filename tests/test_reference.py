@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 import bntool
+from bntool.core.tolerances import K_NOISE
 from bntool.graph.inputs import Inputs
 from bntool.verifying.checking import seeded_batches
-from bntool.verifying.comparing import K_NOISE
 from bntool.verifying.reference import Reference
 
 

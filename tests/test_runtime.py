@@ -7,11 +7,12 @@ from torch import nn
 
 from bntool.core.errors import CheckFailed, DeviceError, ExportError
 from bntool.graph.inputs import Inputs
-from bntool.runtime import OrtRunner, TorchRunner, providers
+from bntool.runtime import providers
 from bntool.runtime.assignments import NodeAssignment, prove_heavy_nodes
 from bntool.runtime.libraries import CPU, CUDA, explain_missing_cuda
+from bntool.runtime.ort_runner import OrtRunner
 from bntool.runtime.providers import open_session
-from bntool.runtime.torch_runner import float32_products
+from bntool.runtime.torch_runner import TorchRunner, float32_products
 from tests.recorded import Recorded
 
 

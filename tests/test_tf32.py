@@ -15,7 +15,8 @@ from bntool.models.casting import TF32, round_to_tf32, tf32_copy
 from bntool.report.checks import Comparison
 from bntool.runtime.libraries import CPU, CUDA, TENSORRT
 from bntool.verifying import checking
-from bntool.verifying.checking import check_onnx
+from bntool.verifying.conditions import Conditions
+from bntool.verifying.export_checking import check_onnx
 from bntool.verifying.onnx_verifying import check_itself
 from bntool.verifying.reference import Reference
 from bntool.verifying.tf32 import check_tf32, no_tf32
@@ -93,7 +94,7 @@ def test_the_row_has_a_limit_of_its_own_and_tells_it(monkeypatch):
     model = broken.network()
     monkeypatch.setattr(checking, "OrtRunner", in_tf32(model))
     monkeypatch.setattr(checking, "OutputTraits", no_slack)
-    *rows, row = check_onnx(model, "m.onnx", INPUTS, device="cuda", tf32=True)
+    *rows, row = check_onnx(Reference(model, INPUTS), "m.onnx", how=Conditions("cuda", tf32=True))
     assert [(r.stage, r.precision, r.passed) for r in rows] == [("export", "", True), ("runtime", "", True)]
     assert (row.stage, row.precision, row.passed, row.decides) == ("runtime", "TF32", True, False)
     # It would fail as full float32, and its own limit is far from letting everything pass.
@@ -110,7 +111,7 @@ def test_a_row_beyond_its_limit_is_told_and_decides_nothing(monkeypatch):
     model = broken.network()
     monkeypatch.setattr(checking, "OrtRunner", in_tf32(model, 1.5))
     monkeypatch.setattr(checking, "OutputTraits", no_slack)
-    rows = check_onnx(model, "m.onnx", INPUTS, device="cuda", tf32=True)
+    rows = check_onnx(Reference(model, INPUTS), "m.onnx", how=Conditions("cuda", tf32=True))
     assert [row.passed for row in rows] == [True, True, False]
     assert first_failed(rows) is None
     assert Comparison(tuple(rows))
@@ -132,10 +133,10 @@ def test_where_there_is_no_tf32_the_row_says_why(tmp_path):
     assert "float32 numbers" in no_tf32(CUDA, 2.0**-10)
     model = broken.network()
     path = export_onnx(model, INPUTS[0], tmp_path / "m.onnx").path
-    rows = check_onnx(model, path, INPUTS, device="cpu", tf32=True)
+    rows = check_onnx(Reference(model, INPUTS), path, how=Conditions(tf32=True))
     assert [row.precision for row in rows] == ["", ""]
     assert "TF32 needs an NVIDIA GPU" in rows[-1].detail
-    alone = check_itself(path, INPUTS, device="cpu", tf32=True)
+    alone = check_itself(path, INPUTS, how=Conditions("cpu", tf32=True))
     assert [row.precision for row in alone] == [""] * 3
     assert "TF32 needs an NVIDIA GPU" in alone[-1].detail
 

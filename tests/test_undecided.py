@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 import bntool
 from bntool.cli import run
+from bntool.core.tolerances import Limit, Tolerance
 from bntool.core.verdicts import nothing_shown
-from bntool.verifying.comparing import Limit, compare
+from bntool.verifying.comparing import compare
 
 
 def _net(kind: str) -> nn.Module:
@@ -71,7 +72,9 @@ def test_what_rounding_decides_is_undecided_and_does_not_agree() -> None:
     how: dict[str, Any] = {"stage": "verify", "device": "cpu", "provider": "torch"}
     row = compare(ours, theirs, {"y": Limit(1e-3, 1e-2, "rounding decides it")}, **how)
     assert (row.verdict, row.agrees, row.undecided) == ("undecided", False, "y: rounding decides it")
-    row = compare(ours, theirs, {"y": Limit(1e-3, 1e-2, "rounding decides it")}, **how, atol=1e-3)
+    row = compare(
+        ours, theirs, {"y": Limit(1e-3, 1e-2, "rounding decides it")}, tolerance=Tolerance(atol=1e-3), **how
+    )
     assert row.verdict == "failed"  # the user has set a limit
 
 

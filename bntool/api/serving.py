@@ -12,6 +12,7 @@ import torch
 from bntool.api.asked import Model
 from bntool.core.collecting import paused
 from bntool.core.options import CheckOptions, ExportOptions, FoldOptions
+from bntool.core.tolerances import Tolerance
 from bntool.export.exporting import ExportResult
 from bntool.files.onnx_files import put_onnx
 from bntool.files.targets import Target
@@ -192,5 +193,5 @@ def verify(
 
     subjects = subject_of(reference, inputs), subject_of(candidate, inputs)
     given = None if inputs is None else Inputs.of(inputs)
-    checking = Checking(check == "full", device, device, atol, rtol)
+    checking = Checking(check == "full", device, device, Tolerance(atol, rtol))
     return Comparison(tuple(compare_models(*subjects, given, checking)))

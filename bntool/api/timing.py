@@ -11,7 +11,7 @@ from bntool.api.asked import Model
 from bntool.core.errors import UsageError
 from bntool.core.latencies import Benchmark
 from bntool.report.latency import latency_text
-from bntool.runtime.benchmarking import Candidate, benchmark, rebatching
+from bntool.runtime.benchmarking import Candidate, On, benchmark, rebatching
 from bntool.runtime.torch_runner import require_torch_device
 from bntool.subjects import subject_of
 
@@ -75,6 +75,6 @@ def bench(
         rebatching(example, seed),
         batches=batch_sizes,
         rounds=rounds,
-        device=device,
+        on=On(device),
     )
     return Timed(**{field.name: getattr(found, field.name) for field in dataclasses.fields(found)})

@@ -93,11 +93,9 @@ def command(voice: Voice, asked: Asked) -> int:
     opened = opened.reading(asked.file, asked.check)
     if asked.export.dtype == "float32" and opened.session is not None:
         opened = opened.cast("float32")
-    from bntool.cli import serving, writing
+    from bntool.cli import writing
     from bntool.cli.devices import require_places
     from bntool.cli.picturing import picture
-    from bntool.pipeline.serving import placed
-    from bntool.report.checks import checks_text
 
     onnx_too = opened.kind == "onnx" or bool(asked.ask.export_to)
     devices = require_places(asked.place, torch_too=opened.kind != "onnx", onnx_too=onnx_too)
@@ -108,30 +106,16 @@ def command(voice: Voice, asked: Asked) -> int:
         folded = _Fold(voice, opened, asked, devices)
         result, after = folded.result()
         picture(voice, opened, after if result.modified else None)
-        voice.say(result.render(verbose=not voice.quiet))
-        for note in result.plan.notes:
-            voice.note(note)
-        refusal = why_not(result.plan, opened, asked)
-        if refusal is not None:
-            voice.fail(refusal, {**result.to_dict(), "dry_run": asked.write.dry_run})
-        if asked.ask.require_all and (least := sum(bool(site.untrained) for site in result.plan.fold_sites)):
-            voice.note(f"--require-all holds for this model as it is; {least} would stay once it is trained")
-        if asked.check.check == "none":
-            voice.note("not verified (--check none)")
+        folded.tell(result)
         if places.onnx is not None:
             result = folded.served(result, after, places.onnx, drafts)
-            if asked.ask.require_all and result.export is not None:
-                require_no_node(result.export.nodes.get("BatchNormalization", 0), opened)
         record = writing.draft_result(opened, "fold", (result, after), places.model, drafts)
     if places.onnx is not None:
+        from bntool.pipeline.serving import placed
+
         result = placed(result, places.onnx.named, places.onnx.path, drafts)
     writing.keep_in_mind(voice, record)
-    voice.say()
-    voice.say(checks_text(result.checks))
-    if places.model is not None:
-        voice.say(f"wrote       {places.model.named}")
-    if result.export is not None:
-        voice.say(f"wrote       {serving.export_text(result.export)}")
+    folded.tell_written(result, places)
     latency = folded.timed(result, after, places) if asked.ask.bench else None
     document = {
         **result.to_dict(),
@@ -180,6 +164,31 @@ class _Fold:
                 self._blame()
                 raise
 
+    def tell(self, result: SurgeryResult) -> None:
+        """Say what was folded; end the command where that is not what was asked for."""
+        voice, asked = self.voice, self.asked
+        voice.say(result.render(verbose=not voice.quiet))
+        for note in result.plan.notes:
+            voice.note(note)
+        refusal = why_not(result.plan, self.opened, asked)
+        if refusal is not None:
+            voice.fail(refusal, {**result.to_dict(), "dry_run": asked.write.dry_run})
+        if asked.ask.require_all and (least := sum(bool(site.untrained) for site in result.plan.fold_sites)):
+            voice.note(f"--require-all holds for this model as it is; {least} would stay once it is trained")
+        if asked.check.check == "none":
+            voice.note("not verified (--check none)")
+
+    def tell_written(self, result: SurgeryResult, places: Any) -> None:
+        from bntool.cli import serving
+        from bntool.report.checks import checks_text
+
+        self.voice.say()
+        self.voice.say(checks_text(result.checks))
+        if places.model is not None:
+            self.voice.say(f"wrote       {places.model.named}")
+        if result.export is not None:
+            self.voice.say(f"wrote       {serving.export_text(result.export)}")
+
     def served(self, result: SurgeryResult, after: Any, place: Any, drafts: Any) -> SurgeryResult:
         """The fold as ONNX, in a draft, and verified there."""
         from bntool.cli import serving
@@ -187,9 +196,12 @@ class _Fold:
 
         how = Serving(self.asked.export, self.asked.fold, self.opened.source_hash)
         pair = None if self.checking is None else (self.proof.reference, self.checking)
-        return serving.served(
+        done = serving.served(
             self.voice, (result, after), place, how, pair, drafts, repro=self.asked.check.repro
         )
+        if self.asked.ask.require_all and done.export is not None:
+            require_no_node(done.export.nodes.get("BatchNormalization", 0), self.opened)
+        return done
 
     def timed(self, result: SurgeryResult, after: Any, places: Any) -> dict[str, Any]:
         """The model before and after, and their files."""

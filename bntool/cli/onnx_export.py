@@ -61,6 +61,7 @@ def export_file(voice: Voice, opened: Opened, asked: Any) -> int:
 
 def _verified(voice: Voice, opened: Opened, draft: Path, asked: Any, device: str) -> list[Check]:
     """The rows; none, with a note, where ONNX Runtime does not run the original."""
+    from bntool.verifying.conditions import Conditions
     from bntool.verifying.onnx_verifying import check_files, seeded_file_inputs
 
     path = opened.subject.model
@@ -70,4 +71,4 @@ def _verified(voice: Voice, opened: Opened, draft: Path, asked: Any, device: str
     except BntoolError as error:
         voice.note(f"not verified: {error.what}")
         return []
-    return check_files(path, draft, inputs, device=device, atol=asked.check.atol, rtol=asked.check.rtol)
+    return check_files(path, draft, inputs, Conditions(device, asked.check.tolerance))

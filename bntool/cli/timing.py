@@ -30,7 +30,7 @@ def timed(
     pairs: Sequence[tuple[str, str]] | None = None,
 ) -> Benchmark:
     """Time the candidates beside each other."""
-    from bntool.runtime.benchmarking import benchmark
+    from bntool.runtime.benchmarking import On, benchmark
 
     with voice.progress("timing") as step:
         return benchmark(
@@ -38,8 +38,7 @@ def timed(
             inputs_of,
             batches=bench.batch_sizes,
             rounds=bench.rounds,
-            device=torch_device(devices.torch),
-            onnx_device=devices.onnx if devices.named else None,
+            on=On(torch_device(devices.torch), devices.onnx if devices.named else None),
             pairs=pairs,
             progress=step,
         )

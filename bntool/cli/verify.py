@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -218,22 +219,18 @@ def _compared(
     session: Session, other: Any, reference: Reference, check: CheckOptions, places: Devices, step: Any
 ) -> list[Check]:
     from bntool.cli import devices
-    from bntool.verifying.checking import check_onnx, check_surgery
+    from bntool.verifying.checking import check_surgery
+    from bntool.verifying.conditions import Conditions
+    from bntool.verifying.export_checking import check_onnx
     from bntool.verifying.tf32 import check_tf32, no_tf32
 
-    common: dict[str, Any] = {
-        "progress": step,
-        "reference": reference,
-        "twice": True,
-        "atol": check.atol,
-        "rtol": check.rtol,
-    }
+    tf32 = check.tf32 == "both"
+    how = functools.partial(Conditions, tolerance=check.tolerance, twice=True, progress=step)
     if isinstance(other, Path):
-        both: dict[str, Any] = {"device": places.onnx, "tf32": check.tf32 == "both"}
-        return check_onnx(session.model, other, reference.inputs, **both, **common)
+        return check_onnx(reference, other, how(places.onnx, tf32=tf32))
     device = devices.torch_device(places.torch)
-    rows = check_surgery(session.model, other, reference.inputs, stage="verify", device=device, **common)
-    if check.tf32 == "both":
+    rows = check_surgery(reference, other, stage="verify", how=how(device))
+    if tf32:
         missing = no_tf32(device, reference.eps)
         if missing:
             session.voice.note(missing)

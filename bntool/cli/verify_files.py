@@ -31,19 +31,19 @@ def verify_files(
     from bntool.cli import blaming, devices, picturing
     from bntool.core.verdicts import first_failed
     from bntool.files.onnx_files import open_onnx
+    from bntool.verifying.conditions import Conditions
     from bntool.verifying.onnx_verifying import check_files, check_itself
 
     for path in filter(None, (candidate, reference)):
         open_onnx(path)
     places = devices.require_places(place, onnx_too=True)
     inputs = _inputs(reference or candidate, load, inputs_file, full=check.check == "full")
-    common: dict[str, Any] = {"device": places.onnx, "tf32": check.tf32 == "both"}
-    common |= {"atol": check.atol, "rtol": check.rtol}
+    how = Conditions(places.onnx, check.tolerance, tf32=check.tf32 == "both")
     with voice.progress("comparing"):
         if reference is None:
-            checks = check_itself(candidate, inputs, **common)
+            checks = check_itself(candidate, inputs, how)
         else:
-            checks = check_files(reference, candidate, inputs, **common)
+            checks = check_files(reference, candidate, inputs, how)
     picturing.picture_onnx(voice, reference or candidate)
     failed = first_failed(checks)
     if failed is None:

@@ -16,6 +16,7 @@ from typing import Literal
 from bntool.core.activations import ACTIVATIONS, ANY, kinds_of
 from bntool.core.errors import UsageError
 from bntool.core.option import Options, option
+from bntool.core.tolerances import Tolerance
 
 _LARGEST = sys.float_info.max
 
@@ -217,3 +218,7 @@ class CheckOptions(Options):
         names="folder",
         written=True,
     )
+
+    @property
+    def tolerance(self) -> Tolerance:
+        return Tolerance(self.atol, self.rtol)

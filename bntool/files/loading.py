@@ -144,58 +144,30 @@ def _from_file(
     kind_there = detect(path).kind if exists(path) else None
     if kind_there is Kind.PT2:
         return _program(path, ref, arch, options)
+    common: dict[str, Any] = {"reference": ref, "path": path, "trust_pickle": options.trust_pickle}
     if kind_there is Kind.TORCHSCRIPT:
-        return Loaded(
-            model=read_script(path, trust_pickle=options.trust_pickle, limit=options.limit),
-            reference=ref,
-            kind="script",
-            path=path,
-            source_hash=sha256_of(path),
-            trust_pickle=options.trust_pickle,
-            notes=(DEPRECATED,),
-        )
+        script = read_script(path, trust_pickle=options.trust_pickle, limit=options.limit)
+        return Loaded(script, kind="script", source_hash=sha256_of(path), notes=(DEPRECATED,), **common)
     read = read_file(path, options)
-    found, kind = read.found, read.kind
-    common: dict[str, Any] = {
-        "reference": ref,
-        "path": path,
+    found = read.found
+    common |= {
         "source_hash": sha256_of(path),
         "allow": options.allow,
-        "trust_pickle": options.trust_pickle,
         "key": options.key,
         "wrapped_in": found,
         "metadata": read.metadata,
         "shards": read.shards,
     }
     if isinstance(found.value, nn.Module):
-        notes = found.notes
-        missing = missing_names(found.value)
-        if missing:
-            notes += (f"not here, so only looked at and not run: {', '.join(map(shown, missing))}",)
-        if arch is not None:
-            notes += (f"--arch {arch} was not needed: the file holds a whole model",)
-        return Loaded(
-            model=found.value,
-            kind="checkpoint" if found.path else "module",
-            notes=notes,
-            example_inputs=recorded_inputs(found.value),
-            **common,
-        )
+        return _whole(found, found.value, arch, common)
     if arch is None:
         raise _without_architecture(path, found, options)
-    if arch == "auto":
-        arch = take_exact(bare_weights(found.value), load_index(options.tell))
-        found = dataclasses.replace(found, notes=(*found.notes, f"--arch auto: {arch}"))
-    if not is_reference(arch):
-        raise UsageError(
-            f"--arch {shown(arch)} is not a reference to a model",
-            next_step="--arch torchvision:resnet50, timm:NAME, pkg.mod:factory or path/file.py:Class",
-        )
+    arch, found = _chosen(arch, found, found.value, options)
     model = build(arch).model
     if prepare is not None:
         model = prepare(model)
     found = filled(model, found, arch, str(path))
-    outer: LoadedKind = "safetensors" if kind.kind in _SAFETENSORS else "state_dict"
+    outer: LoadedKind = "safetensors" if read.kind.kind in _SAFETENSORS else "state_dict"
     return Loaded(
         model=model,
         kind="checkpoint" if found.path else outer,
@@ -205,6 +177,36 @@ def _from_file(
         state_dict=_weights_of(found),
         **{**common, "wrapped_in": found},
     )
+
+
+def _whole(found: Found, model: nn.Module, arch: str | None, common: dict[str, Any]) -> Loaded:
+    """A file that holds the whole model."""
+    notes = found.notes
+    missing = missing_names(model)
+    if missing:
+        notes += (f"not here, so only looked at and not run: {', '.join(map(shown, missing))}",)
+    if arch is not None:
+        notes += (f"--arch {arch} was not needed: the file holds a whole model",)
+    return Loaded(
+        model=model,
+        kind="checkpoint" if found.path else "module",
+        notes=notes,
+        example_inputs=recorded_inputs(model),
+        **common,
+    )
+
+
+def _chosen(arch: str, found: Found, state: StateDict, options: Reading) -> tuple[str, Found]:
+    """The reference to the architecture of weights; for `auto` the one that fits, as the notes say."""
+    if arch == "auto":
+        arch = take_exact(bare_weights(state), load_index(options.tell))
+        found = dataclasses.replace(found, notes=(*found.notes, f"--arch auto: {arch}"))
+    if not is_reference(arch):
+        raise UsageError(
+            f"--arch {shown(arch)} is not a reference to a model",
+            next_step="--arch torchvision:resnet50, timm:NAME, pkg.mod:factory or path/file.py:Class",
+        )
+    return arch, found
 
 
 def _without_architecture(path: Path, found: Found, options: Reading) -> NeedsArchitecture:

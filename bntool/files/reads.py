@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import os
 import sys
@@ -58,5 +59,11 @@ class Reads:
 def _imported() -> Iterator[tuple[Identity, Path]]:
     for module in list(sys.modules.values()):
         file = getattr(module, "__file__", None)
-        if file and (name := identity(Path(file))) is not None:
+        if file and (name := _identity_of_code(file)) is not None:
             yield name, Path(file)
+
+
+@functools.cache
+def _identity_of_code(file: str) -> Identity | None:
+    """Asked once: what Python has imported stays, and there are thousands of files."""
+    return identity(Path(file))

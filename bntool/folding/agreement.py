@@ -17,6 +17,7 @@ import torch
 from bntool.core.plan import Plan
 from bntool.core.reasons import Reason
 from bntool.core.sites import Expr, FoldSite, Skip
+from bntool.core.tolerances import SAME_NUMBER
 from bntool.folding.planner import plan_fold
 from bntool.graph.dataflow import Graph
 from bntool.graph.steps import evaluate
@@ -129,7 +130,7 @@ def _same_map(first: Expr | None, second: Expr | None, graph: Graph) -> bool:
 
     (scale, shift), (scale_2, shift_2) = evaluate(first, drawn), evaluate(second, drawn)
     return all(
-        a.shape == b.shape and torch.allclose(a, b, rtol=1e-9, atol=0.0, equal_nan=True)
+        a.shape == b.shape and torch.allclose(a, b, rtol=SAME_NUMBER, atol=0.0, equal_nan=True)
         for a, b in ((scale, scale_2), (shift, shift_2))
     )
 

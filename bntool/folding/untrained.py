@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from bntool.core.plan import Plan
-from bntool.core.sites import Skip
+from bntool.core.sites import FoldSite, Skip
 from bntool.folding.norms import Norm, find_norms
 from bntool.folding.planner import plan_fold
 from bntool.graph.dataflow import Graph
@@ -33,12 +33,16 @@ def with_untrained_told(plan: Plan, graph: Graph) -> Plan:
     folded = [site.bn for site in plan.fold_sites if site.bn in names]
     if not folded:
         return plan
+    if all(_fits_any_shift(site, graph) for site in plan.fold_sites):
+        return dataclasses.replace(plan, notes=(*plan.notes, note_on_untrained(folded)))
     options: dict[str, Any] = {
         "include": tuple(plan.options.get("include", ("*",))),
         "exclude": tuple(plan.options.get("exclude", ())),
         "unshare": bool(plan.options.get("unshare", False)),
     }
-    now = {site.bn for site in plan_fold(graph, **options).fold_sites}
+    by_law = not plan.merges and all(site.edits for site in plan.fold_sites)
+    folds = plan if by_law else plan_fold(graph, **options)
+    now = {site.bn for site in folds.fold_sites}
     trained = plan_fold(_as_if_trained(graph, fresh), **options)
     stays = {skip.name: skip for skip in trained.skips if skip.name in now}
     sites = tuple(
@@ -46,6 +50,21 @@ def with_untrained_told(plan: Plan, graph: Graph) -> Plan:
         for site in plan.fold_sites
     )
     return dataclasses.replace(plan, sites=sites, notes=(*plan.notes, note_on_untrained(folded, [*stays])))
+
+
+def _fits_any_shift(site: FoldSite, graph: Graph) -> bool:
+    """Whether a layer right before the BatchNorm takes it in, whatever its statistics are: it has a bias, or
+    one call and a place for one.
+    """
+    if len(site.laws) != 1 or {edit.kind for edit in site.edits} != {"scale_output", "remove"}:
+        return False
+    for edit in site.edits:
+        layer = graph.modules.get(edit.layer)
+        own = edit.weight == f"{edit.layer}.weight" and not graph.aliases
+        roomy = layer is not None and layer.plain_bias and layer.calls == 1 and own
+        if edit.kind == "scale_output" and not (edit.bias or roomy):
+            return False
+    return True
 
 
 def _saw_no_batch(norm: Norm, graph: Graph) -> bool:

@@ -21,6 +21,8 @@ from bntool.observe.modules import is_batch_norm_class, modules_of, once_per_cla
 _EMPTY = frozenset({dict, set, list, OrderedDict})
 _FLAT = frozenset({int, float, str, bool, bytes, type(None), torch.dtype, torch.device, torch.Size, type})
 """Types of what cannot change, and refers to nothing that can."""
+_NO_TENSOR = _FLAT | _EMPTY | {tuple}
+"""Types that are quickly told from a tensor, of which most attributes of a module are."""
 _SHARDED = "fold the model before fully_shard, or load its full state_dict into one that is not sharded"
 _MAX_NESTING = 8
 """Beyond this depth Python's own copying takes over: a list may hold itself."""
@@ -203,7 +205,7 @@ def _shallow(module: nn.Module) -> nn.Module:
 def tensors_of(module: nn.Module) -> list[Tensor]:
     """Parameters, buffers and plain attributes of one module that are tensors."""
     own = (module._parameters, module._buffers, module.__dict__)
-    return [v for slots in own for v in slots.values() if type(v) not in _FLAT and isinstance(v, Tensor)]
+    return [v for slots in own for v in slots.values() if type(v) not in _NO_TENSOR and isinstance(v, Tensor)]
 
 
 def _made_by_autograd(value: Any, within: tuple[int, ...] = ()) -> Iterator[Tensor]:

@@ -12,21 +12,22 @@ import contextlib
 import functools
 import random
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from bntool.core.errors import ObserveError
 from bntool.graph.inputs import Inputs
 from bntool.observe.leftovers import Kept, random_state_kept, undeclared_writes
 from bntool.observe.modules import modules_of
+from bntool.observe.settings import settings_kept
 from bntool.observe.standing_in import StandIn, set_modes, stand_in
 from bntool.observe.surroundings import LARGEST_COPIED, Surroundings
+from bntool.observe.watching import OpMode
 
 SEED = 0
 """A run that draws random numbers must draw the same ones every time, or two runs cannot be compared."""
@@ -62,8 +63,9 @@ class Isolation:
                 to set. The model itself is in eval mode meanwhile, for a closure may lead to it.
         """
         copied = self._stand_in()
+        modules = list(modules_of(self.model))
         surroundings = Surroundings(self.model, copied.shared)
-        kept = Kept(modules_of(self.model))
+        kept = Kept(modules)
         kept.add(surroundings.tensors)
         for tensor in self._writes:
             kept.before_write(tensor)
@@ -72,10 +74,10 @@ class Isolation:
             stack.callback(self._notice, kept)
             stack.callback(kept.restore)
             stack.callback(surroundings.restore)
-            stack.enter_context(_parameters_kept(self.model))
-            stack.enter_context(modes_kept(self.model))
-            stack.enter_context(_defaults_kept())
-            stack.enter_context(_not_compiled(self.model))
+            stack.enter_context(_parameters_kept(modules))
+            stack.enter_context(_modes_kept(modules))
+            stack.enter_context(settings_kept())
+            stack.enter_context(_not_compiled(modules))
             stack.enter_context(random_state_kept())
             set_modes(self.model, training=False)
             if in_eval:
@@ -116,7 +118,8 @@ def surroundings_kept(model: nn.Module) -> Iterator[None]:
     kept.add(tensor for tensor in surroundings.tensors if tensor.nbytes <= LARGEST_COPIED)
     for tensor in surroundings.tensors:
         kept.before_write(tensor)
-    with _parameters_kept(model), modes_kept(model), _defaults_kept():
+    modules = list(modules_of(model))
+    with _parameters_kept(modules), _modes_kept(modules), settings_kept():
         try:
             yield
         finally:
@@ -127,7 +130,13 @@ def surroundings_kept(model: nn.Module) -> Iterator[None]:
 @contextlib.contextmanager
 def modes_kept(model: nn.Module) -> Iterator[None]:
     """Give each layer back the mode that it has now."""
-    before = [(module, module.training) for module in modules_of(model) if hasattr(module, "training")]
+    with _modes_kept(list(modules_of(model))):
+        yield
+
+
+@contextlib.contextmanager
+def _modes_kept(modules: Sequence[nn.Module]) -> Iterator[None]:
+    before = [(module, module.training) for module in modules if hasattr(module, "training")]
     try:
         yield
     finally:
@@ -147,10 +156,10 @@ def same_random_numbers(seed: int) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _not_compiled(model: nn.Module) -> Iterator[None]:
+def _not_compiled(modules: Sequence[nn.Module]) -> Iterator[None]:
     """What torch.compile made runs as it was written meanwhile, so that its layers can be seen."""
     # asked for only where there is any: torch's compiler takes a second to load
-    if not any(type(module).__name__ == "OptimizedModule" for module in model.modules()):
+    if not any(type(module).__name__ == "OptimizedModule" for module in modules):
         yield
         return
     with torch.compiler.set_stance("force_eager"), warnings.catch_warnings():
@@ -162,29 +171,12 @@ def _not_compiled(model: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _defaults_kept() -> Iterator[None]:
-    dtype, grad = torch.get_default_dtype(), torch.is_grad_enabled()
-    cudnn: Any = torch.backends.cudnn
-    flags = {name: getattr(cudnn, name) for name in ("benchmark", "deterministic", "allow_tf32")}
-    try:
-        yield
-    finally:
-        for name, flag in flags.items():
-            if getattr(cudnn, name) != flag:
-                setattr(cudnn, name, flag)
-        if torch.get_default_dtype() != dtype:
-            torch.set_default_dtype(dtype)
-        if torch.is_grad_enabled() != grad:
-            torch.set_grad_enabled(grad)
-
-
-@contextlib.contextmanager
-def _parameters_kept(model: nn.Module) -> Iterator[None]:
+def _parameters_kept(modules: Sequence[nn.Module]) -> Iterator[None]:
     """What `data =`, `grad =`, `requires_grad_()` and the like do to a parameter, which no dispatch shows."""
     before = [
         (p, p.detach(), p.requires_grad, _grad_of(p), dict(vars(p)))
-        for p in model.parameters()
-        if not is_lazy(p)
+        for p in {id(p): p for module in modules for p in module._parameters.values()}.values()
+        if p is not None and not is_lazy(p)
     ]
     try:
         yield
@@ -219,15 +211,14 @@ def _is_same_memory(one: Tensor, other: Tensor) -> bool:
         return True
 
 
-class _Watch(TorchDispatchMode):
+class _Watch(OpMode):
     """Keeps what a run is about to write to, where it belongs to somebody else."""
 
     def __init__(self, kept: Kept) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self._kept = kept
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
+    def operator(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         written = _written(func)
         if written:
             name, schema = _name(func), func._schema

@@ -48,15 +48,16 @@ class Surroundings:
         self.notes: list[str] = []
         self._undo: list[Restore] = []
         self._seen: set[int] = set()
-        self._own = {id(module) for module in modules_of(model)}
+        modules = list(modules_of(model))
+        self._own = {id(module) for module in modules}
         for name, value in shared:
             self._note(value, 0)
             if not (_can_be_noted(value) or isinstance(value, _LOCKS)):
                 kind = type(value).__name__
                 self.notes.append(f"{name} (a {kind}) cannot be copied, so what a run does to it stays")
-        for cls in {cls for module in modules_of(model) for cls in _own_classes(type(module))}:
+        for cls in {cls for kind in {type(module) for module in modules} for cls in _own_classes(kind)}:
             self._note_class(cls)
-        for module in modules_of(model):
+        for module in modules:
             for function in _functions_on(module):
                 self._note_function(function)
 
@@ -272,9 +273,11 @@ def _functions_on(module: nn.Module) -> Iterator[FunctionType]:
     """Functions that one instance holds: its hooks, a forward of its own, a lambda in an attribute."""
     for name, value in vars(module).items():
         kind = type(value)
+        if kind in _PLAIN:
+            continue
         if kind in _CALLABLE:
             candidates: Any = (value,)
-        elif name.endswith("_hooks") and isinstance(value, dict) and value:
+        elif isinstance(value, dict) and value and name.endswith("_hooks"):
             candidates = value.values()
         else:
             continue
@@ -283,4 +286,6 @@ def _functions_on(module: nn.Module) -> Iterator[FunctionType]:
                 yield function
 
 
+_PLAIN = frozenset({int, float, str, bool, type(None), tuple, list, set})
+"""Types of most attributes, which are no functions and hold no hooks."""
 _CALLABLE = frozenset({FunctionType, MethodType, functools.partial})

@@ -138,6 +138,20 @@ def fold_exported(
 
 
 def _has_parallel_convolutions(model: ir.Model) -> bool:
-    """Whether two convolutions read one value: without a BatchNorm, only such can merge."""
-    sources = [node.inputs[0] for node in model.graph if node.op_type == "Conv"]
-    return len(set(sources)) < len(sources)
+    """Whether two convolutions of one value may meet in a sum: without a BatchNorm, only such can merge."""
+    meeting: dict[ir.Value | None, dict[ir.Node, ir.Value | None]] = {}
+    for node in model.graph:
+        if node.op_type == "Conv":
+            meeting[node.outputs[0]] = {node: node.inputs[0]}
+        elif node.op_type in _LINEAR:
+            found = {conv: source for value in node.inputs for conv, source in meeting.get(value, {}).items()}
+            if len(set(found.values())) < len(found) or len(found) > _MANY_BRANCHES:
+                return True
+            meeting[node.outputs[0]] = found
+    return False
+
+
+_MANY_BRANCHES = 32
+"""Of more the planner decides: each step of a long chain of sums would look at all of them."""
+_LINEAR = frozenset("Add Sum Sub Mul Div Neg Identity Cast Dropout AveragePool Pad Reshape".split())
+"""What a sum of branches may lead through."""

@@ -8,6 +8,7 @@ from torch.export import ExportedProgram
 
 from bntool.core.options import FoldOptions, InsertOptions
 from bntool.core.plan import Plan
+from bntool.core.tolerances import Tolerance
 from bntool.observe.exported_program import ProgramObservation
 from bntool.pipeline.surgeries import fold, insert
 from bntool.report.results import SurgeryResult
@@ -28,7 +29,7 @@ def fold_program(
     subject = ProgramSubject(program, example_inputs)
     proof = None
     if check != "none":
-        proof = subject.proof(Checking(full=check == "full", atol=atol, rtol=rtol))
+        proof = subject.proof(Checking(full=check == "full", tolerance=Tolerance(atol, rtol)))
     return fold(subject, FoldOptions.of(options), proof)[0]
 
 

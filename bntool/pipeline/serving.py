@@ -24,7 +24,7 @@ from bntool.pipeline.onnx_folding import fold_exported
 from bntool.report.results import SurgeryResult
 from bntool.subjects.base import Checking, Exportable
 from bntool.verifying.blaming import Found, blame_onnx
-from bntool.verifying.checking import check_onnx
+from bntool.verifying.export_checking import check_onnx
 from bntool.verifying.reference import Reference
 
 
@@ -172,17 +172,7 @@ def _checked(
         reference = reference.in_arithmetic(stored_as(dtype))
     try:
         with tell.progress("verifying the ONNX file") as step:
-            rows = check_onnx(
-                after.runnable,
-                path,
-                reference.inputs,
-                device=how.onnx_device,
-                progress=step,
-                reference=reference,
-                tf32=how.tf32,
-                atol=how.atol,
-                rtol=how.rtol,
-            )
+            rows = check_onnx(reference, path, dataclasses.replace(how, step=step).on_onnx())
     except ExportError as error:
         if dtype is not None:
             error.next_step = "verify on a device that runs it (--device cuda), or write it with --check none"

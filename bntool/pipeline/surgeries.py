@@ -14,6 +14,7 @@ from bntool.calibrating.sweeping import difference_in_training
 from bntool.core.errors import CheckFailed
 from bntool.core.options import FoldOptions, InsertOptions
 from bntool.core.plan import Plan
+from bntool.core.tolerances import Limit
 from bntool.core.verdicts import Check, first_apart
 from bntool.data.loaders import inputs_of
 from bntool.folding.untrained import with_untrained_told
@@ -25,7 +26,6 @@ from bntool.report.results import SurgeryResult
 from bntool.subjects.base import Checking, Proof, S
 from bntool.subjects.module import ModuleSubject
 from bntool.surgery.fold_modules import with_own_tensors
-from bntool.verifying.comparing import Limit
 
 
 def fold(

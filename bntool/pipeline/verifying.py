@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 
 from bntool.core.errors import CheckFailed
 from bntool.core.verdicts import Check
 from bntool.graph.inputs import Inputs
 from bntool.subjects.base import Checking, Subject
-from bntool.verifying.checking import check_onnx, check_surgery, seeded_batches
+from bntool.verifying.checking import check_surgery, seeded_batches
+from bntool.verifying.export_checking import check_onnx
 from bntool.verifying.onnx_verifying import check_files, seeded_file_inputs
+from bntool.verifying.reference import Reference
 
 
 def compare_models(
@@ -24,37 +28,15 @@ def compare_models(
     batches = (1, 2, 3) if checking.full else (1,)
     if reference.kind == "onnx":
         drawn = [inputs] if inputs else seeded_file_inputs(reference.model, batches, checking.seed)
-        return check_files(
-            reference.model,
-            candidate.model,
-            drawn,
-            device=checking.onnx_device,
-            tf32=checking.tf32,
-            atol=checking.atol,
-            rtol=checking.rtol,
-        )
+        return check_files(reference.model, candidate.model, drawn, checking.on_onnx())
     example = inputs or reference.example() or candidate.example()
     if example is None:
         raise CheckFailed("there is nothing to compare: no input is known", next_step="pass inputs=")
     several = seeded_batches(example, batches, checking.seed) if checking.full else [example]
+    runs = Reference(reference.runnable, several)
     if candidate.kind == "onnx":
-        return check_onnx(
-            reference.runnable,
-            candidate.model,
-            several,
-            device=checking.onnx_device,
-            tf32=checking.tf32,
-            atol=checking.atol,
-            rtol=checking.rtol,
-        )
+        return check_onnx(runs, candidate.model, checking.on_onnx())
     on = checking.torch_device
     on = ("cuda" if torch.cuda.is_available() else "cpu") if on == "auto" else on
-    return check_surgery(
-        reference.runnable,
-        candidate.runnable,
-        several,
-        stage="verify",
-        device=on,
-        atol=checking.atol,
-        rtol=checking.rtol,
-    )
+    how = dataclasses.replace(checking.on_torch(), device=on)
+    return check_surgery(runs, candidate.runnable, stage="verify", how=how)

@@ -9,19 +9,20 @@ import dataclasses
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from bntool.graph.dataflow import Graph, Op, Value
-from bntool.observe.exported_program import ProgramObservation
-from bntool.observe.onnx_model import OnnxObservation
-from bntool.observe.onnx_nodes import labels_of, stored_tensors
 from bntool.report.layers import Layer, total
 from bntool.report.tensor_layers import Found, Kind, Size, StoredTensor, rows_of
 from bntool.report.walking import Call
+
+if TYPE_CHECKING:
+    from bntool.observe.exported_program import ProgramObservation
+    from bntool.observe.onnx_model import OnnxObservation
 
 
 def of_program(observed: ProgramObservation) -> Found:
@@ -54,6 +55,8 @@ def _stored(name: str, kind: Kind, tensor: Tensor, again: bool = False) -> Store
 
 def of_onnx(observed: OnnxObservation) -> Found:
     """A file's layers, its stored tensors and its BatchNormalizations, those in bodies included."""
+    from bntool.observe.onnx_nodes import labels_of, stored_tensors
+
     labels = labels_of(observed.model)
     scopes = _scopes(observed)
     stored = stored_tensors(observed.model)

@@ -35,6 +35,35 @@ class Candidate:
     what: nn.Module | Path
 
 
+@dataclasses.dataclass(frozen=True)
+class On:
+    """Where candidates run.
+
+    Args:
+        device: of torch, and of ONNX Runtime too, unless `onnx_device` names another.
+        tf32: whether both may use TF32 on CUDA.
+    """
+
+    device: str = "cpu"
+    onnx_device: str | None = None
+    tf32: bool = False
+
+    def ready(self, stack: contextlib.ExitStack, candidate: Candidate, inputs: Inputs) -> Ready:
+        """A candidate made ready to run on these inputs. Raises `ExportError` where it does not take them."""
+        if isinstance(candidate.what, Path):
+            device = self.onnx_device or self.device
+            opened = onnx_ready(candidate.what, device, inputs, torch_threads(), tf32=self.tf32)
+            return stack.enter_context(opened)
+        try:
+            return stack.enter_context(torch_ready(candidate.what, self.device, inputs, tf32=self.tf32))
+        except BntoolError:
+            raise
+        except Exception as error:  # whatever a model's forward raises
+            raise ExportError(
+                f"{candidate.name} does not run on {inputs.shapes()}: {first_line(error)}"
+            ) from error
+
+
 def benchmark(
     candidates: Sequence[Candidate],
     inputs_of: Callable[[int], Inputs | None],
@@ -42,9 +71,7 @@ def benchmark(
     batches: Sequence[int] = (1, 8),
     rounds: int = 30,
     seconds: float = 20.0,
-    device: str = "cpu",
-    onnx_device: str | None = None,
-    tf32: bool = False,
+    on: On | None = None,
     pairs: Sequence[tuple[str, str]] | None = None,
     progress: Callable[[str], None] = lambda text: None,
 ) -> Benchmark:
@@ -52,16 +79,15 @@ def benchmark(
 
     `inputs_of` makes the inputs of a batch size, or None where there are none. `rounds` samples are taken of
     each, fewer (never under 11) where a batch size takes longer than `seconds`. Torch runs eager, ONNX files
-    in ONNX Runtime with as many threads, on `onnx_device` where that is another than torch's. `tf32` lets
-    both of them use TF32 on CUDA. A batch size that a candidate does not take is left out and noted.
+    in ONNX Runtime with as many threads. A batch size that a candidate does not take is left out and noted.
 
     Raises `UsageError` for no batch size that all take, or fewer than 11 rounds, and `DeviceError` where
     the device is not honoured.
     """
+    on = on or On()
     if rounds < LEAST_ROUNDS:
-        raise UsageError(
-            f"{rounds} round(s) tell no difference from noise", next_step=f"take {LEAST_ROUNDS} or more"
-        )
+        what = f"{rounds} round(s) tell no difference from noise"
+        raise UsageError(what, next_step=f"take {LEAST_ROUNDS} or more")
     rows: list[Latency] = []
     notes: list[str] = []
     for batch in batches:
@@ -72,12 +98,7 @@ def benchmark(
         progress(f"timing batch {batch}")
         with contextlib.ExitStack() as stack:
             try:
-                ready = [
-                    _ready(
-                        stack, c, onnx_device or device if isinstance(c.what, Path) else device, inputs, tf32
-                    )
-                    for c in candidates
-                ]
+                ready = [on.ready(stack, candidate, inputs) for candidate in candidates]
             except ExportError as error:
                 notes.append(f"batch {batch} is left out: {error.what}")
                 continue
@@ -90,30 +111,9 @@ def benchmark(
         raise UsageError(
             "no batch size runs", where="; ".join(notes), next_step="name others with --batch-sizes"
         )
-    first = candidates[0].name
-    return Benchmark(
-        tuple(rows),
-        tuple(_cost(candidate, inputs_of(1)) for candidate in candidates),
-        tuple(pairs if pairs is not None else ((first, c.name) for c in candidates[1:])),
-        torch_threads(),
-        tuple(notes),
-        tf32,
-    )
-
-
-def _ready(
-    stack: contextlib.ExitStack, candidate: Candidate, device: str, inputs: Inputs, tf32: bool
-) -> Ready:
-    if isinstance(candidate.what, Path):
-        return stack.enter_context(onnx_ready(candidate.what, device, inputs, torch_threads(), tf32=tf32))
-    try:
-        return stack.enter_context(torch_ready(candidate.what, device, inputs, tf32=tf32))
-    except BntoolError:
-        raise
-    except Exception as error:  # whatever a model's forward raises
-        raise ExportError(
-            f"{candidate.name} does not run on {inputs.shapes()}: {first_line(error)}"
-        ) from error
+    costs = tuple(_cost(candidate, inputs_of(1)) for candidate in candidates)
+    compared = pairs if pairs is not None else [(candidates[0].name, c.name) for c in candidates[1:]]
+    return Benchmark(tuple(rows), costs, tuple(compared), torch_threads(), tuple(notes), on.tf32)
 
 
 def _interleaved(runs: Sequence[Callable[[], None]], rounds: int, seconds: float) -> list[list[float]]:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
 from bntool.core.errors import CheckFailed, ExportError
 from bntool.graph.inputs import Inputs
+from bntool.runtime.runner import FileRunner
 
 SIDES = (64, 96, 224, 256, 16, 24, 8, 5)
 """Lengths for the axes, other than the batch, that a file leaves open: the first ones that it takes."""
@@ -18,15 +19,6 @@ _TYPES = {
     "tensor(double)": torch.float64,
     "tensor(bfloat16)": torch.bfloat16,
 }
-
-
-class FileRunner(Protocol):
-    """A runner that tells what its file takes."""
-
-    def run(self, inputs: Inputs) -> dict[str, torch.Tensor]: ...
-
-    @property
-    def signature(self) -> list[tuple[str, str, list[int | str | None]]]: ...
 
 
 @dataclasses.dataclass

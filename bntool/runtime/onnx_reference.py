@@ -26,8 +26,8 @@ class ReferenceRunner:
     file is refused.
     """
 
-    device = "cpu"
-    provider = "onnx.reference"
+    device: str = "cpu"
+    provider: str = "onnx.reference"
 
     def __init__(self, path: str | Path) -> None:
         self._path = Path(path)
@@ -40,6 +40,10 @@ class ReferenceRunner:
         stored = {tensor.name for tensor in model.graph.initializer}
         self._inputs = [info for info in model.graph.input if info.name not in stored]
         self._outputs = [info.name for info in model.graph.output]
+
+    @property
+    def label(self) -> str:
+        return f"ONNX's reference implementation {self._path.name}"
 
     @property
     def signature(self) -> list[tuple[str, str, list[int | str | None]]]:

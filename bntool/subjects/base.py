@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
 
 from bntool.core.options import CheckOptions, ExportOptions, FoldOptions, InsertOptions
 from bntool.core.plan import Plan
+from bntool.core.tolerances import BY_NOISE, Tolerance
 from bntool.core.verdicts import Check
+from bntool.verifying.conditions import Conditions
 
 if TYPE_CHECKING:
     from bntool.export.exporting import ExportResult
@@ -30,7 +32,7 @@ class Checking:
         full: on batches of 1, 2 and 3, not on the example alone.
         torch_device: where torch runs the candidate.
         onnx_device: where ONNX Runtime runs it, or the names of its providers.
-        atol: absolute tolerance; `rtol`: relative to the peak of an output. Both replace the noise floor.
+        tolerance: what the user allows in place of the noise floor.
         tf32: whether a row with TF32 on is added to those of an ONNX file.
         seed: of whatever inputs are drawn.
         axes: those that are to be open, by input; one more input is then longer along them.
@@ -40,8 +42,7 @@ class Checking:
     full: bool = False
     torch_device: str = "cpu"
     onnx_device: str = "cpu"
-    atol: float | None = None
-    rtol: float | None = None
+    tolerance: Tolerance = BY_NOISE
     tf32: bool = False
     seed: int = 0
     axes: Mapping[str, Sequence[int]] = dataclasses.field(default_factory=dict)
@@ -53,7 +54,15 @@ class Checking:
         if asked.check == "none":
             return None
         full, tf32 = asked.check == "full", asked.tf32 == "both"
-        return cls(full=full, atol=asked.atol, rtol=asked.rtol, tf32=tf32, **more)
+        return cls(full=full, tolerance=asked.tolerance, tf32=tf32, **more)
+
+    def on_torch(self) -> Conditions:
+        """What a candidate that torch runs is held to."""
+        return Conditions(self.torch_device, self.tolerance, progress=self.step)
+
+    def on_onnx(self) -> Conditions:
+        """What an ONNX file is held to."""
+        return Conditions(self.onnx_device, self.tolerance, tf32=self.tf32, progress=self.step)
 
 
 class Proof(Protocol[S_contra]):

@@ -18,10 +18,11 @@ from torch import Tensor, nn
 from bntool.core.plan import Plan
 from bntool.core.sites import InsertSite
 from bntool.graph.inputs import Inputs, named_tensors
+from bntool.observe.eager import Observation
 from bntool.observe.inference import has_fixed_size
 from bntool.observe.isolation import Isolation, fresh, same_random_numbers
 from bntool.runtime.libraries import first_line
-from bntool.subjects.sizes import other_sizes
+from bntool.subjects.sizes import other_sizes, smaller
 from bntool.verifying.differences import difference
 
 
@@ -36,22 +37,27 @@ class _Run:
 class Elsewhere:
     """The model before an insertion, run in eval mode on another size and in training mode.
 
+    That is a small size, unless Python asked how long a tensor is: then what a model does may go by size, and
+    it runs on a longer input, and in training on its own size.
+
     Args:
         model: the module before it.
-        example: inputs that it takes.
+        observation: what its example showed.
 
     `notes` says what could not be tried.
     """
 
-    def __init__(self, model: nn.Module, example: Inputs) -> None:
+    def __init__(self, model: nn.Module, observation: Observation) -> None:
         self._model = model
         self.notes: list[str] = []
-        others = list(other_sizes(example, fixed=has_fixed_size(model)))
-        self._runs = [
-            *self._first(others[:-1], training=False, told="on inputs of another size"),
-            # two samples or more, as BatchNorm wants them in training
-            *self._first([others[-1], example], training=True, told="in training mode"),
-        ]
+        example, graph = observation.inputs, observation.graph
+        fixed = has_fixed_size(model)
+        *longer, own = other_sizes(example, fixed=fixed)
+        small = [] if fixed or graph.reads_sizes else list(smaller(example, graph))[:-1]
+        self._runs = list(self._first([*small, *longer], training=False, told="on inputs of another size"))
+        taken = [inputs for inputs, *_ in self._runs if small]
+        # two samples or more, as BatchNorm wants them in training
+        self._runs += self._first([*taken, own, example], training=True, told="in training mode")
 
     def _first(
         self, tries: Sequence[Inputs], *, training: bool, told: str

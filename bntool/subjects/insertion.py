@@ -15,6 +15,7 @@ from torch import nn
 from bntool.core.errors import CheckFailed, ObserveError, StateError
 from bntool.core.plan import Plan
 from bntool.core.sites import InsertSite
+from bntool.core.tolerances import EXACT
 from bntool.core.verdicts import Check
 from bntool.graph.dataflow import Graph, Op
 from bntool.graph.inputs import Inputs, outputs_of
@@ -25,7 +26,7 @@ from bntool.runtime.torch_runner import TorchRunner
 from bntool.subjects.inserted_elsewhere import Elsewhere
 from bntool.surgery.insert_modules import apply_insert
 from bntool.verifying.checking import seeded_batches
-from bntool.verifying.comparing import Limit, Outputs, compare
+from bntool.verifying.comparing import Outputs, compare
 from bntool.verifying.reference import Reference
 
 Outline = list[tuple[str, tuple[tuple[int, ...], ...]]]
@@ -94,7 +95,7 @@ class _Judge:
 
     @functools.cached_property
     def elsewhere(self) -> Elsewhere:
-        return Elsewhere(self.model, self.observation.inputs)
+        return Elsewhere(self.model, self.observation)
 
     def broken(
         self, plan: Plan, modified: nn.Module, options: InsertOptions
@@ -192,6 +193,6 @@ def check_unchanged(original: nn.Module, modified: nn.Module, example: Inputs, *
 
 
 def exactly(before: Sequence[Outputs], after: Sequence[Outputs]) -> Check:
-    exact = {name: Limit(0.0, 0.0) for outputs in before for name in outputs}
+    exact = {name: EXACT for outputs in before for name in outputs}
     device = next((t.device.type for t in before[0].values()), "cpu")
     return compare(before, after, exact, stage="insert", device=device, provider="torch")

@@ -27,6 +27,7 @@ from bntool.subjects.module_folding import PlannedFold, plan_module_fold
 from bntool.subjects.proving import ModuleProof
 from bntool.surgery.fold_modules import Numbers, apply_exactly
 from bntool.verifying.checking import check_surgery, seeded_batches
+from bntool.verifying.reference import Reference
 
 if TYPE_CHECKING:
     from bntool.export.exporting import ExportResult
@@ -136,7 +137,9 @@ class ModuleSubject:
             batches = seeded_batches(inputs) if checking.full else [inputs]
             # a layer whose bias has moved returns something else, as it should
             moved = {dropped.conv.partition(".")[0] for dropped in plan.dropped}
-            rows = check_surgery(self.model, after.model, batches, stage="insert", changed_parts=moved)
+            rows = check_surgery(
+                Reference(self.model, batches), after.model, stage="insert", changed_parts=moved
+            )
         if not all(row.agrees for row in rows):
             raise CheckFailed("the insertion changes the output", next_step="please report this model")
         return rows

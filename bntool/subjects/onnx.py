@@ -303,6 +303,4 @@ class OnnxProof:
 
     def _rows(self, reference: OnnxReference, after: OnnxSubject) -> list[Check]:
         checking = self._checking
-        return reference.checks(
-            after.model, device=checking.onnx_device, atol=checking.atol, rtol=checking.rtol
-        )
+        return reference.checks(after.model, device=checking.onnx_device, tolerance=checking.tolerance)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Mapping
 from pathlib import Path
@@ -25,6 +26,7 @@ from bntool.subjects.insertion import check_unchanged
 from bntool.subjects.replanning import replanned_fold
 from bntool.surgery.fold_program import apply_fold_program, in_float64
 from bntool.surgery.insert_program import apply_insert_program
+from bntool.verifying.algebra import Redone
 from bntool.verifying.checking import check_surgery, seeded_batches
 from bntool.verifying.reference import Reference
 
@@ -140,15 +142,11 @@ class ProgramProof:
 
     def rows(self, plan: Plan, after: ProgramSubject) -> list[Check]:
         return check_surgery(
-            self._subject.runnable,
+            self.reference,
             after.runnable,
-            self.reference.inputs,
             stage="fold",
-            candidate64=self._folded_in_float64(plan).runnable,
-            progress=self._checking.step,
-            reference=self.reference,
-            atol=self._checking.atol,
-            rtol=self._checking.rtol,
+            redone=Redone(self._folded_in_float64(plan).runnable),
+            how=dataclasses.replace(self._checking.on_torch(), device="cpu"),
         )
 
     def agrees(self, plan: Plan) -> bool:

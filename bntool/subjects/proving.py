@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
@@ -17,7 +17,9 @@ from bntool.observe.standing_in import set_modes
 from bntool.subjects.base import Checking
 from bntool.subjects.elsewhere import Elsewhere, sides_of
 from bntool.surgery.fold_modules import Numbers, apply_exactly, apply_fold
+from bntool.verifying.algebra import Redone
 from bntool.verifying.checking import check_surgery, seeded_batches
+from bntool.verifying.conditions import DEFAULT, Conditions
 from bntool.verifying.float64 import Unrounded
 from bntool.verifying.reference import Reference
 
@@ -102,17 +104,8 @@ class ModuleProof:
         return self.elsewhere is not None
 
     def rows(self, plan: Plan, after: ModuleSubject) -> list[Check]:
-        checking = self._checking
         first, *more = self._compared(
-            plan,
-            after.model,
-            after.numbers,
-            self._with_long,
-            elsewhere=self.elsewhere,
-            device=checking.torch_device,
-            progress=checking.step,
-            atol=checking.atol,
-            rtol=checking.rtol,
+            plan, after.model, after.numbers, self._with_long, self._checking.on_torch()
         )
         detail = "; ".join(filter(None, (first.detail, self._remark)))
         return [dataclasses.replace(first, detail=detail), *more]
@@ -126,17 +119,22 @@ class ModuleProof:
         return all(row.agrees for one in references for row in self._compared(plan, folded, numbers, one))
 
     def _compared(
-        self, plan: Plan, folded: nn.Module, numbers: Numbers, reference: Reference, **how: Any
+        self,
+        plan: Plan,
+        folded: nn.Module,
+        numbers: Numbers,
+        reference: Reference,
+        how: Conditions | None = None,
     ) -> list[Check]:
+        """The rows of a fold; where it is told how, the algebra is proved elsewhere, if there is any."""
+        wide = Unrounded(folded, numbers, lambda: apply_fold(self._model, plan, wide=True))
         return check_surgery(
-            self._model,
+            reference,
             folded,
-            reference.inputs,
             stage="fold",
-            candidate64=Unrounded(folded, numbers, lambda: apply_fold(self._model, plan, wide=True)),
-            reference=reference,
+            redone=Redone(wide, self.elsewhere if how is not None else None),
             changed_parts=_changed_parts(self._model, plan),
-            **how,
+            how=how or DEFAULT,
         )
 
 

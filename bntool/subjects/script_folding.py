@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from bntool.core.errors import CheckFailed, ExportError, StateError
 from bntool.core.reasons import Reason
 from bntool.core.sites import Skip
+from bntool.core.tolerances import ALGEBRA
 from bntool.core.verdicts import Check
 from bntool.files.security.scripted import script_bytes
 from bntool.graph.inputs import Inputs, named_tensors
@@ -26,8 +27,7 @@ from bntool.models.casting import is_finite
 from bntool.observe.isolation import fresh
 from bntool.subjects.script_calls import Calls, is_norm
 from bntool.subjects.script_norms import kept_norms
-from bntool.verifying.algebra import ALGEBRA_LIMIT
-from bntool.verifying.comparing import Limit, compare
+from bntool.verifying.comparing import compare
 
 _HIDDEN = "forward_that_stays"
 
@@ -181,8 +181,7 @@ def check_script(folded: FoldedScript, inputs: Inputs) -> Check:
         for one, all_of_them in ((expected, before), (got, after)):
             for outputs, into in zip(one, all_of_them, strict=True):
                 into |= outputs
-    noise = torch.finfo(torch.float64).eps / 2
-    limits = {name: Limit(noise, ALGEBRA_LIMIT) for outputs in before for name in outputs}
+    limits = {name: ALGEBRA for outputs in before for name in outputs}
     detail = "; ".join(
         [
             *([f"not run: its methods {', '.join(left)}, which take other inputs"] if left else []),

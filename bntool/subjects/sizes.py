@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
+import torch
 from torch import Tensor
 
 from bntool.graph.dataflow import Graph
@@ -30,8 +31,19 @@ def smaller(inputs: Inputs, graph: Graph) -> Iterator[Inputs]:
     """
     shapes = list(_shrunken(inputs, graph))
     odd = [lambda tensor, shape_of=shape_of: _odd(shape_of(tensor)) for shape_of in shapes]
-    for seed, shape_of in enumerate((*odd, *shapes, lambda tensor: list(tensor.shape))):
-        yield drawn(inputs, shape_of, seed, more=1)
+    yield from _each_once(
+        drawn(inputs, shape_of, seed, more=1)
+        for seed, shape_of in enumerate((*odd, *shapes, lambda tensor: list(tensor.shape)))
+    )
+
+
+def _each_once(several: Iterable[Inputs]) -> Iterator[Inputs]:
+    """Inputs of shapes that none before had."""
+    seen: set[str] = set()
+    for inputs in several:
+        if inputs.shapes() not in seen:
+            seen.add(inputs.shapes())
+            yield inputs
 
 
 def is_telling(small: Inputs, example: Inputs) -> bool:
@@ -146,6 +158,22 @@ def other_sizes(inputs: Inputs, *, fixed: bool = False) -> Iterator[Inputs]:
         yield drawn(inputs, shape_of, seed, more=1)
 
 
+def other_values(inputs: Inputs) -> Iterator[Inputs]:
+    """Inputs of these sizes that a branch on numbers may take another way: bytes from 0 to 255 as images hold
+    them, the same below zero, values about zero a hundred times smaller, nothing but zeros.
+    """
+    for low, high in ((0.0, 255.0), (-255.0, 0.0), (-0.01, 0.01), (0.0, 0.0)):
+        yield inputs.map(functools.partial(_spread, low=low, high=high))
+
+
+def _spread(tensor: Tensor, low: float, high: float) -> Tensor:
+    if not tensor.is_floating_point():
+        return tensor
+    least, most = tensor.aminmax() if tensor.numel() else (tensor.new_zeros(()),) * 2
+    share = (tensor - least) / (most - least).clamp(min=torch.finfo(tensor.dtype).tiny)
+    return share * (high - low) + low
+
+
 def drawn(inputs: Inputs, shape_of: ShapeOf, seed: int, *, more: int) -> Inputs:
     """Seeded inputs of the shapes asked for, and so many samples more, but one at least.
 
@@ -167,7 +195,7 @@ def _longer(tensor: Tensor, more: int) -> list[int]:
 
 
 def _longer_sequence(tensor: Tensor) -> list[int]:
-    return [size + 33 if axis == 1 and tensor.dim() > 2 else size for axis, size in _sides(tensor)]
+    return [size + 33 if axis == 1 and tensor.dim() == 3 else size for axis, size in _sides(tensor)]
 
 
 def _of_same_area(tensor: Tensor) -> list[int]:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from bntool.core.plan import Plan
 from bntool.core.schema import Damaged
 from bntool.core.sites import Edit
+from bntool.core.tolerances import ALGEBRA_LIMIT
 from bntool.graph.inputs import Inputs, named_tensors
 from bntool.observe.copying import structural_copy
 from bntool.observe.isolation import Isolation, fresh
@@ -28,10 +29,8 @@ _METHODS = ("reparameterize", "switch_to_deploy", "reparameterize_layer", "merge
 """Methods that change a block in place or return a new one."""
 _MOST_CONVOLUTIONS = 8
 """`fuse` is a common word: only a block of a few convolutions that become fewer is meant by it."""
-_SIDE = 16
-"""A block is tried on an image no larger than this."""
-_EXACT = 1e-10
-"""Relative to the peak of an output: what a merge in float64 may differ by, as in the proof of a fold."""
+_SIDES = (4, 16)
+"""A block is tried on an image whose side is one more than its widest kernel spans, within these."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,35 +73,60 @@ def _tried(name: str, module: nn.Module, shape: Sequence[int] | None) -> Block |
     before = _norm_names(module)
     for method in _methods_of(module) if before else ():
         try:
-            wide = _in_float64(module, method)
+            block = cast(own_copy(module), torch.float64)
+            ran = _first_run(block, shape)
+            wide = _merged(block, method)
         except Exception:  # noqa: BLE001, S112 - a method that fails is one this block does not offer
             continue
         gone = before - _norm_names(wide)
         fewer = method != "fuse" or _convolutions(wide) < _convolutions(module)
-        if gone and fewer and _agree(cast(own_copy(module), torch.float64), wide, shape):
+        if gone and fewer and _agrees(wide, ran):
             norms = tuple(f"{name}.{norm}" if norm else name for norm in sorted(gone))
             exact = {own: parameter.detach() for own, parameter in wide.named_parameters()}
             return Block(name, method, norms, _as_it_was(wide, module), exact)
     return None
 
 
-def _agree(block: nn.Module, merged: nn.Module, shape: Sequence[int] | None) -> bool:
-    """Whether both compute the same, as far as the block runs by itself; else the fold's proof tells."""
-    if shape is None:
-        return True
-    rank = len(shape)
+_Run = tuple[Inputs, dict[str, torch.Tensor]]
+"""Inputs of a block, and what it gives on them."""
+
+
+def _first_run(block: nn.Module, shape: Sequence[int] | None) -> list[_Run]:
+    """What the block gives on a small input, and on one of its own shape where it takes no small one.
+
+    Empty where it does not run by itself: then the fold's proof tells.
+    """
+    rank = len(shape or ())
+    side = min(max(_reach(block) + 1, _SIDES[0]), _SIDES[1])
     small = [
-        2 if i == 0 and rank > 3 else size if i < 2 else min(size, _SIDE) for i, size in enumerate(shape)
+        2 if i == 0 and rank > 3 else size if i < 2 else min(size, side) for i, size in enumerate(shape or ())
     ]
-    for sizes in (small, list(shape)):
+    for sizes in (small, list(shape)) if shape is not None else ():
         x = torch.randn(sizes, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
         inputs = Inputs((x.to(next((t.device for t in block.parameters()), x.device)),))
+        # it may take other sizes, or more than one input
+        with contextlib.suppress(Exception):
+            return [(inputs, _output_of(block, inputs))]
+    return []
+
+
+def _reach(block: nn.Module) -> int:
+    """How many places the widest kernel of a block spans."""
+    layers = (m for m in block.modules() if isinstance(m, nn.modules.conv._ConvNd))
+    spans = (d * (k - 1) + 1 for m in layers for k, d in zip(m.kernel_size, m.dilation, strict=True))
+    return max(spans, default=1)
+
+
+def _agrees(merged: nn.Module, ran: Sequence[_Run]) -> bool:
+    """Whether the merged block gives what the block gave, as far as both run by themselves."""
+    for inputs, expected in ran:
         try:
-            expected, found = (_output_of(model, inputs) for model in (block, merged))
-        except Exception:  # noqa: BLE001, S112 - it may take other sizes, or more than one input
+            found = _output_of(merged, inputs)
+        except Exception:  # noqa: BLE001, S112 - the fold's proof tells
             continue
         pairs = [(expected[name], found.get(name)) for name in expected]
-        return len(expected) == len(found) and all(b is not None and _same(a, b) for a, b in pairs)
+        if len(expected) != len(found) or any(b is None or not _same(a, b) for a, b in pairs):
+            return False
     return True
 
 
@@ -114,7 +138,7 @@ def _output_of(model: nn.Module, inputs: Inputs) -> dict[str, torch.Tensor]:
 def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
     if one.shape != other.shape or not one.is_floating_point():
         return one.shape == other.shape
-    return bool((one - other).abs().max() <= _EXACT * one.abs().max())
+    return bool((one - other).abs().max() <= ALGEBRA_LIMIT * one.abs().max())
 
 
 def with_blocks_merged(model: nn.Module, blocks: list[Block]) -> nn.Module:
@@ -162,7 +186,8 @@ def _merge_block(copied: nn.Module, edit: Edit, wide: bool) -> None:
 
 def reparameterised(module: nn.Module, method: str, *, wide: bool = False) -> nn.Module:
     """The block with its branches merged in float64, cast back unless `wide`; the argument is untouched."""
-    return _as_it_was(_in_float64(module, method), module, wide=wide)
+    wide_block = _merged(cast(own_copy(module), torch.float64), method)
+    return _as_it_was(wide_block, module, wide=wide)
 
 
 def _as_it_was(merged: nn.Module, module: nn.Module, *, wide: bool = False) -> nn.Module:
@@ -174,9 +199,10 @@ def _as_it_was(merged: nn.Module, module: nn.Module, *, wide: bool = False) -> n
     return set_modes(merged, training=module.training)
 
 
-def _in_float64(module: nn.Module, method: str) -> nn.Module:
-    """The merged block in float64. Layers that the method makes are so too, and lie where the block lies."""
-    block = cast(own_copy(module), torch.float64)
+def _merged(block: nn.Module, method: str) -> nn.Module:
+    """A float64 block with its branches merged, which changes it. Layers that the method makes are float64
+    too, and lie where the block lies.
+    """
     default = torch.get_default_dtype()
     device = next((t.device for t in block.parameters()), torch.device("cpu"))
     # as a context the device costs every op a call in Python

@@ -6,65 +6,82 @@ import dataclasses
 import functools
 from collections.abc import Collection, Mapping, Sequence
 
-import torch
 from torch import nn
 
 from bntool.core.errors import BntoolError, CheckFailed
+from bntool.core.tolerances import ALGEBRA, Limit
 from bntool.core.verdicts import Check
+from bntool.graph.inputs import Inputs
 from bntool.runtime.libraries import first_line
-from bntool.verifying.comparing import Limit, Outputs, compare
+from bntool.verifying.comparing import Outputs, compare
+from bntool.verifying.conditions import Progress
 from bntool.verifying.differences import difference
 from bntool.verifying.float64 import Unrounded, run_float64
-from bntool.verifying.reference import Progress, Reference
-
-# The surgery is algebra: redone in float64 it must agree far below any float32 rounding (6e-8), while the
-# float64 noise of deep networks, measured near 1e-15 of the peak, stays far under it.
-# A network that carries a rounding further is held to K_NOISE times what it makes of float64's own.
-ALGEBRA_LIMIT = 1e-10
+from bntool.verifying.reference import Reference
 
 
-def check_algebra(
-    reference: Reference,
-    candidate64: nn.Module | Unrounded | None,
-    stage: str,
-    say: Progress,
-    changed_parts: Collection[str] = (),
-    chosen: slice = slice(None),
-) -> Check | None:
-    """The row of `candidate64`, a surgery redone in float64, on the `chosen` inputs of a reference.
+@dataclasses.dataclass(frozen=True)
+class Redone:
+    """A surgery redone on the model in float64, to be held to the original's own float64 runs.
 
-    None where there is no such candidate, or the original has no float64 run. Raises `CheckFailed` when the
-    candidate does not run.
+    Args:
+        candidate: the model after it.
+        elsewhere: a reference on other inputs than the candidate in its own precision runs on.
     """
-    if candidate64 is None or reference.exact is None:
-        return None
-    say("checking the algebra in float64")
-    row = _judged(reference, candidate64, stage, changed_parts, chosen)
-    if not row.agrees and isinstance(candidate64, Unrounded) and candidate64.numbers:
-        # the numbers may have gone another way than by the tensors that stand for them
-        row = _judged(reference, candidate64.copy(), stage, changed_parts, chosen)
-    return dataclasses.replace(row, precision="float64")
+
+    candidate: nn.Module | Unrounded
+    elsewhere: Reference | None = None
+
+    def check(
+        self, reference: Reference, stage: str, say: Progress, changed_parts: Collection[str] = ()
+    ) -> Check | None:
+        """The row that proves the algebra, elsewhere or on the inputs of the reference.
+
+        None where the original has no float64 run. Raises `CheckFailed` when the candidate does not run.
+        """
+        # One input settles algebra. The second, of two examples, also tells a batch axis from a channel axis.
+        chosen = slice(1, 2) if self.elsewhere is None and len(reference.inputs) > 1 else slice(None)
+        found = self.elsewhere.decidable() if self.elsewhere is not None else reference
+        return self.check_on(found, stage, say, changed_parts, chosen)
+
+    def check_on(
+        self,
+        reference: Reference,
+        stage: str,
+        say: Progress,
+        changed_parts: Collection[str] = (),
+        chosen: slice = slice(None),
+    ) -> Check | None:
+        """The same row on the `chosen` inputs of a reference."""
+        if reference.exact is None:
+            return None
+        say("checking the algebra in float64")
+        changed = changed_parts if reference.parts else ()
+        on = reference.algebra[chosen]
+        row = _judged(reference, self.candidate, stage, changed, on)
+        if not row.agrees and isinstance(self.candidate, Unrounded) and self.candidate.numbers:
+            # the numbers may have gone another way than by the tensors that stand for them
+            row = _judged(reference, self.candidate.copy(), stage, changed, on)
+        return dataclasses.replace(row, precision="float64")
 
 
 def _judged(
     reference: Reference,
-    candidate64: nn.Module | Unrounded,
+    candidate: nn.Module | Unrounded,
     stage: str,
-    changed_parts: Collection[str],
-    chosen: slice,
+    changed: Collection[str],
+    on: Sequence[tuple[Inputs, Outputs]],
 ) -> Check:
-    changed = changed_parts if reference.parts else ()
-    inputs, expected = zip(*reference.algebra[chosen], strict=True)
+    inputs, expected = zip(*on, strict=True)
     exact = without(expected, changed)
     try:
-        runs, _ = run_float64(candidate64, inputs, parts=reference.parts)
+        runs, _ = run_float64(candidate, inputs, parts=reference.parts)
         outputs = without(runs, changed)
     except BntoolError:
         raise
     except Exception as error:  # whatever a model's forward raises
         raise does_not_run(stage, error) from error
-    noise = torch.finfo(torch.float64).eps / 2
-    limits = {name: Limit(noise, ALGEBRA_LIMIT) for names in exact for name in names}
+    limits = {name: ALGEBRA for names in exact for name in names}
     detail = ""
     if reference.narrowed:
         # Where a model narrows inside, one more digit of input moves the narrow rounding: own noise rules.

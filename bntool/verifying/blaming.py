@@ -19,12 +19,13 @@ from torch import Tensor, nn
 from bntool.core.blame import Blame, Step, first_fault
 from bntool.core.errors import BntoolError, UsageError
 from bntool.core.limits import binary
+from bntool.core.tolerances import EXACT, Limit, walk
 from bntool.core.verdicts import Check, first_failed
 from bntool.graph.inputs import Inputs
 from bntool.runtime.libraries import CPU, CUDA
 from bntool.runtime.memory import available_bytes
 from bntool.runtime.ort_runner import OrtRunner
-from bntool.verifying.comparing import K_NOISE, Limit, noise_limits, rounding_term
+from bntool.verifying.comparing import noise_limits
 from bntool.verifying.differences import difference
 from bntool.verifying.onnx_cutting import Cut, OnnxGraph
 from bntool.verifying.tracing import Trace, once_called, trace_module
@@ -258,10 +259,7 @@ def _run(
 
 def _walk(tensor: Tensor, nodes: int) -> Limit:
     """A walk of one rounding for each node, and what a candidate may draw of it."""
-    if not tensor.is_floating_point():
-        return Limit(0.0, 0.0)
-    noise = rounding_term(torch.finfo(tensor.dtype).eps, nodes) / 2
-    return Limit(noise, (K_NOISE + 2) * noise)
+    return walk(torch.finfo(tensor.dtype).eps, nodes) if tensor.is_floating_point() else EXACT
 
 
 def _blame(stage: str, step: Step, value: str, expected: Tensor, got: Tensor, limit: Limit) -> Blame:

@@ -1,54 +1,31 @@
-"""Comparison arithmetic: how far outputs lie apart, and how far they may, given the model's own rounding.
+"""Comparison arithmetic: how far outputs lie apart, relative to the peak of each, and one verdict over them.
 
-Everything is computed in float64. Distances are relative to the peak |reference| of each output, because
-element by element a relative error says nothing near zero. The limit is the **noise floor**: the error e0
-that the original itself makes in its own precision, measured against its own float64 run.
-
-    limit = K_NOISE * e0 + eps * sqrt(layers)
-
-K_NOISE = 8. A fold re-associates one rounding per layer, and ONNX Runtime sums in another order: both are
-new draws of the same noise, measured at 1 to 2.2 times e0 on torchvision models. The two are maxima over
-few draws, so their ratio scatters; 8 leaves that room, and TF32 left on (2000 times e0) stays far outside.
-
-The second term holds where e0 is small by luck (exact weights, one layer). A layer rounds once when its
-tensor is stored and once when its result is: each relative error is at most u = eps/2. Over `layers` layers
-independent errors add like a random walk, u * sqrt(layers); the folded weight adds as much again for its
-own cast, so the two together stay within 2 * u * sqrt(layers) = eps * sqrt(layers).
+Everything is computed in float64. How far they may lie apart is told in `core/tolerances`.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from bntool.core.errors import CheckFailed, StateError
+from bntool.core.tolerances import (
+    BY_NOISE,
+    HALF,
+    K_NOISE,
+    Limit,
+    Tolerance,
+    half_the_digits,
+    measured,
+)
 from bntool.core.verdicts import Check
 from bntool.verifying.differences import Difference, difference, in_float64, peak_of, rounds
 
-K_NOISE = 8.0
 Outputs = Mapping[str, Tensor]
-
-
-@dataclasses.dataclass(frozen=True)
-class Limit:
-    """What one output may differ by, relative to its peak; `undecidable` says why no limit can decide it.
-
-    `absolute` comes on top, whatever the peak: what the runtime's own Sigmoid or Softmax errs by.
-    """
-
-    noise_floor: float
-    limit: float
-    undecidable: str = ""
-    absolute: float = 0.0
-
-
-def rounding_term(eps: float, layers: int) -> float:
-    """The second term of the limit, eps * sqrt(layers), derived at the head of this file."""
-    return eps * math.sqrt(max(layers, 1))
 
 
 def compare(
@@ -60,16 +37,46 @@ def compare(
     device: str,
     provider: str,
     detail: str = "",
-    atol: float | None = None,
-    rtol: float | None = None,
+    tolerance: Tolerance = BY_NOISE,
 ) -> Check:
     """One verdict over every output of every batch.
 
-    `atol` or `rtol` replace the noise-floor limit: no element of an output may then lie further off than
-    atol + rtol · peak |reference| of that output. An output out of a limit that cannot decide it fails, and
-    the detail says why. Raises `CheckFailed` when there is nothing to compare, and `StateError` when the
-    reference holds no finite value: never a pass.
+    A `tolerance` that is asked replaces the noise-floor limit: no element of an output may then lie further
+    off than atol + rtol · peak |reference| of that output. An output out of a limit that cannot decide it
+    fails, and the detail says why. Raises `CheckFailed` when there is nothing to compare, and `StateError`
+    when the reference holds no finite value: never a pass.
     """
+    _require_something(reference, candidate)
+    judged = _Judged(limits, tolerance, {**constant_outputs(reference, limits), **silent_outputs(reference)})
+    remarks = [detail] if detail else []
+    remarks += [f"{name}: {why}, which proves nothing" for name, why in judged.nothing.items()]
+    for expected, got in zip(reference, candidate, strict=True):
+        remarks += judged.batch(expected, got)
+    worst = max(judged.rows, key=lambda row: _severity(row.diff, row.limit))
+    scores = [row.diff.top1 for row in judged.rows if row.diff.top1 is not None]
+    floor, diff = worst.limit.noise_floor, worst.diff
+    return Check(
+        stage=stage,
+        device=device,
+        provider=provider,
+        passed=judged.passed,
+        max_abs=max(row.diff.max_abs for row in judged.rows),
+        relative=diff.relative,
+        rms=diff.rms,
+        cosine=min(row.diff.cosine for row in judged.rows),
+        top1=min(scores) if scores else None,
+        noise_floor=floor,
+        ratio=diff.relative / floor if floor else diff.relative,
+        limit=worst.limit.limit,
+        batches=len(reference),
+        detail="; ".join(dict.fromkeys(remarks)),
+        worst=(worst.name, diff.index),
+        tolerance=str(tolerance),
+        undecided=judged.undecided,
+    )
+
+
+def _require_something(reference: Sequence[Outputs], candidate: Sequence[Outputs]) -> None:
     if not reference or len(reference) != len(candidate):
         raise _nothing(f"{len(candidate)} result(s) for {len(reference)} batch(es)")
     if not any(t.numel() for outputs in reference for t in outputs.values()):
@@ -79,58 +86,63 @@ def compare(
             "the model's own output is NaN or infinite everywhere, so nothing can be compared",
             next_step="look for NaN in its weights, or pass other inputs with --input",
         )
-    rows: list[tuple[float, str, Limit, Difference]] = []
-    remarks = [detail] if detail else []
-    nothing = {**constant_outputs(reference, limits), **silent_outputs(reference)}
-    remarks += [f"{name}: {why}, which proves nothing" for name, why in nothing.items()]
-    differs, unsure, shown = False, False, False
-    for expected, got in zip(reference, candidate, strict=True):
+
+
+@dataclasses.dataclass(frozen=True)
+class _Row:
+    """One output of one batch."""
+
+    name: str
+    limit: Limit
+    diff: Difference
+
+
+class _Judged:
+    """The outputs judged so far; `nothing` are those that prove nothing, and why."""
+
+    def __init__(self, limits: Mapping[str, Limit], tolerance: Tolerance, nothing: dict[str, str]) -> None:
+        self._limits, self._tolerance, self.nothing = limits, tolerance, nothing
+        self.rows: list[_Row] = []
+        self._differs, self._unsure, self._shown = False, False, False
+
+    @property
+    def passed(self) -> bool:
+        return self._shown and not self._differs and not self._unsure
+
+    @property
+    def undecided(self) -> str:
+        if self._differs or (self._shown and not self._unsure):
+            return ""
+        return "; ".join(f"{name}: {why}" for name, why in self.nothing.items())
+
+    def batch(self, expected: Outputs, got: Outputs) -> Iterator[str]:
+        """Judge every output of one batch; what is to be said of them."""
         extra = [name for name in got if name not in expected]
-        remarks += [f"{name}: an output that the reference does not have" for name in extra]
-        differs |= bool(extra)
+        yield from (f"{name}: an output that the reference does not have" for name in extra)
+        self._differs |= bool(extra)
         for name, tensor in expected.items():
-            limit, diff = limits[name], difference(tensor, got.get(name))
-            if atol is not None or rtol is not None:
-                limit, diff = _by_tolerance(tensor, limit, diff, atol or 0.0, rtol or 0.0)
+            limit, diff = self._limits[name], difference(tensor, got.get(name))
+            if self._tolerance.is_asked:
+                limit, diff = _by_tolerance(tensor, limit, diff, self._tolerance)
             elif limit.absolute:
                 limit, diff, weak = _with_absolute(tensor, limit, diff)
-                nothing |= {name: weak} if weak else {}
-                remarks += [
-                    f"{name}: undecided: {weak}; pass inputs that it answers to with --inputs"
-                ] * bool(weak)
-            within = math.isfinite(diff.max_abs) and diff.relative <= limit.limit
-            differs |= not within and not limit.undecidable
-            unsure |= not within and bool(limit.undecidable)
-            shown |= within and tensor.numel() > 0 and name not in nothing
-            if diff.problem:
-                remarks.append(f"{name}: {diff.problem}")
-            if not within and limit.undecidable:
-                nothing[name] = limit.undecidable
-                remarks.append(f"{name}: {limit.undecidable}, so nothing is proved")
-            rows.append((_severity(diff, limit), name, limit, diff))
-    _, name, limit, diff = max(rows, key=lambda row: row[0])
-    scores = [row[3].top1 for row in rows if row[3].top1 is not None]
-    return Check(
-        stage=stage,
-        device=device,
-        provider=provider,
-        passed=shown and not differs and not unsure,
-        max_abs=max(row[3].max_abs for row in rows),
-        relative=diff.relative,
-        rms=diff.rms,
-        cosine=min(row[3].cosine for row in rows),
-        top1=min(scores) if scores else None,
-        noise_floor=limit.noise_floor,
-        ratio=diff.relative / limit.noise_floor if limit.noise_floor else diff.relative,
-        limit=limit.limit,
-        batches=len(reference),
-        detail="; ".join(dict.fromkeys(remarks)),
-        worst=(name, diff.index),
-        tolerance=", ".join(f"{k} {v:g}" for k, v in (("atol", atol), ("rtol", rtol)) if v is not None),
-        undecided=""
-        if differs or (shown and not unsure)
-        else "; ".join(f"{n}: {w}" for n, w in nothing.items()),
-    )
+                if weak:
+                    self.nothing[name] = weak
+                    yield f"{name}: undecided: {weak}; pass inputs that it answers to with --inputs"
+            yield from self._output(_Row(name, limit, diff), counts=tensor.numel() > 0)
+
+    def _output(self, row: _Row, *, counts: bool) -> Iterator[str]:
+        name, limit, diff = row.name, row.limit, row.diff
+        within = math.isfinite(diff.max_abs) and diff.relative <= limit.limit
+        self._differs |= not within and not limit.undecidable
+        self._unsure |= not within and bool(limit.undecidable)
+        self._shown |= within and counts and name not in self.nothing
+        self.rows.append(row)
+        if diff.problem:
+            yield f"{name}: {diff.problem}"
+        if not within and limit.undecidable:
+            self.nothing[name] = limit.undecidable
+            yield f"{name}: {limit.undecidable}, so nothing is proved"
 
 
 def noise_limits(
@@ -155,12 +167,12 @@ def noise_limits(
         if not floating:
             # No rounding to allow for: an integer that differs is a decision that fell the other way.
             why = why or (f"the model's own rounding changes {noise:.0%} of these integers" if noise else "")
-            limits[name] = Limit(noise, min(K_NOISE * noise, 0.5), why)
+            limits[name] = Limit(noise, min(K_NOISE * noise, HALF), why)
             continue
-        if noise > math.sqrt(eps):
+        if noise > half_the_digits(eps):
             why = why or f"the model's own rounding moves this output by {noise:.2g} of its peak"
-        noise = min(max(noise, eps / 2), math.sqrt(eps))
-        limits[name] = Limit(noise, K_NOISE * noise + rounding_term(eps, layers), why)
+        noise = min(max(noise, eps / 2), half_the_digits(eps))
+        limits[name] = measured(noise, eps, layers, why)
     return limits
 
 
@@ -169,15 +181,15 @@ def _severity(diff: Difference, limit: Limit) -> float:
 
 
 def _by_tolerance(
-    reference: Tensor, limit: Limit, diff: Difference, atol: float, rtol: float
+    reference: Tensor, limit: Limit, diff: Difference, tolerance: Tolerance
 ) -> tuple[Limit, Difference]:
-    """The limit that tolerances set, and the difference on its scale: the peak, or 1 where that is zero.
+    """The limit that a tolerance sets, and the difference on its scale: the peak, or 1 where that is zero.
 
     Of integers `relative` is otherwise the share of them that differ, which no tolerance is about.
     """
     peak = peak_of(in_float64(reference))
     scale = peak or 1.0
-    allowed = atol / scale + (rtol if peak else 0.0)
+    allowed = (tolerance.atol or 0.0) / scale + ((tolerance.rtol or 0.0) if peak else 0.0)
     return (
         dataclasses.replace(limit, limit=allowed, undecidable=""),
         dataclasses.replace(diff, relative=diff.max_abs / scale),
@@ -192,7 +204,7 @@ def _with_absolute(reference: Tensor, limit: Limit, diff: Difference) -> tuple[L
     scale = peak or 1.0
     allowed = limit.limit * (peak / scale) + limit.absolute / scale
     remark = ""
-    if limit.absolute > math.sqrt(torch.finfo(torch.float32).eps) * peak:
+    if limit.absolute > half_the_digits(torch.finfo(torch.float32).eps) * peak:
         remark = f"its peak of {peak:.2g} is near what the runtime itself errs by, {limit.absolute:.1g}"
     relative = diff.max_abs / scale
     return dataclasses.replace(limit, limit=allowed), dataclasses.replace(diff, relative=relative), remark

@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from bntool.graph.inputs import Inputs
 from bntool.observe.modules import modules_of
+from bntool.observe.watching import OpMode
 from bntool.runtime.torch_runner import TorchRunner
 
 _MOST_AT_ONCE = 1 << 20
@@ -50,30 +50,45 @@ def run_float64(
     model: nn.Module | Unrounded, inputs_list: Sequence[Inputs], *, parts: bool = False
 ) -> tuple[Runs, set[torch.dtype]]:
     """The model's outputs in float64 on the CPU, and the narrower dtypes it computed in all the same."""
-    default = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)  # a tensor that forward makes without a dtype follows
-    try:
-        found = _as_it_stands(model, inputs_list, parts)
-        if found is not None:
-            return found, set()
-        wide = model.copy() if isinstance(model, Unrounded) else model
-        seen: set[torch.dtype] = set()
+    found = run_as_it_stands(model, inputs_list, parts=parts)
+    return (found, set()) if found is not None else run_in_a_copy(model, inputs_list, parts=parts)
+
+
+def run_in_a_copy(
+    model: nn.Module | Unrounded, inputs_list: Sequence[Inputs], *, parts: bool = False
+) -> tuple[Runs, set[torch.dtype]]:
+    """The same in a float64 copy of the model."""
+    wide = model.copy() if isinstance(model, Unrounded) else model
+    seen: set[torch.dtype] = set()
+    with _double_by_default():
         runner = TorchRunner(wide, "cpu", torch.float64, parts=parts, within=lambda: _NarrowWatch(seen))
         return [runner.run(inputs) for inputs in inputs_list], seen
-    finally:
-        torch.set_default_dtype(default)
 
 
-def _as_it_stands(model: nn.Module | Unrounded, inputs_list: Sequence[Inputs], parts: bool) -> Runs | None:
-    """The runs without a copy of the model; None where it takes one."""
+def run_as_it_stands(
+    model: nn.Module | Unrounded, inputs_list: Sequence[Inputs], *, parts: bool = False
+) -> Runs | None:
+    """The runs without a copy of the model; None where it takes one, or does not take the inputs."""
     stands, numbers = (model.model, model.numbers) if isinstance(model, Unrounded) else (model, {})
     if not _is_widened_as_it_runs(stands) or (isinstance(model, Unrounded) and not numbers):
         return None
     runner = TorchRunner(stands, "cpu", parts=parts, within=lambda: _widened(numbers))
     try:
-        return [runner.run(inputs.to(dtype=torch.float64)) for inputs in inputs_list]
+        with _double_by_default():
+            return [runner.run(inputs.to(dtype=torch.float64)) for inputs in inputs_list]
     except Exception:  # noqa: BLE001 - whatever a forward raises that it may not raise in a copy
         return None
+
+
+@contextlib.contextmanager
+def _double_by_default() -> Iterator[None]:
+    """A tensor that forward makes without a dtype is float64 too."""
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(default)
 
 
 @contextlib.contextmanager
@@ -91,32 +106,33 @@ def _is_widened_as_it_runs(model: nn.Module) -> bool:
     return plain and any(_is_narrow(t) for t in tensors)
 
 
-class _NarrowWatch(TorchDispatchMode):
+class _NarrowWatch(OpMode):
     """Notes the floating dtypes below float64 that ops produce."""
 
     def __init__(self, seen: set[torch.dtype]) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self._seen = seen
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
+    def operator(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        result = func(*args, **kwargs)
         self._seen.update(leaf.dtype for leaf in _leaves(result) if _is_narrow(leaf))
         return result
+
+    with_functions = operator
 
 
 class _Narrows(Exception):
     """The forward makes or writes narrower numbers of its own."""
 
 
-class _Widened(TorchDispatchMode):
+class _Widened(OpMode):
     """Hands every op its narrower numbers in float64. A view of narrow numbers stays a view."""
 
     def __init__(self, numbers: Numbers) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self._numbers = numbers
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
+    def operator(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         views, written, kind = _traits(func)
         if written and any(_is_narrow(leaf) for leaf in _written(func, written, args, kwargs)):
             raise _Narrows

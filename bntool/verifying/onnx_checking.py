@@ -11,17 +11,31 @@ from typing import NamedTuple
 import torch
 
 from bntool.core.errors import CheckFailed, ExportError
+from bntool.core.tolerances import (
+    BY_NOISE,
+    DRAWS,
+    EXACT,
+    HALF,
+    K_NOISE,
+    MANY_INTEGERS,
+    MOST_INTEGERS,
+    Limit,
+    Tolerance,
+    derived,
+    half_the_digits,
+    rounding_term,
+)
 from bntool.core.verdicts import Check
 from bntool.graph.inputs import Inputs
 from bntool.runtime.onnx_inputs import SIDES, drawn_inputs, first_runs
 from bntool.runtime.onnx_outputs import OutputTraits
 from bntool.runtime.onnx_reference import ReferenceRunner
 from bntool.runtime.ort_runner import OrtRunner
+from bntool.runtime.runner import FileRunner, Runner
 from bntool.runtime.surviving import require_survival
-from bntool.verifying.comparing import K_NOISE, Limit, Outputs, compare, rounding_term
+from bntool.verifying.comparing import Outputs, compare
 from bntool.verifying.differences import difference
 from bntool.verifying.onnx_cutting import node_that
-from bntool.verifying.reference import DRAWS
 
 
 class OnnxReference:
@@ -77,28 +91,25 @@ class OnnxReference:
         after: str | Path,
         *,
         device: str = "cpu",
-        atol: float | None = None,
-        rtol: float | None = None,
+        tolerance: Tolerance = BY_NOISE,
     ) -> list[Check]:
         """Two rows: the fold with ONNX Runtime's optimisations off, the runtime with them on.
 
-        `atol` or `rtol` replaces the limits.
+        A `tolerance` that is asked replaces the limits.
 
         Raises `DeviceError` when the device is not honoured, `CheckFailed` when the file does not run.
         """
         try:
             if not self.runtime:
                 note = "ONNX Runtime cannot run this file"
-                return [self._row("fold", ReferenceRunner(after), note, atol=atol, rtol=rtol)]
-            rows = [self._row("fold", OrtRunner(after, "cpu", optimize=False), atol=atol, rtol=rtol)]
+                return [self._row("fold", ReferenceRunner(after), tolerance, note)]
+            rows = [self._row("fold", OrtRunner(after, "cpu", optimize=False), tolerance)]
             runner = OrtRunner(after, device, optimize=True)
-            return [*rows, self._row("runtime", runner, runner.note, atol=atol, rtol=rtol)]
+            return [*rows, self._row("runtime", runner, tolerance, runner.note)]
         except ExportError as error:
             raise CheckFailed(f"the folded file does not run: {error.what}") from error
 
-    def _row(
-        self, stage: str, runner: OrtRunner | ReferenceRunner, note: str = "", **tolerance: float | None
-    ) -> Check:
+    def _row(self, stage: str, runner: FileRunner, tolerance: Tolerance, note: str = "") -> Check:
         sizes = "; ".join(inputs.shapes() for inputs in self.inputs)
         judged = functools.partial(
             compare,
@@ -108,16 +119,13 @@ class OnnxReference:
             device=runner.device,
             provider=runner.provider,
             detail="; ".join(filter(None, (f"inputs {sizes}", note))),
-            atol=tolerance.get("atol"),
-            rtol=tolerance.get("rtol"),
+            tolerance=tolerance,
         )
         row = judged(self.limits)
         return row if row.agrees else judged(self.redrawn_limits)
 
 
-def opened(
-    path: str | Path, shapes: Mapping[str, Sequence[int | None]] | None = None
-) -> OrtRunner | ReferenceRunner:
+def opened(path: str | Path, shapes: Mapping[str, Sequence[int | None]] | None = None) -> FileRunner:
     """What runs the file: ONNX Runtime, or ONNX's own implementation.
 
     Raises `ExportError` for neither, and where running it on inputs of `shapes` ends ONNX Runtime itself.
@@ -149,7 +157,7 @@ def check_onnx_unchanged(before: str | Path, after: str | Path, inputs_list: Seq
     reference, candidate = (OrtRunner(path, "cpu", optimize=False) for path in (before, after))
     fits = [inputs for inputs in inputs_list if reference.accepts(inputs)]
     expected, got = ([runner.run(inputs) for inputs in fits] for runner in (reference, candidate))
-    limits = {name: Limit(0.0, 0.0) for outputs in expected for name in outputs}
+    limits = {name: EXACT for outputs in expected for name in outputs}
     return compare(
         expected, got, limits, stage="insert", device=candidate.device, provider=candidate.provider
     )
@@ -163,7 +171,7 @@ class Run(NamedTuple):
 
 
 def rounded_runs(
-    runner: OrtRunner | ReferenceRunner, inputs_list: Sequence[Inputs], traits: OutputTraits, seed: int = 0
+    runner: Runner, inputs_list: Sequence[Inputs], traits: OutputTraits, seed: int = 0
 ) -> list[Run]:
     """A run of the file on inputs rounded once, for each of the types that decide how exact an output is."""
     own = max(
@@ -220,23 +228,20 @@ def file_limits(
             limits[name] = _of_integers(moved, min(outputs[name].numel() for outputs in own))
             continue
         eps = max(eps, torch.finfo(tensor.dtype).eps)
-        noise = max([rounding_term(eps, nodes) / 2, *(d for d in moved if d < eps**0.5)])
+        most_of_it = half_the_digits(eps)
+        noise = max([rounding_term(eps, nodes) / 2, *(d for d in moved if d < most_of_it)])
         noise *= coarse / eps if coarse else 1.0
         most = max(moved, default=0.0)
         far = f"moves this output by {most:.2g} of its peak" if math.isfinite(most) else "decides this output"
-        why = f"rounding alone {far}" if most >= eps**0.5 else ""
-        limits[name] = Limit(noise, (K_NOISE + 2) * noise, why, traits.slack.get(name, 0.0))
+        why = f"rounding alone {far}" if most >= most_of_it else ""
+        limits[name] = derived(noise, why, traits.slack.get(name, 0.0))
     return limits
-
-
-_MANY = 1000
-"""From so many integers on, `K_NOISE` + 2 of them that fall the other way are at most a hundredth."""
 
 
 def _of_integers(moved: Sequence[float], count: int) -> Limit:
     """The share of integers that may differ, from the shares that other roundings of the file moved."""
     if any(not math.isfinite(share) for share in moved):
         return Limit(0.0, 0.0, "rounding alone decides this output")
-    share = max([*moved, 1 / count if count >= _MANY else 0.0])
-    why = f"rounding alone changes {share:.0%} of these integers" if share > 0.05 else ""
-    return Limit(share, min((K_NOISE + 2) * share, 0.5), why)
+    share = max([*moved, 1 / count if count >= MANY_INTEGERS else 0.0])
+    why = f"rounding alone changes {share:.0%} of these integers" if share > MOST_INTEGERS else ""
+    return Limit(share, min((K_NOISE + 2) * share, HALF), why)

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from bntool.core.errors import CheckFailed, ExportError
+from bntool.core.tolerances import BY_NOISE, Limit, Tolerance
 from bntool.core.verdicts import TF32, Check
 from bntool.graph.inputs import Inputs
 from bntool.models import casting
@@ -19,11 +20,16 @@ from bntool.runtime.ort_runner import OrtRunner
 from bntool.runtime.providers import why_no_cuda
 from bntool.runtime.surviving import require_survival
 from bntool.verifying.blaming import where_it_ran
-from bntool.verifying.checking import named_as, repeated
-from bntool.verifying.comparing import Limit, compare
+from bntool.verifying.checking import repeated
+from bntool.verifying.comparing import compare
+from bntool.verifying.conditions import Conditions
+from bntool.verifying.export_checking import named_as
 from bntool.verifying.onnx_checking import file_limits, rounded_runs
 from bntool.verifying.onnx_cutting import OnnxGraph, node_that
 from bntool.verifying.tf32 import no_tf32
+
+AUTO = Conditions("auto")
+"""On CUDA where that is, judged by the noise floor."""
 
 LEVELS: Mapping[str, bool | str] = {"basic": "basic", "extended": "extended", "all": True}
 """ONNX Runtime's optimisation levels by the names of its documentation; the stage of a check of one file."""
@@ -33,50 +39,42 @@ def check_files(
     reference: str | Path,
     candidate: str | Path,
     inputs_list: Sequence[Inputs],
-    *,
-    device: str = "auto",
-    tf32: bool = False,
-    atol: float | None = None,
-    rtol: float | None = None,
+    how: Conditions = AUTO,
 ) -> list[Check]:
-    """Two rows: both files as they are written, and the candidate with optimisations on, on `device`.
+    """Two rows: both files as they are written, and the candidate with optimisations on, on a device.
 
-    With `tf32` one more with TF32 on, judged by a walk of TF32's roundings, or why there is none.
+    With `how.tf32` one more with TF32 on, judged by a walk of TF32's roundings, or why there is none.
     Raises `ExportError` where ONNX Runtime refuses a file, `DeviceError` where it refuses the device.
     """
     runs = _Runs(reference, inputs_list)
     rows = []
-    for stage, optimize, where in (("verify", False, "cpu"), ("runtime", True, device)):
-        rows.append(runs.row(stage, OrtRunner(candidate, where, optimize=optimize), atol, rtol))
-    return runs.with_tf32(rows, candidate) if tf32 else rows
+    for stage, optimize, where in (("verify", False, "cpu"), ("runtime", True, how.device)):
+        rows.append(runs.row(stage, OrtRunner(candidate, where, optimize=optimize), how.tolerance))
+    return runs.with_tf32(rows, candidate) if how.tf32 else rows
 
 
 def check_itself(
     path: str | Path,
     inputs_list: Sequence[Inputs],
-    *,
-    device: str = "auto",
-    tf32: bool = False,
-    atol: float | None = None,
-    rtol: float | None = None,
+    how: Conditions = AUTO,
 ) -> list[Check]:
     """A file against itself without optimisations: a row for each level, on the CPU and on CUDA where it is.
 
-    `tf32` as in `check_files`. Raises as `check_files`.
+    `how.tf32` as in `check_files`. Raises as `check_files`.
     """
     runs = _Runs(path, inputs_list)
-    devices = ["cpu"] if device in ("auto", "cpu") else [device]
-    reason = why_no_cuda() if device == "auto" else ""
-    if device == "auto" and not reason:
+    devices = ["cpu"] if how.device in ("auto", "cpu") else [how.device]
+    reason = why_no_cuda() if how.device == "auto" else ""
+    if how.device == "auto" and not reason:
         devices.append("cuda")
     rows = [
-        runs.row(level, OrtRunner(path, where, optimize=optimize), atol, rtol)
+        runs.row(level, OrtRunner(path, where, optimize=optimize), how.tolerance)
         for where in devices
         for level, optimize in LEVELS.items()
     ]
     if reason:
         rows[-1] = dataclasses.replace(rows[-1], detail=f"{rows[-1].detail}; not run on CUDA: {reason}")
-    return runs.with_tf32(rows, path) if tf32 else rows
+    return runs.with_tf32(rows, path) if how.tf32 else rows
 
 
 def seeded_file_inputs(
@@ -140,15 +138,14 @@ class _Runs:
         if missing:
             return [*rows[:-1], dataclasses.replace(last, detail=f"{last.detail}; {missing}")]
         runner = OrtRunner(path, where_it_ran(last), tf32=True)
-        row = self.row(last.stage, runner, None, None, self._limits_at(coarse=casting.TF32.eps))
+        row = self.row(last.stage, runner, BY_NOISE, self._limits_at(coarse=casting.TF32.eps))
         return [*rows, dataclasses.replace(row, precision=TF32)]
 
     def row(
         self,
         stage: str,
         runner: OrtRunner,
-        atol: float | None,
-        rtol: float | None,
+        tolerance: Tolerance,
         limits: Mapping[str, Limit] | None = None,
     ) -> Check:
         got = [named_as(e, runner.run(i)) for e, i in zip(self.outputs, self.inputs, strict=True)]
@@ -161,6 +158,5 @@ class _Runs:
             device=runner.device,
             provider=runner.provider,
             detail="; ".join(filter(None, (runner.note, repeated(got[0], again)))),
-            atol=atol,
-            rtol=rtol,
+            tolerance=tolerance,
         )

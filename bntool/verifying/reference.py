@@ -3,33 +3,21 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from bntool.core.errors import BntoolError, CheckFailed
+from bntool.core.tolerances import DOUBLE, DRAWS, EXACT, Limit, walk
 from bntool.graph.inputs import Inputs
 from bntool.models.casting import Arithmetic
 from bntool.models.shaking import shaken_copy
 from bntool.runtime.libraries import first_line
 from bntool.runtime.torch_runner import TorchRunner
-from bntool.verifying.comparing import (
-    K_NOISE,
-    Limit,
-    constant_outputs,
-    noise_limits,
-    rounding_term,
-    silent_outputs,
-)
-from bntool.verifying.float64 import run_float64
-
-DRAWS = 7
-"""How often the rounding is drawn anew where the first draw would fail a candidate. A candidate that is one
-more draw is the largest of all nine once in nine times, and K_NOISE times the largest hardly ever, even where
-a near tie inside the model (an attention that falls one way or the other) makes single draws scatter."""
-
-Progress = Callable[[str], None]
+from bntool.verifying.comparing import constant_outputs, noise_limits, silent_outputs
+from bntool.verifying.conditions import Progress, silent
+from bntool.verifying.float64 import run_as_it_stands, run_float64, run_in_a_copy
 
 
 class Reference:
@@ -49,8 +37,7 @@ class Reference:
         inputs_list: Sequence[Inputs],
         *,
         device: str = "cpu",
-        progress: Progress | None = None,
-        parts: bool = False,
+        progress: Progress = silent,
         arithmetic: Arithmetic | None = None,
         ran: Sequence[dict[str, Tensor]] | None = None,
         floor: Reference | None = None,
@@ -63,10 +50,11 @@ class Reference:
         self._arithmetic = arithmetic
         self._given = list(inputs_list)
         self._device = device
-        self._progress = progress or (lambda text: None)
+        self._progress = progress
         self.notes: list[str] = []
         self.narrowed: set[torch.dtype] = set()
-        self._with_parts = parts
+        self._with_parts = False
+        self._stands = False
 
     @functools.cached_property
     def layers(self) -> int:
@@ -143,8 +131,12 @@ class Reference:
     def exact(self) -> list[dict[str, Tensor]] | None:
         """The original's outputs in float64, or None (and a note) where it cannot run in float64."""
         self._progress("running the original in float64")
+        found = run_as_it_stands(self._model, self.inputs, parts=self.parts)
+        self._stands = found is not None
+        if found is not None:
+            return found
         try:
-            runs, self.narrowed = run_float64(self._model, self.inputs, parts=self.parts)
+            runs, self.narrowed = run_in_a_copy(self._model, self.inputs, parts=self.parts)
         except Exception as error:  # noqa: BLE001 - whatever a model's forward raises on float64
             self.notes.append(
                 f"the model does not run in float64 ({first_line(error)}); the limit is derived, not measured"
@@ -162,12 +154,19 @@ class Reference:
             return []
         found = list(zip(self.inputs, self.exact, strict=True))
         for inputs in self._beside:
-            try:
-                runs, _ = run_float64(self._model, [inputs], parts=self.parts)
-            except Exception:  # noqa: BLE001, S112 - whatever a model's forward raises on inputs it does not take
-                continue
-            return [*found, (inputs, runs[0])]
+            runs = self._in_float64(inputs)
+            if runs is not None:
+                return [*found, (inputs, runs[0])]
         return found
+
+    def _in_float64(self, inputs: Inputs) -> list[dict[str, Tensor]] | None:
+        """One more float64 run, as those before; None where the model does not take the inputs."""
+        if self._stands:
+            return run_as_it_stands(self._model, [inputs], parts=self.parts)
+        try:
+            return run_in_a_copy(self._model, [inputs], parts=self.parts)[0]
+        except Exception:  # noqa: BLE001 - whatever a model's forward raises on inputs it does not take
+            return None
 
     @property
     def floor(self) -> Reference | None:
@@ -187,16 +186,12 @@ class Reference:
 
     @functools.cached_property
     def limits(self) -> dict[str, Limit]:
-        if self.exact is not None and self.eps > torch.finfo(torch.float64).eps:
+        if self.exact is not None and self.eps > DOUBLE:
             return noise_limits(self.exact, self.own, self.layers, self.eps)
-        # Without float64, or where the model itself is in float64, no noise is measured: reference and
-        # candidate each carry a walk of eps/2 * sqrt(layers), and the candidate may draw K_NOISE times that,
-        # as it may of a measured one.
-        noise = rounding_term(self.eps, self.layers) / 2
-        limit = Limit(noise, K_NOISE * noise + 2 * noise)
-        exact = Limit(0.0, 0.0)
+        # Without float64, or where the model itself is in float64, no noise is measured.
+        limit = walk(self.eps, self.layers)
         return {
-            name: limit if t.is_floating_point() or t.is_complex() else exact
+            name: limit if t.is_floating_point() or t.is_complex() else EXACT
             for outputs in self.own
             for name, t in outputs.items()
         }
@@ -209,7 +204,7 @@ class Reference:
         Without a float64 run they are measured against the run in own precision, which carries a draw itself,
         as does a candidate that is compared with it.
         """
-        if self.eps <= torch.finfo(torch.float64).eps:
+        if self.eps <= DOUBLE:
             return self.limits
         self._progress("drawing the model's own rounding again")
         runs = [] if self.exact is None else list(self.own)
@@ -225,18 +220,17 @@ class Reference:
     @functools.cached_property
     def exact_limits(self) -> dict[str, Limit]:
         """The same in float64: how far the model carries the rounding of float64 itself."""
-        eps = torch.finfo(torch.float64).eps
         if self.exact is None:
             return {}
         self._progress("drawing the rounding of float64")
         runs: list[dict[str, Tensor]] = []
         try:
             for seed in range(DRAWS):
-                shaken = shaken_copy(self._model, eps, seed, torch.float64)
+                shaken = shaken_copy(self._model, DOUBLE, seed, torch.float64)
                 runs += run_float64(shaken, self.inputs, parts=self.parts)[0]
         except Exception:  # noqa: BLE001 - as above
             return {}
-        return noise_limits(self.exact * DRAWS, runs, self.layers, eps)
+        return noise_limits(self.exact * DRAWS, runs, self.layers, DOUBLE)
 
     def decidable(self) -> Reference:
         """This reference, or one that holds the model's parts too, where no output tells anything: rounding
@@ -254,14 +248,15 @@ class Reference:
 
     def telling(self) -> Reference:
         """The same, by the outputs in own precision alone."""
-        exact = {name: Limit(0.0, 0.0) for outputs in self.own for name in outputs}
+        exact = {name: EXACT for outputs in self.own for name in outputs}
         silent = {**silent_outputs(self.own), **constant_outputs(self.own, exact)}
         if self._with_parts or silent.keys() < exact.keys():
             return self
         return self._by_parts("no output answers to the inputs")
 
     def _by_parts(self, why: str) -> Reference:
-        found = Reference(self._model, self.inputs, device=self._device, progress=self._progress, parts=True)
+        found = Reference(self._model, self.inputs, device=self._device, progress=self._progress)
+        found._with_parts = True
         found.notes.append(f"{why}, so what the model's parts return is compared")
         return found
 

@@ -11,10 +11,14 @@ import torch
 from torch import nn
 
 from bntool.graph.inputs import Inputs
-from bntool.runtime import OrtRunner, TorchRunner
 from bntool.runtime.doctor import diagnose
 from bntool.runtime.libraries import CUDA
-from bntool.verifying.checking import check_onnx, check_surgery, seeded_batches
+from bntool.runtime.ort_runner import OrtRunner
+from bntool.runtime.torch_runner import TorchRunner
+from bntool.verifying.checking import check_surgery, seeded_batches
+from bntool.verifying.conditions import Conditions
+from bntool.verifying.export_checking import check_onnx
+from bntool.verifying.reference import Reference
 from tests.exports import export_onnx
 
 pytestmark = [
@@ -54,7 +58,7 @@ def test_the_doctor_ran_a_convolution_on_cuda():
 
 def test_both_onnx_stages_pass_on_cuda(exported):
     model, path = exported
-    checks = check_onnx(model, path, seeded_batches(IMAGE), device="cuda")
+    checks = check_onnx(Reference(model, seeded_batches(IMAGE)), path, how=Conditions("cuda"))
     assert [(c.stage, c.passed, c.provider) for c in checks] == [
         ("export", True, CUDA),
         ("runtime", True, CUDA),
@@ -109,8 +113,8 @@ def test_a_surgery_check_on_cuda_passes_and_fails_as_it_should():
     model, wrong = network(), network()
     wrong[3].weight.data.mul_(1.001)
     inputs = seeded_batches(IMAGE)
-    (same,) = check_surgery(model, network(), inputs, stage="fold", device="cuda")
-    (other,) = check_surgery(model, wrong, inputs, stage="fold", device="cuda")
+    (same,) = check_surgery(Reference(model, inputs), network(), stage="fold", how=Conditions("cuda"))
+    (other,) = check_surgery(Reference(model, inputs), wrong, stage="fold", how=Conditions("cuda"))
     assert same.passed
     assert same.device.startswith("cuda:0 (")
     assert not other.passed

@@ -1,19 +1,20 @@
 """Measure bntool against its yardsticks in one run, and write docs/benchmarks.md: `make bench`.
 
 Times are medians over interleaved repetitions, and a ratio is the median of the ratios round by round, so
-that a machine whose speed drifts slows both sides. Folds and forwards run on one thread and are measured in
+that a machine whose speed drifts slows both sides. Calls and forwards run on one thread and are measured in
 processor time, which other work on the machine moves less than the clock; commands by the clock.
+
+What was measured is kept in build/bench.json, row by row: a run that was stopped goes on where it was.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
+import json
 import os
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -22,26 +23,24 @@ from typing import Any
 
 import torch
 import torchvision
-from bench_page import CALLS, page, with_calls
+from bench_calls import CALLS, PEERS, SLOW, own_calls, peer_calls, quiet, scratch, tried
+from bench_nets import NETS, net, randomise, usual_input
+from bench_page import page
 from bench_planning import growths
-from timm.utils import reparameterize_model
 from torch import nn
-from torch.fx.experimental.optimization import fuse
 
 import bntool
-from bntool.files.references import build
 
-NETS = """torchvision:resnet50 torchvision:vgg16_bn torchvision:resnet18 torchvision:wide_resnet50_2
-timm:repvgg_a2 timm:tf_efficientnet_b3 torchvision:densenet121 torchvision:efficientnet_b0
-torchvision:mobilenet_v2 torchvision:mobilenet_v3_small torchvision:shufflenet_v2_x1_0
-timm:regnetx_002 timm:ghostnet_100 timm:levit_128s""".split()
-CALLED = """torchvision:vgg16_bn torchvision:resnet50 timm:repvgg_a2 timm:cspdarknet53 torchvision:r3d_18
-torchvision:resnet18 torchvision:densenet121 timm:levit_128s torchvision:efficientnet_b0 timm:ghostnet_100
-torchvision:mobilenet_v2 torchvision:ssdlite320_mobilenet_v3_large timm:regnetx_002
-torchvision:mobilenet_v3_small torchvision:shufflenet_v2_x1_0 timm:hrnet_w18_small""".split()
-"""Nets on which whole calls are timed: a backbone of YOLO's, one over volumes, one of detection too."""
-VOLUME = (1, 3, 16, 112, 112)
-PAGE = Path(__file__).resolve().parents[2] / "docs" / "benchmarks.md"
+ROOT = Path(__file__).resolve().parents[2]
+PAGE, KEPT = ROOT / "docs" / "benchmarks.md", ROOT / "build" / "bench.json"
+SCALED = {
+    "image, side": [("torchvision:resnet50", (1, 3, side, side)) for side in (64, 128, 224, 448)],
+    "batch": [("torchvision:resnet50", (batch, 3, 224, 224)) for batch in (1, 2, 4, 8)],
+    "depth": [(f"torchvision:resnet{depth}", (1, 3, 224, 224)) for depth in (18, 34, 50, 101, 152)],
+}
+"""What is made larger, and the nets and inputs that show it."""
+HEAVY = ("torchvision:resnet50", "torchvision:vgg16_bn", "torchvision:vit_b_16", "2,000 small modules")
+"""Nets whose memory is measured, each in a process of its own."""
 
 BARE_SCRIPT = """
 import sys, copy, warnings
@@ -58,51 +57,37 @@ with torch.no_grad():
     print(abs(got - model(x).numpy()).max())
 """
 
-
-def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
-    """Give every BatchNorm statistics and an affine that are not the initial ones."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for module in model.modules():
-            if isinstance(module, nn.modules.batchnorm._BatchNorm):
-                n = module.num_features
-                module.running_mean.copy_(torch.randn(n, generator=generator) * 0.1)
-                module.running_var.copy_(torch.rand(n, generator=generator) + 0.5)
-                module.weight.copy_(torch.rand(n, generator=generator) + 0.5)
-                module.bias.copy_(torch.randn(n, generator=generator) * 0.1)
-    return model.eval()
+Times = dict[str, list[float]]
 
 
 def rounds(
-    functions: dict[str, Callable[[], Any]], repetitions: int, clock: Callable[[], float]
-) -> dict[str, list[float]]:
-    """The seconds of each, run in turn after one warm-up round."""
-    times: dict[str, list[float]] = {name: [] for name in functions}
-    for round_ in range(repetitions + 1):
+    functions: dict[str, Callable[[], Any]],
+    repetitions: int,
+    clock: Callable[[], float],
+    *,
+    warm: bool = True,
+) -> Times:
+    """The seconds of each, run in turn, after a round to warm up; of slow ones once in all."""
+    times: Times = {name: [] for name in functions}
+    for round_ in range(repetitions + warm):
         for name, function in functions.items():
+            if name in SLOW and round_ != repetitions + warm - 1:
+                continue
             start = clock()
-            function()
-            if round_:
+            with quiet():
+                function()
+            if round_ or not warm:
                 times[name].append(clock() - start)
     return times
 
 
-def compared(
-    functions: dict[str, Callable[[], Any]], repetitions: int, clock: Callable[[], float] = time.perf_counter
-) -> dict[str, float]:
-    """The median of each, and the `ratio` of the first to the sum of the others."""
-    times = rounds(functions, repetitions, clock)
-    first, *others = times
-    return {**medians(times), "ratio": ratio(times, first, *others)}
-
-
-def medians(times: dict[str, list[float]]) -> dict[str, float]:
+def medians(times: Times) -> dict[str, float]:
     return {name: statistics.median(values) for name, values in times.items()}
 
 
-def ratio(times: dict[str, list[float]], first: str, *others: str) -> float:
-    """The median over the rounds of one time over the sum of others."""
-    rows = zip(times[first], *(times[name] for name in others), strict=True)
+def ratio(times: Times, first: str, *others: str) -> float:
+    """The median over the last rounds of one time over the sum of others."""
+    rows = zip(*(reversed(times[name]) for name in (first, *others)), strict=False)
     return statistics.median(a / sum(b) for a, *b in rows)
 
 
@@ -115,136 +100,116 @@ def forward(model: nn.Module, image: Any) -> None:
         model(image)
 
 
-def usual_input(model: nn.Module) -> Any:
-    """One image of the size the model is made for: what its configuration records, else 3x224x224; a clip for
-    one over volumes, a list of one image for one of detection.
-    """
-    if any(isinstance(module, nn.Conv3d) for module in model.modules()):
-        return torch.randn(VOLUME)
-    if hasattr(model, "roi_heads") or hasattr(model, "anchor_generator"):
-        return [torch.randn(3, 320, 320)]
-    recorded = getattr(model, "pretrained_cfg", None) or {}
-    return torch.randn(1, *recorded.get("input_size", (3, 224, 224)))
-
-
-def folds(repetitions: int) -> Iterator[dict[str, Any]]:
-    """One row for each net, as it is done."""
-    for name in NETS:
-        model = randomise(build(name).model)
-        image = usual_input(model)
-        functions = {
-            "fold": lambda m=model: bntool.fold(m, check="none"),
-            "forward": lambda m=model, x=image: forward(m, x),
-            "copy": lambda m=model: copy_of_weights(m),
-        }
-        with contextlib.suppress(Exception):  # torch.fx cannot trace every model
-            fuse(model)
-            functions["fx"] = lambda m=model: fuse(m)
-        if any(hasattr(module, "reparameterize") for module in model.modules()):
-            functions["own"] = lambda m=model: reparameterize_model(m)
-        times = rounds(functions, repetitions, time.process_time)
-        yield {
-            "net": name,
-            "parameters": sum(p.numel() for p in model.parameters()),
-            "size": "x".join(map(str, image.shape)),
-            **medians(times),
-            "ratio": ratio(times, "fold", "forward", "copy"),
-            "to_fx": ratio(times, "fold", "fx") if "fx" in times else None,
-            "own_ratio": ratio(times, "own", "forward", "copy") if "own" in times else None,
-        }
-
-
-def calls(repetitions: int) -> Iterator[dict[str, Any]]:
-    """One row for each net: what a call costs, to one forward and one copy of the weights."""
-    for name in CALLED:
-        model = randomise(build(name).model)
-        image = usual_input(model)
-        given = (image,)
+def called(name: str, repetitions: int) -> dict[str, Any]:
+    """What a call costs, to one forward and one copy of the weights."""
+    model = net(name)
+    image = usual_input(model)
+    with scratch() as folder:
+        found = {**own_calls(model, (image,), folder), **peer_calls(model, (image,), folder)}
+        calls = {key: tried(call) if key in PEERS else call for key, call in found.items()}
         functions: dict[str, Callable[[], Any]] = {
-            "unchecked": lambda m=model, x=given: bntool.fold(m, x, check="none"),
-            "proved": lambda m=model, x=given: bntool.fold(m, x),
-            "full": lambda m=model, x=given: bntool.fold(m, x, check="full"),
-            "insert": lambda m=model, x=given: bntool.insert(m, x),
-            "summary": lambda m=model, x=given: bntool.summary(m, x),
-            "forward": lambda m=model, x=image: forward(m, x),
-            "copy": lambda m=model: copy_of_weights(m),
+            "forward": lambda: forward(model, image),
+            "copy": lambda: copy_of_weights(model),
+            **{key: call for key, call in calls.items() if not isinstance(call, str)},
         }
-        with contextlib.suppress(Exception):  # torch.fx cannot trace every model
-            fuse(model)
-            functions["fx fuse"] = lambda m=model: fuse(m)
         times = rounds(functions, repetitions, time.process_time)
-        unit = {"forward", "copy"}
-        yield {
-            "net": name,
-            "parameters": sum(p.numel() for p in model.parameters()),
-            **medians({key: times[key] for key in unit}),
-            **{key: ratio(times, key, *unit) for key in times if key not in unit},
+    unit = ("forward", "copy")
+    return {
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "modules": sum(1 for _ in model.modules()),
+        **{key: call for key, call in calls.items() if isinstance(call, str)},
+        **medians({key: times[key] for key in unit}),
+        **{key: ratio(times, key, *unit) for key in times if key not in unit},
+    }
+
+
+def scaled(name: str, shape: tuple[int, ...], repetitions: int) -> dict[str, Any]:
+    """A proved fold, and an unchecked one, on a larger input or net."""
+    model, image = net(name), torch.randn(shape)
+    functions: dict[str, Callable[[], Any]] = {
+        "forward": lambda: forward(model, image),
+        "copy": lambda: copy_of_weights(model),
+        "unchecked": lambda: bntool.fold(model, image, check="none"),
+        "proved": lambda: bntool.fold(model, image),
+    }
+    times = rounds(functions, repetitions, time.process_time)
+    found = {key: ratio(times, key, "forward", "copy") for key in ("unchecked", "proved")}
+    return {"net": name, "shape": "x".join(map(str, shape)), **medians(times), "ratios": found}
+
+
+def memory(name: str) -> dict[str, Any]:
+    """The most that a process holds beyond the model: in a forward, and in folds, in bytes."""
+    words = [sys.executable, str(Path(__file__).with_name("bench_memory.py")), name]
+    found = subprocess.run(words, check=True, capture_output=True, text=True)
+    result: dict[str, Any] = json.loads(found.stdout.splitlines()[-1])
+    return result
+
+
+def commands(repetitions: int) -> dict[str, dict[str, float]]:
+    """Whole commands, by the clock, beside what does the same without bntool."""
+    with scratch() as folder:
+        torch.save(randomise(torchvision.models.resnet50()), folder / "model.pt")
+        (folder / "bare.py").write_text(BARE_SCRIPT)
+        fold = (sys.executable, "-m", "bntool", "fold", "model.pt", "--export", "onnx", "--force")
+        functions = {
+            "bare": _command(folder, sys.executable, "bare.py", "model.pt", "bare.onnx"),
+            "full check": _command(folder, *fold),
+            "fast check": _command(folder, *fold, "--check", "fast"),
+            "no check": _command(folder, *fold, "--check", "none"),
+            "help": _command(folder, sys.executable, "-m", "bntool", "--help"),
+            "torch": _command(folder, sys.executable, "-c", "import torch"),
         }
+        times = rounds(functions, repetitions, time.perf_counter)
+    beside = {"full check": "bare", "fast check": "bare", "no check": "bare", "help": "torch"}
+    middle = medians(times)
+    return {
+        name: {"seconds": middle[name], "yardstick": middle[other], "ratio": ratio(times, name, other)}
+        for name, other in beside.items()
+    }
 
 
-def command(*words: str, folder: Path | None = None) -> Callable[[], None]:
-    def run() -> None:
-        environment = {**os.environ, "XDG_STATE_HOME": str(folder)} if folder else None
-        subprocess.run(words, check=True, capture_output=True, cwd=folder, env=environment)
-
-    return run
-
-
-def help_page(repetitions: int) -> dict[str, float]:
-    return compared(
-        {
-            "bntool": command(sys.executable, "-m", "bntool", "--help"),
-            "yardstick": command(sys.executable, "-c", "import torch"),
-        },
-        repetitions,
+def _command(folder: Path, *words: str) -> Callable[[], None]:
+    environment = {**os.environ, "XDG_STATE_HOME": str(folder)}
+    return lambda: (
+        subprocess.run(words, check=True, capture_output=True, cwd=folder, env=environment) and None
     )
 
 
-def whole_command(repetitions: int) -> dict[str, float]:
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        torch.save(randomise(torchvision.models.resnet50()), folder / "model.pt")
-        (folder / "bare.py").write_text(BARE_SCRIPT)
-        bntool_words = (sys.executable, "-m", "bntool", "fold", "model.pt", "--export", "onnx", "--force")
-        return compared(
-            {
-                "bntool": command(*bntool_words, folder=folder),
-                "yardstick": command(sys.executable, "bare.py", "model.pt", "bare.onnx", folder=folder),
-            },
-            repetitions,
-        )
+def pieces(repetitions: int) -> Iterator[tuple[str, str, Callable[[], Any]]]:
+    """Every row of the page: its part, its name, and what measures it."""
+    for name in NETS:
+        yield "calls", name, lambda name=name: called(name, repetitions)
+    for what, rows in SCALED.items():
+        for name, shape in rows:
+            key = f"{what}: {name} {'x'.join(map(str, shape))}"
+            yield what, key, lambda name=name, shape=shape: scaled(name, shape, repetitions)
+    for name in HEAVY:
+        yield "memory", name, lambda name=name: memory(name)
+    yield "growth", "all", lambda: [growth.to_dict() for growth in growths()]
+    yield "commands", "all", lambda: commands(repetitions)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--repetitions", type=int, default=9)
-    parser.add_argument(
-        "--only", choices=("folds", "calls", "growth"), help="these figures alone; calls go into the page"
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--repetitions", type=int, default=3)
+    parser.add_argument("--fresh", action="store_true", help="measure all of it anew")
+    parser.add_argument("--only", default="", help="rows whose part begins so")
     chosen = parser.parse_args()
     warnings.simplefilter("ignore")
-    rows, grown, called = [], [], []
-    load = os.getloadavg()[0]
     torch.set_num_threads(1)
-    if chosen.only in (None, "calls"):
-        for row in calls(max(2, chosen.repetitions // 3)):
-            figures = (f"{key} {row[key]:.2f}" for key in CALLS if key in row)
-            print(f"{row['net']:44}{'  '.join(figures)}", flush=True)
-            called.append(row)
-        if chosen.only:
-            PAGE.write_text(with_calls(PAGE.read_text(encoding="utf-8"), called), encoding="utf-8")
-    if chosen.only in (None, "folds"):
-        for row in folds(chosen.repetitions):
-            print(f"{row['net']:34}{1000 * row['fold']:7.1f} ms{row['ratio']:7.2f}", flush=True)
-            rows.append(row)
-    if chosen.only in (None, "growth"):
-        for growth in growths():
-            print(f"{growth.net:34}{1e6 * growth.plan[-1] / growth.ops[-1]:7.1f} us{growth.exponent:7.2f}")
-            grown.append(growth)
-    if chosen.only is None:
-        help_, whole = help_page(chosen.repetitions), whole_command(max(2, chosen.repetitions // 3))
-        PAGE.write_text(page(load, rows, called, grown, help_, whole), encoding="utf-8")
-        print(f"wrote {PAGE}")
+    kept: dict[str, Any] = {} if chosen.fresh or not KEPT.exists() else json.loads(KEPT.read_text())
+    kept.setdefault("loads", [])
+    KEPT.parent.mkdir(exist_ok=True)
+    for part, name, measure in pieces(chosen.repetitions):
+        if name in kept.get(part, {}) or not part.startswith(chosen.only):
+            continue
+        kept["loads"].append(round(os.getloadavg()[0], 1))
+        kept.setdefault(part, {})[name] = row = measure()
+        KEPT.write_text(json.dumps(kept, indent=1), encoding="utf-8")
+        shown = (f"{key} {row[key]:.2f}" for key in CALLS) if part == "calls" else ()
+        print(f"{part}: {name}  {'  '.join(shown)}", flush=True)
+    PAGE.write_text(page(kept), encoding="utf-8")
+    print(f"wrote {PAGE}")
 
 
 if __name__ == "__main__":

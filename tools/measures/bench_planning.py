@@ -6,6 +6,7 @@ import dataclasses
 import math
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import onnx
 import onnx_ir as ir
@@ -46,6 +47,9 @@ class Growth:
         mean_x, mean_y = sum(x) / len(x), sum(y) / len(y)
         above = sum((a - mean_x) * (b - mean_y) for a, b in zip(x, y, strict=True))
         return above / sum((a - mean_x) ** 2 for a in x)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**dataclasses.asdict(self), "exponent": self.exponent}
 
 
 class _Unit(nn.Sequential):

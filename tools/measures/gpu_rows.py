@@ -21,12 +21,15 @@ from bntool.core.errors import BntoolError, DeviceError
 from bntool.core.verdicts import Check
 from bntool.graph.inputs import Inputs
 from bntool.models import casting
-from bntool.runtime import OrtRunner, TorchRunner
-from bntool.runtime.benchmarking import Candidate, benchmark, rebatching
+from bntool.runtime.benchmarking import Candidate, On, benchmark, rebatching
 from bntool.runtime.libraries import CPU, CUDA, TENSORRT
+from bntool.runtime.ort_runner import OrtRunner
+from bntool.runtime.torch_runner import TorchRunner
 from bntool.verifying import checking
-from bntool.verifying.checking import check_onnx, check_surgery, seeded_batches
+from bntool.verifying.checking import check_surgery, seeded_batches
 from bntool.verifying.comparing import compare
+from bntool.verifying.conditions import Conditions
+from bntool.verifying.export_checking import check_onnx
 from bntool.verifying.reference import Reference
 from bntool.verifying.tf32 import check_tf32
 from tools.measures.gpu_nets import NETS
@@ -74,8 +77,7 @@ class Case:
         if self.precision == "TF32":
             return check_tf32(self.folded, self._reference, device=device)
         if self.precision == "fp32":
-            rows = check_surgery(self.model, self.folded, self.inputs, stage="fold", device=device,
-                                 reference=self._reference)  # fmt: skip
+            rows = check_surgery(self._reference, self.folded, stage="fold", how=Conditions(device))
             return rows[0]
         half = self._reference.in_arithmetic(casting.stored_as(torch.float16))
         runner = TorchRunner(self.folded, device, torch.float16)
@@ -88,8 +90,7 @@ class Case:
         if self.precision == "fp16":
             reference = reference.in_arithmetic(casting.stored_as(torch.float16))
         tf32 = self.precision == "TF32"
-        rows = check_onnx(self.model, self.files["after"], self.inputs, device=device, reference=reference,
-                          tf32=tf32)  # fmt: skip
+        rows = check_onnx(reference, self.files["after"], how=Conditions(device, tf32=tf32))  # fmt: skip
         if tf32 and rows[-1].precision != "TF32":
             raise DeviceError(rows[-1].detail)
         # Both stages in full float32 come first: the runtime row, unless the export already failed.
@@ -118,9 +119,11 @@ class Case:
             batches=(1,) if self.rehearse else (1, 32),
             rounds=11 if self.rehearse else 30,
             seconds=2 if self.rehearse else 10,
-            device="cpu" if self.rehearse else "cuda",
-            onnx_device=None if in_torch else device,
-            tf32=self.precision == "TF32",
+            on=On(
+                "cpu" if self.rehearse else "cuda",
+                None if in_torch else device,
+                tf32=self.precision == "TF32",
+            ),
         )
         return {"latency": [row.to_dict() for row in found.rows], "remarks": list(found.notes),
                 "verdicts": [versus.verdict for versus in found.versus]}  # fmt: skip

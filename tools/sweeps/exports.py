@@ -52,7 +52,7 @@ def examine(name: str) -> dict[str, Any]:
     from bntool.pipeline.onnx_folding import fold_exported
     from bntool.subjects.base import Checking
     from bntool.subjects.module import ModuleSubject
-    from bntool.verifying.checking import check_onnx
+    from bntool.verifying.export_checking import check_onnx
 
     torch.set_num_threads(1)
     model = build(name).model.eval()
@@ -73,7 +73,7 @@ def examine(name: str) -> dict[str, Any]:
         export = fold_exported(export, merge=False)
         row["seconds_export"] = round(time.perf_counter() - start, 1)
         onnx.checker.check_model(str(export.path), full_check=True)
-        checks += check_onnx(model, export.path, reference.inputs, device="cpu", reference=reference)
+        checks += check_onnx(reference, export.path)
     left = export.nodes.get("BatchNormalization", 0)
     row |= {
         "opset": export.opset,

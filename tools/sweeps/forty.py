@@ -20,7 +20,9 @@ from bntool import api
 from bntool.files.references import build
 from bntool.graph.inputs import Inputs
 from bntool.verifying.blaming import blame_export, blame_modules
-from bntool.verifying.checking import check_onnx, check_surgery, seeded_batches
+from bntool.verifying.checking import check_surgery, seeded_batches
+from bntool.verifying.conditions import Conditions
+from bntool.verifying.export_checking import check_onnx
 from bntool.verifying.onnx_verifying import check_itself
 from bntool.verifying.reference import Reference
 from tools.measures.gpu_nets import enliven
@@ -59,12 +61,12 @@ def verify(name: str) -> dict[str, Any]:
         api.fold(model, example) if any("BatchNorm" in type(m).__name__ for m in model.modules()) else None
     )
     folded = result.model if result else model
-    rows = check_surgery(model, folded, inputs, stage="fold", reference=reference)
+    rows = check_surgery(reference, folded, stage="fold")
     blamed = {"fold": blame_modules(model, folded, inputs[:1], stage="fold")}
     with tempfile.TemporaryDirectory() as folder:
         path = api.export_onnx(folded, example, Path(folder) / "model.onnx")
-        rows += check_onnx(folded, path, inputs, device="cpu", reference=reference)
-        rows += check_itself(path, inputs, device="cpu")
+        rows += check_onnx(reference, path)
+        rows += check_itself(path, inputs, how=Conditions("cpu"))
         blamed["export"] = blame_export(folded, path, inputs[:1])
     return {
         "model": name,

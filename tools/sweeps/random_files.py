@@ -38,9 +38,9 @@ def exporter_of(seed: int) -> str:
     return "dynamo" if seed % 10 == 9 else EXPORTERS[seed % 2]
 
 
-def write(net: RandomNet, path: Path, exporter: str) -> None:
-    """Write the network; by the newer exporter where the older one refuses."""
-    example = (inputs_of(net),)
+def write(net: RandomNet, path: Path, exporter: str, dtype: torch.dtype = torch.float64) -> None:
+    """Write the network, which is of this type; by the newer exporter where the older one refuses."""
+    example = (inputs_of(net).to(dtype),)
     for dynamic in (True, False):
         try:
             if exporter == "raw":
@@ -52,7 +52,7 @@ def write(net: RandomNet, path: Path, exporter: str) -> None:
         return
     if exporter == "dynamo":
         raise ExportError("no exporter takes this network")
-    write(net, path, "dynamo")
+    write(net, path, "dynamo", dtype)
 
 
 def batches_of(path: Path, net: RandomNet) -> list[int]:

@@ -89,7 +89,7 @@ def observed(name: str, model: Any) -> Any:
 def judged(make: Callable[[], Any], observed: Callable[[Any], Any]) -> dict[str, Any]:
     """What becomes of a model, with the first gain at which that can be judged to float64's own digits."""
     from bntool.core.errors import CheckFailed
-    from bntool.verifying.algebra import ALGEBRA_LIMIT
+    from bntool.core.tolerances import ALGEBRA_LIMIT
 
     try:
         row = _judged(make, observed, GAINS[0])
@@ -192,7 +192,7 @@ def sites_again(inserted: Any, inputs: Any) -> int:
 
 
 def page(results: dict[str, dict[str, Any]], title: str, target: str, file: str) -> str:
-    from bntool.verifying.algebra import ALGEBRA_LIMIT
+    from bntool.core.tolerances import ALGEBRA_LIMIT
 
     rows = sorted(results.values(), key=lambda row: row["model"])
     good = [row for row in rows if row["status"] == "ok"]
