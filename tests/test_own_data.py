@@ -122,3 +122,11 @@ def test_compare_takes_mappings():
     net = nn.Sequential(nn.Conv2d(3, 2, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(2, 2))
     part = {"image": X, "label": Y}
     assert len(bntool.compare(net, (part, part), epochs=1, batch_size=8).runs) == 2
+
+
+def test_batches_of_one_sample_are_warned_of():
+    net = nn.Sequential(nn.Conv2d(3, 2, 3), nn.BatchNorm2d(2), nn.Conv2d(2, 2, 3), nn.BatchNorm2d(2))
+    (warning,) = bntool.calibrate(net, X.split(1)).warnings
+    assert "each batch is one sample" in warning
+    assert not bntool.calibrate(net, X.split(4)).warnings
+    assert not bntool.calibrate(net[:2], X.split(1)).warnings  # the first reads what no BatchNorm has changed
