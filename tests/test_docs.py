@@ -11,12 +11,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import click
 import numpy as np
 import pytest
 import torch
 
 import bntool
-from bntool.cli import run
+from bntool.cli import cli, run
 from bntool.laws.base import LAWS
 from tools.docs import draw_laws
 
@@ -102,32 +103,12 @@ def _shown(page: Path) -> Iterator[str]:
 # -- what a page expects to find in the folder -------------------------------------------------------------
 
 
-def _with_batchnorm() -> None:
-    assert run(["insert", "model.pt", "-q"]) == 0
-
-
-def _for_calibrating() -> None:
-    _with_batchnorm()
-    images = np.random.default_rng(0).standard_normal((24, 1, 28, 28), dtype=np.float32)
-    np.save("images.npy", images)
-    Path("my_data.py").write_text("import numpy, torch\nloader = [torch.tensor(numpy.load('images.npy'))]\n")
-    _photos()
-
-
 def _photos() -> None:
     image = pytest.importorskip("PIL.Image")
     Path("photos").mkdir()
     pixels = np.random.default_rng(0).integers(256, size=(4, 72, 72, 3), dtype=np.uint8)
     for number, one in enumerate(pixels):
         image.fromarray(one).save(f"photos/{number}.png")
-
-
-def _finetuned() -> None:
-    from safetensors.torch import save_file
-
-    _with_batchnorm()
-    assert run(["fold", "model_bn.pt", "-q"]) == 0
-    save_file(bntool.load("model_bn.pt").model.state_dict(), "finetuned.safetensors")
 
 
 def _downloaded() -> None:
@@ -142,12 +123,10 @@ def _downloaded() -> None:
 
 
 BEFORE: dict[str, Callable[[], None]] = {
-    "calibrating.md": _for_calibrating,
-    "files.md": _finetuned,
-    "latency.md": _with_batchnorm,
     "pretrained.md": _downloaded,
 }
 NEEDS = {
+    "calibrating.md": "PIL",
     "tutorial.md": "matplotlib torchvision jinja2 vl_convert",
     "reporting.md": "jinja2 vl_convert",
     "ci.md": "jinja2 vl_convert torchvision",
@@ -194,6 +173,38 @@ def test_every_link_leads_somewhere(page: Path) -> None:
     for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", prose):
         if not target.startswith("http"):
             assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+def test_every_file_of_code_that_a_page_names_exists() -> None:
+    named = re.compile(r"`((?:\w+/)*test_\w+\.py|(?:tests|tools|bntool|samples)/[\w/]+\.py)[\s`]")
+    text = {page.name: page.read_text(encoding="utf-8") for page in PAGES}
+    missing = {
+        f"{page}: {name}"
+        for page, said in text.items()
+        for name in named.findall(said)
+        if not ((ROOT / name).exists() or (ROOT / "tests" / name).exists())
+    }
+    assert not missing
+
+
+def test_every_option_that_a_page_names_is_one_of_its_command() -> None:
+    context = click.Context(cli)
+    commands = {name: cli.get_command(context, name) for name in cli.list_commands(context)}
+    known = {
+        name: {word for one in command.params for word in (*one.opts, *one.secondary_opts)} | {"--help"}
+        for name, command in commands.items()
+        if command is not None
+    }
+    wrong = set()
+    for page in PAGES:
+        for command, rest in re.findall(
+            r"bntool ([a-z]+)\b((?:[^\n`|;]|\n(?! *\n))*)", page.read_text(encoding="utf-8")
+        ):
+            words = re.findall(r"(?<![\w-])--?[a-z][\w-]*", rest.partition("\n")[0])
+            wrong |= {
+                f"{page.name}: {command} {word}" for word in words if word not in known.get(command, words)
+            }
+    assert not wrong
 
 
 def test_no_page_holds_two_versions_of_itself() -> None:

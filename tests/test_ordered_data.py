@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
+import bntool
 from bntool import calibrate, open_batches
 from bntool.calibrating.drift import Grouping
 from bntool.cli import run
@@ -233,6 +234,101 @@ def test_an_ordered_and_unbalanced_stream_is_warned_of():
     assert warning.split(":")[0] in str(ordered)
     mixed = keep[torch.randperm(len(keep), generator=torch.Generator().manual_seed(0))]
     assert not calibrate(model, x[mixed].split(10)).warnings
+
+
+def unbalanced() -> tuple[Tensor, Tensor]:
+    """120, 60, 30 and 10 images of four classes, in that order."""
+    x, labels = shades(120)
+    keep = torch.cat([torch.arange(len(x))[labels == c][:n] for c, n in enumerate((120, 60, 30, 10))])
+    return x[keep], labels[keep]
+
+
+def small(norm: bool = False) -> nn.Module:
+    torch.manual_seed(0)
+    norms = [nn.BatchNorm2d(4)] if norm else []
+    ends = nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 4)
+    return nn.Sequential(nn.Conv2d(3, 4, 3), *norms, nn.ReLU(), *ends)
+
+
+class Heedless(torch.utils.data.Dataset):
+    """Gives its samples in their order, whatever number is asked for."""
+
+    def __init__(self, x: Tensor, labels: Tensor) -> None:
+        self.x, self.labels, self.at = x, labels, -1
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def __getitem__(self, _: int) -> tuple[Tensor, int]:
+        self.at = (self.at + 1) % len(self.x)
+        return self.x[self.at], int(self.labels[self.at])
+
+
+DIFFER = "batches differ more than chance allows"
+
+
+def test_every_function_warns_of_an_ordered_stream():
+    x, labels = unbalanced()
+    mixed = torch.randperm(len(x), generator=torch.Generator().manual_seed(1))
+    assert DIFFER in str(calibrate(small(norm=True), x.split(20)))
+    inserted = bntool.insert(small(), x[:2], init="calibrate", data=x.split(20))
+    assert f"warning: the 11 {DIFFER}" in " ".join(str(inserted).split())
+    assert any(DIFFER in note for note in inserted.to_dict()["notes"])
+    assert DIFFER not in str(bntool.insert(small(), x[:2], init="calibrate", data=x[mixed].split(20)))
+    heedless = Heedless(x, labels)
+    found = bntool.compare(small(), (heedless, heedless), epochs=1, batch_size=20)
+    (warning,) = found.warnings
+    assert DIFFER in warning
+    assert found.to_dict()["warnings"] == [warning]
+    # by number the samples are drawn, whatever their order
+    for data in (TensorDataset(x, labels), DataLoader(TensorDataset(x, labels), batch_size=20)):
+        assert not bntool.compare(small(), (data, data), epochs=1, batch_size=20).warnings
+
+
+def test_parts_that_an_ordered_file_was_cut_into_are_warned_of():
+    x, labels = unbalanced()
+
+    def cut(at: int, order: Tensor) -> tuple[TensorDataset, TensorDataset]:
+        one, other = order[:at], order[at:]
+        return TensorDataset(x[one], labels[one]), TensorDataset(x[other], labels[other])
+
+    lying = torch.arange(len(x))
+    (warning,) = bntool.compare(small(), cut(212, lying), epochs=1).warnings
+    assert "(class 3: 1% of the training, 100% of the test)" in warning
+    mixed = torch.randperm(len(x), generator=torch.Generator().manual_seed(1))
+    assert not bntool.compare(small(), cut(180, mixed), epochs=1).warnings
+    with pytest.raises(UsageError, match="up to 3, and the training labels only up to 2") as caught:
+        bntool.compare(small(), cut(200, lying), epochs=1)
+    assert "shuffle" in caught.value.next_step
+
+
+@pytest.mark.parametrize("words", [["calibrate"], ["insert", "--init", "calibrate"], ["compare"]])
+def test_every_command_warns_of_an_ordered_stream(tmp_path, monkeypatch, capsys, words):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    torch.save(small(norm="calibrate" in words[0]), "m.pt")
+    torch.save(unbalanced(), "stream.pt")
+    Path("own.py").write_text(
+        "import torch\nx, y = torch.load('stream.pt')\n"
+        "def loader(): return (x.split(20))\n"
+        "def parts(): return [(x[:212], y[:212]), (x[212:], y[212:])]\n"
+    )
+    data = "own.py:parts" if words == ["compare"] else "own.py:loader"
+    more = ["--epochs", "1"] if words == ["compare"] else ["--input", "1x3x8x8", "--quiet"]
+    assert run([*words, "m.pt", "--data", data, *more]) == 0
+    said = capsys.readouterr().out
+    assert "warning: the " in said
+    assert "note: warning" not in said
+
+
+def test_what_other_data_is_asked_is_refused_of_a_pair():
+    x, labels = unbalanced()
+    pair = TensorDataset(x, labels), TensorDataset(x, labels)
+    for asked in ({"columns": ["a"]}, {"split": "train,val"}, {"include": ["*"]}, {"mean": "imagenet"}):
+        with pytest.raises(UsageError, match=f"{next(iter(asked))}.* (is|are) for"):
+            bntool.compare(small(), pair, epochs=1, **asked)
+    few = bntool.compare(small(), pair, epochs=1, samples=60, batch_size=30)
+    assert "60 samples to train on" in few.notes[0]
 
 
 def test_batches_drawn_at_random_are_not_warned_of():

@@ -15,6 +15,17 @@ _DRAWS = 200_000
 _ROUNDING = 1e-6
 """Of the size of a value: what varies less than this is float32's rounding and no data."""
 
+RUINS = (
+    "statistics from batches that training never sees ruin a model. Shuffle the data: "
+    "DataLoader(…, shuffle=True)"
+)
+"""What comes of such batches where each is normalised by itself."""
+POOLED = (
+    "the new layers hold the statistics of all of them together, and no such batch has those in training. "
+    "Shuffle the data: DataLoader(…, shuffle=True)"
+)
+"""The same where statistics are those of all batches."""
+
 
 @dataclasses.dataclass
 class Grouping:
@@ -70,8 +81,8 @@ class Grouping:
         drawn = np.random.default_rng(0).f(*free, _DRAWS)
         return found, float(np.quantile(drawn, 1 - _FALSE_ALARMS))
 
-    def told(self, where: str) -> str:
-        """The warning, or nothing where the batches are as chance makes them."""
+    def told(self, where: str, then: str = RUINS) -> str:
+        """The warning, ending in what comes of it; nothing where the batches are as chance makes them."""
         found = self.ratio()
         if found is None or found[0] <= found[1]:
             return ""
@@ -80,6 +91,5 @@ class Grouping:
             f"warning: the {len(self.counts)} batches differ more than chance allows: at "
             f"{where or 'the model'} their means and squares spread {times} as widely as those of samples "
             f"drawn at random (up to {found[1]:.2g} is chance). Their samples come in an order, such as "
-            "class by class; statistics from batches that training never sees ruin a model. Shuffle the "
-            "data: DataLoader(…, shuffle=True)"
+            f"class by class; {then}"
         )

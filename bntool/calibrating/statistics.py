@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from bntool.calibrating.moments import Moments, Seen
-from bntool.calibrating.sweeping import require_batches, sweep
+from bntool.calibrating.sweeping import Sweep, require_batches, sweep
 from bntool.core.errors import StateError, UsageError
 from bntool.runtime.world import World
 
@@ -22,13 +22,26 @@ def measure(
     """Mean and population variance (float64, (C,)) of what BatchNorm layers read, in one eval-mode pass.
 
     `layers` are qualified names or modules of `model`. A layer that the data does not reach is not in
-    the result. Raises what `sweep` raises, and `UsageError` for no data, for a layer that the model does
-    not have, and in one of several processes.
+    the result. Raises what `swept` raises.
+    """
+    return of_population(swept(model, layers, batches))
+
+
+def swept(model: nn.Module, layers: Sequence[str | nn.Module], batches: Iterable[Any]) -> Sweep:
+    """The eval-mode pass of `measure`, with whether its batches are as chance makes them.
+
+    Raises what `sweep` raises, and `UsageError` for no data, for a layer that the model does not have, and
+    in one of several processes.
     """
     _require_one_process()
     names = [_name_of(model, layer) for layer in layers]
     found = sweep(model, names, batches, batch_statistics=False)
     require_batches(found)
+    return found
+
+
+def of_population(found: Sweep) -> dict[str, tuple[Tensor, Tensor]]:
+    """Mean and population variance by layer."""
     return {name: (seen.moments.mean, seen.moments.variance) for name, seen in found.layers.items()}
 
 

@@ -43,8 +43,15 @@ class Sweep:
 
     @property
     def warning(self) -> str:
-        """That the batches differ more than chance allows; empty where they do not."""
-        return self.grouping.told(self.first)
+        """That batches differ more than chance allows, or are single samples; empty where they are not."""
+        alone = self.samples and self.samples == self.batches and len(self.layers) > 1
+        return self.grouping.told(self.first) or (ALONE if alone else "")
+
+
+ALONE = (
+    "warning: each batch is one sample, which every BatchNorm normalises by itself, as no training does: the "
+    "statistics of all but the first are not those of the model. Use the batch size of the training"
+)
 
 
 def sweep(

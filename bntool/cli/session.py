@@ -20,6 +20,7 @@ from bntool.cli.reading import read_by
 from bntool.cli.streams import say
 from bntool.core.command_options import LoadOptions, ReportOptions, SpeechOptions
 from bntool.core.errors import BntoolError, InvariantError
+from bntool.core.showing import WARNING, noted
 from bntool.core.text import asked_width
 from bntool.files.sidecar import sidecar_path
 from bntool.files.targets import Target
@@ -87,10 +88,10 @@ class Voice:
         self.say(text)
 
     def note(self, text: str) -> None:
-        """A remark: a line of text, or an entry of the document's `notes`."""
+        """A remark: a line of text, or an entry of the document's `notes`. `--quiet` keeps a warning."""
         self.notes.append(text)
-        if not self.as_json and not self.quiet and not self.silent:
-            say(f"note: {text}")
+        if not self.as_json and not self.silent and (text.startswith(WARNING) or not self.quiet):
+            say(noted(text))
 
     def emit(self, document: dict[str, Any]) -> None:
         if not self.writes_document:

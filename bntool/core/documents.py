@@ -182,6 +182,7 @@ class Compare(Document, kw_only=True):
     folder: str | None = None
     files: list[str] = []
     data: str | None = None
+    warnings: list[str] = []
     settings: dict[str, Any] | None = None
     init: str | None = None
     torch: str | None = None

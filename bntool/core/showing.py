@@ -59,6 +59,15 @@ Part = Table | Said | str
 """A plain string is one line that is not wrapped; an empty one parts what stands around it."""
 
 
+WARNING = "warning: "
+"""How a remark begins that is more than a note."""
+
+
+def noted(text: str) -> str:
+    """A remark as it is shown: as a note, unless it is a warning."""
+    return text if text.startswith(WARNING) else f"note: {text}"
+
+
 class Shown:
     """A result that shows itself in a notebook. A subclass says in `parts` what there is to see."""
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from bntool.core.errors import LoadError, UsageError
-from bntool.data.choosing import ALL, part_named
+from bntool.data.choosing import ALL, listed, part_named
 from bntool.files.detect import Kind, detect
 from bntool.files.numpy_files import read_npy, read_npz
 from bntool.files.security.archives import Unsafe
@@ -109,12 +109,18 @@ def chosen_arrays(arrays: dict[str, Any], like: Inputs | None, where: str) -> di
         fitting = [name for name, array in arrays.items() if axes_fit(array.shape, tensor)]
         if len(fitting) == 1:
             return {"input": arrays[fitting[0]]}
-    shapes = ", ".join(f"{name} {shape_text(array.shape)}" for name, array in arrays.items())
+    shapes = listed(f"{name} {shape_text(array.shape)}" for name, array in arrays.items())
     expected = f"takes {like.shapes()}" if like is not None else "takes one"
+    samples = len(wanted) == 1 and all(axes_fit((1, *a.shape), *wanted.values()) for a in arrays.values())
+    names = ", ".join(wanted) or "input"
     raise UsageError(
-        f"the file holds several arrays ({shapes}), and the model {expected}",
+        f"the data holds several arrays ({shapes}), and the model {expected}",
         where=where,
-        next_step=f"name them {', '.join(wanted) or 'input'}",
+        next_step="stack the samples on axis 0: torch.save(torch.stack(samples), 'x.pt')"
+        if samples
+        else f"name them {names}"
+        if len(wanted) > 1
+        else f"name the one that is the input {names}",
     )
 
 

@@ -135,8 +135,12 @@ def _of_loader(source: Any, text: str, choice: Choice, preparation: Preparation,
     heard: list[str] = []
 
     def make() -> Iterator[Inputs]:
+        empty = True
         for inputs in loaded_batches(source, text, preparation.like, choice, heard, named=named):
-            yield fitted(inputs, preparation.like, text)
+            empty = False
+            yield fitted(_of_mapping(inputs, preparation.like, text), preparation.like, text)
+        if empty and choice.share[1] == 1:
+            raise UsageError("the loader gives no batch", where=text, next_step="give at least one")
 
     return Batches(make, text, heard)
 
@@ -152,6 +156,14 @@ def _arranged(parts: dict[str, Tensor], like: Inputs | None, where: str) -> Inpu
     """Tensors by name as inputs: by keyword where the model takes that name so."""
     kwargs = {name: parts.pop(name) for name in list(parts) if like is not None and name in like.kwargs}
     return fitted(Inputs(tuple(parts.values()), kwargs), like, where)
+
+
+def _of_mapping(inputs: Inputs, like: Inputs | None, where: str) -> Inputs:
+    """Of a mapping with more entries than the model has inputs, such as labels, those that are inputs."""
+    given = inputs.tensors()
+    if like is None or inputs.args or len(given) <= len(like.tensors()):
+        return inputs
+    return _arranged(chosen_arrays(given, like, where), like, where)
 
 
 # -- fitting -------------------------------------------------------------------------------------------------
@@ -174,7 +186,7 @@ def fitted(inputs: Inputs, like: Inputs | None, where: str) -> Inputs:
             raise UsageError(
                 f"the data has batches of {shapes[0]}, and the model takes {shapes[1]}",
                 where=where,
-                next_step="samples lie on axis 0; --input names the model's input if it was guessed wrongly",
+                next_step=_way_to_fit(tensor, example),
             )
         if tensor.is_floating_point() != example.is_floating_point():
             raise UsageError(
@@ -184,6 +196,15 @@ def fitted(inputs: Inputs, like: Inputs | None, where: str) -> Inputs:
             )
     dtype = next((t.dtype for t in wanted.values() if t.is_floating_point()), None)
     return inputs.to(dtype=dtype)
+
+
+def _way_to_fit(tensor: Tensor, example: Tensor) -> str:
+    """What makes the data fit, where it is plain to see."""
+    if tensor.dim() == example.dim() == 4 and axes_fit(tensor.movedim(-1, 1).shape, example):
+        return "the channels lie last, and the model takes them on axis 1: numpy.moveaxis(x, -1, 1)"
+    if axes_fit(tensor[None].shape, example):
+        return "these are single samples: give batches of them, with the samples on axis 0 (numpy.stack)"
+    return "samples lie on axis 0; --input names the model's input if it was guessed wrongly"
 
 
 def _type(tensor: Tensor) -> str:

@@ -115,32 +115,31 @@ def part_of(folder: Path, split: str | None) -> Path:
         raise UsageError(
             f"there is no part {split} in {folder}",
             where=f"it holds {listed(path.name for path in inside) or 'no folder'}",
-            next_step=f"name one of its folders, or {ALL}",
+            next_step=f"name one of its folders, or {ALL}; or leave --split out",
         )
     return fitting[0]
 
 
 def included(files: Sequence[Path], folder: Path, patterns: Sequence[str]) -> list[Path]:
-    """Those files whose path below `folder`, or whose name, one of `patterns` fits; all for no pattern.
+    """Those files whose path below `folder`, whose name or a folder of whose path one of `patterns` fits.
 
-    Raises `UsageError` where none fits.
+    All for no pattern. Raises `UsageError` where none fits.
     """
     if not patterns:
         return list(files)
-    found = [
-        file
-        for file in files
-        if any(
-            fnmatchcase(text, pattern)
-            for pattern in patterns
-            for text in (file.relative_to(folder).as_posix(), file.name)
-        )
-    ]
+
+    def texts(file: Path) -> list[str]:
+        path = file.relative_to(folder)
+        return [file.name, *(one.as_posix() for one in (path, *path.parents[:-1]))]
+
+    meant = [pattern.rstrip("/") for pattern in patterns]
+    found = [f for f in files if any(fnmatchcase(text, one) for text in texts(f) for one in meant)]
     if not found:
         raise UsageError(
             f"none of {len(files)} files in {folder} fits {', '.join(patterns)}",
             where=f"such as {files[0].relative_to(folder).as_posix()}",
-            next_step="a pattern is for the path below the folder, or for the name: 'dogs/*', '*.png'",
+            next_step="a pattern is for a folder, a path below, or a name: dogs, 'dogs/*', '*.png'; "
+            "give the option again for several",
         )
     return found
 

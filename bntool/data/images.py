@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import io
+import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -66,9 +67,26 @@ class Preparation:
             )
         for name, values in (("mean", self.mean), ("std", self.std)):
             if values is not None and len(values) not in (1, shapes[0][1]):
-                raise UsageError(f"{name} has {len(values)} values for {shapes[0][1]} channels", where=where)
+                channels = shapes[0][1]
+                raise UsageError(
+                    f"{name} has {len(values)} values, and the model's input has {channels} "
+                    f"{'channel' if channels == 1 else 'channels'}",
+                    where=where,
+                    next_step="give one value" + (f" for all, or {channels}" if channels > 1 else ""),
+                )
         if self.std is not None and not all(value > 0 for value in self.std):
-            raise UsageError("std holds a value that is not positive", where=where)
+            raise UsageError(
+                f"std is {_listed(self.std)}, which holds a value that is not positive",
+                where=where,
+                next_step="give the standard deviations of images in 0..1, such as --std 0.229,0.224,0.225",
+            )
+        if self.mean is not None and max(self.mean) > 1:
+            raise UsageError(
+                f"mean is {_listed(self.mean)}, and images are scaled to 0..1 before it is taken off",
+                where=where,
+                next_step=f"divide by 255: --mean {_listed([value / 255 for value in self.mean])}"
+                + (f" --std {_listed([value / 255 for value in self.std])}" if self.std else ""),
+            )
         if self.resize is not None and self.resize < max(shapes[0][2:]):
             raise UsageError(
                 f"resize is {self.resize}, and the model takes {self.size[1]}x{self.size[2]} of the middle",
@@ -98,19 +116,24 @@ Normalisation = str | Sequence[float] | None
 
 
 def normalisation(mean: Normalisation, std: Normalisation) -> tuple[list[float] | None, list[float] | None]:
-    """The numbers that are meant; a name as `mean` alone is for both. Raises `UsageError` for other text."""
-    if isinstance(mean, str) and mean in NORMALISATIONS and std is None:
-        std = mean
+    """The numbers that are meant; a name alone is for both. Raises `UsageError` for other text."""
+    alone = mean if std is None else std if mean is None else None
+    if isinstance(alone, str) and alone.lower() in NORMALISATIONS:
+        mean = std = alone
     return _numbers(mean, "--mean", 0), _numbers(std, "--std", 1)
+
+
+def _listed(values: Sequence[float]) -> str:
+    return ",".join(f"{value:.4g}" for value in values)
 
 
 def _numbers(given: Normalisation, flag: str, which: int) -> list[float] | None:
     if not isinstance(given, str):
         return None if given is None else list(given)
-    if given in NORMALISATIONS:
-        return list(NORMALISATIONS[given][which])
+    if given.lower() in NORMALISATIONS:
+        return list(NORMALISATIONS[given.lower()][which])
     try:
-        return [float(part) for part in given.split(",")]
+        return [float(part) for part in re.split(r"[\s,]+", given.strip(" []()"))]
     except ValueError as error:
         raise UsageError(
             f"{flag} {given} is neither a list of numbers nor one of {', '.join(NORMALISATIONS)}",
@@ -119,8 +142,11 @@ def _numbers(given: Normalisation, flag: str, which: int) -> list[float] | None:
 
 
 def find_images(folder: Path) -> list[Path]:
-    """Every image below `folder`, in order of name. Raises `UsageError` when there is none."""
-    files = [path for path in folder.rglob("*") if path.is_file()]
+    """Every image below `folder`, in order of name, but for hidden ones. `UsageError` when there is none.
+
+    Hidden are what systems and notebooks leave between images: `._cat.png`, `.ipynb_checkpoints`, `__MACOSX`.
+    """
+    files = [path for path in folder.rglob("*") if path.is_file() and not _is_hidden(path, folder)]
     found = sorted(path for path in files if path.suffix.lower() in ENDINGS)
     if not found:
         endings = listed(f"{ending or 'no ending'} ({n})" for ending, n in _endings(files).most_common())
@@ -130,6 +156,10 @@ def find_images(folder: Path) -> list[Path]:
             next_step=f"it needs files that end in {', '.join(sorted(ENDINGS))}",
         )
     return found
+
+
+def _is_hidden(file: Path, folder: Path) -> bool:
+    return any(part.startswith(".") or part == "__MACOSX" for part in file.relative_to(folder).parts)
 
 
 def _endings(files: Sequence[Path]) -> Counter[str]:
@@ -179,9 +209,23 @@ def _decoded(file: Picture, preparation: Preparation) -> Tensor:
     """An image as (C, H, W) uint8, in the size that the model takes."""
     channels, height, width = preparation.size
     with _opened(file) as image:
-        made = _covering(image.convert(_MODES[channels]), height, width, preparation.resize)
+        made = _covering(_of_bytes(image).convert(_MODES[channels]), height, width, preparation.resize)
         pixels = np.array(made).reshape(height, width, channels)
     return torch.from_numpy(pixels).permute(2, 0, 1)
+
+
+def _of_bytes(image: Any) -> Any:
+    """The image with values of 8 bits. Pillow itself cuts off, from 16 bits, all above 255: a white image."""
+    if image.mode == "F":
+        raise ValueError("it holds floating-point numbers, of no known range; save it as .npy")
+    if not image.mode.startswith("I"):
+        return image
+    values = np.asarray(image)
+    if values.min() < 0 or values.max() >= 1 << 16:
+        raise ValueError(f"it holds numbers from {values.min()} to {values.max()}, not of 16 bits")
+    from PIL import Image
+
+    return Image.fromarray(np.rint(values / 257).astype(np.uint8))
 
 
 @contextlib.contextmanager
@@ -204,5 +248,5 @@ def _opened(file: Picture) -> Iterator[Any]:
         raise LoadError(
             f"{file.name} is no image that can be read: {lines[0]}",
             where=where,
-            next_step=f"remove it from the {'folder' if isinstance(file, Path) else 'data'}",
+            next_step=f"mend it, or remove it from the {'folder' if isinstance(file, Path) else 'data'}",
         ) from error

@@ -12,14 +12,16 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.data import BatchSampler, DataLoader, IterableDataset, SequentialSampler
+from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, SequentialSampler
 
 from bntool.core.errors import BntoolError, LoadError, UsageError
 from bntool.data.choosing import Choice
 from bntool.files.scripts import running_user_code
 from bntool.graph.inputs import Inputs
 
-SHUFFLED = "the loader reads its data set in order; its samples are drawn by the seed (--no-shuffle does not)"
+SHUFFLED = "the loader reads its data set in order; its samples are drawn by the seed (--no-shuffle keeps it)"
+_LOADER = "it must be an iterable of batches, or a function without arguments that returns one"
+PARTS = "the loader gives {} parts; the first, to train on, is read"
 
 
 def inputs_of(model: nn.Module, batches: Iterable[Any]) -> Iterator[Inputs]:
@@ -60,11 +62,15 @@ def as_inputs(item: Any, needed: int) -> Inputs:
         return Inputs((torch.from_numpy(np.array(item)),))
     if isinstance(item, Mapping):
         return Inputs((), dict(item))
+    first = item[0] if isinstance(item, tuple | list) and item else None
+    if needed > 1 and isinstance(first, tuple | list) and len(first) == needed:  # ((one, other), target)
+        return Inputs(tuple(first))
     if isinstance(item, tuple | list) and len(item) >= needed:
         return Inputs(tuple(item[:needed]))
     held = f" of {len(item)}" if isinstance(item, tuple | list) else ""
     raise UsageError(
-        f"a batch is a {type(item).__name__}{held}, and the model takes {needed} inputs",
+        f"a batch is a {type(item).__name__}{held}, and the model takes {needed} "
+        f"{'input' if needed == 1 else 'inputs'}",
         next_step="give tensors, (input, target) tuples, or mappings of keyword inputs",
     )
 
@@ -157,14 +163,34 @@ def _called(source: Any, text: str, choice: Choice, heard: list[str]) -> Iterato
     if isinstance(source, Tensor | Inputs):
         return iter([source])
     try:
-        found = source() if callable(source) and not isinstance(source, Iterable) else source
+        found = source() if callable(source) and not isinstance(source, Iterable | Dataset) else source
+        if _are_parts(found):
+            _hear(heard, PARTS.format(len(found)))
+            found = found[0]
+        if isinstance(found, Dataset) and not isinstance(found, IterableDataset):
+            found = DataLoader(found, batch_size=choice.batch_size)
         if choice.shuffle and _goes_in_order(found):
             found = _drawing(found, choice.seed)
-            if SHUFFLED not in heard:
-                heard.append(SHUFFLED)
-        return iter(found)
+            _hear(heard, SHUFFLED)
+        if isinstance(found, Iterable) or hasattr(found, "__getitem__"):
+            return iter(found)
     except Exception as error:
         raise _loader_failed(text, error) from error
+    raise UsageError(f"the loader gives a {type(found).__name__}", where=text, next_step=_LOADER)
+
+
+def _are_parts(found: Any) -> bool:
+    """Whether it is what `compare` takes: data sets or loaders to train on and to test, and maybe more."""
+    return (
+        isinstance(found, tuple | list)
+        and len(found) > 1
+        and all(isinstance(one, Dataset | DataLoader) for one in found)
+    )
+
+
+def _hear(heard: list[str], note: str) -> None:
+    if note not in heard:
+        heard.append(note)
 
 
 def _goes_in_order(loader: Any) -> bool:
@@ -191,5 +217,5 @@ def _loader_failed(text: str, error: Exception) -> LoadError:
     return LoadError(
         f"the loader raised {type(error).__name__}: {lines[0]}",
         where=text,
-        next_step="it must be an iterable of batches, or a function without arguments that returns one",
+        next_step=_LOADER,
     )

@@ -22,7 +22,7 @@ class Progress:
     """How far a run has come: `step` of `epoch` is next; `sums` of the epoch so far (loss, hits, samples).
 
     `history` holds the figures of each epoch that is done, `records` what was seen inside, `diverged` where
-    the loss stopped being a number.
+    the loss stopped being a number, `warning` that its batches differ more than chance allows.
     """
 
     epoch: int = 0
@@ -31,6 +31,7 @@ class Progress:
     history: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     records: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     diverged: dict[str, Any] | None = None
+    warning: str = ""
 
 
 def write_checkpoint(

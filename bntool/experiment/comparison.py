@@ -13,6 +13,7 @@ from bntool.api import apply, insert
 from bntool.core.errors import CheckFailed, NothingToDo, UsageError
 from bntool.core.plan import Plan
 from bntool.experiment.checkpoints import Progress
+from bntool.experiment.evenness import parts_apart
 from bntool.experiment.fitting import fitting, require_shares
 from bntool.experiment.folder import RUNS, identity_of, open_folder, require_alike
 from bntool.experiment.outcome import ARMS, TITLES, Run, TrainingComparison, told_divergence
@@ -71,8 +72,10 @@ def compare_training(
         for arm in ARMS
     ]
     steps = len(train_bounds(data, settings, world))
+    ordered = next((run.progress.warning for run in runs if run.progress.warning), "")
+    warnings = tuple(warning for warning in (parts_apart(data), ordered) if warning)
     found = TrainingComparison(
-        settings, tuple(runs), inserted, {}, data.origin, steps, world.size, data.notes
+        settings, tuple(runs), inserted, {}, data.origin, steps, world.size, data.notes, warnings
     )
     if all(run.diverged for run in runs):
         raise CheckFailed(

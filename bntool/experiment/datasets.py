@@ -14,7 +14,7 @@ from bntool.data.arrays import arrays_in
 from bntool.data.choosing import Choice, included, kind_of, part_named, part_of, told
 from bntool.data.images import Preparation, converted, find_images
 from bntool.data.records import are_records
-from bntool.experiment.loaders import loader_data
+from bntool.experiment.loaders import loader_data, paired
 from bntool.experiment.parts import Images, decoded, held_out_of, split_note, two_parts
 from bntool.experiment.recorded import recorded
 from bntool.experiment.samples import Data, Held, checked, held, held_data, subset
@@ -24,7 +24,7 @@ KNOWN = {"mnist": "MNIST", "fashion-mnist": "FashionMNIST"}
 
 
 def open_dataset(
-    ref: str,
+    source: Any,
     choice: Choice | None = None,
     preparation: Preparation | None = None,
     *,
@@ -34,12 +34,12 @@ def open_dataset(
     """Labelled training and test data.
 
     Args:
-        ref: `mnist`, `fashion-mnist`: torchvision's, below `root`, normalised by the mean and standard
+        source: `mnist`, `fashion-mnist`: torchvision's, below `root`, normalised by the mean and standard
             deviation of the training images. A folder: `train/` and `test/` (or `val/`), each with a folder
             of images for each class; or the class folders alone. An `.npz`: x_train, y_train, x_test, y_test;
             or x and y. Records of `data.records`, their parts by the names of their files, with a column of
             labels. `pkg.mod:loader` or `file.py:loader`: a pair, or a function that returns one, of
-            datasets, loaders or iterables of batches.
+            datasets, loaders or iterables of batches; or such a pair itself.
         choice: `split` names the training and the test part, as `train,val`; where there is no test part, a
             fifth is held out by `seed`. `samples` is the most that are taken of each part, drawn by `seed`.
         preparation: what images are made into.
@@ -51,25 +51,38 @@ def open_dataset(
         UsageError: labels that do not fit, one class, too few samples.
     """
     choice, preparation = choice or Choice(), preparation or Preparation(None)
-    path = Path(ref)
-    if ref not in KNOWN and are_records(path):
-        choice.require_unused(ref, "include")
-        data = recorded(path, preparation, choice)
-    elif ref not in KNOWN and path.is_dir():
-        choice.require_unused(ref, "columns")
-        data = _folder(path, preparation.checked(ref), choice)
+    if not isinstance(source, str | os.PathLike):
+        ref = type(source).__name__
+        _require_choice_of_others(ref, choice, preparation, "split")
+        data = paired(source, ref)
+    elif (ref := os.fspath(source)) in KNOWN:
+        _require_choice_of_others(ref, choice, preparation, "split")
+        data = _known(ref, Path(root or "data"), download)
     else:
-        preparation.require_unused(ref)
-        choice.require_unused(ref, "include", "columns")
-        if ref not in KNOWN and path.is_file():
-            data = _npz(path, choice)
-        else:
-            choice.require_unused(ref, "split")
-            known = ref in KNOWN
-            data = (
-                _known(ref, Path(root or "data"), download) if known else loader_data(ref, choice.seed, KINDS)
-            )
+        data = _at(ref, choice, preparation)
     return checked(_limited(data, choice), ref)
+
+
+def _at(ref: str, choice: Choice, preparation: Preparation) -> Data:
+    """What lies at a path, or what a loader gives."""
+    path = Path(ref)
+    if are_records(path):
+        choice.require_unused(ref, "include")
+        return recorded(path, preparation, choice)
+    if path.is_dir():
+        choice.require_unused(ref, "columns")
+        return _folder(path, preparation.checked(ref), choice)
+    if path.is_file():
+        _require_choice_of_others(ref, choice, preparation)
+        return _npz(path, choice)
+    _require_choice_of_others(ref, choice, preparation, "split")
+    return loader_data(ref, choice.seed, KINDS)
+
+
+def _require_choice_of_others(ref: str, choice: Choice, preparation: Preparation, *more: str) -> None:
+    """Raise `UsageError` where what only images or records have was asked of other data."""
+    preparation.require_unused(ref)
+    choice.require_unused(ref, "include", "columns", *more)
 
 
 def _limited(data: Data, choice: Choice) -> Data:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +53,8 @@ def _samples(part: Any, where: str) -> Samples:
         part, collate = part.dataset, part.collate_fn
     if isinstance(part, torch.utils.data.TensorDataset) and len(part.tensors) == 2:
         return held(part.tensors[0], part.tensors[1], where)
+    if isinstance(part, Mapping):  # all samples of the part as one batch
+        return _read_through([part], where)
     if hasattr(part, "__getitem__") and hasattr(part, "__len__") and not isinstance(part, tuple | list):
         return Streamed(part, collate)
     if isinstance(part, tuple | list) and len(part) == 2 and all(hasattr(one, "shape") for one in part):

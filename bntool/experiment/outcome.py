@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from bntool.core.showing import Column, Part, Shown, Table
+from bntool.core.showing import Column, Part, Said, Shown, Table
 from bntool.core.text import Lines
 from bntool.experiment.checkpoints import Progress
 from bntool.experiment.settings import Settings
@@ -85,7 +85,8 @@ class TrainingComparison(Shown):
     """All runs of both arms, and the two models that came of the first repeat at each arm's best rate.
 
     `surgery` is the insertion: its plan and its parameter delta. `models` are in eval mode, on the CPU; an
-    arm of which no run came to its end has none.
+    arm of which no run came to its end has none. `warnings` tells of batches, or parts of the data, that are
+    not as samples drawn at random are.
     """
 
     settings: Settings
@@ -96,6 +97,7 @@ class TrainingComparison(Shown):
     steps_per_epoch: int
     processes: int = 1
     notes: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
 
     def of(self, arm: str, lr: float) -> list[Run]:
         return [run for run in self.runs if run.arm == arm and run.lr == lr]
@@ -137,6 +139,7 @@ class TrainingComparison(Shown):
         return {
             "status": "ok",
             "data": self.origin,
+            "warnings": list(self.warnings),
             "settings": self.settings.to_dict(),
             "init": self.settings.norm_init,
             "torch": torch.__version__,
@@ -195,6 +198,7 @@ class TrainingComparison(Shown):
         )
         lines: list[Part] = [Table(columns, rows, title), ""]
         lines += [self._stopped(run) for run in self.runs if run.diverged]
+        lines += [Said(warning, "    ") for warning in self.warnings]
         if len(self.settings.lrs) > 1:
             for arm in ARMS:
                 rate = self.largest_rate(arm)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from bntool.core.errors import UsageError
+from bntool.data.records import LABELS
 from bntool.graph.inputs import Inputs
 
 
@@ -101,7 +102,9 @@ class Data:
 
 
 def pair_of(item: Any, where: str) -> tuple[Tensor, Tensor]:
-    """A batch as inputs and labels. Raises `UsageError` for anything but a pair."""
+    """A batch as inputs and labels: a pair, or a mapping of both. Raises `UsageError` for anything else."""
+    if isinstance(item, Mapping) and len(item) == 2 and len(named := [n for n in item if n in LABELS]) == 1:
+        item = next(value for name, value in item.items() if name != named[0]), item[named[0]]
     if not isinstance(item, tuple | list) or len(item) != 2:
         raise UsageError(
             f"a batch is a {type(item).__name__}", where=where, next_step="give (inputs, labels) pairs"
@@ -182,6 +185,6 @@ def checked(data: Data, where: str) -> Data:
             f"the test labels go up to {int(data.labels[1].max())}, and the training labels only up to "
             f"{data.classes - 1}",
             where=where,
-            next_step="number the classes alike in both parts",
+            next_step="number the classes alike in both parts; shuffle data that lies in order before a cut",
         )
     return data

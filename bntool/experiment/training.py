@@ -14,11 +14,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from bntool.calibrating.drift import Grouping
 from bntool.core.errors import UsageError
 from bntool.experiment.checkpoints import Progress, read_checkpoint, write_checkpoint
+from bntool.experiment.evenness import ORDERED
 from bntool.experiment.failing import explained, where_it_began
 from bntool.experiment.randomness import random_state, random_state_kept, seed_everything
-from bntool.experiment.samples import Data, Samples
+from bntool.experiment.samples import Data, Held, Samples
 from bntool.experiment.settings import Settings, seed_for
 from bntool.experiment.syncing import sync_on_cpu
 from bntool.experiment.watching import Watcher
@@ -105,6 +107,7 @@ class _Run:
         self.bounds = train_bounds(data, settings, world)
         self.steps = len(self.bounds)
         self.saved, self.due = time.monotonic(), False
+        self.grouping = Grouping()
         self.parallel = self._in_parallel() if world.size > 1 else model
 
     def _in_parallel(self) -> nn.Module:
@@ -132,6 +135,7 @@ class _Run:
         parts = [self.world.share(order[a:b]) for a, b in self.bounds[at.step :]]
         self.model.train()
         for inputs, labels in self._moved(self.data.train, parts):
+            self._look_at(inputs)
             self._step(inputs, labels)
             if at.diverged is not None:
                 return
@@ -140,7 +144,14 @@ class _Run:
         loss, hits, count = at.sums
         figures = {"epoch": at.epoch + 1, "train_loss": loss / count, "train_accuracy": hits / count}
         at.history.append({**figures, **self._tested()})
+        at.warning = at.warning or self.grouping.told("the input", ORDERED)
         at.epoch, at.step, at.sums = at.epoch + 1, 0, [0.0, 0.0, 0.0]
+
+    def _look_at(self, inputs: Tensor) -> None:
+        """Whether a data set that is asked by number heeds it, seen in the first epoch."""
+        drawn_here = isinstance(self.data.train, Held)
+        if not (drawn_here or self.progress.epoch) and inputs.is_floating_point() and inputs.dim() > 1:
+            self.grouping.add(inputs)
 
     def _step(self, inputs: Tensor, labels: Tensor) -> None:
         at = self.progress

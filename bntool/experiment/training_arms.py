@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +12,10 @@ from torch import nn
 
 from bntool.core.errors import UsageError
 from bntool.data.choosing import Choice
-from bntool.data.images import Preparation
+from bntool.data.images import Normalisation, Preparation, normalisation
 from bntool.experiment.comparison import compare_training
 from bntool.experiment.datasets import open_dataset
 from bntool.experiment.folder import write_document
-from bntool.experiment.loaders import paired
 from bntool.experiment.outcome import TrainingComparison
 from bntool.experiment.settings import Settings
 from bntool.files.loading import load
@@ -31,6 +30,13 @@ def compare(
     folder: str | Path | None = None,
     *,
     example_inputs: Any = None,
+    split: str | None = None,
+    include: Sequence[str] = (),
+    columns: Sequence[str] = (),
+    samples: int | None = None,
+    mean: Normalisation = None,
+    std: Normalisation = None,
+    resize: int | None = None,
     force: bool = False,
     **settings: Any,
 ) -> TrainingComparison:
@@ -43,7 +49,14 @@ def compare(
             batches.
         folder: where a checkpoint of each run goes and at the end `compare.json`: called again with the same
             settings it goes on where it stopped. Nothing is kept where it is not given.
-        example_inputs: inputs of the model, of which a folder of images needs the size.
+        example_inputs: inputs of the model, of which images need the size.
+        split: the parts of a folder, an `.npz` or records to train and to test on, as `"train,val"`.
+        include: patterns for the paths of images below the folder, or for their names.
+        columns: of records: the input's, and the labels'; found by themselves where it is empty.
+        samples: at most so many samples of each part, drawn by the seed.
+        mean: of images, as in `open_batches`; so are `std` and `resize`.
+        std: the standard deviation of images.
+        resize: the shorter side of an image before the middle is cut out.
         force: whether to begin anew where the folder holds another comparison.
         settings: the fields of `bntool.experiment.settings.Settings`, as the command has them: `epochs`,
             `batch_size`, `lrs`, `optimizer`, `repeats`, `seed`, `from_scratch`, `device`, …
@@ -70,10 +83,10 @@ def compare(
         loaded = load(model)
         model, like = loaded.module, like or loaded.example_inputs
     require_module(model, "train")
-    if isinstance(data, str | Path):
-        found = open_dataset(str(data), Choice(seed=chosen.seed), Preparation(like))
-    else:
-        found = paired(data, type(data).__name__)
+    choice = Choice(
+        samples=samples, seed=chosen.seed, split=split, include=tuple(include), columns=tuple(columns)
+    )
+    found = open_dataset(data, choice, Preparation(like, *normalisation(mean, std), resize))
     with _kept_in(folder) as place:
         result = compare_training(model, found, chosen, place, force=force)
         if folder is not None:

@@ -8,7 +8,8 @@ from typing import Any
 
 from torch import nn
 
-from bntool.calibrating.statistics import measure, set_preserving
+from bntool.calibrating.drift import POOLED
+from bntool.calibrating.statistics import of_population, set_preserving, swept
 from bntool.calibrating.sweeping import difference_in_training
 from bntool.core.errors import CheckFailed
 from bntool.core.options import FoldOptions, InsertOptions
@@ -118,7 +119,8 @@ def measured_insert(subject: ModuleSubject, result: SurgeryResult, batches: Iter
     model = subject.model
     names = [name for site in result.plan.insert_sites for name in site.norms]
     first: list[Inputs] = []
-    found = measure(result.model, names, _first_kept(inputs_of(model, batches), first))
+    seen = swept(result.model, names, _first_kept(inputs_of(model, batches), first))
+    found = of_population(seen)
     for name, (mean, variance) in found.items():
         set_preserving(result.model.get_submodule(name), mean, variance)
     eps = float(result.plan.options["eps"])
@@ -135,6 +137,7 @@ def measured_insert(subject: ModuleSubject, result: SurgeryResult, batches: Iter
             "first training step: where the new layers normalise by the batch, the output of the first one "
             f"moves by {moved:.1e} of its peak"
         )
+    notes += [warning for warning in [seen.grouping.told(seen.first, POOLED)] if warning]
     rows = subject.insert_rows(result.plan, ModuleSubject(result.model), Checking())
     plan = dataclasses.replace(result.plan, notes=(*result.plan.notes, *notes))
     return dataclasses.replace(result, plan=plan, checks=tuple(rows))

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from bntool.core.plan import ByPlan, Plan
 from bntool.core.plan_parts import plan_parts
-from bntool.core.showing import Part, Said, Shown, count, signed
+from bntool.core.showing import Part, Said, Shown, count, noted, signed
 from bntool.core.text import Lines
 from bntool.core.verdicts import Check, first_failed, nothing_shown
 from bntool.report.tables import text_of
@@ -66,7 +66,7 @@ class SurgeryResult(ByPlan, Shown):
         )
 
     def __str__(self) -> str:
-        told = (Said(f"note: {note}") for note in self.plan.notes)
+        told = (Said(noted(note)) for note in self.plan.notes)
         return text_of([*self.parts(), *told])
 
     def render(self, width: int | None = None, *, verbose: bool = True) -> Lines:
