@@ -82,8 +82,8 @@ _REFUSED: Mapping[str, Sequence[_Refusal]] = {
     "weights": [
         _FILE,
         _no(
-            f"{_CODE} inputs inputs_file include exclude merge unshare bake dtype bench repro require_all tf32 "
-            f"atol rtol check device providers {_FORM} export_to",
+            f"{_CODE} inputs inputs_file include exclude merge unshare bake dtype bench repro require_all "
+            f"tf32 atol rtol check device providers {_FORM} export_to",
             "--plan folds it layer by layer, and that needs the model",
             "leave out --plan, or the other",
         ),
