@@ -194,6 +194,7 @@ def main() -> None:
     parser.add_argument("--repetitions", type=int, default=3)
     parser.add_argument("--fresh", action="store_true", help="measure all of it anew")
     parser.add_argument("--only", default="", help="rows whose part begins so")
+    parser.add_argument("--rows", type=int, default=1000, help="measure so many at most, then write the page")
     chosen = parser.parse_args()
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
@@ -203,6 +204,9 @@ def main() -> None:
     for part, name, measure in pieces(chosen.repetitions):
         if name in kept.get(part, {}) or not part.startswith(chosen.only):
             continue
+        if not chosen.rows:
+            break
+        chosen.rows -= 1
         kept["loads"].append(round(os.getloadavg()[0], 1))
         kept.setdefault(part, {})[name] = row = measure()
         KEPT.write_text(json.dumps(kept, indent=1), encoding="utf-8")
