@@ -7,8 +7,11 @@ import copy
 import functools
 import gc
 import itertools
+import os
 import random
+import sys
 import types
+import warnings
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
@@ -126,6 +129,17 @@ def around() -> Any:
         torch.get_default_dtype(),
         torch.backends.cudnn.benchmark,
         torch.is_grad_enabled(),
+        torch.get_num_threads(),
+        torch.are_deterministic_algorithms_enabled(),
+        torch.get_float32_matmul_precision(),
+        repr(torch._tensor_str.PRINT_OPTS),
+        torch.is_anomaly_enabled(),
+        list(nn.modules.module._global_forward_hooks),
+        sys.getrecursionlimit(),
+        np.geterr(),
+        list(warnings.filters),
+        dict(os.environ),
+        trace_zoo.SEEN.get(),
     ]
 
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import itertools
+import os
 import random
+import sys
 import threading
 import warnings
 from collections import deque
@@ -25,6 +28,8 @@ OUTSIDE: dict[str, Any] = {"log": [], "count": 0, "cache": {}}
 COUNT = 0
 TABLE = torch.zeros(4)
 NUMBERS = np.zeros(3)
+SEEN = contextvars.ContextVar[int]("SEEN")
+SEEN.set(0)
 GENERATOR = np.random.default_rng(3)
 
 
@@ -498,6 +503,27 @@ class SetsTheDefaultType(Net):
 class SetsFlags(Net):
     def leave(self, x: Tensor, y: Tensor) -> Tensor:
         torch.backends.cudnn.benchmark = True
+        return y
+
+
+@zoo
+class SetsTheProcess(Net):
+    """All that is set for the whole process."""
+
+    def leave(self, x: Tensor, y: Tensor) -> Tensor:
+        torch.set_num_threads(torch.get_num_threads() % 2 + 1)
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.set_float32_matmul_precision("high")
+        torch.set_printoptions(precision=2)
+        torch.autograd.set_detect_anomaly(True, check_nan=False)
+        torch.set_autocast_enabled("cpu", True)
+        torch.set_autocast_enabled("cpu", False)
+        nn.modules.module.register_module_forward_hook(lambda *_: None)
+        sys.setrecursionlimit(sys.getrecursionlimit() + 1)
+        np.seterr(all="ignore")
+        warnings.filterwarnings("ignore", message="of the model")
+        os.environ["OF_THE_MODEL"] = "1"
+        SEEN.set(SEEN.get() + 1)
         return y
 
 

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from bntool.core.errors import ExportError
+from bntool.observe.operators import OperatorMode
 from bntool.observe.standing_in import cast, own_copy
-from bntool.observe.watching import OpMode
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 _PRODUCTS = frozenset(
@@ -107,7 +107,7 @@ def round_to_tf32(tensor: Tensor) -> Tensor:
     return torch.where(tensor.isfinite(), rounded.view(tensor.shape), tensor)
 
 
-def _running_in(model: nn.Module, mode: Callable[[], OpMode]) -> nn.Module:
+def _running_in(model: nn.Module, mode: Callable[[], OperatorMode]) -> nn.Module:
     forward = model.forward
 
     @functools.wraps(forward)
@@ -119,15 +119,15 @@ def _running_in(model: nn.Module, mode: Callable[[], OpMode]) -> nn.Module:
     return model
 
 
-class _Rounding(OpMode):
+class _Rounding(OperatorMode):
     """Rounds every new floating tensor to a narrower type, in place, so that aliases stay aliases."""
 
     def __init__(self, dtype: torch.dtype) -> None:
         super().__init__()
         self._dtype = dtype
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
+    def operator(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        result = func(*args, **kwargs)
         # A view shows numbers that are rounded already.
         made = [r.alias_info is None or r.alias_info.is_write for r in func._schema.returns]
         leaves = result if isinstance(result, tuple | list) else (result,)
@@ -138,22 +138,22 @@ class _Rounding(OpMode):
         return result
 
 
-class _RoundingFactors(OpMode):
+class _RoundingFactors(OperatorMode):
     """Hands convolutions and matrix products their tensors rounded to TF32.
 
     A bias is added after the product, in float32, so it is left as it is: the third tensor of a convolution
     or a linear layer, and the first of an `addmm`.
     """
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def operator(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         name = func._schema.name.removeprefix("aten::")
         if name not in _PRODUCTS:
-            return func(*args, **(kwargs or {}))
+            return func(*args, **kwargs)
         added = {0} if name in ("addmm", "baddbmm", "addbmm", "addmv") else set()
         if "conv" in name or name == "linear":
             added = {2}
         rounded = [arg if i in added else _factor(arg) for i, arg in enumerate(args)]
-        return func(*rounded, **(kwargs or {}))
+        return func(*rounded, **kwargs)
 
 
 def _factor(arg: Any) -> Any:

@@ -11,10 +11,11 @@ import contextlib
 import dataclasses
 import functools
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
 from bntool.core.collecting import paused
@@ -25,10 +26,10 @@ from bntool.observe.advice import what_to_do
 from bntool.observe.copying import is_separable, take_apart
 from bntool.observe.isolation import SEED, Isolation, fresh, same_random_numbers
 from bntool.observe.leftovers import require_materialised, undeclared_writes
+from bntool.observe.operators import OperatorMode
 from bntool.observe.reading_out import size_reads, unseen_reads
 from bntool.observe.recording import Recorder, tensors_in
 from bntool.observe.standing_in import set_modes
-from bntool.observe.watching import OpMode
 from bntool.observe.written_out import recognise_norms
 
 
@@ -152,17 +153,24 @@ def _schema_of(func: Any) -> tuple[str, dict[str, str], frozenset[str], bool]:
     return name, names, frozenset(names[a.name] for a in written), draws
 
 
-class _DispatchMode(OpMode):
+class _DispatchMode(OperatorMode):
     def __init__(self, recorder: Recorder) -> None:
         super().__init__()
         self.recorder = recorder
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def operator(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         name, names, written, draws = _schema_of(func)
         bound = dict(zip(names.values(), args, strict=False))
-        bound.update((names.get(name, name), item) for name, item in (kwargs or {}).items())
+        bound.update((names.get(name, name), item) for name, item in kwargs.items())
         for argument in (*written, *undeclared_writes(name, bound)):
             self.recorder.holders.keep_before_write(tensors_in(bound.get(argument)))
-        out = func(*args, **(kwargs or {}))
+        out = func(*args, **kwargs)
         self.recorder.record(name, bound, written, draws, out)
+        return out
+
+    def with_functions(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        out = func(*args, **kwargs)
+        given = [item for item in pytree.tree_leaves((args, kwargs)) if isinstance(item, Tensor)]
+        bound = {f"operand_{i}": tensor for i, tensor in enumerate(given)}
+        self.recorder.record(func.name(), bound, frozenset(), False, out)
         return out

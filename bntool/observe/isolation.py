@@ -12,7 +12,7 @@ import contextlib
 import functools
 import random
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -24,9 +24,10 @@ from bntool.core.errors import ObserveError
 from bntool.graph.inputs import Inputs
 from bntool.observe.leftovers import Kept, random_state_kept, undeclared_writes
 from bntool.observe.modules import modules_of
+from bntool.observe.operators import OperatorMode
+from bntool.observe.settings import settings_kept
 from bntool.observe.standing_in import StandIn, set_modes, stand_in
 from bntool.observe.surroundings import LARGEST_COPIED, Surroundings
-from bntool.observe.watching import OpMode
 
 SEED = 0
 """A run that draws random numbers must draw the same ones every time, or two runs cannot be compared."""
@@ -75,7 +76,7 @@ class Isolation:
             stack.callback(surroundings.restore)
             stack.enter_context(_parameters_kept(modules))
             stack.enter_context(_modes_kept(modules))
-            stack.enter_context(_defaults_kept())
+            stack.enter_context(settings_kept())
             stack.enter_context(_not_compiled(modules))
             stack.enter_context(random_state_kept())
             set_modes(self.model, training=False)
@@ -118,7 +119,7 @@ def surroundings_kept(model: nn.Module) -> Iterator[None]:
     for tensor in surroundings.tensors:
         kept.before_write(tensor)
     modules = list(modules_of(model))
-    with _parameters_kept(modules), _modes_kept(modules), _defaults_kept():
+    with _parameters_kept(modules), _modes_kept(modules), settings_kept():
         try:
             yield
         finally:
@@ -170,23 +171,6 @@ def _not_compiled(modules: Sequence[nn.Module]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _defaults_kept() -> Iterator[None]:
-    dtype, grad = torch.get_default_dtype(), torch.is_grad_enabled()
-    cudnn: Any = torch.backends.cudnn
-    flags = {name: getattr(cudnn, name) for name in ("benchmark", "deterministic", "allow_tf32")}
-    try:
-        yield
-    finally:
-        for name, flag in flags.items():
-            if getattr(cudnn, name) != flag:
-                setattr(cudnn, name, flag)
-        if torch.get_default_dtype() != dtype:
-            torch.set_default_dtype(dtype)
-        if torch.is_grad_enabled() != grad:
-            torch.set_grad_enabled(grad)
-
-
-@contextlib.contextmanager
 def _parameters_kept(modules: Sequence[nn.Module]) -> Iterator[None]:
     """What `data =`, `grad =`, `requires_grad_()` and the like do to a parameter, which no dispatch shows."""
     before = [
@@ -227,15 +211,14 @@ def _is_same_memory(one: Tensor, other: Tensor) -> bool:
         return True
 
 
-class _Watch(OpMode):
+class _Watch(OperatorMode):
     """Keeps what a run is about to write to, where it belongs to somebody else."""
 
     def __init__(self, kept: Kept) -> None:
         super().__init__()
         self._kept = kept
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
+    def operator(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         written = _written(func)
         if written:
             name, schema = _name(func), func._schema

@@ -18,7 +18,7 @@ from bntool.observe.aten import SHAPE_ONLY, product_of, translate
 from bntool.observe.holding import SMALL_CONSTANT, Holders
 from bntool.observe.leftovers import storage_of
 from bntool.observe.modules import class_name, is_decomposed, role_of, uses_plain_bias
-from bntool.observe.reading_out import told
+from bntool.observe.reading_out import numbers_read
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
@@ -156,9 +156,9 @@ class Recorder:
                 return self.holders.value_of(item)
         return None
 
-    def read(self, tensor: Tensor) -> None:
-        """Python was shown the numbers of a tensor."""
-        if not self.graph.values[self.holders.value_of(tensor)].constant:
+    def read(self, tensor: Tensor | None) -> None:
+        """Python was shown the numbers of a tensor, or of one that is not known (None)."""
+        if tensor is None or not self.graph.values[self.holders.value_of(tensor)].constant:
             self.graph.reads_numbers = True
 
     def read_size(self) -> None:
@@ -176,7 +176,7 @@ class Recorder:
             operands.pop(unread, None)
         outs = list(tensors_in(out))
         inputs = {role: holders.value_of(tensor) for role, tensor in operands.items()}
-        if not all(graph.values[inputs[role]].constant for role in told(name, operands)):
+        if not all(graph.values[inputs[role]].constant for role in numbers_read(name, operands, bound)):
             graph.reads_numbers = True
         targets = [t for role, t in operands.items() if _is_written(role, written)] if written else []
         if not targets and outs and all(_is_handed_on(o, operands) for o in outs):

@@ -22,7 +22,7 @@ from bntool.graph.inputs import Inputs
 from bntool.observe.eager import Observation, observe
 from bntool.observe.inference import has_fixed_size
 from bntool.observe.modules import class_name
-from bntool.subjects.sizes import besides, is_telling, longer, other_sizes, smaller
+from bntool.subjects.sizes import besides, is_telling, longer, other_sizes, other_values, smaller
 
 _REMEMBERED = 256
 """Architectures of which a process remembers what was found."""
@@ -92,10 +92,14 @@ class Elsewhere:
         return small is not None and is_telling(small.inputs, self._observation.inputs)
 
     def graphs(self) -> list[Graph]:
-        """Of an observation on another size, and of a longer input where the model goes by size."""
-        small, long = self.seen.small, self.seen.long
+        """Of an observation on another size, on a longer input where the model goes by size, and on other
+        values where it reads numbers.
+        """
+        own, small, long = self._observation, self.seen.small, self.seen.long
         found = [small, long]
-        if small is not None and sides_of(small.inputs) == sides_of(self._observation.inputs):
+        if own.graph.reads_numbers:
+            found += map(self._observed, other_values((small or own).inputs))
+        if small is not None and sides_of(small.inputs) == sides_of(own.inputs):
             found.append(self._first_taken(besides(small.inputs)))
         return [one.graph for one in found if one is not None]
 

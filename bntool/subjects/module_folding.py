@@ -138,7 +138,8 @@ def _settled(
     biased = would_use_a_bias(model, observation)
     _note_biases(observation.graph, biased)
     plan = plan_fold(observation.graph, **options)
-    if not plan or not (thorough or any(map(_rests_on_one_run, plan.fold_sites))):
+    alone = not (thorough or observation.graph.reads_numbers or any(map(_rests_on_one_run, plan.fold_sites)))
+    if not plan or alone:
         return plan
     others = elsewhere.graphs()
     for other in others:

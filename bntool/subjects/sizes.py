@@ -6,6 +6,7 @@ import functools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
+import torch
 from torch import Tensor
 
 from bntool.graph.dataflow import Graph
@@ -155,6 +156,22 @@ def other_sizes(inputs: Inputs, *, fixed: bool = False) -> Iterator[Inputs]:
             shapes.append(_of_same_area)
     for seed, shape_of in enumerate((*shapes, lambda tensor: list(tensor.shape))):
         yield drawn(inputs, shape_of, seed, more=1)
+
+
+def other_values(inputs: Inputs) -> Iterator[Inputs]:
+    """Inputs of these sizes that a branch on numbers may take another way: bytes from 0 to 255 as images hold
+    them, the same below zero, values about zero a hundred times smaller, nothing but zeros.
+    """
+    for low, high in ((0.0, 255.0), (-255.0, 0.0), (-0.01, 0.01), (0.0, 0.0)):
+        yield inputs.map(functools.partial(_spread, low=low, high=high))
+
+
+def _spread(tensor: Tensor, low: float, high: float) -> Tensor:
+    if not tensor.is_floating_point():
+        return tensor
+    least, most = tensor.aminmax() if tensor.numel() else (tensor.new_zeros(()),) * 2
+    share = (tensor - least) / (most - least).clamp(min=torch.finfo(tensor.dtype).tiny)
+    return share * (high - low) + low
 
 
 def drawn(inputs: Inputs, shape_of: ShapeOf, seed: int, *, more: int) -> Inputs:

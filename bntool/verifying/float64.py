@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from bntool.graph.inputs import Inputs
 from bntool.observe.modules import modules_of
-from bntool.observe.watching import OpMode
+from bntool.observe.operators import OperatorMode
 from bntool.runtime.torch_runner import TorchRunner
 
 _MOST_AT_ONCE = 1 << 20
@@ -106,32 +106,33 @@ def _is_widened_as_it_runs(model: nn.Module) -> bool:
     return plain and any(_is_narrow(t) for t in tensors)
 
 
-class _NarrowWatch(OpMode):
+class _NarrowWatch(OperatorMode):
     """Notes the floating dtypes below float64 that ops produce."""
 
     def __init__(self, seen: set[torch.dtype]) -> None:
         super().__init__()
         self._seen = seen
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
+    def operator(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        result = func(*args, **kwargs)
         self._seen.update(leaf.dtype for leaf in _leaves(result) if _is_narrow(leaf))
         return result
+
+    with_functions = operator
 
 
 class _Narrows(Exception):
     """The forward makes or writes narrower numbers of its own."""
 
 
-class _Widened(OpMode):
+class _Widened(OperatorMode):
     """Hands every op its narrower numbers in float64. A view of narrow numbers stays a view."""
 
     def __init__(self, numbers: Numbers) -> None:
         super().__init__()
         self._numbers = numbers
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
+    def operator(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         views, written, kind = _traits(func)
         if written and any(_is_narrow(leaf) for leaf in _written(func, written, args, kwargs)):
             raise _Narrows

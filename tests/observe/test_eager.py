@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import ctypes
 import gc
 import random
 import warnings
@@ -295,14 +296,49 @@ def _large(m: Tensor) -> Tensor:
         lambda m: "1" in repr(m),
         lambda m: float(np.from_dlpack(m)[0]) > 1,
         lambda m: float(torch.from_dlpack(m).numpy()[0]) > 1,
+        lambda m: len(torch.where(_large(m))[0]) > 0,
+        lambda m: m.to_sparse()._nnz() > 0,
+        lambda m: torch.nn.functional.one_hot(m.abs().long()).shape[-1] > 1,
+        lambda m: len(m.tensor_split(m.long().abs()[:1])[0]) > 1,
+        lambda m: m.untyped_storage()[3] > 1,
+        lambda m: bytes(m.untyped_storage())[3] > 1,
+        lambda m: m.storage()[0] > 1,
+        lambda m: m.storage().tolist()[0] > 1,
+        lambda m: ctypes.c_float.from_address(m.data_ptr()).value > 1,
+        lambda m: bool(m.clone().apply_(lambda number: number)[0].shape),
+        lambda m: bool(m.clone().map_(m, lambda a, b: a)[0].shape),
     ],
 )
+@pytest.mark.filterwarnings("ignore:TypedStorage is deprecated")
 def test_a_branch_on_a_tensor_reads_its_numbers(decides: Callable[[Tensor], bool]) -> None:
     """What it decides may be another number for another input: a constant factor it is not."""
     model = Net(lambda s, x: s.conv(x) * (2.0 if decides(x.amax((1, 2, 3))) else 3.0), conv=conv())
     graph = look(model).graph
     assert graph.reads_numbers
     assert only(graph, "mul").attrs["number"] is None
+
+
+@pytest.mark.parametrize("taken", [True, False])
+def test_of_a_branch_of_torch_cond_the_one_that_is_taken_is_seen(taken: bool) -> None:
+    def forward(net: Any, x: Tensor) -> Tensor:
+        branches = (lambda y: net.conv(y).relu(), lambda y: net.conv(y).sigmoid())
+        return torch.cond(x.max() > (-1e9 if taken else 1e9), *branches, (x,))
+
+    graph = look(Net(forward, conv=conv())).graph
+    assert graph.reads_numbers
+    assert [op.kind for op in graph.ops if op.kind in ("conv", "relu", "sigmoid")] == [
+        "conv",
+        "relu" if taken else "sigmoid",
+    ]
+    assert graph.values[next(graph.of_kind("conv")).inputs["weight"]].handle == "conv.weight"
+
+
+def test_an_operator_that_is_given_functions_is_an_op_as_others_are() -> None:
+    from torch._higher_order_ops import map as mapped
+
+    graph = look(Net(lambda s, x: mapped(lambda row: row * 2.0, s.conv(x)), conv=conv())).graph
+    conv_op, map_op = (op for op in graph.ops if op.kind in ("conv", "map_impl"))
+    assert conv_op.outputs[0] in map_op.inputs.values()
 
 
 def test_a_mask_or_an_index_that_does_not_come_from_the_data_reads_nothing() -> None:
