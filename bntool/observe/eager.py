@@ -26,7 +26,7 @@ from bntool.observe.advice import what_to_do
 from bntool.observe.copying import is_separable, take_apart
 from bntool.observe.isolation import SEED, Isolation, fresh, same_random_numbers
 from bntool.observe.leftovers import require_materialised, undeclared_writes
-from bntool.observe.operators import OperatorMode
+from bntool.observe.operators import OperatorMode, again_with_the_compiler
 from bntool.observe.reading_out import size_reads, unseen_reads
 from bntool.observe.recording import Recorder, tensors_in
 from bntool.observe.standing_in import set_modes
@@ -46,6 +46,7 @@ class Observation:
     returned: dict[str, Tensor] | None = None
 
 
+@again_with_the_compiler
 def observe(model: nn.Module, inputs: Inputs, *, apart: bool = False) -> Observation:
     """Run `model` once in eval mode and return its dataflow graph.
 

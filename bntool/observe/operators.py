@@ -2,24 +2,53 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+import functools
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ParamSpec, TypeVar
 
+import torch
 from torch._ops import HigherOrderOperator
 from torch.utils._python_dispatch import TorchDispatchMode
+
+Asked = ParamSpec("Asked")
+Given = TypeVar("Given")
+
+
+def compiler_is_loaded() -> bool:
+    return "torch._dynamo" in sys.modules
+
+
+def again_with_the_compiler(run: Callable[Asked, Given]) -> Callable[Asked, Given]:
+    """What runs a forward, run once more where that failed and has loaded the compiler meanwhile."""
+
+    @functools.wraps(run)
+    def ran(*args: Asked.args, **kwargs: Asked.kwargs) -> Given:
+        there = compiler_is_loaded()
+        try:
+            return run(*args, **kwargs)
+        except Exception:
+            if there or not compiler_is_loaded():
+                raise
+            return run(*args, **kwargs)
+
+    return ran
 
 
 class OperatorMode(TorchDispatchMode):
     """Hands every operator to `operator`, and those that are given functions to `with_functions`.
 
-    No compiler sees these forwards. PyTorch would hide the handler from its compiler, which loads that (it
-    takes up to a second), and costs every op two more calls.
+    PyTorch hides the handler of a mode from its compiler, and loads that to do so, which takes up to a
+    second. This one is hidden once the compiler is there; a forward that loads it, for `torch.cond`, is run
+    again.
     """
 
     supports_higher_order_operators = True
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        if compiler_is_loaded():
+            _hide()
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -43,3 +72,9 @@ class OperatorMode(TorchDispatchMode):
     def with_functions(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         """Carries out one that is given functions; what they do inside is not met."""
         return func(*args, **kwargs)
+
+
+@functools.cache
+def _hide() -> None:
+    hidden: Any = torch._dynamo.disable(OperatorMode.__torch_dispatch__)
+    OperatorMode.__torch_dispatch__ = hidden  # type: ignore[method-assign]
