@@ -703,7 +703,7 @@ def test_a_model_without_a_tensor_to_return_is_observed() -> None:
 
 
 def test_a_forward_that_loads_the_compiler_is_run_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As `torch.cond` does in a process that has not needed the compiler before; what fails then has failed."""
+    """As `torch.cond` does where nothing has needed the compiler before; what fails then has failed."""
     loaded, ran = [False], []
     monkeypatch.setattr(operators, "compiler_is_loaded", lambda: loaded[0])
 
