@@ -193,7 +193,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--repetitions", type=int, default=3)
     parser.add_argument("--fresh", action="store_true", help="measure all of it anew")
-    parser.add_argument("--only", default="", help="rows whose part begins so")
+    parser.add_argument("--only", default="", help='rows that begin so: "memory", "calls: timm:"')
     parser.add_argument("--rows", type=int, default=1000, help="measure so many at most, then write the page")
     chosen = parser.parse_args()
     warnings.simplefilter("ignore")
@@ -202,7 +202,7 @@ def main() -> None:
     kept.setdefault("loads", [])
     KEPT.parent.mkdir(exist_ok=True)
     for part, name, measure in pieces(chosen.repetitions):
-        if name in kept.get(part, {}) or not part.startswith(chosen.only):
+        if name in kept.get(part, {}) or not f"{part}: {name}".startswith(chosen.only):
             continue
         if not chosen.rows:
             break
