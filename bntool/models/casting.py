@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from bntool.core.errors import ExportError
-from bntool.observe.operators import OperatorMode
 from bntool.observe.standing_in import cast, own_copy
+from bntool.observe.watching import OpMode
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 _PRODUCTS = frozenset(
@@ -107,7 +107,7 @@ def round_to_tf32(tensor: Tensor) -> Tensor:
     return torch.where(tensor.isfinite(), rounded.view(tensor.shape), tensor)
 
 
-def _running_in(model: nn.Module, mode: Callable[[], OperatorMode]) -> nn.Module:
+def _running_in(model: nn.Module, mode: Callable[[], OpMode]) -> nn.Module:
     forward = model.forward
 
     @functools.wraps(forward)
@@ -119,7 +119,7 @@ def _running_in(model: nn.Module, mode: Callable[[], OperatorMode]) -> nn.Module
     return model
 
 
-class _Rounding(OperatorMode):
+class _Rounding(OpMode):
     """Rounds every new floating tensor to a narrower type, in place, so that aliases stay aliases."""
 
     def __init__(self, dtype: torch.dtype) -> None:
@@ -138,7 +138,7 @@ class _Rounding(OperatorMode):
         return result
 
 
-class _RoundingFactors(OperatorMode):
+class _RoundingFactors(OpMode):
     """Hands convolutions and matrix products their tensors rounded to TF32.
 
     A bias is added after the product, in float32, so it is left as it is: the third tensor of a convolution

@@ -26,10 +26,10 @@ from bntool.observe.advice import what_to_do
 from bntool.observe.copying import is_separable, take_apart
 from bntool.observe.isolation import SEED, Isolation, fresh, same_random_numbers
 from bntool.observe.leftovers import require_materialised, undeclared_writes
-from bntool.observe.operators import OperatorMode, again_with_the_compiler
 from bntool.observe.reading_out import size_reads, unseen_reads
 from bntool.observe.recording import Recorder, tensors_in
 from bntool.observe.standing_in import set_modes
+from bntool.observe.watching import OpMode
 from bntool.observe.written_out import recognise_norms
 
 
@@ -46,7 +46,6 @@ class Observation:
     returned: dict[str, Tensor] | None = None
 
 
-@again_with_the_compiler
 def observe(model: nn.Module, inputs: Inputs, *, apart: bool = False) -> Observation:
     """Run `model` once in eval mode and return its dataflow graph.
 
@@ -154,7 +153,7 @@ def _schema_of(func: Any) -> tuple[str, dict[str, str], frozenset[str], bool]:
     return name, names, frozenset(names[a.name] for a in written), draws
 
 
-class _DispatchMode(OperatorMode):
+class _DispatchMode(OpMode):
     def __init__(self, recorder: Recorder) -> None:
         super().__init__()
         self.recorder = recorder

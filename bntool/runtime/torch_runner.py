@@ -13,7 +13,6 @@ from bntool.core.errors import CheckFailed, DeviceError
 from bntool.graph.inputs import Inputs, outputs_of
 from bntool.observe.isolation import SEED, Isolation, fresh, same_random_numbers
 from bntool.observe.modules import modules_of
-from bntool.observe.operators import again_with_the_compiler
 from bntool.observe.standing_in import cast, own_copy
 
 
@@ -73,7 +72,6 @@ class TorchRunner:
     def provider(self) -> str:
         return "torch"
 
-    @again_with_the_compiler
     def run(self, inputs: Inputs, *, prepare: Callable[[nn.Module], None] | None = None) -> dict[str, Tensor]:
         """Every output by name, detached, on the CPU. `prepare` is shown the stand-in before it runs.
 

@@ -21,7 +21,6 @@ from bntool.graph.inputs import Inputs, named_tensors
 from bntool.observe.eager import Observation
 from bntool.observe.inference import has_fixed_size
 from bntool.observe.isolation import Isolation, fresh, same_random_numbers
-from bntool.observe.operators import again_with_the_compiler
 from bntool.runtime.libraries import first_line
 from bntool.subjects.sizes import other_sizes, smaller
 from bntool.verifying.differences import difference
@@ -112,7 +111,6 @@ class Elsewhere:
         self.notes += [note] if note not in self.notes else []
 
 
-@again_with_the_compiler
 def _run(model: nn.Module, inputs: Inputs, *, training: bool, but: Collection[str] = ()) -> _Run:
     """One forward in isolation; in training mode all layers are in it but these."""
     calls: Counter[str] = Counter()

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from bntool.graph.inputs import Inputs
 from bntool.observe.modules import modules_of
-from bntool.observe.operators import OperatorMode
+from bntool.observe.watching import OpMode
 from bntool.runtime.torch_runner import TorchRunner
 
 _MOST_AT_ONCE = 1 << 20
@@ -106,7 +106,7 @@ def _is_widened_as_it_runs(model: nn.Module) -> bool:
     return plain and any(_is_narrow(t) for t in tensors)
 
 
-class _NarrowWatch(OperatorMode):
+class _NarrowWatch(OpMode):
     """Notes the floating dtypes below float64 that ops produce."""
 
     def __init__(self, seen: set[torch.dtype]) -> None:
@@ -125,7 +125,7 @@ class _Narrows(Exception):
     """The forward makes or writes narrower numbers of its own."""
 
 
-class _Widened(OperatorMode):
+class _Widened(OpMode):
     """Hands every op its narrower numbers in float64. A view of narrow numbers stays a view."""
 
     def __init__(self, numbers: Numbers) -> None:

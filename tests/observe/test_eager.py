@@ -17,7 +17,6 @@ from torch.nn.modules import module as hooks_of_torch
 from bntool.core.errors import ObserveError
 from bntool.graph.dataflow import Graph, Op
 from bntool.graph.inputs import Inputs
-from bntool.observe import operators
 from bntool.observe.eager import Observation, observe
 from bntool.observe.holding import MARK
 
@@ -700,22 +699,3 @@ def test_a_model_without_a_tensor_to_return_is_observed() -> None:
     graph = look(Net(lambda s, x: None if s.conv(x) is None else 3, conv=conv())).graph
     assert kinds(graph) == ["conv"]
     assert not any(v.is_output for v in graph.values)
-
-
-def test_a_forward_that_loads_the_compiler_is_run_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As `torch.cond` does where nothing has needed the compiler before; what fails then has failed."""
-    loaded, ran = [False], []
-    monkeypatch.setattr(operators, "compiler_is_loaded", lambda: loaded[0])
-
-    def forward(*, always: bool) -> None:
-        ran.append(1)
-        if always or not loaded[0]:
-            loaded[0] = True
-            raise RuntimeError("graph break")
-
-    again = operators.again_with_the_compiler(forward)
-    again(always=False)
-    assert len(ran) == 2
-    with pytest.raises(RuntimeError, match="graph break"):
-        again(always=True)
-    assert len(ran) == 3
