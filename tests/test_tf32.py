@@ -14,7 +14,7 @@ from bntool.graph.inputs import Inputs
 from bntool.models.casting import TF32, round_to_tf32, tf32_copy
 from bntool.report.checks import Comparison
 from bntool.runtime.libraries import CPU, CUDA, TENSORRT
-from bntool.verifying import checking
+from bntool.verifying import export_checking
 from bntool.verifying.conditions import Conditions
 from bntool.verifying.export_checking import check_onnx
 from bntool.verifying.onnx_verifying import check_itself
@@ -92,8 +92,8 @@ def no_slack(path):
 
 def test_the_row_has_a_limit_of_its_own_and_tells_it(monkeypatch):
     model = broken.network()
-    monkeypatch.setattr(checking, "OrtRunner", in_tf32(model))
-    monkeypatch.setattr(checking, "OutputTraits", no_slack)
+    monkeypatch.setattr(export_checking, "OrtRunner", in_tf32(model))
+    monkeypatch.setattr(export_checking, "OutputTraits", no_slack)
     *rows, row = check_onnx(Reference(model, INPUTS), "m.onnx", how=Conditions("cuda", tf32=True))
     assert [(r.stage, r.precision, r.passed) for r in rows] == [("export", "", True), ("runtime", "", True)]
     assert (row.stage, row.precision, row.passed, row.decides) == ("runtime", "TF32", True, False)
@@ -109,8 +109,8 @@ def test_the_row_has_a_limit_of_its_own_and_tells_it(monkeypatch):
 
 def test_a_row_beyond_its_limit_is_told_and_decides_nothing(monkeypatch):
     model = broken.network()
-    monkeypatch.setattr(checking, "OrtRunner", in_tf32(model, 1.5))
-    monkeypatch.setattr(checking, "OutputTraits", no_slack)
+    monkeypatch.setattr(export_checking, "OrtRunner", in_tf32(model, 1.5))
+    monkeypatch.setattr(export_checking, "OutputTraits", no_slack)
     rows = check_onnx(Reference(model, INPUTS), "m.onnx", how=Conditions("cuda", tf32=True))
     assert [row.passed for row in rows] == [True, True, False]
     assert first_failed(rows) is None

@@ -51,3 +51,17 @@ def test_a_merge_that_follows_the_size_is_none() -> None:
     )
     assert len(plan_fold_program(fixed)[0].merges) == 1
     assert plan_fold_program(sized)[0].merges == ()
+
+
+def test_maps_that_other_sizes_write_in_another_way_are_one_where_their_numbers_are() -> None:
+    """The number of samples stands in the expression, since they share an axis with the heads on the way."""
+
+    def run(m: Any, x: Tensor) -> Tensor:
+        n, c, h, w = x.shape
+        return m.conv(m.bn(x).reshape(n * 2, c // 2, h, w).reshape(n, c, h, w))  # type: ignore[no-any-return]
+
+    net = Net(run, {"bn": FILL.fill(nn.BatchNorm2d(4)), "conv": nn.Conv2d(4, 3, 1)}).double().eval()
+    graphs = [observe(net, Inputs((data(samples, 4, 3, 3),))).graph for samples in (2, 3)]
+    (one,), (other,) = (plan_on_all([graph]).fold_sites for graph in graphs)
+    assert [edit.map for edit in one.edits] != [edit.map for edit in other.edits]
+    assert [site.bn for site in plan_on_all(graphs).fold_sites] == ["bn"]

@@ -35,7 +35,11 @@ def test_a_shift_is_offered_to_sixteen_branches(branches: int, goes: bool) -> No
 
 PICKS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = {
     "slice": (lambda y: y[:, :3], lambda y: y[:, 3:]),
-    "index_select": (lambda y: y[:, [0, 2, 1]], lambda y: y[:, [5, 3, 4]]),
+    "index": (lambda y: y[:, [0, 2, 1]], lambda y: y[:, [5, 3, 4]]),
+    "index_select": (
+        lambda y: y.index_select(1, torch.tensor([0, 2, 1])),
+        lambda y: y.index_select(1, torch.tensor([5, 3, 4])),
+    ),
     "select": (lambda y: y[:, 1].unsqueeze(1).repeat(1, 1, 1, 1), lambda y: y[:, 0]),
 }
 
@@ -53,7 +57,9 @@ def test_the_part_that_another_reader_looks_at_may_stay_as_it_is(kind: str, late
 
     parts = {"conv": nn.Conv2d(4, 6, 1), "bn": FILL.fill(nn.BatchNorm2d(1 if kind == "select" else 3))}
     plan, _ = folded_exactly(Net(run, parts), data(2, 4, 5, 5))
-    assert [site.into for site in plan.fold_sites] == [("conv",)]
+    (site,) = plan.fold_sites
+    assert site.into == ("conv",)
+    assert "inverse" not in site.laws  # nothing is done to the other part, and so nothing undone
 
 
 @pytest.mark.parametrize("kind", PICKS)
@@ -67,3 +73,14 @@ def test_a_part_that_both_look_at_must_change_for_both(kind: str) -> None:
     parts = {"conv": nn.Conv2d(4, 6, 1), "bn": FILL.fill(nn.BatchNorm2d(1 if kind == "select" else 3))}
     plan, _ = folded_exactly(Net(run, parts), data(2, 4, 5, 5))
     assert [skip.reason for skip in plan.skips] == [Reason.OUTPUT_USED_ELSEWHERE]
+
+
+@pytest.mark.parametrize("both", [True, False])
+def test_a_map_is_taken_in_by_no_layer_that_reads_it_as_its_weight(*, both: bool) -> None:
+    def run(m: Any, x: Tensor) -> Tensor:
+        y = m.bn(x)
+        return nn.functional.linear(y if both else x, y)
+
+    plan, _ = folded_exactly(Net(run, {"bn": FILL.fill(nn.BatchNorm1d(4))}), data(2, 4))
+    (skip,) = plan.skips
+    assert "a weight of linear depends on the data" in skip.detail

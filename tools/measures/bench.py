@@ -139,10 +139,12 @@ def scaled(name: str, shape: tuple[int, ...], repetitions: int) -> dict[str, Any
 
 def memory(name: str) -> dict[str, Any]:
     """The most that a process holds beyond the model: in a forward, and in folds, in bytes."""
-    words = [sys.executable, str(Path(__file__).with_name("bench_memory.py")), name]
-    found = subprocess.run(words, check=True, capture_output=True, text=True)
-    result: dict[str, Any] = json.loads(found.stdout.splitlines()[-1])
-    return result
+    found: dict[str, Any] = {}
+    for what in ("forward", "unchecked", "proved"):  # a process keeps what the call before has let go
+        words = [sys.executable, str(Path(__file__).with_name("bench_memory.py")), name, what]
+        done = subprocess.run(words, check=True, capture_output=True, text=True)
+        found |= json.loads(done.stdout.splitlines()[-1])
+    return found
 
 
 def commands(repetitions: int) -> dict[str, dict[str, float]]:
@@ -193,7 +195,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--repetitions", type=int, default=3)
     parser.add_argument("--fresh", action="store_true", help="measure all of it anew")
-    parser.add_argument("--only", default="", help="rows whose part begins so")
+    parser.add_argument("--only", default="", help='rows that begin so: "memory", "calls: timm:"')
+    parser.add_argument("--rows", type=int, default=1000, help="measure so many at most, then write the page")
     chosen = parser.parse_args()
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
@@ -201,8 +204,11 @@ def main() -> None:
     kept.setdefault("loads", [])
     KEPT.parent.mkdir(exist_ok=True)
     for part, name, measure in pieces(chosen.repetitions):
-        if name in kept.get(part, {}) or not part.startswith(chosen.only):
+        if name in kept.get(part, {}) or not f"{part}: {name}".startswith(chosen.only):
             continue
+        if not chosen.rows:
+            break
+        chosen.rows -= 1
         kept["loads"].append(round(os.getloadavg()[0], 1))
         kept.setdefault(part, {})[name] = row = measure()
         KEPT.write_text(json.dumps(kept, indent=1), encoding="utf-8")

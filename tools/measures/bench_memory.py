@@ -57,10 +57,9 @@ def main() -> None:
         "unchecked": lambda: bntool.fold(model, image, check="none"),
         "proved": lambda: bntool.fold(model, image),
     }
-    for name, call in calls.items():
-        with peak(found, name), torch.no_grad():
-            result = call()
-        del result
+    name = sys.argv[2]
+    with peak(found, name), torch.no_grad():
+        calls[name]()
     print(json.dumps(found))
 
 

@@ -14,9 +14,13 @@ import onnx
 import torch
 import torchvision
 from bench_calls import CALLS, PEERS
+from bench_nets import NETS
 
 LARGE = 10_000_000
 """Parameters from which a net counts as large."""
+
+SCALED = ("image, side", "batch", "depth")
+"""What is made larger."""
 
 PAGE = """\
 # Benchmarks
@@ -25,7 +29,7 @@ Written by `make bench`. {machine}.
 The load average lay between {least} and {most} while it ran: where that is not near 0, other work moved the
 figures. Both sides of a ratio are measured in one run, in turn; a ratio is the median of the ratios round by
 round. Calls and forwards run on one thread and are measured in processor time, which other work on the
-machine moves less than the clock; commands are measured by the clock.
+machine moves less than the clock; commands are measured by the clock.{missing}
 
 ## bntool's calls
 
@@ -96,6 +100,7 @@ def page(kept: dict[str, Any]) -> str:
     rows = sorted(kept.get("calls", {}).items(), key=lambda item: -item[1]["parameters"])
     return PAGE.format(
         machine=_machine(),
+        missing=_missing(kept),
         least=min(loads),
         most=max(loads),
         limits=LIMITS,
@@ -110,12 +115,7 @@ def page(kept: dict[str, Any]) -> str:
         ),
         scaled=_table(
             ("larger by", "net", "input", "forward, ms", "copy, ms", "unchecked", "proved"),
-            (
-                _scaled(part, row)
-                for part, found in kept.items()
-                if part in ("image, side", "batch", "depth")
-                for row in found.values()
-            ),
+            (_scaled(part, row) for part, found in kept.items() if part in SCALED for row in found.values()),
         ),
         growth=_table(
             ("net", "ops", "observe", "plan", "apply", "exponent"),
@@ -130,6 +130,13 @@ def page(kept: dict[str, Any]) -> str:
             (_command(name, row) for name, row in kept.get("commands", {}).get("all", {}).items()),
         ),
     )
+
+
+def _missing(kept: dict[str, Any]) -> str:
+    """What is still to be measured."""
+    parts = [part for part in (*SCALED, "memory", "growth", "commands") if part not in kept]
+    left = [*(name for name in NETS if name not in kept.get("calls", {})), *parts]
+    return f" Not measured yet, and next in `make bench`: {', '.join(left)}." if left else ""
 
 
 def _called(name: str, row: dict[str, Any], keys: Iterable[str]) -> list[str]:
