@@ -300,3 +300,13 @@ def test_where_the_model_takes_no_other_size_the_row_says_so() -> None:
         .checks[0]
         .detail
     )
+
+
+def test_the_rows_tell_what_they_ran_on() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU()).eval()
+    x = torch.randn(2, 3, 16, 16)
+    own, algebra = bntool.fold(model, x).checks
+    assert own.inputs == ("2x3x16x16",)
+    assert algebra.inputs != own.inputs
+    assert all(shape.startswith("3x3x") for shape in algebra.inputs)
+    assert list(own.to_dict()["inputs"]) == ["2x3x16x16"]

@@ -36,7 +36,7 @@ class Check(msgspec.Struct, forbid_unknown_fields=True):
     """One row of a verification; `relative`, `noise_floor` and `limit` share a scale, the peak's.
 
     `limit_by` is what set the limit: a tolerance as it was given, or noise. A row that proves nothing has not
-    `passed`, and `undecided` tells why.
+    `passed`, and `undecided` tells why. `inputs` are the shapes of what both models ran on, a batch each.
     """
 
     stage: str
@@ -58,6 +58,7 @@ class Check(msgspec.Struct, forbid_unknown_fields=True):
     tolerance: str
     undecided: str = ""
     limit_by: str = ""
+    inputs: list[str] = []
 
 
 class Counts(msgspec.Struct, forbid_unknown_fields=True):

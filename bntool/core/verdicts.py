@@ -21,7 +21,8 @@ class Check(Shown):
     `limit` is what decided; `tolerance` tells where it comes from if not from the noise floor ("rtol 0.01").
     `top1` is None where no output looks like class scores. `precision` is `float64` for the row that proves
     the algebra, `TF32` for one with TF32 on, judged by a limit of its own, empty for the model's own.
-    A row that proves nothing has not `passed`; `undecided` tells why, and is empty for any other.
+    A row that proves nothing has not `passed`; `undecided` tells why, and is empty for any other. `inputs`
+    are the shapes of what both models ran on, a batch each.
     """
 
     stage: str
@@ -42,6 +43,11 @@ class Check(Shown):
     precision: str = ""
     tolerance: str = ""
     undecided: str = ""
+    inputs: tuple[str, ...] = ()
+
+    def on(self, inputs: Iterable[str]) -> Check:
+        """The row with the shapes that it ran on."""
+        return dataclasses.replace(self, inputs=tuple(inputs))
 
     @property
     def name(self) -> str:

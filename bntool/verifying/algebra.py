@@ -62,7 +62,7 @@ class Redone:
         if not row.agrees and isinstance(self.candidate, Unrounded) and self.candidate.numbers:
             # the numbers may have gone another way than by the tensors that stand for them
             row = _judged(reference, self.candidate.copy(), stage, changed, on)
-        return dataclasses.replace(row, precision="float64")
+        return dataclasses.replace(row, precision="float64").on(inputs.shapes() for inputs, _ in on)
 
 
 def _judged(

@@ -40,30 +40,9 @@ def check_surgery(
 
     Raises `CheckFailed` when there is nothing to compare or the candidate does not run.
     """
-    if reference.floor is not None and not how.twice and not how.tolerance.is_asked:
-        rows = _by_floor(reference, reference.floor, candidate, redone, stage, how)
-        if all(row.passed for row in rows):
-            return rows
-    reference = reference.decidable()
-    runner = TorchRunner(candidate, how.device, parts=reference.parts)
-    how.progress("running the candidate")
-    changed = changed_parts if reference.parts else ()
-    got = without(_run_all(runner, reference.inputs, stage), changed)
-    remarks = list(reference.notes)
-    if how.twice:
-        (again,) = without(_run_all(runner, reference.inputs[:1], stage), changed)
-        remarks.append(repeated(got[0], again))
-    remarks += [note for note in runner.notes if note not in reference.notes]
-    algebra = None if redone is None else redone.check(reference, stage, how.progress, changed_parts)
-    expected = without(reference.outputs, changed)
-    compared = functools.partial(_judged, expected, got, algebra, runner, stage, remarks, how.tolerance)
-
-    def judged(limits: Mapping[str, Limit]) -> list[Check]:
-        return compared({n: limit for n, limit in limits.items() if n.partition(".")[0] not in changed})
-
-    rows = judged(reference.limits)
-    settled = rows[0].agrees or (algebra is not None and not algebra.agrees)
-    return rows if settled or how.tolerance.is_asked else judged(reference.redrawn_limits)
+    rows = _rows_of(reference, candidate, stage, redone, changed_parts, how)
+    ran_on = [inputs.shapes() for inputs in reference.inputs]
+    return [row if row.inputs else row.on(ran_on) for row in rows]
 
 
 def _judged(
@@ -93,6 +72,40 @@ def _judged(
         tolerance=tolerance,
     )
     return [row] if algebra is None else [row, algebra]
+
+
+def _rows_of(
+    reference: Reference,
+    candidate: nn.Module,
+    stage: str,
+    redone: Redone | None,
+    changed_parts: Collection[str],
+    how: Conditions,
+) -> list[Check]:
+    if reference.floor is not None and not how.twice and not how.tolerance.is_asked:
+        rows = _by_floor(reference, reference.floor, candidate, redone, stage, how)
+        if all(row.passed for row in rows):
+            return rows
+    reference = reference.decidable()
+    runner = TorchRunner(candidate, how.device, parts=reference.parts)
+    how.progress("running the candidate")
+    changed = changed_parts if reference.parts else ()
+    got = without(_run_all(runner, reference.inputs, stage), changed)
+    remarks = list(reference.notes)
+    if how.twice:
+        (again,) = without(_run_all(runner, reference.inputs[:1], stage), changed)
+        remarks.append(repeated(got[0], again))
+    remarks += [note for note in runner.notes if note not in reference.notes]
+    algebra = None if redone is None else redone.check(reference, stage, how.progress, changed_parts)
+    expected = without(reference.outputs, changed)
+    compared = functools.partial(_judged, expected, got, algebra, runner, stage, remarks, how.tolerance)
+
+    def judged(limits: Mapping[str, Limit]) -> list[Check]:
+        return compared({n: limit for n, limit in limits.items() if n.partition(".")[0] not in changed})
+
+    rows = judged(reference.limits)
+    settled = rows[0].agrees or (algebra is not None and not algebra.agrees)
+    return rows if settled or how.tolerance.is_asked else judged(reference.redrawn_limits)
 
 
 def _by_floor(

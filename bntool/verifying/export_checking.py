@@ -79,6 +79,7 @@ def _check_file(
         detail="; ".join(_remarks(runner, reference, fits, got, stage, how.twice)),
         tolerance=how.tolerance,
     )
+    ran_on = [reference.inputs[i].shapes() for i in fits]
     slack = OutputTraits(path).slack
 
     def allowed(limits: Mapping[str, Limit]) -> dict[str, Limit]:
@@ -91,10 +92,11 @@ def _check_file(
     if reference.floor is not None and not exactly:
         row = judged([reference.own[i] for i in fits], got, allowed(reference.floor.limits))
         if row.passed:
-            return row
+            return row.on(ran_on)
     expected = [reference.outputs[i] for i in fits]
     row = judged(expected, got, allowed(reference.limits))
-    return row if row.agrees or exactly else judged(expected, got, allowed(reference.redrawn_limits))
+    row = row if row.agrees or exactly else judged(expected, got, allowed(reference.redrawn_limits))
+    return row.on(ran_on)
 
 
 def _remarks(

@@ -124,7 +124,8 @@ class OnnxReference:
             tolerance=tolerance,
         )
         row = judged(self.limits)
-        return row if row.agrees else judged(self.redrawn_limits)
+        row = row if row.agrees else judged(self.redrawn_limits)
+        return row.on(inputs.shapes() for inputs in self.inputs)
 
 
 def opened(path: str | Path, shapes: Mapping[str, Sequence[int | None]] | None = None) -> FileRunner:

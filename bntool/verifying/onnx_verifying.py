@@ -152,7 +152,7 @@ class _Runs:
     ) -> Check:
         got = [named_as(e, runner.run(i)) for e, i in zip(self.outputs, self.inputs, strict=True)]
         again = named_as(self.outputs[0], runner.run(self.inputs[0]))
-        return compare(
+        row = compare(
             self.outputs,
             got,
             limits or self.limits,
@@ -162,3 +162,4 @@ class _Runs:
             detail="; ".join(filter(None, (runner.note, repeated(got[0], again)))),
             tolerance=tolerance,
         )
+        return row.on(inputs.shapes() for inputs in self.inputs)
