@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +27,7 @@ def load_granted(
     from bntool.files.loading import load
     from bntool.files.memory import Grant
     from bntool.files.references import is_reference
+    from bntool.files.sidecar import untrained
 
     is_file = Path(name).exists() or not is_reference(name)
     grant = record.granted(name) if record is not None and is_file else Grant()
@@ -50,6 +52,9 @@ def load_granted(
             stand_ins=stand_ins,
             tell=tell,
         )
+    note = untrained(told) if told and asked.weights is None else ""
+    if note:
+        loaded = dataclasses.replace(loaded, notes=(*loaded.notes, note))
     return loaded, plans
 
 

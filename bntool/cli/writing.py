@@ -155,6 +155,7 @@ def draft_model(session: Session, command: str, result: Result, place: Place, dr
             arch,
             None if saved.as_weights else loaded.weights,
             loaded.key,
+            loaded.notes,
         ),
         place.named,
         digest=digest,

@@ -44,9 +44,14 @@ class _Reload(msgspec.Struct):
     key: Name | None = None
 
 
+class _Source(msgspec.Struct):
+    untrained: Name = ""
+
+
 class _SideFile(msgspec.Struct):
     """What is read back of a side file; a plan in it is read where it is replayed."""
 
+    source: _Source | None = None
     output: _Output | None = None
     reload: _Reload | None = None
     plan: dict[str, Any] | None = None
@@ -81,15 +86,28 @@ def sidecar_path(output: str | Path) -> Path:
     return output.with_name(output.name + _SUFFIX)
 
 
+UNTRAINED = ("random weights", "no weights were loaded")
+"""How a note begins that says that a model has not been trained."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Origin:
-    """Where a model came from: a reference or a file, its sha256, and what else it takes to load it."""
+    """Where a model came from: a reference or a file, its sha256, and what else it takes to load it.
+
+    `notes` are those of its load; of them only that it has not been trained is kept.
+    """
 
     reference: str
     sha256: str = ""
     arch: str | None = None
     weights: str | None = None
     key: str | None = None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def untrained(self) -> str:
+        """Which of `UNTRAINED` the notes say; empty for none."""
+        return next((kind for kind in UNTRAINED if any(n.startswith(kind) for n in self.notes)), "")
 
 
 def make_document(
@@ -110,7 +128,11 @@ def make_document(
     return {
         "schema_version": SCHEMA_VERSION,
         "command": command,
-        "source": {"reference": _name(origin.reference), "sha256": origin.sha256},
+        "source": {
+            "reference": _name(origin.reference),
+            "sha256": origin.sha256,
+            "untrained": origin.untrained,
+        },
         "output": {"name": visible(output.name), "sha256": digest or sha256_of(output)},
         "versions": {package: _version(package) for package in ("bntool", "torch")},
         "reload": {
@@ -192,6 +214,13 @@ def describes(document: Mapping[str, Any], output: str | Path) -> bool:
     """Whether the document was written for `output` as it is now (its sha256 agrees)."""
     recorded = document.get("output")
     return isinstance(recorded, dict) and recorded.get("sha256") == sha256_of(output)
+
+
+def untrained(document: Mapping[str, Any]) -> str:
+    """The note that a document's model has not been trained; empty where it may have been."""
+    source = document.get("source")
+    kind = source.get("untrained") if isinstance(source, dict) else ""
+    return f"{kind} where it was made, as its side file says" if kind in UNTRAINED else ""
 
 
 def _name(reference: str) -> str:
