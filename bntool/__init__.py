@@ -47,9 +47,9 @@ if TYPE_CHECKING:
     from bntool.experiment.training_arms import compare
     from bntool.files.loaded import Loaded
     from bntool.files.loading import load
-    from bntool.report.checks import Comparison
-    from bntool.report.results import SurgeryResult
-    from bntool.report.summary import Summary
+    from bntool.results.checks import Comparison
+    from bntool.results.results import SurgeryResult
+    from bntool.results.summary import Summary
     from bntool.surgery.converting import convert_state_dict
 
 _HOMES = {

@@ -10,7 +10,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 from bntool.core.errors import CheckFailed, DeviceError, ExportError
 from bntool.core.tolerances import ALGEBRA_LIMIT, Tolerance
 from bntool.graph.inputs import Inputs
-from bntool.report.checks import Comparison
+from bntool.results.checks import Comparison
 from bntool.verifying.algebra import Redone
 from bntool.verifying.checking import check_surgery, seeded_batches
 from bntool.verifying.conditions import Conditions

@@ -11,7 +11,7 @@ from torch import Tensor
 from bntool.core.errors import CheckFailed, StateError
 from bntool.core.tolerances import K_NOISE, Limit, Tolerance, rounding_term
 from bntool.core.verdicts import Check
-from bntool.report.checks import Comparison
+from bntool.results.checks import Comparison
 from bntool.verifying.comparing import compare, noise_limits
 from bntool.verifying.differences import Difference, difference
 

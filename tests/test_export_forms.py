@@ -15,7 +15,7 @@ from bntool.export.dynamic_axes import DynamicAxes, resized
 from bntool.export.onnx_versions import chosen_ir_version, loads_in
 from bntool.export.onnx_writing import append_metadata
 from bntool.graph.inputs import Inputs
-from bntool.models.casting import stored_as
+from bntool.precision.casting import stored_as
 from bntool.verifying.checking import seeded_batches
 from bntool.verifying.export_checking import check_onnx
 from bntool.verifying.reference import Reference

@@ -16,7 +16,7 @@ from torch import nn
 from bntool.core.errors import ExportError, UsageError
 from bntool.core.latencies import Benchmark, Cost, Latency, Versus, outside_by_chance
 from bntool.graph.inputs import Inputs
-from bntool.report.latency import latency_text
+from bntool.results.latency import latency_text
 from bntool.runtime import benchmarking, ort_runner, ready
 from bntool.runtime.benchmarking import Candidate, benchmark, rebatching
 from bntool.runtime.libraries import CPU, CUDA

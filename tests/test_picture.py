@@ -7,8 +7,8 @@ from torch import Tensor, nn
 
 from bntool.graph.inputs import Inputs
 from bntool.observe.eager import observe
-from bntool.report import picture
-from bntool.report.picture import layers_of, norms_of
+from bntool.results import picture
+from bntool.results.picture import layers_of, norms_of
 
 
 class Block(nn.Module):

@@ -18,7 +18,7 @@ from bntool.core.schema import Damaged, Finite, Index, Name, Shape, fitted, pars
 from bntool.experiment import folder
 from bntool.files import memory, sidecar
 from bntool.inserting import InsertOptions
-from bntool.pages import shapes
+from bntool.report import shapes
 
 
 @pytest.mark.parametrize(

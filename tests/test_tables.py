@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bntool.core.text import asked_width
-from bntool.report.tables import (
+from bntool.results.tables import (
     Column,
     Table,
     count,

@@ -11,8 +11,8 @@ from torch import nn
 
 from bntool.core.verdicts import first_failed
 from bntool.graph.inputs import Inputs
-from bntool.models.casting import TF32, round_to_tf32, tf32_copy
-from bntool.report.checks import Comparison
+from bntool.precision.casting import TF32, round_to_tf32, tf32_copy
+from bntool.results.checks import Comparison
 from bntool.runtime.libraries import CPU, CUDA, TENSORRT
 from bntool.verifying import export_checking
 from bntool.verifying.conditions import Conditions

@@ -12,7 +12,7 @@ from torch.nn.utils import prune
 
 import bntool
 from bntool.graph.inputs import Inputs
-from bntool.report.summary import Summary
+from bntool.results.summary import Summary
 
 
 def both(model: nn.Module, *inputs: Tensor) -> tuple[Summary, Any]:

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 import bntool
 from bntool.core.plan import Plan
 from bntool.core.reasons import Reason
-from bntool.folding.claims import Claims
 from bntool.folding.norms import find_norms, why_unfit
-from bntool.folding.ways import Take, Way
+from bntool.folding.traversal import Take, Way
+from bntool.folding.weight_edits import Claims
 from bntool.graph.inputs import Inputs
 from bntool.laws import Refused
 from bntool.observe.eager import observe

@@ -12,7 +12,7 @@ from torch.export import ExportedProgram
 from bntool.core.errors import UsageError
 from bntool.core.options import CheckOptions
 from bntool.pipeline import surgeries
-from bntool.report.results import SurgeryResult
+from bntool.results.results import SurgeryResult
 from bntool.subjects.base import Checking, Subject
 
 CheckLevel = Literal["full", "fast", "none"]

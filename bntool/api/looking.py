@@ -14,7 +14,7 @@ from bntool.core.command_options import ViewOptions
 from bntool.graph.drawing import Draw
 from bntool.graph.inputs import Inputs
 from bntool.pipeline.summarising import or_weights, summarized
-from bntool.report.summary import Summary
+from bntool.results.summary import Summary
 from bntool.subjects import subject_of
 
 

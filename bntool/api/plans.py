@@ -15,7 +15,7 @@ from bntool.core.schema import Damaged, read
 from bntool.inserting import require_same_places
 from bntool.observe.modules import class_name, signature_of
 from bntool.pipeline import surgeries
-from bntool.report.results import SurgeryResult
+from bntool.results.results import SurgeryResult
 from bntool.subjects import subject_of
 from bntool.subjects.module import ModuleSubject
 from bntool.subjects.replanning import replanned

@@ -20,8 +20,8 @@ from bntool.graph.inputs import Inputs
 from bntool.pipeline import surgeries
 from bntool.pipeline.serving import Serving, Silent, placed, served
 from bntool.pipeline.serving import exported as export_draft
-from bntool.report.checks import Comparison
-from bntool.report.results import SurgeryResult
+from bntool.results.checks import Comparison
+from bntool.results.results import SurgeryResult
 from bntool.subjects import exportable, prepared, subject_of
 from bntool.subjects.base import Checking, Exportable
 

@@ -13,7 +13,7 @@ from bntool.core.errors import UsageError
 from bntool.core.options import FoldOptions, InsertOptions
 from bntool.core.plan import Plan
 from bntool.pipeline import surgeries
-from bntool.report.results import SurgeryResult
+from bntool.results.results import SurgeryResult
 from bntool.subjects import prepared, subject_of
 from bntool.subjects.module import ModuleSubject
 

@@ -10,7 +10,7 @@ from typing import Any
 from bntool.api.asked import Model
 from bntool.core.errors import UsageError
 from bntool.core.latencies import Benchmark
-from bntool.report.latency import latency_text
+from bntool.results.latency import latency_text
 from bntool.runtime.benchmarking import Candidate, On, benchmark, rebatching
 from bntool.runtime.torch_runner import require_torch_device
 from bntool.subjects import subject_of

@@ -19,10 +19,10 @@ from bntool.core.verdicts import Check
 from bntool.frozen import FrozenNorm, freeze_layer, frozen_class
 from bntool.observe.copying import structural_copy
 from bntool.observe.modules import is_batch_norm_class, is_decomposed, require_module
-from bntool.report.counting import parameter_delta
-from bntool.report.results import delta_lines
-from bntool.report.tables import text_of
-from bntool.runtime.world import World
+from bntool.results.counting import parameter_delta
+from bntool.results.results import delta_lines
+from bntool.results.tables import text_of
+from bntool.runtime.process_group import World
 from bntool.surgery.fold_modules import with_own_tensors
 
 Progress = Callable[[str], None]

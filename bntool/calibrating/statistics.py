@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from bntool.calibrating.moments import Moments, Seen
 from bntool.calibrating.sweeping import Sweep, require_batches, sweep
 from bntool.core.errors import StateError, UsageError
-from bntool.runtime.world import World
+from bntool.runtime.process_group import World
 
 _SHOWN_CHANNELS = 5
 

@@ -18,11 +18,11 @@ from bntool.calibrating.moments import Moments, Seen
 from bntool.core.errors import BntoolError, StateError, UsageError
 from bntool.data.loaders import inputs_of, samples_of
 from bntool.graph.inputs import Inputs, outputs_of
-from bntool.models.casting import is_finite
 from bntool.observe.isolation import Isolation, fresh
-from bntool.observe.leftovers import require_materialised
+from bntool.observe.side_effects import require_materialised
+from bntool.precision.casting import is_finite
+from bntool.runtime.process_group import World
 from bntool.runtime.torch_runner import float32_products
-from bntool.runtime.world import World
 from bntool.verifying.differences import difference
 
 Progress = Callable[[str], None]

@@ -46,7 +46,7 @@ def command(
     ratio of the two, round by round, lies beyond 2 % with a chance of 99.9 %.
     """
     from bntool.cli import devices, timing
-    from bntool.report.latency import latency_text
+    from bntool.results.latency import latency_text
     from bntool.runtime.benchmarking import Candidate
 
     require_one(real, load)

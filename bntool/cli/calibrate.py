@@ -24,7 +24,7 @@ from bntool.core.errors import UsageError
 from bntool.core.option import Options, option
 
 if TYPE_CHECKING:
-    from bntool.runtime.world import World
+    from bntool.runtime.process_group import World
 
 
 @dataclasses.dataclass(frozen=True)

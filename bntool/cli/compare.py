@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from bntool.experiment.outcome import TrainingComparison
     from bntool.experiment.samples import Data
     from bntool.experiment.settings import Settings
-    from bntool.runtime.world import World
+    from bntool.runtime.process_group import World
 
 
 @click.command("compare", short_help="Train with and without BatchNorm, and compare.")
@@ -172,7 +172,7 @@ def _claim(session: Session, folder: Path, *, force: bool) -> dict[str, Place]:
 def _write_models(session: Session, found: TrainingComparison, places: dict[str, Place]) -> list[Path]:
     """The trained models as files of the kind that the input was; the one with BatchNorm is remembered."""
     from bntool.cli.writing import Made, write_model
-    from bntool.report.counting import parameter_delta
+    from bntool.results.counting import parameter_delta
 
     for arm, model in found.models.items():
         plan = found.surgery.plan if arm == "batchnorm" else None

@@ -47,7 +47,7 @@ def command(voice: Voice, asked: Asked) -> int:
     from bntool.graph.dataflow import READS_NUMBERS
     from bntool.pipeline.serving import Serving, placed
     from bntool.pipeline.surgeries import unchanged
-    from bntool.report.checks import checks_text
+    from bntool.results.checks import checks_text
     from bntool.subjects.base import Checking
 
     opened = opened.on(asked.real, asked.load, full=asked.check.check == "full").exportable(asked.export)

@@ -31,7 +31,7 @@ from bntool.core.refusals import require_export
 if TYPE_CHECKING:
     from bntool.cli.devices import Devices
     from bntool.core.plan import Plan
-    from bntool.report.results import SurgeryResult
+    from bntool.results.results import SurgeryResult
 
 
 @dataclasses.dataclass(frozen=True)
@@ -185,7 +185,7 @@ class _Fold:
 
     def tell_written(self, result: SurgeryResult, places: Any) -> None:
         from bntool.cli import serving
-        from bntool.report.checks import checks_text
+        from bntool.results.checks import checks_text
 
         self.voice.say()
         self.voice.say(checks_text(result.checks))
@@ -211,7 +211,7 @@ class _Fold:
     def timed(self, result: SurgeryResult, after: Any, places: Any) -> dict[str, Any]:
         """The model before and after, and their files."""
         from bntool.cli.timing import timed_fold
-        from bntool.report.latency import latency_text
+        from bntool.results.latency import latency_text
 
         found = timed_fold(
             self.voice,

@@ -30,7 +30,7 @@ from bntool.core.reasons import Reason
 
 if TYPE_CHECKING:
     from bntool.core.plan import Plan
-    from bntool.report.results import SurgeryResult
+    from bntool.results.results import SurgeryResult
     from bntool.source.rewriting import Rewritten
 
 

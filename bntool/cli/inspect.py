@@ -30,7 +30,7 @@ def command(voice: Voice, inspect: InspectOptions, load: LoadOptions) -> int:
     """
     from bntool.core.limits import Limit
     from bntool.files.inspecting import inspect_file
-    from bntool.report.inspection import inspection_text
+    from bntool.results.inspection import inspection_text
 
     inspection = inspect_file(Path(inspect.file), Limit(load.max_size))
     voice.say(inspection_text(inspection, quiet=voice.quiet, verbose=voice.verbose))

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from bntool.core.errors import DeviceError, ProcessError, UsageError
 
 if TYPE_CHECKING:
-    from bntool.runtime.world import World
+    from bntool.runtime.process_group import World
 
 _VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _FAILED = "bntool/failed"
@@ -32,7 +32,7 @@ def joined(timeout: float, device: str = "cpu") -> Iterator[World]:
         ProcessError: the others were not found in time; later, the job is told to end.
         DeviceError: there are fewer GPUs than processes on this machine.
     """
-    from bntool.runtime.world import World
+    from bntool.runtime.process_group import World
 
     if not _in_job():
         yield World()

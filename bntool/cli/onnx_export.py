@@ -19,7 +19,7 @@ def export_file(voice: Voice, opened: Opened, asked: Any) -> int:
     from bntool.cli.devices import require_places
     from bntool.core.verdicts import first_failed
     from bntool.files.onnx_files import put_onnx
-    from bntool.report.checks import checks_text
+    from bntool.results.checks import checks_text
 
     source, opset = Path(opened.source), asked.export.opset
     named = Path(asked.write.output or source.with_name(f"{source.stem}_opset{opset}.onnx"))

@@ -53,7 +53,7 @@ def _picture(voice: Voice, reference: str, before: Subject, after: Subject | Non
     """Only where somebody reads a document; a model that cannot be looked at is not in it."""
     if not voice.writes_document:
         return
-    from bntool.report.picture import norms_of
+    from bntool.results.picture import norms_of
 
     picture: dict[str, Any] = {"reference": reference}
     with contextlib.suppress(BntoolError):
@@ -69,6 +69,6 @@ def _picture(voice: Voice, reference: str, before: Subject, after: Subject | Non
 def _side(subject: Subject) -> dict[str, Any]:
     """One side of the picture, with as many layers as a summary counts."""
     from bntool.pipeline.summarising import counted
-    from bntool.report.picture import layers_of
+    from bntool.results.picture import layers_of
 
     return layers_of(subject.graph(), len(counted(subject).layers))

@@ -44,8 +44,8 @@ def command(voice: Voice, page: PageOptions, write: WriteOptions, speech: Speech
     The HTML file holds everything it needs and loads nothing. Nothing in the documents is run.
     """
     from bntool.cli.documents import emit
-    from bntool.pages.reading import read_document
-    from bntool.pages.writing import claim_report, report_text, write_figure, write_page
+    from bntool.report.reading import read_document
+    from bntool.report.writing import claim_report, report_text, write_figure, write_page
 
     chosen = page.kind or _by_name(write.output)
     documents = [read_document(name) for name in page.files]

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from bntool.cli.session import Voice
 from bntool.core.errors import CheckFailed, ExportError
-from bntool.report.checks import checks_text
-from bntool.report.tables import size
+from bntool.results.checks import checks_text
+from bntool.results.tables import size
 
 if TYPE_CHECKING:
     from bntool.cli.session import Session
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from bntool.export.exporting import ExportResult
     from bntool.files.drafting import Drafts
     from bntool.pipeline.serving import Serving
-    from bntool.report.results import SurgeryResult
+    from bntool.results.results import SurgeryResult
     from bntool.subjects.base import Checking
     from bntool.verifying.reference import Reference
 

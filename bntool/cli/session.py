@@ -67,7 +67,7 @@ class Voice:
         voice.target = Target(force=force, reads=read_by(*asked))
         report = next((one.report for one in asked if isinstance(one, ReportOptions)), None)
         if report:
-            from bntool.pages.writing import claim_report
+            from bntool.report.writing import claim_report
 
             voice.report = Path(report)
             voice._report_place = claim_report(voice.report, voice.target)
@@ -106,8 +106,8 @@ class Voice:
 
     def _draw(self, path: Path, command: str, document: dict[str, Any]) -> None:
         from bntool.core.documents import whole
-        from bntool.pages.reading import as_document
-        from bntool.pages.writing import write_page
+        from bntool.report.reading import as_document
+        from bntool.report.writing import write_page
 
         with self.target.drafts() as drafts:
             write_page([as_document(whole(command, document), path.name)], drafts.of(self._report_place))
@@ -186,7 +186,7 @@ class Session:
         """Go on in another floating type; the model was loaded for this command alone."""
         import torch
 
-        from bntool.observe.standing_in import cast
+        from bntool.observe.stand_in import cast
 
         wanted = getattr(torch, dtype)
         self.loaded = dataclasses.replace(self.loaded, model=cast(self.model, wanted))

@@ -12,7 +12,7 @@ from bntool.core.errors import UsageError
 if TYPE_CHECKING:
     from bntool.cli.insert import Asked
     from bntool.cli.session import Session, Voice
-    from bntool.report.results import SurgeryResult
+    from bntool.results.results import SurgeryResult
     from bntool.source.rewriting import Rewritten
 
 _SCRIPT = re.compile(r"(?P<path>.+\.py):[A-Za-z_][\w.]*")
@@ -79,8 +79,8 @@ def tell_refusals(voice: Voice, source: Rewritten) -> None:
 
 def show_source(voice: Voice, source: Rewritten, result: SurgeryResult) -> None:
     """The diff, then every new layer with the line it goes to."""
-    from bntool.report.results import delta_lines
-    from bntool.report.tables import Column, Table, count, render
+    from bntool.results.results import delta_lines
+    from bntool.results.tables import Column, Table, count, render
 
     _show_diff(voice, source.diff)
     if voice.quiet:

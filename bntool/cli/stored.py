@@ -21,8 +21,8 @@ def fold_stored_file(voice: Voice, asked: Asked) -> int:
     from bntool.files.safetensors_files import INDEX_SUFFIX
     from bntool.files.sidecar import fill_sidecar, output_name
     from bntool.files.stored import open_stored
-    from bntool.report.results import verdicts
-    from bntool.report.tables import text_of
+    from bntool.results.results import verdicts
+    from bntool.results.tables import text_of
     from bntool.surgery.fold_stored import StoredFold
 
     name = asked.model.model

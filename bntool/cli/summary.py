@@ -40,7 +40,7 @@ def command(
     """Show a model's layers, shapes, exact counts and costs; after insert or fold, the difference too."""
     found, baseline = _summarized(voice, model.model, load, real, summary)
     if baseline is not None:
-        from bntool.report.summary import since
+        from bntool.results.summary import since
 
         found = since(found, baseline)
     found = dataclasses.replace(found, view=view)

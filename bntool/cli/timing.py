@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from bntool.cli.writing import Places
     from bntool.core.latencies import Benchmark
     from bntool.graph.inputs import Inputs
-    from bntool.report.results import SurgeryResult
+    from bntool.results.results import SurgeryResult
     from bntool.runtime.benchmarking import Candidate
 
 

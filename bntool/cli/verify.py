@@ -172,7 +172,7 @@ def _concluded(
 ) -> int:
     from bntool.cli.concluding import conclude
     from bntool.core.verdicts import first_failed, told_limits
-    from bntool.report.checks import checks_text
+    from bntool.results.checks import checks_text
 
     voice.say(checks_text(checks))
     for line in told_limits(checks):

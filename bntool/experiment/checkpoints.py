@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from bntool.core.errors import BntoolError, LoadError
 from bntool.experiment.randomness import set_random_state
 from bntool.files.atomic import write_atomically
-from bntool.runtime.world import World
+from bntool.runtime.process_group import World
 
 SCHEMA_VERSION = 1
 

@@ -24,9 +24,9 @@ from bntool.experiment.training import Trial, train, train_bounds
 from bntool.experiment.watching import Watcher, places_in_both
 from bntool.observe.copying import structural_copy
 from bntool.observe.isolation import surroundings_kept
-from bntool.observe.standing_in import cast, set_modes
-from bntool.report.results import SurgeryResult
-from bntool.runtime.world import World
+from bntool.observe.stand_in import cast, set_modes
+from bntool.results.results import SurgeryResult
+from bntool.runtime.process_group import World
 from bntool.surgery.fold_modules import with_own_tensors
 
 Tell = Callable[[str, float, int, Progress, int], None]

@@ -12,7 +12,7 @@ from bntool.experiment.samples import Data
 from bntool.experiment.settings import Settings
 from bntool.experiment.training import logits_of
 from bntool.observe.isolation import Isolation
-from bntool.runtime.world import World
+from bntool.runtime.process_group import World
 
 
 def fitting(model: nn.Module, data: Data) -> Data:

@@ -20,7 +20,7 @@ from bntool.files.atomic import write_atomically, write_text
 from bntool.files.placing import remove, remove_unnamed
 from bntool.files.shards import own_shards
 from bntool.files.sidecar import is_result, sidecar_path
-from bntool.runtime.world import World
+from bntool.runtime.process_group import World
 
 SCHEMA_VERSION = 1
 RUNS, SETTINGS, DOCUMENT = "runs", "settings.json", "compare.json"

@@ -15,8 +15,8 @@ from bntool.core.text import Lines
 from bntool.experiment.checkpoints import Progress
 from bntool.experiment.settings import Settings
 from bntool.experiment.watching import QUANTILES
-from bntool.report.results import SurgeryResult, delta_lines
-from bntool.report.tables import text_of
+from bntool.results.results import SurgeryResult, delta_lines
+from bntool.results.tables import text_of
 
 ARMS = ("plain", "batchnorm")
 TITLES = {"plain": "as it is", "batchnorm": "with BatchNorm"}

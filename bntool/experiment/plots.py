@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from bntool.core.errors import LoadError
 from bntool.experiment.outcome import ARMS, TITLES, TrainingComparison
 from bntool.files.atomic import write_atomically
-from bntool.report.tables import shorten_middle
+from bntool.results.tables import shorten_middle
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -18,14 +18,14 @@ from bntool.calibrating.drift import Grouping
 from bntool.core.errors import UsageError
 from bntool.experiment.checkpoints import Progress, read_checkpoint, write_checkpoint
 from bntool.experiment.evenness import ORDERED
-from bntool.experiment.failing import explained, where_it_began
+from bntool.experiment.failures import explained, where_it_began
 from bntool.experiment.randomness import random_state, random_state_kept, seed_everything
 from bntool.experiment.samples import Data, Held, Samples
 from bntool.experiment.settings import Settings, seed_for
 from bntool.experiment.syncing import sync_on_cpu
 from bntool.experiment.watching import Watcher
 from bntool.graph.inputs import named_tensors
-from bntool.runtime.world import World
+from bntool.runtime.process_group import World
 
 CHECKPOINT_SECONDS = 60.0
 Tell = Callable[[Progress, int], None]

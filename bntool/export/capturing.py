@@ -17,7 +17,7 @@ from bntool.core.errors import ExportError, InvariantError
 from bntool.export.dynamic_axes import BATCH_AXIS, DynamicAxes, sample_for, shapes_for, symbols_of
 from bntool.export.onnx_versions import LEAST_OPSET, OPSETS
 from bntool.graph.inputs import Inputs, plain
-from bntool.observe.standing_in import set_modes, stand_in
+from bntool.observe.stand_in import set_modes, stand_in
 
 _BFLOAT16_OPSET = 22
 _BATCH_NORM_OPS = (

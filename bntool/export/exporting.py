@@ -29,9 +29,9 @@ from bntool.export.onnx_versions import chosen_ir_version, loads_in
 from bntool.export.onnx_writing import keep_float32_io, narrow_type, write_checked
 from bntool.files.targets import Target
 from bntool.graph.inputs import Inputs, named_tensors
-from bntool.models.casting import DTYPES, cast_copy
 from bntool.observe.isolation import Isolation
 from bntool.observe.wrappers import model_inside
+from bntool.precision.casting import DTYPES, cast_copy
 
 
 @dataclasses.dataclass(frozen=True)

@@ -23,7 +23,7 @@ from bntool.export.dynamic_axes import DynamicAxes, name_of, sample_for
 from bntool.export.onnx_versions import LEAST_OPSET
 from bntool.graph.inputs import Inputs, outputs_of
 from bntool.observe.isolation import Isolation, fresh
-from bntool.observe.standing_in import own_copy
+from bntool.observe.stand_in import own_copy
 
 _PREFIX = "model."
 

@@ -3,7 +3,7 @@
 Every value is looked at as a sum of branches over an earlier value: convolutions of it and the value itself,
 each with an affine map behind. A sum whose inner values nobody else reads is one convolution where the law of
 `laws.merging` says so, and where that costs no more weights than the branches had. In a module tree the
-forward goes on adding (`absorbing`), so there a sum may have more beside its branches.
+forward goes on adding (`absorbed_branches`), so there a sum may have more beside its branches.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from collections.abc import Mapping
 import torch
 
 from bntool.core.sites import Branch, Merge, Window
-from bntool.folding.absorbing import adds_a_constant, can_be_heir, layers_that_go, undone
-from bntool.folding.claims import Claims
+from bntool.folding.absorbed_branches import adds_a_constant, can_be_heir, layers_that_go, undone
 from bntool.folding.norms import Norm
+from bntool.folding.weight_edits import Claims
 from bntool.graph.affine import Affine, Constant, compose, identity
 from bntool.graph.dataflow import Graph, Op
 from bntool.laws import Context, Refused

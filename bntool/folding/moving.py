@@ -8,7 +8,7 @@ from collections.abc import Set
 
 from bntool.core.reasons import Reason
 from bntool.folding.norms import Norm
-from bntool.folding.ways import Agenda, Take, Way
+from bntool.folding.traversal import Agenda, Take, Way
 from bntool.graph.affine import Affine, identity, merge
 from bntool.graph.dataflow import Edge, Graph, Op, Value, is_out
 from bntool.laws import LAWS, Refused

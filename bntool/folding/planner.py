@@ -11,12 +11,12 @@ from bntool.core.errors import StateError
 from bntool.core.plan import Plan
 from bntool.core.reasons import Reason
 from bntool.core.sites import FoldSite, Skip
-from bntool.folding.claims import Claims
 from bntool.folding.merging import find_merges
 from bntool.folding.moving import Mover
 from bntool.folding.norms import Norm, find_norms, why_unfit
 from bntool.folding.overwriting import require_no_overwriting
-from bntool.folding.ways import Way
+from bntool.folding.traversal import Way
+from bntool.folding.weight_edits import Claims
 from bntool.graph.affine import Affine, compose
 from bntool.graph.dataflow import READS_NUMBERS, Graph
 from bntool.laws import Refused

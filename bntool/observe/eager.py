@@ -24,14 +24,14 @@ from bntool.graph.dataflow import Graph
 from bntool.graph.inputs import Inputs, named_tensors
 from bntool.observe.advice import what_to_do
 from bntool.observe.copying import is_separable, take_apart
+from bntool.observe.data_reads import size_reads, unseen_reads
 from bntool.observe.isolation import SEED, Isolation, fresh, same_random_numbers
-from bntool.observe.leftovers import require_materialised, undeclared_writes
+from bntool.observe.norm_modules import recognise_norms
 from bntool.observe.operands import tensors_in
-from bntool.observe.reading_out import size_reads, unseen_reads
 from bntool.observe.recording import Recorder
-from bntool.observe.standing_in import set_modes
+from bntool.observe.side_effects import require_materialised, undeclared_writes
+from bntool.observe.stand_in import set_modes
 from bntool.observe.watching import OpMode
-from bntool.observe.written_out import recognise_norms
 
 
 @dataclasses.dataclass(frozen=True)

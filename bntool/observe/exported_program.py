@@ -13,6 +13,7 @@ from torch.fx import GraphModule, Node
 
 from bntool.graph.dataflow import Graph, Module, Op
 from bntool.observe.aten import SHAPE_ONLY, product_of, translate
+from bntool.observe.decomposed_norms import TakenApart, norms_taken_apart, put_together
 from bntool.observe.program_calls import LinearCall
 from bntool.observe.program_nodes import (
     arguments_of,
@@ -23,7 +24,6 @@ from bntool.observe.program_nodes import (
     scope_of,
 )
 from bntool.observe.program_values import ProgramValues
-from bntool.observe.taken_apart import TakenApart, norms_taken_apart, put_together
 
 _NORM_ROLES = ("weight", "bias", "running_mean", "running_var")
 _NORMS = {

@@ -2,7 +2,7 @@
 
 A stand-in shares the parameters with the original, and closures lead where they lead. So every write to a
 tensor of the original is seen by a dispatch mode and undone, and so is what a parameter points to, its
-gradient and flags; what code can reach outside the model is noted before (`surroundings`), and the random
+gradient and flags; what code can reach outside the model is noted before (`global_state`), and the random
 states and torch's defaults are put back. It holds after an exception and an interrupt too.
 """
 
@@ -22,11 +22,11 @@ from torch.nn.parameter import is_lazy
 
 from bntool.core.errors import ObserveError
 from bntool.graph.inputs import Inputs
-from bntool.observe.leftovers import Kept, random_state_kept, undeclared_writes
+from bntool.observe.global_state import LARGEST_COPIED, Surroundings
 from bntool.observe.modules import modules_of
 from bntool.observe.settings import settings_kept
-from bntool.observe.standing_in import StandIn, set_modes, stand_in
-from bntool.observe.surroundings import LARGEST_COPIED, Surroundings
+from bntool.observe.side_effects import Kept, random_state_kept, undeclared_writes
+from bntool.observe.stand_in import StandIn, set_modes, stand_in
 from bntool.observe.watching import OpMode
 
 SEED = 0

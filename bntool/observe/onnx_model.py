@@ -9,6 +9,7 @@ from typing import Any
 import onnx_ir as ir
 
 from bntool.graph.dataflow import Graph, Module, Op
+from bntool.observe.decomposed_norms import norms_taken_apart, put_together
 from bntool.observe.onnx_bodies import infer_bodies
 from bntool.observe.onnx_constants import Constants
 from bntool.observe.onnx_einsum import LinearEinsum, linear_einsum
@@ -18,7 +19,6 @@ from bntool.observe.onnx_ops import translate
 from bntool.observe.onnx_shapes import Seen, sizes_of
 from bntool.observe.onnx_values import Values
 from bntool.observe.onnx_view import NodeView, Step, batch_norm_attrs, is_linear, linear_step
-from bntool.observe.taken_apart import norms_taken_apart, put_together
 
 _NORM_ROLES = ("weight", "bias", "running_mean", "running_var")
 _SHAPE_READERS = frozenset({"Shape", "Size"})

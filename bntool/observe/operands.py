@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from bntool.observe.leftovers import storage_of
+from bntool.observe.side_effects import storage_of
 
 
 def operands_of(bound: dict[str, Any]) -> dict[str, Tensor]:

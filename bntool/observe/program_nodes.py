@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from bntool.observe.leftovers import undeclared_writes
 from bntool.observe.program_memory import shared_with
+from bntool.observe.side_effects import undeclared_writes
 
 
 def operator_of(node: Node) -> str:

@@ -14,8 +14,9 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from bntool.graph.dataflow import Graph, Module, Op
 from bntool.graph.inputs import named_tensors
 from bntool.layers import computes_weight, has_foreign_hook
+from bntool.observe.aliasing import SMALL_CONSTANT, Holders
 from bntool.observe.aten import SHAPE_ONLY, product_of, translate
-from bntool.observe.holding import SMALL_CONSTANT, Holders
+from bntool.observe.data_reads import numbers_read
 from bntool.observe.modules import class_name, is_decomposed, role_of, uses_plain_bias
 from bntool.observe.operands import (
     is_handed_on,
@@ -25,7 +26,6 @@ from bntool.observe.operands import (
     seen_through,
     tensors_in,
 )
-from bntool.observe.reading_out import numbers_read
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 

@@ -16,7 +16,7 @@ from bntool.export.onnx_cleaning import census
 from bntool.files.onnx_files import open_onnx, put_onnx, write_drafts
 from bntool.files.targets import Target
 from bntool.pipeline.surgeries import fold, insert
-from bntool.report.results import SurgeryResult
+from bntool.results.results import SurgeryResult
 from bntool.subjects.base import Checking
 from bntool.subjects.onnx import OnnxSubject, plan_fold_onnx
 from bntool.surgery.fold_onnx import apply_fold_onnx

@@ -11,7 +11,7 @@ from bntool.core.plan import Plan
 from bntool.core.tolerances import Tolerance
 from bntool.observe.exported_program import ProgramObservation
 from bntool.pipeline.surgeries import fold, insert
-from bntool.report.results import SurgeryResult
+from bntool.results.results import SurgeryResult
 from bntool.subjects.base import Checking
 from bntool.subjects.program import ProgramSubject
 

@@ -18,10 +18,10 @@ from bntool.core.version import __version__
 from bntool.export.exporting import ExportResult
 from bntool.export.onnx_writing import append_metadata
 from bntool.files.drafting import Drafts
-from bntool.models.casting import DTYPES, stored_as
 from bntool.observe.wrappers import model_inside
 from bntool.pipeline.onnx_folding import fold_exported
-from bntool.report.results import SurgeryResult
+from bntool.precision.casting import DTYPES, stored_as
+from bntool.results.results import SurgeryResult
 from bntool.subjects.base import Checking, Exportable
 from bntool.verifying.blaming import Found, blame_onnx
 from bntool.verifying.export_checking import check_onnx

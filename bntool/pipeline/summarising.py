@@ -14,11 +14,11 @@ from bntool.graph.inputs import Inputs
 from bntool.inserting import redundant_biases
 from bntool.observe.eager import observe
 from bntool.observe.inference import first_that_runs
-from bntool.report.graph_layers import calls_by_tensors, of_onnx, of_program
-from bntool.report.notes import Note
-from bntool.report.summary import Summary, since, summarize, summarize_found
-from bntool.report.tensor_layers import of_weights
-from bntool.report.walking import Calls, observe_calls
+from bntool.results.graph_layers import calls_by_tensors, of_onnx, of_program
+from bntool.results.notes import Note
+from bntool.results.summary import Summary, since, summarize, summarize_found
+from bntool.results.tensor_layers import of_weights
+from bntool.results.walking import Calls, observe_calls
 
 Opened = TypeVar("Opened")
 

@@ -20,9 +20,9 @@ from bntool.data.loaders import inputs_of
 from bntool.folding.untrained import with_untrained_told
 from bntool.graph.inputs import Inputs
 from bntool.observe.copying import structural_copy
-from bntool.observe.standing_in import set_modes
-from bntool.pipeline.settling import first_at_fault, settle
-from bntool.report.results import SurgeryResult
+from bntool.observe.stand_in import set_modes
+from bntool.pipeline.bisecting import first_at_fault, settle
+from bntool.results.results import SurgeryResult
 from bntool.subjects.base import Checking, Proof, S
 from bntool.subjects.module import ModuleSubject
 from bntool.surgery.fold_modules import with_own_tensors

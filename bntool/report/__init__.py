@@ -1,8 +1,3 @@
-"""Reports: the model summary, and the tables and counts that every report is made of."""
+"""Reports from the documents that the commands write: HTML, Markdown, single figures. No torch."""
 
 from __future__ import annotations
-
-from bntool.report.counting import parameter_delta, parameters_of
-from bntool.report.summary import Summary, summarize
-
-__all__ = ["Summary", "parameter_delta", "parameters_of", "summarize"]

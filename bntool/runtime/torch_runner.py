@@ -13,7 +13,7 @@ from bntool.core.errors import CheckFailed, DeviceError
 from bntool.graph.inputs import Inputs, outputs_of
 from bntool.observe.isolation import SEED, Isolation, fresh, same_random_numbers
 from bntool.observe.modules import modules_of
-from bntool.observe.standing_in import cast, own_copy
+from bntool.observe.stand_in import cast, own_copy
 
 
 class TorchRunner:

@@ -36,7 +36,7 @@ from bntool.graph.dataflow import Graph
 from bntool.graph.inputs import Inputs
 from bntool.inserting import InsertOptions
 from bntool.observe.eager import Observation, observe
-from bntool.observe.standing_in import set_modes
+from bntool.observe.stand_in import set_modes
 from bntool.runtime.torch_runner import TorchRunner
 from bntool.subjects.insertion import Outline, exactly, outline, stands
 from bntool.surgery.converting import convert_state_dict

@@ -20,9 +20,9 @@ from bntool.inserting import plan_insert
 from bntool.observe.eager import Observation, observe
 from bntool.observe.inference import observe_inferred
 from bntool.observe.modules import signature_of
-from bntool.observe.standing_in import set_modes
+from bntool.observe.stand_in import set_modes
 from bntool.observe.wrappers import REWRAP, gathers_gradients
-from bntool.report.counting import parameter_delta
+from bntool.results.counting import parameter_delta
 from bntool.subjects.base import Checking, Kind, Parameters
 from bntool.subjects.elsewhere import Elsewhere
 from bntool.subjects.insertion import check_unchanged, insert_observed

@@ -19,7 +19,7 @@ from bntool.observe.biases import would_use_a_bias
 from bntool.observe.copying import is_separable
 from bntool.observe.eager import Observation, observe
 from bntool.observe.modules import signature_of
-from bntool.observe.standing_in import set_modes
+from bntool.observe.stand_in import set_modes
 from bntool.subjects.elsewhere import Elsewhere
 from bntool.surgery.fold_modules import Numbers, apply_exactly
 from bntool.surgery.reparameterising import Block, find_blocks, with_blocks_merged

@@ -19,7 +19,7 @@ from bntool.graph.dataflow import Graph
 from bntool.graph.inputs import Inputs
 from bntool.inserting import plan_insert_nodes
 from bntool.observe.exported_program import ProgramObservation, observe_program
-from bntool.report.counting import parameter_delta
+from bntool.results.counting import parameter_delta
 from bntool.runtime.programs import RunnableProgram, drawn_inputs, example_inputs_of
 from bntool.subjects.base import Checking, Kind, Parameters
 from bntool.subjects.insertion import check_unchanged

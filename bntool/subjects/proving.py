@@ -13,7 +13,7 @@ from bntool.core.plan import Plan
 from bntool.core.verdicts import Check
 from bntool.export.dynamic_axes import resized
 from bntool.observe.eager import Observation
-from bntool.observe.standing_in import set_modes
+from bntool.observe.stand_in import set_modes
 from bntool.subjects.base import Checking
 from bntool.subjects.elsewhere import Elsewhere, sides_of
 from bntool.surgery.fold_modules import Numbers, apply_exactly, apply_fold

@@ -16,7 +16,7 @@ from bntool.core.verdicts import Check
 from bntool.folding.untrained import note_on_untrained
 from bntool.graph.dataflow import Graph
 from bntool.graph.inputs import Inputs
-from bntool.report.counting import parameter_delta
+from bntool.results.counting import parameter_delta
 from bntool.subjects.base import Checking, Kind, Parameters
 from bntool.subjects.script_folding import FoldedScript, check_script, fold_script
 

@@ -23,8 +23,8 @@ from bntool.core.tolerances import ALGEBRA
 from bntool.core.verdicts import Check
 from bntool.files.security.scripted import script_bytes
 from bntool.graph.inputs import Inputs, named_tensors
-from bntool.models.casting import is_finite
 from bntool.observe.isolation import fresh
+from bntool.precision.casting import is_finite
 from bntool.subjects.script_calls import Calls, is_norm
 from bntool.subjects.script_norms import kept_norms
 from bntool.verifying.comparing import compare

@@ -18,7 +18,7 @@ from bntool.core.sites import Branch, Edit, Merge, Window
 from bntool.layers import NORMED, Absorbed, Passing
 from bntool.observe.copying import is_plain, structural_copy, take_apart
 from bntool.observe.modules import is_batch_norm_class
-from bntool.observe.standing_in import set_modes
+from bntool.observe.stand_in import set_modes
 from bntool.surgery.editing import ROLES, Role, Slot, StoredNorm, apply_edits, removed_norms
 from bntool.surgery.reparameterising import merge_blocks_of
 

@@ -22,7 +22,7 @@ from bntool.graph.inputs import Inputs, named_tensors
 from bntool.observe.copying import structural_copy
 from bntool.observe.isolation import Isolation, fresh
 from bntool.observe.modules import is_batch_norm_class, once_per_class
-from bntool.observe.standing_in import cast, own_copy, set_modes
+from bntool.observe.stand_in import cast, own_copy, set_modes
 from bntool.surgery.replacing import replace_everywhere
 
 _METHODS = ("reparameterize", "switch_to_deploy", "reparameterize_layer", "merge_kernel", "fuse")

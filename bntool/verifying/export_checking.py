@@ -15,7 +15,7 @@ from torch import Tensor
 from bntool.core.errors import CheckFailed
 from bntool.core.tolerances import BY_NOISE, Limit
 from bntool.core.verdicts import TF32, Check
-from bntool.models import casting
+from bntool.precision import casting
 from bntool.runtime.naming import on_nvidia
 from bntool.runtime.onnx_outputs import OutputTraits
 from bntool.runtime.ort_runner import OrtRunner

@@ -27,12 +27,12 @@ from bntool.core.tolerances import (
 )
 from bntool.core.verdicts import Check
 from bntool.graph.inputs import Inputs
+from bntool.runtime.crash_guard import require_survival
 from bntool.runtime.onnx_inputs import first_runs, runs_of
 from bntool.runtime.onnx_outputs import OutputTraits
 from bntool.runtime.onnx_reference import ReferenceRunner
 from bntool.runtime.ort_runner import OrtRunner
 from bntool.runtime.runner import FileRunner, Runner
-from bntool.runtime.surviving import require_survival
 from bntool.verifying.comparing import Outputs, compare
 from bntool.verifying.differences import difference
 from bntool.verifying.onnx_cutting import node_that

@@ -13,7 +13,7 @@ from bntool.core.errors import CheckFailed, ExportError
 from bntool.core.tolerances import BY_NOISE, Limit, Tolerance
 from bntool.core.verdicts import TF32, Check
 from bntool.graph.inputs import Inputs
-from bntool.models import casting
+from bntool.precision import casting
 from bntool.runtime.onnx_inputs import SIDES, drawn_inputs
 from bntool.runtime.onnx_outputs import OutputTraits
 from bntool.runtime.onnx_reference import ReferenceRunner

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from bntool.core.errors import BntoolError, CheckFailed
 from bntool.core.tolerances import DOUBLE, DRAWS, EXACT, Limit, walk
 from bntool.graph.inputs import Inputs
-from bntool.models.casting import Arithmetic
-from bntool.models.shaking import shaken_copy
+from bntool.precision.casting import Arithmetic
+from bntool.precision.perturbing import shaken_copy
 from bntool.runtime.libraries import first_line
 from bntool.runtime.torch_runner import TorchRunner
 from bntool.verifying.comparing import constant_outputs, noise_limits, silent_outputs

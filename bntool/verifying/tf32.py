@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from bntool.core.verdicts import TF32, Check
-from bntool.models import casting
+from bntool.precision import casting
 from bntool.runtime.naming import on_nvidia
 from bntool.runtime.torch_runner import TorchRunner
 from bntool.verifying.comparing import compare

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from bntool.experiment import training
-from bntool.pages.chapters import chapters_of
-from bntool.pages.reading import as_document
+from bntool.report.chapters import chapters_of
+from bntool.report.reading import as_document
 from tests.experiment.nets import NET_CODE, write_npz
 
 LINE = ("compare", "net.py:net", "--data", "data.npz", "--batch-size", "24", "--lr", "0.05")

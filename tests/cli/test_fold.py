@@ -8,7 +8,6 @@ import pytest
 import torch
 from torch import nn
 
-from bntool.pipeline import settling
 from bntool.subjects import module_folding, proving
 from bntool.surgery import fold_modules
 from tests.cli import nets
@@ -167,7 +166,7 @@ def test_a_fold_that_nothing_can_prove_is_a_failed_check(
 ) -> None:
     nets.save(nets.normalised(), "model.pt")
     _corrupt(monkeypatch, "1")
-    monkeypatch.setattr(settling, "first_at_fault", lambda *_: "")
+    monkeypatch.setattr(bisecting, "first_at_fault", lambda *_: "")
     for form in ([], ["--json"]):
         words = ["fold", "model.pt", *nets.INPUT, "--export", "onnx", *form]
         refused(*words, code=1, says="differs from the original")

@@ -34,7 +34,9 @@ def test_what_was_made_of_random_weights_is_told_by_the_commands_after_it(bntool
             np.save("x.npy", np.random.default_rng(0).normal(size=(8, 3, 8, 8)).astype("float32"))
         said = bntool(*words, *more, "--json")
         assert said.code == 0, said
-        assert any(note.startswith("no weights were loaded where it was made") for note in said.document["notes"])
+        assert any(
+            note.startswith("no weights were loaded where it was made") for note in said.document["notes"]
+        )
 
 
 def test_a_side_file_can_say_nothing_else(bntool: Shell, made: Path) -> None:

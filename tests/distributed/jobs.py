@@ -18,7 +18,7 @@ from bntool.experiment.samples import Data
 from bntool.experiment.settings import Settings
 from bntool.experiment.training import Trial, train
 from bntool.experiment.watching import Places, Watcher
-from bntool.runtime.world import World
+from bntool.runtime.process_group import World
 from tests.experiment.nets import classifier, thirds
 
 

@@ -17,13 +17,13 @@ from torch.nn import functional as F
 from bntool.core.errors import LoadError, UsageError
 from bntool.experiment import training
 from bntool.experiment.checkpoints import Progress
-from bntool.experiment.failing import where_it_began
+from bntool.experiment.failures import where_it_began
 from bntool.experiment.randomness import random_state, random_state_kept, seed_everything
 from bntool.experiment.samples import Data, Streamed
 from bntool.experiment.settings import Settings, seed_for
 from bntool.experiment.training import Trial, batch_bounds, train
 from bntool.experiment.watching import Places, Watcher
-from bntool.runtime.world import World
+from bntool.runtime.process_group import World
 from tests.experiment.nets import classifier, thirds
 
 SETTINGS = Settings(epochs=2, batch_size=20, lrs=(0.05,), watch_every=3)

@@ -17,8 +17,8 @@ from torch.nn.modules import module as hooks_of_torch
 from bntool.core.errors import ObserveError
 from bntool.graph.dataflow import Graph, Op
 from bntool.graph.inputs import Inputs
+from bntool.observe.aliasing import MARK
 from bntool.observe.eager import Observation, observe
-from bntool.observe.holding import MARK
 
 X = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 

@@ -20,7 +20,7 @@ import bntool
 from bntool.core.errors import BntoolError, DeviceError
 from bntool.core.verdicts import Check
 from bntool.graph.inputs import Inputs
-from bntool.models import casting
+from bntool.precision import casting
 from bntool.runtime.benchmarking import Candidate, On, benchmark, rebatching
 from bntool.runtime.libraries import CPU, CUDA, TENSORRT
 from bntool.runtime.ort_runner import OrtRunner

@@ -19,7 +19,7 @@ from torch import nn
 import bntool
 from bntool.core.latencies import Benchmark
 from bntool.graph.inputs import Inputs
-from bntool.report.latency import latency_text
+from bntool.results.latency import latency_text
 from bntool.runtime.benchmarking import Candidate, benchmark, rebatching
 
 NETS = ("resnet18", "resnet50", "vgg11_bn", "mobilenet_v2")

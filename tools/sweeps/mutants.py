@@ -44,7 +44,7 @@ TESTS: dict[str, str] = {
     "bntool/laws/shapes.py": f"tests/laws/test_shapes.py {_LAWS}",
     "bntool/laws/taking.py": "tests/laws/test_taking.py",
     "bntool/folding/agreement.py": _FOLDING,
-    "bntool/folding/claims.py": f"{_FOLDING} tests/test_unsharing.py",
+    "bntool/folding/weight_edits.py": f"{_FOLDING} tests/test_unsharing.py",
     "bntool/folding/merging.py": "tests/test_merging.py",
     "bntool/folding/moving.py": f"{_FOLDING} tests/laws",
     "bntool/folding/norms.py": _FOLDING,
