@@ -10,6 +10,7 @@ from onnx import TensorProto, helper
 
 from bntool.cli import run
 from bntool.core.errors import ExportError
+from bntool.runtime import crash_guard
 from bntool.verifying.onnx_cutting import node_that
 from tests.test_onnx_corners import CONV, RELU, stored, write
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from bntool.pipeline import bisecting
 from bntool.subjects import module_folding, proving
 from bntool.surgery import fold_modules
 from tests.cli import nets
