@@ -72,7 +72,9 @@ ALGEBRA = Limit(DOUBLE / 2, ALGEBRA_LIMIT)
 
 @dataclasses.dataclass(frozen=True)
 class Tolerance:
-    """What the user allows in place of the noise floor: atol + rtol · peak of an output."""
+    """What the user allows in place of the noise floor: no element may lie further off than
+    atol + rtol · peak, the largest absolute value of its output.
+    """
 
     atol: float | None = None
     rtol: float | None = None

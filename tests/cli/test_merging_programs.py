@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.cli.conftest import Shell
-from tests.test_merging import calls, program_of, repvgg, repvgg_parts
+from tests.folding.test_merging import calls, program_of, repvgg, repvgg_parts
 
 
 @pytest.mark.parametrize(("words", "left"), [((), 1), (("--no-merge",), 2)])

@@ -16,7 +16,7 @@ from torch import nn
 import bntool as bntool_package
 from tests.cli import nets
 from tests.cli.conftest import Said, Shell
-from tests.pages import documents
+from tests.report import documents
 
 
 @pytest.fixture

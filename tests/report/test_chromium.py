@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.pages import documents
 
 from bntool.report import drawing
 from bntool.report.page import html_page
 from bntool.report.reading import as_document
+from tests.report import documents
 
 CHROMIUM = os.environ.get("BNTOOL_CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser")
 needs_playwright = pytest.mark.skipif(

@@ -10,7 +10,6 @@ import time
 from typing import Any
 
 import pytest
-from tests.pages import documents
 
 from bntool.files.references import build
 from bntool.report import charts, trees
@@ -18,6 +17,7 @@ from bntool.report.chapters import chapters_of
 from bntool.report.markdown import markdown
 from bntool.report.page import html_page
 from bntool.report.reading import Document, as_document
+from tests.report import documents
 
 MEBIBYTE = 1 << 20
 

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.pages import documents
 
 from bntool.core.errors import LoadError
 from bntool.report.page import html_page
 from bntool.report.reading import as_document, read_document
+from tests.report import documents
 
 
 @pytest.mark.parametrize(

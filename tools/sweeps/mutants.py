@@ -30,11 +30,11 @@ OPEN = "open"
 """The verdict of a survivor that nobody has looked at."""
 
 _LAWS = "tests/laws/test_roles.py"
-_FOLDING = "tests/folding tests/test_folding.py"
+_FOLDING = "tests/folding tests/folding/test_folding.py"
 TESTS: dict[str, str] = {
-    "bntool/verifying/comparing.py": "tests/test_comparing.py",
-    "bntool/verifying/checking.py": "tests/test_checkers.py tests/test_checking.py",
-    "bntool/verifying/reference.py": "tests/test_reference.py tests/test_checking.py",
+    "bntool/verifying/comparing.py": "tests/verifying/test_comparing.py",
+    "bntool/verifying/checking.py": "tests/verifying/test_checkers.py tests/verifying/test_checking.py",
+    "bntool/verifying/reference.py": "tests/verifying/test_reference.py tests/verifying/test_checking.py",
     "bntool/laws/base.py": "tests/laws/test_base.py",
     "bntool/laws/averaging.py": f"tests/laws/test_averaging.py {_LAWS}",
     "bntool/laws/merging.py": "tests/laws/test_merging.py",
@@ -44,13 +44,13 @@ TESTS: dict[str, str] = {
     "bntool/laws/shapes.py": f"tests/laws/test_shapes.py {_LAWS}",
     "bntool/laws/taking.py": "tests/laws/test_taking.py",
     "bntool/folding/agreement.py": _FOLDING,
-    "bntool/folding/weight_edits.py": f"{_FOLDING} tests/test_unsharing.py",
-    "bntool/folding/merging.py": "tests/test_merging.py",
+    "bntool/folding/weight_edits.py": f"{_FOLDING} tests/surgery/test_unsharing.py",
+    "bntool/folding/merging.py": "tests/folding/test_merging.py",
     "bntool/folding/moving.py": f"{_FOLDING} tests/laws",
     "bntool/folding/norms.py": _FOLDING,
     "bntool/folding/overwriting.py": _FOLDING,
     "bntool/folding/planner.py": _FOLDING,
-    "bntool/folding/sharing.py": f"{_FOLDING} tests/test_unsharing.py",
+    "bntool/folding/sharing.py": f"{_FOLDING} tests/surgery/test_unsharing.py",
 }
 """The modules that are mutated, and the tests that must notice."""
 

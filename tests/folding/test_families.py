@@ -100,7 +100,7 @@ def test_each_reason_by_hand(name: str) -> None:
 
 
 def planned(model: nn.Module, side: int, tweak: Callable[[Any], None] = randomise) -> Plan:
-    """One look is enough here; that the folds are exact is what tests/test_zoo.py shows."""
+    """One look is enough here; that the folds are exact is what tests/sweeps/test_zoo.py shows."""
     tweak(model.eval())
     image = torch.randn(1, 3, side, side, generator=torch.Generator().manual_seed(0))
     return plan_module_fold(model, observe(model, Inputs((image,))), merge=False, thorough=False).plan

@@ -31,9 +31,9 @@ from bntool.surgery.fold_onnx import apply_fold_onnx
 from bntool.surgery.fold_program import apply_fold_program
 from tests.fold_zoo import FOLDED, ZOO, bn, conv, enliven
 from tests.fold_zoo import Net as FoldNet
+from tests.folding.test_folding import assert_same, run, verdicts_of
 from tests.onnx_zoo import OnnxNet
 from tests.program_zoo import PROGRAM_ZOO, ProgramNet, decomposed
-from tests.test_folding import assert_same, run, verdicts_of
 
 IMAGE = (2, 4, 8, 8)
 WEIGHT = 6 * 4 * 3 * 3

@@ -16,7 +16,7 @@ from bntool.core.errors import LoadError
 from bntool.files.inspecting import inspect_file
 from bntool.files.onnx_files import open_onnx
 from bntool.pipeline.onnx_folding import fold_onnx, insert_onnx
-from tests.test_onnx_corners import CONV, NORM, RELU, nodes_of, stored
+from tests.subjects.test_onnx_corners import CONV, NORM, RELU, nodes_of, stored
 
 node, info = helper.make_node, helper.make_tensor_value_info
 X = info("x", TensorProto.FLOAT, ["n", 3, "h", "w"])

@@ -12,7 +12,7 @@ from bntool.cli import run
 from bntool.core.errors import ExportError
 from bntool.runtime import crash_guard
 from bntool.verifying.onnx_cutting import node_that
-from tests.test_onnx_corners import CONV, RELU, stored, write
+from tests.subjects.test_onnx_corners import CONV, RELU, stored, write
 
 OUTPUTS: dict[str, tuple[int, list[object]]] = {"y": (TensorProto.FLOAT, [1, 8, 7, 7])}
 

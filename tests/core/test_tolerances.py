@@ -11,10 +11,10 @@ from torch import nn
 import bntool
 from bntool.cli import run
 from bntool.core.options import TOLERANCE, CheckOptions
-from bntool.subjects.base import Checking
-from bntool.verifying.comparing import Limit, compare
+from bntool.core.tolerances import Limit, Tolerance
+from bntool.verifying.comparing import compare
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def _words(text: str | None) -> str:
@@ -28,7 +28,7 @@ def test_the_meaning_of_a_tolerance_is_the_same_everywhere() -> None:
         "--rtol": told["rtol"],
         "compare": compare.__doc__,
         "verify": bntool.verify.__doc__,
-        "Checking": Checking.__doc__,
+        "Tolerance": Tolerance.__doc__,
         "man": (ROOT / "man" / "bntool.1").read_text("utf-8"),
         **{
             name: (ROOT / "docs" / name).read_text("utf-8")
@@ -45,10 +45,14 @@ def test_a_tolerance_is_of_the_peak_and_not_element_by_element() -> None:
     expected, off = torch.tensor([[100.0, 0.001]]), torch.tensor([[100.0, 0.5]])
     limits = {"y": Limit(0.0, 0.0)}
     how = {"stage": "verify", "device": "cpu", "provider": "torch"}
-    assert compare([{"y": expected}], [{"y": off}], limits, rtol=0.005, **how).passed  # 0.5 of 100
-    assert not compare([{"y": expected}], [{"y": off}], limits, rtol=0.0049, **how).passed
-    assert compare([{"y": expected}], [{"y": off}], limits, atol=0.1, rtol=0.004, **how).passed
-    loose = compare([{"y": expected}], [{"y": off}], limits, rtol=2.0, **how)
+    assert compare(
+        [{"y": expected}], [{"y": off}], limits, tolerance=Tolerance(rtol=0.005), **how
+    ).passed  # 0.5 of 100
+    assert not compare(
+        [{"y": expected}], [{"y": off}], limits, tolerance=Tolerance(rtol=0.0049), **how
+    ).passed
+    assert compare([{"y": expected}], [{"y": off}], limits, tolerance=Tolerance(0.1, 0.004), **how).passed
+    loose = compare([{"y": expected}], [{"y": off}], limits, tolerance=Tolerance(rtol=2.0), **how)
     assert "y: allowed all of its peak and more, which proves nothing" in loose.detail
 
 

@@ -14,8 +14,8 @@ from bntool.cli import run
 from bntool.files.onnx_files import open_onnx
 from bntool.observe.onnx_shapes import infer, sizes_of
 from bntool.subjects.onnx import OnnxSubject
-from tests.test_onnx_corners import CONV, NORM, RELU, nodes_of, stored
-from tests.test_onnx_forms import Y
+from tests.subjects.test_onnx_corners import CONV, NORM, RELU, nodes_of, stored
+from tests.subjects.test_onnx_forms import Y
 
 node, info = helper.make_node, helper.make_tensor_value_info
 

@@ -11,7 +11,7 @@ import bntool
 from bntool.core.errors import UsageError
 from bntool.inserting import InsertOptions
 from bntool.pipeline.program_folding import insert_program
-from tests.test_onnx_insertion import Net
+from tests.subjects.test_onnx_insertion import Net
 
 X = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 

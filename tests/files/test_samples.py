@@ -16,7 +16,7 @@ from bntool.experiment.samples import Held
 from bntool.experiment.settings import Settings
 from samples.seed_network import seed_network
 
-MODEL = Path(__file__).parents[1] / "samples" / "model.pt"
+MODEL = Path(__file__).resolve().parents[2] / "samples" / "model.pt"
 
 
 def test_the_network_has_the_agreed_size_and_output() -> None:

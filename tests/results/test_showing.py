@@ -12,7 +12,7 @@ from torch import nn
 import bntool
 from bntool.core.showing import Column, Said, Table, html_of, markdown_of
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 CELLS = {
     "summary": "bntool.summary(model, (1, 1, 9, 9), baseline=nn.Sequential(nn.Linear(2, 2)))",
     "plan": "bntool.plan_insert(model, (x,))",

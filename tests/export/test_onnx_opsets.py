@@ -9,7 +9,7 @@ import pytest
 from onnx import TensorProto, helper
 
 from bntool.cli import run
-from tests.test_onnx_corners import CONV, RELU, nodes_of, stored
+from tests.subjects.test_onnx_corners import CONV, RELU, nodes_of, stored
 
 info = helper.make_tensor_value_info
 

@@ -24,7 +24,7 @@ from bntool.files.onnx_files import open_onnx, put_onnx, save_onnx
 from bntool.files.placing import Placed, place, remove_unnamed
 from bntool.files.targets import Target
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="the writers are forked and killed")
