@@ -122,7 +122,7 @@ def fold(
     include: Sequence[str] = ("*",),
     exclude: Sequence[str] = (),
     merge: bool = True,
-    unshare: bool = False,
+    unshare: bool | None = None,
     bake: bool = False,
     check: CheckLevel = "fast",
     share: bool = False,
@@ -141,7 +141,7 @@ def fold(
         merge: let blocks that bring their own re-parameterisation merge their branches; those of a program or
             a file merge by law.
         unshare: clone a layer whose weight others use too for each call site that needs it changed;
-            `result.plan.unshared` says what that adds.
+            `result.plan.unshared` says what that adds. None: in ONNX files alone.
         bake: first store the weights that layers compute from parameters alone (weight and spectral
             normalisation, pruning, weight standardisation); training then no longer goes through what
             computed them, and the plan says which.
@@ -179,7 +179,7 @@ def plan_fold(
     include: Sequence[str] = ("*",),
     exclude: Sequence[str] = (),
     merge: bool = True,
-    unshare: bool = False,
+    unshare: bool | None = None,
     bake: bool = False,
 ) -> Plan:
     """What `fold` would do, with nothing changed; its arguments are those of `fold`."""

@@ -131,6 +131,8 @@ def _click_option(one: Option, meaning: str | None, required: bool) -> Callable[
     if spec.argument:
         return _click_argument(one, about)
     about["help"] = spec.help if meaning is None else meaning
+    if one.kind is bool and one.default is None:
+        return click.option(*one.flags, one.name, default=None, help=about["help"])
     if one.kind is bool:
         # `--no-merge` turns off what is on.
         value = not one.default

@@ -52,7 +52,7 @@ class Option:
     @property
     def flag(self) -> str:
         """The long form, by which errors name it."""
-        return self.flags[-1]
+        return self.flags[-1].partition("/")[0]
 
     def require(self, value: Any) -> None:
         """Raise `UsageError` where `value` is none that the option takes."""

@@ -42,14 +42,18 @@ class FoldOptions(Options):
 
     `include` and `exclude` are patterns for names of layers. `merge` lets parallel branches that are one
     convolution become one, and blocks merge theirs by their own method. `unshare` clones a shared layer for
-    each call site that needs it changed. `bake` first stores weights that layers compute from
-    their parameters.
+    each call site that needs it changed; where it is None, in ONNX files alone. `bake` first stores weights
+    that layers compute from their parameters.
     """
 
     include: tuple[str, ...] = option(("*",), "Only layers with these names.", metavar="GLOB")
     exclude: tuple[str, ...] = option((), "Leave out layers with these names.", metavar="GLOB")
     merge: bool = option(True, "Leave parallel branches as they are.")
-    unshare: bool = option(False, "Clone a shared layer for each call that needs it changed.")
+    unshare: bool | None = option(
+        None,
+        "Clone a shared layer for each call that needs it changed (default: in ONNX files alone).",
+        "--unshare/--no-unshare",
+    )
     bake: bool = option(
         False,
         "Store the weights that layers compute from parameters (weight_norm, spectral_norm, pruning, weight "

@@ -127,7 +127,7 @@ def exported(
             stay = (Reason.EXCLUDED, Reason.NOT_PROVED)
             prefix = model_inside(after.runnable)[1]
             keep = [skip.name.removeprefix(prefix) for skip in result.skips if skip.reason in stay]
-            export = fold_exported(export, keep, merge=merge, unshare=serving.fold.unshare)
+            export = fold_exported(export, keep, merge=merge, unshare=bool(serving.fold.unshare))
     for name, layers in export.folded.items():
         tell.note(f"{name} is folded in the ONNX graph, into {', '.join(layers)}")
     if export.merged:

@@ -109,7 +109,7 @@ class ModuleSubject:
             include=options.include,
             exclude=options.exclude,
             merge=options.merge,
-            unshare=options.unshare,
+            unshare=bool(options.unshare),
             thorough=thorough,
             elsewhere=self.elsewhere,
         )

@@ -190,7 +190,7 @@ class OnnxSubject:
             include=options.include,
             exclude=options.exclude,
             merge=options.merge,
-            unshare=options.unshare,
+            unshare=options.unshare is not False,  # nobody trains a file, so nothing is tied for good
             seen=self._seen(),
         )
         return plan

@@ -85,7 +85,7 @@ class ProgramSubject:
             include=options.include,
             exclude=options.exclude,
             merge=options.merge,
-            unshare=options.unshare,
+            unshare=bool(options.unshare),
         )
         return at_graph_level(plan, self.observed.hidden)
 

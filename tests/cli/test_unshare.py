@@ -80,8 +80,8 @@ def test_what_the_module_tree_cannot_express_the_graph_does(bntool: Shell, refus
 def test_an_onnx_file(bntool: Shell, refused: Shell) -> None:
     nets.save(shared(), "model.pt")
     assert bntool("export", "model.pt", *nets.INPUT, "-o", "model.onnx").code == 0
-    refused("fold", "model.onnx", code=4)
-    said = bntool("fold", "model.onnx", "--unshare", "--require-all")
+    refused("fold", "model.onnx", "--no-unshare", code=4)
+    said = bntool("fold", "model.onnx", "--require-all")
     assert said.code == 0
     assert "unshared 1 layer: +84 parameters, +336 B" in said.out
 
@@ -93,3 +93,30 @@ def test_a_program_file(bntool: Shell, refused: Shell) -> None:
     document = bntool("fold", "model.pt2", "--unshare", "--require-all", "--json").document
     assert document["unshared"]["parameters"] == 84
     assert all(check["passed"] for check in document["checks"])
+
+
+def test_in_a_file_shared_weights_are_cloned_unless_told_not_to(bntool: Shell) -> None:
+    import numpy as np
+    import onnx
+    from onnx import TensorProto, helper, numpy_helper
+
+    draw = np.random.default_rng(0)
+    tensors = {"w": draw.normal(size=(4, 4, 3, 3)), **{n: draw.uniform(0.5, 2, 4) for n in "gbmv"}}
+    nodes = [
+        helper.make_node("Conv", ["x", "w"], ["a"], pads=[1] * 4),
+        helper.make_node("Relu", ["a"], ["r"]),
+        helper.make_node("Conv", ["r", "w"], ["c"], pads=[1] * 4),
+        helper.make_node("BatchNormalization", ["c", *"gbmv"], ["y"], name="bn"),
+    ]
+    sides = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [1, 4, 8, 8]) for name in ("x", "y")]
+    stored = [numpy_helper.from_array(value.astype("float32"), name) for name, value in tensors.items()]
+    graph = helper.make_graph(nodes, "tied", sides[:1], sides[1:], stored)
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), "m.onnx")
+    said = bntool("fold", "m.onnx", "-o", "folded.onnx", "--json")
+    assert said.code == 0
+    assert [site["bn"] for site in said.document["sites"]] == ["bn"]
+    assert said.document["unshared"]["layers"]
+    assert len(onnx.load("folded.onnx").graph.initializer) == 3  # two weights and a bias
+    kept = bntool("fold", "m.onnx", "-o", "kept.onnx", "--no-unshare", "--json")
+    assert kept.code == 4
+    assert kept.document["skips"][0]["reason"] == "called-more-than-once"
