@@ -929,7 +929,7 @@ class WeightNormedThenFunction(FunctionalRelu):
         self.conv1 = parametrizations.weight_norm(self.conv1)
 
 
-@zoo({}, {"conv1": Reason.HOOKED})
+@zoo({"conv1": "wrap"}, pickles=False)  # nor does torch copy it once it has run
 class WeightNormedByHook(ReluModule):
     def __init__(self) -> None:
         super().__init__()

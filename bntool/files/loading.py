@@ -63,7 +63,7 @@ def load(
     allow = (allow,) if isinstance(allow, str) else tuple(allow)
     options = Reading(key, allow, trust_pickle, Limit(max_size), stand_ins, tell)
     path = Path(ref)
-    if path.is_dir():
+    if exists(path) and path.is_dir():
         return _from_folder(path, ref, arch, weights, prepare)
     if exists(path) or not is_reference(ref):
         if weights is not None or pretrained:

@@ -38,13 +38,15 @@ from bntool.observe.watching import OpMode
 class Observation:
     """What one forward showed: its graph, the inputs it ran on, and what it returned.
 
-    `returned` are the outputs by name, where the forward ran as one of a runner does; else None.
+    `returned` are the outputs by name, where the forward ran as one of a runner does; else None. `path` are
+    the ops that ran, each with its module, before any were put together.
     """
 
     graph: Graph
     inputs: Inputs
     output: Any
     returned: dict[str, Tensor] | None = None
+    path: tuple[tuple[str, str], ...] = ()
 
 
 def observe(model: nn.Module, inputs: Inputs, *, apart: bool = False) -> Observation:
@@ -70,10 +72,11 @@ def observe(model: nn.Module, inputs: Inputs, *, apart: bool = False) -> Observa
             output = _forward(run, fresh(inputs), recorder)
             returned = None if still_dropping else _returned(output)
             recorder.holders.finish(output)
+            path = tuple((op.kind, op.scope) for op in recorder.graph.ops)
             recognise_norms(recorder.graph)
         finally:
             recorder.holders.forget()
-    return Observation(recorder.graph, inputs, output, returned)
+    return Observation(recorder.graph, inputs, output, returned, path)
 
 
 def _returned(output: Any) -> dict[str, Tensor] | None:

@@ -106,10 +106,10 @@ class Elsewhere:
         own = self._observation
         found: list[Observation | None] = []
         if own.graph.reads_sizes and not has_fixed_size(self._model):
-            found.append(self._first_taken(fewer(own.inputs)))
+            found.append(self._first_taken(fewer(own.inputs, own.graph)))
         if own.graph.reads_numbers:
             found += map(self._observed, other_values((self.seen.small or own).inputs))
-        return [one.graph for one in found if one is not None and not _is_same_path(one.graph, own.graph)]
+        return [one.graph for one in found if one is not None and one.path != own.path]
 
     def _smallest(self) -> Observation | None:
         """On the smallest input on which the model takes the same path."""

@@ -158,10 +158,17 @@ def other_sizes(inputs: Inputs, *, fixed: bool = False) -> Iterator[Inputs]:
         yield drawn(inputs, shape_of, seed, more=1)
 
 
-def fewer(inputs: Inputs) -> Iterator[Inputs]:
-    """One sample, of half the sides; one of the example's."""
-    halves: ShapeOf = lambda tensor: [*tensor.shape[:2], *(max(side // 2, 1) for side in tensor.shape[2:])]  # noqa: E731
-    for seed, shape_of in enumerate((halves, lambda tensor: list(tensor.shape)), start=30):
+def fewer(inputs: Inputs, graph: Graph) -> Iterator[Inputs]:
+    """One sample, of half the sides where no map then shrinks to one place; one of the example's."""
+    shortest = _shortest_maps(graph)
+
+    def halves(tensor: Tensor) -> list[int]:
+        least = _shrunk(tensor, 2, shortest)[2:]
+        sides = zip(tensor.shape[2:], least, strict=True)
+        return [*tensor.shape[:2], *(max(side // 2, low) for side, low in sides)]
+
+    shapes: tuple[ShapeOf, ...] = (halves, lambda tensor: list(tensor.shape))
+    for seed, shape_of in enumerate(shapes, start=30):
         one = drawn(inputs, shape_of, seed, more=0)
         yield one.map(lambda tensor: tensor[:1] if tensor.dim() > 1 else tensor)
 

@@ -281,7 +281,7 @@ def test_data_of_another_kind_is_named(refused: Refused, kind: str) -> None:
     data = make(torch.ones(4, 3, 12, 12))
     nets.save({"input": data}, "data.pt")
     refused("calibrate", "good.pt", "--data", "data.pt", *nets.INPUT, code=3)
-    refused("verify", "good.pt", "same.pt", *nets.INPUT, "--inputs", "data.pt", code=3)
+    refused("verify", "good.pt", "same.pt", "--inputs", "data.pt", code=3)
     if kind not in ("quantized", "by channel", "jagged"):  # torch itself refuses those
         refused("calibrate", "good.pt", "--data", "data.pt", *nets.INPUT, code=3, says=word)
 

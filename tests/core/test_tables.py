@@ -112,7 +112,7 @@ def test_in_a_terminal_a_column_of_zeros_goes_first_and_then_the_beginning_of_na
 ) -> None:
     monkeypatch.delenv("COLUMNS", raising=False)
     monkeypatch.setattr("sys.stdout", Terminal())
-    monkeypatch.setattr("shutil.get_terminal_size", lambda _: os.terminal_size((40, 24)))
+    monkeypatch.setattr("shutil.get_terminal_size", lambda *_, **__: os.terminal_size((40, 24)))
     drawn = render(WIDE)
     assert "Frozen" not in drawn
     assert max(map(len, drawn.splitlines())) == 40
