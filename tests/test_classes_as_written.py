@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import collections
+import copy
 import dataclasses
+import io
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -168,3 +170,43 @@ def test_the_processes_of_a_distributed_model_are_not_asked() -> None:
         torch.testing.assert_close(result.model(x), model(x), rtol=1e-5, atol=1e-5)
     finally:
         torch.distributed.destroy_process_group()
+
+
+class Tap:
+    """Holds the handle of a hook that keeps what a layer gave."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        self.stored: Tensor | None = None
+        self.hook = layer.register_forward_hook(self.keep)
+
+    def keep(self, layer: nn.Module, args: Any, output: Tensor) -> None:
+        self.stored = output
+
+
+class Tapped(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.enc, self.bn = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)
+        self.dec = nn.Sequential(nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8))
+        self.tap = Tap(self.enc)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.dec(torch.relu(self.bn(self.enc(x))))
+        assert self.tap.stored is not None
+        return y + self.tap.stored
+
+
+@pytest.mark.parametrize("check", ["none", "fast"])
+def test_a_result_with_handles_of_hooks_is_copied_and_pickled_as_the_original_is(check: Any) -> None:
+    model, x = Tapped().eval(), torch.randn(1, 3, 8, 8)
+    folded = bntool.fold(model, x, check=check).model
+    assert folded.tap is not model.tap
+    copied = copy.deepcopy(folded)
+    held = io.BytesIO()
+    torch.save(copied, held)
+    held.seek(0)
+    read = torch.load(held, weights_only=False)
+    wide = torch.randn(2, 3, 12, 12)
+    with torch.no_grad():
+        for one in (folded, copied, read):
+            torch.testing.assert_close(one(wide), model(wide), rtol=1e-5, atol=1e-5)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import gc
 import os
 import pickle
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import bntool
+from bntool.core.errors import UsageError
 
 X = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
@@ -357,3 +359,15 @@ def test_one_value_per_channel_is_said() -> None:
     notes = bntool.insert(model, X).plan.notes
     assert len(notes) == 1 and "two samples or more" in notes[0] and "behind 1 " in notes[0]
     assert not bntool.insert(plain(), X).plan.notes
+
+
+@pytest.mark.parametrize("make", [torch.optim.Adam, functools.partial(torch.optim.SGD, momentum=0.9)])
+def test_an_optimizer_over_the_parameters_in_another_order_is_refused(make: Any) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3), nn.ReLU())
+    optimizer = make([*model[2].parameters(), *model[0].parameters()])
+    model(X).sum().backward()
+    optimizer.step()
+    result = bntool.insert(model, X)
+    with pytest.raises(UsageError, match="over the parameters in another order"):
+        bntool.convert_state_dict(optimizer.state_dict(), result.plan, result.model)
