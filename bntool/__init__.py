@@ -66,9 +66,9 @@ _HOMES = {
     "core.plan": "Plan",
     "core.sites": "DroppedBias Edit FoldSite InsertSite Skip",
     "core.reasons": "Reason",
-    "report.checks": "Comparison",
-    "report.summary": "Summary",
-    "report.results": "SurgeryResult",
+    "results.checks": "Comparison",
+    "results.summary": "Summary",
+    "results.results": "SurgeryResult",
     "core.verdicts": "Check",
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names.split()}

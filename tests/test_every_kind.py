@@ -243,3 +243,8 @@ def test_a_plan_is_replayed_on_its_kind_and_refused_on_another_model(
             other = bntool.export_onnx(other, (X,), tmp_path / "other.onnx")
         with pytest.raises(bntool.PlanError, match="made for another model"):
             bntool.apply(other, tmp_path / "plan.json", (X,))
+
+
+def test_every_public_name_is_there() -> None:
+    for name in bntool.__all__:
+        assert getattr(bntool, name) is not None, name

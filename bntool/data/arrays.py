@@ -120,7 +120,7 @@ def chosen_arrays(arrays: dict[str, Any], like: Inputs | None, where: str) -> di
         if samples
         else f"name them {names}"
         if len(wanted) > 1
-        else f"name the one that is the input {names}",
+        else f"name the one that is the input {names!r}",
     )
 
 

@@ -154,7 +154,7 @@ def test_folders_that_cannot_serve(folder, tmp_path, images):
         open_batches(folder)
     with pytest.raises(UsageError, match="takes 1x5"):
         open_batches(folder, like=Inputs((torch.zeros(1, 5),)))
-    with pytest.raises(UsageError, match="2 values for 3 channels"):
+    with pytest.raises(UsageError, match=r"mean has 2 values, and the model.s input has 3"):
         open_batches(folder, like=LIKE, mean=[0.0, 0.0])
     with pytest.raises(UsageError, match="not positive"):
         open_batches(folder, like=LIKE, std=[0.0])
@@ -197,9 +197,9 @@ def test_iterables_are_checked_too():
     assert next(reader).args[0].dtype == torch.float32
     with pytest.raises(UsageError, match=r"1x4x8x8, and the model takes 1x3x8x8"):
         next(reader)
-    with pytest.raises(UsageError, match="holds 2 tensors"):
+    with pytest.raises(UsageError, match="holds several arrays"):
         list(open_batches([{"a": torch.zeros(1), "b": torch.zeros(1)}], like=LIKE))
-    with pytest.raises(LoadError, match="TypeError"):
+    with pytest.raises(UsageError, match="the loader gives"):
         list(open_batches(3))
 
 

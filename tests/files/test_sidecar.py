@@ -63,7 +63,7 @@ def test_round_trip_the_same_in_every_folder(tmp_path: Path) -> None:
     read = read_sidecar(tmp_path / "a" / "m_bn.pt")
     assert read is not None
     assert read["schema_version"] == 1
-    assert read["source"] == {"reference": "in.pt", "sha256": "ab"}
+    assert read["source"] == {"reference": "in.pt", "sha256": "ab", "untrained": ""}
     assert read["output"] == {"name": "m_bn.pt", "sha256": sha256_of(tmp_path / "a" / "m_bn.pt")}
     assert read["key_map"] == {"1.weight": "2.weight"}
     assert read["reload"]["arch"] == "torchvision:vgg11"
