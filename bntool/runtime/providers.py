@@ -9,8 +9,10 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import glob
 import io
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch  # before onnxruntime: it loads the CUDA libraries that onnxruntime needs  # noqa: F401
@@ -27,6 +29,9 @@ TENSORRT_EXTRA = 'pip install "tensorrt-cu13<11", or use --device cuda'
 
 # ONNX Runtime has a setter for its default log level and no getter; this is the level it starts with.
 _DEFAULT_SEVERITY, _SILENT = 2, 4
+_LARGE = 2**30
+"""From so many bytes on a model's weights are not held twice."""
+
 _LEVELS: dict[bool | str, str] = {
     False: "ORT_DISABLE_ALL",
     "basic": "ORT_ENABLE_BASIC",
@@ -200,6 +205,9 @@ def _create(
     if wanted.threads:
         options.intra_op_num_threads = wanted.threads
     options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+    if isinstance(model, str) and _bytes_beside(model) > _LARGE:
+        # weights reordered for a kernel are a second copy of them
+        options.add_session_config_entry("session.disable_prepacking", "1")
     for key, value in (config or {}).items():
         options.add_session_config_entry(key, value)
     try:
@@ -211,6 +219,12 @@ def _create(
             where=model if isinstance(model, str) else "",
             next_step=_after_refusal(str(error)),
         ) from error
+
+
+def _bytes_beside(model: str) -> int:
+    """Of a model and of the files whose names begin with its own, where its data may lie."""
+    path = Path(model)
+    return sum(one.stat().st_size for one in path.parent.glob(f"{glob.escape(path.name)}*") if one.is_file())
 
 
 def _after_refusal(message: str) -> str:

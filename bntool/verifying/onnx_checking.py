@@ -72,6 +72,7 @@ class OnnxReference:
             )
         self._path, self._nodes, self._traits = path, nodes, OutputTraits(path)
         self._again = rounded_runs(runner, self.inputs, self._traits)
+        del runner  # one session at a time: each holds the weights
         if self.runtime:
             optimised = OrtRunner(path, "cpu", optimize=True)
             self._again.append(Run([optimised.run(inputs) for inputs in self.inputs]))
