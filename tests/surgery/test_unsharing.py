@@ -502,8 +502,8 @@ def test_onnx_a_weight_that_a_caller_may_give_is_no_constant() -> None:
 def test_onnx_file_from_end_to_end(tmp_path: Path) -> None:
     body = "a = Conv(x, w)\nn = BN(a)\ns = Sigmoid(x)\nb = Conv(s, w)\nm = BN(b)\ny = Add(n, m)"
     onnx.save(onnx_net(body, {"w": W, "n": 6, "m": 6}), tmp_path / "m.onnx")
-    assert not fold_onnx(tmp_path / "m.onnx", None).modified
-    result = fold_onnx(tmp_path / "m.onnx", tmp_path / "out.onnx", unshare=True)
+    assert not fold_onnx(tmp_path / "m.onnx", None, unshare=False).modified
+    result = fold_onnx(tmp_path / "m.onnx", tmp_path / "out.onnx")
     assert result.to_dict()["unshared"] == {"layers": ["a"], "parameters": WEIGHT, "bytes": 8 * WEIGHT}
     # one weight and two biases come, two BatchNorms go
     assert result.parameters["delta"]["frozen"] == WEIGHT + 2 * 6 - 2 * 4 * 6
