@@ -11,7 +11,7 @@ import contextlib
 import dataclasses
 import functools
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -39,14 +39,14 @@ class Observation:
     """What one forward showed: its graph, the inputs it ran on, and what it returned.
 
     `returned` are the outputs by name, where the forward ran as one of a runner does; else None. `path` are
-    the ops that ran, each with its module, before any were put together.
+    the ops that ran, each with its module and what it reads, before any were put together.
     """
 
     graph: Graph
     inputs: Inputs
     output: Any
     returned: dict[str, Tensor] | None = None
-    path: tuple[tuple[str, str], ...] = ()
+    path: tuple[Hashable, ...] = ()
 
 
 def observe(model: nn.Module, inputs: Inputs, *, apart: bool = False) -> Observation:
@@ -72,11 +72,18 @@ def observe(model: nn.Module, inputs: Inputs, *, apart: bool = False) -> Observa
             output = _forward(run, fresh(inputs), recorder)
             returned = None if still_dropping else _returned(output)
             recorder.holders.finish(output)
-            path = tuple((op.kind, op.scope) for op in recorder.graph.ops)
+            path = _path(recorder.graph)
             recognise_norms(recorder.graph)
         finally:
             recorder.holders.forget()
     return Observation(recorder.graph, inputs, output, returned, path)
+
+
+def _path(graph: Graph) -> tuple[Hashable, ...]:
+    handle = {value.id: value.handle for value in graph.values}
+    return tuple(
+        (op.kind, op.scope, *((role, v, handle[v]) for role, v in op.inputs.items())) for op in graph.ops
+    )
 
 
 def _returned(output: Any) -> dict[str, Tensor] | None:

@@ -154,21 +154,16 @@ def covers(seen: Graph, own: Graph) -> bool:
     `seen` is of another size: each axis that had several places has some, and of a convolution's weights as
     many meet more than padding.
     """
-    return _is_same_path(seen, own) and all(
-        _is_seen_whole(a, b, seen, own) for a, b in zip(seen.ops, own.ops, strict=True)
-    )
+    if len(seen.ops) != len(own.ops):
+        return False
+    return all(_is_same(a, b, seen, own) for a, b in zip(seen.ops, own.ops, strict=True))
 
 
-def _is_same_path(seen: Graph, own: Graph) -> bool:
-    """Whether two runs do the same ops on the same weights."""
-    return len(seen.ops) == len(own.ops) and all(
-        (a.kind, a.scope, a.inputs, a.outputs) == (b.kind, b.scope, b.inputs, b.outputs)
-        and all(seen.values[v].handle == own.values[v].handle for v in a.inputs.values())
-        for a, b in zip(seen.ops, own.ops, strict=True)
-    )
-
-
-def _is_seen_whole(a: Op, b: Op, seen: Graph, own: Graph) -> bool:
+def _is_same(a: Op, b: Op, seen: Graph, own: Graph) -> bool:
+    if (a.kind, a.scope, a.inputs, a.outputs) != (b.kind, b.scope, b.inputs, b.outputs):
+        return False
+    if any(seen.values[v].handle != own.values[v].handle for v in a.inputs.values()):
+        return False
     for value in a.outputs:
         short, long = seen.values[value].shape, own.values[value].shape
         if len(short) != len(long) or any(x < 2 <= y for x, y in zip(short, long, strict=True)):

@@ -66,3 +66,26 @@ def test_a_branch_that_all_of_them_take_alike_is_folded_and_said() -> None:
     result = bntool.fold(Branching(lambda x: x.max() > 1e6).eval(), X)
     assert [site.bn for site in result.sites] == ["bn"]
     assert READS_NUMBERS in result.plan.notes
+
+
+class Choosing(nn.Module):
+    """The same ops either way, on one of two weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.one, self.two = nn.Conv2d(3, 8, 3), nn.Conv2d(3, 8, 3)
+        self.bn = nn.BatchNorm2d(8)
+        self.bn.running_mean.normal_()
+
+    def forward(self, x: Tensor) -> Tensor:
+        chosen = self.two if x.mean() > 5 else self.one
+        return self.bn(nn.functional.conv2d(x, chosen.weight, chosen.bias))
+
+
+def test_another_weight_is_another_path() -> None:
+    result = bntool.fold(Choosing().eval(), X)
+    wide = 255 * X
+    with torch.no_grad():
+        torch.testing.assert_close(result.model(wide), Choosing().eval()(wide), rtol=1e-4, atol=1e-4)
+    assert READS_NUMBERS in result.plan.notes
