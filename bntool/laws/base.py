@@ -42,6 +42,13 @@ class Context(Protocol):
     def take_in(self, op: Op, role: str, affine: Affine) -> bool:
         """Let the stored constant that `op` reads as `role` become this map of itself, if that is tried."""
 
+    @property
+    def asks(self) -> bool:
+        """Whether a value beside the one that changes may be asked to give way."""
+
+    def ask(self, op: Op, role: str, affine: Affine) -> None:
+        """Let the value that `op` reads as `role` become what this map makes into what it was."""
+
 
 Maps = dict[str, Affine]
 """Maps by input role."""

@@ -68,6 +68,7 @@ class Quantisation:
 class Addition:
     """a + α·b, and a − α·b or b − α·a likewise: upstream the scale goes to each branch and the shift to one,
     divided by that branch's weight; a constant stays, or is a branch where it is stored for this sum alone.
+    Downstream (s·a + t) + b = s·(a + b/s) + t, where the other branch can become b/s, or (b + t)/s.
     """
 
     @staticmethod
@@ -104,15 +105,14 @@ class Addition:
             constant = constant_operand(context, op, roles[0])
             return [carried[0].then_constant("after_add", constant, _weight_of_constant(op, roles[0]))]
         joined = add(*carried)
-        if joined is None:
-            raise Refused(Reason.MIXED_BRANCHES, f"the branches of {op.label} carry different scales")
-        return [joined]
+        return [_other_asked(context, op, maps, carried) if joined is None else joined]
 
 
 @law("mul", "div")
 class Multiplication:
     """c·(s·x + t) = s·(c·x) + c·t for a constant c, and s·(a·b) = (s·a)·b for two values that both depend
-    on the data: one of them takes the scale, and no shift is had.
+    on the data: one of them takes the scale, and no shift is had. A factor that is stored for this product
+    alone may take the scale itself: c·(s·x + t) = (s·c)·x + c·t, and s·(c·x) + t = (s·c)·(x + t/(s·c)).
     """
 
     @staticmethod
@@ -122,6 +122,8 @@ class Multiplication:
             return {_factor_for(context, op, demands[0]): along(demands[0], rank, op.label)}
         role, rank = _only_operand(context, op)
         demand = along(demands[0], rank, op.label)
+        if _factor_takes(context, op, demand):
+            demand = demand.then("unscaled_shift")
         if not demand.has_shift:
             return {role: demand}
         factor = constant_operand(context, op, role)
@@ -136,6 +138,8 @@ class Multiplication:
             return [_of_one_factor(context, op, maps)]
         role, rank = _only_operand(context, op)
         affine = along(maps[role], rank, op.label)
+        if _factor_takes(context, op, affine):
+            affine = affine.then("shift_part")
         if not affine.has_shift:
             return [affine]
         factor = constant_operand(context, op, role)
@@ -185,6 +189,31 @@ def _require_full(context: Context, op: Op, role: str) -> None:
     """An operand that is broadcast stands for several elements at once."""
     if context.graph.input(op, role).shape != context.graph.output(op).shape:
         raise Refused(Reason.AXIS_MISMATCH, f"an operand of {op.label} is broadcast")
+
+
+def _other_asked(context: Context, op: Op, maps: Maps, carried: list[Affine]) -> Affine:
+    """The map behind a sum of which one operand carries a map: the other is asked for the inverse scale, and
+    may take the shift.
+    """
+    if not context.asks or len(maps) != 1:
+        raise Refused(Reason.MIXED_BRANCHES, f"the branches of {op.label} carry different scales")
+    roles = variable_roles(context, op)
+    (given,) = maps
+    own, other = carried[roles.index(given)], next(role for role in roles if role != given)
+    if not own.has_shift or context.choose(2) == 0:
+        context.ask(op, other, own.then("scale_part"))
+        return own
+    minus = own.then_constant("multiply_shift", _number(-1.0, own.rank))
+    context.ask(op, other, _unweighed(op, other, minus))
+    return own.then("scale_part")
+
+
+def _factor_takes(context: Context, op: Op, affine: Affine) -> bool:
+    """Whether a stored factor takes in the scale of what it is multiplied with."""
+    if op.kind != "mul" or not affine.has_scale or bool((affine.scale == 0).any()):
+        return False
+    stored = _own_summand(context, op, affine)
+    return bool(stored) and context.take_in(op, stored, affine.then("scale_part"))
 
 
 def _own_summand(context: Context, op: Op, demand: Affine) -> str:

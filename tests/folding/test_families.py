@@ -65,14 +65,12 @@ FAMILIES: dict[str, tuple[int, list[Kept]]] = {
             pre_activated(r"stages\.[123]\.blocks\.[1-5]\.norm1", 10, "is also read by add"),
         ],
     ),
-    # The ReLU stands before the norm, and lets no shift and no negative γ up. Below stands a zero-padded
-    # convolution, or the sum with the shortcut: there the scale alone could go up, were γ not negative.
+    # The ReLU stands before the norm, and lets no shift and no negative γ up. Before the sum with the
+    # shortcut the map goes on through the sum, and the shortcut gives way: the norm before it takes 1/s in.
+    # That one stays, since its shift meets the zeros of a convolution.
     "timm:convmixer_768_32": (
-        1,
-        [
-            Kept(r"stem\.2|blocks\.\d+\.3", 32, Reason.NONLINEAR, "relu in", "pads with zeros"),
-            Kept(r"blocks\.\d+\.0\.fn\.2", 32, Reason.NEGATIVE_SCALE, "γ < 0 at relu in", ""),
-        ],
+        33,
+        [Kept(r"stem\.2|blocks\.\d+\.3", 32, Reason.NONLINEAR, "relu in", "pads with zeros")],
     ),
     # Two paths in one value, one concatenated on and one added, before each norm; where a stage begins two
     # norms read that value and ask for different maps.
