@@ -11,7 +11,7 @@ from bntool.folding.traversal import Agenda, Choices, Take, Way, require_fit
 from bntool.graph.affine import Affine, condition, identity, merge
 from bntool.graph.dataflow import Edge, Graph, Op, Value, is_out
 from bntool.laws import LAWS, Refused
-from bntool.laws.base import Down, Up
+from bntool.laws.base import Down, Up, stored_behind
 from bntool.laws.nonlinear import NONLINEAR
 from bntool.laws.taking import TAKERS, input_map, output_demand
 
@@ -103,11 +103,15 @@ class Mover:
         self._passed_summand = True
         if not self._takes_summands:
             return False
-        shape = self.graph.input(op, role).shape
+        value = self.graph.input(op, role)
+        stored = stored_behind(self.graph, value)
+        assert stored is not None
         sizes = affine.scale.shape
-        own = sizes[len(sizes) - len(shape) :]
+        own = sizes[len(sizes) - len(value.shape) :]
         vector = affine.then("fill").then("reshape", tuple(sizes), tuple(own))
-        self._way.takes.append(Take(op, "summand", vector, role))
+        if stored is not value:
+            vector = vector.then("reshape", value.shape, stored.shape)
+        self._way.takes.append(Take(op, "summand", vector, handle=stored.handle))
         self._way.laws.append("summand")
         return True
 

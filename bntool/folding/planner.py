@@ -219,7 +219,7 @@ class _Planner:
         """Make the fold part of what later BatchNorms see."""
         for take in way.takes:
             if take.side == "summand":
-                self.mover.changed.add(self.graph.input(take.op, take.role).handle)
+                self.mover.changed.add(take.handle)
             taker = self.norm_of.get(take.op.id)
             if take.op.kind == "batch_norm" and taker is not None and taker.affine is not None:
                 outer, inner = (

@@ -16,14 +16,14 @@ from bntool.laws import Refused
 class Take:
     """A linear layer takes a vector of channels in at its output or input side.
 
-    Or the constant that a sum adds, its `summand`, takes in a map of its own shape; `role` is what it is
-    there.
+    Or the stored constant of an elementwise op, its `summand`, named by its handle, takes in a map of its own
+    shape.
     """
 
     op: Op
     side: str
     vector: Affine
-    role: str = "weight"
+    handle: str = ""
 
 
 @dataclasses.dataclass

@@ -18,6 +18,7 @@ from bntool.laws.base import (
     non_negative,
     of_input,
     only_input,
+    stored_behind,
     variable_roles,
 )
 
@@ -222,12 +223,10 @@ def _own_summand(context: Context, op: Op, demand: Affine) -> str:
     shape = graph.output(op).shape
     for role in op.reads:
         value = graph.input(op, role)
-        tensor = graph.tensors.get(value.handle) if value.handle else None
-        if tensor is None or not value.constant or not tensor.is_floating_point():
+        if not value.constant or stored_behind(graph, value) is None:
             continue
-        sizes = (1,) * (len(shape) - tensor.dim()) + tuple(tensor.shape)
-        fits = all(wanted in (1, size) for wanted, size in zip(demand.scale.shape, sizes, strict=True))
-        if fits and len(value.readers) == 1 and not graph.aliases.get(value.handle):
+        sizes = (1,) * (len(shape) - len(value.shape)) + value.shape
+        if all(wanted in (1, size) for wanted, size in zip(demand.scale.shape, sizes, strict=True)):
             return role
     return ""
 

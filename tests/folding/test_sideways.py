@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from bntool.core.reasons import Reason
@@ -68,32 +69,34 @@ def test_a_scale_near_zero_is_not_asked_of_others(least: float, folds: bool) -> 
 class Gated(nn.Module):
     """Visual attention: y + scale·(second(first(n)·gate(n)) + n), where n = norm(y) is read three times."""
 
-    def __init__(self, norm: nn.Module, shared: bool = False) -> None:
+    def __init__(self, norm: nn.Module, shared: bool = False, axes: tuple[int, ...] = (4, 1, 1)) -> None:
         super().__init__()
         self.stem, self.norm = nn.Conv2d(3, 4, 1), norm
         self.first, self.gate, self.second = (nn.Conv2d(4, 4, 1) for _ in range(3))
-        self.scale = nn.Parameter(torch.linspace(0.5, 1.0, 4).reshape(4, 1, 1))
+        self.scale = nn.Parameter(torch.linspace(0.5, 1.0, 4).reshape(axes))
         self.shared = shared
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.stem(x)
         n = self.norm(y)
         inner = self.second(self.first(n) * torch.sigmoid(self.gate(n)))
-        out = y + self.scale * (inner + n)
-        return torch.softmax(out + self.scale if self.shared else out, 1)
+        scale = self.scale if self.scale.dim() == 3 else self.scale.unsqueeze(-1).unsqueeze(-1)
+        out = y + scale * (inner + n)
+        return torch.softmax(out + scale if self.shared else out, 1)
 
 
 @few
-@given(numbers)
-def test_a_stored_factor_takes_the_scale_in(fill: Numbers) -> None:
+@given(numbers, st.sampled_from([(4, 1, 1), (4,)]))
+def test_a_stored_factor_takes_the_scale_in(fill: Numbers, axes: tuple[int, ...]) -> None:
     """scale·(inner + s·y + t) = (scale·s)·((inner + t)/s + y), so nothing is left for the skip."""
     fill = conditioned(fill)
-    found = verdict(Gated(fill.fill(nn.BatchNorm2d(4))), data(2, 3, 5, 5, seed=fill.seed))
+    found = verdict(Gated(fill.fill(nn.BatchNorm2d(4)), axes=axes), data(2, 3, 5, 5, seed=fill.seed))
     assert found is (Reason.OUTPUT_USED_ELSEWHERE if fill.gamma == "zero" else None)
 
 
-def test_a_factor_that_others_read_stays() -> None:
-    model = Gated(FILL.fill(nn.BatchNorm2d(4)), shared=True)
+@pytest.mark.parametrize("axes", [(4, 1, 1), (4,)])
+def test_a_factor_that_others_read_stays(axes: tuple[int, ...]) -> None:
+    model = Gated(FILL.fill(nn.BatchNorm2d(4)), shared=True, axes=axes)
     assert verdict(model, data(2, 3, 5, 5)) is Reason.OUTPUT_USED_ELSEWHERE
 
 
