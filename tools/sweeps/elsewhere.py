@@ -69,6 +69,13 @@ _NNUNET: dict[str, Any] = {
 }
 
 
+_SIZES: dict[str, Shapes] = {
+    "pretrainedmodels:polynet": ((1, 3, 331, 331),),
+    "monai:HoVerNet": ((1, 3, 256, 256),),
+}
+"""Of models that take one size alone, and do not say which."""
+
+
 def every_model() -> Iterator[tuple[str, Make]]:
     """The name of each model, and what makes it."""
     yield from _of_pytorchcv()
@@ -151,7 +158,7 @@ def main() -> None:
     chosen = arguments(__doc__, RESULTS, limit=90).parse_args()
     models: dict[str, tuple[Make, Shapes]] = {name: (make, shapes) for name, make, shapes in entries()}
     with contextlib.suppress(ModuleNotFoundError):
-        models |= {name: (make, None) for name, make in every_model()}
+        models |= {name: (make, _SIZES.get(name)) for name, make in every_model()}
     made = functools.partial(told, file=chosen.results.name, known=len(models))
 
     def examine(name: str) -> dict[str, Any]:

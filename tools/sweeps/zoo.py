@@ -106,6 +106,7 @@ def judged(make: Callable[[], Any], observed: Callable[[Any], Any]) -> dict[str,
 def _judged(make: Callable[[], Any], observed: Callable[[Any], Any], gain: float) -> dict[str, Any]:
     """One model, and how long each step took."""
     from bntool.core.options import FoldOptions
+    from bntool.core.reasons import Reason
     from bntool.subjects.module import ModuleSubject
 
     model = make()
@@ -127,6 +128,8 @@ def _judged(make: Callable[[], Any], observed: Callable[[Any], Any], gain: float
     row["kept"] = dict(collections.Counter(skip.reason.value for skip in plan.skips))
     if plan.sites:
         row.update(_checked(subject, plan, folded))
+    if Reason.WEIGHT_COMPUTED in {skip.reason for skip in plan.skips}:
+        row.update(_baked(subject, plan))
     row.update(_inserted(model, observation))
     row["peak_gb"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2)
     return {"status": "ok", **row}
@@ -157,6 +160,16 @@ def _checked(subject: Any, plan: Any, folded: Any) -> dict[str, Any]:
         row["float64"] = float(f"{exact.relative:.2e}")
         row["note"] = exact.detail
     return row
+
+
+def _baked(subject: Any, plan: Any) -> dict[str, Any]:
+    """How many more fold where computed weights are stored first."""
+    from bntool.core.options import FoldOptions
+
+    baked = subject.baked()
+    more = baked.plan_fold(FoldOptions(), thorough=True)
+    checked = _checked(baked, more, baked.folded(more))
+    return {"baked": len(more.sites) - len(plan.sites), "baked_float64": checked.get("float64")}
 
 
 def _inserted(model: Any, observation: Any) -> dict[str, Any]:
@@ -237,6 +250,13 @@ def page(results: dict[str, dict[str, Any]], title: str, target: str, file: str)
         f"- with BatchNorm: {len(with_bn)}; BatchNorm layers: {total:,}; folded: {folded:,} ({share:.1f} %)",
         f"- kept, by reason: {', '.join(f'{n:,} {reason}' for reason, n in kept.most_common()) or 'none'}",
     ]
+    baked = [row for row in with_bn if row.get("baked")]
+    if baked:
+        worst = max(row["baked_float64"] or 0.0 for row in baked)
+        lines.append(
+            f"- with `--bake`, which stores weights that layers compute: {sum(row['baked'] for row in baked)} "
+            f"more in {len(baked)} models, to {worst:.1e} in float64"
+        )
     silent = {row["model"]: row["no_verdict"] for row in good if row.get("no_verdict")}
     if any("no_verdict" in row for row in good):
         told = ", ".join(f"{len(names)} in {model}" for model, names in silent.items())
