@@ -60,9 +60,12 @@ _Refusal = tuple[str, Reason, str]
 
 
 def _sideways(placed: dict[int, Affine]) -> Iterator[_Direction]:
-    """The whole map one way or the other, and other branches of the sums that it meets give way."""
+    """The whole map one way or the other, or the shift up; other branches of the sums on the way give way."""
     yield "sideways", {}, placed
     yield "sideways", placed, {}
+    scales = {i: m.then("scale_part") for i, m in placed.items()}
+    if any(m.has_shift and m.has_scale and bool((m.scale != 0).all()) for m in placed.values()):
+        yield "sideways", {i: m.then("unscaled_shift") for i, m in placed.items()}, scales
 
 
 class _Planner:

@@ -106,7 +106,11 @@ class Addition:
             constant = constant_operand(context, op, roles[0])
             return [carried[0].then_constant("after_add", constant, _weight_of_constant(op, roles[0]))]
         joined = add(*carried)
-        return [_other_asked(context, op, maps, carried) if joined is None else joined]
+        if context.asks and len(maps) == 1 and (joined is None or joined.has_shift):
+            return [_other_asked(context, op, maps, carried)]
+        if joined is None:
+            raise Refused(Reason.MIXED_BRANCHES, f"the branches of {op.label} carry different scales")
+        return [joined]
 
 
 @law("mul", "div")
@@ -194,19 +198,18 @@ def _require_full(context: Context, op: Op, role: str) -> None:
 
 def _other_asked(context: Context, op: Op, maps: Maps, carried: list[Affine]) -> Affine:
     """The map behind a sum of which one operand carries a map: the other is asked for the inverse scale, and
-    may take the shift.
+    may take the shift, which else goes on.
     """
-    if not context.asks or len(maps) != 1:
-        raise Refused(Reason.MIXED_BRANCHES, f"the branches of {op.label} carry different scales")
     roles = variable_roles(context, op)
     (given,) = maps
     own, other = carried[roles.index(given)], next(role for role in roles if role != given)
-    if not own.has_shift or context.choose(2) == 0:
+    if own.has_shift and context.choose(2) == 0:
+        minus = own.then_constant("multiply_shift", _number(-1.0, own.rank))
+        context.ask(op, other, _unweighed(op, other, minus))
+        return own.then("scale_part")
+    if own.has_scale:
         context.ask(op, other, own.then("scale_part"))
-        return own
-    minus = own.then_constant("multiply_shift", _number(-1.0, own.rank))
-    context.ask(op, other, _unweighed(op, other, minus))
-    return own.then("scale_part")
+    return own
 
 
 def _factor_takes(context: Context, op: Op, affine: Affine) -> bool:

@@ -117,3 +117,35 @@ class Factor(nn.Module):
 def test_a_stored_factor_and_a_summand_are_a_layer(fill: Numbers) -> None:
     found = verdict(Factor(conditioned(fill).fill(nn.BatchNorm2d(4))), data(2, 4, 5, 5, seed=fill.seed))
     assert found is (Reason.NONLINEAR if fill.gamma == "zero" else None)
+
+
+class Activated(nn.Module):
+    """Two units that begin with their norm: y + second(relu(first(relu(norm(y))))), or without the ReLU."""
+
+    def __init__(self, norms: list[nn.Module], act: nn.Module, pool: nn.Module) -> None:
+        super().__init__()
+        self.stem, self.norms, self.act, self.pool = nn.Conv2d(3, 4, 1), nn.ModuleList(norms), act, pool
+        self.firsts, self.seconds = (
+            nn.ModuleList(nn.Conv2d(4, 4, 3, padding=1, bias=False) for _ in norms) for _ in range(2)
+        )
+        self.head = nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.stem(x)
+        for norm, first, second in zip(self.norms, self.firsts, self.seconds, strict=True):
+            y = self.pool(y) + self.pool(second(torch.relu(first(self.act(norm(y))))))
+        return torch.softmax(self.head(y.mean((2, 3))), 1)
+
+
+@pytest.mark.parametrize("second", ["positive", "mixed"])
+@pytest.mark.parametrize("act", [nn.ReLU(), nn.Identity()])
+@pytest.mark.parametrize("pool", [nn.Identity(), nn.MaxPool2d(1, 1)])
+def test_a_shift_goes_on_along_the_shortcut(second: str, act: nn.Module, pool: nn.Module) -> None:
+    """The scale goes down into the zero-padded layer, past a ReLU only where γ > 0. The shift goes up, and
+    the other branch of the sum takes it back. One norm may also turn the sign of all that a sum is made of.
+    """
+    fills = [Numbers(gamma, True, 1e-3, 1.0, seed) for seed, gamma in enumerate(("mixed", second, "mixed"))]
+    model = Activated([fill.fill(nn.BatchNorm2d(4)) for fill in fills], act, pool)
+    plan, _ = folded_exactly(model, data(2, 3, 5, 5))
+    blocked = second == "positive" and isinstance(act, nn.ReLU)
+    assert [skip.name for skip in plan.skips] == (["norms.1"] if blocked else [])

@@ -13,10 +13,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from tools.sweeps.coverage_page import page
 from tools.sweeps.libraries import Make, Shapes, entries, inputs_like
 from tools.sweeps.libraries import made as _made
 from tools.sweeps.sweeping import arguments, sweep
-from tools.sweeps.zoo import folded_of, judged, page
+from tools.sweeps.zoo import folded_of, judged
 
 RESULTS = Path(__file__).resolve().parents[2] / "docs" / "elsewhere.jsonl"
 TITLE = "Models of other libraries"
