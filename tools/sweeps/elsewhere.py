@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from tools.sweeps.coverage_page import page
+from tools.sweeps.kept_page import kept_page
 from tools.sweeps.libraries import Make, Shapes, entries, inputs_like
 from tools.sweeps.libraries import made as _made
-from tools.sweeps.sweeping import arguments, sweep
+from tools.sweeps.sweeping import Results, arguments, put, sweep
 from tools.sweeps.zoo import folded_of, judged
 
 RESULTS = Path(__file__).resolve().parents[2] / "docs" / "elsewhere.jsonl"
@@ -167,6 +168,7 @@ def main() -> None:
         return judged(make, functools.partial(observed, shapes=shapes))
 
     sweep(chosen, models, examine, made, folded_of)
+    put(chosen.results.with_name(f"{chosen.results.stem}-kept.md"), kept_page(Results(chosen.results).rows))
 
 
 if __name__ == "__main__":
