@@ -13,6 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from tools.sweeps.coverage_page import page
 from tools.sweeps.kept_page import kept_page
 from tools.sweeps.libraries import Make, Shapes, entries, inputs_like
@@ -74,8 +76,19 @@ _NNUNET: dict[str, Any] = {
 _SIZES: dict[str, Shapes] = {
     "pretrainedmodels:polynet": ((1, 3, 331, 331),),
     "monai:HoVerNet": ((1, 3, 256, 256),),
+    "pytorchcv:voca8flame": ((2, 1, 16, 29), ("n<8", 2)),
+    "pytorchcv:visemenet20": ((2, 8, 195), ("n<8", 2, 76)),
+    "pytorchcv:nvpattexp116bazel76": ((2, 8, 16, 29), ("n<8", 2)),
+    "pytorchcv:raft_things": ((1, 3, 128, 128), (1, 3, 128, 128)),
+    "pytorchcv:propainter": ((1, 3, 2, 64, 64), (1, 3, 1, 64, 64)),
+    "pytorchcv:propainter_rfc": ((1, 3, 2, 64, 64), (1, 3, 1, 64, 64)),
+    "pytorchcv:propainter_ip": ((3, 3, 64, 64), (3, 1, 64, 64), (2, 4, 64, 64), lambda: "nearest"),
+    **dict.fromkeys(
+        ("pytorchcv:jasper5x3", "pytorchcv:jasperdr10x5_en", "pytorchcv:quartznet5x5_en_ls"),
+        ((1, 64, 96), lambda: torch.tensor([96])),
+    ),
 }
-"""Of models that take one size alone, and do not say which."""
+"""Of models that take one size alone, and do not say which, or several inputs."""
 
 
 def every_model() -> Iterator[tuple[str, Make]]:
@@ -126,8 +139,6 @@ def _nnunet(name: str) -> Any:
 
 def observed(model: Any, shapes: Shapes = None) -> Any:
     """On inputs of these shapes, else on the smallest image that it takes, or one as large as it says."""
-    import torch
-
     from bntool.core.errors import ObserveError
     from bntool.graph.inputs import Inputs
     from bntool.observe.eager import observe

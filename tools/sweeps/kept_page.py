@@ -168,7 +168,7 @@ def kept_page(rows: dict[str, dict[str, Any]]) -> str:
         "Written by `make elsewhere`; the texts stand in `tools/sweeps/kept_page.py`.",
         "",
         f"- of all {total:,} BatchNorms {folded:,} fold: {100 * folded / total:.1f} %",
-        f"- {must:,} must stay, as is shown below: {100 * folded / allowed:.1f} % of the {allowed:,} others fold",
+        f"- {must:,} must stay, as is shown below; {100 * folded / allowed:.1f} % of the other {allowed:,} fold",
         "",
     ]
     for rule, found in told:
