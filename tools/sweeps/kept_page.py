@@ -160,6 +160,7 @@ def kept_page(rows: dict[str, dict[str, Any]]) -> str:
     must = sum(number for rule, found in told if rule.must for _, number, _ in found)
     others = _classes_of(good, None)
     allowed = total - must
+    share, most = (100 * folded / number for number in (total, allowed))
     lines = [
         "# What stays in models of other libraries",
         "",
@@ -167,8 +168,8 @@ def kept_page(rows: dict[str, dict[str, Any]]) -> str:
         "is the reason, what stands before the BatchNorm, what reads it, and what reads its input beside it.",
         "Written by `make elsewhere`; the texts stand in `tools/sweeps/kept_page.py`.",
         "",
-        f"- of all {total:,} BatchNorms {folded:,} fold: {100 * folded / total:.1f} %",
-        f"- {must:,} must stay, as is shown below; {100 * folded / allowed:.1f} % of the other {allowed:,} fold",
+        f"- of all {total:,} BatchNorms {folded:,} fold: {share:.1f} %",
+        f"- {must:,} must stay, as is shown below; of the other {allowed:,} fold {most:.1f} %",
         "",
     ]
     for rule, found in told:
