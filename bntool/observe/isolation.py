@@ -27,7 +27,7 @@ from bntool.observe.modules import modules_of
 from bntool.observe.settings import settings_kept
 from bntool.observe.side_effects import Kept, random_state_kept, undeclared_writes
 from bntool.observe.stand_in import StandIn, set_modes, stand_in
-from bntool.observe.watching import OpMode
+from bntool.observe.watching import WatchMode
 
 SEED = 0
 """A run that draws random numbers must draw the same ones every time, or two runs cannot be compared."""
@@ -149,7 +149,9 @@ def _modes_kept(modules: Sequence[nn.Module]) -> Iterator[None]:
 def same_random_numbers(seed: int) -> Iterator[None]:
     """Meanwhile the generators of PyTorch, Python and NumPy stand where this seed puts them."""
     with random_state_kept():
-        torch.manual_seed(seed)
+        # torch's own also notes where it was called from, for a device that may come: a tenth of a millisecond
+        seeded = torch.manual_seed if torch.accelerator.is_available() else torch.default_generator.manual_seed
+        seeded(seed)
         random.seed(seed)
         np.random.seed(seed)  # noqa: NPY002  what models use
         yield
@@ -211,14 +213,14 @@ def _is_same_memory(one: Tensor, other: Tensor) -> bool:
         return True
 
 
-class _Watch(OpMode):
+class _Watch(WatchMode):
     """Keeps what a run is about to write to, where it belongs to somebody else."""
 
     def __init__(self, kept: Kept) -> None:
         super().__init__()
         self._kept = kept
 
-    def operator(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    def before(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         written = _written(func)
         if written:
             name, schema = _name(func), func._schema
@@ -226,7 +228,6 @@ class _Watch(OpMode):
             for argument in undeclared_writes(name, bound) if written == _DEPENDS else written:
                 for tensor in _tensors_in(bound.get(argument)):
                     self._kept.before_write(tensor)
-        return func(*args, **kwargs)
 
 
 _DEPENDS = ("?",)

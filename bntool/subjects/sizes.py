@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -31,19 +31,12 @@ def smaller(inputs: Inputs, graph: Graph) -> Iterator[Inputs]:
     """
     shapes = list(_shrunken(inputs, graph))
     odd = [lambda tensor, shape_of=shape_of: _odd(shape_of(tensor)) for shape_of in shapes]
-    yield from _each_once(
-        drawn(inputs, shape_of, seed, more=1)
-        for seed, shape_of in enumerate((*odd, *shapes, lambda tensor: list(tensor.shape)))
-    )
-
-
-def _each_once(several: Iterable[Inputs]) -> Iterator[Inputs]:
-    """Inputs of shapes that none before had."""
     seen: set[str] = set()
-    for inputs in several:
-        if inputs.shapes() not in seen:
-            seen.add(inputs.shapes())
-            yield inputs
+    for seed, shape_of in enumerate((*odd, *shapes, lambda tensor: list(tensor.shape))):
+        asked = str([shape_of(tensor) for tensor in inputs.tensors().values()])
+        if asked not in seen:
+            seen.add(asked)
+            yield drawn(inputs, shape_of, seed, more=1)
 
 
 def is_telling(small: Inputs, example: Inputs) -> bool:
