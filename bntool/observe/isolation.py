@@ -149,9 +149,10 @@ def _modes_kept(modules: Sequence[nn.Module]) -> Iterator[None]:
 def same_random_numbers(seed: int) -> Iterator[None]:
     """Meanwhile the generators of PyTorch, Python and NumPy stand where this seed puts them."""
     with random_state_kept():
-        # torch's own also notes where it was called from, for a device that may come: a tenth of a millisecond
-        seeded = torch.manual_seed if torch.accelerator.is_available() else torch.default_generator.manual_seed
-        seeded(seed)
+        if torch.accelerator.is_available():
+            torch.manual_seed(seed)
+        else:  # a hundred times as fast: nothing is noted for a device that may come
+            torch.default_generator.manual_seed(seed)
         random.seed(seed)
         np.random.seed(seed)  # noqa: NPY002  what models use
         yield

@@ -37,18 +37,18 @@ class OpMode(TorchDispatchMode):
         self._left: list[WatchMode | None] = []
 
     def __enter__(self) -> Any:
-        outer = _get_current_dispatch_mode()  # type: ignore[no-untyped-call]
+        outer = _get_current_dispatch_mode()
         self._left.append(self._watch)
         if isinstance(outer, WatchMode):
             self._watch = outer
-            _pop_mode()  # type: ignore[no-untyped-call]
+            _pop_mode()
         return super().__enter__()  # type: ignore[no-untyped-call]
 
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)  # type: ignore[no-untyped-call]
         watch, self._watch = self._watch, self._left.pop()
-        if watch is not self._watch:
-            _push_mode(watch)  # type: ignore[no-untyped-call]
+        if watch is not None and watch is not self._watch:
+            _push_mode(watch)
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
