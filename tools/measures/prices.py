@@ -82,6 +82,7 @@ def measured(make: Make, shapes: Shapes) -> Row:
         for name in ("unchecked", "proved")
     }
     return {
+        "status": "ok",
         "parameters": sum(p.numel() for p in model.parameters()),
         "modules": sum(1 for _ in model.modules()),
         "forward_ms": round(1000 * statistics.median(times["forward"]), 2),
