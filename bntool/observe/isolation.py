@@ -26,7 +26,7 @@ from bntool.observe.global_state import LARGEST_COPIED, Surroundings
 from bntool.observe.modules import modules_of
 from bntool.observe.settings import settings_kept
 from bntool.observe.side_effects import Kept, random_state_kept, undeclared_writes
-from bntool.observe.stand_in import StandIn, set_modes, stand_in
+from bntool.observe.stand_in import StandIn, set_each, set_modes, stand_in
 from bntool.observe.watching import WatchMode
 
 SEED = 0
@@ -64,7 +64,7 @@ class Isolation:
         """
         copied = self._stand_in()
         modules = list(modules_of(self.model))
-        surroundings = Surroundings(self.model, copied.shared)
+        surroundings = Surroundings(modules, copied.shared)
         kept = Kept(modules)
         kept.add(surroundings.tensors)
         for tensor in self._writes:
@@ -79,7 +79,7 @@ class Isolation:
             stack.enter_context(settings_kept())
             stack.enter_context(_not_compiled(modules))
             stack.enter_context(random_state_kept())
-            set_modes(self.model, training=False)
+            set_each(modules, training=False)
             if in_eval:
                 set_modes(copied.module, training=False)
             if watched:
@@ -113,12 +113,12 @@ def surroundings_kept(model: nn.Module) -> Iterator[None]:
 
     For trainings, which are not watched op by op: a tensor around is copied first, unless it is very large.
     """
-    surroundings = Surroundings(model)
+    modules = list(modules_of(model))
+    surroundings = Surroundings(modules)
     kept = Kept(())
     kept.add(tensor for tensor in surroundings.tensors if tensor.nbytes <= LARGEST_COPIED)
     for tensor in surroundings.tensors:
         kept.before_write(tensor)
-    modules = list(modules_of(model))
     with _parameters_kept(modules), _modes_kept(modules), settings_kept():
         try:
             yield
