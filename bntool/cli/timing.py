@@ -58,7 +58,7 @@ def timed_fold(
     from bntool.runtime.benchmarking import Candidate, rebatching
 
     subject, (_, after) = opened.subject, done
-    if opened.kind == "onnx":
+    if not subject.on_torch:
         new = places.model.model if places.model is not None else after.model
         pair = [Candidate("before", subject.model), Candidate("folded", new)]
         return timed(voice, pair, lambda batch: subject.example(batch, seed), bench, devices)

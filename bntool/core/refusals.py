@@ -81,8 +81,9 @@ _REFUSED: Mapping[str, Sequence[_Refusal]] = {
     ],
     "weights": [
         _FILE,
+        _no("inputs inputs_file", "it does not run", "leave it out, or name its model with --arch"),
         _no(
-            f"{_CODE} inputs inputs_file include exclude merge unshare bake dtype bench repro require_all "
+            f"{_CODE} include exclude merge unshare bake dtype bench repro require_all "
             f"tf32 atol rtol check device providers {_FORM} export_to",
             "--plan folds it layer by layer, and that needs the model",
             "leave out --plan, or the other",
@@ -91,6 +92,7 @@ _REFUSED: Mapping[str, Sequence[_Refusal]] = {
 }
 """For each kind, what it does not know wherever it is asked."""
 _BUT = {
+    ("summary", "weights"): "key allow trust_pickle",
     ("export", "script"): f"{_FORM} dtype device providers tf32 atol rtol",
     ("export", "onnx"): "opset ir_version external_data",
 }
@@ -121,10 +123,15 @@ def require_known(kind: str, *asked: Options, name: str = "", command: str = "")
         options.require_together()
 
 
+def refused(kind: str, what: str, name: str) -> UsageError:
+    """Why bntool does not do `what` with a model of a kind."""
+    return UsageError(f"{name} is {KINDS[kind]}, and bntool does not {what} it", next_step=_MODULE)
+
+
 def require_module(kind: str, what: str, name: str) -> None:
     """Raise `UsageError` for a kind of which bntool does not do `what`: it takes a module's own layers."""
     if kind != "module":
-        raise UsageError(f"{name} is {KINDS[kind]}, and bntool does not {what} it", next_step=_MODULE)
+        raise refused(kind, what, name)
 
 
 def require_export(exports: bool, *asked: Options) -> None:

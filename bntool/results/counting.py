@@ -116,7 +116,12 @@ def parameter_delta(before: nn.Module, after: nn.Module) -> dict[str, dict[str, 
     `delta` also has `conv_bias`: the change in bias elements of convolutions and linear layers, which
     is part of `trainable` (or `frozen`) as well.
     """
-    (old, old_biases), (new, new_biases) = _recount(before), _recount(after)
+    return delta_of(_recount(before), _recount(after))
+
+
+def delta_of(before: tuple[Counts, int], after: tuple[Counts, int]) -> dict[str, dict[str, int]]:
+    """The same of what was counted elsewhere: both counts, each with its bias elements."""
+    (old, old_biases), (new, new_biases) = before, after
     delta = {**(new - old).to_dict(), "conv_bias": new_biases - old_biases}
     return {"before": old.to_dict(), "after": new.to_dict(), "delta": delta}
 
