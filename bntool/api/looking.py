@@ -56,8 +56,6 @@ def summary(
     compared = baseline if baseline is None or isinstance(baseline, Summary) else _opened(baseline)
     inputs = _inputs_of(example_inputs, model)
     subject = _opened(model, inputs)
-    if inputs is None and subject.kind == "script":
-        inputs = subject.example()
     return dataclasses.replace(summarized(subject, inputs, baseline=compared), view=view)
 
 

@@ -15,7 +15,6 @@ from bntool.core.plan import Plan
 from bntool.pipeline import surgeries
 from bntool.results.results import SurgeryResult
 from bntool.subjects import subject_of
-from bntool.subjects.module import ModuleSubject
 
 
 @torch.inference_mode(False)
@@ -108,7 +107,7 @@ def insert(
         raise UsageError('init="calibrate" and data go together', next_step="pass both, or neither of them")
     subject = subject_of(model, example_inputs, options)
     result, _ = surgeries.insert(subject, options, checking_of(check))
-    if data is not None and result.modified and isinstance(subject, ModuleSubject):
+    if data is not None and result.modified:
         result = surgeries.measured_insert(subject, result, data)
     return owned(result, subject, share)
 

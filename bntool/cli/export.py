@@ -51,7 +51,7 @@ def command(voice: Voice, asked: Asked) -> int:
     from bntool.subjects.base import Checking
 
     opened = opened.on(asked.real, asked.load, full=asked.check.check == "full").exportable(asked.export)
-    if opened.kind == "onnx":
+    if not opened.subject.on_torch:
         return export_file(voice, opened, asked)
     if asked.export.dtype == "float32" and opened.session is not None:
         opened = opened.cast("float32")

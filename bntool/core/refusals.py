@@ -113,7 +113,7 @@ def require_known(kind: str, *asked: Options, name: str = "", command: str = "")
     known = set(_BUT.get((command, kind), "").split())
     for options in asked:
         for option_name, one in options.chosen().items():
-            for refusal in _REFUSED[kind]:
+            for refusal in _REFUSED.get(kind, ()):
                 if option_name in refusal.options - known:
                     raise UsageError(
                         f"{one.flag} is not for {KINDS[kind]}: {refusal.why}",
@@ -123,9 +123,19 @@ def require_known(kind: str, *asked: Options, name: str = "", command: str = "")
         options.require_together()
 
 
+def unknown(model: object) -> UsageError:
+    """What is no model of any kind."""
+    return UsageError(
+        f"the model is of type {type(model).__name__}, of which bntool knows no kind of model",
+        next_step="pass an nn.Module, an ExportedProgram, TorchScript, or the path or reference of one or of "
+        "an ONNX file; of what bntool.load gave, its .model",
+    )
+
+
 def refused(kind: str, what: str, name: str) -> UsageError:
     """Why bntool does not do `what` with a model of a kind."""
-    return UsageError(f"{name} is {KINDS[kind]}, and bntool does not {what} it", next_step=_MODULE)
+    told = KINDS.get(kind, f"of the kind {kind!r}")
+    return UsageError(f"{name} is {told}, and bntool does not {what} it", next_step=_MODULE)
 
 
 def require_module(kind: str, what: str, name: str) -> None:

@@ -13,6 +13,7 @@ from torch import nn
 
 from bntool.core.errors import InvariantError, LoadError, NeedsArchitecture, UsageError
 from bntool.core.limits import DEFAULT_MAX_SIZE, Limit
+from bntool.core.refusals import unknown
 from bntool.files.architectures import closest, load_index, take_exact
 from bntool.files.atomic import sha256_of
 from bntool.files.detect import Kind, detect
@@ -59,6 +60,8 @@ def load(
 
     Raises `LoadError` for what cannot be loaded, `UsageError` for options that do not fit together.
     """
+    if not isinstance(ref, str | os.PathLike):
+        raise unknown(ref)
     ref = os.fspath(ref)
     allow = (allow,) if isinstance(allow, str) else tuple(allow)
     options = Reading(key, allow, trust_pickle, Limit(max_size), stand_ins, tell)

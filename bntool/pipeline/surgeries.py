@@ -19,7 +19,7 @@ from bntool.data.loaders import inputs_of
 from bntool.graph.inputs import Inputs
 from bntool.pipeline.bisecting import first_at_fault, settle
 from bntool.results.results import SurgeryResult
-from bntool.subjects.base import Checking, Proof, S
+from bntool.subjects.base import Checking, Proof, S, Subject
 from bntool.subjects.module import ModuleSubject
 
 
@@ -121,7 +121,7 @@ def _replayed_rows(subject: S, plan: Plan, after: S, checking: Checking | None) 
     return rows
 
 
-def measured_insert(subject: ModuleSubject, result: SurgeryResult, batches: Iterable[Any]) -> SurgeryResult:
+def measured_insert(subject: Subject, result: SurgeryResult, batches: Iterable[Any]) -> SurgeryResult:
     """Give the BatchNorms just inserted the statistics of what they read, and the affine that undoes them.
 
     Eval outputs stay within rounding, which is checked; the first training step stays close, since each

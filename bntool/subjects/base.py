@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
+from torch import nn
+
 from bntool.core.documents import Kind
 from bntool.core.options import CheckOptions, ExportOptions, FoldOptions, InsertOptions
 from bntool.core.plan import Plan
@@ -133,6 +135,8 @@ class Subject:
 
     def counted(self) -> Summary:
         """The summary of the model as it stands, without running it."""
+        if not isinstance(self.model, nn.Module):
+            raise refused(self.kind, "count", self.name)
         return summarize(self.model)
 
     def parameters(self: S, after: S) -> Parameters:

@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from bntool.core.documents import Kind
-from bntool.core.errors import CheckFailed, UsageError
+from bntool.core.errors import CheckFailed
 from bntool.core.options import ExportOptions, FoldOptions, InsertOptions
 from bntool.core.plan import Plan
 from bntool.core.reasons import Reason
+from bntool.core.refusals import unknown
 from bntool.core.verdicts import Check
 from bntool.graph.dataflow import Graph
 from bntool.graph.inputs import Inputs
@@ -63,10 +64,7 @@ class ModuleSubject(Subject):
         small: bool = True,
     ) -> None:
         if not isinstance(model, nn.Module):
-            raise UsageError(
-                f"model is a {type(model).__name__}, not an nn.Module",
-                next_step="load a file with bntool.load(path).model",
-            )
+            raise unknown(model)
         self.model = model
         self.name = name or type(model).__name__
         self._given = example_inputs
