@@ -160,10 +160,6 @@ def unchanged(subject: S) -> SurgeryResult:
     return _result(subject, subject, Plan("fold", (), ()), ())
 
 
-def with_checks(result: SurgeryResult, checks: Sequence[Check]) -> SurgeryResult:
-    return dataclasses.replace(result, checks=tuple(checks))
-
-
 def _result(subject: S, after: S, plan: Plan, rows: tuple[Check, ...]) -> SurgeryResult:
     return SurgeryResult(after.model, plan, subject.parameters(after), rows, kind=subject.kind)
 

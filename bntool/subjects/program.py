@@ -51,11 +51,6 @@ class ProgramSubject(Subject):
     def __init__(
         self, program: ExportedProgram, example_inputs: Any = None, *, name: str = "program", seed: int = 0
     ) -> None:
-        if not isinstance(program, ExportedProgram):
-            raise UsageError(
-                f"the program is a {type(program).__name__}, not an ExportedProgram",
-                next_step="make one with torch.export.export, or fold an nn.Module with bntool.fold",
-            )
         self.model = program
         self.name = name
         self.given = None if example_inputs is None else Inputs.of(example_inputs)
