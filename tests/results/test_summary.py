@@ -12,9 +12,8 @@ from torch.nn.utils.parametrizations import weight_norm
 
 import bntool
 from bntool.graph.inputs import Inputs
-from bntool.results import parameter_delta, parameters_of, summarize
-from bntool.results.counting import Counts, owned_by_module, total_counts
-from bntool.results.summary import Summary
+from bntool.results.counting import Counts, owned_by_module, parameter_delta, parameters_of, total_counts
+from bntool.results.summary import Summary, summarize
 from samples.seed_network import seed_network
 
 Golden = Callable[[str, str], None]
