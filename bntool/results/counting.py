@@ -77,11 +77,6 @@ def owned_by_module(model: nn.Module) -> dict[str, Owned]:
     return found
 
 
-def total_counts(model: nn.Module) -> Counts:
-    """The sum over the whole model: what `owned_by_module` adds up to, without the names."""
-    return _recount(model)[0]
-
-
 def _recount(model: nn.Module) -> tuple[Counts, int]:
     """The counts of the whole model, and the bias elements of its convolutions and linear layers."""
     seen: set[object] = set()
@@ -103,11 +98,6 @@ def _recount(model: nn.Module) -> tuple[Counts, int]:
         if isinstance(module, _ConvNd | nn.Linear) and isinstance(module.bias, Tensor):
             biases[_identity(module.bias)] = module.bias.numel()
     return Counts(trainable, frozen, buffers, size), sum(biases.values())
-
-
-def parameters_of(model: nn.Module) -> dict[str, int]:
-    """Elements `trainable`, `frozen`, `buffers`, and `bytes` of them all; shared tensors counted once."""
-    return total_counts(model).to_dict()
 
 
 def parameter_delta(before: nn.Module, after: nn.Module) -> dict[str, dict[str, int]]:
