@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 from torch import nn
 
 from bntool.core.documents import Kind
+from bntool.core.errors import UsageError
 from bntool.core.options import CheckOptions, ExportOptions, FoldOptions, InsertOptions
 from bntool.core.plan import Plan
 from bntool.core.reasons import Reason
@@ -19,6 +20,7 @@ from bntool.core.verdicts import Check
 from bntool.folding.untrained import with_untrained_told
 from bntool.results.counting import parameter_delta
 from bntool.results.summary import Summary, summarize
+from bntool.runtime.benchmarking import rebatching
 from bntool.subjects.replanning import replanned
 from bntool.verifying.blaming import Found, blame_modules
 from bntool.verifying.checking import seeded_batches
@@ -129,6 +131,18 @@ class Subject:
 
     def read_as(self, *, run: bool = True, freeze: bool = False) -> None:
         """How an ONNX file is read; others have one way."""
+
+    def batched(self, seed: int = 0) -> Callable[[int], Inputs | None]:
+        """Seeded inputs of any batch size, None for one that it does not take.
+
+        Raises `UsageError` where no example is known.
+        """
+        example = self.example()
+        if example is None:
+            raise UsageError(
+                f"no example input of {self.name} is known", next_step="give one as example_inputs"
+            )
+        return rebatching(example, seed)
 
     def run_on(self, real: Sequence[Inputs]) -> None:
         """Inputs of the user's own take the place of drawn ones, where they were not observed already."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import tempfile
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -167,6 +167,9 @@ class OnnxSubject(Subject):
     def example(self, batch: int = 1, seed: int = 0) -> Inputs:
         """One that it takes, of several batches where it leaves that axis open."""
         return self.real[0] if self.real else seeded_file_inputs(self.model, (batch,), seed, self.shapes)[0]
+
+    def batched(self, seed: int = 0) -> Callable[[int], Inputs | None]:
+        return super().batched(seed) if self.real else lambda batch: self.example(batch, seed)
 
     def counted(self) -> Summary:
         return summarize_found(of_onnx(self.observed), "ONNX", "onnx")
