@@ -16,8 +16,6 @@ from bntool.files.detect import Kind, detect
 
 if TYPE_CHECKING:
     import torch
-    from torch import nn
-    from torch.export import ExportedProgram
 
     from bntool.cli.writing import Place
     from bntool.files.drafting import Drafts
@@ -198,20 +196,3 @@ def of_session(session: Session) -> Opened:
 
         subject = ModuleSubject(session.model, name=loaded.reference, observed=session.observe)
     return Opened(subject, source, session)
-
-
-def runnable(model: nn.Module | ExportedProgram) -> nn.Module:
-    """The model itself, or a program as a module that runs."""
-    from torch.export import ExportedProgram
-
-    from bntool.runtime.programs import RunnableProgram
-
-    return RunnableProgram(model) if isinstance(model, ExportedProgram) else model
-
-
-def with_runnable_program(session: Session, program: ExportedProgram) -> Session:
-    """The session with the program as a module that runs, on the example inputs of the program."""
-    from bntool.runtime.programs import example_inputs_of
-
-    loaded = dataclasses.replace(session.loaded, model=runnable(program))
-    return dataclasses.replace(session, loaded=loaded, inputs=example_inputs_of(program, session.seed))
