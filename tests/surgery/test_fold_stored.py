@@ -8,6 +8,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import msgspec
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 import bntool
 from bntool.cli import run
+from bntool.core.documents import DOCUMENTS
 from bntool.core.errors import BntoolError, DamagedPlan, LoadError, PlanError, StateError
 from bntool.core.plan import Plan
 from bntool.files.safetensors_files import read_index
@@ -276,6 +278,7 @@ def test_the_command_writes_beside_and_says_so(
     )
     assert len(document["sites"]) == 4
     assert (document["kind"], document["bn_folded"]) == ("weights", 4)
+    assert document.keys() == msgspec.structs.asdict(DOCUMENTS["fold"]()).keys()
     # γ and β of two, γ and β less a bias made, and none: 2·8 - 8 + 0 + 2·6 - 6 + 2·4 - 4
     assert document["parameters"]["delta"]["trainable"] == -18
     assert document["parameters"]["delta"]["conv_bias"] == 18
