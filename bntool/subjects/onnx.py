@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import functools
-import tempfile
-import weakref
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +15,7 @@ from bntool.core.options import ExportOptions, FoldOptions, InsertOptions
 from bntool.core.plan import Plan
 from bntool.core.refusals import KINDS
 from bntool.core.verdicts import Check
-from bntool.files.drafting import Drafts
+from bntool.files.drafting import Drafts, Scratch
 from bntool.files.onnx_files import OnnxFile, open_onnx, put_onnx, require_opset, save_onnx
 from bntool.files.onnx_forms import take_off_inputs
 from bntool.folding import at_graph_level, plan_on_all
@@ -45,16 +43,6 @@ if TYPE_CHECKING:
     from bntool.export.exporting import ExportResult
 
 Shapes = Mapping[str, Sequence[int | None]]
-
-
-class Scratch:
-    """A folder that is made when it is first asked for, and is gone with the last who holds this object."""
-
-    @functools.cached_property
-    def path(self) -> Path:
-        folder = tempfile.TemporaryDirectory(prefix="bntool.")
-        weakref.finalize(self, folder.cleanup)
-        return Path(folder.name)
 
 
 class OnnxSubject(Subject):
