@@ -128,13 +128,6 @@ def surroundings_kept(model: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def modes_kept(model: nn.Module) -> Iterator[None]:
-    """Give each layer back the mode that it has now."""
-    with _modes_kept(list(modules_of(model))):
-        yield
-
-
-@contextlib.contextmanager
 def _modes_kept(modules: Sequence[nn.Module]) -> Iterator[None]:
     before = [(module, module.training) for module in modules if hasattr(module, "training")]
     try:

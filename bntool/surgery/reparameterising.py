@@ -18,6 +18,7 @@ from bntool.core.plan import Plan
 from bntool.core.schema import Damaged
 from bntool.core.sites import Edit
 from bntool.core.tolerances import ALGEBRA_LIMIT
+from bntool.graph.drawing import Draw
 from bntool.graph.inputs import Inputs, named_tensors
 from bntool.observe.copying import structural_copy
 from bntool.observe.isolation import Isolation, fresh
@@ -102,7 +103,7 @@ def _first_run(block: nn.Module, shape: Sequence[int] | None) -> list[_Run]:
         2 if i == 0 and rank > 3 else size if i < 2 else min(size, side) for i, size in enumerate(shape or ())
     ]
     for sizes in (small, list(shape)) if shape is not None else ():
-        x = torch.randn(sizes, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        x = Draw().numbers(sizes, torch.float64)
         inputs = Inputs((x.to(next((t.device for t in block.parameters()), x.device)),))
         # it may take other sizes, or more than one input
         with contextlib.suppress(Exception):
