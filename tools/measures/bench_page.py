@@ -94,11 +94,13 @@ LIMITS = """What bounds them:
 - export: torch's own capture and conversion."""
 
 
-_CLOCKS = (
-    "Calls and forwards run on one thread and are measured in processor time, which other work on the\n"
-    "machine moves less than the clock",
-    "Calls and forwards run on {} threads and are measured by the clock",
-)
+def _clock(threads: int) -> str:
+    if threads > 1:
+        return f"Calls and forwards run on {threads} threads and are measured by the clock"
+    return (
+        "Calls and forwards run on one thread and are measured in processor time, which other work on the\n"
+        "machine moves less than the clock"
+    )
 
 
 def page(kept: dict[str, Any]) -> str:
@@ -107,7 +109,7 @@ def page(kept: dict[str, Any]) -> str:
     rows = sorted(kept.get("calls", {}).items(), key=lambda item: -item[1]["parameters"])
     return PAGE.format(
         machine=_machine(),
-        clock=_CLOCKS[kept.get("threads", 1) > 1].format(kept.get("threads", 1)),
+        clock=_clock(kept.get("threads", 1)),
         missing=_missing(kept),
         least=min(loads),
         most=max(loads),
