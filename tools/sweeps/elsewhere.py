@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from tools.sweeps.coverage_page import page
-from tools.sweeps.kept_page import kept_page
+from tools.sweeps.kept_page import kept_page, shares
 from tools.sweeps.libraries import Make, Shapes, entries, inputs_like
 from tools.sweeps.libraries import made as _made
 from tools.sweeps.sweeping import Results, arguments, put, sweep
@@ -163,6 +163,11 @@ def told(results: dict[str, Any], file: str, known: int) -> str:
     libraries = {name.partition(":")[0] for name, row in results.items() if row["status"] == "ok"}
     left = f"; {known - len(results)} more models are in the tables, and yet to be run" * (
         known > len(results)
+    )
+    text = text.replace(
+        "\n- BatchNorms that ran",
+        f"\n- [what stays](elsewhere-kept.md): {shares(results)}\n- BatchNorms that ran",
+        1,
     )
     return text.replace("\n- models run:", f"\n- libraries: {len(libraries)}{left}\n- models run:", 1)
 
