@@ -14,7 +14,7 @@ from bntool.core.sites import FoldSite, Merge, Skip
 from bntool.folding.merging import find_merges
 from bntool.folding.moving import Mover, Others
 from bntool.folding.norms import Norm, find_norms, why_unfit
-from bntool.folding.overwriting import require_no_overwriting
+from bntool.folding.overwriting import Overwritten, require_no_overwriting
 from bntool.folding.traversal import Way
 from bntool.folding.weight_edits import Claims
 from bntool.graph.affine import Affine, compose
@@ -132,7 +132,7 @@ class _Planner:
                 self.sites.append(self._folded(norm, unshare, sideways))
                 self.skips.pop(norm.name, None)
             except Refused as refusal:
-                if not sideways:
+                if not sideways or isinstance(refusal, Overwritten):
                     self.skips[norm.name] = Skip(norm.name, refusal.reason, refusal.detail)
                 kept.append(norm)
         return kept
@@ -164,6 +164,8 @@ class _Planner:
                 for op in norm.ops:
                     require_no_overwriting(op, self.graph, self.gone)
             except Refused as refusal:
+                if sideways and isinstance(refusal, Overwritten):
+                    raise  # every other direction would meet it, too
                 # the exception itself would hold this frame, which would hold it: a cycle around the graph
                 refusals.append((name, refusal.reason, refusal.detail))
                 continue

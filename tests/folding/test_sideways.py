@@ -149,3 +149,10 @@ def test_a_shift_goes_on_along_the_shortcut(second: str, act: nn.Module, pool: n
     plan, _ = folded_exactly(model, data(2, 3, 5, 5))
     blocked = second == "positive" and isinstance(act, nn.ReLU)
     assert [skip.name for skip in plan.skips] == (["norms.1"] if blocked else [])
+
+
+def test_a_write_over_the_shortcut_is_told_where_it_alone_keeps_a_batch_norm() -> None:
+    norms = [Numbers("positive", True, 1e-3, 1.0, seed).fill(nn.BatchNorm2d(4)) for seed in range(2)]
+    plan, _ = folded_exactly(Activated(norms, nn.ReLU(inplace=True), nn.Identity()), data(2, 3, 5, 5))
+    assert [skip.reason for skip in plan.skips] == [Reason.OUTPUT_USED_ELSEWHERE] * 2
+    assert all("would write in place what others read" in skip.detail for skip in plan.skips)

@@ -79,6 +79,7 @@ _SIZES: dict[str, Shapes] = {
     "pytorchcv:voca8flame": ((2, 1, 16, 29), ("n<8", 2)),
     "pytorchcv:visemenet20": ((2, 8, 195), ("n<8", 2, 76)),
     "pytorchcv:nvpattexp116bazel76": ((2, 8, 16, 29), ("n<8", 2)),
+    "pytorchcv:pfpcnet": ((1, 1, 320, 240),),
     "pytorchcv:raft_things": ((1, 3, 128, 128), (1, 3, 128, 128)),
     "pytorchcv:propainter": ((1, 3, 2, 64, 64), (1, 3, 1, 64, 64)),
     "pytorchcv:propainter_rfc": ((1, 3, 2, 64, 64), (1, 3, 1, 64, 64)),

@@ -39,7 +39,8 @@ def classes(graph: Any, plan: Any) -> dict[str, list[Any]]:
     for skip in plan.skips:
         op = calls[skip.name][0] if calls[skip.name] else None
         around = "" if op is None else _around(graph, op, gone)
-        found.setdefault(f"{skip.reason.value}: {around}".rstrip(": "), [0, skip.name])[0] += 1
+        reason = skip.reason.value + ", written over" * ("write in place" in skip.detail)
+        found.setdefault(f"{reason}: {around}".rstrip(": "), [0, skip.name])[0] += 1
     return found
 
 

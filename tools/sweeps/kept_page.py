@@ -39,6 +39,14 @@ RULES = (
         through a product of the weights of two layers, which algebra would allow.""",
     ),
     Rule(
+        r"output-used-elsewhere, written over",
+        "A write in place behind it",
+        False,
+        """A way is found, and then an activation that works in place would write over what a shortcut
+        reads, for the BatchNorm's own output was what it wrote over. With `inplace=False` they fold; in
+        exported programs and ONNX files, where nothing is in place, they do.""",
+    ),
+    Rule(
         r"axis-mismatch",
         "A layer that mixes the channels",
         True,
@@ -133,7 +141,7 @@ RULES = (
         that it adds: one scale for all blocks of a stage. A shift of its own each block could have, but
         only past a ReLU with γ > 0, as its scale must then go down; and a stage that begins with a
         maximum or a ReLU allows no γ < 0 at all. With γ of both signs at most one of a stage goes. With
-        γ > 0 the fold takes all whose activation does not write in place over the shortcut.""",
+        γ > 0 all of them fold, but for writes in place (above).""",
     ),
     Rule(
         r"output-used-elsewhere: .*→ BN → (sum|concat)",
