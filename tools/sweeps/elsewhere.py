@@ -77,7 +77,7 @@ _SIZES: dict[str, Shapes] = {
     "pretrainedmodels:polynet": ((1, 3, 331, 331),),
     "monai:HoVerNet": ((1, 3, 256, 256),),
     "pytorchcv:voca8flame": ((2, 1, 16, 29), ("n<8", 2)),
-    "pytorchcv:visemenet20": ((2, 8, 195), ("n<8", 2, 76)),
+    "pytorchcv:visemenet20": ((34, 8, 195), ("n<8", 34, 76)),
     "pytorchcv:nvpattexp116bazel76": ((2, 8, 16, 29), ("n<8", 2)),
     "pytorchcv:pfpcnet": ((1, 1, 320, 240),),
     "pytorchcv:raft_things": ((1, 3, 128, 128), (1, 3, 128, 128)),
@@ -125,7 +125,8 @@ def _of_pytorchcv() -> Iterator[tuple[str, Make]]:
     models = importlib.import_module("pytorchcv.model_provider")._models
     families = {make.__module__: name for name, make in reversed(models.items())}
     for name in sorted(families.values(), key=list(models).index):
-        yield f"pytorchcv:{name}", lambda name=name: models[name](pretrained=False)
+        speech = {"from_audio": False} if name.startswith(("jasper", "quartznet")) else {}
+        yield f"pytorchcv:{name}", functools.partial(models[name], pretrained=False, **speech)
 
 
 def _nnunet(name: str) -> Any:
