@@ -49,11 +49,11 @@ def page(results: dict[str, dict[str, Any]], title: str, target: str, file: str)
             f"- with `--bake`, which stores weights that layers compute: {more} more in {len(baked)} models, "
             f"to {worst:.1e} in float64"
         )
-    # where every BatchNorm folded, or the plan was made before this was asked, it is the same
-    positive = [row.get("folded_positive", row["folded"]) for row in with_bn]
-    if any("folded_positive" in row for row in with_bn):
+    positive = [row for row in with_bn if "folded_positive" in row]
+    if positive:
+        all_of, these = (sum(row[key] for row in positive) for key in ("folded_positive", "folded"))
         lines.append(
-            f"- with no γ < 0: {sum(positive):,} folded ({100 * sum(positive) / max(total, 1):.1f} %)"
+            f"- with no γ < 0, in {len(positive)} models that keep some: {all_of:,} folded, not {these:,}"
         )
     silent = {row["model"]: row["no_verdict"] for row in good if row.get("no_verdict")}
     if any("no_verdict" in row for row in good):

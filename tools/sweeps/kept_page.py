@@ -42,9 +42,9 @@ RULES = (
         r"output-used-elsewhere, written over",
         "A write in place behind it",
         False,
-        """A way is found, and then an activation that works in place would write over what a shortcut
-        reads, for the BatchNorm's own output was what it wrote over. With `inplace=False` they fold; in
-        exported programs and ONNX files, where nothing is in place, they do.""",
+        """For each alone a way is found, and then an activation that works in place would write over what a
+        shortcut reads, for the BatchNorm's own output was what it wrote over. With `inplace=False` it folds,
+        though not all along one shortcut do; in exported programs and ONNX files nothing is in place.""",
     ),
     Rule(
         r"axis-mismatch",
@@ -150,6 +150,14 @@ RULES = (
         """x is what a ReLU or a maximum gives, which others read as it is: its scale can become p > 0
         alone. The branch s·x + t is added to (or joined with) another branch, then a ReLU: the other
         branch could take s in, but a ReLU behind the sum lets s ≥ 0 by alone.""",
+    ),
+    Rule(
+        r"output-used-elsewhere: .*→ BN → layer; beside: (sum|mean)$",
+        "Before a layer with zero padding, beside a shortcut with more channels",
+        False,
+        """The scale goes down into the layer, and the shift up into the branch before; the shortcut would
+        carry it on. It is padded with channels of zeros by a pad that names amounts in space too: they
+        are 0 here, and may come from the size of the image, so no shift goes past it.""",
     ),
     Rule(
         r"output-used-elsewhere: .*→ BN → .*layer",
