@@ -93,7 +93,7 @@ class ModuleSubject(Subject):
         return self.observation.graph
 
     def example(self) -> Inputs:
-        return self.observation.inputs
+        return self.observation.inputs if self._given is None else Inputs.of(self._given)
 
     def plan_fold(self, options: FoldOptions, *, thorough: bool) -> Plan:
         self._planned = plan_module_fold(
@@ -215,4 +215,4 @@ class ModuleSubject(Subject):
 
     def like(self, model: nn.Module) -> ModuleSubject:
         """Another model on the same inputs."""
-        return ModuleSubject(model, name=self.name, observed=lambda: observe(model, self.observation.inputs))
+        return ModuleSubject(model, self.example(), name=self.name)
