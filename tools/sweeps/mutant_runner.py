@@ -28,7 +28,7 @@ import pytest
 HEAVY = """torch._dynamo torch.export torch.onnx torch.testing torchvision timm onnx onnxruntime onnxscript
     safetensors.torch torchinfo hypothesis rich.console click msgspec""".split()
 """What takes long to import. Never bntool or its tests: those are new in every fork."""
-SLOW = 3.0
+SLOW = 5.0
 """Seconds; a test that takes longer is not asked."""
 MEMORY = 12 * 2**30
 """Bytes that a mutant may take."""
@@ -52,13 +52,13 @@ class Learning:
             if frame.f_code.co_filename == self.file:
                 entered.add(frame.f_code.co_firstlineno)
 
-        start = time.monotonic()
+        start = time.process_time()
         threading.settrace(note)
         sys.settrace(note)
         yield
         sys.settrace(None)
         threading.settrace(None)  # type: ignore[arg-type]
-        self.tests[name] = time.monotonic() - start, sorted(entered)
+        self.tests[name] = time.process_time() - start, sorted(entered)
 
     @pytest.hookimpl(hookwrapper=True)
     def pytest_collection(self) -> Iterator[None]:

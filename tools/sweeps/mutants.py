@@ -60,7 +60,7 @@ HEAD = """# Mutants
 
 How much the tests notice. Written by `make mutants` from `mutants.jsonl`: one thing at a time is changed
 in a module (a comparison, a number, an `and`, a sign), and the tests that mirror the module run, without
-those that never enter the function or take more than three seconds. A mutant that no test notices
+those that never enter the function or take more than five seconds. A mutant that no test notices
 **survives**, and gets a verdict: *equivalent* where nobody can tell it from the original, else why there is
 no test for it; without a verdict it is *open*. Left out are mutants of annotations, of what only asserts (a
 frozen dataclass, a strict zip), and all but one replacement of each operator.
