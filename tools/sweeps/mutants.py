@@ -44,6 +44,7 @@ TESTS: dict[str, str] = {
     "bntool/laws/sampling.py": f"tests/laws/test_sampling.py {_LAWS}",
     "bntool/laws/shapes.py": f"tests/laws/test_shapes.py {_LAWS}",
     "bntool/laws/taking.py": "tests/laws/test_taking.py",
+    "bntool/folding/absorbed_branches.py": "tests/folding/test_branches_in_trees.py",
     "bntool/folding/agreement.py": _FOLDING,
     "bntool/folding/weight_edits.py": f"{_FOLDING} tests/surgery/test_unsharing.py",
     "bntool/folding/merging.py": "tests/folding/test_merging.py",
