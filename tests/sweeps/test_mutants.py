@@ -13,6 +13,8 @@ class C:
     def f(x: int | None, *, y: float = 1.0) -> int | str:
         z: int | None = 3
         return (x or 1) | z, zip(x, y, strict=True), x * y, f(*x)
+    def g(x):
+        return (x if not x else 2), (x if x < 3 else 4), (x if x == 5 else 6)
 """
 DIFF = """--- mutation diff ---
 --- abare.py
@@ -29,16 +31,19 @@ def dumped(outcome: str, line: int = 2) -> list[object]:
 
 
 def test_what_tells_nothing_is_left_out() -> None:
-    def wanted(operator: str, character: str) -> list[bool]:
+    def wanted(operator: str, character: str, occurrence: int = 0) -> list[bool]:
         lines = enumerate(SOURCE.splitlines(), 1)
         places = [(i, m.start()) for i, line in lines for m in re.finditer(re.escape(character), line)]
-        return [is_wanted(f"core/{operator}", place, SOURCE) for place in places]
+        return [is_wanted(f"core/{operator}", place, occurrence, SOURCE) for place in places]
 
     assert wanted("ReplaceBinaryOperator_BitOr_BitAnd", "|") == [False] * 3 + [True]
     assert wanted("ReplaceBinaryOperator_BitOr_LShift", "|") == [False] * 4
     assert wanted("ReplaceBinaryOperator_Mul_Div", "*") == [False, True, False]
     assert wanted("ReplaceTrueWithFalse", "True") == [False, False]
     assert wanted("NumberReplacer", "1.0") == [True]
+    assert wanted("NumberReplacer", "1.0", occurrence=1) == [False]
+    assert wanted("AddNot", "not x") == wanted("AddNot", "x == 5") == [False]
+    assert wanted("AddNot", "x < 3") == [True]
 
 
 def test_a_line_is_of_the_innermost_function_whose_body_holds_it() -> None:

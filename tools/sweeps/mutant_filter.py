@@ -2,7 +2,8 @@
 
 Annotations are never computed here (`from __future__ import annotations`): to change one changes nothing.
 That a dataclass is frozen is a promise to the type checker, and that a zip is strict an assertion about
-bntool itself. The star of `f(*, x)` is no operator.
+bntool itself. The star of `f(*, x)` is no operator. A number is raised by one and not lowered as well, and
+what is negated by its own operator (`==`, `is`, `not`) is not negated once more.
 """
 
 from __future__ import annotations
@@ -53,6 +54,18 @@ def operators(source: str) -> list[Span]:
     return found
 
 
+def negated(source: str) -> list[Span]:
+    """Where a condition stands whose negation is the mutant of its own operator."""
+    tests = [n.test for n in ast.walk(ast.parse(source)) if isinstance(n, ast.If | ast.IfExp | ast.While)]
+    own = ast.Eq | ast.NotEq | ast.Is | ast.IsNot
+    return [
+        (_start(test), _end(test))
+        for test in tests
+        if (isinstance(test, ast.UnaryOp) and isinstance(test.op, ast.Not))
+        or (isinstance(test, ast.Compare) and len(test.ops) == 1 and isinstance(test.ops[0], own))
+    ]
+
+
 def _start(node: ast.expr) -> tuple[int, int]:
     return node.lineno, node.col_offset
 
@@ -61,12 +74,17 @@ def _end(node: ast.expr) -> tuple[int, int]:
     return node.end_lineno or node.lineno, node.end_col_offset or node.col_offset
 
 
-def is_wanted(operator: str, start: tuple[int, int], source: str) -> bool:
+def is_wanted(operator: str, start: tuple[int, int], occurrence: int, source: str) -> bool:
     """Whether a mutant of this operator that starts here says anything about the tests."""
     within = lambda spans: any(first <= start < last for first, last in spans)  # noqa: E731
     name = operator.rpartition("/")[2]
-    between = "BinaryOperator" not in name or within(operators(source))
-    return name in KEPT and between and not within(silent(source))
+    if name not in KEPT or within(silent(source)):
+        return False
+    if name == "NumberReplacer":
+        return occurrence % 2 == 0  # it counts both for every number: one more, one less
+    if name == "AddNot":
+        return not within(negated(source))
+    return "BinaryOperator" not in name or within(operators(source))
 
 
 def main(session: str) -> None:
@@ -78,7 +96,8 @@ def main(session: str) -> None:
         for item in list(db.pending_work_items):
             (mutation,) = item.mutations
             source = Path(mutation.module_path).read_text(encoding="utf-8")
-            if not is_wanted(mutation.operator_name, tuple(mutation.start_pos), source):
+            start = tuple(mutation.start_pos)
+            if not is_wanted(mutation.operator_name, start, mutation.occurrence, source):
                 db.set_result(item.job_id, WorkResult(worker_outcome=WorkerOutcome.SKIPPED, output=""))
 
 

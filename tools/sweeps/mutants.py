@@ -64,7 +64,7 @@ in a module (a comparison, a number, an `and`, a sign), and the tests that mirro
 those that never enter the function or take more than five seconds. A mutant that no test notices
 **survives**, and gets a verdict: *equivalent* where nobody can tell it from the original, else why there is
 no test for it; without a verdict it is *open*. Left out are mutants of annotations, of what only asserts (a
-frozen dataclass, a strict zip), and all but one replacement of each operator.
+frozen dataclass, a strict zip), and all but one replacement of each operator and each number.
 
 `make mutants ONLY=comparing` runs the modules whose path has that word, and goes on where it stopped. Where
 the tests have changed since, what survived them runs again; what was noticed once is taken to be noticed
