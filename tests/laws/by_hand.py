@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -20,8 +21,10 @@ def affine(scale: Any, shift: Any = 0.0, shape: tuple[int, ...] = (1, -1, 1)) ->
 
 
 class Seen:
-    """A context over one op; `inputs` gives by role the numbers of a constant, else the shape of what depends
-    on the data, None for that of the output. `picks` is what is chosen wherever there is a choice.
+    """A context over one op.
+
+    `inputs` gives by role the numbers of a constant, else the shape of what depends on the data, None for
+    `SHAPE`, which the outputs have too if nothing else is said. `picks` is chosen wherever there is a choice.
     """
 
     changed: frozenset[str] = frozenset()
@@ -29,7 +32,7 @@ class Seen:
     def __init__(
         self,
         attrs: dict[str, Any] | None = None,
-        outputs: int = 1,
+        outputs: int | Sequence[tuple[int, ...]] = 1,
         kind: str = "mul",
         picks: int | None = None,
         **inputs: Tensor | tuple[int, ...] | None,
@@ -42,7 +45,8 @@ class Seen:
             roles[role] = self.graph.add_value(shape, constant=constant).id
             if isinstance(given, Tensor) and given.numel():
                 self.graph.constants[roles[role]] = given
-        made = tuple(self.graph.add_value(SHAPE).id for _ in range(outputs))
+        shapes = [SHAPE] * outputs if isinstance(outputs, int) else outputs
+        made = tuple(self.graph.add_value(tuple(shape)).id for shape in shapes)
         self.op: Op = self.graph.add_op(kind, roles, made, attrs=attrs or {}, scope="here")
 
     def store(self, role: str) -> None:

@@ -31,6 +31,7 @@ OPEN = "open"
 """The verdict of a survivor that nobody has looked at."""
 
 _LAWS = "tests/laws/test_roles.py"
+_MOVES = f"tests/laws/test_every_element.py tests/laws/test_shapes.py {_LAWS}"
 _FOLDING = "tests/folding tests/folding/test_folding.py"
 TESTS: dict[str, str] = {
     "bntool/verifying/comparing.py": "tests/verifying/test_comparing.py",
@@ -39,10 +40,10 @@ TESTS: dict[str, str] = {
     "bntool/laws/base.py": "tests/laws/test_base.py",
     "bntool/laws/averaging.py": f"tests/laws/test_averaging.py {_LAWS}",
     "bntool/laws/merging.py": "tests/laws/test_merging.py",
-    "bntool/laws/parts.py": f"tests/laws/test_shapes.py {_LAWS}",
+    "bntool/laws/parts.py": _MOVES,
     "bntool/laws/pointwise.py": f"tests/laws/test_pointwise.py {_LAWS}",
     "bntool/laws/sampling.py": f"tests/laws/test_sampling.py {_LAWS}",
-    "bntool/laws/shapes.py": f"tests/laws/test_shapes.py {_LAWS}",
+    "bntool/laws/shapes.py": _MOVES,
     "bntool/laws/taking.py": "tests/laws/test_taking.py",
     "bntool/folding/absorbed_branches.py": "tests/folding/test_branches_in_trees.py",
     "bntool/folding/agreement.py": _FOLDING,

@@ -1,0 +1,148 @@
+"""Ops that move elements, beside what torch makes of a value that the map has changed, element by element.
+
+Each law is asked by hand for maps that vary along every choice of axes. So each number of a map stands for
+itself, and one in a wrong place shows.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from bntool.graph.affine import Affine
+from bntool.laws.base import LAWS, Refused
+from tests.laws.by_hand import Seen
+
+ANY = "any"
+"""Of axes: a map may vary along none."""
+
+
+@dataclasses.dataclass
+class Case:
+    """An op, what torch does, and the axes along which a map of an output, or of an input, cannot vary."""
+
+    kind: str
+    does: Callable[..., Any]
+    shapes: Sequence[tuple[int, ...]] = ((2, 3, 4),)
+    attrs: dict[str, Any] = dataclasses.field(default_factory=dict)
+    up: Sequence[int] | str = ()
+    down: Sequence[int] | str = ()
+    beside: dict[str, Tensor] = dataclasses.field(default_factory=dict)
+
+    def __str__(self) -> str:
+        return f"{self.kind}-{self.attrs}-{self.shapes}"
+
+    def outputs(self, *values: Tensor) -> list[Tensor]:
+        made = self.does(*values)
+        return [made] if isinstance(made, Tensor) else list(made)
+
+
+def _whole(shape: Sequence[int]) -> Callable[[Tensor], Tensor]:
+    return lambda x: x.reshape(shape)
+
+
+IMAGE = ((1, 8, 2, 3),)
+CASES = [
+    Case("slice", lambda x: x[:, 1:3], attrs={"axis": 1, "start": 1, "stop": 3, "step": 1}),
+    Case("slice", lambda x: x[..., 1::2], attrs={"axis": -1, "start": 1, "stop": 99, "step": 2}),
+    Case("index_select", lambda x: x[:, [2, 0]], attrs={"axis": 1, "indices": (2, 0)}),
+    Case("index_select", lambda x: x[:, [2, 0, -2]], attrs={"axis": -2, "indices": (2, 0, -2)}),
+    Case("index_select", lambda x: x[:, [1, 1]], attrs={"axis": 1, "indices": (1, 1)}, up=[1]),
+    Case("index_select", lambda x: x.repeat_interleave(2, 0), attrs={"axis": 0, "repeats": 2}, up=[0]),
+    Case("index_select", lambda x: x[:, [2, 1]], attrs={"axis": 1}, beside={"index": torch.tensor([2, 1])}),
+    Case(
+        "index_select",
+        lambda x: x[:, [0, 2]],
+        attrs={"axis": 1},
+        beside={"index": torch.tensor([1, 0, 1], dtype=torch.uint8)},
+    ),
+    Case(
+        "index_select",
+        lambda x: x[:, [0, 2]],
+        attrs={"axis": 1},
+        up=[1],
+        down=[1],
+        beside={"index": torch.empty(0)},  # whose numbers nobody knows
+    ),
+    Case("flip", lambda x: x.flip(0, -1), attrs={"axes": (0, -1)}),
+    Case("flip", lambda x: x.flip(1), [(2, 1, 3)], {"axes": (1,)}),
+    Case("roll", lambda x: x.roll((1, -3), (1, -1)), attrs={"axes": (1, -1), "shifts": (1, -3)}),
+    Case("roll", lambda x: x.roll(5), attrs={"axes": ()}, up=ANY, down=ANY),
+    Case("select", lambda x: x[:, 1], attrs={"axis": 1, "index": 1}),
+    Case("select", lambda x: x[..., -2], attrs={"axis": -1, "index": -2}),
+    Case("unbind", lambda x: x.unbind(1), attrs={"axis": 1}),
+    Case("unbind", lambda x: x.unbind(-1), attrs={"axis": -1}),
+    Case("unfold", lambda x: x.unfold(1, 2, 1), attrs={"axis": 1}, up=[1, 3], down=[1]),
+    Case("unfold", lambda x: x.unfold(-1, 2, 2), attrs={"axis": -1}, up=[2, 3], down=[2]),
+    Case("stack", lambda a, b: torch.stack([a, b], 1), [(2, 3, 4)] * 2, {"axis": 1}),
+    Case("stack", lambda a, b: torch.stack([a, b], -1), [(2, 3, 4)] * 2, {"axis": -1}),
+    Case("split", lambda x: x.split([1, 2], 1), attrs={"axis": 1}),
+    Case("split", lambda x: x.split([3, 1], -1), attrs={"axis": -1}),
+    Case("concat", lambda a, b: torch.cat([a, b], 1), [(2, 3, 4), (2, 1, 4)], {"axis": 1}),
+    Case("concat", lambda a, b: torch.cat([a, b], -1), [(2, 3, 1), (2, 3, 4)], {"axis": -1}),
+    Case("reshape", _whole((6, 4))),
+    Case("reshape", _whole((4, 6))),
+    Case("reshape", _whole((2, 3, 2, 2))),
+    Case("flatten", _whole((2, 12))),
+    Case("squeeze", _whole((2, 3)), [(2, 1, 3, 1)]),
+    Case("unsqueeze", _whole((1, 2, 3, 1, 4))),
+    Case("permute", lambda x: x.permute(2, 0, 1), attrs={"dims": (2, 0, 1)}),
+    Case("permute", lambda x: x.transpose(0, -1), attrs={"swap": (0, -1)}),
+    Case("expand", lambda x: x.expand(2, 5, 3, 4), [(5, 1, 4)], up=[0, 2]),
+    Case("repeat", lambda x: x.repeat(2, 1, 3), up=[0, 2], down=[0, 2]),
+    Case("repeat", lambda x: x.repeat(2, 1, 3, 1), up=[0, 2], down=[1]),
+    Case("channel_shuffle", lambda x: torch.channel_shuffle(x, 2), IMAGE, {"groups": 2}),
+    Case("channel_shuffle", lambda x: torch.channel_shuffle(x, 4), IMAGE, {"groups": 4}),
+    Case("pixel_shuffle", lambda x: torch.pixel_shuffle(x, 2), IMAGE, {"factor": 2}),
+    Case("pixel_shuffle", lambda x: torch.pixel_shuffle(x, 2), [(4, 2, 3)], {"factor": 2}),
+    Case("pixel_unshuffle", lambda x: torch.pixel_unshuffle(x, 2), [(2, 2, 4, 6)], {"factor": 2}),
+]
+
+
+def maps_of(shapes: Sequence[Sequence[int]]) -> list[tuple[set[int], list[Affine]]]:
+    """For every choice of axes, a map of each shape that varies along them, no two numbers alike."""
+    generator, found = torch.Generator().manual_seed(0), []
+    for varies in itertools.product([False, True], repeat=len(shapes[0])):
+        sizes = [tuple(n if v else 1 for n, v in zip(shape, varies, strict=True)) for shape in shapes]
+        drawn = [torch.rand((2, *size), generator=generator, dtype=torch.float64) + 0.5 for size in sizes]
+        axes = {i for i, v in enumerate(varies) if v and any(size[i] > 1 for size in sizes)}
+        found.append((axes, [Affine(scale, shift, ("bn", "bn")) for scale, shift in drawn]))
+    return found
+
+
+def changed(value: Tensor, map_: Affine) -> Tensor:
+    """The value under a map, any numbers standing where nobody asks for one."""
+    return torch.nan_to_num(map_.scale, nan=7.0) * value + torch.nan_to_num(map_.shift, nan=-3.0)
+
+
+def values_of(shapes: Sequence[Sequence[int]]) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return [torch.rand(tuple(shape), generator=generator, dtype=torch.float64) for shape in shapes]
+
+
+@pytest.mark.parametrize("way", ["up", "down"])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_every_number_of_a_map_goes_where_its_element_goes(case: Case, way: str) -> None:
+    values = values_of(case.shapes)
+    before = case.outputs(*values)
+    roles = ["input"] if len(values) == 1 else [f"input{i}" for i in range(len(values))]
+    given = {**dict(zip(roles, case.shapes, strict=True)), **case.beside}
+    seen = Seen(case.attrs, [tuple(out.shape) for out in before], case.kind, **given)
+    law, mixes = LAWS[case.kind][way == "down"], getattr(case, way)
+    for axes, maps in maps_of([out.shape for out in before] if way == "up" else case.shapes):
+        try:
+            found = law(seen, seen.op, maps if way == "up" else dict(zip(roles, maps, strict=True)))
+        except Refused:
+            assert axes if mixes == ANY else axes & {*mixes}
+            continue
+        assert not (axes if mixes == ANY else axes & {*mixes})
+        inputs, outputs = (maps, found) if way == "down" else ([found[role] for role in roles], maps)
+        after = case.outputs(*map(changed, values, inputs))
+        for mine, own, map_ in zip(after, before, outputs, strict=True):
+            assert torch.equal(mine, changed(own, map_))
