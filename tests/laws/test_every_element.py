@@ -1,4 +1,4 @@
-"""Ops that move elements, beside what torch makes of a value that the map has changed, element by element.
+"""Ops that move or average elements, beside what torch makes of a value that the map has changed.
 
 Each law is asked by hand for maps that vary along every choice of axes. So each number of a map stands for
 itself, and one in a wrong place shows.
@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from bntool.graph.affine import Affine
@@ -21,11 +22,15 @@ from tests.laws.by_hand import Seen
 
 ANY = "any"
 """Of axes: a map may vary along none."""
+EXACT = 2.0**-45
+"""Sums of at most 24 numbers below ten, each with a rounding of 2⁻⁵³."""
 
 
 @dataclasses.dataclass
 class Case:
-    """An op, what torch does, and the axes along which a map of an output, or of an input, cannot vary."""
+    """An op, what torch does, the axes along which a map of an output, or of an input, cannot vary, and
+    whether a shift passes; or by `refuses` what does not go, by the way, the axes and whether it shifts.
+    """
 
     kind: str
     does: Callable[..., Any]
@@ -34,9 +39,17 @@ class Case:
     up: Sequence[int] | str = ()
     down: Sequence[int] | str = ()
     beside: dict[str, Tensor] = dataclasses.field(default_factory=dict)
+    shift: bool = True
+    refuses: Callable[[str, set[int], bool], bool] | None = None
 
     def __str__(self) -> str:
         return f"{self.kind}-{self.attrs}-{self.shapes}"
+
+    def is_refused(self, way: str, axes: set[int], shifted: bool) -> bool:
+        if self.refuses:
+            return self.refuses(way, axes, shifted)
+        mixed = getattr(self, way)
+        return bool(axes if mixed == ANY else axes & {*mixed}) or (shifted and not self.shift)
 
     def outputs(self, *values: Tensor) -> list[Tensor]:
         made = self.does(*values)
@@ -47,7 +60,16 @@ def _whole(shape: Sequence[int]) -> Callable[[Tensor], Tensor]:
     return lambda x: x.reshape(shape)
 
 
+def _pads(*pads: int, mode: str = "constant", value: float = 0.0) -> dict[str, Any]:
+    return {"pads": pads, "mode": mode, "value": value}
+
+
+def _zeros_along_the_last(way: str, axes: set[int], shifted: bool) -> bool:
+    return shifted and (way == "up" or 2 not in axes)
+
+
 IMAGE = ((1, 8, 2, 3),)
+GRID = torch.linspace(-1.5, 1.5, 24, dtype=torch.float64).reshape(1, 3, 4, 2)
 CASES = [
     Case("slice", lambda x: x[:, 1:3], attrs={"axis": 1, "start": 1, "stop": 3, "step": 1}),
     Case("slice", lambda x: x[..., 1::2], attrs={"axis": -1, "start": 1, "stop": 99, "step": 2}),
@@ -102,17 +124,80 @@ CASES = [
     Case("pixel_shuffle", lambda x: torch.pixel_shuffle(x, 2), IMAGE, {"factor": 2}),
     Case("pixel_shuffle", lambda x: torch.pixel_shuffle(x, 2), [(4, 2, 3)], {"factor": 2}),
     Case("pixel_unshuffle", lambda x: torch.pixel_unshuffle(x, 2), [(2, 2, 4, 6)], {"factor": 2}),
+    *(
+        Case(
+            "avg_pool",
+            does,
+            IMAGE,
+            {"dims": 2, "divisor_override": None, **attrs},
+            [2, 3],
+            [2, 3],
+            shift=shift,
+        )
+        for does, attrs, shift in [
+            (lambda x: F.avg_pool2d(x, 2, 1), {"padding": (0, 0), "count_include_pad": True}, True),
+            (lambda x: F.avg_pool2d(x, 2, 1, (0, 1)), {"padding": (0, 1), "count_include_pad": True}, False),
+            (
+                lambda x: F.avg_pool2d(x, 2, 1, (0, 1), count_include_pad=False),
+                {"padding": (0, 1), "count_include_pad": False},
+                True,
+            ),
+            (
+                lambda x: F.avg_pool2d(x, 2, 1, divisor_override=3),
+                {"padding": (0, 0), "count_include_pad": False, "divisor_override": 3},
+                False,
+            ),
+        ]
+    ),
+    Case("adaptive_avg_pool", lambda x: F.adaptive_avg_pool2d(x, (2, 2)), IMAGE, {}, [2, 3], [2, 3]),
+    Case("adaptive_avg_pool", lambda x: F.adaptive_avg_pool1d(x, 2), up=[2], down=[2]),
+    Case("adaptive_avg_pool", lambda x: F.adaptive_avg_pool1d(x, 2), [(3, 4)], {"dims": 1}, [1], [1]),
+    Case("upsample", lambda x: F.interpolate(x, scale_factor=2, mode="bilinear"), IMAGE, {}, [2, 3], [2, 3]),
+    Case("max_pool", lambda x: F.max_pool2d(x, 2, 1), IMAGE, {"dims": 2}, [2, 3], [2, 3]),
+    *(
+        Case(kind, lambda x, f=f, keep=keep: f(x, 1, keep), attrs={"axes": (-2,), "keepdim": keep}, down=[1])
+        for kind, f in [
+            ("mean", torch.mean),
+            ("sum", torch.sum),
+            ("amax", torch.amax),
+            ("amin", torch.amin),
+            ("order_statistic", lambda *of: torch.median(*of).values),
+        ]
+        for keep in (True, False)
+    ),
+    Case("sum", lambda x: x.sum((0, 2)), attrs={"axes": (2, 0), "keepdim": False}, down=[0, 2]),
+    Case("mean", torch.mean, attrs={"axes": None, "keepdim": False}, down=[0, 1, 2]),
+    Case("sum", torch.sum, attrs={"axes": (), "keepdim": False}, down=[0, 1, 2]),
+    *(
+        Case(
+            "grid_sample",
+            lambda x, mode=mode: F.grid_sample(x, GRID, padding_mode=mode, align_corners=False),
+            IMAGE,
+            {"zeros": mode == "zeros"},
+            up=[2, 3],
+            down=[2, 3],
+            beside={"grid": torch.ones(1)},
+            shift=mode != "zeros",
+        )
+        for mode in ("zeros", "border")
+    ),
+    Case("pad", lambda x: F.pad(x, (1, 2), "reflect"), attrs=_pads(1, 2, mode="reflect"), up=[2], down=[2]),
+    Case("pad", lambda x: F.pad(x, (1, 2), value=5.0), attrs=_pads(1, 2, value=5.0), refuses=lambda *_: True),
+    Case("pad", lambda x: F.pad(x, (-1, 0)), attrs=_pads(-1, 0), up=[2], down=[2], shift=False),
+    # to a map that varies along the axis, zeros are further entries of it
+    Case("pad", lambda x: F.pad(x, (1, 2)), attrs=_pads(1, 2), refuses=_zeros_along_the_last),
+    Case("pad", lambda x: F.pad(x, (0, 0, 2, 0)), attrs=_pads(0, 0, 2, 0), shift=False),
 ]
 
 
-def maps_of(shapes: Sequence[Sequence[int]]) -> list[tuple[set[int], list[Affine]]]:
+def maps_of(shapes: Sequence[Sequence[int]], shifted: bool) -> list[tuple[set[int], list[Affine]]]:
     """For every choice of axes, a map of each shape that varies along them, no two numbers alike."""
     generator, found = torch.Generator().manual_seed(0), []
     for varies in itertools.product([False, True], repeat=len(shapes[0])):
         sizes = [tuple(n if v else 1 for n, v in zip(shape, varies, strict=True)) for shape in shapes]
         drawn = [torch.rand((2, *size), generator=generator, dtype=torch.float64) + 0.5 for size in sizes]
         axes = {i for i, v in enumerate(varies) if v and any(size[i] > 1 for size in sizes)}
-        found.append((axes, [Affine(scale, shift, ("bn", "bn")) for scale, shift in drawn]))
+        found.append((axes, [Affine(scale, shift * shifted, ("bn", "bn")) for scale, shift in drawn]))
     return found
 
 
@@ -126,23 +211,24 @@ def values_of(shapes: Sequence[Sequence[int]]) -> list[Tensor]:
     return [torch.rand(tuple(shape), generator=generator, dtype=torch.float64) for shape in shapes]
 
 
+@pytest.mark.parametrize("shifted", [True, False])
 @pytest.mark.parametrize("way", ["up", "down"])
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_every_number_of_a_map_goes_where_its_element_goes(case: Case, way: str) -> None:
+def test_every_number_of_a_map_goes_where_its_element_goes(case: Case, way: str, shifted: bool) -> None:
     values = values_of(case.shapes)
     before = case.outputs(*values)
     roles = ["input"] if len(values) == 1 else [f"input{i}" for i in range(len(values))]
     given = {**dict(zip(roles, case.shapes, strict=True)), **case.beside}
     seen = Seen(case.attrs, [tuple(out.shape) for out in before], case.kind, **given)
-    law, mixes = LAWS[case.kind][way == "down"], getattr(case, way)
-    for axes, maps in maps_of([out.shape for out in before] if way == "up" else case.shapes):
+    law = LAWS[case.kind][way == "down"]
+    for axes, maps in maps_of([out.shape for out in before] if way == "up" else case.shapes, shifted):
         try:
             found = law(seen, seen.op, maps if way == "up" else dict(zip(roles, maps, strict=True)))
         except Refused:
-            assert axes if mixes == ANY else axes & {*mixes}
+            assert case.is_refused(way, axes, shifted)
             continue
-        assert not (axes if mixes == ANY else axes & {*mixes})
+        assert not case.is_refused(way, axes, shifted)
         inputs, outputs = (maps, found) if way == "down" else ([found[role] for role in roles], maps)
         after = case.outputs(*map(changed, values, inputs))
         for mine, own, map_ in zip(after, before, outputs, strict=True):
-            assert torch.equal(mine, changed(own, map_))
+            torch.testing.assert_close(mine, changed(own, map_), rtol=0.0, atol=EXACT)

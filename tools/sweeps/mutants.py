@@ -42,7 +42,7 @@ TESTS: dict[str, str] = {
     "bntool/laws/merging.py": "tests/laws/test_merging.py",
     "bntool/laws/parts.py": _MOVES,
     "bntool/laws/pointwise.py": f"tests/laws/test_pointwise.py {_LAWS}",
-    "bntool/laws/sampling.py": f"tests/laws/test_sampling.py {_LAWS}",
+    "bntool/laws/sampling.py": f"tests/laws/test_every_element.py tests/laws/test_sampling.py {_LAWS}",
     "bntool/laws/shapes.py": _MOVES,
     "bntool/laws/taking.py": "tests/laws/test_taking.py",
     "bntool/folding/absorbed_branches.py": "tests/folding/test_branches_in_trees.py",
