@@ -30,7 +30,7 @@ HEAVY = """torch._dynamo torch.export torch.onnx torch.testing torchvision timm 
 """What takes long to import. Never bntool or its tests: those are new in every fork."""
 SLOW = 5.0
 """Seconds; a test that takes longer is not asked."""
-MEMORY = 12 * 2**30
+MEMORY = 6 * 2**30
 """Bytes that a mutant may take."""
 IMPORTED = "imported"
 """Stands among the tests for what runs when they are imported."""
