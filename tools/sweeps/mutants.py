@@ -32,7 +32,8 @@ OPEN = "open"
 
 _LAWS = "tests/laws/test_roles.py"
 _MOVES = f"tests/laws/test_every_element.py tests/laws/test_shapes.py {_LAWS}"
-_FOLDING = "tests/folding tests/folding/test_folding.py"
+_FOLDING = "tests/folding/test_folding.py tests/folding/test_reasons.py tests/folding/test_field.py"
+_SHARED = "tests/folding/test_sharing.py tests/surgery/test_unsharing.py"
 TESTS: dict[str, str] = {
     "bntool/verifying/comparing.py": "tests/verifying/test_comparing.py",
     "bntool/verifying/checking.py": "tests/verifying/test_checkers.py tests/verifying/test_checking.py",
@@ -46,14 +47,14 @@ TESTS: dict[str, str] = {
     "bntool/laws/shapes.py": _MOVES,
     "bntool/laws/taking.py": "tests/laws/test_taking.py",
     "bntool/folding/absorbed_branches.py": "tests/folding/test_branches_in_trees.py",
-    "bntool/folding/agreement.py": _FOLDING,
-    "bntool/folding/weight_edits.py": f"{_FOLDING} tests/surgery/test_unsharing.py",
-    "bntool/folding/merging.py": "tests/folding/test_merging.py",
-    "bntool/folding/moving.py": f"{_FOLDING} tests/laws",
-    "bntool/folding/norms.py": _FOLDING,
-    "bntool/folding/overwriting.py": _FOLDING,
-    "bntool/folding/planner.py": _FOLDING,
-    "bntool/folding/sharing.py": f"{_FOLDING} tests/surgery/test_unsharing.py",
+    "bntool/folding/agreement.py": "tests/folding/test_agreement.py tests/folding/test_other_values.py",
+    "bntool/folding/weight_edits.py": f"tests/folding/test_weight_edits.py {_SHARED} {_FOLDING}",
+    "bntool/folding/merging.py": "tests/folding/test_merging.py tests/folding/test_branches_in_trees.py",
+    "bntool/folding/moving.py": f"tests/folding/test_moving.py tests/folding/test_inverse.py {_FOLDING}",
+    "bntool/folding/norms.py": f"tests/folding/test_families.py {_FOLDING}",
+    "bntool/folding/overwriting.py": f"tests/folding/test_overwriting.py {_FOLDING}",
+    "bntool/folding/planner.py": f"tests/folding/test_planner.py tests/folding/test_inverse.py {_FOLDING}",
+    "bntool/folding/sharing.py": _SHARED,
 }
 """The modules that are mutated, and the tests that must notice."""
 
