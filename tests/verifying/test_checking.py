@@ -389,6 +389,24 @@ def test_every_batch_has_numbers_of_its_own():
     assert not torch.equal(again[0].args[0], one)
 
 
+@pytest.mark.parametrize("twice", [False, True])
+def test_what_rounding_does_may_be_seen_on_smaller_inputs_and_the_rows_tell_on_which(twice):
+    """Not where the candidate runs twice, which takes the reference's own way."""
+    model = small_net()
+    large, small = [*seeded_batches(IMAGE, (1, 2))], seeded_batches(Inputs((torch.zeros(1, 3, 8, 8),)), (1,))
+    row, algebra = check_surgery(
+        Reference(model, large, floor=Reference(model, small)),
+        folded(model, torch.float32),
+        stage="fold",
+        redone=Redone(folded(model, torch.float64)),
+        how=Conditions(twice=twice),
+    )
+    assert (row.passed, algebra.passed) == (True, True)
+    assert row.inputs == ("1x3x12x12", "2x3x12x12")
+    assert algebra.inputs == (("2x3x12x12",) if twice else ("1x3x8x8",))
+    assert ("a second run gives the same bits" in row.detail) == twice
+
+
 def test_outputs_are_matched_by_name_and_where_no_name_fits_by_order():
     a, b = torch.zeros(1), torch.ones(1)
     expected = {"first": a, "second": b}
