@@ -89,6 +89,22 @@ def test_transposed_convolution(
     assert (found is None) == (not fill.shift or (kernel == stride == 1 and not extra))
 
 
+@pytest.mark.parametrize(
+    "conv",
+    [
+        nn.Conv1d(4, 8, 3, padding="same"),
+        nn.Conv2d(4, 8, (3, 1), padding="same"),
+        nn.ConvTranspose1d(4, 8, 3),
+        nn.ConvTranspose2d(4, 8, (3, 1)),
+    ],
+    ids=str,
+)
+def test_one_axis_with_a_border_is_enough_to_lose_a_shift(conv: nn.Module) -> None:
+    dims = conv.weight.dim() - 2
+    norm = Numbers("positive", True, 1e-5, 1.0, 0).fill(NORMS[dims](4))
+    assert verdict(nn.Sequential(norm, conv), data(2, 4, *SIDE[dims])) is Reason.REACHES_INPUT
+
+
 @few
 @given(numbers, st.booleans())
 def test_linear(fill: Numbers, bias: bool) -> None:
