@@ -10,7 +10,7 @@ PAGES := .venv-pages
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test check lint gold docs man bench latency zoo peers exports verification large streaming \
-	published gpu-check pickles fuzz durability random styles elsewhere mutants dist false-claims faults pictures
+	published gpu-check pickles fuzz durability random styles elsewhere prices mutants dist false-claims faults pictures
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  \1\t/' | expand -t 14
@@ -95,6 +95,9 @@ $(ELSEWHERE)/.installed: pyproject.toml constraints.txt tools/sweeps/elsewhere.t
 
 elsewhere: $(ELSEWHERE)/.installed ## fold and insert over the models of other libraries; goes on where it stopped
 	$(ELSEWHERE)/bin/python -m tools.sweeps.elsewhere
+
+prices: $(ELSEWHERE)/.installed ## time the folds of other libraries' models, in forwards; goes on where it stopped
+	$(ELSEWHERE)/bin/python -m tools.measures.prices
 
 AS ?= module
 random: setup ## fold and insert over networks made at random, AS=module, program or onnx

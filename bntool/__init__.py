@@ -18,6 +18,7 @@ if TYPE_CHECKING:
         fold,
         fold_to_onnx,
         insert,
+        load,
         open_batches,
         plan_fold,
         plan_insert,
@@ -46,14 +47,13 @@ if TYPE_CHECKING:
     from bntool.core.verdicts import Check
     from bntool.experiment.training_arms import compare
     from bntool.files.loaded import Loaded
-    from bntool.files.loading import load
     from bntool.results.checks import Comparison
     from bntool.results.results import SurgeryResult
     from bntool.results.summary import Summary
     from bntool.surgery.converting import convert_state_dict
 
 _HOMES = {
-    "api": """apply bench export_onnx fold fold_to_onnx insert open_batches plan_fold plan_insert
+    "api": """apply bench export_onnx fold fold_to_onnx insert load open_batches plan_fold plan_insert
         read_plan summary verify""",
     "calibrating.calibrating": "CalibrationResult calibrate",
     "experiment.training_arms": "compare",
@@ -61,7 +61,6 @@ _HOMES = {
     "core.errors": """BntoolError CheckFailed DamagedPlan DeviceError ExportError LoadError NothingToDo
         ObserveError PlanError StateError UsageError""",
     "files.loaded": "Loaded",
-    "files.loading": "load",
     "core.options": "CheckOptions ExportOptions FoldOptions InsertOptions",
     "core.plan": "Plan",
     "core.sites": "DroppedBias Edit FoldSite InsertSite Skip",

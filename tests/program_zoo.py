@@ -16,8 +16,18 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from torchvision.ops import FrozenBatchNorm2d
 
+from bntool.core.options import FoldOptions
+from bntool.core.plan import Plan
 from bntool.core.reasons import Reason
+from bntool.observe.exported_program import ProgramObservation
+from bntool.subjects.program import ProgramSubject
 from tests.fold_zoo import FOLDED, Net, Verdict, bn, conv, enliven, let, straight
+
+
+def plan_fold_program(program: ExportedProgram) -> tuple[Plan, ProgramObservation]:
+    """The plan, and the observation that it was made on."""
+    subject = ProgramSubject(program)
+    return subject.plan_fold(FoldOptions()), subject.observed
 
 
 @dataclasses.dataclass(frozen=True)

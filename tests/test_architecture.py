@@ -193,3 +193,35 @@ def test_help_imports_no_torch(command: str) -> None:
     )
     assert "click" in loaded
     assert loaded.isdisjoint({"torch", "numpy", "onnx", "onnxruntime"})
+
+
+DRAWERS = {
+    "bntool.graph.drawing": "the one place that draws inputs",
+    "bntool.calibrating.drift": "the spread of a statistic, by simulation",
+    "bntool.data.choosing": "the order of samples",
+    "bntool.data.loaders": "the order of samples",
+    "bntool.experiment.parts": "the order of samples",
+    "bntool.experiment.samples": "a loader that draws nothing, kept off the global generator",
+    "bntool.experiment.training": "the order of samples",
+    "bntool.experiment.watching": "which values of an activation are looked at",
+    "bntool.folding.agreement": "the numbers in which two maps are compared",
+    "bntool.precision.perturbing": "the rounding of weights",
+    "bntool.runtime.trial": "runs alone in a process that imports no torch",
+}
+"""The files that call a random generator, and what for: inputs are drawn in one place."""
+_DRAWING = frozenset(
+    "Generator bernoulli bernoulli_ default_rng multinomial normal normal_ poisson rand rand_like randint "
+    "randint_like randn randn_like random_ randperm standard_normal uniform uniform_".split()
+)
+
+
+def _draws(node: ast.AST) -> bool:
+    """Whether a call makes random numbers; `isinstance(x, torch.Generator)` is none, nor is a seed set."""
+    return isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in _DRAWING
+
+
+@pytest.mark.parametrize("module", FILES)
+def test_one_place_draws_inputs(module: str) -> None:
+    tree = ast.parse(FILES[module].read_text(encoding="utf-8"))
+    drawing = [f"line {node.lineno}: {ast.unparse(node)}" for node in ast.walk(tree) if _draws(node)]
+    assert bool(drawing) == (module in DRAWERS), drawing

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +20,8 @@ from bntool.core.errors import UsageError
 from bntool.core.option import Options
 from bntool.core.options import CheckOptions, ExportOptions, FoldOptions, InsertOptions, PlaceOptions
 from bntool.core.refusals import KINDS, require_known
+from bntool.pipeline.summarising import summarized
+from bntool.subjects.base import Checking, Subject
 from tests.fold_zoo import enliven
 
 X = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -58,6 +61,73 @@ def test_a_function_takes_every_kind(models: dict[str, Any], name: str) -> None:
         if name not in ("summary", "verify"):
             assert len(found.sites) == 1, kind
         assert found, kind
+
+
+def _of_any(model: Any, tmp_path: Path) -> dict[str, Callable[[], Any]]:
+    """Every public function that takes a model, asked for `model`."""
+    plan, out = bntool.plan_fold(_net(), X), tmp_path / "out.onnx"
+    return {
+        **{name: functools.partial(function, model) for name, function in FUNCTIONS.items()},
+        "verify, candidate": lambda: bntool.verify(_net(), model, X),
+        "summary, baseline": lambda: bntool.summary(_net(), X, baseline=model),
+        "apply": lambda: bntool.apply(model, plan, X),
+        "bench": lambda: bntool.bench(model, _net(), example_inputs=X),
+        "export_onnx": lambda: bntool.export_onnx(model, X, out),
+        "fold_to_onnx": lambda: bntool.fold_to_onnx(model, out, X),
+        "load": lambda: bntool.load(model),
+        "calibrate": lambda: bntool.calibrate(model, [X]),
+        "compare": lambda: bntool.compare(model, [X], epochs=1),
+    }
+
+
+@pytest.mark.parametrize("model", [42, {"a": 1}, nn.Linear, b"m.pt", [_net()], bntool.plan_fold(_net(), X)])
+def test_what_is_no_model_is_told_in_one_sentence_by_every_function(model: Any, tmp_path: Path) -> None:
+    for name, function in _of_any(model, tmp_path).items():
+        with pytest.raises(UsageError) as raised:
+            function()
+        told = f"the model is of type {type(model).__name__}, of which bntool knows no kind of model"
+        assert (raised.value.what, raised.value.exit_code) == (told, 2), name
+        assert "pass an nn.Module" in raised.value.next_step
+
+
+@pytest.mark.parametrize("content", [b"hello", b"", None])
+def test_a_path_that_is_no_model_is_told_in_one_sentence_by_every_function(
+    content: bytes | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The file is text, empty, or a folder."""
+    path = tmp_path / "a"
+    path.mkdir() if content is None else path.write_bytes(content)
+    told: set[tuple[str, int]] = set()
+    for name, function in _of_any(path, tmp_path).items():
+        if name not in ("calibrate", "compare"):  # which take no path
+            with pytest.raises(bntool.LoadError) as raised:
+                function()
+            told.add((raised.value.what, raised.value.exit_code))
+    assert len(told) == 1
+    monkeypatch.chdir(tmp_path)
+    for command in ("summary", "fold", "insert", "export"):
+        assert run([command, "a"]) == 3
+
+
+def test_a_kind_that_is_not_written_out_refuses_what_it_does_not_do(tmp_path: Path) -> None:
+    class Odd(Subject):
+        kind: Any = "odd"
+        name, model, on_torch = "a.odd", object(), False
+
+    odd = Odd()
+    require_known(odd.kind, FoldOptions(bake=True))
+    for refused in (
+        odd.graph,
+        odd.counted,
+        lambda: odd.plan_fold(FoldOptions(), thorough=False),
+        lambda: odd.folded(bntool.plan_fold(_net(), X)),
+        lambda: odd.proof(Checking()),
+        lambda: odd.inserted(InsertOptions()),
+        lambda: odd.export(tmp_path / "o.onnx", ExportOptions(), {}),
+        lambda: summarized(odd),
+    ):
+        with pytest.raises(UsageError, match=r"a\.odd is of the kind 'odd', and bntool does not"):
+            refused()
 
 
 def test_what_only_a_module_can_do_is_refused_to_a_program(models: dict[str, Any]) -> None:

@@ -2,7 +2,7 @@
 
 from bntool.api.looking import summary
 from bntool.api.plans import apply, read_plan
-from bntool.api.reading import open_batches
+from bntool.api.reading import load, open_batches
 from bntool.api.serving import export_onnx, exported, fold_to_onnx, verify
 from bntool.api.surgery import fold, insert, plan_fold, plan_insert
 from bntool.api.timing import bench
@@ -15,6 +15,7 @@ __all__ = [
     "fold",
     "fold_to_onnx",
     "insert",
+    "load",
     "open_batches",
     "plan_fold",
     "plan_insert",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
@@ -11,7 +12,6 @@ from torch.export import ExportedProgram
 
 from bntool.core.errors import UsageError
 from bntool.core.options import CheckOptions
-from bntool.pipeline import surgeries
 from bntool.results.results import SurgeryResult
 from bntool.subjects.base import Checking, Subject
 
@@ -34,8 +34,4 @@ def checking_of(level: CheckLevel) -> Checking | None:
 
 def owned(result: SurgeryResult, subject: Subject, share: bool) -> SurgeryResult:
     """The result of a module with tensors of its own, unless it may share them."""
-    if subject.kind != "module":
-        return result
-    if result.model is subject.model:
-        result = surgeries.on_a_copy(result)
-    return result if share else surgeries.on_its_own(result, subject.model)
+    return dataclasses.replace(result, model=subject.owned(result.model, share=share))

@@ -13,7 +13,7 @@ from bntool.api.asked import Model
 from bntool.core.command_options import ViewOptions
 from bntool.graph.drawing import Draw
 from bntool.graph.inputs import Inputs
-from bntool.pipeline.summarising import or_weights, summarized
+from bntool.pipeline.summarising import summarized
 from bntool.results.summary import Summary
 from bntool.subjects import subject_of
 
@@ -56,13 +56,11 @@ def summary(
     compared = baseline if baseline is None or isinstance(baseline, Summary) else _opened(baseline)
     inputs = _inputs_of(example_inputs, model)
     subject = _opened(model, inputs)
-    if inputs is None and subject.kind == "script":
-        inputs = subject.example()
     return dataclasses.replace(summarized(subject, inputs, baseline=compared), view=view)
 
 
 def _opened(model: Any, inputs: Inputs | None = None) -> Any:
-    return or_weights(lambda: subject_of(model, inputs, stand_ins=True))
+    return subject_of(model, inputs, stand_ins=True, bare=True)
 
 
 def _inputs_of(given: Any, model: Any) -> Inputs | None:

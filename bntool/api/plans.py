@@ -10,16 +10,10 @@ import torch
 from bntool.api.asked import CheckLevel, Model, checking_of, owned
 from bntool.core.errors import DamagedPlan, PlanError
 from bntool.core.plan import Plan
-from bntool.core.refusals import require_module
 from bntool.core.schema import Damaged, read
-from bntool.inserting import require_same_places
-from bntool.observe.modules import class_name, signature_of
 from bntool.pipeline import surgeries
 from bntool.results.results import SurgeryResult
 from bntool.subjects import subject_of
-from bntool.subjects.module import ModuleSubject
-from bntool.subjects.replanning import replanned
-from bntool.surgery.replaying import replay_fold, replay_insert
 
 
 @torch.inference_mode(False)
@@ -40,7 +34,9 @@ def apply(
 
     Args:
         model: of the kind that the plan was made for: an `nn.Module`, an `ExportedProgram`, or a path or
-            reference of one, or of an ONNX file.
+            reference of one, or of an ONNX file. Or weights without their model, in a file: there each
+            BatchNorm must go straight into the layer before it, nothing is run, and the result's model holds
+            the new tensors by name, each made when it is read.
         plan: the plan, or the path of a plan or side file.
         example_inputs: as for `fold`.
         check: as for `fold` and `insert`.
@@ -57,30 +53,9 @@ def apply(
     """
     if not isinstance(plan, Plan):
         plan = read_plan(plan)
-    checking = checking_of(check)
-    subject = subject_of(model, example_inputs)
-    if subject.kind == "script":
-        require_module(subject.kind, "apply a plan to", subject.name)
-    try:
-        if isinstance(subject, ModuleSubject):
-            after: Any = _on_a_module(subject, plan, checking is not None)
-            if plan.options.get("bake") and checking is not None:
-                subject = subject.baked()
-        else:
-            plan, after = replanned(subject, plan)
-        result = surgeries.replayed(subject, plan, after, checking)
-    except Damaged as error:
-        raise DamagedPlan.of(error.why, error.place) from error
+    subject = subject_of(model, example_inputs, bare=True)
+    result, _ = surgeries.apply(subject, plan, checking_of(check))
     return owned(result, subject, share)
-
-
-def _on_a_module(subject: ModuleSubject, plan: Plan, checked: bool) -> ModuleSubject:
-    model = subject.model
-    plan.require_signature(signature_of(model), class_name(type(model)))
-    if plan.action == "insert" and checked and plan:
-        require_same_places(subject.graph(), plan)
-    replay = replay_insert if plan.action == "insert" else replay_fold
-    return ModuleSubject(replay(model, plan), name=subject.name)
 
 
 def read_plan(path: str | Path) -> Plan:

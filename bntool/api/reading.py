@@ -1,14 +1,69 @@
-"""Batches of real data, for a calibration or for work of one's own."""
+"""What is read: a model of any kind, and batches of real data."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+from torch import nn
+
+from bntool.core.command_options import LoadOptions
+from bntool.core.limits import DEFAULT_MAX_SIZE
 from bntool.data.batches import Batches, batches_from
 from bntool.data.choosing import Choice
 from bntool.data.images import Normalisation, Preparation, normalisation
+from bntool.files import loading
+from bntool.files.loaded import Loaded
 from bntool.graph.inputs import Inputs
+
+
+def load(
+    ref: str | os.PathLike[str],
+    *,
+    arch: str | None = None,
+    weights: str | os.PathLike[str] | None = None,
+    key: str | None = None,
+    allow: Iterable[str] = (),
+    trust_pickle: bool = False,
+    pretrained: bool = False,
+    prepare: Callable[[nn.Module], nn.Module] | None = None,
+    max_size: int = DEFAULT_MAX_SIZE,
+    stand_ins: bool = False,
+    tell: Callable[[str], object] | None = None,
+) -> Loaded:
+    """Load a model from a file or a reference, on the CPU, in the mode it was saved in.
+
+    Args:
+        ref: a file of `torch.save`, `torch.export.save` or safetensors, a folder that transformers saved a
+            model into, `torchvision:NAME`, `timm:NAME`, `pkg.mod:factory` or `path/file.py:Class`.
+        arch: such a reference for a file that holds only weights, or `auto` for the one of torchvision or
+            timm that fits exactly.
+        weights: a file, for a reference.
+        key: the entry of a checkpoint that holds the weights.
+        allow: classes of whole pickled models that may be made.
+        trust_pickle: whether code in the file is run; without, none is.
+        pretrained: whether torchvision or timm load their weights down.
+        prepare: applied to the model of `arch`, or of a reference, before its weights go in.
+        max_size: bounds, in bytes, what a file may ask for.
+        stand_ins: classes that are not known become ones that hold state and run nothing: enough to look at
+            a model, not to run it.
+        tell: takes a line on what takes long.
+
+    Raises:
+        LoadError: it cannot be loaded.
+        UsageError: options that do not fit together.
+    """
+    asked = LoadOptions(
+        arch=arch,
+        weights=None if weights is None else os.fspath(weights),
+        key=key,
+        allow=(allow,) if isinstance(allow, str) else tuple(allow),
+        trust_pickle=trust_pickle,
+        max_size=max_size,
+        pretrained=pretrained,
+    )
+    return loading.load(ref, asked, prepare=prepare, stand_ins=stand_ins, tell=tell)
 
 
 def open_batches(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 
@@ -22,8 +22,8 @@ from bntool.pipeline.serving import Serving, Silent, placed, served
 from bntool.pipeline.serving import exported as export_draft
 from bntool.results.checks import Comparison
 from bntool.results.results import SurgeryResult
-from bntool.subjects import exportable, prepared, subject_of
-from bntool.subjects.base import Checking, Exportable
+from bntool.subjects import subject_of
+from bntool.subjects.base import Checking
 
 
 @torch.inference_mode(False)
@@ -59,8 +59,7 @@ def fold_to_onnx(
         UsageError: an option that this kind of model does not know, or a `path` that may not be written.
     """
     options, how, asked = fold or FoldOptions(), export or ExportOptions(), check or CheckOptions()
-    subject = exportable(subject_of(model, example_inputs, options, how, asked), how)
-    subject = cast("Exportable", prepared(subject, options))
+    subject = subject_of(model, example_inputs, options, how, asked).exportable(how).prepared(options)
     target = Target(force=force, reads=subject.files)
     place = target.claim(path)
     checking = Checking.of(asked, axes=how.axes())
@@ -139,7 +138,7 @@ def exported(
 ) -> ExportResult:
     """`export_onnx`, with everything it found out; its options in one object."""
     how = how or ExportOptions()
-    subject = exportable(subject_of(model, example_inputs, how, command="export"), how)
+    subject = subject_of(model, example_inputs, how, command="export").exportable(how)
     target = Target(force=force, reads=subject.files)
     place = target.claim(path)
     serving = Serving(how)

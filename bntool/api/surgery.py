@@ -14,8 +14,7 @@ from bntool.core.options import FoldOptions, InsertOptions
 from bntool.core.plan import Plan
 from bntool.pipeline import surgeries
 from bntool.results.results import SurgeryResult
-from bntool.subjects import prepared, subject_of
-from bntool.subjects.module import ModuleSubject
+from bntool.subjects import subject_of
 
 
 @torch.inference_mode(False)
@@ -108,7 +107,7 @@ def insert(
         raise UsageError('init="calibrate" and data go together', next_step="pass both, or neither of them")
     subject = subject_of(model, example_inputs, options)
     result, _ = surgeries.insert(subject, options, checking_of(check))
-    if data is not None and result.modified and isinstance(subject, ModuleSubject):
+    if data is not None and result.modified:
         result = surgeries.measured_insert(subject, result, data)
     return owned(result, subject, share)
 
@@ -159,7 +158,7 @@ def fold(
         UsageError: an option that this kind of model does not know.
     """
     options = FoldOptions(names_of(include, "include"), names_of(exclude, "exclude"), merge, unshare, bake)
-    subject = prepared(subject_of(model, example_inputs, options), options)
+    subject = subject_of(model, example_inputs, options).prepared(options)
     checking = checking_of(check)
     proof = None if checking is None else subject.proof(checking)
     result, _ = surgeries.fold(subject, options, proof)
@@ -184,4 +183,4 @@ def plan_fold(
 ) -> Plan:
     """What `fold` would do, with nothing changed; its arguments are those of `fold`."""
     options = FoldOptions(names_of(include, "include"), names_of(exclude, "exclude"), merge, unshare, bake)
-    return prepared(subject_of(model, example_inputs, options), options).plan_fold(options, thorough=True)
+    return subject_of(model, example_inputs, options).prepared(options).plan_fold(options, thorough=True)

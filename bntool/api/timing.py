@@ -11,7 +11,7 @@ from bntool.api.asked import Model
 from bntool.core.errors import UsageError
 from bntool.core.latencies import Benchmark
 from bntool.results.latency import latency_text
-from bntool.runtime.benchmarking import Candidate, On, benchmark, rebatching
+from bntool.runtime.benchmarking import Candidate, On, benchmark
 from bntool.runtime.torch_runner import require_torch_device
 from bntool.subjects import subject_of
 
@@ -56,11 +56,6 @@ def bench(
         )
     require_torch_device(device)
     subjects = [subject_of(model, example_inputs if i == 0 else None) for i, model in enumerate(models)]
-    example = subjects[0].example()
-    if example is None:
-        raise UsageError(
-            f"no example input of {subjects[0].name} is known", next_step="give one as example_inputs"
-        )
     told = list(names) or [
         subject.name or type(model).__name__ for subject, model in zip(subjects, models, strict=True)
     ]
@@ -72,7 +67,7 @@ def bench(
     ]
     found = benchmark(
         candidates,
-        rebatching(example, seed),
+        subjects[0].batched(seed),
         batches=batch_sizes,
         rounds=rounds,
         on=On(device),

@@ -16,19 +16,10 @@ from bntool.runtime.process_group import World
 _SHOWN_CHANNELS = 5
 
 
-def measure(
-    model: nn.Module, layers: Sequence[str | nn.Module], batches: Iterable[Any]
-) -> dict[str, tuple[Tensor, Tensor]]:
-    """Mean and population variance (float64, (C,)) of what BatchNorm layers read, in one eval-mode pass.
-
-    `layers` are qualified names or modules of `model`. A layer that the data does not reach is not in
-    the result. Raises what `swept` raises.
-    """
-    return of_population(swept(model, layers, batches))
-
-
 def swept(model: nn.Module, layers: Sequence[str | nn.Module], batches: Iterable[Any]) -> Sweep:
-    """The eval-mode pass of `measure`, with whether its batches are as chance makes them.
+    """What BatchNorm layers read in one eval-mode pass, and whether its batches are as chance makes them.
+
+    `layers` are qualified names or modules of `model`. One that the data does not reach is not in the result.
 
     Raises what `sweep` raises, and `UsageError` for no data, for a layer that the model does not have, and
     in one of several processes.

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from bntool.cli.opening import is_onnx, open_model, require_one
+from bntool.cli.opening import is_onnx, of_session, open_model, require_one
 from bntool.cli.options import takes
 from bntool.cli.session import Session, Voice, open_session
 from bntool.core.command_options import BenchOptions, LoadOptions, RealOptions, SpeechOptions
@@ -86,18 +86,11 @@ def _inputs_of(
     voice: Voice, session: Session | None, files: list[str], load: LoadOptions, real: RealOptions
 ) -> Callable[[int], Inputs | None]:
     from bntool.cli.real_inputs import file_inputs, session_inputs
-    from bntool.runtime.benchmarking import rebatching
-    from bntool.runtime.programs import example_inputs_of as inputs_of_program
 
-    seed = load.seed
     if real.inputs_file is not None:
         if session is None:
             return file_inputs(files[0], real.inputs_file, full=False)[0].of
         return session_inputs(session, real.inputs_file, full=False)[0].of
-    if session is None:
-        subject = open_model(voice, files[0], load).subject
-        return lambda batch: subject.example(batch, seed)
-    if session.program is not None:
-        return rebatching(inputs_of_program(session.program, seed), seed)
-    session.observe()
-    return rebatching(session.example, seed)
+    opened = open_model(voice, files[0], load) if session is None else of_session(session)
+    found: Callable[[int], Inputs | None] = opened.subject.batched(load.seed)
+    return found

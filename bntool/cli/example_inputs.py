@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
     from torch import nn
 
+    from bntool.graph.drawing import Draw
     from bntool.graph.inputs import Inputs
 
 _SHAPE = re.compile(r"(?:(?P<name>.+?):)?(?P<dims>\d+(?:[x,]\d+)*)(?::(?P<type>[A-Za-z]\w*))?")
@@ -32,11 +33,10 @@ def parse_inputs(texts: tuple[str, ...], model: nn.Module, seed: int) -> Inputs:
     Raises `UsageError` for a text that is no shape, a name the model does not take, or a size that
     cannot be held.
     """
-    import torch
-
+    from bntool.graph.drawing import Draw
     from bntool.graph.inputs import Inputs
 
-    drawn = _Drawn(model, torch.Generator().manual_seed(seed))
+    drawn = _Drawn(model, Draw(seed))
     args: list[Any] = []
     kwargs: dict[str, Any] = {}
     entries: dict[str, Any] = {}
@@ -79,24 +79,20 @@ def texts_of(inputs: Inputs) -> tuple[str, ...]:
 class _Drawn:
     """Seeded numbers for inputs of one model."""
 
-    def __init__(self, model: nn.Module, generator: Any) -> None:
-        self.model, self.generator = model, generator
+    def __init__(self, model: nn.Module, draw: Draw) -> None:
+        self.model, self.draw = model, draw
         self.embeds = first_reads_tokens(model)
 
     def numbers(self, shape: list[int], dtype: Any) -> Any:
         import torch
 
         if dtype is None and self.embeds:
-            return torch.randint(self.embeds, shape, generator=self.generator)
+            return self.draw.numbers(shape, torch.int64, below=self.embeds)
         if dtype is None:
             weight = next((p for p in self.model.parameters() if p.is_floating_point()), torch.zeros(()))
-            return torch.randn(shape, generator=self.generator).to(weight)
-        if dtype.is_floating_point or dtype.is_complex:
-            return torch.randn(shape, generator=self.generator).to(dtype)
+            return self.draw.numbers(shape, torch.float32).to(weight)
         rows = (m.num_embeddings for m in self.model.modules() if isinstance(m, torch.nn.Embedding))
-        return torch.randint(
-            2 if dtype is torch.bool else min(rows, default=2), shape, generator=self.generator
-        ).to(dtype)
+        return self.draw.numbers(shape, dtype, below=2 if dtype is torch.bool else min(rows, default=2))
 
 
 def read_shape(text: str) -> tuple[str, list[int]]:

@@ -12,7 +12,6 @@ from bntool.cli.opening import open_model
 from bntool.cli.options import takes_all
 from bntool.cli.session import Voice
 from bntool.core.command_options import LoadOptions, ModelOptions, RealOptions, SpeechOptions, WriteOptions
-from bntool.core.errors import InvariantError
 from bntool.core.options import CheckOptions, ExportOptions, PlaceOptions
 
 
@@ -51,33 +50,28 @@ def command(voice: Voice, asked: Asked) -> int:
     from bntool.subjects.base import Checking
 
     opened = opened.on(asked.real, asked.load, full=asked.check.check == "full").exportable(asked.export)
-    if opened.kind == "onnx":
+    if not opened.subject.on_torch:
         return export_file(voice, opened, asked)
     if asked.export.dtype == "float32" and opened.session is not None:
         opened = opened.cast("float32")
     devices = require_places(asked.place, onnx_too=True)
-    wanted = Path(asked.write.output) if asked.write.output else output_name(opened.source, "export")
+    wanted = Path(asked.write.output or output_name(opened.source, "export"))
     place = OnnxPlace(wanted, voice.target.claim(wanted), asked.export.keep_unverified)
-    subject = opened.subject
-    DynamicAxes(asked=asked.export.axes()).named_for(subject.example())
+    subject, axes = opened.subject, asked.export.axes()
+    DynamicAxes(asked=axes).named_for(subject.example())
     checking = Checking.of(
-        asked.check,
-        onnx_device=devices.onnx,
-        seed=asked.load.seed,
-        axes=asked.export.axes(),
-        inputs=opened.inputs,
+        asked.check, onnx_device=devices.onnx, seed=asked.load.seed, axes=axes, inputs=opened.inputs
     )
     pair = None if checking is None else (subject.proof(checking).reference, checking)
-    how = Serving(asked.export, source_hash=opened.source_hash)
     if pair is None:
         voice.note("not verified (--check none)")
+    how = Serving(asked.export, source_hash=opened.source_hash)
     if subject.kind == "module" and subject.graph().reads_numbers:
         voice.note(READS_NUMBERS)
     with voice.target.drafts() as drafts:
         result = serving.served(voice, (unchanged(subject), subject), place, how, pair, drafts, repro=None)
     result = placed(result, place.named, place.path, drafts)
-    if result.export is None:
-        raise InvariantError("a target was given, and nothing was exported")
+    assert result.export is not None
     voice.say(checks_text(result.checks))
     voice.say(f"wrote       {serving.export_text(result.export)}")
     document = {

@@ -10,7 +10,7 @@ import click
 from bntool.cli.blaming import require_place
 from bntool.cli.concluding import conclude
 from bntool.cli.fold_refusals import require_no_node, why_not
-from bntool.cli.opening import Opened, open_model
+from bntool.cli.opening import Opened, open_model, open_weights
 from bntool.cli.options import takes_all
 from bntool.cli.session import Voice
 from bntool.core.command_options import (
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from bntool.cli.devices import Devices
     from bntool.core.plan import Plan
     from bntool.results.results import SurgeryResult
+    from bntool.subjects.base import Subject
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,11 +69,11 @@ class Asked:
     report: ReportOptions
     speech: SpeechOptions
 
-    def require_fitting(self, kind: str) -> None:
+    def require_fitting(self, subject: Subject) -> None:
         """Raise `UsageError` for options that do not go together, or not with the kind, before any work."""
         require_place(self.check.repro)
         exports = bool(self.ask.export_to)
-        require_export(exports or kind == "onnx", self.export, self.check, self.place)
+        require_export(exports or subject.suffix == ".onnx", self.export, self.check, self.place)
         if self.bench != BenchOptions() and not self.ask.bench:
             raise UsageError("--batch-sizes and --rounds are for --bench", next_step="add --bench")
 
@@ -85,13 +86,10 @@ def command(voice: Voice, asked: Asked) -> int:
     Writes NAME_folded beside the input, with --export onnx also NAME_folded.onnx. Every BatchNorm gets
     a verdict; what is kept is kept for a reason (bntool explain CODE).
     """
-    if asked.ask.plan_file:
-        from bntool.cli.stored import fold_stored_file
-
-        return fold_stored_file(voice, asked)
-    of_torch = (asked.export, asked.fold, asked.place, asked.check, asked.ask, asked.file)
-    opened = open_model(voice, asked.model.model, asked.load, *of_torch)
-    asked.require_fitting(opened.kind)
+    of_torch = (asked.export, asked.fold, asked.place, asked.check, asked.ask, asked.real, asked.file)
+    opening = open_weights if asked.ask.plan_file else open_model
+    opened = opening(voice, asked.model.model, asked.load, *of_torch)
+    asked.require_fitting(opened.subject)
     opened = opened.reading(asked.file, asked.check)
     opened = opened.on(asked.real, asked.load, full=asked.check.check == "full")
     if asked.export.dtype == "float32" and opened.session is not None:
@@ -101,8 +99,10 @@ def command(voice: Voice, asked: Asked) -> int:
     from bntool.cli.devices import require_places
     from bntool.cli.picturing import picture
 
-    onnx_too = opened.kind == "onnx" or bool(asked.ask.export_to)
-    devices = require_places(asked.place, torch_too=opened.kind != "onnx", onnx_too=onnx_too)
+    on_torch = opened.subject.on_torch
+    devices = require_places(
+        asked.place, torch_too=on_torch, onnx_too=not on_torch or bool(asked.ask.export_to)
+    )
     devices.require_fitting(opened.kind)
     places = writing.chosen_places(voice, opened, asked.write, asked.export if asked.ask.export_to else None)
     with voice.target.drafts() as drafts:
@@ -142,8 +142,9 @@ class _Fold:
 
     def result(self) -> tuple[SurgeryResult, Any]:
         """The fold, proved; unproved where it is not worth an output."""
+        from bntool.api import read_plan
         from bntool.cli.devices import torch_device
-        from bntool.pipeline.surgeries import fold
+        from bntool.pipeline.surgeries import apply, fold
         from bntool.subjects.base import Checking
 
         voice, subject = self.voice, self.opened.subject
@@ -157,9 +158,11 @@ class _Fold:
                 inputs=self.opened.inputs,
                 step=step,
             )
+            if self.asked.ask.plan_file:
+                return apply(subject, read_plan(self.asked.ask.plan_file), self.checking)
             if self.checking is not None:
                 self.proof = subject.proof(self.checking)
-            if self.asked.ask.export_to and subject.kind == "module":
+            if self.asked.ask.export_to:
                 from bntool.export.dynamic_axes import DynamicAxes
 
                 DynamicAxes(asked=self.asked.export.axes()).named_for(subject.example())
@@ -182,6 +185,8 @@ class _Fold:
             voice.note(f"--require-all holds for this model as it is; {least} would stay once it is trained")
         if asked.check.check == "none":
             voice.note("not verified (--check none)")
+        if not self.opened.subject.runs:
+            voice.note("not verified: that needs the model (bntool verify, or fold with --arch)")
 
     def tell_written(self, result: SurgeryResult, places: Any) -> None:
         from bntool.cli import serving
@@ -236,15 +241,9 @@ class _Fold:
         from bntool.pipeline.surgeries import fold
 
         subject = self.opened.subject
-        if subject.kind == "script":
-            return
 
         def find() -> Any:
-            from bntool.verifying.blaming import blame_files, blame_modules
-
             _, after = fold(subject, self.asked.fold)
-            if subject.kind == "onnx":
-                return blame_files(subject.model, after.model, [subject.example(1, self.asked.load.seed)])
-            return blame_modules(subject.runnable, after.runnable, self.proof.reference.inputs, stage="fold")
+            return subject.apart(after, self.proof)
 
         blaming.report(self.voice, find, self.asked.check.repro)

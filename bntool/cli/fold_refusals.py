@@ -24,6 +24,8 @@ def require_no_node(count: int, opened: Opened) -> None:
 
 def why_not(plan: Plan, opened: Opened, asked: Asked) -> BntoolError | None:
     """Why a fold by this plan is not worth writing, if it is not."""
+    if asked.ask.plan_file:
+        return None  # what it says of other weights is not asked of these
     where = opened.subject.name
     bad = [s for s in plan.skips if s.reason is Reason.BAD_STATISTICS]
     if bad:
@@ -33,7 +35,7 @@ def why_not(plan: Plan, opened: Opened, asked: Asked) -> BntoolError | None:
             where=where,
             next_step=f"train or calibrate the model again, or leave it out with --exclude {bad[0].name}",
         )
-    in_graph = _folded_in_graph(asked) if opened.kind == "module" else frozenset()
+    in_graph = opened.subject.only_in_a_graph(asked.fold) if asked.ask.export_to else frozenset()
     kept = [s for s in plan.skips if s.reason not in {Reason.NOT_OBSERVED, *in_graph}]
     if not plan and not any(skip.reason in in_graph for skip in plan.skips):
         return _nothing_to_fold(plan, opened)
@@ -47,20 +49,6 @@ def why_not(plan: Plan, opened: Opened, asked: Asked) -> BntoolError | None:
     return None
 
 
-def _folded_in_graph(asked: Asked) -> frozenset[Reason]:
-    """What a module tree cannot express the exported graph may.
-
-    A functional BatchNorm is no part of the tree, the one of an identity branch reads what others read, and a
-    layer that is called twice from one place cannot be two.
-    """
-    found = {Reason.FUNCTIONAL} if asked.ask.export_to else set()
-    if asked.ask.export_to and asked.fold.merge:
-        found |= {Reason.OUTPUT_USED_ELSEWHERE, Reason.REACHES_INPUT}
-    if asked.ask.export_to and asked.fold.unshare:
-        found |= {Reason.CALLED_MORE_THAN_ONCE, Reason.WEIGHT_SHARED}
-    return frozenset(found)
-
-
 def _nothing_to_fold(plan: Plan, opened: Opened) -> NothingToDo:
     where, skips = opened.subject.name, plan.skips
     if not skips:
@@ -68,7 +56,7 @@ def _nothing_to_fold(plan: Plan, opened: Opened) -> NothingToDo:
         return NothingToDo(
             "the model has no BatchNorm",
             where=where,
-            next_step=exports if opened.kind != "onnx" else "there is nothing to do for this file",
+            next_step=exports if opened.subject.on_torch else "there is nothing to do for this file",
         )
     if all(skip.reason is Reason.EXCLUDED for skip in skips):
         return NothingToDo(

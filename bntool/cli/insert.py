@@ -160,12 +160,7 @@ def _inserted(voice: Voice, opened: Opened, asked: Asked) -> tuple[SurgeryResult
     subject = opened.subject
     with voice.progress("inserting") as step:
         if asked.ask.plan_file:
-            from bntool.api import apply
-
-            plan = _insert_plan(asked.ask.plan_file)
-            example = subject.observation.inputs
-            result = apply(subject.model, plan, example, check=asked.check.check, share=True)
-            return result, subject.like(result.model)
+            return surgeries.apply(subject, _insert_plan(asked.ask.plan_file), checking)
         step("running both models")
         result, after = surgeries.insert(subject, asked.options(), checking)
         if result.modified and asked.data.data is not None and opened.session is not None:

@@ -39,19 +39,13 @@ def load_granted(
             voice.note(f"--arch {arch}, as its side file says")
     plans, prepare = replay_of(name, told) if told and arch else ([], None)
     with voice.progress(f"loading {name}") as tell:
-        loaded = load(
-            name,
+        granted = dataclasses.replace(
+            asked,
             arch=arch,
-            weights=asked.weights,
-            key=asked.key,
             allow=(*asked.allow, *grant.allow),
             trust_pickle=asked.trust_pickle or grant.trust_pickle,
-            pretrained=asked.pretrained,
-            prepare=prepare,
-            max_size=asked.max_size,
-            stand_ins=stand_ins,
-            tell=tell,
         )
+        loaded = load(name, granted, prepare=prepare, stand_ins=stand_ins, tell=tell)
     note = untrained(told) if told and asked.weights is None else ""
     if note:
         loaded = dataclasses.replace(loaded, notes=(*loaded.notes, note))

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from bntool.cli.session import Session, Voice, open_session
 from bntool.core.command_options import FileOptions, LoadOptions, RealOptions
-from bntool.core.errors import UsageError
+from bntool.core.errors import LoadError, NeedsArchitecture, UsageError
 from bntool.core.option import Options
 from bntool.core.options import CheckOptions, ExportOptions, FoldOptions
 from bntool.core.refusals import require_known, require_module
@@ -16,8 +16,6 @@ from bntool.files.detect import Kind, detect
 
 if TYPE_CHECKING:
     import torch
-    from torch import nn
-    from torch.export import ExportedProgram
 
     from bntool.cli.writing import Place
     from bntool.files.drafting import Drafts
@@ -27,7 +25,7 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Opened:
-    """A subject, where it came from, and the session of what torch runs (None for an ONNX file)."""
+    """A subject, where it came from, and the session of what torch runs (None for other files)."""
 
     subject: Any
     source: str | Path
@@ -42,16 +40,15 @@ class Opened:
 
     def working_in(self, drafts: Drafts, place: Place | None) -> Opened:
         """The same, where new files of a graph's own are made beside the one that they become."""
-        if self.kind != "onnx" or place is None:
+        if place is None:
             return self
         return dataclasses.replace(self, subject=self.subject.working_in(drafts.folder_for(place.model)))
 
     def reading(self, file: FileOptions, check: CheckOptions) -> Opened:
         """The same, where an ONNX file is read as is asked. Raises `UsageError` for a check without a run."""
-        if self.kind == "onnx":
-            if not file.run and check.check != "none":
-                raise UsageError("--no-run leaves nothing to check with", next_step="add --check none")
-            self.subject.read_as(run=file.run, freeze=file.freeze_inputs)
+        if not file.run and check.check != "none":
+            raise UsageError("--no-run leaves nothing to check with", next_step="add --check none")
+        self.subject.read_as(run=file.run, freeze=file.freeze_inputs)
         return self
 
     def on(self, real: RealOptions, load: LoadOptions, *, full: bool) -> Opened:
@@ -66,11 +63,9 @@ class Opened:
 
         if self.session is None:
             found = file_inputs(self.source, real.inputs_file, full=full)[1]
-            self.subject.run_on(found)
         else:
             found = session_inputs(self.session, real.inputs_file, full=full)[1]
-            if self.kind == "program":
-                self.subject.given = found[0]
+        self.subject.run_on(found)
         return dataclasses.replace(self, inputs=tuple(found))
 
     def cast(self, dtype: str) -> Opened:
@@ -84,9 +79,7 @@ class Opened:
 
     def prepared(self, how: FoldOptions) -> Opened:
         """The same, as a fold begins with it."""
-        from bntool.subjects import prepared
-
-        subject = prepared(self.subject, how)
+        subject = self.subject.prepared(how)
         if subject is self.subject or self.session is None:
             return self
         loaded = dataclasses.replace(self.session.loaded, model=subject.runnable)
@@ -95,9 +88,7 @@ class Opened:
 
     def exportable(self, how: ExportOptions) -> Opened:
         """The same, as a model that can be exported, on the same inputs."""
-        from bntool.subjects import exportable
-
-        subject = exportable(self.subject, how)
+        subject = self.subject.exportable(how)
         if subject is self.subject or self.session is None:
             return self
         loaded = dataclasses.replace(self.session.loaded, model=subject.model, kind="module")
@@ -131,8 +122,8 @@ def open_model(
     """MODEL of any kind, or what the last command in this folder wrote.
 
     `but` is a command that makes more of its kind's options work; with `stand_ins` also a model whose classes
-    are not here is opened, to be looked at and not run. Raises `UsageError` for an option that its kind does
-    not know.
+    are not here is opened, and weights without their model, to be looked at and not run. Raises `UsageError`
+    for an option that its kind does not know.
     """
     if is_onnx(name):
         from bntool.subjects.onnx import OnnxSubject
@@ -146,10 +137,35 @@ def open_model(
             found.asked = shapes_by_name(path, load.inputs, found.input_names)
         voice.target.read(*found.files)
         return Opened(found, path)
-    session = open_session(voice, name, load, stand_ins=stand_ins)
+    try:
+        session = open_session(voice, name, load, stand_ins=stand_ins)
+    except NeedsArchitecture as error:
+        if not stand_ins:
+            raise
+        from bntool.subjects import weights_of
+
+        weights = weights_of(Path(error.where), error)
+        require_known("weights", load, *asked, name=weights.name, command=but)
+        return Opened(weights, weights.model.path)
     opened = of_session(session)
     require_known(opened.kind, load, *asked, name=session.loaded.reference, command=but)
     return opened
+
+
+def open_weights(voice: Voice, name: str | None, *asked: Options) -> Opened:
+    """MODEL where it is a file of weights, which are read one at a time. Raises `LoadError` for another."""
+    require_known("weights", *asked, name=name or "")
+    if not name or not Path(name).is_file():
+        raise LoadError(
+            f"no such file: {name or '(no MODEL)'}",
+            next_step="bntool fold weights.safetensors --plan other_folded.pt.bntool.json",
+        )
+    from bntool.files.stored import open_stored
+    from bntool.subjects.weights import WeightsSubject
+
+    subject = WeightsSubject(open_stored(Path(name)))
+    voice.target.read(*subject.files)
+    return Opened(subject, Path(name))
 
 
 def open_module(voice: Voice, name: str | None, load: LoadOptions, what: str) -> Session:
@@ -180,20 +196,3 @@ def of_session(session: Session) -> Opened:
 
         subject = ModuleSubject(session.model, name=loaded.reference, observed=session.observe)
     return Opened(subject, source, session)
-
-
-def runnable(model: nn.Module | ExportedProgram) -> nn.Module:
-    """The model itself, or a program as a module that runs."""
-    from torch.export import ExportedProgram
-
-    from bntool.runtime.programs import RunnableProgram
-
-    return RunnableProgram(model) if isinstance(model, ExportedProgram) else model
-
-
-def with_runnable_program(session: Session, program: ExportedProgram) -> Session:
-    """The session with the program as a module that runs, on the example inputs of the program."""
-    from bntool.runtime.programs import example_inputs_of
-
-    loaded = dataclasses.replace(session.loaded, model=runnable(program))
-    return dataclasses.replace(session, loaded=loaded, inputs=example_inputs_of(program, session.seed))

@@ -68,7 +68,6 @@ def _picture(voice: Voice, reference: str, before: Subject, after: Subject | Non
 
 def _side(subject: Subject) -> dict[str, Any]:
     """One side of the picture, with as many layers as a summary counts."""
-    from bntool.pipeline.summarising import counted
     from bntool.results.picture import layers_of
 
-    return layers_of(subject.graph(), len(counted(subject).layers))
+    return layers_of(subject.graph(), len(subject.counted().layers))

@@ -108,6 +108,7 @@ def file_inputs(path: str | Path, inputs_file: str, *, full: bool) -> tuple[Real
     from bntool.files.onnx_files import open_onnx
     from bntool.observe.onnx_shapes import asked_shapes
     from bntool.runtime.onnx_inputs import SIDES, drawn_inputs
+    from bntool.runtime.runner import fits
     from bntool.verifying.onnx_checking import opened
 
     told = asked_shapes(open_onnx(path).model)
@@ -116,10 +117,7 @@ def file_inputs(path: str | Path, inputs_file: str, *, full: bool) -> tuple[Real
     real = RealInputs(inputs_file, drawn_inputs(runner, 1, SIDES[0], 0, told), fixed)
     first = real.batches(full=False)[0].tensors()
     for name, _, axes in runner.signature:
-        shape = first[name].shape
-        pairs = zip(axes, shape, strict=False)
-        fits = len(axes) == len(shape) and all(not isinstance(n, int) or n == m for n, m in pairs)
-        if axes and not fits:
+        if not fits(axes, first[name].shape):
             takes = "x".join(str(n) if isinstance(n, int) else "?" for n in axes)
             raise UsageError(
                 f"{inputs_file} holds {name} of shape {_shape(first[name])}, and the file takes {takes}",

@@ -14,7 +14,6 @@ from bntool.results.checks import checks_text
 from bntool.results.tables import size
 
 if TYPE_CHECKING:
-    from bntool.cli.session import Session
     from bntool.cli.writing import OnnxPlace
     from bntool.export.exporting import ExportResult
     from bntool.files.drafting import Drafts
@@ -52,16 +51,6 @@ def served(
     if result.export is not None:
         put_onnx(result.export.path, result.export.data_path, place.path, drafts)
     return result
-
-
-def reference_with(session: Session, *, full: bool) -> Reference:
-    """The original's own runs: on batches of 1, 2 and 3 with `full`, else on one input."""
-    from bntool.verifying.checking import seeded_batches
-    from bntool.verifying.reference import Reference
-
-    return Reference(
-        session.model, seeded_batches(session.example, (1, 2, 3) if full else (1,), session.seed)
-    )
 
 
 def export_text(export: ExportResult) -> str:

@@ -13,7 +13,7 @@ from bntool.cli.opening import is_onnx, open_model
 from bntool.cli.options import takes
 from bntool.cli.session import Session, Voice
 from bntool.core.command_options import LoadOptions, ModelOptions, RealOptions, SpeechOptions, ViewOptions
-from bntool.core.errors import BntoolError, UsageError
+from bntool.core.errors import BntoolError, NeedsArchitecture, UsageError
 from bntool.core.option import Options, option
 
 
@@ -61,14 +61,11 @@ def _summarized(
     voice: Voice, name: str | None, load: LoadOptions, real: RealOptions, summary: SummaryOptions
 ) -> tuple[Any, Any]:
     """The summaries of the model and of what it is compared with, where there is that."""
-    from bntool.pipeline.summarising import Weights, counted, or_weights, summarized
+    from bntool.pipeline.summarising import summarized
 
-    opened = or_weights(lambda: open_model(voice, name, load, real, summary, stand_ins=True))
-    if isinstance(opened, Weights):
-        if real.inputs_file:
-            raise UsageError("weights without their model do not run", next_step="leave --inputs out")
-        voice.tell(opened.told)
-        return counted(opened), _baseline(voice, None, summary.baseline, load)
+    opened = open_model(voice, name, load, real, summary, but="summary", stand_ins=True)
+    if not opened.subject.runs:
+        voice.tell(opened.subject.why)
     opened = opened.on(real, load, full=False)
     session = opened.session
     with voice.progress("running the model"):
@@ -105,11 +102,13 @@ def _load(voice: Voice, session: Session | None, named: str, load: LoadOptions) 
 
 def _counted(voice: Voice, name: str, loaded: Any) -> Any:
     """The summary of a second model, without running it."""
-    from bntool.pipeline.summarising import counted, or_weights
-    from bntool.subjects import subject_of
+    from bntool.subjects import subject_of, weights_of
 
     if is_onnx(name):
         subject = subject_of(name)
         voice.target.read(*subject.files)
-        return counted(subject)
-    return counted(or_weights(lambda: subject_of(loaded())))
+        return subject.counted()
+    try:
+        return subject_of(loaded()).counted()
+    except NeedsArchitecture as error:
+        return weights_of(Path(name), error).counted()

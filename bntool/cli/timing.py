@@ -55,14 +55,14 @@ def timed_fold(
     seed: int,
 ) -> Benchmark:
     """The model before and after; with an ONNX file, that one too, beside that of the model before."""
-    from bntool.runtime.benchmarking import Candidate, rebatching
+    from bntool.runtime.benchmarking import Candidate
 
     subject, (_, after) = opened.subject, done
-    if opened.kind == "onnx":
+    if not subject.on_torch:
         new = places.model.model if places.model is not None else after.model
         pair = [Candidate("before", subject.model), Candidate("folded", new)]
-        return timed(voice, pair, lambda batch: subject.example(batch, seed), bench, devices)
-    inputs_of = rebatching(subject.example(), seed)
+        return timed(voice, pair, subject.batched(seed), bench, devices)
+    inputs_of = subject.batched(seed)
     candidates = [Candidate("torch before", subject.runnable), Candidate("torch folded", after.runnable)]
     pairs = [("torch before", "torch folded")]
     if places.onnx is None:

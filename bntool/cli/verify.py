@@ -20,7 +20,6 @@ from bntool.core.options import CheckOptions, PlaceOptions
 if TYPE_CHECKING:
     from bntool.cli.devices import Devices
     from bntool.core.verdicts import Check
-    from bntool.graph.inputs import Inputs
     from bntool.verifying.blaming import Found
     from bntool.verifying.reference import Reference
 
@@ -128,30 +127,32 @@ def _checked(
     check: CheckOptions,
     inputs_file: str | None,
 ) -> tuple[list[Check], dict[str, Any]]:
-    from torch.export import ExportedProgram
-
     from bntool.cli import blaming, devices, picturing
-    from bntool.cli.opening import runnable, with_runnable_program
+    from bntool.cli.opening import of_session
     from bntool.cli.real_inputs import session_inputs
     from bntool.core.verdicts import first_failed
+    from bntool.subjects import subject_of
+    from bntool.verifying.checking import seeded_batches
+    from bntool.verifying.reference import Reference
 
     full, is_onnx = check.check == "full", _is_onnx(candidate)
     given = session_inputs(session, inputs_file, full=full)[1] if inputs_file else None
     if session.program is not None:
         devices.require_cpu(place.device)
-        session = with_runnable_program(session, session.program)
         # Named providers are about the ONNX file, and say where it runs.
         place = place if place.providers else dataclasses.replace(place, device="cpu")
     places = devices.require_places(place, torch_too=not is_onnx, onnx_too=is_onnx)
-    other = None if is_onnx else session.load_other(candidate, load)
-    if isinstance(other, ExportedProgram):
+    subject = of_session(session).subject
+    other = None if is_onnx else subject_of(session.load_other(candidate, load))
+    if other is not None and other.kind == "program":
         devices.require_cpu(place.device)
-        places, other = dataclasses.replace(places, torch="cpu"), runnable(other)
-    if session.loaded.kind != "program":
-        session.observe()
-    reference = _reference(session, given, full=full)
+        places = dataclasses.replace(places, torch="cpu")
+    several = (1, 2, 3) if full else (1,)
+    reference = Reference(subject.runnable, given or seeded_batches(subject.example(), several, session.seed))
     with session.voice.progress("comparing") as step:
-        checks = _compared(session, other or Path(candidate), reference, check, places, step)
+        checks = _compared(
+            session, Path(candidate) if other is None else other.runnable, reference, check, places, step
+        )
     if session.loaded.kind != "program":
         picturing.picture_module(session)
     if first_failed(checks) is None:
@@ -161,8 +162,8 @@ def _checked(
         from bntool.verifying.blaming import blame_modules, blame_onnx
 
         if other is None:
-            return blame_onnx(session.model, Path(candidate), reference.inputs, checks)
-        return blame_modules(session.model, other, reference.inputs, stage="verify")
+            return blame_onnx(subject.runnable, Path(candidate), reference.inputs, checks)
+        return blame_modules(subject.runnable, other.runnable, reference.inputs, stage="verify")
 
     return checks, blaming.report(session.voice, find, check.repro)
 
@@ -196,13 +197,6 @@ def _stands_alone(candidate: str, model: str | None) -> bool:
         return False
     record, path = recall(Path.cwd()), Path(candidate).resolve()
     return record is None or Path(record.output).resolve().with_suffix("") != path.with_suffix("")
-
-
-def _reference(session: Session, given: list[Inputs] | None, *, full: bool) -> Reference:
-    from bntool.cli import serving
-    from bntool.verifying.reference import Reference
-
-    return Reference(session.model, given) if given else serving.reference_with(session, full=full)
 
 
 def _is_onnx(candidate: str | None) -> bool:

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from bntool.core.errors import UsageError
+from bntool.core.refusals import KINDS
+from bntool.files.atomic import sha256_of
 from bntool.files.drafting import Drafts
 from bntool.files.memory import Record, remember
 from bntool.files.sidecar import Origin, fill_sidecar, is_sidecar, make_document, output_name, sidecar_path
@@ -22,7 +24,7 @@ if TYPE_CHECKING:
     from bntool.core.plan import Plan
     from bntool.core.verdicts import Check
 
-_OTHER_KINDS = frozenset({".pt", ".pth", ".pt2", ".safetensors"})
+_ENDINGS = frozenset({".pt", ".pth", ".pt2", ".safetensors", ".json", ".onnx"})
 
 
 class Result(Protocol):
@@ -100,14 +102,18 @@ def chosen_places(
 
 def chosen_output(voice: Voice, opened: Opened, action: Any, output: str | Path | None) -> Place:
     """The output, after making sure that it and its side file may be written."""
-    path = Path(output) if output else output_name(opened.source, action)
     if opened.session is None:
-        if path.suffix in _OTHER_KINDS:
+        suffix = opened.subject.suffix
+        path = Path(output) if output else output_name(opened.source, action, suffix=suffix)
+        if path.suffix in _ENDINGS and not path.name.endswith(suffix):
             raise UsageError(
-                f"{path.name}: the output is saved as the same kind as the input (ONNX)",
-                next_step=f"name it {path.stem}.onnx",
+                f"{path.name}: the output of {KINDS[opened.kind]} is saved as {suffix}",
+                next_step=f"name it {path.name.partition('.')[0]}{suffix}",
             )
+        if not opened.subject.runs:
+            return claim_model(path, voice.target)
         return Place(path, voice.target.claim(path), None, voice.target)
+    path = Path(output) if output else output_name(opened.source, action)
     from bntool.files.saving import require_fitting_name
 
     require_fitting_name(opened.session.loaded, path)
@@ -128,9 +134,18 @@ def draft_result(
     result, after = done
     if opened.session is not None:
         return draft_model(opened.session, command, result, place, drafts)
-    from bntool.files.onnx_files import put_onnx
-
-    put_onnx(after.model, after.data, place.model, drafts)
+    digest = after.draft(place.model, drafts)
+    if place.sidecar is not None:
+        source = Path(opened.source)
+        document = make_document(
+            command,
+            Origin(str(source), sha256_of(source)),
+            place.named,
+            digest=digest,
+            plan=result.plan.to_dict() if result.plan is not None else None,
+            parameters=result.parameters,
+        )
+        fill_sidecar(drafts.of(place.sidecar), document)
     return None
 
 

@@ -81,8 +81,9 @@ _REFUSED: Mapping[str, Sequence[_Refusal]] = {
     ],
     "weights": [
         _FILE,
+        _no("inputs inputs_file", "it does not run", "leave it out, or name its model with --arch"),
         _no(
-            f"{_CODE} inputs inputs_file include exclude merge unshare bake dtype bench repro require_all "
+            f"{_CODE} include exclude merge unshare bake dtype bench repro require_all "
             f"tf32 atol rtol check device providers {_FORM} export_to",
             "--plan folds it layer by layer, and that needs the model",
             "leave out --plan, or the other",
@@ -91,6 +92,7 @@ _REFUSED: Mapping[str, Sequence[_Refusal]] = {
 }
 """For each kind, what it does not know wherever it is asked."""
 _BUT = {
+    ("summary", "weights"): "key allow trust_pickle",
     ("export", "script"): f"{_FORM} dtype device providers tf32 atol rtol",
     ("export", "onnx"): "opset ir_version external_data",
 }
@@ -111,7 +113,7 @@ def require_known(kind: str, *asked: Options, name: str = "", command: str = "")
     known = set(_BUT.get((command, kind), "").split())
     for options in asked:
         for option_name, one in options.chosen().items():
-            for refusal in _REFUSED[kind]:
+            for refusal in _REFUSED.get(kind, ()):
                 if option_name in refusal.options - known:
                     raise UsageError(
                         f"{one.flag} is not for {KINDS[kind]}: {refusal.why}",
@@ -121,10 +123,25 @@ def require_known(kind: str, *asked: Options, name: str = "", command: str = "")
         options.require_together()
 
 
+def unknown(model: object) -> UsageError:
+    """What is no model of any kind."""
+    return UsageError(
+        f"the model is of type {type(model).__name__}, of which bntool knows no kind of model",
+        next_step="pass an nn.Module, an ExportedProgram, TorchScript, or the path or reference of one or of "
+        "an ONNX file; of what bntool.load gave, its .model",
+    )
+
+
+def refused(kind: str, what: str, name: str) -> UsageError:
+    """Why bntool does not do `what` with a model of a kind."""
+    told = KINDS.get(kind, f"of the kind {kind!r}")
+    return UsageError(f"{name} is {told}, and bntool does not {what} it", next_step=_MODULE)
+
+
 def require_module(kind: str, what: str, name: str) -> None:
     """Raise `UsageError` for a kind of which bntool does not do `what`: it takes a module's own layers."""
     if kind != "module":
-        raise UsageError(f"{name} is {KINDS[kind]}, and bntool does not {what} it", next_step=_MODULE)
+        raise refused(kind, what, name)
 
 
 def require_export(exports: bool, *asked: Options) -> None:

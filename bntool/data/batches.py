@@ -10,14 +10,14 @@ from typing import Any
 
 from torch import Tensor
 
-from bntool.core.errors import LoadError, UsageError
+from bntool.core.errors import UsageError
 from bntool.data.arrays import KINDS, arrays_in, axes_fit, chosen_arrays, of_split, shape_text, tensor_of
 from bntool.data.choosing import Choice, included, part_of, told
 from bntool.data.columns import read_columns
 from bntool.data.images import Preparation, converted, find_images, image_batch
 from bntool.data.loaders import loaded_batches
 from bntool.data.records import Records, records_at
-from bntool.files.scripts import import_path, import_script
+from bntool.files.scripts import named_in
 from bntool.graph.inputs import Inputs
 
 
@@ -69,13 +69,7 @@ def batches_from(source: Any, choice: Choice, preparation: Preparation) -> Batch
         choice.require_unused(text, "include", "columns")
         arrays = chosen_arrays(of_split(arrays_in(path), choice.split, text), like, text)
         return _of_arrays(arrays, text, choice, like)
-    head, colon, name = text.rpartition(":")
-    if not colon or not name.isidentifier():
-        raise LoadError(f"no such data: {text}", next_step=f"give {KINDS}")
-    module = import_script(Path(head)) if head.endswith(".py") else import_path(head)
-    if not hasattr(module, name):
-        raise LoadError(f"{head} has no {name}", where=text, next_step="check the name of the loader")
-    return _of_loader(getattr(module, name), text, choice, preparation, named=True)
+    return _of_loader(named_in(text, KINDS), text, choice, preparation, named=True)
 
 
 # -- sources -------------------------------------------------------------------------------------------------

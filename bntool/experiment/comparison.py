@@ -162,12 +162,9 @@ def draw_weights(model: nn.Module) -> None:
 
 
 def _inserted(model: nn.Module, data: Data, settings: Settings) -> SurgeryResult:
-    parameter = next(model.parameters())
-    (inputs,) = data.example().args
-    moved = inputs.to(parameter.device, parameter.dtype if inputs.is_floating_point() else None)
     result = insert(
         model,
-        moved,
+        data.inputs_for(model),
         activations=settings.activations,
         position=settings.position,
         affine=settings.affine,

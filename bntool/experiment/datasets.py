@@ -15,7 +15,7 @@ from bntool.data.choosing import Choice, included, kind_of, part_named, part_of,
 from bntool.data.images import Preparation, converted, find_images
 from bntool.data.records import are_records
 from bntool.experiment.loaders import loader_data, paired
-from bntool.experiment.parts import Images, decoded, held_out_of, split_note, two_parts
+from bntool.experiment.parts import Images, decoded, held_out_of, of_parts, split_note, two_parts
 from bntool.experiment.recorded import recorded
 from bntool.experiment.samples import Data, Held, checked, held, held_data, subset
 
@@ -152,12 +152,7 @@ def _folder(folder: Path, preparation: Preparation, choice: Choice) -> Data:
     ]
     parts = [decoded(one) for one in found]
     labels = [torch.tensor(one.targets, dtype=torch.int64) for one in found]
-    if len(found) == 1:
-        indices = held_out_of(len(parts[0]), choice.seed, folder)
-        parts, labels = [subset(parts[0], index) for index in indices], [labels[0][i] for i in indices]
-        notes.append(split_note(choice.seed))
-    said = tuple(note for note in notes if note)
-    return Data(parts[0], parts[1], len(classes[0]), str(folder), (labels[0], labels[1]), said)
+    return of_parts(parts, labels, len(classes[0]), folder, notes, choice.seed)
 
 
 def _places(folder: Path, split: str | None) -> list[Path]:

@@ -23,9 +23,7 @@ def fitting(model: nn.Module, data: Data) -> Data:
             where=type(model).__name__,
             next_step="call model.requires_grad_() before saving it",
         )
-    parameter = next(model.parameters())
-    (inputs,) = data.example().args
-    moved = inputs.to(parameter.device, parameter.dtype if inputs.is_floating_point() else None)
+    moved = data.inputs_for(model)
     try:
         with Isolation(model).run() as run, torch.no_grad():
             output = logits_of(run(moved.clone()))
@@ -35,13 +33,13 @@ def fitting(model: nn.Module, data: Data) -> Data:
             "; these are whole numbers: astype('float32') / 255" if not moved.is_floating_point() else ""
         )
         raise UsageError(
-            f"the model fails on samples of shape {'x'.join(map(str, inputs.shape[1:]))}: {lines[0]}",
+            f"the model fails on samples of shape {'x'.join(map(str, moved.shape[1:]))}: {lines[0]}",
             where=data.origin,
             next_step=f"give data of the shape and type that the model takes{integers}",
         ) from error
-    if output.dim() != 2 or len(output) != len(inputs) or output.shape[1] < 2:
+    if output.dim() != 2 or len(output) != len(moved) or output.shape[1] < 2:
         raise UsageError(
-            f"the model puts out {list(output.shape)} for {len(inputs)} samples, not (N, classes)",
+            f"the model puts out {list(output.shape)} for {len(moved)} samples, not (N, classes)",
             where=type(model).__name__,
             next_step="give a model that classifies: one row for each sample, one column for each class",
         )

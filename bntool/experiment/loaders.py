@@ -12,18 +12,12 @@ from torch import Tensor
 
 from bntool.core.errors import BntoolError, LoadError, UsageError
 from bntool.experiment.samples import Data, Held, Samples, Streamed, held, labels_of, pair_of
-from bntool.files.scripts import import_path, import_script, running_user_code
+from bntool.files.scripts import named_in, running_user_code
 
 
 def loader_data(ref: str, seed: int, kinds: str) -> Data:
     """The data of `pkg.mod:loader` or `file.py:loader`; `kinds` is what else there could be, for an error."""
-    head, colon, name = ref.rpartition(":")
-    if not colon or not name.isidentifier():
-        raise LoadError(f"no such data: {ref}", next_step=f"give {kinds}")
-    module = import_script(Path(head)) if head.endswith(".py") else import_path(head)
-    if not hasattr(module, name):
-        raise LoadError(f"{head} has no {name}", where=ref, next_step="check the name of the loader")
-    source = getattr(module, name)
+    source = named_in(ref, kinds)
     with _user_code(ref):
         torch.manual_seed(seed)  # data that is generated is the same every time
         pair = source() if callable(source) else source

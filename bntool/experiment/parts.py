@@ -12,7 +12,7 @@ from torch import Tensor
 
 from bntool.core.errors import UsageError
 from bntool.data.images import Picture, Preparation, image_batch
-from bntool.experiment.samples import Held, Samples, Streamed
+from bntool.experiment.samples import Data, Held, Samples, Streamed, subset
 
 _HELD_OUT = 5
 """One sample in so many is held out for the test where the data has no part for it."""
@@ -68,6 +68,18 @@ def held_out_of(length: int, seed: int, where: Path) -> tuple[Tensor, Tensor]:
         )
     order = torch.randperm(length, generator=torch.Generator().manual_seed(seed))
     return order[held_out:].sort().values, order[:held_out].sort().values
+
+
+def of_parts(
+    samples: list[Samples], labels: list[Tensor], classes: int, path: Path, notes: Sequence[str], seed: int
+) -> Data:
+    """Data to train and to test on; of one part a fifth is held out for the test."""
+    said = [note for note in notes if note]
+    if len(samples) == 1:
+        indices = held_out_of(len(samples[0]), seed, path)
+        samples, labels = [subset(samples[0], index) for index in indices], [labels[0][i] for i in indices]
+        said.append(split_note(seed))
+    return Data(samples[0], samples[1], classes, str(path), (labels[0], labels[1]), tuple(said))
 
 
 def split_note(seed: int) -> str:

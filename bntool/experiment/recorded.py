@@ -13,8 +13,8 @@ from bntool.data.choosing import ALL, Choice
 from bntool.data.columns import Read, read_columns
 from bntool.data.images import Preparation
 from bntool.data.records import LABELS, Records, records_at
-from bntool.experiment.parts import Images, decoded, held_out_of, split_note, two_parts
-from bntool.experiment.samples import Data, Samples, held, subset
+from bntool.experiment.parts import Images, decoded, of_parts, two_parts
+from bntool.experiment.samples import Data, Samples, held
 
 
 def recorded(path: Path, preparation: Preparation, choice: Choice) -> Data:
@@ -33,11 +33,7 @@ def recorded(path: Path, preparation: Preparation, choice: Choice) -> Data:
         _samples(read, numbered, preparation, str(path)) for read, numbered in zip(reads, labels, strict=True)
     ]
     notes = [note for note, _ in parts]
-    if len(samples) == 1:
-        indices = held_out_of(len(samples[0]), choice.seed, path)
-        samples, labels = [subset(samples[0], index) for index in indices], [labels[0][i] for i in indices]
-        notes.append(split_note(choice.seed))
-    return Data(samples[0], samples[1], len(numbers), str(path), (labels[0], labels[1]), tuple(notes))
+    return of_parts(samples, labels, len(numbers), path, notes, choice.seed)
 
 
 def _places(path: Path, split: str | None) -> list[Records]:

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from bntool.core.errors import UsageError
 from bntool.data.records import LABELS
@@ -92,6 +92,13 @@ class Data:
         """The first two samples as model inputs: one has no variance."""
         inputs, _ = next(self.train.batches([torch.arange(min(2, len(self.train)))]))
         return Inputs((inputs,), origin=f"the first samples of {self.origin}")
+
+    def inputs_for(self, model: nn.Module) -> Tensor:
+        """Those as the model takes them: where it is, in its type."""
+        parameter = next(model.parameters())
+        (inputs,) = self.example().args
+        moved: Tensor = inputs.to(parameter.device, parameter.dtype if inputs.is_floating_point() else None)
+        return moved
 
     def fingerprint(self) -> str:
         """Tells apart data that a run cannot go on with: sizes, labels and the first samples."""

@@ -103,7 +103,8 @@ def _capture_open(
     shapes = shapes_for(sample, torch.export.Dim(BATCH_AXIS) if batch else None, asked)
     run = set_modes(stand_in(model).module, training=False)  # of its own: a failed try leaves its marks
     if not isinstance(run, torch.jit.ScriptModule):
-        run.register_forward_hook(lambda _module, _args, output: _known_to_torch(output))
+        # by the class: an attribute of the model may hide the method
+        nn.Module.register_forward_hook(run, lambda _module, _args, output: _known_to_torch(output))
     program = torch.export.export(
         run,
         sample.args,

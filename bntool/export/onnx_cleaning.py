@@ -18,6 +18,7 @@ import onnx_ir as ir
 from onnx_ir.passes import common
 
 from bntool.core.errors import ExportError, InvariantError
+from bntool.observe.onnx_nodes import free_name
 
 _NAME_SCOPES = "pkg.torch.onnx.name_scopes"
 _RANDOM = frozenset(
@@ -157,7 +158,7 @@ def _name_computed_weights(model: ir.Model, own_names: set[str]) -> None:
         weight = node.inputs[1] if node.op_type in ("Conv", "ConvTranspose", "Gemm") else None
         if weight is None or weight.const_value is None or weight.name in own_names or not _module_of(node):
             continue
-        rename_values([weight], [_free(f"{_module_of(node)}.weight_computed", taken)], model.graph)
+        rename_values([weight], [free_name(f"{_module_of(node)}.weight_computed", taken)], model.graph)
 
 
 def census(model: ir.Model) -> Counter[str]:
@@ -183,7 +184,7 @@ def rename_values(values: Sequence[ir.Value], names: Sequence[str], graph: ir.Gr
     taken = set(names)
     for other in _values(graph):
         if other.name in taken and id(other) not in wanted:
-            other.name = _free(f"{other.name}_value", taken)
+            other.name = free_name(f"{other.name}_value", taken)
     # Through names that nobody has, so that two values may swap theirs.
     for at, value in enumerate(values):
         value.name = f"bntool.renaming.{at}"
@@ -263,7 +264,7 @@ def _name_nodes(model: ir.Model, own_names: set[str]) -> None:
     taken: set[str] = set()
     for node in model.graph.all_nodes():
         module = _module_of(node) or _owner_of_weights(node, own_names)
-        node.name = _free(f"{module}/{node.op_type}" if module else node.op_type, taken)
+        node.name = free_name(f"{module}/{node.op_type}" if module else node.op_type, taken)
 
 
 def _module_of(node: ir.Node) -> str:
@@ -286,12 +287,3 @@ def _values(graph: ir.Graph) -> list[ir.Value]:
     for node in graph.all_nodes():
         found.update((id(v), v) for v in node.outputs)
     return list(found.values())
-
-
-def _free(name: str, taken: set[str]) -> str:
-    candidate, number = name, 1
-    while candidate in taken:
-        number += 1
-        candidate = f"{name}_{number}"
-    taken.add(candidate)
-    return candidate

@@ -5,8 +5,11 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import filecmp
+import functools
 import itertools
 import os
+import tempfile
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -162,3 +165,13 @@ def exists_already(path: Path) -> UsageError:
 
 def _same(a: Path, b: Path) -> bool:
     return a.stat().st_size == b.stat().st_size and filecmp.cmp(a, b, shallow=False)
+
+
+class Scratch:
+    """A folder that is made when it is first asked for, and is gone with the last who holds this object."""
+
+    @functools.cached_property
+    def path(self) -> Path:
+        folder = tempfile.TemporaryDirectory(prefix="bntool.")
+        weakref.finalize(self, folder.cleanup)
+        return Path(folder.name)

@@ -5,14 +5,16 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from bntool.core.command_options import LoadOptions
 from bntool.core.errors import InvariantError, LoadError, NeedsArchitecture, UsageError
-from bntool.core.limits import DEFAULT_MAX_SIZE, Limit
+from bntool.core.limits import Limit
+from bntool.core.refusals import unknown
 from bntool.files.architectures import closest, load_index, take_exact
 from bntool.files.atomic import sha256_of
 from bntool.files.detect import Kind, detect
@@ -28,40 +30,27 @@ from bntool.files.security.pickled_calls import shown
 from bntool.files.security.scripted import DEPRECATED, read_script
 from bntool.files.weights import Found, StateDict
 
+_PLAIN = LoadOptions()
 _SAFETENSORS = (Kind.SAFETENSORS, Kind.SAFETENSORS_INDEX)
 
 
 def load(
     ref: str | os.PathLike[str],
+    asked: LoadOptions = _PLAIN,
     *,
-    arch: str | None = None,
-    weights: str | os.PathLike[str] | None = None,
-    key: str | None = None,
-    allow: Iterable[str] = (),
-    trust_pickle: bool = False,
-    pretrained: bool = False,
     prepare: Callable[[nn.Module], nn.Module] | None = None,
-    max_size: int = DEFAULT_MAX_SIZE,
     stand_ins: bool = False,
     tell: Callable[[str], object] | None = None,
 ) -> Loaded:
-    """Load a model from a file or a reference, on the CPU, in the mode it was saved in.
-
-    `ref`: a file of `torch.save`, `torch.export.save` or safetensors, a folder that transformers saved a
-    model into, `torchvision:NAME`, `timm:NAME`, `pkg.mod:factory` or `path/file.py:Class`. `arch` is such a
-    reference for a file that holds only weights, or `auto` for the one of torchvision or timm that fits
-    exactly; `weights` a file for a reference, `key` the entry of a checkpoint that holds them. `allow` names
-    classes of whole pickled models; no code in a file is run without `trust_pickle`. `prepare` is applied to
-    the model of `arch` before its weights go in.
-    `max_size` bounds, in bytes, what a file may ask for. With `stand_ins`, classes that are not known become
-    ones that hold state and run nothing: enough to look at a model, not to run it. `tell` takes a line on
-    what takes long.
+    """`bntool.load`, with its options in one object; its inputs and seed are not looked at.
 
     Raises `LoadError` for what cannot be loaded, `UsageError` for options that do not fit together.
     """
+    if not isinstance(ref, str | os.PathLike):
+        raise unknown(ref)
     ref = os.fspath(ref)
-    allow = (allow,) if isinstance(allow, str) else tuple(allow)
-    options = Reading(key, allow, trust_pickle, Limit(max_size), stand_ins, tell)
+    arch, weights, pretrained = asked.arch, asked.weights, asked.pretrained
+    options = Reading(asked.key, asked.allow, asked.trust_pickle, Limit(asked.max_size), stand_ins, tell)
     path = Path(ref)
     if exists(path) and path.is_dir():
         return _from_folder(path, ref, arch, weights, prepare)
@@ -90,7 +79,7 @@ def _from_folder(
     path: Path,
     ref: str,
     arch: str | None,
-    weights: str | os.PathLike[str] | None,
+    weights: str | None,
     prepare: Callable[[nn.Module], nn.Module] | None,
 ) -> Loaded:
     for flag, given in (("--arch", arch), ("--weights", weights)):
@@ -222,7 +211,7 @@ def _program(path: Path, ref: str, arch: str | None, options: Reading) -> Loaded
 
 def _from_reference(
     ref: str,
-    weights: str | os.PathLike[str] | None,
+    weights: str | None,
     pretrained: bool,
     options: Reading,
     prepare: Callable[[nn.Module], nn.Module] | None,

@@ -17,6 +17,7 @@ from torch import nn
 from bntool.core.errors import LoadError, UsageError
 from bntool.files.scripts import import_path, import_script, running_user_code, seeded
 from bntool.files.security.pickled_calls import shown
+from bntool.graph.drawing import Draw
 from bntool.graph.inputs import Inputs
 
 _REGISTRIES = ("torchvision", "timm")
@@ -80,11 +81,9 @@ def recorded_inputs(model: nn.Module) -> Inputs | None:
             continue
         if torch.Size(size).numel() > _MAX_INPUT_VALUES:
             continue
-        generator = torch.Generator().manual_seed(0)
         dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()}
         dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
-        example = torch.randn((1, *size), generator=generator).to(dtype)
-        return Inputs((example,), origin=f"the model's own {attribute}")
+        return Inputs((Draw().numbers((1, *size), dtype),), origin=f"the model's own {attribute}")
     return None
 
 

@@ -11,6 +11,7 @@ import sys
 import types
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -33,6 +34,17 @@ def import_path(module: str) -> types.ModuleType:
             ) from error
         except Exception as error:
             raise _raised(module, error) from error
+
+
+def named_in(ref: str, kinds: str) -> Any:
+    """What `pkg.mod:name` or `file.py:name` names; `kinds` is what else there could be, for an error."""
+    head, colon, name = ref.rpartition(":")
+    if not colon or not name.isidentifier():
+        raise LoadError(f"no such data: {ref}", next_step=f"give {kinds}")
+    module = import_script(Path(head)) if head.endswith(".py") else import_path(head)
+    if not hasattr(module, name):
+        raise LoadError(f"{head} has no {name}", where=ref, next_step="check the name of the loader")
+    return getattr(module, name)
 
 
 def import_script(path: Path) -> types.ModuleType:

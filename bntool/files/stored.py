@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -13,12 +14,23 @@ from torch import Tensor
 
 from bntool.core.errors import LoadError
 from bntool.core.limits import Limit
+from bntool.files.atomic import sha256_of
 from bntool.files.detect import Kind, detect
-from bntool.files.safetensors_files import Header, read_header, read_index
+from bntool.files.drafting import Drafts
+from bntool.files.safetensors_files import (
+    INDEX_SUFFIX,
+    Header,
+    layout,
+    read_header,
+    read_index,
+    write_safetensors,
+)
 from bntool.files.security.containers import Container
 from bntool.files.security.pickled_calls import shown
 from bntool.files.security.pickles import open_weights
 from bntool.files.security.stand_ins import Picture, PicturedTensor, pictured_tensors
+from bntool.files.shards import write_shards
+from bntool.files.targets import Target
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,12 +39,17 @@ class Described:
 
     dtype: str
     shape: tuple[int, ...]
-    shard: str
+    shard: str = ""
+
+    @property
+    def nbytes(self) -> int:
+        dtype: torch.dtype = getattr(torch, self.dtype)
+        return math.prod(self.shape) * dtype.itemsize
 
 
-@dataclasses.dataclass(frozen=True)
-class Stored:
-    """A file of weights. `read` gives one tensor, in memory of its own."""
+@dataclasses.dataclass(frozen=True, eq=False)
+class Stored(Mapping[str, Tensor]):
+    """The weights of a file by name. `read` gives one tensor, in memory of its own."""
 
     path: Path
     tensors: Mapping[str, Described]
@@ -45,6 +62,54 @@ class Stored:
         """Every file that it is in."""
         shards = {described.shard for described in self.tensors.values()} if self.sharded else set()
         return (self.path, *(self.path.with_name(shard) for shard in sorted(shards)))
+
+    @property
+    def suffix(self) -> str:
+        """How the name of a file ends that it is written to."""
+        return INDEX_SUFFIX if self.sharded else ".safetensors"
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.read(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.tensors)
+
+    def __len__(self) -> int:
+        return len(self.tensors)
+
+    def write(self, output: Path, *, force: bool = False) -> str:
+        """Write it as safetensors, in as many files, whole or not at all; return the sha256."""
+        target = Target(force=force, reads=self.files)
+        path = target.claim(output)
+        with target.drafts() as drafts:
+            return self.draft(path, drafts)
+
+    def draft(self, path: Path, drafts: Drafts) -> str:
+        """The same into the drafts of a claimed `path`, to be put into place with the other files."""
+        if not self.sharded:
+            draft = drafts.of(path)
+            self._fill("", draft)
+            return sha256_of(draft)
+        parts = {name: described.shard for name, described in self.tensors.items()}
+        sizes = {name: described.nbytes for name, described in self.tensors.items()}
+        return write_shards(path, parts, sizes, self.metadata, self._fill, drafts)
+
+    def _fill(self, shard: str, path: Path) -> None:
+        """One of its files; tensors are read one after the other."""
+        chosen = ((n, d) for n, d in self.tensors.items() if shard in ("", d.shard))
+        entries = layout((name, described.dtype, described.shape) for name, described in chosen)
+        metadata = {"format": "pt"} if self.sharded else dict(self.metadata)
+        write_safetensors(path, entries, metadata, map(self.read, entries))
+
+
+def in_memory(path: Path, weights: Mapping[str, Any]) -> Stored:
+    """Weights that were read already; what else stands among them is left out."""
+    tensors = {
+        name: Described(str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape))
+        for name, tensor in weights.items()
+        if isinstance(tensor, Tensor)
+    }
+    return Stored(path, tensors, weights.__getitem__, {"format": "pt"})
 
 
 def open_stored(path: Path, limit: Limit | None = None) -> Stored:

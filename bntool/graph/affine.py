@@ -69,11 +69,11 @@ class Affine:
 
     @functools.cached_property
     def has_shift(self) -> bool:
-        return bool(torch.nan_to_num(self.shift).count_nonzero())
+        return _differs(self.shift, 0.0)
 
     @functools.cached_property
     def has_scale(self) -> bool:
-        return bool((torch.nan_to_num(self.scale, nan=1.0) - 1).count_nonzero())
+        return _differs(self.scale, 1.0)
 
     @functools.cached_property
     def is_partial(self) -> bool:
@@ -100,6 +100,18 @@ class Affine:
     def depends_on(self) -> list[int]:
         """The axes along which the map is not constant in shape."""
         return [axis for axis, size in enumerate(self.scale.shape) if size != 1]
+
+
+def _differs(numbers: Tensor, number: float) -> bool:
+    """Whether any number that is not NaN is another one. The extremes tell, where none is NaN: planning asks
+    for each map that it makes, and one op is the least that it can ask by.
+    """
+    if not numbers.numel():
+        return False
+    least, most = map(float, torch.aminmax(numbers))
+    if math.isnan(least):
+        return bool((torch.nan_to_num(numbers, nan=number) != number).any())
+    return least != number or most != number
 
 
 def batch_norm_affine(

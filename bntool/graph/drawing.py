@@ -1,4 +1,7 @@
-"""Seeded numbers in the place of others: how every example, batch, other size and redraw is drawn."""
+"""Seeded numbers in the place of others: how every example, batch, other size and redraw is drawn.
+
+No other file draws inputs, which `tests/test_architecture.py` holds.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +39,7 @@ class Draw:
 
     def numbers(self, shape: Sequence[int], dtype: torch.dtype, *, below: int = 2) -> Tensor:
         """A tensor of which only the type is known: normal, or whole numbers from 0 to `below` - 1."""
-        if not dtype.is_floating_point:
+        if not (dtype.is_floating_point or dtype.is_complex):
             return torch.randint(0, below, tuple(shape), generator=self._generator).to(dtype)
         drawn = torch.randn(tuple(shape), generator=self._generator, dtype=torch.float32)
         if (self._mean, self._spread) != (0.0, 1.0):

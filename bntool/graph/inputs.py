@@ -84,6 +84,16 @@ class Inputs:
         draw = Draw(seed)
         return self.map(lambda t: draw.like(t, (batch, *t.shape[1:])) if t.dim() else t)
 
+    @property
+    def nested(self) -> bool:
+        """Whether they lie in a list (the images of a detection model) or a dict: no axis is the batch's."""
+        return any(isinstance(a, list | tuple | dict) for a in (*self.args, *self.kwargs.values()))
+
+    def redrawn(self, seed: int = 0) -> Inputs:
+        """The same with other floating numbers, seeded, from N(0, 1)."""
+        draw = Draw(seed)
+        return self.map(lambda t: draw.like(t) if t.is_floating_point() else t)
+
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor by a stable name: `input` or `input_0`, `input_1`, keyword names, nested paths."""
         single = len(self.args) == 1

@@ -17,6 +17,7 @@ from torch import Tensor
 from bntool.graph.dataflow import WRITTEN_OUT, Graph, Module, Op, Value
 
 _ARITHMETIC = frozenset("add sub mul div".split())
+_BEGINNINGS = _ARITHMETIC | {"addcmul"}
 _SLOTS = ("weight", "bias", "running_mean", "running_var")
 _MOVES = frozenset("reshape flatten squeeze unsqueeze permute identity expand".split())
 _ROOTS = frozenset("Sqrt sqrt rsqrt Reciprocal reciprocal Pow pow ReduceL2 linalg_vector_norm std".split())
@@ -52,7 +53,7 @@ def norms_taken_apart(
     found: list[TakenApart] = []
     seen: set[int] = set()
     for op in graph.ops if among is None else among:
-        if op.id in seen:
+        if op.kind not in _BEGINNINGS or op.id in seen:
             continue
         run = _run_from(graph, op, may)
         seen.update(member.id for member in run.ops)

@@ -13,7 +13,7 @@ import functools
 import random
 import threading
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from types import CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from bntool.observe.modules import modules_of, once_per_class
+from bntool.observe.modules import once_per_class
 
 _MOST = 10_000
 """Values noted in one run: a data set's index in a global is too large to be looked through each time."""
@@ -31,6 +31,7 @@ LARGEST_COPIED = 1 << 26
 _LOCKS = (type(threading.Lock()), type(threading.RLock()), threading.Event, threading.Condition)
 _ATOMS = (int, float, complex, str, bytes, bool, type(None), range, torch.dtype, torch.device)
 _CODE = (type, FunctionType, MethodType, ModuleType, CodeType, property, staticmethod, classmethod)
+_SKIPPED = (*_ATOMS, *_CODE)
 
 Restore = Callable[[], None]
 
@@ -39,16 +40,15 @@ class Surroundings:
     """The state of what a model's code can reach beyond the model, noted when made.
 
     Args:
-        model: the model whose classes, hooks and functions are looked at.
+        modules: those of the model, whose classes, hooks and functions are looked at.
         shared: attributes that a copy of the model shares with it, by name.
     """
 
-    def __init__(self, model: nn.Module, shared: tuple[tuple[str, Any], ...] = ()) -> None:
+    def __init__(self, modules: Sequence[nn.Module], shared: tuple[tuple[str, Any], ...] = ()) -> None:
         self.tensors: list[Tensor] = []
         self.notes: list[str] = []
         self._undo: list[Restore] = []
         self._seen: set[int] = set()
-        modules = list(modules_of(model))
         self._own = {id(module) for module in modules}
         for name, value in shared:
             self._note(value, 0)
@@ -104,7 +104,9 @@ class Surroundings:
     # -- what a value holds ---------------------------------------------------------------------------------
 
     def _note(self, value: Any, depth: int) -> None:
-        if isinstance(value, (*_ATOMS, *_CODE)) or id(value) in self._seen or depth > _DEEPEST:
+        if type(value) in _SKIPPED or isinstance(value, _SKIPPED) or id(value) in self._seen:
+            return
+        if depth > _DEEPEST:
             return
         if len(self._seen) >= _MOST:
             return

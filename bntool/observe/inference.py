@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from bntool.core.errors import ObserveError
+from bntool.graph.drawing import Draw
 from bntool.graph.inputs import Inputs
 from bntool.observe.eager import Observation, observe
 from bntool.observe.first_layer import SMALL_SIDE, TELLING, first_layer, shapes_for
@@ -109,8 +110,7 @@ def _for_layer(name: str, layer: nn.Module, small: bool) -> Iterator[Inputs]:
         text = "x".join(map(str, shape))
         origin = f"inferred {text} from the first layer, {name or type(layer).__name__}"
         if isinstance(layer, nn.Embedding):
-            generator = torch.Generator().manual_seed(0)
-            tokens = torch.randint(layer.num_embeddings, shape, generator=generator)
+            tokens = Draw().numbers(shape, torch.int64, below=layer.num_embeddings)
             yield Inputs((tokens,), origin=origin)
         else:
             yield Inputs((_random(*shape, like=layer),), origin=origin)
@@ -123,8 +123,7 @@ def has_fixed_size(model: nn.Module) -> bool:
 
 
 def _random(*shape: int, like: nn.Module | None = None) -> Tensor:
-    generator = torch.Generator().manual_seed(0)
-    drawn = torch.randn(shape, generator=generator)
+    drawn = Draw().numbers(shape, torch.float32)
     weight = getattr(like, "weight", None)
     return drawn.to(weight) if isinstance(weight, Tensor) and weight.is_floating_point() else drawn
 

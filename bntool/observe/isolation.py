@@ -26,8 +26,8 @@ from bntool.observe.global_state import LARGEST_COPIED, Surroundings
 from bntool.observe.modules import modules_of
 from bntool.observe.settings import settings_kept
 from bntool.observe.side_effects import Kept, random_state_kept, undeclared_writes
-from bntool.observe.stand_in import StandIn, set_modes, stand_in
-from bntool.observe.watching import OpMode
+from bntool.observe.stand_in import StandIn, set_each, set_modes, stand_in
+from bntool.observe.watching import WatchMode
 
 SEED = 0
 """A run that draws random numbers must draw the same ones every time, or two runs cannot be compared."""
@@ -64,7 +64,7 @@ class Isolation:
         """
         copied = self._stand_in()
         modules = list(modules_of(self.model))
-        surroundings = Surroundings(self.model, copied.shared)
+        surroundings = Surroundings(modules, copied.shared)
         kept = Kept(modules)
         kept.add(surroundings.tensors)
         for tensor in self._writes:
@@ -79,7 +79,7 @@ class Isolation:
             stack.enter_context(settings_kept())
             stack.enter_context(_not_compiled(modules))
             stack.enter_context(random_state_kept())
-            set_modes(self.model, training=False)
+            set_each(modules, training=False)
             if in_eval:
                 set_modes(copied.module, training=False)
             if watched:
@@ -113,25 +113,18 @@ def surroundings_kept(model: nn.Module) -> Iterator[None]:
 
     For trainings, which are not watched op by op: a tensor around is copied first, unless it is very large.
     """
-    surroundings = Surroundings(model)
+    modules = list(modules_of(model))
+    surroundings = Surroundings(modules)
     kept = Kept(())
     kept.add(tensor for tensor in surroundings.tensors if tensor.nbytes <= LARGEST_COPIED)
     for tensor in surroundings.tensors:
         kept.before_write(tensor)
-    modules = list(modules_of(model))
     with _parameters_kept(modules), _modes_kept(modules), settings_kept():
         try:
             yield
         finally:
             surroundings.restore()
             kept.restore()
-
-
-@contextlib.contextmanager
-def modes_kept(model: nn.Module) -> Iterator[None]:
-    """Give each layer back the mode that it has now."""
-    with _modes_kept(list(modules_of(model))):
-        yield
 
 
 @contextlib.contextmanager
@@ -149,7 +142,10 @@ def _modes_kept(modules: Sequence[nn.Module]) -> Iterator[None]:
 def same_random_numbers(seed: int) -> Iterator[None]:
     """Meanwhile the generators of PyTorch, Python and NumPy stand where this seed puts them."""
     with random_state_kept():
-        torch.manual_seed(seed)
+        if torch.accelerator.is_available():
+            torch.manual_seed(seed)
+        else:  # a hundred times as fast: nothing is noted for a device that may come
+            torch.default_generator.manual_seed(seed)
         random.seed(seed)
         np.random.seed(seed)  # noqa: NPY002  what models use
         yield
@@ -211,14 +207,14 @@ def _is_same_memory(one: Tensor, other: Tensor) -> bool:
         return True
 
 
-class _Watch(OpMode):
+class _Watch(WatchMode):
     """Keeps what a run is about to write to, where it belongs to somebody else."""
 
     def __init__(self, kept: Kept) -> None:
         super().__init__()
         self._kept = kept
 
-    def operator(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    def before(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         written = _written(func)
         if written:
             name, schema = _name(func), func._schema
@@ -226,7 +222,6 @@ class _Watch(OpMode):
             for argument in undeclared_writes(name, bound) if written == _DEPENDS else written:
                 for tensor in _tensors_in(bound.get(argument)):
                     self._kept.before_write(tensor)
-        return func(*args, **kwargs)
 
 
 _DEPENDS = ("?",)

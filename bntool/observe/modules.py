@@ -12,6 +12,7 @@ from torch import nn
 from torch.export import ExportedProgram
 
 from bntool.core.errors import UsageError
+from bntool.core.refusals import refused, unknown
 
 _PLAIN_BIAS_OWNERS = (
     "torch.nn.modules.conv.",
@@ -138,14 +139,12 @@ def require_module(model: Any, what: str) -> None:
     if isinstance(model, str | Path):
         step = "load a file with bntool.load(path).model"
         raise UsageError(f"model is a {type(model).__name__}, not an nn.Module", next_step=step)
-    kinds = {torch.jit.ScriptModule: "TorchScript", ExportedProgram: "an exported program"}
+    kinds = {torch.jit.ScriptModule: "script", ExportedProgram: "program"}
     kind = next((kind for cls, kind in kinds.items() if isinstance(model, cls)), "")
-    if kind or not isinstance(model, nn.Module):
-        name = getattr(model, "original_name", "") or type(model).__name__
-        raise UsageError(
-            f"{name} is {kind or 'not an nn.Module'}, and bntool does not {what} it",
-            next_step="use the nn.Module that it was made from",
-        )
+    if kind:
+        raise refused(kind, what, getattr(model, "original_name", "") or type(model).__name__)
+    if not isinstance(model, nn.Module):
+        raise unknown(model)
 
 
 def signature_of(model: nn.Module) -> dict[str, tuple[int, ...]]:

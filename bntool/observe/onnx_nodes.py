@@ -21,13 +21,18 @@ def labels_of(model: ir.Model) -> dict[ir.Node, str]:
     for node in model.graph.all_nodes():
         outputs = [v.name for v in node.outputs if v.name]
         wanted = node.name or f"{outputs[0] if outputs else 'node'}/{node.op_type}"
-        label, number = wanted, 1
-        while label in taken:
-            number += 1
-            label = f"{wanted}_{number}"
-        taken.add(label)
-        labels[node] = label
+        labels[node] = free_name(wanted, taken)
     return labels
+
+
+def free_name(wanted: str, taken: set[str]) -> str:
+    """The name, with a number where it is taken; it is taken from now on."""
+    name, number = wanted, 1
+    while name in taken:
+        number += 1
+        name = f"{wanted}_{number}"
+    taken.add(name)
+    return name
 
 
 def opaque_kind(node: ir.Node) -> str:

@@ -19,6 +19,8 @@ from bntool.graph.ops import permuted_axes
 
 _SAME = frozenset({"identity", "dropout"})
 _MOVES = frozenset("reshape flatten squeeze unsqueeze expand".split())
+_READ = _SAME | _MOVES | set("permute batch_norm addcmul add sub rsub mul div".split())
+"""Kinds of ops that can end what a module does to its input."""
 _POWERS: dict[float, tuple[str, ...]] = {
     1.0: (),
     0.5: ("root",),
@@ -49,6 +51,9 @@ def own_map(graph: Graph, ops: list[Op], given: int, made: int) -> OwnMap | None
 
     None where it is not, or where a factor or a summand for each channel is missing: a layer scale, a bias.
     """
+    last, source, result = graph.producer(graph.values[made]), graph.values[given], graph.values[made]
+    if last is None or last.kind not in _READ or (result.shape, result.dtype) != (source.shape, source.dtype):
+        return None  # as most modules of a network: no need to read them through
     try:
         return _Reader(graph, given).read(ops, made)
     except (Unread, KeyError):
@@ -73,10 +78,8 @@ class _Reader:
                 if op.inplace:
                     raise
                 # only its size may be asked for
-        found, result = self.maps[made], self.graph.values[made]
+        found = self.maps[made]
         if not (self.has_factor and self.has_summand):
-            return None
-        if (result.shape, result.dtype) != (self.source.shape, self.source.dtype):
             return None
         parts = [[i for i, size in enumerate(part.shape) if size != 1] for part in (found.scale, found.shift)]
         if parts[0] != parts[1] or len(parts[0]) != 1 or not self.stored:

@@ -216,20 +216,14 @@ class Recorder:
         # what fake quantisation returns is none of what it writes to
         new = [out for out in outs if not is_one_of(out, targets)]
         made = [*new, *targets]
-        values = []
-        for tensor in made:
-            value = graph.add_value(tuple(tensor.shape), constant=constant, dtype=str(tensor.dtype)).id
-            if constant and tensor.numel() <= SMALL_CONSTANT:
-                # an own tensor that was written to is put back later
-                graph.constants[value] = tensor.clone() if targets else tensor
-            values.append(value)
+        values = tuple(self._made(tensor, constant=constant, written=bool(targets)) for tensor in made)
         frame = self.frames[-1] if self.frames else None
         if kind == "batch_norm" and self.around and self.around[-1] >= len(self.frames):
             attrs = {**attrs, "unregistered": class_name(type(self.unregistered[-1]))}
         op = graph.add_op(
             kind,
             inputs,
-            tuple(values),
+            values,
             attrs=attrs,
             scope=frame.name if frame else "",
             call=frame.call if frame else 0,
@@ -241,6 +235,14 @@ class Recorder:
             self._collapse_norm(frame, op)
         for number, (tensor, value) in enumerate(zip(made, values, strict=True)):
             (holders.hold if number < len(new) else holders.overwrite)(tensor, value)
+
+    def _made(self, tensor: Tensor, *, constant: bool, written: bool) -> int:
+        """A new value, with its numbers where they are few and of no input."""
+        value = self.graph.add_value(tuple(tensor.shape), constant=constant, dtype=str(tensor.dtype)).id
+        if constant and tensor.numel() <= SMALL_CONSTANT:
+            # an own tensor that was written to is put back later
+            self.graph.constants[value] = tensor.clone() if written else tensor
+        return value
 
     def _keep_computed(self, inputs: dict[str, int], operands: dict[str, Tensor]) -> None:
         """What a layer computes of its weight or bias from its parameters is known, however large."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -40,10 +40,12 @@ def stand_in(model: nn.Module, *, own_parameters: bool = False) -> StandIn:
         ObserveError: a layer with a way of its own to be copied failed.
     """
     shared: list[tuple[str, Any]] = []
-    run = structural_copy(model, dict(_own_tensors(model, own_parameters)), shared)
-    for module in modules_of(run):
-        if _SYNCS in vars(module):  # DistributedDataParallel: other processes are not here, or not yet
-            vars(module)[_SYNCS] = False
+    modules = list(modules_of(model))
+    run = structural_copy(model, _own_tensors(modules, own_parameters), shared)
+    if any(_SYNCS in vars(module) for module in modules):
+        for module in modules_of(run):
+            if _SYNCS in vars(module):  # DistributedDataParallel: other processes are not here, or not yet
+                vars(module)[_SYNCS] = False
     return StandIn(run, tuple(shared))
 
 
@@ -57,7 +59,7 @@ def own_copy(model: nn.Module) -> nn.Module:
     Raises:
         ObserveError: a layer with a way of its own to be copied failed.
     """
-    return structural_copy(model, dict(_own_tensors(model, own_parameters=True)))
+    return structural_copy(model, _own_tensors(list(modules_of(model)), own_parameters=True))
 
 
 def set_modes(model: nn.Module, *, training: bool) -> nn.Module:
@@ -66,10 +68,15 @@ def set_modes(model: nn.Module, *, training: bool) -> nn.Module:
     No `train()` of the user's is called: an overridden one may merge weights, or return nothing. Frozen
     TorchScript has no flag.
     """
-    for module in modules_of(model):
+    set_each(modules_of(model), training=training)
+    return model
+
+
+def set_each(modules: Iterable[nn.Module], *, training: bool) -> None:
+    """The flag of each of these modules set, and of none inside of them."""
+    for module in modules:
         if getattr(module, "training", training) != training:  # to set an attribute of a module takes long
             module.training = training
-    return model
 
 
 def cast(model: nn.Module, dtype: torch.dtype | None = None, device: torch.device | None = None) -> nn.Module:
@@ -84,20 +91,23 @@ def cast(model: nn.Module, dtype: torch.dtype | None = None, device: torch.devic
     return model
 
 
-def _own_tensors(model: nn.Module, own_parameters: bool) -> Iterator[tuple[int, Tensor]]:
+@torch.no_grad()
+def _own_tensors(modules: Sequence[nn.Module], own_parameters: bool) -> dict[int, Tensor]:
     """A copy of each tensor by the identity of the original; views of one memory stay views of one."""
     found: dict[int, Tensor] = {}
-    parameters: dict[int, Tensor] = {}
-    for module in modules_of(model):
+    parameters: set[int] = set()
+    for module in modules:
         if isinstance(module, torch.jit.ScriptModule):
             continue  # copied whole, by a way of its own
-        parameters.update((id(p), p) for p in module._parameters.values() if p is not None)
-        found.update((id(tensor), tensor) for tensor in tensors_of(module))
+        parameters.update(map(id, module._parameters.values()))
+        for tensor in tensors_of(module):
+            found[id(tensor)] = tensor
+    own: dict[int, Tensor] = {}
     memories: dict[int, list[Tensor]] = {}
     for key, tensor in found.items():
         if is_lazy(tensor):  # it gets its shape in place, and cannot be cloned
             lazy_class: Any = type(tensor)
-            yield key, lazy_class(device=tensor.device, dtype=tensor.dtype)
+            own[key] = lazy_class(device=tensor.device, dtype=tensor.dtype)
         else:
             memories.setdefault(storage_of(tensor) or key, []).append(tensor)
     for tensors in memories.values():
@@ -105,13 +115,13 @@ def _own_tensors(model: nn.Module, own_parameters: bool) -> Iterator[tuple[int, 
             continue  # a view of a parameter goes with it
         memory = tensors[0].untyped_storage().clone() if len(tensors) > 1 else None
         for tensor in tensors:
-            yield id(tensor), _own(tensor, memory)
+            own[id(tensor)] = _own(tensor, memory)
+    return own
 
 
 def _own(tensor: Tensor, memory: torch.UntypedStorage | None) -> Tensor:
     """A copy of a tensor, in the copy of its memory where others share that."""
-    with torch.no_grad():
-        made = _own_numbers(tensor, memory)
+    made = _own_numbers(tensor, memory)
     if isinstance(tensor, nn.Parameter):
         if type(made) is Tensor:
             made = nn.Parameter(made, requires_grad=tensor.requires_grad)

@@ -22,7 +22,7 @@ from bntool.observe.wrappers import model_inside
 from bntool.pipeline.onnx_folding import fold_exported
 from bntool.precision.casting import DTYPES, stored_as
 from bntool.results.results import SurgeryResult
-from bntool.subjects.base import Checking, Exportable
+from bntool.subjects.base import Checking, Subject
 from bntool.verifying.blaming import Found, blame_onnx
 from bntool.verifying.export_checking import check_onnx
 from bntool.verifying.reference import Reference
@@ -71,7 +71,7 @@ class Serving:
 
 
 def served(
-    after: Exportable,
+    after: Subject,
     result: SurgeryResult,
     path: Path,
     serving: Serving,
@@ -112,7 +112,7 @@ def placed(result: SurgeryResult, named: Path, path: Path, drafts: Drafts) -> Su
 
 
 def exported(
-    after: Exportable,
+    after: Subject,
     result: SurgeryResult,
     path: Path,
     serving: Serving,
@@ -154,7 +154,7 @@ def _metadata(result: SurgeryResult, source_hash: str) -> Mapping[str, str]:
 
 
 def _checked(
-    after: Exportable,
+    after: Subject,
     result: SurgeryResult,
     path: Path,
     serving: Serving,

@@ -3,47 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from bntool.core.errors import BntoolError, NeedsArchitecture, ObserveError
+from bntool.core.errors import BntoolError, ObserveError
 from bntool.graph.inputs import Inputs
 from bntool.inserting import redundant_biases
 from bntool.observe.eager import observe
 from bntool.observe.inference import first_that_runs
-from bntool.results.graph_layers import calls_by_tensors, of_onnx, of_program
+from bntool.results.graph_layers import calls_by_tensors
 from bntool.results.notes import Note
-from bntool.results.summary import Summary, since, summarize, summarize_found
-from bntool.results.tensor_layers import of_weights
+from bntool.results.summary import Summary, since, summarize
 from bntool.results.walking import Calls, observe_calls
-
-Opened = TypeVar("Opened")
-
-
-@dataclasses.dataclass(frozen=True)
-class Weights:
-    """Weights by name, as a state_dict has them, without their model: they are counted like any subject.
-
-    `told` is why there is no model.
-    """
-
-    model: Mapping[str, Any]
-    told: str = ""
-    kind: str = "weights"
+from bntool.subjects.base import Subject
 
 
-def or_weights(opened: Callable[[], Opened]) -> Opened | Weights:
-    """What is opened; the weights of a file that holds them alone."""
-    try:
-        return opened()
-    except NeedsArchitecture as error:
-        return Weights(error.weights, error.what)
-
-
-def summarized(subject: Any, inputs: Inputs | None = None, *, baseline: Any = None) -> Summary:
+def summarized(subject: Subject, inputs: Inputs | None = None, *, baseline: Any = None) -> Summary:
     """The summary of a subject.
 
     Args:
@@ -51,30 +28,10 @@ def summarized(subject: Any, inputs: Inputs | None = None, *, baseline: Any = No
         inputs: what a module is run on; without, the first that it takes of those that its layers suggest.
         baseline: a subject, a module or a `Summary` to compare with; only its numbers are looked at.
     """
-    found = _module(subject.model, inputs) if isinstance(subject.model, nn.Module) else counted(subject)
+    found = _module(subject.model, inputs) if isinstance(subject.model, nn.Module) else subject.counted()
     if baseline is None:
         return found
-    return since(found, baseline if isinstance(baseline, Summary | nn.Module) else counted(baseline))
-
-
-def counted(subject: Any) -> Summary:
-    """The summary of a subject as it stands: a module is not run."""
-    if subject.kind == "onnx":
-        return summarize_found(of_onnx(subject.observed), "ONNX", "onnx")
-    if subject.kind == "program":
-        return summarize_found(of_program(subject.observed), "ExportedProgram", "program")
-    if subject.kind == "weights":
-        return _weights(subject.model)
-    return summarize(subject.model)
-
-
-def _weights(weights: Mapping[str, Any]) -> Summary:
-    held = {
-        name: (str(t.dtype).removeprefix("torch."), tuple(t.shape), t.numel() * t.element_size())
-        for name, t in weights.items()
-        if isinstance(t, Tensor)
-    }
-    return summarize_found(of_weights(held), "weights", "weights")
+    return since(found, baseline if isinstance(baseline, Summary | nn.Module) else baseline.counted())
 
 
 def _module(model: nn.Module, inputs: Inputs | None) -> Summary:

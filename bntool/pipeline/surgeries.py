@@ -6,26 +6,21 @@ import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
-from torch import nn
-
 from bntool.calibrating.drift import POOLED
 from bntool.calibrating.statistics import of_population, set_preserving, swept
 from bntool.calibrating.sweeping import difference_in_training
-from bntool.core.errors import CheckFailed
+from bntool.core.errors import CheckFailed, DamagedPlan
 from bntool.core.options import FoldOptions, InsertOptions
 from bntool.core.plan import Plan
+from bntool.core.schema import Damaged
 from bntool.core.tolerances import Limit
 from bntool.core.verdicts import Check, first_apart
 from bntool.data.loaders import inputs_of
-from bntool.folding.untrained import with_untrained_told
 from bntool.graph.inputs import Inputs
-from bntool.observe.copying import structural_copy
-from bntool.observe.stand_in import set_modes
 from bntool.pipeline.bisecting import first_at_fault, settle
 from bntool.results.results import SurgeryResult
-from bntool.subjects.base import Checking, Proof, S
+from bntool.subjects.base import Checking, Proof, S, Subject
 from bntool.subjects.module import ModuleSubject
-from bntool.surgery.fold_modules import with_own_tensors
 
 
 def fold(
@@ -73,8 +68,7 @@ def fold(
     plan, (after, rows) = settle(
         plan_without, carry_out, agrees, options.exclude, options.merge, look_again=look_again
     )
-    if subject.kind != "script":
-        plan = with_untrained_told(plan, subject.graph())
+    plan = subject.told(plan)
     return _result(subject, after, plan, rows), after
 
 
@@ -93,8 +87,26 @@ def insert(subject: S, options: InsertOptions, checking: Checking | None = None)
     return _result(subject, after, plan, tuple(rows)), after
 
 
-def replayed(subject: S, plan: Plan, after: S, checking: Checking | None) -> SurgeryResult:
-    """The result of a plan that was carried out as `after`, checked like a new one. Raises `CheckFailed`."""
+def apply(subject: S, plan: Plan, checking: Checking | None = None) -> tuple[SurgeryResult, S]:
+    """Carry out a plan from elsewhere; with `checking`, it is checked like a new one where the model runs.
+
+    Raises:
+        DamagedPlan: the plan is none, or names what the model has not; where in it is told.
+        PlanError: the plan was made for another model; the first difference is named.
+        CheckFailed: the plan does not hold on this model.
+    """
+    checking = checking if subject.runs else None
+    try:
+        plan, after = subject.replayed(plan, checked=checking is not None)
+        if checking is not None:
+            subject = subject.prepared(FoldOptions(bake=bool(plan.options.get("bake"))))
+        rows = _replayed_rows(subject, plan, after, checking)
+    except Damaged as error:
+        raise DamagedPlan.of(error.why, error.place) from error
+    return _result(subject, after, plan, tuple(rows)), after
+
+
+def _replayed_rows(subject: S, plan: Plan, after: S, checking: Checking | None) -> list[Check]:
     rows: list[Check] = []
     if checking is not None and plan and plan.action == "fold":
         proof = subject.proof(checking)
@@ -106,10 +118,10 @@ def replayed(subject: S, plan: Plan, after: S, checking: Checking | None) -> Sur
             raise error
     elif checking is not None and plan and plan.options.get("init") != "default":
         rows = subject.insert_rows(plan, after, checking)
-    return _result(subject, after, plan, tuple(rows))
+    return rows
 
 
-def measured_insert(subject: ModuleSubject, result: SurgeryResult, batches: Iterable[Any]) -> SurgeryResult:
+def measured_insert(subject: Subject, result: SurgeryResult, batches: Iterable[Any]) -> SurgeryResult:
     """Give the BatchNorms just inserted the statistics of what they read, and the affine that undoes them.
 
     Eval outputs stay within rounding, which is checked; the first training step stays close, since each
@@ -146,21 +158,6 @@ def measured_insert(subject: ModuleSubject, result: SurgeryResult, batches: Iter
 def unchanged(subject: S) -> SurgeryResult:
     """The result of doing nothing, for what only exports and checks."""
     return _result(subject, subject, Plan("fold", (), ()), ())
-
-
-def with_checks(result: SurgeryResult, checks: Sequence[Check]) -> SurgeryResult:
-    return dataclasses.replace(result, checks=tuple(checks))
-
-
-def on_a_copy(result: SurgeryResult) -> SurgeryResult:
-    """The result of a surgery that found nothing to do, with a model of its own, in eval mode."""
-    copied = set_modes(structural_copy(result.model), training=False)
-    return dataclasses.replace(result, model=copied)
-
-
-def on_its_own(result: SurgeryResult, original: nn.Module) -> SurgeryResult:
-    """The result with a model that shares no tensor with the original."""
-    return dataclasses.replace(result, model=with_own_tensors(result.model, original))
 
 
 def _result(subject: S, after: S, plan: Plan, rows: tuple[Check, ...]) -> SurgeryResult:

@@ -23,10 +23,10 @@ def compare_models(
 
     Raises `CheckFailed` where there is nothing to compare, `DeviceError` where the device is not there.
     """
-    if reference.kind == "onnx" and candidate.kind != "onnx":
+    if candidate.on_torch and not reference.on_torch:
         reference, candidate = candidate, reference
     batches = (1, 2, 3) if checking.full else (1,)
-    if reference.kind == "onnx":
+    if not reference.on_torch:
         drawn = [inputs] if inputs else seeded_file_inputs(reference.model, batches, checking.seed)
         return check_files(reference.model, candidate.model, drawn, checking.on_onnx())
     example = inputs or reference.example() or candidate.example()
@@ -36,7 +36,7 @@ def compare_models(
     runs = Reference(reference.runnable, several)
     if inputs is not None and checking.full:
         several = [inputs, *several]
-    if candidate.kind == "onnx":
+    if not candidate.on_torch:
         return check_onnx(runs, candidate.model, checking.on_onnx())
     on = checking.torch_device
     on = ("cuda" if torch.cuda.is_available() else "cpu") if on == "auto" else on

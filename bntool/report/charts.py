@@ -102,6 +102,34 @@ def _signed_bars(rows: list[dict[str, Any]], title: str) -> Spec:
 
 def norms(figures: Sequence[Mapping[str, Any]]) -> Spec | None:
     """The scales of every BatchNorm, in the order they ran: range, middle half and median."""
+    rows = _scales(figures)
+    if not rows:
+        return None
+    x: Spec = {"field": "number", "type": "quantitative", "title": "BatchNorm, in order"}
+    ticks = drawing.some([row["number"] for row in rows], 12)
+    x |= {"axis": {**drawing.whole(), "values": ticks}, "scale": {"nice": False, "zero": False, "padding": 8}}
+    told = drawing.told(
+        name="", least=".3g", low=".3g", median=".3g", high=".3g", most=".3g", channels=",", dead=","
+    )
+    size = max(2, min(10, 500 // len(rows)))
+
+    def y(field: str) -> Spec:
+        return {"field": field, "type": "quantitative", "title": "scale s"}
+
+    middle: Spec = {"type": "tick", "orient": "horizontal", "thickness": 2, "size": size}
+    return drawing.chart(
+        rows,
+        height=200,
+        encoding={"x": x, "tooltip": told},
+        layer=[
+            {"mark": "rule", "encoding": {"y": y("least"), "y2": {"field": "most"}}},
+            {"mark": {"type": "bar", "size": size}, "encoding": {"y": y("low"), "y2": {"field": "high"}}},
+            {"mark": middle, "encoding": {"y": y("median")}},
+        ],
+    )
+
+
+def _scales(figures: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     rows = []
     for number, norm in enumerate(figures, start=1):
         values = [v for v in norm.get("scale") or () if v is not None]
@@ -122,37 +150,7 @@ def norms(figures: Sequence[Mapping[str, Any]]) -> Spec | None:
                     "channels": int(norm["channels"] or 0),
                 }
             )
-    if not rows:
-        return None
-    x: Spec = {"field": "number", "type": "quantitative", "title": "BatchNorm, in order"}
-    ticks = drawing.some([row["number"] for row in rows], 12)
-    x |= {"axis": {**drawing.whole(), "values": ticks}, "scale": {"nice": False, "zero": False, "padding": 8}}
-    told = drawing.told(
-        name="", least=".3g", low=".3g", median=".3g", high=".3g", most=".3g", channels=",", dead=","
-    )
-    size = max(2, min(10, 500 // len(rows)))
-
-    def y(field: str) -> Spec:
-        return {"field": field, "type": "quantitative", "title": "scale s"}
-
-    return drawing.chart(
-        rows,
-        height=200,
-        encoding={"x": x, "tooltip": told},
-        layer=[
-            {"mark": "rule", "encoding": {"y": y("least"), "y2": {"field": "most"}}},
-            {"mark": {"type": "bar", "size": size}, "encoding": {"y": y("low"), "y2": {"field": "high"}}},
-            {
-                "mark": {
-                    "type": "tick",
-                    "orient": "horizontal",
-                    "thickness": 2,
-                    "size": size,
-                },
-                "encoding": {"y": y("median")},
-            },
-        ],
-    )
+    return rows
 
 
 def channels(quantity: str) -> Spec:

@@ -16,31 +16,10 @@ _MOST_STEPS = 120
 
 def curves(data: Mapping[str, Any], quantity: str) -> Spec | None:
     """Loss or accuracy by epoch, each arm at its best rate; a band from the lowest to the highest repeat."""
-    rows: list[dict[str, Any]] = []
-    for arm, network in ARMS.items():
-        rate = (data["arms"].get(arm) or {}).get("best_rate")
-        runs = [r for r in data["runs"] if r["arm"] == arm and r["lr"] == rate and not r["diverged"]]
-        for part, images in (("test", "test"), ("train", "training")):
-            for epoch, found in _by_epoch(runs, f"{part}_{quantity}").items():
-                scale = 100 if quantity == "accuracy" else 1
-                rows.append(
-                    {
-                        "epoch": epoch,
-                        "network": network,
-                        "images": images,
-                        "mean": scale * statistics.fmean(found),
-                        "least": scale * min(found),
-                        "most": scale * max(found),
-                    }
-                )
+    rows = _epochs(data, quantity)
     if not rows:
         return None
-    x = {
-        "field": "epoch",
-        "type": "quantitative",
-        "title": "epoch",
-        "axis": drawing.whole(),
-    }
+    x = {"field": "epoch", "type": "quantitative", "title": "epoch", "axis": drawing.whole()}
     is_log = quantity == "loss" and min(r["least"] for r in rows) > 0
     axis: Spec = {"type": "log"} if is_log else {"zero": False}
     title = "accuracy, %" if quantity == "accuracy" else "loss"
@@ -71,6 +50,27 @@ def curves(data: Mapping[str, Any], quantity: str) -> Spec | None:
     }
     spread = any(row["most"] > row["least"] for row in rows)
     return drawing.chart(rows, height=220, layer=[*([band] if spread else []), line, points])
+
+
+def _epochs(data: Mapping[str, Any], quantity: str) -> list[dict[str, Any]]:
+    scale = 100 if quantity == "accuracy" else 1
+    rows: list[dict[str, Any]] = []
+    for arm, network in ARMS.items():
+        rate = (data["arms"].get(arm) or {}).get("best_rate")
+        runs = [r for r in data["runs"] if r["arm"] == arm and r["lr"] == rate and not r["diverged"]]
+        for part, images in (("test", "test"), ("train", "training")):
+            for epoch, found in _by_epoch(runs, f"{part}_{quantity}").items():
+                rows.append(
+                    {
+                        "epoch": epoch,
+                        "network": network,
+                        "images": images,
+                        "mean": scale * statistics.fmean(found),
+                        "least": scale * min(found),
+                        "most": scale * max(found),
+                    }
+                )
+    return rows
 
 
 def watched_rows(data: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -77,11 +77,6 @@ def owned_by_module(model: nn.Module) -> dict[str, Owned]:
     return found
 
 
-def total_counts(model: nn.Module) -> Counts:
-    """The sum over the whole model: what `owned_by_module` adds up to, without the names."""
-    return _recount(model)[0]
-
-
 def _recount(model: nn.Module) -> tuple[Counts, int]:
     """The counts of the whole model, and the bias elements of its convolutions and linear layers."""
     seen: set[object] = set()
@@ -105,18 +100,18 @@ def _recount(model: nn.Module) -> tuple[Counts, int]:
     return Counts(trainable, frozen, buffers, size), sum(biases.values())
 
 
-def parameters_of(model: nn.Module) -> dict[str, int]:
-    """Elements `trainable`, `frozen`, `buffers`, and `bytes` of them all; shared tensors counted once."""
-    return total_counts(model).to_dict()
-
-
 def parameter_delta(before: nn.Module, after: nn.Module) -> dict[str, dict[str, int]]:
     """`before`, `after` and `delta` (after less before), recounted from the tensors.
 
     `delta` also has `conv_bias`: the change in bias elements of convolutions and linear layers, which
     is part of `trainable` (or `frozen`) as well.
     """
-    (old, old_biases), (new, new_biases) = _recount(before), _recount(after)
+    return delta_of(_recount(before), _recount(after))
+
+
+def delta_of(before: tuple[Counts, int], after: tuple[Counts, int]) -> dict[str, dict[str, int]]:
+    """The same of what was counted elsewhere: both counts, each with its bias elements."""
+    (old, old_biases), (new, new_biases) = before, after
     delta = {**(new - old).to_dict(), "conv_bias": new_biases - old_biases}
     return {"before": old.to_dict(), "after": new.to_dict(), "delta": delta}
 

@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
+from bntool.files.stored import Described
 from bntool.results.counting import Counts
 from bntool.results.layers import Layer
 
@@ -54,18 +55,15 @@ class Found:
     notes: tuple[str, ...] = ()
 
 
-def of_weights(described: Mapping[str, tuple[str, Size, int]]) -> Found:
-    """A file of weights without its model: types by what stands together, and no shapes of inputs.
-
-    `described` has for each tensor its type, its shape and its bytes.
-    """
+def of_weights(described: Mapping[str, Described]) -> Found:
+    """A file of weights without its model: types by what stands together, and no shapes of inputs."""
     described = _in_order(described)
     tensors = [
         StoredTensor(
-            name, "buffer" if name.rpartition(".")[2] in _STATISTICS else "trainable", shape, dtype,
-            math.prod(shape), size,
+            name, "buffer" if name.rpartition(".")[2] in _STATISTICS else "trainable", one.shape, one.dtype,
+            math.prod(one.shape), one.nbytes,
         )
-        for name, (dtype, shape, size) in described.items()
+        for name, one in described.items()
     ]  # fmt: skip
     owners = {tensor.name: tensor.name.rpartition(".")[0] for tensor in tensors}
     layers = rows_of({}, tensors, owners)

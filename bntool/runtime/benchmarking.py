@@ -143,7 +143,7 @@ def _timed(run: Callable[[], None], repeats: int) -> float:
 
 def rebatching(example: Inputs, seed: int = 0) -> Callable[[int], Inputs | None]:
     """Seeded inputs like the example, of any batch size; nested ones (images in a list) only as they are."""
-    if any(isinstance(value, list | tuple | dict) for value in (*example.args, *example.kwargs.values())):
+    if example.nested:
         return lambda batch: example if batch == 1 else None
     return lambda batch: example.rebatched(batch, seed)
 

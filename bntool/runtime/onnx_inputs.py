@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from bntool.core.errors import CheckFailed, ExportError
+from bntool.graph.drawing import Draw
 from bntool.graph.inputs import Inputs
 from bntool.runtime.runner import FileRunner
 
@@ -74,7 +75,7 @@ def drawn_inputs(
 
     Axes of one name get one length. Raises `CheckFailed` for an input that is no tensor of numbers.
     """
-    generator = torch.Generator().manual_seed(seed)
+    draw = Draw(seed)
     lengths: dict[str, int] = {}
     named: dict[str, Any] = {}
     for name, kind, axes in runner.signature:
@@ -92,11 +93,7 @@ def drawn_inputs(
             length = batch if i == 0 else side
             known = lengths.setdefault(axis, length) if isinstance(axis, str) else length
             shape.append(axis if isinstance(axis, int) else known)
-        if "int" in kind:
-            integers = getattr(torch, kind.removeprefix("tensor(").removesuffix(")"))
-            named[name] = torch.randint(0, 2, shape, generator=generator).to(integers)
-        elif "bool" in kind:
-            named[name] = torch.rand(shape, generator=generator) < 0.5
-        else:
-            named[name] = torch.randn(shape, generator=generator).to(_TYPES.get(kind, torch.float32))
+        of_torch = kind.removeprefix("tensor(").removesuffix(")")
+        dtype = getattr(torch, of_torch) if of_torch.startswith(("int", "uint", "bool")) else None
+        named[name] = draw.numbers(shape, dtype or _TYPES.get(kind, torch.float32))
     return Inputs((), named, origin="the shapes that the file declares")

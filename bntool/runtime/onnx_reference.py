@@ -17,6 +17,7 @@ from bntool.files.onnx_forms import to_one_form
 from bntool.graph.inputs import Inputs
 from bntool.observe.onnx_constants import to_onnx, to_torch
 from bntool.runtime.libraries import first_line
+from bntool.runtime.runner import fits
 
 
 class ReferenceRunner:
@@ -58,11 +59,6 @@ class ReferenceRunner:
     def accepts(self, inputs: Inputs) -> bool:
         """Whether every fixed axis of the file's inputs has the length that these inputs have."""
         given = inputs.tensors()
-
-        def fits(axes: list[int | str | None], shape: tuple[int, ...]) -> bool:
-            fixed = [not isinstance(n, int) or n == m for n, m in zip(axes, shape, strict=False)]
-            return not axes or (len(axes) == len(shape) and all(fixed))
-
         return given.keys() >= set(self.input_names) and all(
             fits(axes, tuple(given[name].shape)) for name, _, axes in self.signature
         )

@@ -17,6 +17,7 @@ from bntool.runtime.assignments import assignments
 from bntool.runtime.libraries import CPU, first_line
 from bntool.runtime.naming import on_nvidia
 from bntool.runtime.providers import GPU_EXTRA, open_session
+from bntool.runtime.runner import fits
 
 _NARROW = {"tensor(float16)": torch.float16, "tensor(bfloat16)": torch.bfloat16}
 _OF_THE_DEVICE = ("CUDA", "CUDNN", "cuDNN", "CUBLAS", "Failed to allocate memory", "TensorRT")
@@ -86,16 +87,8 @@ class OrtRunner:
         return [(i.name, i.type, list(i.shape)) for i in self._session.get_inputs()]
 
     def accepts(self, inputs: Inputs) -> bool:
-        """Whether every fixed axis of the file's inputs has the length that these inputs have.
-
-        ONNX Runtime tells an input of unknown rank as one without axes.
-        """
+        """Whether every fixed axis of the file's inputs has the length that these inputs have."""
         fed = self._by_name(inputs)
-
-        def fits(axes: list[int | str | None], shape: torch.Size) -> bool:
-            fixed = [not isinstance(n, int) or n == m for n, m in zip(axes, shape, strict=False)]
-            return not axes or (len(axes) == len(shape) and all(fixed))
-
         return all(fits(i.shape, fed[i.name].shape) for i in self._session.get_inputs())
 
     def bound(self, inputs: Inputs, *, fixed_outputs: bool = False) -> Callable[[], None]:

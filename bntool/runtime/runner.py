@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 from torch import Tensor
@@ -29,6 +30,12 @@ class Runner(Protocol):
         """`torch`, or an execution provider of ONNX Runtime."""
 
     def run(self, inputs: Inputs) -> dict[str, Tensor]: ...
+
+
+def fits(axes: Sequence[int | str | None], shape: Sequence[int]) -> bool:
+    """Whether every fixed axis has its length; ONNX Runtime tells an unknown rank as no axes."""
+    fixed = [not isinstance(n, int) or n == m for n, m in zip(axes, shape, strict=False)]
+    return not axes or (len(axes) == len(shape) and all(fixed))
 
 
 class FileRunner(Runner, Protocol):

@@ -1,4 +1,4 @@
-"""What a surgery is done to: a module, an exported program, an ONNX file or a TorchScript module.
+"""What a surgery is done to: a module, an exported program, an ONNX file, TorchScript, or weights alone.
 
 Each says how it is planned on, changed, run and exported; what is done with that is written once, in
 `surgeries`.
@@ -7,27 +7,32 @@ Each says how it is planned on, changed, run and exported; what is done with tha
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from torch.export import ExportedProgram
 
-from bntool.core.errors import UsageError
+from bntool.core.errors import NeedsArchitecture
 from bntool.core.option import Options
-from bntool.core.options import ExportOptions, FoldOptions
-from bntool.core.refusals import KINDS, require_known
+from bntool.core.refusals import require_known
 from bntool.files.detect import Kind, detect
 
 if TYPE_CHECKING:
-    from bntool.subjects.base import Exportable, Subject
+    from bntool.subjects.base import Subject
+    from bntool.subjects.weights import WeightsSubject
 
 
 def subject_of(
-    model: Any, example_inputs: Any = None, *asked: Options, command: str = "", stand_ins: bool = False
+    model: Any,
+    example_inputs: Any = None,
+    *asked: Options,
+    command: str = "",
+    stand_ins: bool = False,
+    bare: bool = False,
 ) -> Subject:
     """A model of any kind as a subject: a module, a program, TorchScript, or a path or reference of one.
 
-    With `stand_ins`, also a file whose classes are not here, to be looked at and not run. `command` is what
-    asks, where it makes more of the options work.
+    With `stand_ins`, also a file whose classes are not here, to be looked at and not run; with `bare`, also
+    weights without their model. `command` is what asks, where it makes more of the options work.
 
     Raises:
         UsageError: it is none; or one of the options `asked` is out of bounds, or none that its kind knows.
@@ -35,50 +40,12 @@ def subject_of(
     """
     for options in asked:
         options.validate()
-    found = _subject_of(model, example_inputs, stand_ins)
+    found = _subject_of(model, example_inputs, stand_ins, bare)
     require_known(found.kind, *asked, name=found.name, command=command)
     return found
 
 
-def prepared(subject: Subject, options: FoldOptions) -> Subject:
-    """The subject as a fold begins with it: with `bake`, weights that layers compute are stored first.
-
-    Raises:
-        CheckFailed: with the stored weights it does not compute the same.
-    """
-    from bntool.subjects.module import ModuleSubject
-
-    return subject.baked() if options.bake and isinstance(subject, ModuleSubject) else subject
-
-
-def exportable(subject: Subject, how: ExportOptions) -> Exportable:
-    """The subject as one that can be written as ONNX: TorchScript becomes a module that computes the same.
-
-    Raises:
-        UsageError: it is an ONNX file, and no other opset is asked for.
-        ExportError: torch's converter does not take the TorchScript.
-    """
-    if subject.kind == "onnx" and how.opset is None:
-        raise UsageError(
-            f"{subject.name} is {KINDS['onnx']} already",
-            next_step=f"bntool export {subject.name} --opset 17 converts it to another opset",
-        )
-    if subject.kind != "script":
-        return cast("Exportable", subject)
-    from bntool.subjects.module import ModuleSubject
-    from bntool.subjects.script_folding import converted
-
-    example = subject.example()
-    if example is None:
-        raise UsageError(
-            f"{subject.name} says nothing of its input's shape", next_step="give --input N,C,H,W"
-        )
-    found = ModuleSubject(converted(subject.model, example), example, name=subject.name)
-    found.files = subject.files
-    return found
-
-
-def _subject_of(model: Any, example_inputs: Any, stand_ins: bool) -> Subject:
+def _subject_of(model: Any, example_inputs: Any, stand_ins: bool, bare: bool) -> Subject:
     if isinstance(model, str | Path):
         name, path = str(model), Path(model)
         if path.is_file() and detect(path).kind is Kind.ONNX:
@@ -90,13 +57,26 @@ def _subject_of(model: Any, example_inputs: Any, stand_ins: bool) -> Subject:
             return file
         from bntool.files.loading import load
 
-        loaded = load(name, stand_ins=stand_ins)
+        try:
+            loaded = load(name, stand_ins=stand_ins)
+        except NeedsArchitecture as error:
+            if bare:
+                return weights_of(path, error)
+            raise
         if example_inputs is None:
             example_inputs = loaded.example_inputs
         found = _in_memory(loaded.model, example_inputs, name)
         found.files = loaded.files
         return found
     return _in_memory(model, example_inputs, "")
+
+
+def weights_of(path: Path, error: NeedsArchitecture) -> WeightsSubject:
+    """What was read of a file whose model is not known."""
+    from bntool.files.stored import in_memory
+    from bntool.subjects.weights import WeightsSubject
+
+    return WeightsSubject(in_memory(path, error.weights), why=error.what)
 
 
 def _in_memory(model: Any, example_inputs: Any, name: str) -> Subject:

@@ -5,21 +5,33 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
+from torch import nn
+
+from bntool.core.documents import Kind
+from bntool.core.errors import UsageError
 from bntool.core.options import CheckOptions, ExportOptions, FoldOptions, InsertOptions
 from bntool.core.plan import Plan
+from bntool.core.reasons import Reason
+from bntool.core.refusals import refused
 from bntool.core.tolerances import BY_NOISE, Tolerance
 from bntool.core.verdicts import Check
+from bntool.folding.untrained import with_untrained_told
+from bntool.results.counting import parameter_delta
+from bntool.results.summary import Summary, summarize
+from bntool.runtime.benchmarking import rebatching
+from bntool.subjects.replanning import replanned
+from bntool.verifying.blaming import Found, blame_modules
 from bntool.verifying.checking import seeded_batches
 from bntool.verifying.conditions import Conditions
 
 if TYPE_CHECKING:
     from bntool.export.exporting import ExportResult
+    from bntool.files.drafting import Drafts
     from bntool.graph.dataflow import Graph
     from bntool.graph.inputs import Inputs
 
-Kind = Literal["module", "program", "onnx", "script"]
 Parameters = dict[str, dict[str, int]]
 S = TypeVar("S", bound="Subject")
 S_contra = TypeVar("S_contra", bound="Subject", contravariant=True)
@@ -88,52 +100,129 @@ class Proof(Protocol[S_contra]):
         """Whether a part of a plan stands up."""
 
 
-class Subject(Protocol):
-    """A model that a surgery is done to. No method changes it."""
+class Subject:
+    """A model that a surgery is done to. No method changes it. What a kind does not write, it cannot do."""
 
     kind: Kind
     name: str
-    files: tuple[Path, ...]
+    model: Any
+    """The module, the program, the path of the ONNX file, or the weights by name."""
+    files: tuple[Path, ...] = ()
     """Every file that it was read from; none may be written over."""
-
-    @property
-    def model(self) -> Any:
-        """The module, the program, or the path of the ONNX file."""
+    suffix: str = ".pt"
+    """How the name of a file ends that it is written to, where it writes itself."""
+    on_torch: bool = True
+    """Whether torch runs it."""
+    runs: bool = True
+    """Whether anything does, so that what is done to it can be proved."""
 
     @property
     def runnable(self) -> Any:
-        """The model as an `nn.Module` that runs alike every time, where torch runs it."""
+        """The model as an `nn.Module` that runs alike every time, where torch runs it; else None."""
+        return self.model if self.on_torch else None
 
     def graph(self) -> Graph:
         """The model as a graph; raises `ObserveError` where there is none to be had."""
+        raise refused(self.kind, "read the graph of", self.name)
 
     def example(self) -> Inputs | None:
         """An input that it takes, where one is known."""
+        return None
+
+    def read_as(self, *, run: bool = True, freeze: bool = False) -> None:
+        """How an ONNX file is read; others have one way."""
+
+    def batched(self, seed: int = 0) -> Callable[[int], Inputs | None]:
+        """Seeded inputs of any batch size, None for one that it does not take.
+
+        Raises `UsageError` where no example is known.
+        """
+        example = self.example()
+        if example is None:
+            raise UsageError(
+                f"no example input of {self.name} is known", next_step="give one as example_inputs"
+            )
+        return rebatching(example, seed)
+
+    def run_on(self, real: Sequence[Inputs]) -> None:
+        """Inputs of the user's own take the place of drawn ones, where they were not observed already."""
+
+    def counted(self) -> Summary:
+        """The summary of the model as it stands, without running it."""
+        if not isinstance(self.model, nn.Module):
+            raise refused(self.kind, "count", self.name)
+        return summarize(self.model)
 
     def parameters(self: S, after: S) -> Parameters:
         """Counts `before`, `after` and their `delta`."""
+        return parameter_delta(self.runnable, after.runnable)
+
+    def prepared(self: S, options: FoldOptions) -> S:
+        """As a fold begins with it: with `bake`, weights that layers compute are stored first.
+
+        Raises `CheckFailed` where with the stored weights it does not compute the same.
+        """
+        return self
 
     def plan_fold(self, options: FoldOptions, *, thorough: bool) -> Plan:
         """A verdict for every BatchNorm; `thorough` looks at inputs of other sizes too."""
+        raise refused(self.kind, "plan a fold of", self.name)
+
+    def told(self, plan: Plan) -> Plan:
+        """The plan of a fold, with what it says of layers that were not trained."""
+        return with_untrained_told(plan, self.graph())
+
+    def only_in_a_graph(self, options: FoldOptions) -> frozenset[Reason]:
+        """Why a BatchNorm may stay that its exported graph lets fold."""
+        return frozenset()
 
     def folded(self: S, plan: Plan) -> S:
         """A new model, with the plan carried out."""
+        raise refused(self.kind, "fold", self.name)
 
     def proof(self: S, checking: Checking) -> Proof[S]:
         """What a fold of it is held against."""
+        raise refused(self.kind, "run", self.name)
 
     def plan_insert(self, options: InsertOptions) -> Plan:
         """Where a BatchNorm would go."""
+        raise refused(self.kind, "insert into", self.name)
 
     def inserted(self: S, options: InsertOptions) -> tuple[Plan, S]:
         """A plan, and a new model with it carried out."""
+        return self.plan_insert(options), self
 
     def insert_rows(self: S, plan: Plan, after: S, checking: Checking) -> list[Check]:
         """The model with an insertion against the one without. Raises `CheckFailed` where they differ."""
+        raise refused(self.kind, "insert into", self.name)
 
+    def replayed(self: S, plan: Plan, *, checked: bool) -> tuple[Plan, S]:
+        """A plan from elsewhere carried out: that plan, or on a graph the same made anew.
 
-class Exportable(Subject, Protocol):
-    """A model that torch can export."""
+        Raises `PlanError` where it was made for another model, and `Damaged` where it is none.
+        """
+        return replanned(self, plan)
+
+    def apart(self, after: Subject, proof: Any) -> Found | None:
+        """The first layer or node at which a fold that its proof did not bear out and the original part."""
+        return blame_modules(self.runnable, after.runnable, proof.reference.inputs, stage="fold")
+
+    def exportable(self, how: ExportOptions) -> Subject:
+        """As one that can be written as ONNX. Raises `UsageError` where that is done already."""
+        return self
 
     def export(self, path: Path, how: ExportOptions, metadata: Mapping[str, str]) -> ExportResult:
         """Write it as ONNX into a new file, without any folding."""
+        raise refused(self.kind, "export", self.name)
+
+    def owned(self, model: Any, *, share: bool) -> Any:
+        """What a surgery made of it, for the caller to keep: a module shares no tensor unless it may."""
+        return model
+
+    def working_in(self: S, folder: Path) -> S:
+        """The same, where new files are made in this folder."""
+        return self
+
+    def draft(self, path: Path, drafts: Drafts) -> str:
+        """Write it into the drafts of a claimed `path`, where it writes itself; its sha256."""
+        raise refused(self.kind, "write", self.name)

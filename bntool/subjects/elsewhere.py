@@ -115,10 +115,14 @@ class Elsewhere:
         """On the smallest input on which the model takes the same path."""
         own, key = self._observation, _kind_of(self._model, self._observation)
         fixed = has_fixed_size(self._model)
-        inputs = list(smaller(own.inputs, own.graph))
-        start = len(inputs) - 1 if fixed else min(_refused.get(key, 0), len(inputs) - 1)
-        for number in range(start, len(inputs)):
-            found = self._observed(inputs[number])
+        start, inputs = _refused.get(key, 0), smaller(own.inputs, own.graph)
+        if fixed:
+            *_, whole = inputs
+            start, inputs = 0, iter([whole])
+        for number, one in enumerate(inputs):
+            if number < start:
+                continue
+            found = self._observed(one)
             if found is not None and covers(found.graph, own.graph):
                 if not fixed:
                     _remember(key, number)

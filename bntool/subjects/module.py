@@ -10,26 +10,30 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from bntool.core.errors import CheckFailed, UsageError
+from bntool.core.documents import Kind
+from bntool.core.errors import CheckFailed
 from bntool.core.options import ExportOptions, FoldOptions, InsertOptions
 from bntool.core.plan import Plan
+from bntool.core.reasons import Reason
+from bntool.core.refusals import unknown
 from bntool.core.verdicts import Check
 from bntool.graph.dataflow import Graph
 from bntool.graph.inputs import Inputs
-from bntool.inserting import plan_insert
+from bntool.inserting import plan_insert, require_same_places
+from bntool.observe.copying import structural_copy
 from bntool.observe.eager import Observation, observe
 from bntool.observe.inference import observe_inferred
-from bntool.observe.modules import signature_of
+from bntool.observe.modules import class_name, signature_of
 from bntool.observe.stand_in import set_modes
 from bntool.observe.wrappers import REWRAP, gathers_gradients
-from bntool.results.counting import parameter_delta
-from bntool.subjects.base import Checking, Kind, Parameters
+from bntool.subjects.base import Checking, Subject
 from bntool.subjects.elsewhere import Elsewhere
 from bntool.subjects.insertion import check_unchanged, insert_observed
 from bntool.subjects.module_folding import PlannedFold, plan_module_fold
 from bntool.subjects.proving import ModuleProof
 from bntool.surgery.baking import note_on, with_plain_weights
-from bntool.surgery.fold_modules import Numbers, apply_exactly
+from bntool.surgery.fold_modules import Numbers, apply_exactly, with_own_tensors
+from bntool.surgery.replaying import replay_fold, replay_insert
 from bntool.verifying.checking import check_surgery
 from bntool.verifying.reference import Reference
 
@@ -37,7 +41,7 @@ if TYPE_CHECKING:
     from bntool.export.exporting import ExportResult
 
 
-class ModuleSubject:
+class ModuleSubject(Subject):
     """A module, and what was seen when it ran.
 
     Args:
@@ -49,7 +53,6 @@ class ModuleSubject:
     """
 
     kind: Kind = "module"
-    files: tuple[Path, ...] = ()
 
     def __init__(
         self,
@@ -61,10 +64,7 @@ class ModuleSubject:
         small: bool = True,
     ) -> None:
         if not isinstance(model, nn.Module):
-            raise UsageError(
-                f"model is a {type(model).__name__}, not an nn.Module",
-                next_step="load a file with bntool.load(path).model",
-            )
+            raise unknown(model)
         self.model = model
         self.name = name or type(model).__name__
         self._given = example_inputs
@@ -89,18 +89,11 @@ class ModuleSubject:
         """The module on other inputs than its example."""
         return Elsewhere(self.model, self.observation)
 
-    @property
-    def runnable(self) -> nn.Module:
-        return self.model
-
     def graph(self) -> Graph:
         return self.observation.graph
 
     def example(self) -> Inputs:
-        return self.observation.inputs
-
-    def parameters(self, after: ModuleSubject) -> Parameters:
-        return parameter_delta(self.model, after.model)
+        return self.observation.inputs if self._given is None else Inputs.of(self._given)
 
     def plan_fold(self, options: FoldOptions, *, thorough: bool) -> Plan:
         self._planned = plan_module_fold(
@@ -130,11 +123,9 @@ class ModuleSubject:
             signature=signature_of(original),
         )
 
-    def baked(self) -> ModuleSubject:
-        """The same with weights stored that its layers compute from parameters, held to its outputs.
-
-        Raises `CheckFailed` where those are not the same.
-        """
+    def prepared(self, options: FoldOptions) -> ModuleSubject:
+        if not options.bake:
+            return self
         model, names = with_plain_weights(self.model, self.graph())
         if not names:
             return self
@@ -146,6 +137,19 @@ class ModuleSubject:
                 "with plain weights the output is not the same", next_step="fold without --bake"
             )
         return plain
+
+    def only_in_a_graph(self, options: FoldOptions) -> frozenset[Reason]:
+        """What a module tree cannot express the exported graph may.
+
+        A functional BatchNorm is no part of the tree, the one of an identity branch reads what others read,
+        and a layer that is called twice from one place cannot be two.
+        """
+        found = {Reason.FUNCTIONAL}
+        if options.merge:
+            found |= {Reason.OUTPUT_USED_ELSEWHERE, Reason.REACHES_INPUT}
+        if options.unshare:
+            found |= {Reason.CALLED_MORE_THAN_ONCE, Reason.WEIGHT_SHARED}
+        return frozenset(found)
 
     def folded(self, plan: Plan) -> ModuleSubject:
         if self._planned is not None and self._planned.plan is plan:
@@ -184,6 +188,14 @@ class ModuleSubject:
             raise CheckFailed("the insertion changes the output", next_step="please report this model")
         return rows
 
+    def replayed(self, plan: Plan, *, checked: bool) -> tuple[Plan, ModuleSubject]:
+        model = self.model
+        plan.require_signature(signature_of(model), class_name(type(model)))
+        if plan.action == "insert" and checked and plan:
+            require_same_places(self.graph(), plan)
+        replay = replay_insert if plan.action == "insert" else replay_fold
+        return plan, ModuleSubject(replay(model, plan), name=self.name)
+
     def export(self, path: Path, how: ExportOptions, metadata: Mapping[str, str]) -> ExportResult:
         from bntool.export.exporting import export_onnx
 
@@ -196,6 +208,11 @@ class ModuleSubject:
             force=True,  # a draft, which a first try may have left
         )
 
+    def owned(self, model: nn.Module, *, share: bool) -> nn.Module:
+        if model is self.model:
+            model = set_modes(structural_copy(model), training=False)
+        return model if share else with_own_tensors(model, self.model)
+
     def like(self, model: nn.Module) -> ModuleSubject:
         """Another model on the same inputs."""
-        return ModuleSubject(model, name=self.name, observed=lambda: observe(model, self.observation.inputs))
+        return ModuleSubject(model, self.example(), name=self.name)

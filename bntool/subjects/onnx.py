@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import functools
-import tempfile
-import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import onnx_ir as ir
 
+from bntool.core.documents import Kind
 from bntool.core.errors import CheckFailed, InvariantError, UsageError
 from bntool.core.options import ExportOptions, FoldOptions, InsertOptions
 from bntool.core.plan import Plan
+from bntool.core.refusals import KINDS
 from bntool.core.verdicts import Check
-from bntool.files.onnx_files import OnnxFile, open_onnx, require_opset, save_onnx
+from bntool.files.drafting import Drafts, Scratch
+from bntool.files.onnx_files import OnnxFile, open_onnx, put_onnx, require_opset, save_onnx
 from bntool.files.onnx_forms import take_off_inputs
 from bntool.folding import at_graph_level, plan_on_all
 from bntool.graph.dataflow import Graph
@@ -24,13 +25,17 @@ from bntool.inserting import plan_insert_nodes
 from bntool.observe.onnx_model import OnnxObservation, observe_onnx
 from bntool.observe.onnx_nodes import stored_tensors
 from bntool.observe.onnx_shapes import asked_shapes
+from bntool.results.counting import Counts, delta_of
+from bntool.results.graph_layers import of_onnx
+from bntool.results.summary import Summary, summarize_found
 from bntool.runtime.onnx_inputs import first_runs
 from bntool.runtime.onnx_sizes import SeenSizes
-from bntool.subjects.base import Checking, Kind, Parameters
+from bntool.subjects.base import Checking, Parameters, Subject
 from bntool.subjects.onnx_proving import OnnxProof
 from bntool.surgery.fold_onnx import apply_fold_onnx
 from bntool.surgery.insert_onnx import apply_insert_onnx
 from bntool.surgery.onnx_wiring import bind_branches
+from bntool.verifying.blaming import Found, blame_files
 from bntool.verifying.onnx_checking import check_onnx_unchanged, opened
 from bntool.verifying.onnx_verifying import seeded_file_inputs
 
@@ -40,17 +45,7 @@ if TYPE_CHECKING:
 Shapes = Mapping[str, Sequence[int | None]]
 
 
-class Scratch:
-    """A folder that is made when it is first asked for, and is gone with the last who holds this object."""
-
-    @functools.cached_property
-    def path(self) -> Path:
-        folder = tempfile.TemporaryDirectory(prefix="bntool.")
-        weakref.finalize(self, folder.cleanup)
-        return Path(folder.name)
-
-
-class OnnxSubject:
+class OnnxSubject(Subject):
     """A file, and where new files are made from it.
 
     Args:
@@ -63,6 +58,8 @@ class OnnxSubject:
     """
 
     kind: Kind = "onnx"
+    suffix = ".onnx"
+    on_torch = False
 
     def __init__(
         self,
@@ -113,10 +110,6 @@ class OnnxSubject:
         self.run_on([Inputs((), {name: held[name] for name in names}, given.origin)])
 
     @property
-    def runnable(self) -> None:
-        """Torch does not run it."""
-
-    @property
     def file(self) -> OnnxFile:
         """The file as it stands on the disk; read anew once it was changed in memory."""
         if self._file is None:
@@ -163,15 +156,24 @@ class OnnxSubject:
         """One that it takes, of several batches where it leaves that axis open."""
         return self.real[0] if self.real else seeded_file_inputs(self.model, (batch,), seed, self.shapes)[0]
 
+    def batched(self, seed: int = 0) -> Callable[[int], Inputs | None]:
+        return super().batched(seed) if self.real else lambda batch: self.example(batch, seed)
+
+    def counted(self) -> Summary:
+        return summarize_found(of_onnx(self.observed), "ONNX", "onnx")
+
     def parameters(self, after: OnnxSubject) -> Parameters:
         """All numbers of a file are counted as frozen: nothing in it says which of them are trained."""
         (_, old, old_bytes), (_, new, new_bytes) = self.counts, after.counts
-        none = {"trainable": 0, "buffers": 0}
-        return {
-            "before": {**none, "frozen": old, "bytes": old_bytes},
-            "after": {**none, "frozen": new, "bytes": new_bytes},
-            "delta": {**none, "frozen": new - old, "bytes": new_bytes - old_bytes, "conv_bias": 0},
-        }
+        return delta_of((Counts(frozen=old, bytes=old_bytes), 0), (Counts(frozen=new, bytes=new_bytes), 0))
+
+    def exportable(self, how: ExportOptions) -> OnnxSubject:
+        if how.opset is None:
+            raise UsageError(
+                f"{self.name} is {KINDS['onnx']} already",
+                next_step=f"bntool export {self.name} --opset 17 converts it to another opset",
+            )
+        return self
 
     def export(self, path: Path, how: ExportOptions, metadata: Mapping[str, str]) -> ExportResult:
         """Convert it to the opset that is asked for, into a new file."""
@@ -182,7 +184,7 @@ class OnnxSubject:
             raise InvariantError("no opset was asked for, which was told before")
         return written(converted(self.model, how.opset, how.ir_version), Form(path, how, metadata))
 
-    def plan_fold(self, options: FoldOptions, *, thorough: bool = True) -> Plan:  # noqa: ARG002 - costs nothing
+    def plan_fold(self, options: FoldOptions, *, thorough: bool = True) -> Plan:
         """Where an axis has no fixed size, a fold counts only if it is the same for two sets of sizes."""
         require_opset(self.file.model, self.name)
         plan, self._observed = plan_fold_onnx(
@@ -217,7 +219,7 @@ class OnnxSubject:
         plan = apply_insert_onnx(observed, plan)
         return plan, self._written(file)
 
-    def insert_rows(self, plan: Plan, after: OnnxSubject, checking: Checking) -> list[Check]:  # noqa: ARG002
+    def insert_rows(self, plan: Plan, after: OnnxSubject, checking: Checking) -> list[Check]:
         batches = (1, 2, 3) if checking.full else (1,)
         inputs = self.real or seeded_file_inputs(self.model, batches, checking.seed, self.shapes)
         row = check_onnx_unchanged(self.model, after.model, inputs)
@@ -228,6 +230,13 @@ class OnnxSubject:
                 next_step="please report this file",
             )
         return [row]
+
+    def apart(self, after: Subject, proof: Any) -> Found | None:
+        return blame_files(self.model, after.model, [self.example()])
+
+    def draft(self, path: Path, drafts: Drafts) -> str:
+        put_onnx(self.model, self.data, path, drafts)
+        return ""
 
     @property
     def branches(self) -> bool:

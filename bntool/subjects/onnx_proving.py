@@ -34,7 +34,7 @@ class OnnxProof:
         bound = [(taken, self._subject.bound_to(taken)) for taken in choices]
         return [(taken, subject, self._reference_of(subject)) for taken, subject in bound]
 
-    def rows(self, plan: Plan, after: OnnxSubject) -> list[Check]:  # noqa: ARG002 - a protocol's
+    def rows(self, plan: Plan, after: OnnxSubject) -> list[Check]:
         rows = self._rows(self.reference, after)
         for taken, _, reference in self._branches:
             why = f"every If takes its {'then' if taken else 'else'} branch"

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch.export import ExportedProgram
 
+from bntool.core.documents import Kind
 from bntool.core.errors import CheckFailed, PlanError, UsageError
 from bntool.core.options import ExportOptions, FoldOptions, InsertOptions
 from bntool.core.plan import Plan
@@ -19,9 +20,10 @@ from bntool.graph.dataflow import Graph
 from bntool.graph.inputs import Inputs
 from bntool.inserting import plan_insert_nodes
 from bntool.observe.exported_program import ProgramObservation, observe_program
-from bntool.results.counting import parameter_delta
+from bntool.results.graph_layers import of_program
+from bntool.results.summary import Summary, summarize_found
 from bntool.runtime.programs import RunnableProgram, drawn_inputs, example_inputs_of
-from bntool.subjects.base import Checking, Kind, Parameters
+from bntool.subjects.base import Checking, Subject
 from bntool.subjects.insertion import check_unchanged
 from bntool.subjects.replanning import replanned_fold
 from bntool.surgery.fold_program import apply_fold_program, in_float64
@@ -34,7 +36,7 @@ if TYPE_CHECKING:
     from bntool.export.exporting import ExportResult
 
 
-class ProgramSubject:
+class ProgramSubject(Subject):
     """A program, and its graph.
 
     Args:
@@ -45,16 +47,10 @@ class ProgramSubject:
     """
 
     kind: Kind = "program"
-    files: tuple[Path, ...] = ()
 
     def __init__(
         self, program: ExportedProgram, example_inputs: Any = None, *, name: str = "program", seed: int = 0
     ) -> None:
-        if not isinstance(program, ExportedProgram):
-            raise UsageError(
-                f"the program is a {type(program).__name__}, not an ExportedProgram",
-                next_step="make one with torch.export.export, or fold an nn.Module with bntool.fold",
-            )
         self.model = program
         self.name = name
         self.given = None if example_inputs is None else Inputs.of(example_inputs)
@@ -74,10 +70,13 @@ class ProgramSubject:
     def example(self) -> Inputs:
         return self.given or example_inputs_of(self.model, self._seed)
 
-    def parameters(self, after: ProgramSubject) -> Parameters:
-        return parameter_delta(self.runnable, after.runnable)
+    def run_on(self, real: Sequence[Inputs]) -> None:
+        self.given = real[0]
 
-    def plan_fold(self, options: FoldOptions, *, thorough: bool = True) -> Plan:  # noqa: ARG002 - costs nothing
+    def counted(self) -> Summary:
+        return summarize_found(of_program(self.observed), "ExportedProgram", "program")
+
+    def plan_fold(self, options: FoldOptions, *, thorough: bool = True) -> Plan:
         """Where an axis has no fixed size, a fold counts only if it is the same for two sets of sizes."""
         other = [observe_program(self.model, sizes=1).graph] if self.observed.open else []
         plan = plan_on_all(
@@ -104,7 +103,7 @@ class ProgramSubject:
         plan = self.plan_insert(options)
         return plan, self._like(apply_insert_program(self.observed, plan)) if plan else self
 
-    def insert_rows(self, plan: Plan, after: ProgramSubject, checking: Checking) -> list[Check]:  # noqa: ARG002 - of a plan
+    def insert_rows(self, plan: Plan, after: ProgramSubject, checking: Checking) -> list[Check]:
         row = check_unchanged(self.runnable, after.runnable, checking.batches_of(self.example()))
         if not row.agrees:
             raise CheckFailed("the insertion changes the output", next_step="please report this program")

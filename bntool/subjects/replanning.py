@@ -6,12 +6,15 @@ The names in a graph say nothing of what its nodes compute, so no plan for one i
 from __future__ import annotations
 
 import dataclasses
+from typing import TYPE_CHECKING
 
 from bntool.core.options import FoldOptions
 from bntool.core.plan import Plan
 from bntool.core.sites import FoldSite
 from bntool.inserting.replaying import differences, options_of
-from bntool.subjects.base import S
+
+if TYPE_CHECKING:
+    from bntool.subjects.base import S
 
 
 def replanned(subject: S, plan: Plan) -> tuple[Plan, S]:

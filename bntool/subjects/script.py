@@ -4,28 +4,29 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from pathlib import Path
+from typing import Any
 
 import torch
 
+from bntool.core.documents import Kind
 from bntool.core.errors import UsageError
-from bntool.core.options import FoldOptions, InsertOptions
+from bntool.core.options import ExportOptions, FoldOptions
 from bntool.core.plan import Plan
+from bntool.core.refusals import refused
 from bntool.core.sites import FoldSite
 from bntool.core.verdicts import Check
 from bntool.folding.untrained import note_on_untrained
-from bntool.graph.dataflow import Graph
 from bntool.graph.inputs import Inputs
-from bntool.results.counting import parameter_delta
-from bntool.subjects.base import Checking, Kind, Parameters
-from bntool.subjects.script_folding import FoldedScript, check_script, fold_script
+from bntool.subjects.base import Checking, Subject
+from bntool.subjects.module import ModuleSubject
+from bntool.subjects.script_folding import FoldedScript, check_script, converted, fold_script
+from bntool.verifying.blaming import Found
 
 
-class ScriptSubject:
+class ScriptSubject(Subject):
     """A TorchScript module, and an input that it takes, or what finds one."""
 
     kind: Kind = "script"
-    files: tuple[Path, ...] = ()
 
     def __init__(
         self,
@@ -38,25 +39,15 @@ class ScriptSubject:
         self.name = name or str(model.original_name)
         self._inputs = inputs
 
-    @property
-    def runnable(self) -> torch.jit.ScriptModule:
-        return self.model
-
     @functools.cached_property
     def pass_result(self) -> FoldedScript:
         """What torch's pass makes of it."""
         return fold_script(self.model)
 
-    def graph(self) -> Graph:
-        raise UsageError(f"{self.name} is TorchScript, whose graph bntool does not read")
-
     def example(self) -> Inputs | None:
         return self._inputs() if callable(self._inputs) else self._inputs
 
-    def parameters(self, after: ScriptSubject) -> Parameters:
-        return parameter_delta(self.model, after.model)
-
-    def plan_fold(self, options: FoldOptions, *, thorough: bool = True) -> Plan:  # noqa: ARG002 - torch's pass
+    def plan_fold(self, options: FoldOptions, *, thorough: bool = True) -> Plan:
         """What the pass folds, without a map: it knows a BatchNorm right behind its convolution alone."""
         sites = tuple(FoldSite(name, (), ("conv",), ()) for name in self.pass_result.folded)
         found = self.pass_result
@@ -69,17 +60,25 @@ class ScriptSubject:
     def proof(self, checking: Checking) -> ScriptProof:
         return ScriptProof(self, checking)
 
-    def plan_insert(self, options: InsertOptions) -> Plan:  # noqa: ARG002 - whatever they are
-        raise UsageError(
-            f"{self.name} is TorchScript, and bntool does not insert into it",
-            next_step="torch.save the nn.Module that it was made from",
-        )
+    def told(self, plan: Plan) -> Plan:
+        return plan
 
-    def inserted(self, options: InsertOptions) -> tuple[Plan, ScriptSubject]:
-        return self.plan_insert(options), self
+    def replayed(self, plan: Plan, *, checked: bool) -> tuple[Plan, ScriptSubject]:
+        raise refused(self.kind, "apply a plan to", self.name)
 
-    def insert_rows(self, plan: Plan, after: ScriptSubject, checking: Checking) -> list[Check]:
-        raise NotImplementedError
+    def apart(self, after: Subject, proof: Any) -> Found | None:
+        raise refused(self.kind, "look into", self.name)
+
+    def exportable(self, how: ExportOptions) -> ModuleSubject:
+        """A module that computes the same."""
+        example = self.example()
+        if example is None:
+            raise UsageError(
+                f"{self.name} says nothing of its input's shape", next_step="give --input N,C,H,W"
+            )
+        found = ModuleSubject(converted(self.model, example), example, name=self.name)
+        found.files = self.files
+        return found
 
 
 class ScriptProof:
@@ -90,7 +89,7 @@ class ScriptProof:
     def __init__(self, subject: ScriptSubject, checking: Checking) -> None:
         self._subject, self._checking = subject, checking
 
-    def rows(self, plan: Plan, after: ScriptSubject) -> list[Check]:  # noqa: ARG002 - a protocol's
+    def rows(self, plan: Plan, after: ScriptSubject) -> list[Check]:
         inputs = self._subject.example()
         if inputs is None:
             raise UsageError(

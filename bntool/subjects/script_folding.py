@@ -7,7 +7,6 @@ graph of each submodule; what stands otherwise stays.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import io
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
@@ -164,7 +163,7 @@ def check_script(folded: FoldedScript, inputs: Inputs, real: Sequence[Inputs] = 
     Raises `CheckFailed` where forward cannot be run so.
     """
     given = [one.to(dtype=torch.float64) for one in real] or [
-        inputs.map(functools.partial(_drawn, torch.Generator().manual_seed(seed))) for seed in (0, 1)
+        inputs.redrawn(seed).to(dtype=torch.float64) for seed in (0, 1)
     ]
     before: list[dict[str, Tensor]] = [{} for _ in given]
     after: list[dict[str, Tensor]] = [{} for _ in given]
@@ -210,9 +209,3 @@ def _does_not_run(error: Exception) -> CheckFailed:
         f"the module cannot be run in float64 ({type(error).__name__}), so no fold can be checked",
         next_step="name its input with --input, or fold the nn.Module it was made from",
     )
-
-
-def _drawn(generator: torch.Generator, tensor: Tensor) -> Tensor:
-    if not tensor.is_floating_point():
-        return tensor
-    return torch.randn(tensor.shape, generator=generator, dtype=torch.float64)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -30,20 +30,20 @@ def smaller(inputs: Inputs, graph: Graph) -> Iterator[Inputs]:
     tried too.
     """
     shapes = list(_shrunken(inputs, graph))
-    odd = [lambda tensor, shape_of=shape_of: _odd(shape_of(tensor)) for shape_of in shapes]
-    yield from _each_once(
-        drawn(inputs, shape_of, seed, more=1)
-        for seed, shape_of in enumerate((*odd, *shapes, lambda tensor: list(tensor.shape)))
-    )
 
+    def odd(shape_of: ShapeOf) -> ShapeOf:
+        return lambda tensor: _odd(shape_of(tensor))
 
-def _each_once(several: Iterable[Inputs]) -> Iterator[Inputs]:
-    """Inputs of shapes that none before had."""
     seen: set[str] = set()
-    for inputs in several:
-        if inputs.shapes() not in seen:
-            seen.add(inputs.shapes())
-            yield inputs
+    for seed, shape_of in enumerate([*map(odd, shapes), *shapes, _whole]):
+        asked = str([shape_of(tensor) for tensor in inputs.tensors().values()])
+        if asked not in seen:
+            seen.add(asked)
+            yield drawn(inputs, shape_of, seed, more=1)
+
+
+def _whole(tensor: Tensor) -> list[int]:
+    return list(tensor.shape)
 
 
 def is_telling(small: Inputs, example: Inputs) -> bool:
@@ -154,7 +154,7 @@ def other_sizes(inputs: Inputs, *, fixed: bool = False) -> Iterator[Inputs]:
             shapes.append(_longer_sequence)
         if any(_of_same_area(tensor) != list(tensor.shape) for tensor in inputs.tensors().values()):
             shapes.append(_of_same_area)
-    for seed, shape_of in enumerate((*shapes, lambda tensor: list(tensor.shape))):
+    for seed, shape_of in enumerate((*shapes, _whole)):
         yield drawn(inputs, shape_of, seed, more=1)
 
 
@@ -167,7 +167,7 @@ def fewer(inputs: Inputs, graph: Graph) -> Iterator[Inputs]:
         sides = zip(tensor.shape[2:], least, strict=True)
         return [*tensor.shape[:2], *(max(side // 2, low) for side, low in sides)]
 
-    shapes: tuple[ShapeOf, ...] = (halves, lambda tensor: list(tensor.shape))
+    shapes: tuple[ShapeOf, ...] = (halves, _whole)
     for seed, shape_of in enumerate(shapes, start=30):
         one = drawn(inputs, shape_of, seed, more=0)
         yield one.map(lambda tensor: tensor[:1] if tensor.dim() > 1 else tensor)

@@ -20,37 +20,19 @@ _FACTORS = {"weight": "alpha", "bias": "beta"}
 """What a Gemm multiplies its matrix and its bias by."""
 
 
-@dataclasses.dataclass(frozen=True)
-class OnnxCounts:
-    """Nodes and stored numbers (elements of all initializers) before and after."""
-
-    nodes_before: int
-    nodes_after: int
-    numbers_before: int
-    numbers_after: int
-
-
-def apply_fold_onnx(observed: OnnxObservation, plan: Plan) -> OnnxCounts:
+def apply_fold_onnx(observed: OnnxObservation, plan: Plan) -> None:
     """Carry a fold plan out on the observed model itself.
 
     Arithmetic is float64 with one cast to the stored type. A tensor that only the layer reads is replaced
     under its name; one that others read too stays, and the layer gets its own: `NAME_unshared` where the plan
     clones it, else `NAME_folded`. Nothing else changes.
     """
-    before = _count(observed.model)
     tensors = _OnnxTensors(observed)
     # by name as they are now: rewiring gives names to others
     nodes = observed.model.graph.all_nodes() if plan.merges else ()
     values = {str(v.name): v for node in nodes for v in node.outputs}
     apply_edits(tensors, plan)
     tensors.rewire(plan, values)
-    after = _count(observed.model)
-    return OnnxCounts(before[0], after[0], before[1], after[1])
-
-
-def _count(model: ir.Model) -> tuple[int, int]:
-    tensors = (v.const_value for v in model.graph.initializers.values())
-    return sum(1 for _ in model.graph), sum(t.size for t in tensors if t is not None)
 
 
 @dataclasses.dataclass(eq=False)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterator
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -18,12 +17,7 @@ from bntool.core.errors import DamagedPlan, NothingToDo, PlanError, StateError
 from bntool.core.plan import Plan
 from bntool.core.schema import Damaged
 from bntool.core.sites import Branch, Edit, FoldSite, Merge
-from bntool.files.atomic import sha256_of
-from bntool.files.drafting import Drafts
-from bntool.files.safetensors_files import Entry, layout, write_safetensors
-from bntool.files.shards import write_shards
 from bntool.files.stored import Described, Stored
-from bntool.files.targets import Target
 from bntool.graph.affine import batch_norm_affine, is_finite
 from bntool.graph.steps import evaluate
 from bntool.surgery.editing import Edits, Role, Slot, StoredNorm
@@ -34,12 +28,18 @@ _FOLDED_TYPES = ("float64", "float32", "float16", "bfloat16")
 _STRAIGHT = frozenset({"conv", "linear"})
 
 
-class StoredFold:
-    """What a plan makes of a file of weights: which tensors the new file has, each made when it is written.
+def fold_stored(stored: Stored, plan: Plan) -> Stored:
+    """What a plan makes of a file of weights: each tensor is made when it is read.
 
     Raises `DamagedPlan` for a plan that names what the file has not, `PlanError` for one that was made for
     other weights, or that needs the model; `StateError` for statistics that are not finite, or negative.
     """
+    made = _StoredFold(stored, plan)
+    return dataclasses.replace(stored, tensors=made.tensors, read=made.tensor)
+
+
+class _StoredFold:
+    """The tensors that the new file has, and the edits that make them."""
 
     def __init__(self, stored: Stored, plan: Plan) -> None:
         self.file, self.plan = stored, plan
@@ -55,32 +55,6 @@ class StoredFold:
         self.changed = {str(slot) for slot in self.edits.changed()}
         self.gone = {f"{site.bn}.{slot}" for site in plan.fold_sites for slot in _STATISTICS}
         self.tensors = dict(self._described())
-
-    def write(self, output: Path, *, force: bool = False) -> str:
-        """Write the new file, or files, as safetensors, whole or not at all; return its sha256."""
-        target = Target(force=force, reads=self.file.files)
-        path = target.claim(output)
-        with target.drafts() as drafts:
-            return self.write_draft(path, drafts)
-
-    def write_draft(self, path: Path, drafts: Drafts) -> str:
-        """The same into the drafts of a claimed `path`, to be put into place with the other files."""
-        if not self.file.sharded:
-            draft = drafts.of(path)
-            self._fill("", draft)
-            return sha256_of(draft)
-        parts = {name: described.shard for name, described in self.tensors.items()}
-        sizes = {name: entry.nbytes for name, entry in self._entries("").items()}
-        return write_shards(path, parts, sizes, self.file.metadata, self._fill, drafts)
-
-    def _entries(self, shard: str) -> dict[str, Entry]:
-        chosen = ((n, d) for n, d in self.tensors.items() if shard in ("", d.shard))
-        return layout((name, described.dtype, described.shape) for name, described in chosen)
-
-    def _fill(self, shard: str, path: Path) -> None:
-        entries = self._entries(shard)
-        metadata = {"format": "pt"} if self.file.sharded else dict(self.file.metadata)
-        write_safetensors(path, entries, metadata, map(self.tensor, entries))
 
     def tensor(self, name: str) -> Tensor:
         """One tensor of the new file."""

@@ -14,7 +14,7 @@ from bntool.core.sites import DroppedBias, InsertSite
 from bntool.inserting import sequential_names
 from bntool.layers import NORMED, BatchNormPerCall, count_calls_anew, load_old_checkpoints
 from bntool.observe.copying import structural_copy
-from bntool.surgery.replacing import replace_everywhere
+from bntool.surgery.replacing import Slots
 
 _NORMS: dict[int, type[nn.modules.batchnorm._BatchNorm]] = {
     1: nn.BatchNorm1d,
@@ -30,24 +30,25 @@ def apply_insert(model: nn.Module, plan: Plan) -> nn.Module:
     """
     copy = structural_copy(model)
     modules = dict(copy.named_modules(remove_duplicate=False))
+    slots = Slots(copy)
     newcomers: dict[str, dict[str, nn.Module]] = {}
     for site in plan.insert_sites:
         norm = _newcomer(modules[site.conv], site, plan.options)
         if site.form == "identity":
-            replace_everywhere(copy, modules[site.slot], norm)
+            slots.replace(modules[site.slot], norm)
         elif site.form == "wrap":
             act = modules[site.slot]
             after = plan.options.get("position") == "after"
             wrapped = nn.Sequential(*((act, norm) if after else (norm, act)))
             wrapped.training = act.training
-            replace_everywhere(copy, act, wrapped)
+            slots.replace(act, wrapped)
         elif site.form == "subclass":
-            replace_everywhere(copy, modules[site.conv], _holding(modules[site.conv], norm))
+            slots.replace(modules[site.conv], _holding(modules[site.conv], norm))
         elif site.form == "pair":
             layer = modules[site.conv]
             pair = nn.Sequential(layer, norm)
             pair.training = layer.training
-            replace_everywhere(copy, layer, pair)
+            slots.replace(layer, pair)
         else:
             child = site.activation if plan.options.get("position") == "after" else site.conv
             newcomers.setdefault(site.slot, {})[child.rpartition(".")[2]] = norm

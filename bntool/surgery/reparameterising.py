@@ -18,12 +18,13 @@ from bntool.core.plan import Plan
 from bntool.core.schema import Damaged
 from bntool.core.sites import Edit
 from bntool.core.tolerances import ALGEBRA_LIMIT
+from bntool.graph.drawing import Draw
 from bntool.graph.inputs import Inputs, named_tensors
 from bntool.observe.copying import structural_copy
 from bntool.observe.isolation import Isolation, fresh
 from bntool.observe.modules import is_batch_norm_class, once_per_class
 from bntool.observe.stand_in import cast, own_copy, set_modes
-from bntool.surgery.replacing import replace_everywhere
+from bntool.surgery.replacing import Slots
 
 _METHODS = ("reparameterize", "switch_to_deploy", "reparameterize_layer", "merge_kernel", "fuse")
 """Methods that change a block in place or return a new one."""
@@ -102,7 +103,7 @@ def _first_run(block: nn.Module, shape: Sequence[int] | None) -> list[_Run]:
         2 if i == 0 and rank > 3 else size if i < 2 else min(size, side) for i, size in enumerate(shape or ())
     ]
     for sizes in (small, list(shape)) if shape is not None else ():
-        x = torch.randn(sizes, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        x = Draw().numbers(sizes, torch.float64)
         inputs = Inputs((x.to(next((t.device for t in block.parameters()), x.device)),))
         # it may take other sizes, or more than one input
         with contextlib.suppress(Exception):
@@ -144,8 +145,9 @@ def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
 def with_blocks_merged(model: nn.Module, blocks: list[Block]) -> nn.Module:
     """A structural copy of the model in which these blocks of it are what they become."""
     copied = structural_copy(model)
+    slots = Slots(copied)
     for block in blocks:
-        replace_everywhere(copied, copied.get_submodule(block.name), block.merged)
+        slots.replace(copied.get_submodule(block.name), block.merged)
     return copied
 
 
@@ -181,7 +183,7 @@ def _merge_block(copied: nn.Module, edit: Edit, wide: bool) -> None:
         raise Damaged(f"{edit.method}() of {edit.layer!r} fails: {error}", "method") from error
     if not _norm_names(block) - _norm_names(merged):
         raise Damaged(f"no BatchNorm goes by {edit.method}() of {edit.layer!r}", "method")
-    replace_everywhere(copied, block, merged)
+    Slots(copied).replace(block, merged)
 
 
 def reparameterised(module: nn.Module, method: str, *, wide: bool = False) -> nn.Module:

@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
-import torch
 from torch import Tensor, nn
 
 from bntool.core.errors import BntoolError
@@ -129,15 +128,9 @@ def _by_floor(
 
 
 def seeded_batches(example: Inputs, batches: Sequence[int] = (1, 2, 3), seed: int = 0) -> list[Inputs]:
-    """Seeded random inputs like `example` for several batch sizes.
-
-    Inputs nested in a list (the images of a detection model) have no batch axis: they keep their shapes
-    and only the values are drawn anew.
-    """
-    nested = any(isinstance(a, list | tuple | dict) for a in (*example.args, *example.kwargs.values()))
-    if not nested:
-        return [example.rebatched(batch, seed + batch) for batch in batches]
-    return [example.map(_redraw(torch.Generator().manual_seed(seed + batch))) for batch in batches]
+    """Seeded random inputs like `example` for several batch sizes; nested ones keep their shapes."""
+    redrawn = [example.redrawn(seed + batch) for batch in batches if example.nested]
+    return redrawn or [example.rebatched(batch, seed + batch) for batch in batches]
 
 
 def _run_all(runner: Runner, inputs_list: Sequence[Inputs], stage: str) -> list[dict[str, Tensor]]:
@@ -153,12 +146,3 @@ def repeated(first: Outputs, again: Outputs) -> str:
     """Whether a second run on the same inputs gives the same bits, or what it differs by."""
     worst = max((difference(first[name], again.get(name)).relative for name in first), default=0.0)
     return f"a second run differs by {worst:.2g} of the peak" if worst else "a second run gives the same bits"
-
-
-def _redraw(generator: torch.Generator) -> Callable[[Tensor], Tensor]:
-    def draw(t: Tensor) -> Tensor:
-        if t.is_floating_point():
-            return torch.randn(t.shape, generator=generator, dtype=torch.float32).to(t.dtype)
-        return t
-
-    return draw

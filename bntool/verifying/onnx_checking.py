@@ -26,6 +26,7 @@ from bntool.core.tolerances import (
     rounding_term,
 )
 from bntool.core.verdicts import Check
+from bntool.graph.drawing import Draw
 from bntool.graph.inputs import Inputs
 from bntool.runtime.crash_guard import require_survival
 from bntool.runtime.onnx_inputs import first_runs, runs_of
@@ -187,12 +188,12 @@ def nudged(inputs: Inputs, seed: int = 0, eps: float = 0.0) -> Inputs:
 
     With `eps` of a coarser type than theirs, by half a unit of that one's last digit.
     """
-    generator = torch.Generator().manual_seed(seed)
+    draw = Draw(seed)
 
     def nudge(tensor: torch.Tensor) -> torch.Tensor:
         if not tensor.is_floating_point():
             return tensor
-        sign = torch.randint(0, 2, tensor.shape, generator=generator) * 2 - 1
+        sign = draw.numbers(tensor.shape, torch.int64) * 2 - 1
         return (tensor.double() * (1 + sign * max(torch.finfo(tensor.dtype).eps, eps))).to(tensor.dtype)
 
     return inputs.map(nudge)

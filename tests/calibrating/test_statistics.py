@@ -12,7 +12,7 @@ from torch import nn
 import bntool
 from bntool.calibrating.calibrating import calibrate
 from bntool.calibrating.moments import Moments
-from bntool.calibrating.statistics import measure, set_preserving
+from bntool.calibrating.statistics import of_population, set_preserving, swept
 from bntool.calibrating.sweeping import sweep
 from bntool.core.errors import NothingToDo, StateError, UsageError
 from bntool.frozen import freeze_layer
@@ -452,7 +452,7 @@ def test_measure_reads_what_fresh_layers_would_normalise():
     inserted = bntool.insert(plain, torch.randn(1, 3, 8, 8))
     names = [site.bn for site in inserted.plan.insert_sites]
     data = batches_of(3, 5)
-    found = measure(inserted.model, names, data)
+    found = of_population(swept(inserted.model, names, data))
     assert list(found) == names
     for name, depth in zip(names, (1, 3), strict=True):
         with torch.no_grad():
@@ -460,16 +460,16 @@ def test_measure_reads_what_fresh_layers_would_normalise():
         np.testing.assert_allclose(found[name][0].numpy(), mean, rtol=count * U64)
         np.testing.assert_allclose(found[name][1].numpy(), variance * (count - 1) / count, rtol=count * U64)
     module = inserted.model.get_submodule(names[1])
-    assert list(measure(inserted.model, [module], data)) == [names[1]]
+    assert list(of_population(swept(inserted.model, [module], data))) == [names[1]]
     with pytest.raises(UsageError, match="no layer nope"):
-        measure(inserted.model, ["nope"], data)
+        swept(inserted.model, ["nope"], data)
 
 
 @pytest.mark.parametrize("spread", [1e-3, 1.0, 100.0])
 def test_preserving_statistics_keep_eval_and_the_first_training_step(spread):
     batch = batches_of(16)[0] * spread
     layer = nn.BatchNorm2d(3)
-    set_preserving(layer, *measure(layer, [layer], [batch])[""])
+    set_preserving(layer, *of_population(swept(layer, [layer], [batch]))[""])
     # Every value goes through s = γ/√(σ²+ε) and t = β − s·μ. Roundings: γ 1, σ²+ε 1 (half of it after the
     # root), root 1, reciprocal 1, product 1: 4.5 u on s; s·x 1, s·μ 1, t 1, the sum 1. In training μ and
     # σ² of the batch are rounded too: 1 u each. Below 12 u of |x| and of |μ| in all.

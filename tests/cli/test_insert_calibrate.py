@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from bntool import open_batches
-from bntool.files import load
+from bntool.api import load
 from tests.cli import nets
 from tests.cli.conftest import Shell
 

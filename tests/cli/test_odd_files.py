@@ -16,9 +16,9 @@ import numpy as np
 import pytest
 from safetensors.torch import save_file
 
+from bntool.api import load
 from bntool.core.errors import LoadError
 from bntool.files.detect import detect
-from bntool.files.loading import load
 from tests.cli import nets
 from tests.cli.conftest import Said, Shell
 

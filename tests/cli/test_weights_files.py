@@ -42,6 +42,9 @@ def test_the_side_file_names_the_architecture(bntool: Shell) -> None:
     torch.save(model.state_dict(), "net.pt")
     alone = bntool("summary", "net.pt", "--json").document
     assert (alone["kind"], alone["totals"]["parameters"]) == ("weights", sum(map(_size, model.parameters())))
+    refused = bntool("summary", "net.pt", "--input", "1x3x64x64")
+    assert refused.code == 2
+    assert "--input is not for a file of weights without its model: it does not run" in refused.err
     _side_file("torchvision:squeezenet1_1")
     said = bntool("summary", "net.pt", "--input", "1x3x64x64", "--json")
     assert said.code == 0

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import nn
 
+from bntool.api import load
 from bntool.core.errors import LoadError
 from bntool.files import architectures
 from bntool.files.architectures import Index, load_index, marks_of, take_exact
-from bntool.files.loading import load
 
 torchvision = pytest.importorskip("torchvision")
 

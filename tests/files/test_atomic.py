@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import nn
 
+from bntool.api import load
 from bntool.core.errors import UsageError
 from bntool.files.atomic import sha256_of, write_atomically
-from bntool.files.loading import load
 from bntool.files.saving import save_model
 
 
@@ -68,7 +68,8 @@ def test_a_full_disk_is_a_usage_error(tmp_path: Path) -> None:
     resource = pytest.importorskip("resource")
     (tmp_path / "a.pt").write_bytes(b"old")
     code = (
-        "import resource, signal, sys; from bntool.files import load, save_model\n"
+        "import resource, signal, sys\n"
+        "from bntool.api import load; from bntool.files.saving import save_model\n"
         "from bntool.core.errors import UsageError\n"
         "loaded = load(sys.argv[1]); signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, 1 << 16))\n"
@@ -154,7 +155,8 @@ def test_of_a_model_that_cannot_be_pickled_the_weights_are_written(tmp_path: Pat
 
 def test_same_model_same_bytes_whatever_the_hash_seed_and_name(tmp_path: Path) -> None:
     code = (
-        "import sys, torch; from torch import nn; from bntool.files import load, save_model\n"
+        "import sys, torch; from torch import nn\n"
+        "from bntool.api import load; from bntool.files.saving import save_model\n"
         "loaded = load(sys.argv[1]); print(save_model(loaded, loaded.model, sys.argv[2]))"
     )
     net = nn.Sequential(nn.Linear(2, 2))

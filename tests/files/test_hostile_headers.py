@@ -15,8 +15,8 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
+from bntool.api import load
 from bntool.core.errors import LoadError
-from bntool.files.loading import load
 from bntool.files.onnx_files import open_onnx
 
 GOOD = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}

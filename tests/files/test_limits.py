@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from bntool.api import load
 from bntool.core.errors import LoadError, UsageError
 from bntool.core.limits import DEFAULT_MAX_SIZE, Limit, parse_size
-from bntool.files.loading import load
 from tests.files import torch_files as tf
 
 SECONDS = 5.0

@@ -11,9 +11,9 @@ from onnx import TensorProto, helper
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from bntool.api import load
 from bntool.core.errors import LoadError, UsageError
 from bntool.files.atomic import sha256_of
-from bntool.files.loading import load
 from bntool.files.saving import save_model
 
 MAKER = """

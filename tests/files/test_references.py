@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import nn
 
+from bntool.api import load
 from bntool.core.errors import LoadError, UsageError
 from bntool.files import references
-from bntool.files.loading import load
 from bntool.files.saving import allow_entries_of, save_model
 from bntool.files.security.allowed import allow_entries_for
 

@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from bntool.api import load
 from bntool.core.errors import LoadError, UsageError
-from bntool.files.loading import load
 from bntool.files.safetensors_files import layout, read_header, read_index, torch_name, write_safetensors
 from bntool.files.saving import save_model
 

@@ -11,9 +11,9 @@ from bntool.core.reasons import Reason
 from bntool.folding.agreement import plan_on_all
 from bntool.graph.inputs import Inputs
 from bntool.observe.eager import observe
-from bntool.pipeline.program_folding import plan_fold_program
 from tests.fold_zoo import Net
 from tests.laws.exactness import Numbers, data
+from tests.program_zoo import plan_fold_program
 
 FILL = Numbers("positive", True, 1e-5, 1.0, 0)
 

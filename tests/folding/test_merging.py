@@ -16,16 +16,16 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torchvision.ops import FrozenBatchNorm2d
 
+import bntool
 from bntool.core.errors import CheckFailed
 from bntool.core.plan import Plan
 from bntool.pipeline.onnx_folding import fold_onnx, plan_fold_onnx
-from bntool.pipeline.program_folding import fold_program, plan_fold_program
 from bntool.subjects.program import ProgramProof
 from bntool.surgery.fold_onnx import apply_fold_onnx
 from bntool.surgery.fold_program import apply_fold_program, in_float64
 from tests.fold_zoo import Net, enliven
 from tests.onnx_zoo import ONNX_ZOO
-from tests.program_zoo import BATCH, decomposed, exported
+from tests.program_zoo import BATCH, decomposed, exported, plan_fold_program
 
 EXACT = 1e-12
 """Relative to peak, in float64: sums of some hundred products, each with a rounding of 1e-16."""
@@ -222,7 +222,7 @@ def test_the_branches_of_a_block_become_one_convolution(name: str, apart: bool) 
     assert {site.level for site in plan.fold_sites} <= {"graph"}
     assert len(merged.state_dict) <= 2
     agree(program, merged, EXACT)
-    assert not fold_program(merged, check="none").modified
+    assert not bntool.fold(merged, check="none").modified
 
 
 @pytest.mark.parametrize("name", SEPARATE)
@@ -246,13 +246,13 @@ def test_a_write_to_what_others_see_is_no_part_of_a_merge() -> None:
 
 def test_without_merging_the_branches_stay() -> None:
     program = program_of(*ONE["repvgg"])
-    plan = fold_program(program, merge=False, check="none").plan
+    plan = bntool.fold(program, merge=False, check="none").plan
     assert plan.merges == ()
     assert [skip.name for skip in plan.skips] == ["itself"]
 
 
 def test_an_excluded_batch_norm_stays_and_the_rest_merges() -> None:
-    result = fold_program(program_of(*ONE["repvgg"]), exclude=("itself",), check="none")
+    result = bntool.fold(program_of(*ONE["repvgg"]), exclude=("itself",), check="none")
     assert (calls(result.program, "conv"), calls(result.program, "norm")) == (1, 1)
 
 
@@ -260,7 +260,7 @@ def test_blocks_in_a_row_merge_each_by_itself() -> None:
     torch.manual_seed(0)
     nets = [enliven(Net(repvgg, repvgg_parts()).eval()) for _ in range(3)]
     program = exported(nn.Sequential(*nets).double(), (torch.randn(2, C, 9, 8, dtype=torch.float64),))
-    result = fold_program(program)
+    result = bntool.fold(program)
     assert all(check.passed for check in result.checks)
     assert [merge.layer for merge in result.plan.merges] == ["0.dense.0", "1.dense.0", "2.dense.0"]
     assert calls(result.program, "conv") == 3
@@ -272,7 +272,7 @@ def test_a_batch_norm_written_out_merges_with_the_rest() -> None:
     parts["itself"].running_var.uniform_(0.5, 2)
     parts["itself"].running_mean.normal_()
     program = program_of(repvgg, lambda: parts)
-    result = fold_program(program)
+    result = bntool.fold(program)
     assert (calls(result.program, "conv"), calls(result.program, "norm")) == (1, 0)
     assert all(check.passed for check in result.checks)
     assert set(result.program.state_dict) == {"dense.0.weight", "dense.0.bias"}
@@ -312,7 +312,7 @@ def test_a_merge_that_the_check_does_not_bear_out_is_left_out(monkeypatch: pytes
         return rows(proof, plan, after)
 
     monkeypatch.setattr(ProgramProof, "rows", distrusting)
-    result = fold_program(program_of(*ONE["repvgg"]))
+    result = bntool.fold(program_of(*ONE["repvgg"]))
     assert result.plan.merges == ()
     assert len(result.plan.sites) == 2
     assert any("it differs" in note for note in result.plan.notes)
@@ -327,7 +327,7 @@ def test_the_law_does_as_well_as_a_models_own_method(name: str) -> None:
     x = (torch.randn(1, 3, 64, 64),)
     own = timm.utils.reparameterize_model(model)
     most = sum(isinstance(m, nn.Conv2d) for m in own.modules())
-    result = fold_program(exported(model, x))
+    result = bntool.fold(exported(model, x))
     assert calls(result.program, "conv") <= most
     assert calls(result.program, "norm") == 0
     assert result.plan.merges

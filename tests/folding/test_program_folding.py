@@ -13,10 +13,8 @@ from torch.export import ExportedProgram
 from torch.nn import functional as F
 
 import bntool
-from bntool.core.errors import UsageError
 from bntool.core.plan import Plan
 from bntool.core.reasons import Reason
-from bntool.pipeline.program_folding import fold_program
 from bntool.runtime.programs import example_inputs_of
 from tests.fold_zoo import FOLDED, bn, conv, enliven
 from tests.program_zoo import BATCH, PROGRAM_ZOO, ProgramNet, decomposed, exported
@@ -53,7 +51,7 @@ def test_zoo(net: ProgramNet, taken_apart: bool) -> None:
     program = decomposed(net.program()) if taken_apart else net.program()
     state = {name: tensor.clone() for name, tensor in program.state_dict.items()}
     code = program.graph_module.code
-    result = fold_program(program)
+    result = bntool.fold(program)
     nodes = [str(n) for n in norm_nodes(program)]
     expected = {(nodes[0] if name == "batch_norm" else name): v for name, v in net.verdicts.items()}
     found = verdicts_of(result.plan)
@@ -77,7 +75,7 @@ def test_zoo(net: ProgramNet, taken_apart: bool) -> None:
 def test_another_batch_than_the_exported_one() -> None:
     net = next(n for n in PROGRAM_ZOO if n.name == "channel_shuffle_by_views")
     program = net.program()
-    folded = fold_program(program).program
+    folded = bntool.fold(program).program
     x = (torch.randn(5, 4, 8, 8, generator=torch.Generator().manual_seed(2)),)
     before, after = outputs(program, x)[0], outputs(folded, x)[0]
     # two roundings of a weight and of 36 products in each sum
@@ -90,7 +88,7 @@ def test_torchvision(name: str) -> None:
     model = enliven(getattr(torchvision.models, name)(weights=None).eval())
     total = sum(isinstance(module, nn.BatchNorm2d) for module in model.modules())
     program = exported(model, (torch.randn(2, 3, 64, 64),), BATCH)
-    result = fold_program(program, check="full")
+    result = bntool.fold(program, check="full")
     assert len(result.plan.sites) == total
     assert not result.plan.skips
     # what rounding alone decides in float32 is decided in float64
@@ -101,12 +99,12 @@ def test_torchvision(name: str) -> None:
     again = saved_and_loaded(result.program)
     x = (torch.randn(3, 3, 64, 64),)
     assert torch.equal(outputs(again, x)[0], outputs(result.program, x)[0])
-    assert verdicts_of(fold_program(again).plan) == {}
+    assert verdicts_of(bntool.fold(again).plan) == {}
 
 
 def test_include_and_exclude_match_names() -> None:
     net = next(n for n in PROGRAM_ZOO if n.name == "two_halves")
-    plan = fold_program(net.program(), include=("a",), check="none").plan
+    plan = bntool.fold(net.program(), include=("a",), check="none").plan
     assert verdicts_of(plan) == {"a": FOLDED, "b": Reason.EXCLUDED}
 
 
@@ -117,16 +115,11 @@ def test_the_public_fold_takes_a_program() -> None:
     assert norm_nodes(result.program) == []
 
 
-def test_a_module_is_refused() -> None:
-    with pytest.raises(UsageError, match="not an ExportedProgram"):
-        fold_program(nn.Conv2d(1, 1, 1))  # type: ignore[arg-type]
-
-
 def test_inputs_are_made_where_the_program_keeps_none() -> None:
     program = exported(enliven(nn.Sequential(conv(), bn()).eval()), (torch.randn(2, 4, 8, 8),), BATCH)
     program.example_inputs = None
     assert example_inputs_of(program).shapes() == "2x4x8x8"
-    assert all(check.passed for check in fold_program(program).checks)
+    assert all(check.passed for check in bntool.fold(program).checks)
 
 
 def test_a_norm_inside_a_body_is_named_and_left() -> None:
@@ -141,7 +134,7 @@ def test_a_norm_inside_a_body_is_named_and_left() -> None:
             return out
 
     program = exported(enliven(Branching().eval()), (torch.randn(2, 4, 8, 8),))
-    result = fold_program(program)
+    result = bntool.fold(program)
     assert not result.modified
     assert [skip.reason for skip in result.plan.skips] == [Reason.FUNCTIONAL]
 

@@ -9,8 +9,6 @@ from torch.export import ExportedProgram
 
 import bntool
 from bntool.core.errors import UsageError
-from bntool.inserting import InsertOptions
-from bntool.pipeline.program_folding import insert_program
 from tests.subjects.test_onnx_insertion import Net
 
 X = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -24,7 +22,7 @@ def program(decomposed: bool = False, **options: Any) -> ExportedProgram:
 @pytest.mark.parametrize("decomposed", [False, True])
 def test_the_newcomers_change_nothing_and_fold_away_again(decomposed: bool) -> None:
     given = program(decomposed)
-    result = insert_program(given)
+    result = bntool.insert(given)
     assert [site.channels for site in result.plan.insert_sites] == [4, 5]
     assert result.checks[0].passed
     assert torch.equal(result.program.module()(X), given.module()(X))
@@ -36,7 +34,7 @@ def test_the_newcomers_change_nothing_and_fold_away_again(decomposed: bool) -> N
     }
     assert not {name for name in given.state_dict if "_bn." in name}
     assert isinstance(state["one_bn.weight"], nn.Parameter)
-    assert not insert_program(result.program).modified
+    assert not bntool.insert(result.program).modified
     folded = bntool.fold(result.program)
     assert len(folded.plan.sites) == 2 and not folded.plan.skips
     assert set(folded.program.state_dict) == set(given.state_dict)
@@ -46,7 +44,7 @@ def test_the_newcomers_change_nothing_and_fold_away_again(decomposed: bool) -> N
 def test_an_activation_is_one_where_it_is_decomposed_too(activation: type[nn.Module]) -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 3), activation()).eval()
     given = torch.export.export(model, (X,)).run_decompositions()
-    result = insert_program(given, InsertOptions(activations=(activation.__name__.lower(),)))
+    result = bntool.insert(given, activations=(activation.__name__.lower(),))
     assert len(result.plan.sites) == 1
     assert torch.equal(result.program.module()(X), given.module()(X))
 
@@ -54,7 +52,7 @@ def test_an_activation_is_one_where_it_is_decomposed_too(activation: type[nn.Mod
 def test_every_call_gets_its_own_and_a_saved_program_loads(tmp_path: Any) -> None:
     batch = {0: torch.export.Dim("batch", min=1, max=64)}
     given = program(dynamic_shapes=(batch,))
-    result = insert_program(given, InsertOptions(per_call=True))
+    result = bntool.insert(given, per_call=True)
     assert [site.calls for site in result.plan.insert_sites] == [1, 1, 2]
     torch.export.save(result.program, tmp_path / "p.pt2")
     loaded = torch.export.load(tmp_path / "p.pt2").module()
@@ -64,6 +62,6 @@ def test_every_call_gets_its_own_and_a_saved_program_loads(tmp_path: Any) -> Non
 
 def test_what_needs_modules_or_data_is_refused() -> None:
     with pytest.raises(UsageError, match="identity-initialised"):
-        insert_program(program(), InsertOptions(init="default"))
+        bntool.insert(program(), init="default")
     with pytest.raises(UsageError, match="portable is for modules"):
-        insert_program(program(), InsertOptions(portable=True))
+        bntool.insert(program(), portable=True)

@@ -9,13 +9,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+import bntool
 from bntool.core.reasons import Reason
 from bntool.folding import plan_fold
 from bntool.folding.agreement import plan_on_all
 from bntool.graph.inputs import Inputs
 from bntool.observe.eager import observe
 from bntool.pipeline.onnx_folding import plan_fold_onnx
-from bntool.pipeline.program_folding import fold_program
 from tests.laws.exactness import Numbers, data, few, folded_exactly, numbers, verdict
 
 HEADS, DEPTH = 2, 3
@@ -170,9 +170,7 @@ def test_the_same_in_an_exported_program_and_an_onnx_graph(style: str) -> None:
     model = Attention(style, Numbers("mixed", True, 1e-5, 1.0, 0).fill(nn.BatchNorm2d(C))).float().eval()
     image = data(2, 4, 3, 2).float()
     program = torch.export.export(model, (image,))
-    assert [site.level for site in fold_program(program, example_inputs=(image,)).plan.fold_sites] == [
-        "graph"
-    ]
+    assert [site.level for site in bntool.fold(program, example_inputs=(image,)).plan.fold_sites] == ["graph"]
     model_proto = torch.onnx.export(program, (image,), verbose=False, optimize=True).model
     plan, _ = plan_fold_onnx(model_proto)
     assert len(list(plan.fold_sites)) == 1

@@ -16,7 +16,6 @@ from bntool.folding import plan_fold
 from bntool.graph.inputs import Inputs
 from bntool.observe.eager import observe
 from bntool.pipeline.onnx_folding import plan_fold_onnx
-from bntool.pipeline.program_folding import fold_program
 from tests.laws.exactness import Numbers, data, folded_exactly
 
 FILL = Numbers("mixed", True, 1e-5, 1.0, 0)
@@ -100,7 +99,7 @@ def test_the_same_as_a_program_and_as_a_file() -> None:
     file = torch.onnx.export(program, (image,), verbose=False, optimize=True).model
     plans: list[Plan] = [
         bntool.fold(net, image).plan,
-        fold_program(program).plan,
+        bntool.fold(program).plan,
         plan_fold_onnx(file)[0],
     ]
     for plan in plans:
@@ -195,5 +194,5 @@ def test_a_number_of_the_data_in_a_program_lets_no_map_by(step: Callable[..., Te
 
     image = torch.ones(2, 4, 5, 5)
     program = torch.export.export(Model().float().eval(), (image,))
-    (skip,) = fold_program(program).plan.skips
+    (skip,) = bntool.fold(program).plan.skips
     assert (skip.name, skip.reason) == ("norm", Reason.UNKNOWN_OP)

@@ -10,10 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+import bntool
 from bntool.core.reasons import Reason
 from bntool.graph.inputs import Inputs
 from bntool.observe.eager import observe
-from bntool.pipeline.program_folding import fold_program
 from bntool.subjects.module_folding import plan_module_fold
 from tests.laws.exactness import Numbers, data, few, numbers, verdict
 
@@ -90,7 +90,7 @@ def test_other_sums_are_refused(style: str, reason: Reason) -> None:
 def test_a_program_folds_alike() -> None:
     norm = Numbers("mixed", True, 1e-5, 1.0, 1).fill(nn.BatchNorm1d(4))
     model = Messages("scatter_add", norm).double().eval()
-    result = fold_program(torch.export.export(model, graph()))
+    result = bntool.fold(torch.export.export(model, graph()))
     assert [site.bn for site in result.plan.fold_sites] == ["norm"]
     before, after = model(*graph(5)), result.program.module()(*graph(5))
     torch.testing.assert_close(after, before, rtol=1e-10, atol=1e-12)

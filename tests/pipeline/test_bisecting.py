@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import bntool
 from bntool.core.errors import CheckFailed
 from bntool.core.plan import Plan
 from bntool.core.reasons import Reason
@@ -19,7 +20,6 @@ from bntool.graph.dataflow import Op
 from bntool.laws import LAWS, Context, Maps
 from bntool.pipeline.bisecting import first_at_fault, settle
 from bntool.pipeline.onnx_folding import fold_onnx
-from bntool.pipeline.program_folding import fold_program
 from tests.fold_zoo import bn, conv, enliven
 from tests.onnx_zoo import OnnxNet, W
 from tests.program_zoo import exported
@@ -53,7 +53,7 @@ class Net(nn.Module):
 @pytest.mark.parametrize("level", ["fast", "full"])
 def test_in_a_program_the_one_at_fault_stays_and_the_rest_folds(level: Any) -> None:
     program = exported(enliven(Net().eval()), (torch.randn(2, 4, 8, 8),), {0: "batch"})
-    result = fold_program(program, check=level)
+    result = bntool.fold(program, check=level)
     assert [site.bn for site in result.plan.fold_sites] == ["good"]
     assert [(skip.name, skip.reason) for skip in result.plan.skips] == [("bad", Reason.NOT_PROVED)]
     assert "differs" in result.plan.skips[0].detail
@@ -129,7 +129,7 @@ def test_where_not_even_nothing_stands_up_no_norm_is_at_fault() -> None:
 def test_inputs_that_a_program_does_not_take_are_a_failed_check() -> None:
     program = exported(enliven(Net().eval()), (torch.randn(2, 4, 8, 8),))
     with pytest.raises(CheckFailed, match="no input that the original can run"):
-        fold_program(program, example_inputs=(torch.randn(2, 5, 8, 8),))
+        bntool.fold(program, example_inputs=(torch.randn(2, 5, 8, 8),))
 
 
 def test_where_no_norm_is_at_fault_the_check_fails() -> None:

@@ -12,9 +12,8 @@ from torch.nn.utils.parametrizations import weight_norm
 
 import bntool
 from bntool.graph.inputs import Inputs
-from bntool.results import parameter_delta, parameters_of, summarize
-from bntool.results.counting import Counts, owned_by_module, total_counts
-from bntool.results.summary import Summary
+from bntool.results.counting import Counts, owned_by_module, parameter_delta
+from bntool.results.summary import Summary, summarize
 from samples.seed_network import seed_network
 
 Golden = Callable[[str, str], None]
@@ -113,8 +112,13 @@ def test_the_document_is_json_with_the_agreed_keys() -> None:
 
 def test_bytes_are_those_of_each_type() -> None:
     model = nn.BatchNorm1d(4)  # 8 parameters, 8 statistics, one int64 counter
-    assert parameters_of(model) == {"trainable": 8, "frozen": 0, "buffers": 9, "bytes": 16 * 4 + 8}
-    assert parameters_of(model.half())["bytes"] == 16 * 2 + 8
+    assert parameter_delta(model, model)["before"] == {
+        "trainable": 8,
+        "frozen": 0,
+        "buffers": 9,
+        "bytes": 16 * 4 + 8,
+    }
+    assert parameter_delta(model.half(), model.half())["before"]["bytes"] == 16 * 2 + 8
 
 
 def test_tied_parameters_count_once_at_the_first_place() -> None:
@@ -128,7 +132,7 @@ def test_tied_parameters_count_once_at_the_first_place() -> None:
 def test_parameters_over_one_memory_count_once() -> None:
     model = nn.Sequential(nn.Linear(4, 10, bias=False), nn.Linear(10, 4, bias=False))
     model[1].weight = nn.Parameter(model[0].weight.detach().t())
-    assert parameters_of(model)["trainable"] == 40
+    assert parameter_delta(model, model)["before"]["trainable"] == 40
 
 
 def test_neighbours_in_one_memory_count_each() -> None:
@@ -136,13 +140,13 @@ def test_neighbours_in_one_memory_count_each() -> None:
     flat = torch.zeros(32)
     model[0].weight = nn.Parameter(flat[:16].view(4, 4))
     model[1].weight = nn.Parameter(flat[16:].view(4, 4))
-    assert parameters_of(model)["trainable"] == 32
+    assert parameter_delta(model, model)["before"]["trainable"] == 32
 
 
 def test_meta_tensors_are_told_apart() -> None:
     with torch.device("meta"):
         model = nn.Sequential(nn.Linear(4, 4, bias=False), nn.BatchNorm1d(4))
-    assert parameters_of(model)["trainable"] == 16 + 8
+    assert parameter_delta(model, model)["before"]["trainable"] == 16 + 8
     assert not note_layers(summarize(model), "statistics")
 
 
@@ -374,4 +378,6 @@ def test_the_total_is_what_the_modules_add_up_to(name: str) -> None:
     options = {"init_weights": False} if name == "googlenet" else {}
     model = torchvision.models.get_model(name, **options)
     model.fc.weight.requires_grad_(False)
-    assert total_counts(model) == sum((o.counts for o in owned_by_module(model).values()), Counts())
+    assert Counts(**parameter_delta(model, model)["before"]) == sum(
+        (o.counts for o in owned_by_module(model).values()), Counts()
+    )

@@ -16,7 +16,6 @@ from bntool.core.reasons import Reason
 from bntool.graph.inputs import Inputs
 from bntool.inserting import InsertOptions
 from bntool.pipeline.onnx_folding import fold_onnx, insert_onnx
-from bntool.pipeline.program_folding import insert_program
 from bntool.runtime.onnx_reference import ReferenceRunner
 from bntool.verifying.onnx_checking import check_onnx_unchanged
 from bntool.verifying.onnx_verifying import seeded_file_inputs
@@ -124,7 +123,7 @@ def test_what_a_graph_cannot_take_is_refused_and_not_passed_over(exported: Path,
         insert_onnx(exported, None, InsertOptions(**options))
     program = torch.export.export(Net().eval(), (torch.randn(2, 3, 8, 8),))
     with pytest.raises(UsageError):
-        insert_program(program, InsertOptions(**options))
+        bntool.insert(program, **options)
 
 
 def test_a_weight_that_comes_in_as_an_input_is_told(tmp_path: Path) -> None:

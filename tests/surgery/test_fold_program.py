@@ -12,15 +12,15 @@ import torch
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 
-from bntool.pipeline.program_folding import fold_program, plan_fold_program
+import bntool
 from bntool.surgery.fold_program import apply_fold_program, in_float64
-from tests.program_zoo import PROGRAM_ZOO, decomposed
+from tests.program_zoo import PROGRAM_ZOO, decomposed, plan_fold_program
 
 ZOO = {net.name: net for net in PROGRAM_ZOO}
 
 
 def folded(name: str) -> ExportedProgram:
-    return fold_program(ZOO[name].program(), check="none").program
+    return bntool.fold(ZOO[name].program(), check="none").program
 
 
 def test_a_bias_that_was_not_there_is_a_parameter_with_its_placeholder() -> None:
@@ -57,7 +57,7 @@ def test_a_product_with_a_matrix_gets_an_add_behind_it() -> None:
 
 def test_the_output_is_named_by_what_now_makes_it() -> None:
     for program in (ZOO["conv_bn"].program(), decomposed(ZOO["conv_bn"].program())):
-        made = fold_program(program, check="none").program
+        made = bntool.fold(program, check="none").program
         last = [node for node in made.graph.nodes if node.op == "call_function"][-1]
         assert made.graph_signature.user_outputs == (last.name,)
 

@@ -8,6 +8,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import msgspec
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -15,11 +16,12 @@ from torch import Tensor, nn
 
 import bntool
 from bntool.cli import run
+from bntool.core.documents import DOCUMENTS
 from bntool.core.errors import BntoolError, DamagedPlan, LoadError, PlanError, StateError
 from bntool.core.plan import Plan
 from bntool.files.safetensors_files import read_index
 from bntool.files.stored import open_stored
-from bntool.surgery.fold_stored import StoredFold
+from bntool.surgery.fold_stored import fold_stored
 from tools.measures import streaming
 
 
@@ -104,7 +106,7 @@ def test_the_same_bits_as_with_the_model(tmp_path: Path, plan: Plan, how: str, d
     net = trained(1).to(dtype)  # another checkpoint than the plan was made from
     stored = open_stored(SAVES[how](net, tmp_path / "net"))
     output = tmp_path / ("out.safetensors.index.json" if how == "shards" else "out.safetensors")
-    StoredFold(stored, plan).write(output)
+    fold_stored(stored, plan).write(output)
     expected = bntool.apply(copy.deepcopy(net), plan, check="none").model.state_dict()
     found = _read(output)
     assert found.keys() == expected.keys()
@@ -115,7 +117,7 @@ def test_the_same_bits_as_with_the_model(tmp_path: Path, plan: Plan, how: str, d
 
 def test_the_result_computes_what_the_model_did(tmp_path: Path, plan: Plan) -> None:
     net = trained(2).double()
-    StoredFold(open_stored(_save_one(net, tmp_path / "net")), plan).write(tmp_path / "out.safetensors")
+    fold_stored(open_stored(_save_one(net, tmp_path / "net")), plan).write(tmp_path / "out.safetensors")
     folded = bntool.apply(copy.deepcopy(net), plan, check="none").model
     folded.load_state_dict(load_file(tmp_path / "out.safetensors"))
     x = torch.randn(2, 3, 12, 12, dtype=torch.float64)
@@ -123,9 +125,30 @@ def test_the_result_computes_what_the_model_did(tmp_path: Path, plan: Plan) -> N
     torch.testing.assert_close(folded(x), net(x), rtol=1e-11, atol=1e-11)
 
 
+@pytest.mark.parametrize("how", SAVES)
+def test_a_plan_is_applied_to_weights_from_python_too(tmp_path: Path, plan: Plan, how: str) -> None:
+    net = trained(2)
+    result = bntool.apply(SAVES[how](net, tmp_path / "net"), plan)
+    expected = bntool.apply(net, plan, check="none")
+    assert (result.kind, result.status, result.checks) == ("weights", "ok", ())
+    assert result.parameters["delta"] == expected.parameters["delta"]
+    assert result.model.keys() == expected.model.state_dict().keys()
+    for name, tensor in expected.model.state_dict().items():
+        assert torch.equal(result.model[name], tensor), name
+
+
+def test_weights_without_their_model_are_asked_for_it_where_it_takes_one(tmp_path: Path) -> None:
+    path = _save_one(trained(1), tmp_path / "net")
+    for function in (bntool.fold, bntool.insert, bntool.plan_fold, bntool.plan_insert):
+        with pytest.raises(LoadError, match="holds only weights"):
+            function(path)
+    with pytest.raises(PlanError, match="the plan of an insert"):
+        bntool.apply(path, bntool.plan_insert(trained(1), X))
+
+
 def test_metadata_stays_and_only_what_the_layer_reads_is_copied(tmp_path: Path, plan: Plan) -> None:
     path = _save_one(trained(1), tmp_path / "net")
-    StoredFold(open_stored(path), plan).write(tmp_path / "out.safetensors")
+    fold_stored(open_stored(path), plan).write(tmp_path / "out.safetensors")
     assert open_stored(tmp_path / "out.safetensors").metadata == {"format": "pt", "by": "me"}
 
 
@@ -173,7 +196,7 @@ def test_weights_that_the_plan_does_not_fit(
 ) -> None:
     stored = open_stored(_save_one(net, tmp_path / "net"))
     with pytest.raises(error, match=says):
-        StoredFold(stored, plan).write(tmp_path / "out.safetensors")
+        fold_stored(stored, plan).write(tmp_path / "out.safetensors")
     assert [p.name for p in tmp_path.iterdir()] == ["net.safetensors"]
 
 
@@ -183,16 +206,16 @@ def test_a_fold_that_needs_the_model_is_refused(tmp_path: Path) -> None:
     assert made.sites
     stored = open_stored(_save_one(through, tmp_path / "net"))
     with pytest.raises(PlanError, match="needs the model"):
-        StoredFold(stored, made)
+        fold_stored(stored, made)
 
 
 def test_a_plan_without_eps_and_one_without_the_bias_that_is_needed(tmp_path: Path, plan: Plan) -> None:
     stored = open_stored(_save_one(trained(1), tmp_path / "net"))
     with pytest.raises(PlanError, match="does not tell"):
-        StoredFold(stored, dataclasses.replace(plan, eps={}))
+        fold_stored(stored, dataclasses.replace(plan, eps={}))
     fresh = bntool.plan_fold(Net().eval(), X)  # statistics that shift nothing
     with pytest.raises(PlanError, match="makes no bias"):
-        StoredFold(stored, fresh)
+        fold_stored(stored, fresh)
 
 
 @pytest.mark.parametrize(
@@ -214,7 +237,7 @@ def test_an_edit_that_is_not_plainly_that_of_its_batch_norm_is_told_with_its_pla
     data = json.loads(plan.to_json())
     damage(data["sites"][0]["edits"])
     with pytest.raises(DamagedPlan) as caught:
-        StoredFold(open_stored(_save_one(trained(1), tmp_path / "net")), Plan.from_dict(data))
+        fold_stored(open_stored(_save_one(trained(1), tmp_path / "net")), Plan.from_dict(data))
     assert caught.value.where == place
     assert caught.value.exit_code == 3
 
@@ -223,7 +246,7 @@ def test_a_bias_that_the_plan_leaves_out_is_missed(tmp_path: Path, plan: Plan) -
     data = json.loads(plan.to_json())
     del data["sites"][1]["edits"][0]["bias"]
     with pytest.raises(DamagedPlan, match=r"leaves out 'body\.3\.bias'"):
-        StoredFold(open_stored(_save_one(trained(1), tmp_path / "net")), Plan.from_dict(data))
+        fold_stored(open_stored(_save_one(trained(1), tmp_path / "net")), Plan.from_dict(data))
 
 
 def test_tied_tensors_and_whole_modules_are_refused(tmp_path: Path, plan: Plan) -> None:
@@ -237,7 +260,7 @@ def test_tied_tensors_and_whole_modules_are_refused(tmp_path: Path, plan: Plan) 
         open_stored(tmp_path / "whole.pt")
     save_file({**state, "second": state["body.0.weight"].clone()}, tmp_path / "twice.safetensors")
     with pytest.raises(PlanError, match="knows no tensor 'second'"):
-        StoredFold(open_stored(tmp_path / "twice.safetensors"), plan)
+        fold_stored(open_stored(tmp_path / "twice.safetensors"), plan)
 
 
 @pytest.mark.parametrize("how", SAVES)
@@ -254,6 +277,11 @@ def test_the_command_writes_beside_and_says_so(
         "net_folded.safetensors.index.json" if how == "shards" else "net_folded.safetensors"
     )
     assert len(document["sites"]) == 4
+    assert (document["kind"], document["bn_folded"]) == ("weights", 4)
+    assert document.keys() == msgspec.structs.asdict(DOCUMENTS["fold"]()).keys()
+    # γ and β of two, γ and β less a bias made, and none: 2·8 - 8 + 0 + 2·6 - 6 + 2·4 - 4
+    assert document["parameters"]["delta"]["trainable"] == -18
+    assert document["parameters"]["delta"]["conv_bias"] == 18
     sidecar = json.loads(Path(f"{written}.bntool.json").read_text())
     assert sidecar["output"]["name"] == written.name and sidecar["plan"]["action"] == "fold"
     assert run(["fold", path.name, "--plan", "plan.json"]) == 2  # it is there already

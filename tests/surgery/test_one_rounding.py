@@ -25,12 +25,12 @@ from bntool.folding import plan_fold
 from bntool.graph.inputs import Inputs
 from bntool.observe.eager import observe
 from bntool.pipeline.onnx_folding import plan_fold_onnx
-from bntool.pipeline.program_folding import plan_fold_program
 from bntool.surgery.fold_modules import apply_fold
 from bntool.surgery.fold_onnx import apply_fold_onnx
 from bntool.surgery.fold_program import apply_fold_program, in_float64
-from bntool.surgery.fold_stored import StoredFold
+from bntool.surgery.fold_stored import fold_stored
 from tests.laws.exactness import Numbers, few, numbers
+from tests.program_zoo import plan_fold_program
 
 X = torch.ones(2, 4, 6, 6)
 BN = nn.BatchNorm2d
@@ -94,7 +94,7 @@ def as_onnx(model: nn.Sequential, folder: Path) -> list[Tensor]:
 def as_stored(model: nn.Sequential, folder: Path) -> list[Tensor]:
     save_file(model.state_dict(), folder / "a.safetensors")
     plan = bntool.plan_fold(model, X)
-    StoredFold(open_stored(folder / "a.safetensors"), plan).write(folder / "b.safetensors")
+    fold_stored(open_stored(folder / "a.safetensors"), plan).write(folder / "b.safetensors")
     return list(load_file(folder / "b.safetensors").values())
 
 

@@ -17,11 +17,12 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 
-from bntool.files import load, save_model
+from bntool.api import load
 from bntool.files.atomic import write_atomically
 from bntool.files.drafts import draft_folder
 from bntool.files.onnx_files import open_onnx, put_onnx, save_onnx
 from bntool.files.placing import Placed, place, remove_unnamed
+from bntool.files.saving import save_model
 from bntool.files.targets import Target
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -187,7 +188,7 @@ def test_a_full_disk_is_told_in_the_systems_words(tmp_path: Path) -> None:
     pytest.importorskip("resource")
     code = (
         "import resource, signal, sys, torch; from torch import nn\n"
-        "from bntool.files import load, save_model\n"
+        "from bntool.api import load; from bntool.files.saving import save_model\n"
         "torch.save(nn.Linear(300, 300), sys.argv[1]); loaded = load(sys.argv[1])\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (9999, 9999))\n"

@@ -1,8 +1,9 @@
 """Measure bntool against its yardsticks in one run, and write docs/benchmarks.md: `make bench`.
 
 Times are medians over interleaved repetitions, and a ratio is the median of the ratios round by round, so
-that a machine whose speed drifts slows both sides. Calls and forwards run on one thread and are measured in
-processor time, which other work on the machine moves less than the clock; commands by the clock.
+that a machine whose speed drifts slows both sides. Calls and forwards run on `--threads`: on one they are
+measured in processor time, which other work on the machine moves less than the clock, on more by the clock.
+Commands are measured by the clock.
 
 What was measured is kept in build/bench.json, row by row: a run that was stopped goes on where it was.
 """
@@ -81,6 +82,11 @@ def rounds(
     return times
 
 
+def clock() -> Callable[[], float]:
+    """What tells the time: on one thread that of the processor, on several it would count those that wait."""
+    return time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+
+
 def medians(times: Times) -> dict[str, float]:
     return {name: statistics.median(values) for name, values in times.items()}
 
@@ -112,7 +118,7 @@ def called(name: str, repetitions: int) -> dict[str, Any]:
             "copy": lambda: copy_of_weights(model),
             **{key: call for key, call in calls.items() if not isinstance(call, str)},
         }
-        times = rounds(functions, repetitions, time.process_time)
+        times = rounds(functions, repetitions, clock())
     unit = ("forward", "copy")
     return {
         "parameters": sum(p.numel() for p in model.parameters()),
@@ -132,7 +138,7 @@ def scaled(name: str, shape: tuple[int, ...], repetitions: int) -> dict[str, Any
         "unchecked": lambda: bntool.fold(model, image, check="none"),
         "proved": lambda: bntool.fold(model, image),
     }
-    times = rounds(functions, repetitions, time.process_time)
+    times = rounds(functions, repetitions, clock())
     found = {key: ratio(times, key, "forward", "copy") for key in ("unchecked", "proved")}
     return {"net": name, "shape": "x".join(map(str, shape)), **medians(times), "ratios": found}
 
@@ -197,10 +203,13 @@ def main() -> None:
     parser.add_argument("--fresh", action="store_true", help="measure all of it anew")
     parser.add_argument("--only", default="", help='rows that begin so: "memory", "calls: timm:"')
     parser.add_argument("--rows", type=int, default=1000, help="measure so many at most, then write the page")
+    parser.add_argument("--threads", type=int, default=1, help="of calls and forwards")
     chosen = parser.parse_args()
     warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
+    torch.set_num_threads(chosen.threads)
     kept: dict[str, Any] = {} if chosen.fresh or not KEPT.exists() else json.loads(KEPT.read_text())
+    if kept.setdefault("threads", chosen.threads) != chosen.threads:
+        parser.error(f"what is kept was measured on --threads {kept['threads']}: add --fresh")
     kept.setdefault("loads", [])
     KEPT.parent.mkdir(exist_ok=True)
     for part, name, measure in pieces(chosen.repetitions):

@@ -28,8 +28,8 @@ PAGE = """\
 Written by `make bench`. {machine}.
 The load average lay between {least} and {most} while it ran: where that is not near 0, other work moved the
 figures. Both sides of a ratio are measured in one run, in turn; a ratio is the median of the ratios round by
-round. Calls and forwards run on one thread and are measured in processor time, which other work on the
-machine moves less than the clock; commands are measured by the clock.{missing}
+round. {clock}; commands are
+measured by the clock.{missing}
 
 ## bntool's calls
 
@@ -94,12 +94,22 @@ LIMITS = """What bounds them:
 - export: torch's own capture and conversion."""
 
 
+def _clock(threads: int) -> str:
+    if threads > 1:
+        return f"Calls and forwards run on {threads} threads and are measured by the clock"
+    return (
+        "Calls and forwards run on one thread and are measured in processor time, which other work on the\n"
+        "machine moves less than the clock"
+    )
+
+
 def page(kept: dict[str, Any]) -> str:
     """The page of the rows that were measured."""
     loads = kept.get("loads") or [0.0]
     rows = sorted(kept.get("calls", {}).items(), key=lambda item: -item[1]["parameters"])
     return PAGE.format(
         machine=_machine(),
+        clock=_clock(kept.get("threads", 1)),
         missing=_missing(kept),
         least=min(loads),
         most=max(loads),

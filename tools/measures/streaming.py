@@ -24,7 +24,7 @@ from bntool.core.plan import Plan
 from bntool.core.sites import Edit, FoldSite
 from bntool.files.safetensors_files import layout, read_index, write_safetensors
 from bntool.files.stored import open_stored
-from bntool.surgery.fold_stored import StoredFold
+from bntool.surgery.fold_stored import fold_stored
 
 CHANNELS, KERNEL, SHARD_LAYERS, EPS = 1024, 3, 16, 1e-5
 STATISTICS = ("weight", "bias", "running_mean", "running_var")
@@ -73,7 +73,7 @@ def fold(index: Path, plan: Path, output: Path) -> dict[str, float]:
     before = _memory("VmRSS")
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the peak begins anew
     started = time.monotonic()
-    StoredFold(open_stored(index), Plan.from_json(plan.read_text(encoding="utf-8"))).write(output)
+    fold_stored(open_stored(index), Plan.from_json(plan.read_text(encoding="utf-8"))).write(output)
     seconds = time.monotonic() - started
     return {"seconds": round(seconds, 1), "peak_over_import_mib": round(_memory("VmHWM") - before, 1)}
 

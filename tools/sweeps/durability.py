@@ -31,10 +31,10 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 
+from bntool.api import load
 from bntool.core.errors import BntoolError
 from bntool.export.onnx_writing import write_checked
 from bntool.files.atomic import write_atomically
-from bntool.files.loading import load
 from bntool.files.memory import Record, recall, remember
 from bntool.files.onnx_files import open_onnx, save_onnx
 from bntool.files.saving import save_model

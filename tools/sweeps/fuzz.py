@@ -25,9 +25,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from bntool.api import load
 from bntool.core.errors import BntoolError
 from bntool.files.detect import Kind, detect
-from bntool.files.loading import load
 from bntool.files.memory import recall
 from bntool.files.onnx_files import open_onnx
 from bntool.files.sidecar import read_sidecar

@@ -17,9 +17,9 @@ from pathlib import Path
 import atheris
 
 with atheris.instrument_imports(include=["bntool.files"]):
+    from bntool.api import load
     from bntool.core.errors import BntoolError
     from bntool.files.detect import detect
-    from bntool.files.loading import load
     from bntool.files.security.archives import Archive, Damaged, Unsafe
     from bntool.files.security.expressions import is_guard, is_size_expression
     from bntool.files.security.opcodes import DamagedPickle, DryRun

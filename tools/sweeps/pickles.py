@@ -66,8 +66,8 @@ def save_batch(names: list[str], folder: Path) -> dict[str, dict[str, Any]]:
 def load_batch(names: list[str], folder: Path) -> dict[str, dict[str, Any]]:
     from torch import nn
 
+    from bntool.api import load
     from bntool.core.errors import LoadError
-    from bntool.files.loading import load
 
     rows: dict[str, dict[str, Any]] = {}
     for name in names:

@@ -7,8 +7,7 @@ from collections.abc import Iterator, Sequence
 from torch import Tensor
 from torch.export import Dim, ExportedProgram, export
 
-from bntool.inserting import InsertOptions
-from bntool.pipeline.program_folding import fold_program, insert_program
+import bntool
 from bntool.runtime.programs import RunnableProgram
 from tools.sweeps.random_nets import RandomNet
 from tools.sweeps.random_trials import Run, Trial, any_is_wrong, difference, has_norms, inputs_of, outputs_of
@@ -32,13 +31,13 @@ def program_trials(net: RandomNet) -> Iterator[Trial]:
         def error(after: ExportedProgram, original: Run = original) -> float:
             return difference(original, _run(after), net, batches)
 
-        inserted = insert_program(made, InsertOptions(activations=("any",)))
+        inserted = bntool.insert(made, activations=("any",))
         yield Trial(f"{form}insert", inserted.plan, any_is_wrong(error(inserted.program)))
-        back = fold_program(inserted.program, check="none")
+        back = bntool.fold(inserted.program, check="none")
         yield Trial(f"{form}insert and fold", back.plan, error(back.program))
         if has_norms(net):
             for what, unshare in (("fold", False), ("fold, unshared", True)):
-                result = fold_program(made, check="none", unshare=unshare)
+                result = bntool.fold(made, check="none", unshare=unshare)
                 yield Trial(f"{form}{what}", result.plan, error(result.program))
 
 

@@ -17,8 +17,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from bntool.api import load
 from bntool.core.errors import BntoolError, LoadError, UsageError
-from bntool.files.loading import load
 from bntool.files.security.allowed import user_allowance
 from bntool.files.security.pickles import standing
 from tests.files import torch_files as tf

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 import torch
 
+from bntool.api import load
 from bntool.core.errors import LoadError
 from bntool.files.detect import Kind, detect
-from bntool.files.loading import load
 from bntool.files.security.archives import MAX_DIRECTORY, Archive, Damaged, Unsafe
 from bntool.files.security.containers import PICKLED, Container
 from tests.files.security.zip_tricks import TRICKS

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 
 import bntool
+from bntool.api import load
 from bntool.cli import run
 from bntool.core.errors import LoadError
 from bntool.core.limits import Limit
 from bntool.files.inspecting import inspect_file
-from bntool.files.loading import load
 from bntool.files.security.archives import Unsafe
 from bntool.files.security.containers import (
     ARRAYS,

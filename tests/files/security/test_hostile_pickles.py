@@ -14,9 +14,9 @@ import pytest
 import torch
 from torch import nn
 
+from bntool.api import load
 from bntool.cli import run
 from bntool.core.errors import LoadError
-from bntool.files.loading import load
 from tests.files.security.hostile_pickles import ARMED, CORPUS, RELU, as_zip, later
 from tests.files.torch_files import EMPTY_LIST, call, mapping, module, number, storage, tensor, text
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import nn
 
+from bntool.api import load
 from bntool.core.errors import LoadError
-from bntool.files.loading import load
 from tests.files import torch_files as tf
 
 

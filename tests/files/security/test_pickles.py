@@ -16,9 +16,9 @@ import pytest
 import torch
 from torch import nn
 
+from bntool.api import load
 from bntool.core.errors import LoadError, UsageError
 from bntool.files.detect import detect
-from bntool.files.loading import load
 from bntool.files.security.allowed import user_allowance
 from bntool.files.security.pickles import unknown_globals
 from tests.files.torch_files import (

@@ -13,8 +13,8 @@ import pytest
 import torch
 from torch import nn
 
+from bntool.api import load
 from bntool.core.errors import LoadError
-from bntool.files.loading import load
 from bntool.files.security.pinned import Pinned
 from bntool.files.stored import open_stored
 from tests.files import torch_files as tf
