@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bntool.graph.affine import Affine
+from bntool.graph.affine import Affine, identity
 from bntool.laws.base import LAWS, Refused
 from tests.laws.by_hand import Seen
 
@@ -232,3 +232,30 @@ def test_every_number_of_a_map_goes_where_its_element_goes(case: Case, way: str,
         after = case.outputs(*map(changed, values, inputs))
         for mine, own, map_ in zip(after, before, outputs, strict=True):
             torch.testing.assert_close(mine, changed(own, map_), rtol=0.0, atol=EXACT)
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if len(case.shapes) > 1], ids=str)
+def test_a_part_without_a_map_stays_as_it_is(case: Case) -> None:
+    first, second = values_of(case.shapes)
+    (before,) = case.outputs(first, second)
+    given = dict(zip(["input0", "input1"], case.shapes, strict=True))
+    seen = Seen(case.attrs, [tuple(before.shape)], case.kind, **given)
+    for _, (_, mine) in maps_of(case.shapes, shifted=True):
+        (found,) = LAWS[case.kind][1](seen, seen.op, {"input1": mine})
+        (after,) = case.outputs(first, changed(second, mine))
+        torch.testing.assert_close(after, changed(before, found), rtol=0.0, atol=EXACT)
+
+
+@pytest.mark.parametrize("out", [(2, 2, 4), (2, 2, 2, 4)])
+def test_a_table_of_places_picks_along_more_than_one_axis(out: tuple[int, ...]) -> None:
+    seen = Seen({"axis": 1}, [out], "index_select", input=(2, 3, 4), index=torch.tensor([[0, 1], [1, 2]]))
+    for ask in LAWS["index_select"]:
+        maps: Any = [identity(len(out))] if ask is LAWS["index_select"][0] else {"input": identity(3)}
+        with pytest.raises(Refused, match="more than one axis"):
+            ask(seen, seen.op, maps)
+
+
+def test_parts_of_different_ranks_are_not_joined() -> None:
+    seen = Seen({"axis": 0}, [(4,)], "concat", input0=(3,), input1=(1, 1))
+    with pytest.raises(Refused, match="different ranks"):
+        LAWS["concat"][0](seen, seen.op, [identity(1)])
