@@ -18,7 +18,7 @@ from torch import Tensor
 
 from bntool.graph.affine import Affine, identity
 from bntool.laws.base import LAWS, Refused
-from tests.laws.by_hand import Seen
+from tests.laws.by_hand import Seen, affine
 
 ANY = "any"
 """Of axes: a map may vary along none."""
@@ -244,6 +244,32 @@ def test_a_part_without_a_map_stays_as_it_is(case: Case) -> None:
         (found,) = LAWS[case.kind][1](seen, seen.op, {"input1": mine})
         (after,) = case.outputs(first, changed(second, mine))
         torch.testing.assert_close(after, changed(before, found), rtol=0.0, atol=EXACT)
+
+
+@pytest.mark.parametrize(
+    "case", [c for c in CASES if c.kind in ("slice", "select", "index_select") and not c.beside], ids=str
+)
+def test_nobody_asks_for_what_is_not_picked(case: Case) -> None:
+    (value,) = values_of(case.shapes)
+    out = case.does(value.requires_grad_())
+    out.sum().backward()
+    seen = Seen(case.attrs, [tuple(out.shape)], case.kind, input=case.shapes[0])
+    found = LAWS[case.kind][0](seen, seen.op, [identity(out.dim())])["input"]
+    assert value.grad is not None
+    assert torch.equal(found.scale.expand(value.shape).isnan(), value.grad == 0)
+
+
+@pytest.mark.parametrize(
+    ("kind", "data", "constant", "out"),
+    [("concat", (2, 1, 4), (2, 1, 4), (2, 2, 4)), ("stack", (2, 4), (2, 4), (2, 2, 4))],
+)
+def test_a_constant_part_cannot_change(kind: str, data: Any, constant: Any, out: Any) -> None:
+    seen = Seen({"axis": 1}, [out], kind, input0=data, input1=torch.ones(constant))
+    found = LAWS[kind][0](seen, seen.op, [affine([2.0, 1.0])])
+    assert not found["input0"].is_identity
+    assert found["input1"].is_identity
+    with pytest.raises(Refused, match="is a constant"):
+        LAWS[kind][0](seen, seen.op, [affine([2.0, 3.0])])
 
 
 @pytest.mark.parametrize("out", [(2, 2, 4), (2, 2, 2, 4)])
