@@ -41,7 +41,7 @@ def windows(draw: st.DrawFn) -> list[Window]:
     found = []
     for _ in range(draw(st.integers(1, 3))):
         kernel = draw(st.tuples(*[st.integers(1, 4)] * dims))
-        dilation = draw(several)
+        dilation = draw(st.tuples(*[st.integers(1, 3)] * dims))
         total = [d * (k - 1) + c for k, d, c in zip(kernel, dilation, surplus, strict=True)]
         before = tuple(draw(st.integers(0, n)) for n in total)
         after = tuple(n - b for n, b in zip(total, before, strict=True))
