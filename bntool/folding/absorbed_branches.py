@@ -10,7 +10,6 @@ from collections.abc import Mapping, Sequence
 from typing import NoReturn
 
 from bntool.core.reasons import Reason
-from bntool.core.sites import Window
 from bntool.folding.norms import Norm
 from bntool.graph.affine import Affine, identity, is_finite
 from bntool.graph.dataflow import Graph, Op
@@ -21,10 +20,10 @@ _ZERO, _BESIDE, _HEIR = range(3)
 """What a value of the sum will be: zeros; what is added beside them; something with the heir in it."""
 
 
-def can_be_heir(graph: Graph, conv: Op, window: Window) -> None:
+def can_be_heir(graph: Graph, conv: Op) -> None:
     """Refuse a convolution whose layer cannot be given another window and a bias."""
     module = graph.modules[_layer_of(graph, conv)]
-    if module.role != "conv" or not module.plain_bias or window.before != window.after:
+    if module.role != "conv" or not module.plain_bias:
         _refuse(Reason.CUSTOM_FORWARD, f"{module.name} cannot become another convolution")
 
 

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 
 import torch
 
-from bntool.core.sites import Branch, Merge, Window
+from bntool.core.sites import Branch, Merge
 from bntool.folding.absorbed_branches import adds_a_constant, can_be_heir, layers_that_go, undone
 from bntool.folding.norms import Norm
 from bntool.folding.weight_edits import Claims
@@ -202,7 +202,7 @@ class _Merger:
         if rows * width * math.prod(window.kernel) > sum(math.prod(w.shape) for w in weights.values()):
             return None
         by_size = sorted(convs, key=lambda conv: -math.prod(weights[conv.id].shape))
-        heir, going, undo = self._heir(root, total, by_size, window)
+        heir, going, undo = self._heir(root, total, by_size)
         if heir is None:
             return None
         try:
@@ -219,9 +219,7 @@ class _Merger:
         made = Merge(layer, weight, bias, window, tuple(branches), tuple(norms), going)
         return made if self._fits(made, vectors) else None
 
-    def _heir(
-        self, root: Op, total: _Sum, convs: list[Op], window: Window
-    ) -> tuple[Op | None, tuple[str, ...], Affine]:
+    def _heir(self, root: Op, total: _Sum, convs: list[Op]) -> tuple[Op | None, tuple[str, ...], Affine]:
         """The convolution that becomes the sum, none where none can; the names of what goes by that, and what
         undoes the products that a forward still makes of what it gives.
         """
@@ -232,7 +230,7 @@ class _Merger:
             return (convs[0] if all(names) else None), names, alone
         for heir in convs:
             with contextlib.suppress(Refused):
-                can_be_heir(self.graph, heir, window)
+                can_be_heir(self.graph, heir)
                 members = total.members
                 names, factors = layers_that_go(self.graph, self.gone, self.kept, root, members, heir)
                 return heir, names, undone(self.context, factors, alone.rank)

@@ -62,7 +62,7 @@ def _factors(context: Context, op: Op) -> tuple[str, str, int]:
 
 def _require_batch(op: Op, value: Value, shape: tuple[int, ...]) -> None:
     """What is broadcast over a batch axis stands for several rows at once; a vector has no rows."""
-    if len(shape) < 2 or len(value.shape) != len(shape) or value.shape[:-2] != shape[:-2]:
+    if len(value.shape) != len(shape) or value.shape[:-2] != shape[:-2]:
         raise Refused(Reason.AXIS_MISMATCH, f"{op.label} spreads one of its operands over an axis")
 
 

@@ -192,7 +192,7 @@ class _ModuleTensors:
         for norm in (self.modules[name] for name in merge.norms if name not in merge.values):
             _become(norm, _what_remains(norm))
         for layer in (self.modules[name] for name in merge.values):
-            _become(layer, set_modes(_zeros_of(layer, window), training=layer.training))
+            _become(layer, set_modes(_zeros_of(layer, heir.out_channels, window), training=layer.training))
 
     # -- tensors ----------------------------------------------------------------------------------------
 
@@ -232,12 +232,12 @@ def _become(module: nn.Module, other: nn.Module) -> None:
     module.__dict__ = dict(other.__dict__)
 
 
-def _zeros_of(layer: Any, window: Window) -> Absorbed:
-    """What stands for a branch of a sum of this window."""
+def _zeros_of(layer: nn.Module, channels: int, window: Window) -> Absorbed:
+    """What stands for a branch of a sum of this window and so many channels."""
     if is_batch_norm_class(type(layer)) or hasattr(layer, "running_mean"):
         return Absorbed()
     reach = zip(window.kernel, window.dilation, window.before, window.after, strict=True)
-    return Absorbed(layer.out_channels, window.stride, [d * (k - 1) - p - q for k, d, p, q in reach])
+    return Absorbed(channels, window.stride, [d * (k - 1) - p - q for k, d, p, q in reach])
 
 
 def _unwrap(parent: nn.Module) -> None:

@@ -173,6 +173,39 @@ def test_a_branch_that_the_forward_adds_once_more_is_no_sum(
     torch.testing.assert_close(result.model(x), model(x), atol=EXACT, rtol=EXACT)
 
 
+class OfItsOwn(nn.Conv2d):
+    """A convolution whose forward may do anything with its bias."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(x, self.weight, None, padding=self.padding)
+
+
+class NoConv(nn.Module):
+    """A layer that computes a convolution and is none of torch's."""
+
+    def __init__(self, kernel: tuple[int, int], padding: tuple[int, int]) -> None:
+        super().__init__()
+        self.weight, self.padding = nn.Parameter(torch.randn(4, 4, *kernel)), padding
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(x, self.weight, None, padding=self.padding)
+
+
+@pytest.mark.parametrize("own", [lambda *of: OfItsOwn(4, 4, *of[:1], padding=of[1], bias=False), NoConv])
+def test_only_a_plain_convolution_becomes_the_sum(own: Callable[..., nn.Module]) -> None:
+    torch.manual_seed(0)
+    model, x = Block(lambda m, x: m.s(x) + m.w(x)), torch.randn(2, 4, 7, 7, dtype=torch.float64)
+    for name, kernel, padding, heirs in (
+        ("wide", (1, 3), (0, 1), ["square"]),
+        ("square", (3, 3), (1, 1), []),
+    ):
+        setattr(model, name, own(kernel, padding))
+        enliven(model).double().eval()
+        result = bntool.fold(model, x, check="none")
+        assert [merge.layer for merge in result.plan.merges] == heirs
+        torch.testing.assert_close(result.model(x), model(x), atol=EXACT, rtol=EXACT)
+
+
 @pytest.mark.parametrize("broken", ["window", "values", "layer", "twice", "map"])
 def test_a_merge_that_does_not_fit_the_model_is_refused(broken: str) -> None:
     model, x = net_of("all")

@@ -122,8 +122,9 @@ def test_downstream_from_the_values(fill: Numbers, fused: bool) -> None:
     "change",
     [
         lambda n, x: (x @ n).softmax(-1) @ x,  # it is in the weights
-        lambda n, x: n @ n.transpose(1, 2) @ x,  # on both sides
+        lambda n, x: n @ n.transpose(1, 2),  # on both sides
         lambda n, x: n[:1] @ x,  # spread over the batch
+        lambda n, x: x.softmax(-1) @ n[:1].transpose(1, 2),  # the same, beside what sums to one
         lambda n, x: torch.matmul(n.mean((0, 1)), x),  # a vector
         lambda n, x: F.scaled_dot_product_attention(n, x, x),  # a query
         lambda n, x: F.scaled_dot_product_attention(
@@ -131,17 +132,19 @@ def test_downstream_from_the_values(fill: Numbers, fused: bool) -> None:
         ),  # nothing wrong but the rows
     ],
 )
-def test_what_is_no_average_of_it_stays_exact(change) -> None:
+@pytest.mark.parametrize("first", [nn.Linear(4, 4), nn.ReLU()], ids=["up", "down"])
+@pytest.mark.parametrize("shift", [True, False])
+def test_what_is_no_average_of_it_stays_exact(change, first: nn.Module, shift: bool) -> None:
     """Whatever the verdict, the outputs are equal: a BatchNorm over rows, columns, weights and queries."""
 
     class Model(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.first = nn.Linear(4, 4)
-            self.norm = Numbers("mixed", True, 1e-5, 1.0, 0).fill(nn.BatchNorm1d(4))
+            self.first, self.last = first, nn.Linear(4, 3)
+            self.norm = Numbers("mixed", shift, 1e-5, 1.0, 0).fill(nn.BatchNorm1d(4))
 
         def forward(self, x: Tensor) -> Tensor:
-            return change(self.norm(self.first(x)), x)
+            return self.last(change(self.norm(self.first(x)), x))
 
     folded_exactly(Model(), data(2, 4, 4))
 

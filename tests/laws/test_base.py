@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 from torch import Tensor
 
 from bntool.core.reasons import Reason
-from bntool.graph.affine import Affine, identity
-from bntool.graph.dataflow import Graph, Op
+from bntool.graph.affine import identity
 from bntool.laws.base import (
     LAWS,
     Refused,
@@ -24,40 +21,9 @@ from bntool.laws.base import (
     only_input,
     variable_roles,
 )
+from tests.laws.by_hand import Seen, affine
 
 NAN = float("nan")
-
-
-def affine(scale: Any, shift: Any = 0.0, shape: tuple[int, ...] = (1, -1, 1)) -> Affine:
-    s = torch.tensor(scale, dtype=torch.float64).reshape(shape)
-    t = torch.tensor(shift, dtype=torch.float64).expand(s.numel()).reshape(shape)
-    return Affine(s, t, ("bn", "bn"))
-
-
-class Seen:
-    """A context over one op; `inputs` gives by role the numbers of a constant, None for what is none."""
-
-    changed: frozenset[str] = frozenset()
-
-    def __init__(
-        self, attrs: dict[str, Any] | None = None, outputs: int = 1, **inputs: Tensor | None
-    ) -> None:
-        self.graph = Graph()
-        roles = {}
-        for role, numbers in inputs.items():
-            constant = numbers is not None
-            shape = tuple(numbers.shape) if numbers is not None else (2, 3, 4)
-            roles[role] = self.graph.add_value(shape, constant=constant).id
-            if numbers is not None and numbers.numel():
-                self.graph.constants[roles[role]] = numbers
-        made = tuple(self.graph.add_value((2, 3, 4)).id for _ in range(outputs))
-        self.op: Op = self.graph.add_op("mul", roles, made, attrs=attrs or {}, scope="here")
-
-    def choose(self, options: int) -> int:
-        raise AssertionError
-
-    def take_in(self, op: Op, role: str, affine: Affine) -> bool:
-        raise AssertionError
 
 
 UNKNOWN = torch.zeros(0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 
+import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given
@@ -40,7 +41,7 @@ def windows(draw: st.DrawFn) -> list[Window]:
     found = []
     for _ in range(draw(st.integers(1, 3))):
         kernel = draw(st.tuples(*[st.integers(1, 4)] * dims))
-        dilation = draw(several)
+        dilation = draw(st.tuples(*[st.integers(1, 3)] * dims))
         total = [d * (k - 1) + c for k, d, c in zip(kernel, dilation, surplus, strict=True)]
         before = tuple(draw(st.integers(0, n)) for n in total)
         after = tuple(n - b for n, b in zip(total, before, strict=True))
@@ -96,6 +97,7 @@ def test_the_target_is_no_larger_than_it_must_be(branches: list[Window], seed: i
         rest = [i for i in range(taps.dim()) if i != axis]
         line = taps.any(rest[0]) if len(rest) == 1 else taps.any(tuple(rest)) if rest else taps
         assert bool(line[0]) and bool(line[-1])
+        assert math.gcd(*line.nonzero().reshape(-1).tolist()) <= 1  # else the taps could lie closer
     assert target.groups == math.gcd(*(w.groups for w in branches))
 
 
@@ -116,6 +118,23 @@ def test_dilated_taps_fall_between() -> None:
     assert taps[0, 0].tolist() == [1, 0, 1, 0, 1]
 
 
+@pytest.mark.parametrize("dims", [1, 2, 3])
+@pytest.mark.parametrize("dilation", [1, 2])
+def test_the_value_itself_is_the_tap_in_the_middle(dims: int, dilation: int) -> None:
+    """A residual connection around a convolution, whose window it does not widen."""
+    each, itself = (dilation,) * dims, identity_window(dims, CHANNELS)
+    window = Window((3,) * dims, (1,) * dims, each, each, each, CHANNELS)
+    assert joined([window, itself]) == joined([itself, window]) == window
+    assert joined([itself, itself]) == itself
+    shape = (CHANNELS, 1, *window.kernel)
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(shape, generator=generator, dtype=torch.float64)
+    one, none = torch.ones(CHANNELS, dtype=torch.float64), torch.zeros(CHANNELS)
+    found, _ = added_up([(weight, None, window, one, none), (None, None, itself, 3 * one, none)], window)
+    weight[(slice(None), 0, *(1,) * dims)] += 3
+    assert torch.equal(found, weight)
+
+
 def test_a_window_is_known_only_where_the_padding_is() -> None:
     def op(**attrs: object) -> Op:
         usual = {"dims": 1, "transposed": False, "stride": (1,), "dilation": (1,), "groups": 1}
@@ -127,6 +146,9 @@ def test_a_window_is_known_only_where_the_padding_is() -> None:
     assert window_of(op(padding="same"), (4,)) is None  # which side gets more is the operator's own
     assert window_of(op(padding="same", stride=(2,)), (3,)) is None
     assert window_of(op(padding=(0,), transposed=True), (3,)) is None
+    valid = window_of(op(padding="valid"), (4,))
+    assert valid is not None
+    assert (valid.before, valid.after) == ((0,), (0,))
     sided = window_of(op(padding=(1, 2)), (4,))
     assert sided is not None
     assert (sided.before, sided.after) == ((1,), (2,))

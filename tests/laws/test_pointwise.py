@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given
@@ -12,6 +13,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from bntool.core.reasons import Reason
+from bntool.graph.affine import Affine
+from bntool.laws.base import LAWS, Refused
+from tests.laws.by_hand import Seen, affine
 from tests.laws.exactness import Chain, Numbers, data, few, folded_exactly, numbers, verdict
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -78,12 +82,18 @@ def test_constant_subtracted(fill: Numbers, shape: tuple[int, ...], seed: int, s
 
 
 @few
-@given(numbers, st.sampled_from(CONSTANTS), st.integers(0, 99), st.sampled_from(["sub", "weighed", "number"]))
+@given(
+    numbers,
+    st.sampled_from(CONSTANTS),
+    st.integers(0, 99),
+    st.sampled_from(["sub", "weighed", "twice", "number"]),
+)
 def test_subtracted_from_a_constant(fill: Numbers, shape: tuple[int, ...], seed: int, how: str) -> None:
     c = data(*shape, seed=seed)
     step = {
         "sub": lambda x: torch.sub(c, x, alpha=2.5),
         "weighed": lambda x: torch.add(c, x, alpha=-0.7),
+        "twice": lambda x: torch.add(c, x, alpha=2.0),
         "number": lambda x: 1.5 - x,
     }[how]
     up, down = both_ways(step, fill)
@@ -239,3 +249,86 @@ def test_sum_of_many_normed_branches(fill: Numbers, count: int) -> None:
 
     plan, _ = folded_exactly(Blocks(), data(2, 4, 5, 3))
     assert not plan.skips
+
+
+# -- asked by hand -------------------------------------------------------------------------------------
+
+DEMAND = affine([2.0, 3.0, 4.0], [1.0, 0.0, -1.0])
+SCALE = affine([2.0, 3.0, 4.0])
+SPREAD = (2, 3, 1)
+
+
+def up(seen: Seen, demand: Affine) -> dict[str, Affine]:
+    return LAWS[seen.op.kind][0](seen, seen.op, [demand])
+
+
+def down(seen: Seen, **maps: Affine) -> Affine:
+    (found,) = LAWS[seen.op.kind][1](seen, seen.op, maps)
+    return found
+
+
+@pytest.mark.parametrize("stored", ["input", "other"])
+def test_a_stored_summand_takes_the_shift(stored: str) -> None:
+    data_role = "other" if stored == "input" else "input"
+    for numbers_ in (torch.ones(3, 1), torch.ones(1, 3, 1), torch.ones(3, 4), torch.ones(2, 3, 4)):
+        given = (
+            {"input": numbers_, "other": None} if stored == "input" else {"input": None, "other": numbers_}
+        )
+        seen = Seen({"alpha": 1.0}, kind="add", **given)
+        seen.store(stored)
+        (asked,) = up(seen, DEMAND).items()
+        assert asked[0] == data_role
+        assert (torch.equal(asked[1].scale, DEMAND.scale), asked[1].has_shift) == (True, False)
+        assert seen.taken == {stored: DEMAND}
+
+
+@pytest.mark.parametrize(
+    "why", ["coarse", "whole numbers", "read twice", "another name", "computed", "two branches"]
+)
+def test_a_summand_that_cannot_take_the_shift_leaves_it_to_the_branch(why: str) -> None:
+    numbers_ = {"coarse": torch.ones(1, 4), "whole numbers": torch.ones(3, 1, dtype=torch.int64)}
+    given = None if why == "two branches" else numbers_.get(why, torch.ones(3, 1))
+    seen = Seen({"alpha": 1.0}, kind="add", picks=0, input=None, other=given)
+    if given is not None and why != "computed":
+        seen.store("other")
+    if why == "read twice":
+        seen.graph.add_op("neg", {"input": seen.op.inputs["other"]}, (), attrs={})
+    if why == "another name":
+        seen.graph.aliases["other"] = ["also"]
+    assert up(seen, DEMAND)["input"].has_shift
+    assert not seen.taken
+
+
+@pytest.mark.parametrize("picks", [0, 1])
+def test_the_shift_goes_to_one_branch_and_the_scale_to_all(picks: int) -> None:
+    found = up(Seen({"alpha": 1.0}, kind="add", picks=picks, input=None, other=None), DEMAND)
+    assert [found[role].has_shift for role in ("input", "other")] == [picks == 0, picks == 1]
+    assert all(torch.equal(each.scale, DEMAND.scale) for each in found.values())
+
+
+@pytest.mark.parametrize("kind", ["add", "mul", "div"])
+def test_an_operand_that_is_spread_stands_for_several_elements(kind: str) -> None:
+    """It can become no map of its own, and a map of it is none of the result's elements."""
+    both = Seen({"alpha": 1.0}, kind=kind, input=SPREAD, other=SPREAD)
+    with pytest.raises(Refused, match="broadcast"):
+        up(both, SCALE)
+    with pytest.raises(Refused, match="broadcast"):
+        down(both, input=SCALE)
+
+
+def test_one_factor_takes_the_scale_and_it_must_not_be_spread() -> None:
+    for picks, role in enumerate(("input", "other")):
+        assert up(Seen(picks=picks, input=None, other=None), SCALE) == {role: SCALE}
+        given = {"input": SPREAD, "other": None} if role == "other" else {"input": None, "other": SPREAD}
+        assert up(Seen(**given), SCALE) == {role: SCALE}
+    assert up(Seen(kind="div", input=None, other=None), SCALE) == {"input": SCALE}
+
+
+def test_one_factor_alone_may_have_become_a_multiple() -> None:
+    assert down(Seen(input=None, other=None), other=SCALE) is SCALE
+    assert down(Seen(kind="div", input=None, other=None), input=SCALE) is SCALE
+    for kind, maps in (("mul", {"input": SCALE, "other": SCALE}), ("div", {"other": SCALE})):
+        with pytest.raises(Refused, match="multiplies or divides by what changes"):
+            down(Seen(kind=kind, input=None, other=None), **maps)
+    with pytest.raises(Refused, match="two values that depend on the data"):
+        down(Seen(input=None, other=None), input=DEMAND)

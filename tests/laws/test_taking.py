@@ -61,7 +61,7 @@ def test_convolution(
 @few
 @given(numbers, st.sampled_from(["same", "valid"]), st.integers(1, 3), st.booleans())
 def test_convolution_with_padding_by_name(fill: Numbers, padding: str, kernel: int, bias: bool) -> None:
-    conv = nn.Conv2d(4, 8, kernel, padding=padding, bias=bias)
+    conv = nn.Conv2d(4, 8, (kernel, 1), padding=padding, bias=bias)
     assert verdict(nn.Sequential(conv, fill.fill(nn.BatchNorm2d(8))), data(2, 4, 7, 6)) is None
     found = verdict(nn.Sequential(fill.fill(nn.BatchNorm2d(4)), conv), data(2, 4, 7, 6))
     assert (found is None) == (not fill.shift or padding == "valid" or kernel == 1)
@@ -89,11 +89,52 @@ def test_transposed_convolution(
     assert (found is None) == (not fill.shift or (kernel == stride == 1 and not extra))
 
 
+@pytest.mark.parametrize(
+    "conv",
+    [
+        nn.Conv1d(4, 8, 3, padding="same"),
+        nn.Conv2d(4, 8, (3, 1), padding="same"),
+        nn.ConvTranspose1d(4, 8, 3),
+        nn.ConvTranspose2d(4, 8, (3, 1)),
+    ],
+    ids=str,
+)
+def test_one_axis_with_a_border_is_enough_to_lose_a_shift(conv: nn.Module) -> None:
+    dims = conv.weight.dim() - 2
+    norm = Numbers("positive", True, 1e-5, 1.0, 0).fill(NORMS[dims](4))
+    assert verdict(nn.Sequential(norm, conv), data(2, 4, *SIDE[dims])) is Reason.REACHES_INPUT
+
+
 @few
 @given(numbers, st.booleans())
 def test_linear(fill: Numbers, bias: bool) -> None:
     assert verdict(nn.Sequential(nn.Linear(5, 6, bias), fill.fill(nn.BatchNorm1d(6))), data(3, 5)) is None
     assert verdict(nn.Sequential(fill.fill(nn.BatchNorm1d(5)), nn.Linear(5, 6, bias)), data(3, 5)) is None
+
+
+class Product(nn.Module):
+    def __init__(self, *shape: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(data(*shape))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.weight
+
+
+@few
+@given(numbers)
+def test_product_with_a_matrix(fill: Numbers) -> None:
+    up = nn.Sequential(Product(5, 6), fill.fill(nn.BatchNorm1d(6)))
+    down = nn.Sequential(fill.fill(nn.BatchNorm1d(5)), Product(5, 6))
+    for model in (up, down):
+        found = verdict(model, data(3, 5))
+        assert (found is None) == (not fill.shift)  # which has no bias to go to
+
+
+@pytest.mark.parametrize("shape", [(5,), (3, 5, 6)])
+def test_product_with_a_vector_or_several_matrices_is_no_linear_layer(shape: tuple[int, ...]) -> None:
+    norm = Numbers("positive", False, 1e-5, 1.0, 0).fill(nn.BatchNorm1d(5))
+    assert verdict(nn.Sequential(norm, Product(*shape)), data(3, 5)) is Reason.REACHES_INPUT
 
 
 @few

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
-from tools.sweeps.mutant_filter import annotations, is_wanted
+import re
+
+from tools.sweeps.mutant_filter import is_wanted
+from tools.sweeps.mutant_runner import function
 from tools.sweeps.mutants import OPEN, PAGE, ROOT, TESTS, changed, joined, page, read, rows
 
-SOURCE = """def f(x: int | None, y: float = 1.0) -> int | str:
-    z: int | None = 3
-    return (x or 1) | z
+SOURCE = """@dataclass(frozen=True)
+class C:
+    def f(x: int | None, *, y: float = 1.0) -> int | str:
+        z: int | None = 3
+        return (x or 1) | z, zip(x, y, strict=True), x * y, f(*x)
+    def g(x):
+        return (x if not x else 2), (x if x < 3 else 4), (x if x == 5 else 6)
 """
 DIFF = """--- mutation diff ---
 --- abare.py
@@ -23,14 +30,25 @@ def dumped(outcome: str, line: int = 2) -> list[object]:
     return [{"mutations": [{"start_pos": [line, 4]}]}, {"test_outcome": outcome, "diff": DIFF}]
 
 
-def test_what_stands_in_an_annotation_is_left_out() -> None:
-    spans = annotations(SOURCE)
-    operator = "core/ReplaceBinaryOperator_BitOr_BitAnd"
-    for line, text in enumerate(SOURCE.splitlines(), 1):
-        for column in (i for i, character in enumerate(text) if character == "|"):
-            assert is_wanted(operator, (line, column), spans) == text.strip().startswith("return")
-    assert is_wanted("core/NumberReplacer", (1, SOURCE.index("1.0")), spans)
-    assert not is_wanted("core/ReplaceBinaryOperator_BitOr_LShift", (3, 20), spans)
+def test_what_tells_nothing_is_left_out() -> None:
+    def wanted(operator: str, character: str, occurrence: int = 0) -> list[bool]:
+        lines = enumerate(SOURCE.splitlines(), 1)
+        places = [(i, m.start()) for i, line in lines for m in re.finditer(re.escape(character), line)]
+        return [is_wanted(f"core/{operator}", place, occurrence, SOURCE) for place in places]
+
+    assert wanted("ReplaceBinaryOperator_BitOr_BitAnd", "|") == [False] * 3 + [True]
+    assert wanted("ReplaceBinaryOperator_BitOr_LShift", "|") == [False] * 4
+    assert wanted("ReplaceBinaryOperator_Mul_Div", "*") == [False, True, False]
+    assert wanted("ReplaceTrueWithFalse", "True") == [False, False]
+    assert wanted("NumberReplacer", "1.0") == [True]
+    assert wanted("NumberReplacer", "1.0", occurrence=1) == [False]
+    assert wanted("AddNot", "not x") == wanted("AddNot", "x == 5") == [False]
+    assert wanted("AddNot", "x < 3") == [True]
+
+
+def test_a_line_is_of_the_innermost_function_whose_body_holds_it() -> None:
+    source = "@g\ndef f(x=1):\n    def h(y=x + 1):\n        return y\n    return h\nf()\n"
+    assert [function(source, line) for line in range(1, 7)] == [None, None, 1, 3, 1, None]
 
 
 def test_rows_count_what_is_noticed_and_list_what_is_not() -> None:

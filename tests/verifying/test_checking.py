@@ -182,6 +182,23 @@ def test_wrong_algebra_of_a_model_that_amplifies_rounding_fails():
     assert not algebra.passed
 
 
+@pytest.mark.parametrize(("factor", "passes"), [(1.0, True), (1.01, False)])
+def test_where_rounding_decides_every_output_the_parts_that_stay_are_compared(factor, passes):
+    layers = nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.Conv2d(8, 4, 3)
+    model = randomised(nn.Sequential(*layers, Chaotic(24)))
+    candidate = folded(model, torch.float32)
+    candidate[0].weight.data.mul_(factor)
+    row, algebra = check_surgery(
+        Reference(model, seeded_batches(IMAGE)),
+        candidate,
+        stage="fold",
+        changed_parts={"0", "1"},
+        redone=Redone(folded(model, torch.float64)),
+    )
+    assert algebra.passed
+    assert row.passed is passes
+
+
 def lucky_reference(model: nn.Module) -> Reference:
     """A reference whose own run happened to make no error but the last rounding."""
     reference = Reference(model, seeded_batches(IMAGE))
@@ -193,9 +210,11 @@ def lucky_reference(model: nn.Module) -> Reference:
 def test_one_lucky_draw_of_the_noise_fails_no_right_fold():
     model = chaotic_net(8)
     reference = lucky_reference(model)
-    (row,) = check_surgery(reference, folded(model, torch.float32), stage="fold")
+    row, algebra = check_surgery(
+        reference, folded(model, torch.float32), stage="fold", redone=Redone(folded(model, torch.float64))
+    )
     assert row.relative > max(limit.limit for limit in reference.limits.values())
-    assert row.passed
+    assert (row.passed, algebra.passed) == (True, True)
 
 
 def test_a_wrong_fold_fails_against_more_draws_too():
@@ -387,6 +406,31 @@ def test_every_batch_has_numbers_of_its_own():
     assert not any(torch.equal(a, b) for i, a in enumerate(rows) for b in rows[:i])
     again = seeded_batches(Inputs((torch.zeros(1, 3, 16, 16),)), seed=1)
     assert not torch.equal(again[0].args[0], one)
+
+
+@pytest.mark.parametrize(
+    ("how", "twice", "smaller"),
+    [
+        (Conditions(), False, True),
+        (Conditions(twice=True), True, False),
+        (Conditions(tolerance=Tolerance(atol=1e-3)), False, False),
+    ],
+)
+def test_what_rounding_does_may_be_seen_on_smaller_inputs_and_the_rows_tell_on_which(how, twice, smaller):
+    """Not where the candidate runs twice, or the user says what it may differ by."""
+    model = small_net()
+    large, small = [*seeded_batches(IMAGE, (1, 2))], seeded_batches(Inputs((torch.zeros(1, 3, 8, 8),)), (1,))
+    row, algebra = check_surgery(
+        Reference(model, large, floor=Reference(model, small)),
+        folded(model, torch.float32),
+        stage="fold",
+        redone=Redone(folded(model, torch.float64)),
+        how=how,
+    )
+    assert (row.passed, algebra.passed) == (True, True)
+    assert row.inputs == ("1x3x12x12", "2x3x12x12")
+    assert algebra.inputs == (("1x3x8x8",) if smaller else ("2x3x12x12",))
+    assert ("a second run gives the same bits" in row.detail) == twice
 
 
 def test_outputs_are_matched_by_name_and_where_no_name_fits_by_order():

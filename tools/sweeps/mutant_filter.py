@@ -1,6 +1,9 @@
 """Leave out mutants that tell nothing. Started by `tools.sweeps.mutants` where the mutation tester is.
 
 Annotations are never computed here (`from __future__ import annotations`): to change one changes nothing.
+That a dataclass is frozen is a promise to the type checker, and that a zip is strict an assertion about
+bntool itself. The star of `f(*, x)` is no operator. A number is raised by one and not lowered as well, and
+what is negated by its own operator (`==`, `is`, `not`) is not negated once more.
 """
 
 from __future__ import annotations
@@ -8,7 +11,6 @@ from __future__ import annotations
 import ast
 import sys
 from pathlib import Path
-from typing import Any
 
 KEPT = frozenset(
     """NumberReplacer AddNot ReplaceTrueWithFalse ReplaceFalseWithTrue ReplaceAndWithOr ReplaceOrWithAnd
@@ -26,25 +28,63 @@ KEPT = frozenset(
 Span = tuple[tuple[int, int], tuple[int, int]]
 
 
-def annotations(source: str) -> list[Span]:
-    """Where annotations stand: pairs of (line, column)."""
+def silent(source: str) -> list[Span]:
+    """Where nothing that is changed shows: pairs of (line, column)."""
     found: list[ast.expr | None] = []
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.arg | ast.AnnAssign):
             found.append(node.annotation)
         elif isinstance(node, ast.FunctionDef):
             found.append(node.returns)
+        elif isinstance(node, ast.ClassDef):
+            found += node.decorator_list
+        elif isinstance(node, ast.keyword) and node.arg == "strict":
+            found.append(node.value)
+    return [(_start(e), _end(e)) for e in found if e is not None]
+
+
+def operators(source: str) -> list[Span]:
+    """Where an operator stands between two values."""
+    found: list[Span] = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.BinOp):
+            found.append((_end(node.left), _start(node.right)))
+        elif isinstance(node, ast.AugAssign):
+            found.append((_end(node.target), _start(node.value)))
+    return found
+
+
+def negated(source: str) -> list[Span]:
+    """Where a condition stands whose negation is the mutant of its own operator."""
+    tests = [n.test for n in ast.walk(ast.parse(source)) if isinstance(n, ast.If | ast.IfExp | ast.While)]
+    own = ast.Eq | ast.NotEq | ast.Is | ast.IsNot
     return [
-        ((e.lineno, e.col_offset), (e.end_lineno or e.lineno, e.end_col_offset or e.col_offset))
-        for e in found
-        if e is not None
+        (_start(test), _end(test))
+        for test in tests
+        if (isinstance(test, ast.UnaryOp) and isinstance(test.op, ast.Not))
+        or (isinstance(test, ast.Compare) and len(test.ops) == 1 and isinstance(test.ops[0], own))
     ]
 
 
-def is_wanted(operator: str, start: tuple[int, int], spans: list[Span]) -> bool:
+def _start(node: ast.expr) -> tuple[int, int]:
+    return node.lineno, node.col_offset
+
+
+def _end(node: ast.expr) -> tuple[int, int]:
+    return node.end_lineno or node.lineno, node.end_col_offset or node.col_offset
+
+
+def is_wanted(operator: str, start: tuple[int, int], occurrence: int, source: str) -> bool:
     """Whether a mutant of this operator that starts here says anything about the tests."""
-    inside = any(first <= start < last for first, last in spans)
-    return operator.rpartition("/")[2] in KEPT and not inside
+    within = lambda spans: any(first <= start < last for first, last in spans)  # noqa: E731
+    name = operator.rpartition("/")[2]
+    if name not in KEPT or within(silent(source)):
+        return False
+    if name == "NumberReplacer":
+        return occurrence % 2 == 0  # it counts both for every number: one more, one less
+    if name == "AddNot":
+        return not within(negated(source))
+    return "BinaryOperator" not in name or within(operators(source))
 
 
 def main(session: str) -> None:
@@ -52,14 +92,12 @@ def main(session: str) -> None:
     from cosmic_ray.work_db import use_db  # type: ignore[import-not-found]
     from cosmic_ray.work_item import WorkerOutcome, WorkResult  # type: ignore[import-not-found]
 
-    spans: dict[Any, list[Span]] = {}
     with use_db(session) as db:
         for item in list(db.pending_work_items):
             (mutation,) = item.mutations
-            path = mutation.module_path
-            if path not in spans:
-                spans[path] = annotations(Path(path).read_text(encoding="utf-8"))
-            if not is_wanted(mutation.operator_name, tuple(mutation.start_pos), spans[path]):
+            source = Path(mutation.module_path).read_text(encoding="utf-8")
+            start = tuple(mutation.start_pos)
+            if not is_wanted(mutation.operator_name, start, mutation.occurrence, source):
                 db.set_result(item.job_id, WorkResult(worker_outcome=WorkerOutcome.SKIPPED, output=""))
 
 
