@@ -118,7 +118,7 @@ def _of_the_size(model: nn.Module, given: str) -> str:
     first = first_layer(model)
     dims = len(first[1].kernel_size) if first is not None and isinstance(first[1], _ConvNd) else 0
     _, channels, *lengths = [*given.split("x"), ""]
-    if first is None or len(lengths) != dims + 1 or channels != str(first[1].in_channels):
+    if first is None or not dims or len(lengths) != dims + 1 or channels != str(first[1].in_channels):
         return ""
     sides = "x".join(("DEPTH", "HEIGHT", "WIDTH")[-dims:]) if dims > 1 else "LENGTH"
     return f"give it the size that it was trained on, --input 1x{channels}x{sides} {_IN_PYTHON}"

@@ -53,6 +53,13 @@ class Signal(nn.Module):
     def forward(self, x):
         return self.bn(self.conv(x))
 
+class Table(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.lin, self.bn = nn.Linear(2, 4), nn.BatchNorm1d(4)
+    def forward(self, x):
+        return self.bn(self.lin(x))
+
 class Broken(ByName):
     def forward(self, x):
         return self.bn(self.conv(x)).pooled()
@@ -96,6 +103,7 @@ def test_an_input_finds_its_place(bntool: Shell, net: str, inputs: tuple[str, ..
         ("Looks", ("image:1x3x9x9",), "--input image:1x3x224x224 --input other:1x3x224x224"),
         ("Signal", ("1x3x224x224",), "give the right shape with --input 1x2x1024"),
         ("Signal", ("1x2x2",), "give it the size that it was trained on, --input 1x2xLENGTH"),
+        ("Table", ("4x5",), "give the right shape with --input 1x2"),
         ("Broken", ("1x3x9x9",), "this AttributeError is raised by its own code"),
     ],
 )
