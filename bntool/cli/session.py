@@ -55,13 +55,13 @@ class Voice:
     _report_place: Path = Path()
 
     @classmethod
-    def of(cls, *asked: Options, force: bool = False) -> Voice:
+    def of(cls, *asked: Options) -> Voice:
         """The voice that the options ask for; a report that cannot be written is told at once.
 
         Whatever they name is read, but for what they say is written.
         """
         speech = next((one for one in asked if isinstance(one, SpeechOptions)), SpeechOptions())
-        force = force or any(getattr(one, "force", False) for one in asked)
+        force = any(getattr(one, "force", False) for one in asked)
         voice = cls(speech.as_json, speech.quiet, speech.verbose)
         asked_width.set(speech.width)
         voice.target = Target(force=force, reads=read_by(*asked))

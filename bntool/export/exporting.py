@@ -123,15 +123,13 @@ def export_program(
     how: ExportOptions,
     *,
     metadata: Mapping[str, str] | None = None,
-    force: bool = False,
 ) -> ExportResult:
     """Write an exported program as an ONNX file, its axes dynamic where the program's are.
 
-    Otherwise as `export_onnx`.
+    Otherwise as `export_onnx`, over a draft that a first try may have left.
     """
     names = {name: name for name in (*program.state_dict, *program.constants)}
-    target = _target(path, force)
-    form = Form(target, how, metadata or {}, force, names)
+    form = Form(_target(path, True), how, metadata or {}, True, names)
     return _cleaned(_converted(program, how.opset), Inputs.of(example_inputs), {}, form, [])
 
 

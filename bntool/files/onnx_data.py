@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import glob
 import itertools
 import math
 import os
@@ -176,15 +177,16 @@ def _data_names(path: Path) -> Iterator[str]:
 
 def _own_data(path: Path) -> list[Path]:
     """The data file of the model at `path`, where bntool wrote both: the model says so."""
-    if not path.is_file():
-        return []
+    data_name = f"{path.name}{_DATA}"
+    if not path.is_file() or not any(path.parent.glob(f"{glob.escape(data_name)}*")):
+        return []  # without a look into the model, which may be large
     try:
         proto = onnx.load(path, format="protobuf", load_external_data=False)
         locations = {ExternalDataInfo(tensor).location for tensor in external_tensors(proto)}
     except (DecodeError, OSError, ValueError, TypeError):
         return []
     said = next((entry.value for entry in proto.metadata_props if entry.key == _OWN), "")
-    data = path.with_name(f"{path.name}{_DATA}")
+    data = path.with_name(data_name)
     own = [data.with_name(n) for n in locations if n == data.name or n.startswith(f"{data.name}.")]
     return [data for data in own if said == _told(data)]
 

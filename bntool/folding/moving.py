@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import math
-from collections.abc import Set
+from typing import Literal
 
 from bntool.core.reasons import Reason
 from bntool.folding.norms import Norm
-from bntool.folding.traversal import Agenda, Take, Way
-from bntool.graph.affine import Affine, identity, merge
+from bntool.folding.traversal import Agenda, Choices, Take, Way, require_fit
+from bntool.graph.affine import Affine, condition, identity, merge
 from bntool.graph.dataflow import Edge, Graph, Op, Value, is_out
 from bntool.laws import LAWS, Refused
-from bntool.laws.base import Down, Up
+from bntool.laws.base import Down, Up, stored_behind
 from bntool.laws.nonlinear import NONLINEAR
 from bntool.laws.taking import TAKERS, input_map, output_demand
 
@@ -20,6 +19,9 @@ _MAX_ATTEMPTS = 16
 """How many ways to hand out shifts among summed branches are tried for one BatchNorm."""
 _PARTIAL = frozenset({"slice", "select", "index_select"})
 """Readers that look at a part of a value only, and let the rest become anything."""
+
+Others = Literal["stay", "undo", "give way"]
+"""What becomes of values and readers beside the way."""
 
 
 class Mover:
@@ -33,21 +35,27 @@ class Mover:
         self.gone = gone
         self.changed: set[str] = set()
         self._way = Way()
-        self._takes_summands = self._passed_summand = self._undoes = False
+        self._takes_summands = self._passed_summand = self._undoes = self._asks = False
         self._others: dict[Edge, Affine] = {}
-        self._choices: list[int] = []
-        self._widths: list[int] = []
+        self._asked: dict[Edge, Affine] = {}
+        self._visited: set[int] = set()
+        self._choices = Choices()
         self._last = 0
 
     def find_way(
-        self, norm: Norm, up: dict[int, Affine], down: dict[int, Affine], *, undo: bool = False
+        self,
+        norm: Norm,
+        up: dict[int, Affine],
+        down: dict[int, Affine],
+        others: Others = "stay",
     ) -> Way:
         """Move `up` demands and carry `down` maps: summands stay as they are, or else take their part in.
 
-        With `undo`, other readers of what becomes s·x + t may take (x − t)/s in.
+        Other readers of what becomes s·x + t stay, or "undo" it: they take (x − t)/s in. The other branch of
+        a sum that a map is carried to may "give way", too.
         """
         self._takes_summands = self._passed_summand = False
-        self._undoes = undo
+        self._undoes, self._asks = others != "stay", others == "give way"
         try:
             return self._some_way(norm, up, down)
         except Refused as refusal:
@@ -60,74 +68,76 @@ class Mover:
 
     def _some_way(self, norm: Norm, up: dict[int, Affine], down: dict[int, Affine]) -> Way:
         """Try the ways to hand out shifts until one holds."""
-        self._choices = []
+        self._choices = Choices()
+        self._last = max(op.id for op in norm.ops)
         for _ in range(_MAX_ATTEMPTS):
-            self._widths = []
+            self._choices.restart()
             way = self._way = Way()
+            self._others, self._asked = {}, {}
+            self._visited = {op.id for op in norm.ops}
             try:
-                self._others = {}
                 if up:
-                    self._upstream(norm, up, way)
+                    self._upstream({(op.id, "input"): up[op.id] for op in norm.ops}, way)
                 if down:
                     self._downstream(norm, down, way)
+                while self._asked:
+                    asked, self._asked = self._asked, {}
+                    self._upstream(asked, way)
                 return way
             except Refused:
-                if not self._next_choice():
+                if not self._choices.next():
                     raise
         raise Refused(Reason.MIXED_BRANCHES, "no way to hand out the shift among the branches was found")
 
     def choose(self, options: int) -> int:
-        position = len(self._widths)
-        self._widths.append(options)
-        if position == len(self._choices):
-            self._choices.append(0)
-        return self._choices[position]
+        return self._choices.choose(options)
+
+    @property
+    def asks(self) -> bool:
+        return self._asks
+
+    def ask(self, op: Op, role: str, affine: Affine) -> None:
+        self._asked[op.id, role] = self._inverse(affine, self._way)
 
     def take_in(self, op: Op, role: str, affine: Affine) -> bool:
         self._passed_summand = True
         if not self._takes_summands:
             return False
-        shape = self.graph.input(op, role).shape
+        value = self.graph.input(op, role)
+        stored = stored_behind(self.graph, value)
+        assert stored is not None
         sizes = affine.scale.shape
-        own = sizes[len(sizes) - len(shape) :]
+        own = sizes[len(sizes) - len(value.shape) :]
         vector = affine.then("fill").then("reshape", tuple(sizes), tuple(own))
-        self._way.takes.append(Take(op, "summand", vector, role))
+        if stored is not value:
+            vector = vector.then("reshape", value.shape, stored.shape)
+        self._way.takes.append(Take(op, "summand", vector, handle=stored.handle))
         self._way.laws.append("summand")
         return True
 
-    def _next_choice(self) -> bool:
-        del self._choices[len(self._widths) :]
-        while self._choices:
-            if self._choices[-1] + 1 < self._widths[len(self._choices) - 1]:
-                self._choices[-1] += 1
-                return True
-            self._choices.pop()
-        return False
-
-    def _upstream(self, norm: Norm, maps: dict[int, Affine], way: Way) -> None:
-        """Turn demands on the BatchNorm's inputs into demands on ever earlier values."""
+    def _upstream(self, maps: dict[Edge, Affine], way: Way) -> None:
+        """Turn demands on the values that these edges read into demands on ever earlier values."""
         demands: dict[int, dict[Edge, Affine]] = {}
-        visited = {op.id for op in norm.ops}
         agenda = Agenda(latest_first=True)
-        self._last = max(op.id for op in norm.ops)
 
-        def demand(value: Value, edge: Edge, affine: Affine) -> None:
+        def demand(edge: Edge, affine: Affine) -> None:
+            value = self.graph.input(self.graph.ops[edge[0]], edge[1])
             if value.producer is None:
                 what = "a constant" if value.constant else "the model's input"
                 raise Refused(Reason.REACHES_INPUT, f"it is read straight from {what}")
             self.require_nothing_later(value)
-            _require_fit(value, affine)
+            require_fit(value, affine)
             demands.setdefault(value.id, {})[edge] = affine
             agenda.add(value.producer)
 
-        for op in norm.ops:
-            demand(self.graph.input(op), (op.id, "input"), maps[op.id])
+        for edge, affine in maps.items():
+            demand(edge, affine)
         for number in agenda:
             op = self.graph.ops[number]
             outputs = [self._agreed(self.graph.values[v], demands.get(v, {})) for v in op.outputs]
             if all(affine.is_identity for affine in outputs):
                 continue
-            visited.add(number)
+            self._visit(op)
             if self._takes(op):
                 if len(op.outputs) != 1:
                     raise Refused(Reason.UNKNOWN_OP, f"{op.label} has several outputs")
@@ -136,27 +146,39 @@ class Mover:
                 continue
             for role, affine in self._law(op)[0](self, op, outputs).items():
                 if not affine.is_identity:
-                    demand(self.graph.input(op, role), (op.id, role), affine)
+                    demand((op.id, role), affine)
             self._passed(op, way)
         if self._others:
-            self._undo(visited, way)
+            self._undo(way)
 
-    def _undo(self, visited: set[int], way: Way) -> None:
+    def _visit(self, op: Op) -> None:
+        """Where readers take the inverse in, what an op sees and gives is settled once."""
+        if self._undoes and op.id in self._visited:
+            raise Refused(Reason.OUTPUT_USED_ELSEWHERE, f"{op.label} reads it both ways")
+        self._visited.add(op.id)
+
+    def _undo(self, way: Way) -> None:
         """Carry the inverse map to the readers of changed values that asked for no change."""
+        others, self._others = self._others, {}
         inverse: dict[Edge, Affine] = {}
         known: dict[int, Affine] = {}  # the readers of one value have one map
-        for edge, affine in self._others.items():
-            if edge[0] in visited:
+        for edge, affine in others.items():
+            if edge[0] in self._visited:
                 raise self._read_elsewhere(self.graph.input(self.graph.ops[edge[0]], edge[1]), edge[0])
             if id(affine) not in known:
-                way.condition = max(way.condition, _condition(affine))
-                if way.condition > self.graph.coarsest**-0.5:
-                    what = f"its inverse has condition number {way.condition:.2g}"
-                    raise Refused(Reason.ZERO_SCALE, f"{what}, and other readers need it")
-                known[id(affine)] = affine.then("inverse")
+                known[id(affine)] = self._inverse(affine, way)
             inverse[edge] = known[id(affine)]
-        self._carry(inverse, way, forbidden=visited)
-        way.laws.append("inverse")
+        self._carry(inverse, way)
+
+    def _inverse(self, affine: Affine, way: Way) -> Affine:
+        """(x − t)/s, where enough digits outlive that."""
+        way.condition = max(way.condition, condition(affine))
+        if way.condition > self.graph.coarsest**-0.5:
+            what = f"its inverse has condition number {way.condition:.2g}"
+            raise Refused(Reason.ZERO_SCALE, f"{what}, and other readers need it")
+        if "inverse" not in way.laws:
+            way.laws.append("inverse")
+        return affine.then("inverse")
 
     def require_nothing_later(self, value: Value) -> None:
         """What runs after the BatchNorm asks for nothing: no need to go on to find that out."""
@@ -215,17 +237,16 @@ class Mover:
         self._require_free(value)
         if not value.readers:
             raise Refused(Reason.REACHES_OUTPUT, "nothing reads it")
-        _require_fit(value, affine)
+        require_fit(value, affine)
 
-    def _carry(self, carried: dict[Edge, Affine], way: Way, forbidden: Set[int] = frozenset()) -> None:
+    def _carry(self, carried: dict[Edge, Affine], way: Way) -> None:
         """Carry maps from edges on through every reader, until layers take them in."""
         agenda = Agenda()
         for reader, _ in carried:
             agenda.add(reader)
         for number in agenda:
             op = self.graph.ops[number]
-            if number in forbidden:
-                raise Refused(Reason.OUTPUT_USED_ELSEWHERE, f"{op.label} reads it both ways")
+            self._visit(op)
             inputs = {role: carried[number, role] for role in op.inputs if (number, role) in carried}
             if self._takes(op):
                 if set(inputs) != {"input"}:
@@ -273,25 +294,3 @@ class Mover:
             raise Refused(Reason.OUTPUT_ESCAPES, f"the output of {what} is kept beyond the forward")
         if value.watched:
             raise Refused(Reason.HOOKED, f"a hook on {value.watched[0]} sees the output of {what}")
-
-
-def _condition(affine: Affine) -> float:
-    """By how much undoing x → s·x + t can magnify what rounding did.
-
-    (1 + |s| + |t|)·(1 + |1/s| + |t/s|) bounds it for each channel; where s = 0 it is infinite, and of
-    a map that changes nothing it is four.
-    """
-    scale, shift = affine.scale.abs(), affine.shift.abs()
-    found = (1 + scale + shift) * (1 + (1 + shift) / scale)
-    return math.inf if bool((scale == 0).any()) else float(found.max())
-
-
-def _require_fit(value: Value, affine: Affine) -> None:
-    """A map must have the sizes of its value: those of a graph that is not run may be made up."""
-    sizes = affine.scale.shape
-    if len(sizes) != len(value.shape) or any(
-        a not in (1, b) for a, b in zip(sizes, value.shape, strict=True)
-    ):
-        raise Refused(
-            Reason.AXIS_MISMATCH, f"a map of shape {list(sizes)} meets a value of shape {list(value.shape)}"
-        )

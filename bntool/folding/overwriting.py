@@ -13,6 +13,10 @@ _VIEWS = frozenset(
 """Kinds of op whose output may be the memory of their input for other sizes, if not for these."""
 
 
+class Overwritten(Refused):
+    """All else is found; a write in place alone keeps the BatchNorm."""
+
+
 def require_no_overwriting(norm: Op, graph: Graph, gone: set[int]) -> None:
     """Without the BatchNorm its output *is* its input: a later write to it must concern nobody else."""
     family, private = _seen_from(graph.input(norm), graph, gone)
@@ -24,7 +28,7 @@ def require_no_overwriting(norm: Op, graph: Graph, gone: set[int]) -> None:
             op = graph.ops[reader]
             if op.inplace and role in op.writes and op.id > norm.id:
                 what = f"{op.label} would write in place what others read"
-                raise Refused(Reason.OUTPUT_USED_ELSEWHERE, what)
+                raise Overwritten(Reason.OUTPUT_USED_ELSEWHERE, what)
             if op.id == norm.id or role in _roles_seen(op, gone):
                 new = [value for value in op.outputs if value not in family]
                 family.update(new)

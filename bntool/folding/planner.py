@@ -10,11 +10,11 @@ import torch
 from bntool.core.errors import StateError
 from bntool.core.plan import Plan
 from bntool.core.reasons import Reason
-from bntool.core.sites import FoldSite, Skip
+from bntool.core.sites import FoldSite, Merge, Skip
 from bntool.folding.merging import find_merges
-from bntool.folding.moving import Mover
+from bntool.folding.moving import Mover, Others
 from bntool.folding.norms import Norm, find_norms, why_unfit
-from bntool.folding.overwriting import require_no_overwriting
+from bntool.folding.overwriting import Overwritten, require_no_overwriting
 from bntool.folding.traversal import Way
 from bntool.folding.weight_edits import Claims
 from bntool.graph.affine import Affine, compose
@@ -49,8 +49,23 @@ def plan_fold(
         return _Planner(graph, include, exclude, unshare).plan(merge)
 
 
+_OTHERS: dict[str, Others] = {"inverse": "undo", "sideways": "give way"}
+"""What a direction lets others do."""
+
+_Direction = tuple[str, dict[int, Affine], dict[int, Affine]]
+"""Its name, and what moves upstream and what downstream, call by call."""
+
 _Refusal = tuple[str, Reason, str]
 """A direction, why it is no way, and the detail."""
+
+
+def _sideways(placed: dict[int, Affine]) -> Iterator[_Direction]:
+    """The whole map one way or the other, or the shift up; other branches of the sums on the way give way."""
+    yield "sideways", {}, placed
+    yield "sideways", placed, {}
+    scales = {i: m.then("scale_part") for i, m in placed.items()}
+    if any(m.has_shift and m.has_scale and bool((m.scale != 0).all()) for m in placed.values()):
+        yield "sideways", {i: m.then("unscaled_shift") for i, m in placed.items()}, scales
 
 
 class _Planner:
@@ -65,42 +80,38 @@ class _Planner:
         self.notes = [READS_NUMBERS] if graph.reads_numbers else []
         self.mover = Mover(graph, self.gone)
         self.claims = Claims(graph, self.norm_of)
+        self.sites: list[FoldSite] = []
+        self.skips: dict[str, Skip] = {}
 
     def plan(self, merge: bool) -> Plan:
-        sites: list[FoldSite] = []
-        skips: dict[str, Skip] = {}
         waiting = []
         for norm in self.norms:
             norm.unfit = why_unfit(norm, self.graph, self.norm_of, self.include, self.exclude)
             if norm.unfit is None:
                 waiting.append(norm)
             else:
-                skips[norm.name] = Skip(norm.name, norm.unfit.reason, norm.unfit.detail)
+                self.skips[norm.name] = Skip(norm.name, norm.unfit.reason, norm.unfit.detail)
         # a clone costs memory: only for what is left when every fold without one is done
         for unshare in (False, True) if self.unshare else (False,):
             for _ in range(_MAX_PASSES):
-                kept = []
-                for norm in waiting:
-                    try:
-                        sites.append(self._folded(norm, unshare))
-                        skips.pop(norm.name, None)
-                    except Refused as refusal:
-                        skips[norm.name] = Skip(norm.name, refusal.reason, refusal.detail)
-                        kept.append(norm)
+                kept = self._round(waiting, unshare=unshare)
                 if len(kept) == len(waiting):
                     break
                 waiting = kept
-        single = {norm.ops[0].id: norm for norm in waiting if len(norm.ops) == 1 and norm.name in skips}
-        merges = find_merges(self.mover, self.claims, self.gone, single) if merge else []
+        # a branch that gives way is a change more: only for what no merge will take with it
+        merged = {name for found in self._merges(waiting, merge) for name in found.norms}
+        waiting = [norm for norm in waiting if norm.name not in merged]
+        self._round(waiting, sideways=True)
+        merges = self._merges(self.norms, merge)
         for found in merges:
             for name in found.norms:
-                del skips[name]
-                sites.append(FoldSite(name, (found.layer,), ("merge",), ()))
+                del self.skips[name]
+                self.sites.append(FoldSite(name, (found.layer,), ("merge",), ()))
         order = {norm.name: i for i, norm in enumerate(self.norms)}
         return Plan(
             action="fold",
-            sites=tuple(sites),
-            skips=tuple(sorted(skips.values(), key=lambda s: order[s.name])),
+            sites=tuple(self.sites),
+            skips=tuple(sorted(self.skips.values(), key=lambda s: order[s.name])),
             model_class=self.graph.model_class,
             signature=self.graph.signature(),
             options={
@@ -113,24 +124,48 @@ class _Planner:
             eps={n.name: float(n.ops[0].attrs["eps"]) for n in self.norms if n.affine is not None},
         )
 
-    def _folded(self, norm: Norm, unshare: bool) -> FoldSite:
+    def _round(self, waiting: list[Norm], *, unshare: bool = False, sideways: bool = False) -> list[Norm]:
+        """Try each BatchNorm once; give those that stay, whose reason is why they cannot go by themselves."""
+        kept = []
+        for norm in waiting:
+            try:
+                self.sites.append(self._folded(norm, unshare, sideways))
+                self.skips.pop(norm.name, None)
+            except Refused as refusal:
+                if not sideways or isinstance(refusal, Overwritten):
+                    self.skips[norm.name] = Skip(norm.name, refusal.reason, refusal.detail)
+                kept.append(norm)
+        return kept
+
+    def _merges(self, waiting: list[Norm], merge: bool) -> list[Merge]:
+        """What merging makes of the graph as it now is, with these BatchNorms among the branches."""
+        single = {
+            norm.ops[0].id: norm
+            for norm in waiting
+            if len(norm.ops) == 1 and norm.unfit is None and norm.name in self.skips
+        }
+        return find_merges(self.mover, self.claims, self.gone, single) if merge else []
+
+    def _folded(self, norm: Norm, unshare: bool, sideways: bool) -> FoldSite:
         """The site of this BatchNorm, without a clone where an earlier one has made that possible."""
         if unshare:
             with contextlib.suppress(Refused):
                 return self._fold(norm, False)
-        return self._fold(norm, unshare)
+        return self._fold(norm, unshare, sideways)
 
-    def _fold(self, norm: Norm, unshare: bool) -> FoldSite:
+    def _fold(self, norm: Norm, unshare: bool, sideways: bool = False) -> FoldSite:
         """The site of this BatchNorm by the first exact way; refused where there is none."""
         placed = {op.id: norm.placed(self.graph, op) for op in norm.ops}
         refusals: list[_Refusal] = []
-        for name, up, down in self._directions(norm, placed):
+        for name, up, down in _sideways(placed) if sideways else self._directions(norm, placed):
             try:
-                way = self.mover.find_way(norm, up, down, undo=name == "inverse")
+                way = self.mover.find_way(norm, up, down, _OTHERS.get(name, "stay"))
                 edits = self.claims.edits(norm, way, unshare=unshare)
                 for op in norm.ops:
                     require_no_overwriting(op, self.graph, self.gone)
             except Refused as refusal:
+                if sideways and isinstance(refusal, Overwritten):
+                    raise  # every other direction would meet it, too
                 # the exception itself would hold this frame, which would hold it: a cycle around the graph
                 refusals.append((name, refusal.reason, refusal.detail))
                 continue
@@ -144,7 +179,7 @@ class _Planner:
                 dict.fromkeys(e.layer or e.weight for e in edits if e.kind not in ("remove", "unshare"))
             )
             return FoldSite(norm.name, layers, laws, tuple(edits))
-        raise self._told(norm, refusals)
+        raise Refused(*refusals[0][1:]) if sideways else self._told(norm, refusals)
 
     def _told(self, norm: Norm, refusals: list[_Refusal]) -> Refused:
         """The refusal with the deciding reason first: but for that one the BatchNorm would go."""
@@ -164,16 +199,14 @@ class _Planner:
         refusals: list[_Refusal] = []
         for name, up, down in self._directions(same, {op.id: same.placed(self.graph, op) for op in norm.ops}):
             try:
-                self.claims.edits(same, self.mover.find_way(same, up, down, undo=name == "inverse"))
+                self.claims.edits(same, self.mover.find_way(same, up, down, _OTHERS.get(name, "stay")))
             except Refused as refusal:
                 refusals.append((name, refusal.reason, refusal.detail))
             else:
                 return []
         return refusals
 
-    def _directions(
-        self, norm: Norm, placed: dict[int, Affine]
-    ) -> Iterator[tuple[str, dict[int, Affine], dict[int, Affine]]]:
+    def _directions(self, norm: Norm, placed: dict[int, Affine]) -> Iterator[_Direction]:
         """What moves upstream and what downstream, call by call, in the order to try."""
         yield "upstream", placed, {}
         yield "downstream", {}, placed
@@ -191,7 +224,7 @@ class _Planner:
         """Make the fold part of what later BatchNorms see."""
         for take in way.takes:
             if take.side == "summand":
-                self.mover.changed.add(self.graph.input(take.op, take.role).handle)
+                self.mover.changed.add(take.handle)
             taker = self.norm_of.get(take.op.id)
             if take.op.kind == "batch_norm" and taker is not None and taker.affine is not None:
                 outer, inner = (

@@ -115,7 +115,7 @@ class Claims:
 
     def _summand_edit(self, take: Take) -> Edit:
         """The constant that a sum adds takes the map in as it is."""
-        handle = self.graph.input(take.op, take.role).handle
+        handle = take.handle
         edit = Edit("scale_output", _owner(handle), take.vector.expr, handle, layout="summand")
         if self.graph.tensors[handle].dtype == torch.float16:
             after = take.vector.scale * self.half(handle).cpu() + take.vector.shift

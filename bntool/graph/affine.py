@@ -141,6 +141,17 @@ def identity(rank: int) -> Affine:
     return Affine(*identity_pair(rank), ("identity", rank))
 
 
+def condition(affine: Affine) -> float:
+    """By how much undoing x → s·x + t can magnify what rounding did.
+
+    (1 + |s| + |t|)·(1 + |1/s| + |t/s|) bounds it for each channel; where s = 0 it is infinite, and of
+    a map that changes nothing it is four.
+    """
+    scale, shift = affine.scale.abs(), affine.shift.abs()
+    found = (1 + scale + shift) * (1 + (1 + shift) / scale)
+    return math.inf if bool((scale == 0).any()) else float(found.max())
+
+
 # -- steps that join several maps -----------------------------------------------------------------------
 
 

@@ -42,6 +42,13 @@ class Context(Protocol):
     def take_in(self, op: Op, role: str, affine: Affine) -> bool:
         """Let the stored constant that `op` reads as `role` become this map of itself, if that is tried."""
 
+    @property
+    def asks(self) -> bool:
+        """Whether a value beside the one that changes may be asked to give way."""
+
+    def ask(self, op: Op, role: str, affine: Affine) -> None:
+        """Let the value that `op` reads as `role` become what this map makes into what it was."""
+
 
 Maps = dict[str, Affine]
 """Maps by input role."""
@@ -132,12 +139,30 @@ def constant_operand(context: Context, op: Op, role: str) -> Constant:
         return Constant.of(torch.tensor(number, dtype=torch.float64), "", rank)
     others = [r for r in op.reads if r != role]
     value = context.graph.input(op, others[0]) if len(others) == 1 else None
-    tensor = context.graph.constant(value) if value is not None and value.constant else None
-    if value is None or tensor is None or tensor.is_complex() or tensor.numel() > _MAX_CONSTANT:
+    if value is None or not value.constant:
         raise Refused(Reason.UNKNOWN_OP, f"the constant operand of {op.label} is not a known factor")
-    if value.handle in context.changed:
+    stored = stored_behind(context.graph, value) or value
+    tensor = context.graph.constant(stored)
+    if tensor is None or tensor.is_complex() or tensor.numel() > _MAX_CONSTANT:
+        raise Refused(Reason.UNKNOWN_OP, f"the constant operand of {op.label} is not a known factor")
+    if stored.handle in context.changed:
         raise Refused(Reason.WEIGHT_SHARED, f"an earlier fold has changed the constant operand of {op.label}")
-    return Constant.of(tensor, value.handle, rank)
+    return Constant.of(tensor.reshape(value.shape), stored.handle, rank)
+
+
+def stored_behind(graph: Graph, value: Value) -> Value | None:
+    """The stored tensor that this value shows, with other axes maybe; None where others read it."""
+    while not value.handle:
+        maker = graph.producer(value)
+        if maker is None or maker.kind not in _RESHAPES or len(value.readers) != 1:
+            return None
+        value = graph.input(maker)
+    tensor = graph.tensors.get(value.handle)
+    shared = len(value.readers) != 1 or graph.aliases.get(value.handle)
+    return None if tensor is None or not tensor.is_floating_point() or shared else value
+
+
+_RESHAPES = frozenset({"reshape", "unsqueeze", "squeeze"})
 
 
 def identities(context: Context, op: Op, given: Mapping[int, Affine]) -> list[Affine]:

@@ -18,6 +18,7 @@ from bntool.laws.base import (
     non_negative,
     of_input,
     only_input,
+    stored_behind,
     variable_roles,
 )
 
@@ -68,6 +69,7 @@ class Quantisation:
 class Addition:
     """a + α·b, and a − α·b or b − α·a likewise: upstream the scale goes to each branch and the shift to one,
     divided by that branch's weight; a constant stays, or is a branch where it is stored for this sum alone.
+    Downstream (s·a + t) + b = s·(a + b/s) + t, where the other branch can become b/s, or (b + t)/s.
     """
 
     @staticmethod
@@ -104,6 +106,8 @@ class Addition:
             constant = constant_operand(context, op, roles[0])
             return [carried[0].then_constant("after_add", constant, _weight_of_constant(op, roles[0]))]
         joined = add(*carried)
+        if context.asks and len(maps) == 1 and (joined is None or joined.has_shift):
+            return [_other_asked(context, op, maps, carried)]
         if joined is None:
             raise Refused(Reason.MIXED_BRANCHES, f"the branches of {op.label} carry different scales")
         return [joined]
@@ -112,7 +116,8 @@ class Addition:
 @law("mul", "div")
 class Multiplication:
     """c·(s·x + t) = s·(c·x) + c·t for a constant c, and s·(a·b) = (s·a)·b for two values that both depend
-    on the data: one of them takes the scale, and no shift is had.
+    on the data: one of them takes the scale, and no shift is had. A factor that is stored for this product
+    alone may take the scale itself: c·(s·x + t) = (s·c)·x + c·t, and s·(c·x) + t = (s·c)·(x + t/(s·c)).
     """
 
     @staticmethod
@@ -122,6 +127,8 @@ class Multiplication:
             return {_factor_for(context, op, demands[0]): along(demands[0], rank, op.label)}
         role, rank = _only_operand(context, op)
         demand = along(demands[0], rank, op.label)
+        if _factor_takes(context, op, demand):
+            demand = demand.then("unscaled_shift")
         if not demand.has_shift:
             return {role: demand}
         factor = constant_operand(context, op, role)
@@ -136,6 +143,8 @@ class Multiplication:
             return [_of_one_factor(context, op, maps)]
         role, rank = _only_operand(context, op)
         affine = along(maps[role], rank, op.label)
+        if _factor_takes(context, op, affine):
+            affine = affine.then("shift_part")
         if not affine.has_shift:
             return [affine]
         factor = constant_operand(context, op, role)
@@ -187,18 +196,40 @@ def _require_full(context: Context, op: Op, role: str) -> None:
         raise Refused(Reason.AXIS_MISMATCH, f"an operand of {op.label} is broadcast")
 
 
+def _other_asked(context: Context, op: Op, maps: Maps, carried: list[Affine]) -> Affine:
+    """The map behind a sum of which one operand carries a map: the other is asked for the inverse scale, and
+    may take the shift, which else goes on.
+    """
+    roles = variable_roles(context, op)
+    (given,) = maps
+    own, other = carried[roles.index(given)], next(role for role in roles if role != given)
+    if own.has_shift and context.choose(2) == 0:
+        minus = own.then_constant("multiply_shift", _number(-1.0, own.rank))
+        context.ask(op, other, _unweighed(op, other, minus))
+        return own.then("scale_part")
+    if own.has_scale:
+        context.ask(op, other, own.then("scale_part"))
+    return own
+
+
+def _factor_takes(context: Context, op: Op, affine: Affine) -> bool:
+    """Whether a stored factor takes in the scale of what it is multiplied with."""
+    if op.kind != "mul" or not affine.has_scale or bool((affine.scale == 0).any()):
+        return False
+    stored = _own_summand(context, op, affine)
+    return bool(stored) and context.take_in(op, stored, affine.then("scale_part"))
+
+
 def _own_summand(context: Context, op: Op, demand: Affine) -> str:
     """The role of a stored constant that nothing else reads, as finely divided as the demand; else empty."""
     graph = context.graph
     shape = graph.output(op).shape
     for role in op.reads:
         value = graph.input(op, role)
-        tensor = graph.tensors.get(value.handle) if value.handle else None
-        if tensor is None or not value.constant or not tensor.is_floating_point():
+        if not value.constant or stored_behind(graph, value) is None:
             continue
-        sizes = (1,) * (len(shape) - tensor.dim()) + tuple(tensor.shape)
-        fits = all(wanted in (1, size) for wanted, size in zip(demand.scale.shape, sizes, strict=True))
-        if fits and len(value.readers) == 1 and not graph.aliases.get(value.handle):
+        sizes = (1,) * (len(shape) - len(value.shape)) + value.shape
+        if all(wanted in (1, size) for wanted, size in zip(demand.scale.shape, sizes, strict=True)):
             return role
     return ""
 

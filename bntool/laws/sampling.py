@@ -77,7 +77,9 @@ class WeightedMean:
 
 @law("max_pool")
 class MaxPool:
-    """max(s·x + t) = s·max(x) + t for s ≥ 0. Padding is −∞, so it never wins."""
+    """max(s·x + t) = s·max(x) + t for s ≥ 0. Padding is −∞, so it never wins. The maximum of one is itself,
+    for any s.
+    """
 
     @staticmethod
     def up(context: Context, op: Op, demands: list[Affine]) -> Maps:
@@ -90,7 +92,8 @@ class MaxPool:
 
 
 def _maximum(context: Context, op: Op, affine: Affine) -> Affine:
-    _require_order(context, op, affine)
+    if not op.attrs.get("single"):
+        _require_order(context, op, affine)
     return _spatial(context, op, affine, _pooled_dims(context, op))
 
 

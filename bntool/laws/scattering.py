@@ -15,7 +15,7 @@ class Scatter:
     base alone.
 
     Their mean lets the scale alone by, and the largest or smallest one that is not negative. A base of zeros
-    is its own multiple.
+    is its own multiple. One that is left out where there are summands (`apart`) lets the scale alone by.
     """
 
     @staticmethod
@@ -24,7 +24,7 @@ class Scatter:
         if _starts_from_zeros(context, op):
             no_shift(demand, Reason.NONLINEAR, f"{op.label} adds up as many values as the data say")
             return {op.attrs["source"]: demand}
-        if op.kind != "scatter_sum":
+        if op.kind != "scatter_sum" or op.attrs.get("apart"):
             no_shift(demand, Reason.NONLINEAR, f"{op.label} mixes what is shifted with what is not")
         return {"input": demand, op.attrs["source"]: demand.then("scale_part")}
 
@@ -39,7 +39,7 @@ class Scatter:
         no_shift(source, Reason.NONLINEAR, f"{op.label} adds up as many values as the data say")
         if _starts_from_zeros(context, op):
             return [source]
-        if op.kind != "scatter_sum":
+        if op.kind != "scatter_sum" or op.attrs.get("apart"):
             no_shift(base, Reason.NONLINEAR, f"{op.label} mixes what is shifted with what is not")
         joined = add(base, source)
         if joined is None:

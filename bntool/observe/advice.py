@@ -9,6 +9,7 @@ import re
 from collections.abc import Sequence
 
 from torch import nn
+from torch.nn.modules.conv import _ConvNd
 
 from bntool.graph.dataflow import Graph
 from bntool.observe.first_layer import first_layer, shapes_for
@@ -25,12 +26,15 @@ _OF_NAMES = re.compile(
 _OF_CODE = (TypeError, AttributeError, KeyError, NameError, NotImplementedError, AssertionError)
 
 
-def what_to_do(error: Exception, model: nn.Module, graph: Graph, where: str, layer: nn.Module | None) -> str:
+def what_to_do(
+    error: Exception, model: nn.Module, given: str, graph: Graph, where: str, layer: nn.Module | None
+) -> str:
     """The way out of a forward that raised.
 
     Args:
         error: what it raised.
         model: that was run.
+        given: the shapes that it was given.
         graph: of what ran until then.
         where: the name of the module that was running; empty where none was.
         layer: that module.
@@ -40,6 +44,7 @@ def what_to_do(error: Exception, model: nn.Module, graph: Graph, where: str, lay
         or _of_the_arguments(error, model)
         or _of_the_numbers(error)
         or _of_the_code(error)
+        or _of_the_size(model, given)
         or f"give the right shape with --input {_shape_for(model)} {_IN_PYTHON}"
     )
 
@@ -106,6 +111,17 @@ def _of_the_numbers(error: Exception) -> str:
     if _OF_INTEGERS.search(str(error)):
         return f"an input holds integers: --input NAME:1x16:int64 {_IN_PYTHON}"
     return ""
+
+
+def _of_the_size(model: nn.Module, given: str) -> str:
+    """Where all fits but the length: another guess would be no better than the one that has just failed."""
+    first = first_layer(model)
+    dims = len(first[1].kernel_size) if first is not None and isinstance(first[1], _ConvNd) else 0
+    _, channels, *lengths = [*given.split("x"), ""]
+    if first is None or len(lengths) != dims + 1 or channels != str(first[1].in_channels):
+        return ""
+    sides = "x".join(("DEPTH", "HEIGHT", "WIDTH")[-dims:]) if dims > 1 else "LENGTH"
+    return f"give it the size that it was trained on, --input 1x{channels}x{sides} {_IN_PYTHON}"
 
 
 def _of_the_code(error: Exception) -> str:

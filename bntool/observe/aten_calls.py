@@ -70,6 +70,7 @@ def to_pool(kind: str, dims: int) -> Callable[[Bound], Translation]:
             "ceil_mode": bool(b.get("ceil_mode", False)),
             "count_include_pad": bool(b.get("count_include_pad", True)),
             "divisor_override": b.get("divisor_override"),
+            "single": all(n == 1 for n in _tuple(b["kernel_size"], dims)),
         }
 
     return translator
@@ -114,9 +115,10 @@ def to_scatter(kind: str, role: str) -> Callable[[Bound], Translation]:
 
 def to_scatter_reduce(b: Bound) -> Translation:
     kinds = {"sum": "sum", "mean": "mean", "amax": "extreme", "amin": "extreme"}
-    if b.get("reduce") not in kinds or not b.get("include_self", True):
+    if b.get("reduce") not in kinds:
         return "scatter_reduce", {}
-    return to_scatter(f"scatter_{kinds[b['reduce']]}", "src")(b)
+    kind, attrs = to_scatter(f"scatter_{kinds[b['reduce']]}", "src")(b)
+    return kind, {**attrs, "apart": not b.get("include_self", True)}
 
 
 def to_grid_sample(b: Bound) -> Translation:

@@ -113,7 +113,9 @@ def _forward(run: nn.Module, inputs: Inputs, recorder: Recorder) -> Any:
             raise ObserveError(
                 f"the model failed on an example input of {inputs.shapes()}: {_first_line(error)}",
                 where=recorder.where(),
-                next_step=what_to_do(error, recorder.original, recorder.graph, *recorder.running()),
+                next_step=what_to_do(
+                    error, recorder.original, inputs.shapes(), recorder.graph, *recorder.running()
+                ),
             ) from error
 
 

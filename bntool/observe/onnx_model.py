@@ -70,7 +70,7 @@ class _Reader:
         infer_bodies(model, self.shapes)
         self.constants = Constants(model, self.shapes)
         self.labels = labels_of(model)
-        self.values = Values(self.graph, self.shapes, self.constants)
+        self.values = Values(self.graph, self.shapes, self.constants, model.graph)
         self.layers: dict[str, Layer] = {}
         self.norms: dict[str, Norm] = {}
         self.known_layers: dict[tuple[Any, ...], str] = {}

@@ -139,7 +139,9 @@ def _avg_pool(view: NodeView) -> Steps | None:
 
 
 def _max_pool(view: NodeView) -> Steps:
-    return _one("max_pool", dims=view.dims)
+    padding = view.pads()
+    single = all(n == 1 for n in view.attr("kernel_shape")) and padding != "same" and not any(padding)
+    return _one("max_pool", dims=view.dims, single=single)
 
 
 def _global(kind: str) -> Translator:

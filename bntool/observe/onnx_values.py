@@ -14,12 +14,16 @@ from bntool.observe.onnx_shapes import Shapes
 _MAX_OPERAND = 1 << 16
 """A constant of more elements is no factor per channel; its numbers are not read."""
 
+OWN = "@initializer"
+"""The end of the handle of an operand, behind its initializer's name: no tensor of a layer is called so."""
+_ELEMENTWISE = frozenset({"Add", "Sub", "Mul", "PRelu"})
+
 
 class Values:
     """Neutral values by ONNX value, and stored tensors by handle."""
 
-    def __init__(self, graph: Graph, shapes: Shapes, constants: Constants) -> None:
-        self.graph, self.shapes, self.constants = graph, shapes, constants
+    def __init__(self, graph: Graph, shapes: Shapes, constants: Constants, main: ir.Graph) -> None:
+        self.graph, self.shapes, self.constants, self.main = graph, shapes, constants, main
         self.ids: dict[ir.Value, int] = {}
         self.stored: dict[str, int] = {}
 
@@ -36,7 +40,10 @@ class Values:
         name = str(value.name)
         made = self.graph.add_value(shape or (), constant=constant, dtype=dtype, name=name)
         self.ids[value] = made.id
-        if tensor is not None:
+        if tensor is not None and tensor.is_floating_point() and self._is_own(value):
+            made.handle = f"{name}{OWN}"
+            self.graph.tensors[made.handle] = tensor
+        elif tensor is not None:
             self.graph.constants[made.id] = tensor
         return made.id
 
@@ -62,3 +69,12 @@ class Values:
     def block(self, value: int) -> None:
         """Say to the planner that somebody else reads a stored tensor, who asks for no change."""
         self.graph.add_op("another layer", {"input": value}, (), attrs={})
+
+    def _is_own(self, value: ir.Value) -> bool:
+        """Whether it is an initializer that one elementwise node alone reads: it may take a map in."""
+        uses = list(value.uses())
+        if self.main.initializers.get(str(value.name)) is not value or len(uses) != 1:
+            return False
+        node = uses[0].node
+        outside = value.is_graph_input() or value.is_graph_output() or node.graph is not self.main
+        return not outside and node.op_type in _ELEMENTWISE and node.domain in ("", "ai.onnx")

@@ -112,9 +112,9 @@ def fold_exported(
     has_norms = bool(export.nodes.get("BatchNormalization"))
     if not has_norms and not (merge and export.nodes.get("Conv", 0) > 1):
         return export
-    file = open_onnx(export.path)
-    if not has_norms and not _has_parallel_convolutions(file.model):
+    if not has_norms and not _has_parallel_convolutions(ir.load(export.path)):
         return export
+    file = open_onnx(export.path)
     excluded = [f"{glob.escape(name)}/*" for name in keep]
     plan, observed = plan_fold_onnx(file.model, exclude=excluded, merge=merge, unshare=unshare)
     if not plan:

@@ -13,6 +13,7 @@ from bntool.core.plan import Plan
 from bntool.core.sites import Branch, Edit, Merge, Window
 from bntool.observe.onnx_layers import PRODUCTS, Call, Norm
 from bntool.observe.onnx_model import OnnxObservation
+from bntool.observe.onnx_values import OWN
 from bntool.surgery.editing import ROLES, Role, Slot, StoredNorm, apply_edits, removed_norms
 from bntool.surgery.onnx_wiring import Place, Wiring
 
@@ -56,8 +57,11 @@ class _OnnxTensors:
         self.eps = {op.scope: float(op.attrs["eps"]) for op in self.graph.of_kind("batch_norm")}
         self.wiring = Wiring(observed.model)
         self.new_affine: dict[str, Tensor] = {}
+        self.initializers = observed.model.graph.initializers
 
     def slot(self, part: Edit | Branch | Merge, role: Role) -> Slot:
+        if isinstance(part, Edit) and part.layout == "summand":
+            return part.weight
         return self.groups[part.layer], role
 
     def norm(self, name: str) -> StoredNorm:
@@ -84,7 +88,11 @@ class _OnnxTensors:
 
     def put(self, slot: Slot, tensor: Tensor) -> None:
         if isinstance(slot, str):
-            self.new_affine[slot] = tensor
+            if slot.endswith(OWN):
+                own = self.initializers[slot.removesuffix(OWN)]
+                self.wiring.store(own, [(use.node, use.idx) for use in own.uses()], tensor)
+            else:
+                self.new_affine[slot] = tensor
             return
         calls, role = _calls_of(slot)
         for call in calls:

@@ -36,10 +36,13 @@ def check_onnx(reference: Reference, path: str | Path, how: Conditions = DEFAULT
     `CheckFailed` when none of the inputs fits it.
     """
     checks: list[Check] = []
+    slack: Mapping[str, float] | None = None
     for stage, optimize in (("export", False), ("runtime", True)):
         runner = OrtRunner(path, how.device, optimize=optimize)
+        if slack is None:  # read once, when the runtime has taken the file
+            slack = OutputTraits(path).slack
         how.progress(f"{stage}: {runner.label} on {runner.provider}")
-        checks.append(_check_file(runner, reference, path, stage, how))
+        checks.append(_check_file(runner, reference, slack, stage, how))
     if not how.tf32:
         return checks
     missing = no_tf32(runner.provider, reference.eps)
@@ -51,14 +54,14 @@ def check_onnx(reference: Reference, path: str | Path, how: Conditions = DEFAULT
         ]
     runner = OrtRunner(path, how.device, optimize=True, tf32=True)
     coarse = reference.in_arithmetic(casting.TF32)
-    row = _check_file(runner, coarse, path, "runtime", dataclasses.replace(how, tolerance=BY_NOISE))
+    row = _check_file(runner, coarse, slack or {}, "runtime", dataclasses.replace(how, tolerance=BY_NOISE))
     return [*checks, dataclasses.replace(row, precision=TF32)]
 
 
 def _check_file(
     runner: OrtRunner,
     reference: Reference,
-    path: str | Path,
+    slack: Mapping[str, float],
     stage: str,
     how: Conditions,
 ) -> Check:
@@ -66,7 +69,7 @@ def _check_file(
     if not fits:
         raise CheckFailed(
             "there is nothing to compare: the file takes none of these inputs",
-            where=f"{path}: {', '.join(runner.input_names)}",
+            where=f"{runner.label}: {', '.join(runner.input_names)}",
             next_step="pass an input of the file's own shape with --input NAME:SHAPE",
         )
     got = [runner.run(reference.inputs[i]) for i in fits]
@@ -80,7 +83,6 @@ def _check_file(
         tolerance=how.tolerance,
     )
     ran_on = [reference.inputs[i].shapes() for i in fits]
-    slack = OutputTraits(path).slack
 
     def allowed(limits: Mapping[str, Limit]) -> dict[str, Limit]:
         named = slack

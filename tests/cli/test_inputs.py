@@ -95,6 +95,7 @@ def test_an_input_finds_its_place(bntool: Shell, net: str, inputs: tuple[str, ..
         ("Looks", (), "--input image:1x3x224x224 --input other:1x3x224x224 are entries of it"),
         ("Looks", ("image:1x3x9x9",), "--input image:1x3x224x224 --input other:1x3x224x224"),
         ("Signal", ("1x3x224x224",), "give the right shape with --input 1x2x1024"),
+        ("Signal", ("1x2x2",), "give it the size that it was trained on, --input 1x2xLENGTH"),
         ("Broken", ("1x3x9x9",), "this AttributeError is raised by its own code"),
     ],
 )

@@ -7,6 +7,7 @@ kind; every one that stays must be under exactly one pattern, with that reason a
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 from collections.abc import Callable
 from typing import Any
@@ -65,22 +66,20 @@ FAMILIES: dict[str, tuple[int, list[Kept]]] = {
             pre_activated(r"stages\.[123]\.blocks\.[1-5]\.norm1", 10, "is also read by add"),
         ],
     ),
-    # The ReLU stands before the norm, and lets no shift and no negative γ up. Below stands a zero-padded
-    # convolution, or the sum with the shortcut: there the scale alone could go up, were γ not negative.
+    # The ReLU stands before the norm, and lets no shift and no negative γ up. Before the sum with the
+    # shortcut the map goes on through the sum, and the shortcut gives way: the norm before it takes 1/s in.
+    # That one stays, since its shift meets the zeros of a convolution.
     "timm:convmixer_768_32": (
-        1,
-        [
-            Kept(r"stem\.2|blocks\.\d+\.3", 32, Reason.NONLINEAR, "relu in", "pads with zeros"),
-            Kept(r"blocks\.\d+\.0\.fn\.2", 32, Reason.NEGATIVE_SCALE, "γ < 0 at relu in", ""),
-        ],
+        33,
+        [Kept(r"stem\.2|blocks\.\d+\.3", 32, Reason.NONLINEAR, "relu in", "pads with zeros")],
     ),
     # Two paths in one value, one concatenated on and one added, before each norm; where a stage begins two
     # norms read that value and ask for different maps.
     "timm:dpn68": (
         46,
         [
-            pre_activated(r"features\.conv\d_1\.c1x1_w_s\d\.bn", 4, "is also read by batch_norm"),
-            pre_activated(r"features\.conv\d_1\.c1x1_a\.bn", 4, "is also read by batch_norm"),
+            pre_activated(r"features\.conv2_1\.c1x1_(a|w_s1)\.bn", 2, "is also read by batch_norm"),
+            Kept(r"features\.conv[345]_1\.c1x1_(a|w_s2)\.bn", 6, SHARED, "would write in place", ""),
             pre_activated(r"features\.conv\d_(?!1\.)\d+\.c1x1_a\.bn", 18, "is also read by slice"),
         ],
     ),
@@ -128,19 +127,29 @@ def positive(model: nn.Module) -> None:
                 norm.weight.abs_()
 
 
-def test_with_positive_scales_a_pre_activated_resnet_keeps_only_norms_past_which_a_shortcut_goes() -> None:
-    """The first norm's map passes the maximum then, into the stem. At a stage's head and at the end nothing
-    goes past the norm: its shift goes up into one branch of the sum, its scale down through the ReLU."""
-    plan = planned(build("timm:resnetv2_50").model, 32, positive)
+def in_place(model: nn.Module, inplace: bool) -> None:
+    positive(model)
+    for module in model.modules():
+        if isinstance(module, nn.ReLU):
+            module.inplace = inplace
+
+
+def test_with_positive_scales_a_pre_activated_resnet_folds_but_for_writes_over_its_shortcuts() -> None:
+    """The first norm's map passes the maximum then, into the stem; the others' shifts go up, their scales
+    down through the ReLU, and where a shortcut goes past the norm the other branch takes the shift back."""
+    model = build("timm:resnetv2_50").model
+    plan = planned(model, 32, functools.partial(in_place, inplace=True))
+    written_over = "would write in place what others read"
     require_reasons(
         plan,
         [
-            pre_activated(r"stages\.0\.blocks\.[12]\.norm1", 2, "is also read by add"),
-            pre_activated(r"stages\.[123]\.blocks\.[1-5]\.norm1", 10, "is also read by add"),
+            Kept(r"stages\.0\.blocks\.[12]\.norm1", 2, SHARED, written_over, ""),
+            Kept(r"stages\.[123]\.blocks\.[1-5]\.norm1", 10, SHARED, written_over, ""),
         ],
     )
     split = {site.bn for site in plan.fold_sites if "split" in site.laws}
     assert split == {"norm", *(f"stages.{i}.blocks.0.norm1" for i in (1, 2, 3))}
+    assert not planned(model, 32, functools.partial(in_place, inplace=False)).skips
 
 
 def test_with_positive_scales_half_of_convmixer_folds() -> None:

@@ -38,6 +38,9 @@ class Messages(nn.Module):
             "index_add": lambda: zeros.index_add(0, target, sent, alpha=0.5),
             "mean": lambda: zeros.scatter_reduce(0, place, sent, "mean"),
             "amax": lambda: zeros.scatter_reduce(0, place, sent, "amax"),
+            "mean apart": lambda: zeros.scatter_reduce(0, place, sent, "mean", include_self=False),
+            "amax apart": lambda: zeros.scatter_reduce(0, place, sent, "amax", include_self=False),
+            "a layer apart": lambda: self.skip(x).scatter_reduce(0, place, sent, "sum", include_self=False),
             "onto a layer": lambda: self.skip(x).index_add(0, target, sent),
             "onto ones": lambda: (zeros + 1.0).index_add(0, target, sent),
             "part": lambda: zeros.scatter_add(0, place[:, :2], sent[:, :2]),
@@ -52,15 +55,15 @@ def graph(seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 @few
-@given(numbers, st.sampled_from(["scatter_add", "in place", "index_add", "mean"]))
+@given(numbers, st.sampled_from(["scatter_add", "in place", "index_add", "mean", "mean apart"]))
 def test_the_scale_goes_into_the_messages_and_the_shift_into_the_bias(fill: Numbers, style: str) -> None:
     assert verdict(Messages(style, fill.fill(nn.BatchNorm1d(4))), *graph(fill.seed)) is None
 
 
 @few
-@given(numbers)
-def test_the_largest_message_lets_by_what_is_not_negative(fill: Numbers) -> None:
-    found = verdict(Messages("amax", fill.fill(nn.BatchNorm1d(4))), *graph(fill.seed))
+@given(numbers, st.sampled_from(["amax", "amax apart"]))
+def test_the_largest_message_lets_by_what_is_not_negative(fill: Numbers, style: str) -> None:
+    found = verdict(Messages(style, fill.fill(nn.BatchNorm1d(4))), *graph(fill.seed))
     assert found is (Reason.NEGATIVE_SCALE if fill.has_negative else None)
 
 
@@ -73,9 +76,10 @@ def test_what_is_added_to_takes_the_shift(fill: Numbers) -> None:
 
 
 @few
-@given(numbers)
-def test_a_sum_without_a_bias_passes_no_shift(fill: Numbers) -> None:
-    found = verdict(Messages("scatter_add", fill.fill(nn.BatchNorm1d(4)), bias=False), *graph(fill.seed))
+@given(numbers, st.sampled_from(["scatter_add", "a layer apart"]))
+def test_a_sum_without_a_bias_passes_no_shift(fill: Numbers, style: str) -> None:
+    """What is added to is left out where there is a message: it cannot bring the shift."""
+    found = verdict(Messages(style, fill.fill(nn.BatchNorm1d(4)), bias=False), *graph(fill.seed))
     assert found is (Reason.NONLINEAR if fill.shift else None)
 
 

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import onnx
+import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given
@@ -72,6 +76,24 @@ def test_in_a_program_too() -> None:
     result = bntool.fold(program, x)
     assert len(result.sites) == 1
     torch.testing.assert_close(result.model.module()(x), model(x), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_in_an_onnx_file_too(shared: bool, tmp_path: Path) -> None:
+    """A slope that two nodes read stays as it is."""
+    first, second = (sloped(0.2, 0.5, 0.7, 0.5) for _ in range(2))
+    layers = nn.Conv2d(4, 4, 3), first, norm(), nn.Sigmoid(), nn.Conv2d(4, 4, 1), second
+    x = data(2, 4, 6, 6).float()
+    path = bntool.export_onnx(nn.Sequential(*layers).float().eval(), x, tmp_path / "m.onnx")
+    if shared:
+        held = onnx.load(path)
+        one, other = (node for node in held.graph.node if node.op_type == "PRelu")
+        other.input[1] = one.input[1]
+        onnx.save(held, path)
+    result = bntool.fold(path)
+    assert [skip.reason for skip in result.skips] == ([Reason.NEGATIVE_SCALE] if shared else [])
+    assert len(result.sites) == 1 - shared
+    assert all(check.passed for check in result.checks)
 
 
 def test_a_function_with_a_stored_slope_too() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,8 @@ from bntool.core.options import ExportOptions
 from bntool.export.exporting import export_onnx
 from bntool.pipeline import onnx_folding
 from bntool.pipeline.onnx_folding import fold_exported
+from bntool.subjects.module import ModuleSubject
+from bntool.subjects.program import ProgramSubject
 
 
 class Branches(nn.Module):
@@ -25,6 +28,15 @@ class Branches(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         one, two = (F.conv2d(x, weight, padding=1) for weight in (self.one, self.two))
         return one.sigmoid() + two if self._apart else one * 2 + two
+
+
+@pytest.mark.parametrize("kind", [ModuleSubject, ProgramSubject])
+def test_a_second_try_goes_over_the_draft_of_the_first(kind: Any, tmp_path: Path) -> None:
+    """Where merged branches do not stand up in the file, it is written once more without them."""
+    model, x = nn.Sequential(nn.Conv2d(3, 4, 1)).eval(), torch.randn(1, 3, 8, 8)
+    subject = kind(torch.export.export(model, (x,)) if kind is ProgramSubject else model, (x,))
+    for _ in range(2):
+        assert subject.export(tmp_path / "m.onnx", ExportOptions(), {}).path == tmp_path / "m.onnx"
 
 
 @pytest.mark.parametrize("apart", [False, True])

@@ -216,6 +216,16 @@ DRAWINGS: dict[str, Drawing] = {
         Line(((_ST, Y), (Box("W"), Label("z"))), (X,), forks=True),
         Line(((Y,), (Pill("(· − t)/s"), Box("W"), Label("z"))), (X, _ST), forks=True),
     ),
+    "factor": Drawing(
+        "A stored factor takes the scale in",
+        _line(X, _S, Box("c ×"), Y),
+        _line(X, Box("(s·c) ×", changed=True), Y),
+    ),
+    "sideways": Drawing(
+        "The other branch of a sum gives way",
+        Line(((Label("a"), _ST), (Label("b"),)), (Box("+"), Y)),
+        Line(((Label("a"),), (Label("b"), Pill("· / s"))), (Box("+"), _ST, Y)),
+    ),
     "merge": Drawing(
         "Branches over one value become one convolution",
         Line(

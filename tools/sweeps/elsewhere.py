@@ -13,10 +13,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from tools.sweeps.coverage_page import page
+from tools.sweeps.kept_page import kept_page, shares
 from tools.sweeps.libraries import Make, Shapes, entries, inputs_like
 from tools.sweeps.libraries import made as _made
-from tools.sweeps.sweeping import arguments, sweep
-from tools.sweeps.zoo import folded_of, judged, page
+from tools.sweeps.sweeping import Results, arguments, put, sweep
+from tools.sweeps.zoo import folded_of, judged
 
 RESULTS = Path(__file__).resolve().parents[2] / "docs" / "elsewhere.jsonl"
 TITLE = "Models of other libraries"
@@ -69,6 +73,25 @@ _NNUNET: dict[str, Any] = {
 }
 
 
+_SIZES: dict[str, Shapes] = {
+    "pretrainedmodels:polynet": ((1, 3, 331, 331),),
+    "monai:HoVerNet": ((1, 3, 256, 256),),
+    "pytorchcv:voca8flame": ((2, 1, 16, 29), ("n<8", 2)),
+    "pytorchcv:visemenet20": ((34, 8, 195), ("n<8", 34, 76)),
+    "pytorchcv:nvpattexp116bazel76": ((2, 8, 16, 29), ("n<8", 2)),
+    "pytorchcv:pfpcnet": ((1, 1, 320, 240),),
+    "pytorchcv:raft_things": ((1, 3, 128, 128), (1, 3, 128, 128)),
+    "pytorchcv:propainter": ((1, 3, 2, 64, 64), (1, 3, 1, 64, 64)),
+    "pytorchcv:propainter_rfc": ((1, 3, 2, 64, 64), (1, 3, 1, 64, 64)),
+    "pytorchcv:propainter_ip": ((3, 3, 64, 64), (3, 1, 64, 64), (2, 4, 64, 64), lambda: "nearest"),
+    **dict.fromkeys(
+        ("pytorchcv:jasper5x3", "pytorchcv:jasperdr10x5_en", "pytorchcv:quartznet5x5_en_ls"),
+        ((1, 64, 96), lambda: torch.tensor([96])),
+    ),
+}
+"""Of models that take one size alone, and do not say which, or several inputs."""
+
+
 def every_model() -> Iterator[tuple[str, Make]]:
     """The name of each model, and what makes it."""
     yield from _of_pytorchcv()
@@ -102,7 +125,8 @@ def _of_pytorchcv() -> Iterator[tuple[str, Make]]:
     models = importlib.import_module("pytorchcv.model_provider")._models
     families = {make.__module__: name for name, make in reversed(models.items())}
     for name in sorted(families.values(), key=list(models).index):
-        yield f"pytorchcv:{name}", lambda name=name: models[name](pretrained=False)
+        speech = {"from_audio": False} if name.startswith(("jasper", "quartznet")) else {}
+        yield f"pytorchcv:{name}", functools.partial(models[name], pretrained=False, **speech)
 
 
 def _nnunet(name: str) -> Any:
@@ -117,8 +141,6 @@ def _nnunet(name: str) -> Any:
 
 def observed(model: Any, shapes: Shapes = None) -> Any:
     """On inputs of these shapes, else on the smallest image that it takes, or one as large as it says."""
-    import torch
-
     from bntool.core.errors import ObserveError
     from bntool.graph.inputs import Inputs
     from bntool.observe.eager import observe
@@ -144,6 +166,11 @@ def told(results: dict[str, Any], file: str, known: int) -> str:
     left = f"; {known - len(results)} more models are in the tables, and yet to be run" * (
         known > len(results)
     )
+    text = text.replace(
+        "\n- BatchNorms that ran",
+        f"\n- [what stays](elsewhere-kept.md): {shares(results)}\n- BatchNorms that ran",
+        1,
+    )
     return text.replace("\n- models run:", f"\n- libraries: {len(libraries)}{left}\n- models run:", 1)
 
 
@@ -151,7 +178,7 @@ def main() -> None:
     chosen = arguments(__doc__, RESULTS, limit=90).parse_args()
     models: dict[str, tuple[Make, Shapes]] = {name: (make, shapes) for name, make, shapes in entries()}
     with contextlib.suppress(ModuleNotFoundError):
-        models |= {name: (make, None) for name, make in every_model()}
+        models |= {name: (make, _SIZES.get(name)) for name, make in every_model()}
     made = functools.partial(told, file=chosen.results.name, known=len(models))
 
     def examine(name: str) -> dict[str, Any]:
@@ -159,6 +186,7 @@ def main() -> None:
         return judged(make, functools.partial(observed, shapes=shapes))
 
     sweep(chosen, models, examine, made, folded_of)
+    put(chosen.results.with_name(f"{chosen.results.stem}-kept.md"), kept_page(Results(chosen.results).rows))
 
 
 if __name__ == "__main__":

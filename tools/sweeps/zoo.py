@@ -10,12 +10,13 @@ import collections
 import functools
 import glob
 import resource
-import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from tools.sweeps.coverage_page import NARROWS, page
+from tools.sweeps.kept_classes import classes
 from tools.sweeps.sweeping import arguments, sweep
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -38,11 +39,7 @@ GAINS = (1.0, 0.3)
 of float64 beyond anything that could be compared. Those are tried again with the second."""
 
 
-NARROWS = "narrows inside"
-"""What the check notes of a model that casts to a narrower type even in float64."""
-
-
-def randomise(model: Any, seed: int = 0, gain: float = 1.0) -> None:
+def randomise(model: Any, seed: int = 0, gain: float = 1.0, negative: float = 0.1) -> None:
     """Give every BatchNorm statistics and an affine of both signs that are not the initial ones."""
     import torch
 
@@ -60,7 +57,7 @@ def randomise(model: Any, seed: int = 0, gain: float = 1.0) -> None:
             variance.copy_(draw(n, 0.5, 1.5))
             module.running_mean.copy_(draw(n, -0.3, 0.3))
             if isinstance(module.weight, torch.Tensor):
-                sign = torch.where(torch.rand(n, generator=generator) < 0.1, -1.0, 1.0)
+                sign = torch.where(torch.rand(n, generator=generator) < negative, -1.0, 1.0)
                 module.weight.copy_(draw(n, 0.5, 1.5) * sign * gain)
                 module.bias.copy_(draw(n, -0.3, 0.3))
 
@@ -106,6 +103,7 @@ def judged(make: Callable[[], Any], observed: Callable[[Any], Any]) -> dict[str,
 def _judged(make: Callable[[], Any], observed: Callable[[Any], Any], gain: float) -> dict[str, Any]:
     """One model, and how long each step took."""
     from bntool.core.options import FoldOptions
+    from bntool.core.reasons import Reason
     from bntool.subjects.module import ModuleSubject
 
     model = make()
@@ -125,8 +123,13 @@ def _judged(make: Callable[[], Any], observed: Callable[[Any], Any], gain: float
     row["folded"] = len(plan.sites)
     row["no_verdict"] = _without_verdict(observation.graph, plan)
     row["kept"] = dict(collections.Counter(skip.reason.value for skip in plan.skips))
+    row["classes"] = classes(observation.graph, plan)
+    if plan.skips:
+        row["folded_positive"] = _with_positive_scales(make, observed)
     if plan.sites:
         row.update(_checked(subject, plan, folded))
+    if Reason.WEIGHT_COMPUTED in {skip.reason for skip in plan.skips}:
+        row.update(_baked(subject, plan))
     row.update(_inserted(model, observation))
     row["peak_gb"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2)
     return {"status": "ok", **row}
@@ -157,6 +160,29 @@ def _checked(subject: Any, plan: Any, folded: Any) -> dict[str, Any]:
         row["float64"] = float(f"{exact.relative:.2e}")
         row["note"] = exact.detail
     return row
+
+
+def _with_positive_scales(make: Callable[[], Any], observed: Callable[[Any], Any]) -> int:
+    """How many the plan folds where no γ is negative: one such channel keeps a BatchNorm before a ReLU."""
+    from bntool.core.options import FoldOptions
+    from bntool.subjects.module import ModuleSubject
+
+    model = make()
+    model.eval()
+    randomise(model, negative=0.0)
+    observation = observed(model)
+    subject = ModuleSubject(model, observed=lambda: observation)
+    return len(subject.plan_fold(FoldOptions(), thorough=True).sites)
+
+
+def _baked(subject: Any, plan: Any) -> dict[str, Any]:
+    """How many more fold where computed weights are stored first."""
+    from bntool.core.options import FoldOptions
+
+    baked = subject.baked()
+    more = baked.plan_fold(FoldOptions(), thorough=True)
+    checked = _checked(baked, more, baked.folded(more))
+    return {"baked": len(more.sites) - len(plan.sites), "baked_float64": checked.get("float64")}
 
 
 def _inserted(model: Any, observation: Any) -> dict[str, Any]:
@@ -203,110 +229,6 @@ def sites_again(inserted: Any, inputs: Any) -> int:
 
     again, *_ = insert_observed(inserted, observe(inserted, inputs), InsertOptions(activations=("any",)))
     return len(again.sites)
-
-
-def page(results: dict[str, dict[str, Any]], title: str, target: str, file: str) -> str:
-    from bntool.core.tolerances import ALGEBRA_LIMIT
-
-    rows = sorted(results.values(), key=lambda row: row["model"])
-    good = [row for row in rows if row["status"] == "ok"]
-    with_bn = [row for row in good if row["bn_total"]]
-    total, folded = (sum(row[key] for row in with_bn) for key in ("bn_total", "folded"))
-    share = 100 * folded / max(total, 1)
-    kept: collections.Counter[str] = collections.Counter()
-    for row in with_bn:
-        kept.update(row["kept"])
-    ratios = [row["error_over_noise"] for row in good if "error_over_noise" in row]
-    exact, narrow = (
-        {
-            r["model"]: r["float64"]
-            for r in good
-            if "float64" in r and (NARROWS in r.get("note", "")) is inside
-        }
-        for inside in (False, True)
-    )
-    amplified = [f"{model} {error:.1e}" for model, error in exact.items() if error > ALGEBRA_LIMIT]
-    sites = [row for row in good if row.get("sites")]
-    lines = [
-        f"# {title}",
-        "",
-        "Random weights, randomised BatchNorm statistics with γ of both signs. Written by",
-        f"`make {target}` from `{file}`, one line a model, which has every figure.",
-        "",
-        f"- models run: {len(good)} of {len(rows)} tried",
-        f"- with BatchNorm: {len(with_bn)}; BatchNorm layers: {total:,}; folded: {folded:,} ({share:.1f} %)",
-        f"- kept, by reason: {', '.join(f'{n:,} {reason}' for reason, n in kept.most_common()) or 'none'}",
-    ]
-    silent = {row["model"]: row["no_verdict"] for row in good if row.get("no_verdict")}
-    if any("no_verdict" in row for row in good):
-        told = ", ".join(f"{len(names)} in {model}" for model, names in silent.items())
-        lines.append(f"- BatchNorms that ran and got no verdict: {told or 'none'}")
-    if ratios:
-        lines.append(
-            f"- float32 error over the model's own noise: median {statistics.median(ratios):.2f}, "
-            f"largest {max(ratios):.2f}"
-        )
-    if exact:
-        lines.append(
-            f"- float64 agreement, relative to the peak, in {len(exact)} models: to {ALGEBRA_LIMIT:.0e} in "
-            f"{len(exact) - len(amplified)}, the largest of them "
-            f"{max((error for error in exact.values() if error <= ALGEBRA_LIMIT), default=0.0):.1e}"
-        )
-    if amplified:
-        lines.append(
-            f"- held to their own rounding in float64, which they amplify further: {', '.join(amplified)}"
-        )
-    if narrow:
-        lines.append(
-            f"- {len(narrow)} models cast to a narrower type inside, so that they are not in float64 all the "
-            f"way and are held to their own rounding: largest {max(narrow.values()):.1e}"
-        )
-    calm = [row["model"] for row in good if "gain" in row]
-    if calm:
-        lines.append(
-            f"- judged with γ of {GAINS[-1]} times, since with the usual one they amplify float64's own "
-            f"rounding beyond comparison: {len(calm)} ({', '.join(calm)})"
-        )
-    if sites:
-        count = sum(row["sites"] for row in sites)
-        unequal = [row["model"] for row in sites if not row["insert_exact"]]
-        lines.append(
-            f"- insertion (any activation): {count:,} sites in {len(sites)} models, "
-            f"{'all equal to the last bit' if not unequal else 'not equal: ' + ', '.join(unequal)}; "
-            f"folded back, the weights differ by at most {max(row['round_trip'] for row in sites):.1e}"
-        )
-    again = [row for row in good if "sites_again" in row]
-    if again:
-        more = [row["model"] for row in again if row["sites_again"]]
-        lines.append(
-            f"- a second insertion, in {len(again)} models: "
-            f"{'changes nothing' if not more else 'finds more sites in ' + ', '.join(more)}"
-        )
-    traced = [row for row in good if row.get("fx", "cannot trace") != "cannot trace"]
-    if traced:
-        differ = [row["model"] for row in traced if row["fx"] != "agrees"]
-        lines.append(
-            f"- pairs of convolution and activation against torch.fx, where it traces: {len(traced)} models, "
-            f"{'all agree' if not differ else 'different: ' + ', '.join(differ)}"
-        )
-    rest = [row for row in rows if row["status"] != "ok"]
-    lines += [
-        "",
-        "| model | BN | folded | kept | error / noise | float64 | seconds to fold |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for row in with_bn:
-        reasons = ", ".join(f"{n} {reason}" for reason, n in row["kept"].items())
-        lines.append(
-            f"| {row['model']} | {row['bn_total']} | {row['folded']} | {reasons} | "
-            f"{row.get('error_over_noise', '')} | {row.get('float64', '')} | {row['seconds_fold']} |"
-        )
-    if rest:
-        lines += ["", "Not run:", ""]
-        for row in rest:
-            why = row.get("error", "").partition("\n")[0]
-            lines.append(f"- {row['model']}: {row['status']} {why}".rstrip())
-    return "\n".join(lines) + "\n"
 
 
 def folded_of(row: dict[str, Any]) -> str:
