@@ -42,7 +42,9 @@ class Opened:
         """The same, where new files of a graph's own are made beside the one that they become."""
         if place is None:
             return self
-        return dataclasses.replace(self, subject=self.subject.working_in(drafts.folder_for(place.model)))
+        return dataclasses.replace(
+            self, subject=self.subject.working_in(lambda: drafts.folder_for(place.model))
+        )
 
     def reading(self, file: FileOptions, check: CheckOptions) -> Opened:
         """The same, where an ONNX file is read as is asked. Raises `UsageError` for a check without a run."""

@@ -75,6 +75,12 @@ class Inputs:
 
         return self.map(move)
 
+    def batched(self, seed: int = 0) -> Callable[[int], Inputs | None]:
+        """Seeded inputs like these, of any batch size; nested ones (images in a list) only as they are."""
+        if self.nested:
+            return lambda batch: self if batch == 1 else None
+        return lambda batch: self.rebatched(batch, seed)
+
     def rebatched(self, batch: int, seed: int = 0) -> Inputs:
         """Seeded random inputs like these with a leading axis of `batch`.
 

@@ -64,6 +64,7 @@ _POOL = {
     "ceil_mode": _BOOL,
     "count_include_pad": _BOOL,
     "divisor_override": (NoneType, int),
+    "single": _BOOL,
 }
 
 OPS: Mapping[str, Word] = {

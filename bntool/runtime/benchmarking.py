@@ -141,13 +141,6 @@ def _timed(run: Callable[[], None], repeats: int) -> float:
     return (time.perf_counter() - start) / repeats
 
 
-def rebatching(example: Inputs, seed: int = 0) -> Callable[[int], Inputs | None]:
-    """Seeded inputs like the example, of any batch size; nested ones (images in a list) only as they are."""
-    if example.nested:
-        return lambda batch: example if batch == 1 else None
-    return lambda batch: example.rebatched(batch, seed)
-
-
 def _cost(candidate: Candidate, inputs: Inputs | None) -> Cost:
     if isinstance(candidate.what, Path):
         flops = onnx_flops(candidate.what, inputs) if inputs is not None else None

@@ -20,9 +20,7 @@ from bntool.core.verdicts import Check
 from bntool.folding.untrained import with_untrained_told
 from bntool.results.counting import parameter_delta
 from bntool.results.summary import Summary, summarize
-from bntool.runtime.benchmarking import rebatching
 from bntool.subjects.replanning import replanned
-from bntool.verifying.blaming import Found, blame_modules
 from bntool.verifying.checking import seeded_batches
 from bntool.verifying.conditions import Conditions
 
@@ -31,6 +29,7 @@ if TYPE_CHECKING:
     from bntool.files.drafting import Drafts
     from bntool.graph.dataflow import Graph
     from bntool.graph.inputs import Inputs
+    from bntool.verifying.blaming import Found
 
 Parameters = dict[str, dict[str, int]]
 S = TypeVar("S", bound="Subject")
@@ -142,7 +141,7 @@ class Subject:
             raise UsageError(
                 f"no example input of {self.name} is known", next_step="give one as example_inputs"
             )
-        return rebatching(example, seed)
+        return example.batched(seed)
 
     def run_on(self, real: Sequence[Inputs]) -> None:
         """Inputs of the user's own take the place of drawn ones, where they were not observed already."""
@@ -205,6 +204,8 @@ class Subject:
 
     def apart(self, after: Subject, proof: Any) -> Found | None:
         """The first layer or node at which a fold that its proof did not bear out and the original part."""
+        from bntool.verifying.blaming import blame_modules  # which loads ONNX
+
         return blame_modules(self.runnable, after.runnable, proof.reference.inputs, stage="fold")
 
     def exportable(self, how: ExportOptions) -> Subject:
@@ -219,8 +220,8 @@ class Subject:
         """What a surgery made of it, for the caller to keep: a module shares no tensor unless it may."""
         return model
 
-    def working_in(self: S, folder: Path) -> S:
-        """The same, where new files are made in this folder."""
+    def working_in(self: S, folder: Callable[[], Path]) -> S:
+        """The same, where new files are made in the folder that this makes, if it needs any."""
         return self
 
     def draft(self, path: Path, drafts: Drafts) -> str:

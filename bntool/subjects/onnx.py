@@ -251,9 +251,9 @@ class OnnxSubject(Subject):
         path, data = save_onnx(file, scratch.path / "bound.onnx")
         return self._at(path, data, scratch)
 
-    def working_in(self, folder: Path) -> OnnxSubject:
-        """The same, where new files are made in this folder."""
-        return self._at(self.model, None, folder, freeze=self.freeze)
+    def working_in(self, folder: Callable[[], Path]) -> OnnxSubject:
+        """The same, where new files are made in the folder that this makes."""
+        return self._at(self.model, None, folder(), freeze=self.freeze)
 
     def _at(
         self, path: Path, data: Path | None, folder: Path | Scratch, *, freeze: bool = False

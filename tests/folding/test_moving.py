@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from bntool.core.reasons import Reason
-from bntool.folding.moving import Mover, _condition, _require_fit
-from bntool.graph.affine import Affine, identity
-from bntool.graph.dataflow import Graph, Value
+from bntool.folding.traversal import Choices, require_fit
+from bntool.graph.affine import Affine, condition, identity
+from bntool.graph.dataflow import Value
 from bntool.laws import Refused
 from tests.fold_zoo import Net
 from tests.laws.exactness import Numbers, data, folded_exactly
@@ -97,27 +97,27 @@ def affine(scale: list[float], shift: list[float]) -> Affine:
 
 def test_every_way_to_choose_is_tried_once_the_last_choice_first() -> None:
     """A choice among two, and one among three that is met only behind the first of those."""
-    mover, seen = Mover(Graph(), set()), list[tuple[int, ...]]()
+    choices, seen = Choices(), list[tuple[int, ...]]()
     while True:
-        mover._widths = []
-        first = mover.choose(2)
-        seen.append((first,) if first else (first, mover.choose(3)))
-        if not mover._next_choice():
+        choices.restart()
+        first = choices.choose(2)
+        seen.append((first,) if first else (first, choices.choose(3)))
+        if not choices.next():
             break
     assert seen == [(0, 0), (0, 1), (0, 2), (1,)]
 
 
 def test_what_undoing_a_map_magnifies_is_that_of_its_worst_channel() -> None:
-    assert _condition(identity(3)) == 4.0
-    assert _condition(affine([2.0], [1.0])) == (1 + 2 + 1) * (1 + 1 / 2 + 1 / 2)
-    assert _condition(affine([-2.0, 1.0], [-1.0, 0.0])) == 8.0
-    assert _condition(affine([0.0, 1.0], [0.0, 0.0])) == float("inf")
+    assert condition(identity(3)) == 4.0
+    assert condition(affine([2.0], [1.0])) == (1 + 2 + 1) * (1 + 1 / 2 + 1 / 2)
+    assert condition(affine([-2.0, 1.0], [-1.0, 0.0])) == 8.0
+    assert condition(affine([0.0, 1.0], [0.0, 0.0])) == float("inf")
 
 
 def test_a_map_has_the_sizes_of_its_value_or_one() -> None:
-    _require_fit(Value(0, (2, 3, 4)), affine([1.0, 2.0, 3.0], [0.0] * 3))
-    _require_fit(Value(0, (2, 3, 4)), affine([2.0], [0.0]))
+    require_fit(Value(0, (2, 3, 4)), affine([1.0, 2.0, 3.0], [0.0] * 3))
+    require_fit(Value(0, (2, 3, 4)), affine([2.0], [0.0]))
     for shape in ((2, 2, 4), (2, 3), (3,), (1, 2, 3, 4)):
         with pytest.raises(Refused) as caught:
-            _require_fit(Value(0, shape), affine([1.0, 2.0, 3.0], [0.0] * 3))
+            require_fit(Value(0, shape), affine([1.0, 2.0, 3.0], [0.0] * 3))
         assert caught.value.reason is Reason.AXIS_MISMATCH

@@ -18,7 +18,7 @@ from bntool.core.latencies import Benchmark, Cost, Latency, Versus, outside_by_c
 from bntool.graph.inputs import Inputs
 from bntool.results.latency import latency_text
 from bntool.runtime import benchmarking, ort_runner, ready
-from bntool.runtime.benchmarking import Candidate, benchmark, rebatching
+from bntool.runtime.benchmarking import Candidate, benchmark
 from bntool.runtime.libraries import CPU, CUDA
 from bntool.runtime.memory import PeakMemory
 from bntool.runtime.onnx_flops import onnx_flops
@@ -139,7 +139,7 @@ def test_models_and_files_side_by_side(tmp_path):
     model[1].train()
     path = export_onnx(model, IMAGE, tmp_path / "m.onnx").path
     found = benchmark(
-        [Candidate("torch", model), Candidate("file", path)], rebatching(IMAGE), batches=(1, 2), rounds=11
+        [Candidate("torch", model), Candidate("file", path)], IMAGE.batched(), batches=(1, 2), rounds=11
     )
     assert [(r.name, r.batch, r.device, r.provider) for r in found.rows] == [
         ("torch", 1, "cpu", "torch"), ("file", 1, "cpu", CPU),
@@ -179,7 +179,7 @@ def test_a_slower_model_is_found_slower():
             time.sleep(0.01)
             return x
 
-    found = benchmark([Candidate("fast", nn.Identity()), Candidate("slow", Waits())], rebatching(IMAGE),
+    found = benchmark([Candidate("fast", nn.Identity()), Candidate("slow", Waits())], IMAGE.batched(),
                       batches=(1,), rounds=11)  # fmt: skip
     assert found.versus[0].measurable
     assert "slow is " in found.versus[0].verdict
@@ -188,17 +188,17 @@ def test_a_slower_model_is_found_slower():
 
 def test_a_batch_that_a_file_does_not_take_is_left_out_and_said(tmp_path):
     path = export_onnx(network(), IMAGE, tmp_path / "m.onnx", dynamic_batch=False).path
-    found = benchmark([Candidate("file", path)], rebatching(IMAGE), batches=(1, 2), rounds=11)
+    found = benchmark([Candidate("file", path)], IMAGE.batched(), batches=(1, 2), rounds=11)
     assert [row.batch for row in found.rows] == [1]
     assert found.notes[0].startswith("batch 2 is left out: ")
     with pytest.raises(UsageError, match="no batch size runs"):
-        benchmark([Candidate("file", path)], rebatching(IMAGE), batches=(2,), rounds=11)
+        benchmark([Candidate("file", path)], IMAGE.batched(), batches=(2,), rounds=11)
     with pytest.raises(UsageError, match="tell no difference"):
-        benchmark([Candidate("file", path)], rebatching(IMAGE), rounds=3)
+        benchmark([Candidate("file", path)], IMAGE.batched(), rounds=3)
 
 
 def test_nested_inputs_have_no_other_batch():
-    inputs_of = rebatching(Inputs(([torch.zeros(3, 8, 8)],)))
+    inputs_of = Inputs(([torch.zeros(3, 8, 8)],)).batched()
     assert inputs_of(1) is not None
     assert inputs_of(2) is None
 
