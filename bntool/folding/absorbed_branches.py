@@ -86,6 +86,8 @@ def _after_arithmetic(op: Op, reads: list[int]) -> int:
     """What an op of the forward's own makes of what it will be given: the parts that depend on the data."""
     if op.inplace and reads[0] is not _HEIR:
         _refuse(Reason.MIXED_BRANCHES, f"{op.label} writes to a branch in place")
+    if reads.count(_HEIR) > 1:
+        _refuse(Reason.MIXED_BRANCHES, f"{op.label} adds one branch twice")
     if reads == [_ZERO] and op.kind in ("mul", "div"):
         return _ZERO
     if len(reads) == 1 and adds_a_constant(op):

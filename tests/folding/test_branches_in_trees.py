@@ -163,7 +163,25 @@ def _added_once_more_behind_another(m: Any, x: Tensor) -> Tensor:
     return m.square_bn(y) + x.tanh() + y
 
 
-@pytest.mark.parametrize("run", [_added_once_more, _added_once_more_behind_another])
+def _added_once_more_through_a_dropout(m: Any, x: Tensor) -> Tensor:
+    y = m.square(x)
+    return m.square_bn(y) + F.dropout(y, training=False)
+
+
+def _added_once_more_as_a_copy(m: Any, x: Tensor) -> Tensor:
+    y = m.square(x)
+    return y.clone().add_(m.square_bn(y))
+
+
+@pytest.mark.parametrize(
+    "run",
+    [
+        _added_once_more,
+        _added_once_more_behind_another,
+        _added_once_more_through_a_dropout,
+        _added_once_more_as_a_copy,
+    ],
+)
 def test_a_branch_that_the_forward_adds_once_more_is_no_sum(
     run: Callable[[Any, Tensor], Tensor],
 ) -> None:
