@@ -6,6 +6,7 @@ import contextlib
 import io
 import logging
 import re
+import textwrap
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -262,7 +263,11 @@ def essence(error: BaseException) -> str:
     # What follows is advice on torch's own flags, which the user of this export does not set, or names
     # torch's symbols.
     line = re.split(r"\s*For more information, run with |\. If you're using |\s*\(unhinted: ", line)[0]
-    return line or type(error).__name__
+    return textwrap.shorten(line, _LONGEST, placeholder=" …") or type(error).__name__
+
+
+_LONGEST = 300
+"""Letters of a line that is told: an expression over a hundred unknown sizes has some thousands."""
 
 
 def user_line(error: BaseException) -> str:

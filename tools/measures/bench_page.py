@@ -163,7 +163,8 @@ def _summary(rows: list[dict[str, Any]]) -> Iterable[str]:
         ("all", rows),
     ):
         if chosen:
-            medians = (f"{key} {statistics.median(row[key] for row in chosen):.2f}" for key in CALLS)
+            figures = {key: [row[key] for row in chosen if not isinstance(row[key], str)] for key in CALLS}
+            medians = (f"{key} {statistics.median(found):.2f}" for key, found in figures.items() if found)
             worst = max(row["proved"] for row in chosen)
             yield f"- {what}: medians {', '.join(medians)}; proved at most {worst:.2f}."
 

@@ -22,6 +22,10 @@ from tools.sweeps.zoo import randomise
 RESULTS = Path(__file__).resolve().parents[2] / "docs" / "prices.jsonl"
 ROUNDS = 3
 PAGE = """\
+---
+orphan: true
+---
+
 # The price of a fold, in other libraries' models
 
 Written by `make prices` from `prices.jsonl`, one line a model. The unit is one forward plus one copy of the
