@@ -213,6 +213,12 @@ def page(found: list[Row]) -> str:
         out.append(
             f"| `{module}` | {count} | {total['killed']} | {total['survived']} | {equal} | {undecided} |"
         )
+    by_hand = [f"{row['by_hand']} in `{module}`" for module, row in totals.items() if row.get("by_hand")]
+    if by_hand:
+        out.append(
+            f"\nOf those noticed the tester's run saw some survive: {', '.join(by_hand)}. Tests were written "
+            "for them since, and the mutants made by hand; the next run of the tester will tell."
+        )
     left = [module for module in TESTS if module not in totals]
     out.append(f"\nNot run yet: {', '.join(f'`{module}`' for module in left) or 'none'}.\n")
     for module in sorted(totals):
