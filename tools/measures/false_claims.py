@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from bntool.graph.inputs import Inputs
-from bntool.runtime.benchmarking import Candidate, benchmark, rebatching
+from bntool.runtime.benchmarking import Candidate, benchmark
 
 
 def network() -> nn.Module:
@@ -32,7 +32,7 @@ def main() -> int:
     asked.add_argument("--times", type=int, default=100)
     asked.add_argument("--rounds", type=int, default=30)
     given = asked.parse_args()
-    inputs_of = rebatching(Inputs((torch.randn(1, 3, 32, 32),)))
+    inputs_of = Inputs((torch.randn(1, 3, 32, 32),)).batched()
     told: Counter[bool] = Counter()
     widths = []
     for _ in range(given.times):

@@ -21,7 +21,7 @@ from bntool.core.errors import BntoolError, DeviceError
 from bntool.core.verdicts import Check
 from bntool.graph.inputs import Inputs
 from bntool.precision import casting
-from bntool.runtime.benchmarking import Candidate, On, benchmark, rebatching
+from bntool.runtime.benchmarking import Candidate, On, benchmark
 from bntool.runtime.libraries import CPU, CUDA, TENSORRT
 from bntool.runtime.ort_runner import OrtRunner
 from bntool.runtime.torch_runner import TorchRunner
@@ -115,7 +115,7 @@ class Case:
             candidates = [Candidate(kind, model) for kind, model in pair.items()]
         found = benchmark(
             candidates,
-            rebatching(example),
+            example.batched(),
             batches=(1,) if self.rehearse else (1, 32),
             rounds=11 if self.rehearse else 30,
             seconds=2 if self.rehearse else 10,

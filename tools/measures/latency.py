@@ -20,7 +20,7 @@ import bntool
 from bntool.core.latencies import Benchmark
 from bntool.graph.inputs import Inputs
 from bntool.results.latency import latency_text
-from bntool.runtime.benchmarking import Candidate, benchmark, rebatching
+from bntool.runtime.benchmarking import Candidate, benchmark
 
 NETS = ("resnet18", "resnet50", "vgg11_bn", "mobilenet_v2")
 PAIRS = (
@@ -57,7 +57,7 @@ def measured(name: str, side: int, batches: tuple[int, ...], rounds: int) -> Ben
         for kind, version in versions.items():
             path = bntool.export_onnx(version, example, Path(folder) / f"{kind}.onnx")
             candidates.append(Candidate(f"ONNX {kind}", path))
-        inputs_of = rebatching(example)
+        inputs_of = example.batched()
         return benchmark(candidates, inputs_of, batches=batches, rounds=rounds, seconds=60, pairs=PAIRS)
 
 
