@@ -5,9 +5,9 @@ Public names are loaded on first use, so that `import bntool` imports no torch.
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from bntool.core.lazy import loading
 from bntool.core.version import __version__
 
 if TYPE_CHECKING:
@@ -70,7 +70,6 @@ _HOMES = {
     "results.results": "SurgeryResult",
     "core.verdicts": "Check",
 }
-_HOME_OF = {name: home for home, names in _HOMES.items() for name in names.split()}
 
 __all__ = [
     "BntoolError",
@@ -121,10 +120,7 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _HOME_OF:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_HOME_OF[name]}"), name)
+__getattr__ = loading(__name__, _HOMES)
 
 
 def __dir__() -> list[str]:

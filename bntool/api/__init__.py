@@ -5,8 +5,9 @@ They are loaded when they are asked for: a fold of a module needs no ONNX.
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from bntool.core.lazy import loading
 
 if TYPE_CHECKING:
     from bntool.api.looking import summary
@@ -24,7 +25,6 @@ _HOMES = {
     "surgery": "fold insert plan_fold plan_insert",
     "timing": "bench",
 }
-_HOME_OF = {name: home for home, names in _HOMES.items() for name in names.split()}
 
 __all__ = [
     "apply",
@@ -44,7 +44,4 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _HOME_OF:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_HOME_OF[name]}"), name)
+__getattr__ = loading(__name__, _HOMES)
