@@ -142,7 +142,6 @@ class _Fold:
 
     def result(self) -> tuple[SurgeryResult, Any]:
         """The fold, proved; unproved where it is not worth an output."""
-        from bntool.api import read_plan
         from bntool.cli.devices import torch_device
         from bntool.pipeline.surgeries import apply, fold
         from bntool.subjects.base import Checking
@@ -159,6 +158,8 @@ class _Fold:
                 step=step,
             )
             if self.asked.ask.plan_file:
+                from bntool.api import read_plan
+
                 return apply(subject, read_plan(self.asked.ask.plan_file), self.checking)
             if self.checking is not None:
                 self.proof = subject.proof(self.checking)

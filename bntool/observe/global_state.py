@@ -104,9 +104,7 @@ class Surroundings:
     # -- what a value holds ---------------------------------------------------------------------------------
 
     def _note(self, value: Any, depth: int) -> None:
-        if type(value) in _SKIPPED or isinstance(value, _SKIPPED) or id(value) in self._seen:
-            return
-        if depth > _DEEPEST:
+        if isinstance(value, _SKIPPED) or id(value) in self._seen or depth > _DEEPEST:
             return
         if len(self._seen) >= _MOST:
             return
